@@ -1,0 +1,85 @@
+# Everything sets itself up: a fresh machine needs Python 3.10 or later, a C++
+# compiler, make and git. See `make help`.
+
+PYTHON ?= python3
+VENVS := .venvs
+# The two version pairs that must both work, and the tools of the linters.
+PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
+PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'psutil>=6'
+LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4'
+ifeq ($(shell uname),Darwin)
+PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
+PAIR_observe := 'mlx==0.32.4' 'mlx-lm==0.32.2'
+endif
+
+SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md LICENSE
+WHEEL := build/wheel.stamp
+MODEL := models/SmolLM2-135M-Instruct
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-intercept test-observe lint format bench clean
+
+help:  ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+
+demo: $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault of the GPU
+	$(VENVS)/observe/bin/python tools/demo.py --model $(MODEL)
+
+test: test-intercept test-observe  ## the whole suite, on both pairs of versions
+
+test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete  ## the suite with mlx 0.31.2
+	MLX_SAFE_TEST_MODEL=$(MODEL) $(VENVS)/intercept/bin/python -m pytest $(ARGS)
+
+test-observe: $(VENVS)/observe.ready $(MODEL)/complete  ## the suite with mlx 0.32.4
+	MLX_SAFE_TEST_MODEL=$(MODEL) $(VENVS)/observe/bin/python -m pytest $(ARGS)
+
+lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, compiler warnings
+	$(VENVS)/lint/bin/ruff check .
+	$(VENVS)/lint/bin/ruff format --check .
+	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
+	git ls-files -co --exclude-standard '*.cpp' '*.h' | xargs $(VENVS)/lint/bin/clang-format --dry-run --Werror
+	cmake -S . -B build/warnings -DMLX_SAFE_WERROR=ON > /dev/null
+	cmake --build build/warnings --parallel 2
+
+format: $(VENVS)/lint.ready  ## puts the sources into shape
+	$(VENVS)/lint/bin/ruff check --fix .
+	$(VENVS)/lint/bin/ruff format .
+	git ls-files -co --exclude-standard '*.cpp' '*.h' | xargs $(VENVS)/lint/bin/clang-format -i
+
+bench: $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODEL)/complete  ## measures and prints ratios
+	$(VENVS)/observe/bin/python bench/import_time.py
+	$(VENVS)/observe/bin/python bench/server_throughput.py --model $(MODEL)
+
+clean:  ## takes everything away that was built or installed here
+	rm -rf build dist $(VENVS) models .cache
+
+$(VENVS)/%/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENVS)/$*
+
+# One wheel serves all; pip builds it in build/, so a second build is quick.
+$(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
+	rm -rf build/wheel
+	$(VENVS)/observe/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	touch $@
+
+# Installed first and apart from our wheel, which changes more often.
+$(VENVS)/%.tools: Makefile | $(VENVS)/%/bin/python
+	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'prometheus-client>=0.20'
+	touch $@
+
+$(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python
+	$(VENVS)/lint/bin/python $(PIP) $(LINT_TOOLS)
+	touch $@
+
+$(VENVS)/%.ready: $(VENVS)/%.tools $(WHEEL)
+	$(VENVS)/$*/bin/python $(PIP) --force-reinstall --no-deps build/wheel/*.whl
+	touch $@
+
+.PRECIOUS: $(VENVS)/%/bin/python $(VENVS)/%.tools
+
+$(MODEL)/complete: tools/prepare_model.py | $(VENVS)/observe.ready
+	$(VENVS)/observe/bin/python tools/prepare_model.py $(MODEL)
+	touch $@

@@ -1,0 +1,18 @@
+// Native triggers behind mlx_safe.testing. Not for production use.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace mlx_safe {
+
+// Records a fault from a thread of its own, as a completion handler would when
+// MLX swallows the error; returns when it is in the log.
+std::uint64_t testing_record_fault(std::int32_t code,
+                                   const std::string& message);
+
+// Throws std::runtime_error(message) on a thread that nobody joins and nothing
+// catches, as MLX 0.31.2 does on Metal's completion thread.
+void testing_throw_on_foreign_thread(const std::string& message);
+
+}  // namespace mlx_safe

@@ -1,0 +1,36 @@
+"""Keeps a process that runs MLX alive when the GPU fails a command buffer.
+
+``import mlx_safe`` installs it; ``MLX_SAFE_AUTOINSTALL=0`` in the environment
+turns that off. See `install`, `guard`, `check`, `on_fault` and `status`.
+"""
+
+from __future__ import annotations
+
+import os as _os
+
+from . import errors
+from ._faults import Fault, Subscription, check, epoch, faults, on_fault
+from ._guard import guard
+from ._install import Status, install, status, uninstall
+from ._version import __version__
+from .errors import MetalError
+
+__all__ = [
+    "Fault",
+    "MetalError",
+    "Status",
+    "Subscription",
+    "__version__",
+    "check",
+    "epoch",
+    "errors",
+    "faults",
+    "guard",
+    "install",
+    "on_fault",
+    "status",
+    "uninstall",
+]
+
+if _os.environ.get("MLX_SAFE_AUTOINSTALL", "1") not in ("0", "false", "no", ""):
+    install()

@@ -1,0 +1,288 @@
+"""The fault log as Python sees it: epoch, faults, check, callbacks.
+
+Everything here may be called from any thread. Reading the epoch takes no lock
+and well under a microsecond.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from . import _core, errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Fault", "Subscription", "check", "epoch", "faults", "on_fault"]
+
+_SOURCES = ("metal", "terminate", "injected")
+# A writer has claimed its place but not filled it: a few microseconds, unless
+# the machine is very busy.
+_WRITER_WAIT_S = 0.25
+
+
+class Fault:
+    """One failed command buffer. Immutable.
+
+    Attributes:
+        number: its place in the epoch count, from 1.
+        code: IOGPU code; -1 when none could be read.
+        name: Apple's name for the code.
+        message: as MLX words it; may be cut at 359 bytes.
+        retryable, fatal: see `mlx_safe.errors.MetalError`.
+        source: ``"metal"``, ``"terminate"`` or ``"injected"``.
+        time: seconds since 1970.
+        thread: the system's id of the thread that noticed it.
+        buffer: number of the command buffer since install; 0: not known.
+        queue: address of its command queue; 0: not known.
+        label: label of the command buffer, or "".
+        gpu_start, gpu_end: GPUStartTime and GPUEndTime in seconds
+            (CFTimeInterval); 0.0: not known.
+    """
+
+    __slots__ = (
+        "buffer",
+        "code",
+        "fatal",
+        "gpu_end",
+        "gpu_start",
+        "label",
+        "message",
+        "name",
+        "number",
+        "queue",
+        "retryable",
+        "source",
+        "thread",
+        "time",
+    )
+
+    number: int
+    code: int
+    name: str
+    message: str
+    retryable: bool
+    fatal: bool
+    source: str
+    time: float
+    thread: int
+    buffer: int
+    queue: int
+    label: str
+    gpu_start: float
+    gpu_end: float
+
+    def __init__(self, **fields: object) -> None:
+        for name in Fault.__slots__:
+            object.__setattr__(self, name, fields[name])
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Fault is immutable, cannot set {name!r}")
+
+    def __repr__(self) -> str:
+        return f"<Fault {self.number}: {self.name} from {self.source}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _fault_from, ({name: getattr(self, name) for name in Fault.__slots__},)
+
+
+def _fault_from(fields: dict[str, object]) -> Fault:
+    return Fault(**fields)
+
+
+def _make(record: dict[str, object]) -> Fault:
+    code = int(record["code"])  # type: ignore[call-overload]
+    kind = errors.kind_of(code)
+    source = _SOURCES[int(record["source"])]  # type: ignore[call-overload]
+    return Fault(
+        number=record["number"],
+        code=code,
+        name=kind.name,
+        message=record["message"],
+        retryable=kind.retryable and source != "terminate",
+        # What reached terminate has left a thread of MLX or Metal dead.
+        fatal=kind.fatal or source == "terminate",
+        source=source,
+        time=record["time_ns"] / 1e9,  # type: ignore[operator]
+        thread=record["thread"],
+        buffer=record["buffer"],
+        queue=record["queue"],
+        label=record["label"],
+        gpu_start=record["gpu_start_s"],
+        gpu_end=record["gpu_end_s"],
+    )
+
+
+def _lost(number: int) -> Fault:
+    """Stands for a fault whose record was overwritten or never finished."""
+    return Fault(
+        number=number,
+        code=-1,
+        name=errors.kind_of(-1).name,
+        message="",
+        retryable=True,
+        fatal=False,
+        source="metal",
+        time=0.0,
+        thread=0,
+        buffer=0,
+        queue=0,
+        label="",
+        gpu_start=0.0,
+        gpu_end=0.0,
+    )
+
+
+def epoch() -> int:
+    """How many faults this process has had. Grows by one with each."""
+    return _core.epoch()
+
+
+def faults(since: int = 0) -> list[Fault]:
+    """The faults after epoch ``since``, newest last.
+
+    The log holds the last 256; older ones are left out (`epoch` still counts
+    them).
+    """
+    now = _core.epoch()
+    found = []
+    deadline = time.monotonic() + _WRITER_WAIT_S
+    for number in range(max(since + 1, now - 255, 1), now + 1):
+        record = _core.read_fault(number)
+        while record is False and time.monotonic() < deadline:
+            time.sleep(0.0005)
+            record = _core.read_fault(number)
+        if isinstance(record, dict):
+            found.append(_make(record))
+    return found
+
+
+def check(since: int) -> None:
+    """Raises the `MetalError` for the faults after epoch ``since``, if any.
+
+    The error's class is that of the worst fault; all of them are in its
+    ``faults``.
+    """
+    now = _core.epoch()
+    if now <= since:
+        return
+    raise errors.from_faults(faults(since) or [_lost(now)])
+
+
+class Subscription:
+    """What `on_fault` returns: call `cancel` to get no more faults.
+
+    Also a context manager that cancels on exit. `cancel` may be called from
+    any thread, the callback included, and more than once. A call that is
+    already under way is not waited for.
+    """
+
+    def __init__(self, callback: Callable[[Fault], object]) -> None:
+        self._callback = callback
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        _dispatcher.remove(self)
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.cancel()
+
+
+class _Dispatcher:
+    """The thread that calls the callbacks; started by the first of them.
+
+    It sleeps in ``poll`` on the log's descriptor, so Metal's threads never
+    touch Python.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._subscriptions: list[Subscription] = []
+        self._thread: threading.Thread | None = None
+        self._told = 0
+
+    def add(self, subscription: Subscription) -> None:
+        with self._lock:
+            if not self._subscriptions:
+                self._told = _core.epoch()
+            self._subscriptions.append(subscription)
+            if self._thread is None:
+                fd = _core.notify_fd()
+                if fd < 0:
+                    self._subscriptions.remove(subscription)
+                    raise OSError("no file descriptor is left for fault callbacks")
+                self._thread = threading.Thread(
+                    target=self._run, args=(fd,), name="mlx-safe-faults", daemon=True
+                )
+                self._thread.start()
+
+    def remove(self, subscription: Subscription) -> None:
+        with self._lock:
+            if subscription in self._subscriptions:
+                self._subscriptions.remove(subscription)
+
+    def forget_parent(self) -> None:
+        """In a forked child: its threads and its parent's pipe are gone."""
+        self.__init__()  # type: ignore[misc]
+
+    def _run(self, fd: int) -> None:
+        import select
+
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        while True:
+            poller.poll()
+            _core.drain_notifications()
+            new = faults(self._told)
+            if new:
+                self._told = new[-1].number
+            for fault in new:
+                with self._lock:
+                    current = list(self._subscriptions)
+                for subscription in current:
+                    self._call(subscription, fault)
+
+    def _call(self, subscription: Subscription, fault: Fault) -> None:
+        if subscription._cancelled:
+            return
+        try:
+            subscription._callback(fault)
+        except Exception:
+            # One bad callback must not keep the others from being told.
+            import logging
+
+            logging.getLogger("mlx_safe").exception(
+                "a fault callback failed on %r", fault
+            )
+
+
+_dispatcher = _Dispatcher()
+
+
+def on_fault(callback: Callable[[Fault], object]) -> Subscription:
+    """Calls ``callback(fault)`` for each fault from now on.
+
+    It is called on a thread of ours, never on Metal's; one call at a time, in
+    the order of the faults. An exception in it is logged and does not reach
+    anybody. Returns a `Subscription` whose ``cancel()`` ends it.
+
+    Raises:
+        TypeError: ``callback`` cannot be called.
+        OSError: no file descriptor is left for the notification.
+    """
+    if not callable(callback):
+        raise TypeError(f"on_fault needs a callable, not {type(callback).__name__}")
+    subscription = Subscription(callback)
+    _dispatcher.add(subscription)
+    return subscription
+
+
+def _after_fork_in_child() -> None:
+    _core.after_fork_in_child()
+    _dispatcher.forget_parent()

@@ -1,0 +1,123 @@
+"""`guard`: no fault in a block goes unnoticed."""
+
+from __future__ import annotations
+
+from . import _core, _faults, errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any, TypeVar
+
+    F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = ["guard"]
+
+
+class guard:
+    """Raises a `MetalError` on leaving the block if there was a fault in it.
+
+    ::
+
+        with mlx_safe.guard():
+            mx.eval(y)
+
+        async with mlx_safe.guard():
+            ...
+
+        @mlx_safe.guard()          # functions, coroutine functions, generators
+        def step(): ...
+
+    A fault counts whether MLX raised an error for it, raised it elsewhere or
+    swallowed it. An error of MLX that names a fault is turned into the typed
+    one, with MLX's as its cause. Any other exception passes as it is; a fault
+    in the same block is then added to it as a note (Python 3.11 and later).
+
+    What it covers is the work that was *waited for* inside the block
+    (``mx.eval``, ``mx.synchronize``, ``.item()``), since MLX is lazy. It counts
+    the faults of the whole process: a fault may come from work that another
+    thread or task submitted.
+
+    A guard object is entered once at a time; blocks that run side by side each
+    take their own.
+    """
+
+    def __init__(self) -> None:
+        self._since: int | None = None
+
+    def __enter__(self) -> guard:
+        if self._since is not None:
+            raise RuntimeError("this guard is entered already: use mlx_safe.guard()")
+        self._since = _core.epoch()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        since, self._since = self._since, None
+        if since is not None:
+            _settle(since, exc)
+
+    async def __aenter__(self) -> guard:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, exc, trace)
+
+    def __call__(self, function: F) -> F:
+        import functools
+        import inspect
+
+        wrapped: Any
+        if inspect.iscoroutinefunction(function):
+
+            async def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with guard():
+                    return await function(*args, **kwargs)
+
+        elif inspect.isasyncgenfunction(function):
+
+            async def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with guard():
+                    async for item in function(*args, **kwargs):
+                        yield item
+
+        elif inspect.isgeneratorfunction(function):
+
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with guard():
+                    return (yield from function(*args, **kwargs))
+
+        else:
+
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                with guard():
+                    return function(*args, **kwargs)
+
+        functools.update_wrapper(wrapped, function)
+        result: F = wrapped
+        return result
+
+
+def _settle(since: int, exc: BaseException | None) -> None:
+    """Raises what the block that began at epoch ``since`` has earned."""
+    if exc is not None:
+        typed = errors.from_exception(exc)
+        if typed is not None:
+            if typed is not exc:
+                typed.faults = tuple(_faults.faults(since))
+                raise typed from exc
+            return
+        if _core.epoch() > since and hasattr(exc, "add_note"):
+            exc.add_note("mlx_safe: the GPU failed a command buffer meanwhile")
+        return
+    _faults.check(since)

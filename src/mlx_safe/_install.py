@@ -1,0 +1,250 @@
+"""install, uninstall, status: what is active in this process, and why not.
+
+Serialised by one lock, idempotent, callable from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+from . import _core, _faults, _paths
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+__all__ = ["Status", "install", "status", "uninstall"]
+
+# The first MLX that stores a fault instead of throwing it in the completion
+# handler (ml-explore/mlx#3523).
+OBSERVE_SINCE = (0, 32, 0)
+
+_lock = threading.RLock()
+
+
+class Status:
+    """What `status` returns: a snapshot, immutable by convention.
+
+    Attributes:
+        installed: `install` was called and not undone.
+        mode: ``"intercept"``, ``"observe"`` or None when not installed.
+        on_terminate: ``"report"``, ``"drain"`` or None when not installed.
+        terminate_handler: the terminate handler is in place.
+        metal_hooks: Metal's command buffers are hooked.
+        verified: a trivial command buffer was run and the hooks saw it.
+        hooked: names of the hooked methods, ``-[Class selector]``.
+        runtime: path of the Objective-C runtime, or None.
+        mlx_version: version of the installed mlx, or None.
+        report_dir: directory of the crash reports, or None.
+        epoch: faults so far. dropped: faults whose record was lost.
+        reasons: one line for each thing that is not active.
+    """
+
+    __slots__ = (
+        "dropped",
+        "epoch",
+        "hooked",
+        "installed",
+        "metal_hooks",
+        "mlx_version",
+        "mode",
+        "on_terminate",
+        "reasons",
+        "report_dir",
+        "runtime",
+        "terminate_handler",
+        "verified",
+    )
+
+    installed: bool
+    mode: str | None
+    on_terminate: str | None
+    terminate_handler: bool
+    metal_hooks: bool
+    verified: bool
+    hooked: tuple[str, ...]
+    runtime: str | None
+    mlx_version: str | None
+    report_dir: str | None
+    epoch: int
+    dropped: int
+    reasons: tuple[str, ...]
+
+    def __init__(self, **fields: object) -> None:
+        for name in Status.__slots__:
+            setattr(self, name, fields[name])
+
+    def as_dict(self) -> dict[str, object]:
+        """The attributes as a dict of JSON-able values."""
+        found = {name: getattr(self, name) for name in sorted(Status.__slots__)}
+        found["hooked"] = list(self.hooked)
+        found["reasons"] = list(self.reasons)
+        return found
+
+    def __repr__(self) -> str:
+        if not self.installed:
+            return "<mlx_safe: not installed>"
+        hooks = "hooks verified" if self.verified else "no Metal hooks"
+        return f"<mlx_safe: {self.mode}, {hooks}, {len(self.reasons)} reasons>"
+
+
+class _State:
+    def __init__(self) -> None:
+        self.installed = False
+        self.mode: str | None = None
+        self.on_terminate: str | None = None
+        self.report_dir: str | None = None
+        self.reasons: list[str] = []
+
+
+_state = _State()
+
+
+def mlx_version() -> str | None:
+    """Version of the mlx that this process has imported or would import.
+
+    Not by importing it, which takes tens of milliseconds, nor by
+    importlib.metadata, which takes as long.
+    """
+    loaded = sys.modules.get("mlx.core")
+    if loaded is not None:
+        return str(getattr(loaded, "__version__", "")) or None
+    for entry in sys.path:
+        try:
+            names = os.listdir(entry or ".")
+        except OSError:
+            continue
+        if "mlx" not in names:
+            continue
+        for name in names:
+            if name.startswith("mlx-") and name.endswith(".dist-info"):
+                return name[len("mlx-") : -len(".dist-info")]
+    return None
+
+
+def _parse(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: 0.32.0.dev1 is (0, 32, 0)."""
+    numbers = []
+    for part in version.split(".")[:3]:
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def _regime(mode: str, version: str | None) -> str:
+    if mode != "auto":
+        return mode
+    if version is None or _parse(version) >= OBSERVE_SINCE:
+        return "observe"
+    return "intercept"
+
+
+def _report_dir() -> tuple[str | None, str | None]:
+    """(directory of the crash reports, made if need be; or None and why)."""
+    wanted = _paths.report_dir()
+    try:
+        os.makedirs(wanted, mode=0o700, exist_ok=True)
+    except OSError as e:
+        return None, f"no crash reports: cannot make {wanted}: {e.strerror}"
+    if not os.access(wanted, os.W_OK | os.X_OK):
+        return None, f"no crash reports: cannot write to {wanted}"
+    return wanted, None
+
+
+def install(
+    mode: Literal["auto", "intercept", "observe"] = "auto",
+    on_terminate: Literal["report", "drain"] = "report",
+    *,
+    drain_seconds: float = 10.0,
+) -> Status:
+    """Protects this process. Calling it again changes the settings.
+
+    Args:
+        mode: how the running MLX treats a fault. ``"auto"`` chooses by the
+            installed mlx: intercept below 0.32.0, observe from there on.
+        on_terminate: what happens when an exception reaches std::terminate.
+            ``"report"``: a crash report is written and the process dies as it
+            would have. ``"drain"``: the thread is parked, `on_fault` callbacks
+            are called so that a server can answer its clients, and the process
+            leaves with status 75.
+        drain_seconds: how long a parked thread waits before it exits anyway.
+
+    Never fails because of the machine: what cannot be active is named in the
+    returned `Status`.
+
+    Raises:
+        ValueError: an argument is none of the above.
+    """
+    if mode not in ("auto", "intercept", "observe"):
+        raise ValueError(f'mode must be "auto", "intercept" or "observe", not {mode!r}')
+    if on_terminate not in ("report", "drain"):
+        raise ValueError(
+            f'on_terminate must be "report" or "drain", not {on_terminate!r}'
+        )
+    if not drain_seconds > 0:
+        raise ValueError(f"drain_seconds must be over 0, not {drain_seconds!r}")
+    with _lock:
+        version = mlx_version()
+        reasons = []
+        if version is None:
+            reasons.append("mlx is not installed: pip install mlx")
+        report_dir, why_not = _report_dir()
+        if why_not:
+            reasons.append(why_not)
+        _core.terminate_install(on_terminate == "drain", report_dir, drain_seconds)
+        reasons.append(_why_no_metal())
+        if not _state.installed:
+            _register_fork_handler()
+        _state.installed = True
+        _state.mode = _regime(mode, version)
+        _state.on_terminate = on_terminate
+        _state.report_dir = report_dir
+        _state.reasons = reasons
+        return status()
+
+
+def _why_no_metal() -> str:
+    if sys.platform == "darwin":
+        return "Metal is not hooked: this version has no hooks yet"
+    return "Metal is not hooked: there is no Objective-C runtime on this system"
+
+
+def uninstall() -> None:
+    """Puts everything back as it was before `install`. The log stays."""
+    with _lock:
+        _core.terminate_uninstall()
+        _state.__init__()  # type: ignore[misc]
+
+
+def status() -> Status:
+    """What is active, and for what is not, why."""
+    with _lock:
+        installed = _state.installed
+        reasons = _state.reasons if installed else ["not installed: call install()"]
+        return Status(
+            installed=installed,
+            mode=_state.mode,
+            on_terminate=_state.on_terminate,
+            terminate_handler=_core.terminate_installed(),
+            metal_hooks=False,
+            verified=False,
+            hooked=(),
+            runtime=None,
+            mlx_version=mlx_version(),
+            report_dir=_state.report_dir,
+            epoch=_core.epoch(),
+            dropped=_core.dropped(),
+            reasons=tuple(reasons),
+        )
+
+
+_fork_handler_registered = False
+
+
+def _register_fork_handler() -> None:
+    global _fork_handler_registered
+    if not _fork_handler_registered:
+        os.register_at_fork(after_in_child=_faults._after_fork_in_child)
+        _fork_handler_registered = True

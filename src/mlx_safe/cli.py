@@ -1,0 +1,76 @@
+"""The command ``mlx-safe``."""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["CommandError", "main"]
+
+USAGE = """\
+usage: mlx-safe [--version] COMMAND ...
+
+commands:
+  serve    mlx_lm.server, protected: takes every flag of it
+  status   what is active on this machine, and for what is not, why
+"""
+
+
+class CommandError(Exception):
+    """A user's mistake: one line that says what to do, exit status 2."""
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from .server.launcher import serve
+
+    return serve(arguments)
+
+
+def _status(arguments: Sequence[str]) -> int:
+    if arguments and list(arguments) != ["--json"]:
+        raise CommandError("status takes only --json")
+    import json
+
+    from . import install
+
+    found = install().as_dict()
+    if arguments:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        shown = ", ".join(value) if isinstance(value, list) else value
+        print(f"{name:18} {shown}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": _serve,
+    "status": _status,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from ._version import __version__
+
+        print(f"mlx-safe {__version__}")
+        return 0
+    try:
+        command = COMMANDS.get(arguments[0])
+        if command is None:
+            known = ", ".join(COMMANDS)
+            raise CommandError(f"no command {arguments[0]!r}; there are: {known}")
+        return command(arguments[1:])
+    except CommandError as e:
+        print(f"mlx-safe: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

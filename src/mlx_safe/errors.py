@@ -1,0 +1,334 @@
+"""The table of GPU faults, and the exceptions made of them.
+
+One table (`FAULT_KINDS`) says what each IOGPU code is called, which exception
+it becomes, whether the work can be tried again and whether the process can go
+on. Codes are read as numbers (``error.userInfo[NSUnderlyingErrorKey].code``,
+or the eight hex digits in the message), never from the wording, which differs
+between systems and drivers.
+
+Source of the codes: WebKit's ``Queue.mm`` and the reports of MLX users; Apple
+publishes no list. Numbers that nobody has seen (1, 7, 0xc, 0xd, 0xf) are not
+in the table and become a plain `MetalError`.
+
+All of this may be used from any thread.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ._faults import Fault
+
+__all__ = [
+    "FAULT_KINDS",
+    "FaultKind",
+    "MetalAccessError",
+    "MetalDeviceLostError",
+    "MetalError",
+    "MetalHangError",
+    "MetalInnocentVictimError",
+    "MetalInteractivityError",
+    "MetalOutOfMemoryError",
+    "MetalTimeoutError",
+    "from_exception",
+    "from_faults",
+    "is_metal_message",
+    "kind_of",
+]
+
+_PREFIX = "kIOGPUCommandBufferCallbackError"
+
+
+class MetalError(RuntimeError):
+    """A command buffer completed with status error.
+
+    A `RuntimeError`, so that code which catches MLX's own error keeps working.
+
+    Attributes:
+        code: the IOGPU code; -1 when none could be read.
+        name: Apple's name for it, such as
+            ``kIOGPUCommandBufferCallbackErrorOutOfMemory``.
+        retryable: the same work may succeed when it is done again. What the
+            failed command buffers were to write must be computed anew.
+        fatal: this process gets no more work done on the GPU.
+        faults: tuple of `mlx_safe.Fault`, oldest first; empty when the error
+            was made of an exception that MLX raised by itself.
+    """
+
+    def __init__(
+        self, message: str, *, code: int = -1, faults: Sequence[Fault] = ()
+    ) -> None:
+        super().__init__(message)
+        kind = kind_of(code)
+        self.code = code
+        self.name = kind.name
+        self.retryable = kind.retryable
+        self.fatal = kind.fatal
+        self.faults: tuple[Fault, ...] = tuple(faults)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), str(self), self.code, self.faults)
+
+
+def _rebuild(
+    cls: type[MetalError], message: str, code: int, faults: tuple[Fault, ...]
+) -> MetalError:
+    return cls(message, code=code, faults=faults)
+
+
+class MetalOutOfMemoryError(MetalError):
+    """Code 8: resident memory went over what the GPU may use."""
+
+
+class MetalTimeoutError(MetalError):
+    """Code 2: a wait for the CPU, or for a busier process, took too long."""
+
+
+class MetalHangError(MetalError):
+    """Code 3: the GPU was found hanging in this work."""
+
+
+class MetalInteractivityError(MetalError):
+    """Code 0xe: one piece of work held up the display for too long."""
+
+
+class MetalInnocentVictimError(MetalError):
+    """Code 5: another process's fault forced a recovery of the GPU."""
+
+
+class MetalAccessError(MetalError):
+    """Codes 9, 0xa, 0xb, 0x10, 0x11: the work touched what it must not."""
+
+
+class MetalDeviceLostError(MetalError):
+    """Code 4: the driver ignores this process's work from now on."""
+
+
+class FaultKind:
+    """One row of the table. Immutable.
+
+    Attributes:
+        code: IOGPU code. name: Apple's name. error: exception class.
+        retryable, fatal: as in `MetalError`.
+        slug: the ``code`` of the JSON error that a server sends.
+        advice: one sentence for whoever reads the log.
+    """
+
+    __slots__ = ("advice", "code", "error", "fatal", "name", "retryable", "slug")
+
+    def __init__(
+        self,
+        code: int,
+        name: str,
+        error: type[MetalError],
+        slug: str,
+        *,
+        retryable: bool,
+        fatal: bool = False,
+        advice: str,
+    ) -> None:
+        self.code = code
+        self.name = name
+        self.error = error
+        self.slug = slug
+        self.retryable = retryable
+        self.fatal = fatal
+        self.advice = advice
+
+    def __repr__(self) -> str:
+        return f"FaultKind({self.code:#x}, {self.name})"
+
+
+def _row(
+    code: int,
+    name: str,
+    error: type[MetalError],
+    slug: str,
+    *,
+    retryable: bool,
+    fatal: bool = False,
+    advice: str,
+) -> tuple[int, FaultKind]:
+    kind = FaultKind(
+        code,
+        _PREFIX + name,
+        error,
+        slug,
+        retryable=retryable,
+        fatal=fatal,
+        advice=advice,
+    )
+    return code, kind
+
+
+_CORRUPT = "Treat it as memory corruption: suspect a custom kernel or extension."
+
+FAULT_KINDS: Mapping[int, FaultKind] = dict(
+    (
+        _row(
+            0x2,
+            "Timeout",
+            MetalTimeoutError,
+            "metal_timeout",
+            retryable=True,
+            advice="Look for another process that keeps the GPU busy.",
+        ),
+        _row(
+            0x3,
+            "Hang",
+            MetalHangError,
+            "metal_hang",
+            retryable=True,
+            advice="If it comes back, later processes may need a reboot of the Mac.",
+        ),
+        _row(
+            0x4,
+            "SubmissionsIgnored",
+            MetalDeviceLostError,
+            "metal_device_lost",
+            retryable=False,
+            fatal=True,
+            advice="The process must be replaced; no reset clears this.",
+        ),
+        _row(
+            0x5,
+            "InnocentVictim",
+            MetalInnocentVictimError,
+            "metal_innocent_victim",
+            retryable=True,
+            advice="Another process failed on the GPU.",
+        ),
+        _row(
+            0x6,
+            "BackgroundExecutionNotPermitted",
+            MetalError,
+            "metal_background_not_permitted",
+            retryable=True,
+            advice="The app must be in the foreground (iOS).",
+        ),
+        _row(
+            0x8,
+            "OutOfMemory",
+            MetalOutOfMemoryError,
+            "metal_out_of_memory",
+            retryable=True,
+            advice="Less prompt cache, shorter prompts, or a higher "
+            "iogpu.wired_limit_mb.",
+        ),
+        _row(
+            0x9,
+            "InvalidResource",
+            MetalAccessError,
+            "metal_invalid_resource",
+            retryable=False,
+            advice=_CORRUPT,
+        ),
+        _row(
+            0xA,
+            "InvalidInput",
+            MetalAccessError,
+            "metal_invalid_input",
+            retryable=False,
+            advice=_CORRUPT,
+        ),
+        _row(
+            0xB,
+            "PageFault",
+            MetalAccessError,
+            "metal_page_fault",
+            retryable=False,
+            advice=_CORRUPT,
+        ),
+        _row(
+            0xE,
+            "ImpactingInteractivity",
+            MetalInteractivityError,
+            "metal_interactivity",
+            retryable=True,
+            advice="Smaller prefill steps, or the display off.",
+        ),
+        _row(
+            0x10,
+            "ProtectionViolation",
+            MetalAccessError,
+            "metal_protection_violation",
+            retryable=False,
+            advice=_CORRUPT,
+        ),
+        _row(
+            0x11,
+            "StackOverflow",
+            MetalAccessError,
+            "metal_stack_overflow",
+            retryable=False,
+            advice=_CORRUPT,
+        ),
+    )
+)
+
+
+def kind_of(code: int) -> FaultKind:
+    """The table's row for ``code``.
+
+    A code that is not in the table is taken for retryable: the number of
+    attempts is bounded, and nothing says that the process is lost.
+    """
+    kind = FAULT_KINDS.get(code)
+    if kind is not None:
+        return kind
+    name = f"{_PREFIX}({code:#x})" if code >= 0 else f"{_PREFIX}(unknown)"
+    return FaultKind(
+        code,
+        name,
+        MetalError,
+        "metal_error",
+        retryable=True,
+        advice="Please report this code, with the system's version.",
+    )
+
+
+def is_metal_message(message: str) -> bool:
+    """Whether ``message`` is what MLX says of a failed command buffer.
+
+    MLX 0.29 to 0.32 begin it with ``[METAL] Command buffer execution failed``;
+    the driver's part is looked for as well, since MLX may wrap it.
+    """
+    return (
+        "Command buffer execution failed" in message
+        or "CommandBufferCallbackError" in message
+    )
+
+
+def from_exception(exc: BaseException) -> MetalError | None:
+    """The `MetalError` that ``exc`` stands for, or None if it is another error.
+
+    ``exc`` itself when it is one. Otherwise a new one, classified by the number
+    in the message; chain it with ``raise … from exc``.
+    """
+    if isinstance(exc, MetalError):
+        return exc
+    if not isinstance(exc, RuntimeError):
+        return None
+    message = str(exc)
+    if not is_metal_message(message):
+        return None
+    from . import _core
+
+    code = _core.code_in_message(message)
+    return kind_of(code).error(message, code=code)
+
+
+def from_faults(faults: Sequence[Fault]) -> MetalError:
+    """One error for ``faults`` (at least one, oldest first).
+
+    The worst decides the class: a fatal one, else the first that cannot be
+    retried, else the first of all.
+    """
+    worst = next((f for f in faults if f.fatal), None)
+    worst = worst or next((f for f in faults if not f.retryable), faults[0])
+    message = worst.message or f"[METAL] Command buffer execution failed: {worst.name}"
+    if len(faults) > 1:
+        message += f" (and {len(faults) - 1} more faults)"
+    return kind_of(worst.code).error(message, code=worst.code, faults=faults)

@@ -1,0 +1,26 @@
+"""mlx_lm.server, protected. Start it with ``mlx-safe serve``.
+
+What the patch touches, all of it:
+
+===============================  ==================  ==========================
+mlx_lm.server                    here                why
+===============================  ==================  ==========================
+``run`` (module attribute)       `launcher.run`      binds the port first, builds
+                                                     the two classes below
+``ResponseGenerator._generate``  `generator`         a step that fails must not
+                                                     end the generation thread
+``ResponseGenerator.             `generator`         the one place that every
+_next_request``                                      request passes: its queue is
+                                                     replaced by a `Ticket`
+``ResponseGenerator._tokenize``  `generator`         tells a bad request from a
+                                                     failed generation
+``ResponseGenerator.generate``   `generator`         refuses while it must
+``APIHandler.handle_completion`` `handler`           answers failures
+``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies
+``APIHandler.                    `handler`           tells the truth
+handle_health_check``
+``ModelProvider.load`` (object)  `generator`         an unknown model is a 404
+===============================  ==================  ==========================
+
+`compat` checks at start that they are where this patch expects them.
+"""

@@ -1,0 +1,123 @@
+"""Which mlx-lm this patch fits, and the check that it does.
+
+All knowledge about versions of mlx-lm is in this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+from ..cli import CommandError
+
+__all__ = ["SUPPORTED", "import_server", "missing_seams"]
+
+# Oldest version, and the first that is too new. pyproject.toml says the same.
+SUPPORTED = ((0, 31, 3), (0, 33, 0))
+REQUIREMENT = "mlx-lm>=0.31.3,<0.33"
+INSTALL = f"pip install '{REQUIREMENT}'"
+
+# What the patch relies on: (class or None, name, leading parameters).
+SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
+    (None, "main", ()),
+    (None, "run", ("host", "port", "model_provider")),
+    ("ResponseGenerator", "__init__", ("self", "model_provider", "prompt_cache")),
+    ("ResponseGenerator", "_generate", ("self",)),
+    ("ResponseGenerator", "_next_request", ("self", "timeout")),
+    ("ResponseGenerator", "_tokenize", ("self", "tokenizer", "request", "args")),
+    ("ResponseGenerator", "generate", ("self", "request", "generation_args")),
+    ("ResponseGenerator", "stop_and_join", ("self",)),
+    ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
+    ("APIHandler", "handle_health_check", ("self",)),
+    ("APIHandler", "do_GET", ("self",)),
+    ("APIHandler", "do_POST", ("self",)),
+    ("APIHandler", "_set_stream_headers", ("self",)),
+    ("APIHandler", "_set_cors_headers", ("self",)),
+    ("ModelProvider", "load", ("self", "model_path")),
+    ("ModelProvider", "load_default", ("self",)),
+    ("LRUPromptCache", "trim_to", ("self",)),
+)
+
+
+def version_of(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version."""
+    numbers = []
+    for part in text.split(".")[:3]:
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def missing_seams(server: Any) -> list[str]:
+    """One line for each thing that ``server`` does not have as expected."""
+    missing = []
+    for owner, name, parameters in SEAMS:
+        label = f"mlx_lm.server.{owner + '.' if owner else ''}{name}"
+        holder = getattr(server, owner, None) if owner else server
+        found = getattr(holder, name, None)
+        if found is None:
+            missing.append(f"{label} is gone")
+            continue
+        has = tuple(inspect.signature(found).parameters)[: len(parameters)]
+        if has != parameters:
+            missing.append(f"{label} takes ({', '.join(has)}), not {parameters}")
+    return missing
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mlx-lm")
+    except PackageNotFoundError:
+        from mlx_lm import __version__
+
+        return str(__version__)
+
+
+def import_server(*, allow_untested: bool = False) -> Any:
+    """The module ``mlx_lm.server``, checked.
+
+    Raises:
+        CommandError: mlx or mlx-lm is missing, too old or too new; the one
+            line says what to install.
+    """
+    for module, package in (("mlx", "mlx"), ("mlx_lm", "mlx-lm")):
+        if importlib.util.find_spec(module) is None:
+            raise CommandError(
+                f"{package} is not installed: pip install 'mlx-safe[server]'"
+            )
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as e:
+        raise CommandError(
+            f"mlx cannot be imported ({_first_line(e)}): pip install --upgrade "
+            "mlx (on Linux 'mlx[cpu]')"
+        ) from e
+    found = _version()
+    oldest, too_new = SUPPORTED
+    if version_of(found) < oldest:
+        raise CommandError(f"mlx-lm {found} is too old: {INSTALL}")
+    if version_of(found) >= too_new and not allow_untested:
+        raise CommandError(
+            f"mlx-lm {found} is newer than this mlx-safe knows: {INSTALL}, or try "
+            "it with --allow-untested-mlx-lm"
+        )
+    try:
+        import mlx_lm.server as server
+    except ImportError as e:
+        raise CommandError(
+            f"mlx-lm {found} cannot be imported ({_first_line(e)}): {INSTALL}"
+        ) from e
+    missing = missing_seams(server)
+    if missing:
+        raise CommandError(
+            f"mlx-lm {found} does not fit this mlx-safe ({'; '.join(missing)}): "
+            f"{INSTALL}"
+        )
+    return server
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

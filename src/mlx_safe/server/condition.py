@@ -1,0 +1,81 @@
+"""The server's condition: what /health says, and the way out.
+
+One object per server, shared by the generation thread, the handler threads and
+the thread that is told of faults. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .. import _core
+
+__all__ = ["EXIT_REPLACE", "Condition"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# EX_TEMPFAIL: whoever started the process should start it again.
+EXIT_REPLACE = 75
+# How long the process waits for handlers that are writing their answers.
+ANSWER_TIMEOUT_S = 5.0
+
+
+class Condition:
+    """``loading`` → ``ok`` ⇄ ``recovering``; ``failed`` is the end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state = "loading"
+        self._reason = "the model is being loaded"
+        self._answering = 0
+
+    @property
+    def state(self) -> str:
+        """``"loading"``, ``"ok"``, ``"recovering"`` or ``"failed"``."""
+        return self._state
+
+    @property
+    def reason(self) -> str | None:
+        """Why requests cannot be served; None when they can."""
+        return None if self._state == "ok" else self._reason
+
+    def enter(self, state: str, reason: str = "") -> None:
+        """Changes the state; nothing leads out of ``failed``."""
+        with self._lock:
+            if self._state != "failed":
+                self._state, self._reason = state, reason
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Held by a handler while its client waits for an answer."""
+        with self._lock:
+            self._answering += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._answering -= 1
+
+    def leave(self, status: int) -> None:
+        """Ends the process with ``status`` once the clients have their answers.
+
+        Called on any thread but a handler's. At most `ANSWER_TIMEOUT_S`
+        seconds are spent on waiting. Not by ``sys.exit``: the interpreter would
+        wait for MLX, whose threads may be lost.
+        """
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while self._answering > 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._answering:
+            log.error("%d clients could not be answered", self._answering)
+        logging.shutdown()
+        sys.stdout.flush()
+        if status == EXIT_REPLACE:
+            _core.terminate_drained()
+        os._exit(status)

@@ -1,0 +1,297 @@
+"""The generation thread that outlives its failures.
+
+`ProtectedResponseGenerator` runs mlx-lm's own ``_generate`` again after an
+exception has left it, on the same thread: a new thread could not use the
+arrays of the old one's stream ("There is no Stream(cpu, 0) in current thread",
+MLX 0.32).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import traceback
+from queue import Empty
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.server import ResponseGenerator
+
+from .. import _core, _faults, errors, testing
+from .condition import EXIT_REPLACE, Condition
+from .metrics import Metrics
+from .replies import BadRequest, ModelNotFound, Unavailable, reply_for
+from .tickets import Flight, Ticket
+
+__all__ = ["Answered", "GenerationFailed", "ProtectedResponseGenerator"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# Errors still pending on MLX's streams are raised by the next waits, each once
+# (MLX 0.32); this many are fetched before the state is taken for clean.
+PENDING_ERRORS_MAX = 8
+
+
+class Answered(BaseException):
+    """Carries an error past ``except Exception`` in mlx-lm's handler.
+
+    That clause answers 404 to whatever `generate` raises. Only
+    `handler.ProtectedHandler` catches this, around the same call.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class GenerationFailed(Exception):
+    """Stands, in another thread, for an exception of the generation thread.
+
+    Without its traceback, which would keep the failed arrays alive.
+    """
+
+
+class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
+    """mlx-lm's generator with an end to every request and none to the thread."""
+
+    def __init__(
+        self,
+        model_provider: Any,
+        prompt_cache: Any,
+        condition: Condition,
+        injections: bool = False,
+    ) -> None:
+        self.condition = condition
+        self.flight = Flight()
+        self.metrics = Metrics(
+            lambda: len(self.flight), lambda: float(condition.state == "ok")
+        )
+        # The epoch up to which faults have been dealt with.
+        self._clean_epoch = _core.epoch()
+        # An error that mlx-lm caught itself, until the thread gets round to it.
+        self._caught: Exception | None = None
+        self._wrap_load(model_provider, injections)
+        # Starts the thread.
+        super().__init__(model_provider, prompt_cache)
+
+    # -- called by handler threads -----------------------------------------
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As mlx-lm's; errors are raised as `Answered`."""
+        try:
+            if self.condition.state == "failed":
+                raise Unavailable(self.condition.reason)
+            return super().generate(*args, **kwargs)
+        except Exception as e:
+            raise Answered(e) from e
+
+    # -- the generation thread ----------------------------------------------
+
+    def _generate(self) -> None:
+        if not self._load_first_model():
+            return
+        while not self._stop:
+            try:
+                super()._generate()
+            except Exception as e:
+                self._recover(e)
+
+    def _load_first_model(self) -> bool:
+        try:
+            self.model_provider.load_default()
+        except Exception as e:
+            fault = errors.from_exception(e.__cause__ or e)
+            log.error("the model cannot be loaded: %s", _one_line(e))
+            status = 2 if fault is None else EXIT_REPLACE
+            self.condition.enter("failed", "the model cannot be loaded")
+            self._fail_everyone(Unavailable("the model cannot be loaded"))
+            self.condition.leave(status)
+            return False
+        self.condition.enter("ok")
+        log.info("ready: %r", _status_line())
+        return True
+
+    def _wrap_load(self, provider: Any, injections: bool) -> None:
+        load = provider.load
+
+        def load_or_say_why(*args: Any, **kwargs: Any) -> Any:
+            try:
+                model, tokenizer = load(*args, **kwargs)
+            except Exception as e:
+                if errors.from_exception(e) is not None:
+                    raise
+                raise ModelNotFound(
+                    f"The model cannot be loaded: {_one_line(e)}"
+                ) from e
+            if injections:
+                width = provider.cli_args.num_draft_tokens + 1
+                testing.attach(model, decode_width=width if provider.draft_model else 1)
+            return model, tokenizer
+
+        provider.load = load_or_say_why
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        try:
+            return super()._tokenize(tokenizer, request, args)
+        except Exception as e:
+            raise BadRequest(f"The prompt cannot be read: {_one_line(e)}") from e
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        # mlx-lm's loop comes by here between any two pieces of work.
+        caught, self._caught = self._caught, None
+        if caught is not None:
+            self._recover(caught)
+        self._check_epoch()
+        taken = super()._next_request(timeout)
+        if taken is None:
+            return None
+        queue, *rest = taken
+        ticket = Ticket(self.flight, queue, self._check_epoch, self._on_caught)
+        self.flight.board(ticket)
+        return ticket, *rest
+
+    def _check_epoch(self) -> None:
+        _faults.check(self._clean_epoch)
+
+    def _on_caught(self, ticket: Ticket, exc: Exception) -> None:
+        """mlx-lm has caught ``exc`` and ended the request with it.
+
+        Before the context was sent it is about this request alone (its model,
+        its prompt); afterwards a generation step has failed.
+        """
+        if ticket.context is None and isinstance(exc, BadRequest | ModelNotFound):
+            ticket.fail(_portable(exc))
+            self.metrics.failures.labels(reply_for(exc).code).inc()
+        else:
+            self._caught = exc
+
+    # -- after a failure ------------------------------------------------------
+
+    def _recover(self, exc: Exception) -> None:
+        """Answers everyone in flight and makes the thread fit for the next."""
+        self.condition.enter("recovering", "the state is being reset after a failure")
+        fault = self._as_fault(exc)
+        self._log_failure(exc, fault)
+        told = fault or _portable(exc)
+        self.metrics.failures.labels(reply_for(told).code).inc()
+        if fault is not None and fault.fatal:
+            self.give_up(fault)
+            return
+        try:
+            # Before the answers: whoever tries again at once finds the memory
+            # free and /health telling so.
+            self._reset(exc)
+            self.condition.enter("ok")
+        finally:
+            self._fail_flight(told)
+
+    def _as_fault(self, exc: Exception) -> errors.MetalError | None:
+        """The fault behind ``exc``, those of the log included."""
+        fault = errors.from_exception(exc)
+        logged = _faults.faults(self._clean_epoch)
+        if logged:
+            worst = errors.from_faults(logged)
+            # An error may name an earlier, milder fault than the log does.
+            if fault is None or worst.fatal:
+                return worst
+            fault.faults = tuple(logged)
+        if fault is None:
+            return None
+        # A new object: it goes to other threads, without a traceback.
+        return type(fault)(str(fault), code=fault.code, faults=fault.faults)
+
+    def _log_failure(self, exc: Exception, fault: errors.MetalError | None) -> None:
+        if fault is None:
+            log.error(
+                "a generation step failed, %d requests end with it",
+                len(self.flight),
+                exc_info=exc,
+            )
+            return
+        kind = errors.kind_of(fault.code)
+        log.warning(
+            "fault of the GPU: %s; %d requests end with it. %s",
+            fault,
+            len(self.flight),
+            kind.advice,
+        )
+
+    def _fail_flight(self, exc: Exception) -> None:
+        for ticket in self.flight.tickets():
+            ticket.fail(exc)
+
+    def _fail_everyone(self, exc: Exception) -> None:
+        """Also those that are still in the queue."""
+        self._fail_flight(exc)
+        while True:
+            try:
+                queue, *_ = self.requests.get_nowait()
+            except Empty:
+                return
+            queue.put(exc)
+
+    def give_up(self, exc: Exception) -> None:
+        """Answers everyone, then ends the process with status 75. Any thread."""
+        self.condition.enter("failed", "the GPU is lost; the server is restarting")
+        log.error("the process must be replaced: %s", _one_line(exc))
+        self._fail_everyone(exc)
+        self.condition.leave(EXIT_REPLACE)
+
+    def _reset(self, exc: Exception) -> None:
+        """Drops whatever the failure may have left unwritten.
+
+        Arrays of a failed evaluation read as valid afterwards (both regimes),
+        so all that was computed since the model was loaded goes: the batch,
+        whose only owners are the frames of the traceback, and the prompt cache.
+        """
+        _clear_frames(exc)
+        # Trimmed in place: a replaced one would live on in mlx-lm's frames.
+        self.prompt_cache.trim_to(n_sequences=0)
+        self._fetch_pending_errors()
+        gc.collect()
+        mx.clear_cache()
+        self._clean_epoch = _core.epoch()
+        self.metrics.resets.inc()
+
+    def _fetch_pending_errors(self) -> None:
+        for _ in range(PENDING_ERRORS_MAX):
+            try:
+                mx.synchronize()
+                return
+            except RuntimeError as e:
+                log.info("an error was still pending: %s", _one_line(e))
+        log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
+
+
+def _portable(exc: Exception) -> Exception:
+    """``exc`` as it may be given to another thread: without its traceback."""
+    if isinstance(exc, BadRequest | ModelNotFound | MemoryError):
+        return type(exc)(str(exc))
+    if isinstance(exc, RuntimeError):
+        return RuntimeError(str(exc))  # `reply_for` reads the allocators' messages
+    return GenerationFailed(f"{type(exc).__name__}: {exc}")
+
+
+def _clear_frames(exc: BaseException) -> None:
+    """Frees the locals of every frame that ``exc`` and its causes hold."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [exc]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        pending += [current.__cause__, current.__context__]
+        traceback.clear_frames(current.__traceback__)
+        current.__traceback__ = None
+
+
+def _one_line(exc: BaseException) -> str:
+    text = str(exc).strip() or type(exc).__name__
+    return text.splitlines()[0]
+
+
+def _status_line() -> Any:
+    from .. import status
+
+    return status()

@@ -1,0 +1,173 @@
+"""mlx-lm's HTTP handler with an answer to every failure."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import Any
+
+from mlx_lm.server import APIHandler
+
+from .generator import Answered, ProtectedResponseGenerator
+from .metrics import CONTENT_TYPE
+from .replies import BadRequest, Reply, reply_for
+
+__all__ = ["ProtectedHandler"]
+
+log = logging.getLogger("mlx_safe.server")
+
+
+class _BodyWriter:
+    """``wfile`` that sends held-back headers before its first byte."""
+
+    def __init__(self, handler: ProtectedHandler, raw: Any) -> None:
+        self._handler = handler
+        self._raw = raw
+
+    def write(self, data: bytes) -> int:
+        self._handler.release_headers()
+        self._handler.bytes_sent += len(data)
+        return int(self._raw.write(data))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._raw, name)
+
+
+class ProtectedHandler(APIHandler):  # type: ignore[misc]
+    """One request. Runs on a thread of its own."""
+
+    response_generator: ProtectedResponseGenerator
+
+    def setup(self) -> None:
+        self._hold_headers = False
+        self.bytes_sent = 0
+        super().setup()
+        raw: Any = self.wfile
+        self.wfile: Any = _BodyWriter(self, raw)
+
+    # A stream's headers wait for its first byte: until then a failure can still
+    # be answered with its own status, which clients know how to retry.
+
+    def _set_stream_headers(self, status_code: int = 200) -> None:
+        super()._set_stream_headers(status_code)
+        self._hold_headers = True
+
+    def flush_headers(self) -> None:
+        if not self._hold_headers:
+            super().flush_headers()
+
+    def release_headers(self) -> None:
+        """Sends the headers that were held back, if any."""
+        if self._hold_headers:
+            self._hold_headers = False
+            super().flush_headers()
+
+    # -- routes -----------------------------------------------------------------
+
+    def do_GET(self) -> None:
+        if self.path == "/metrics":
+            body = self.response_generator.metrics.render()
+            self._send_body(200, CONTENT_TYPE, body)
+        else:
+            super().do_GET()
+
+    def handle_health_check(self) -> None:
+        condition = self.response_generator.condition
+        thread = self.response_generator._generation_thread
+        reason = condition.reason
+        if reason is None and not thread.is_alive():
+            reason = "the generation thread has ended"
+        if reason is None:
+            self._send_json(200, {"status": "ok"})
+        else:
+            self._send_json(
+                503,
+                {"status": "unavailable", "state": condition.state, "reason": reason},
+            )
+
+    def do_POST(self) -> None:
+        condition = self.response_generator.condition
+        with condition.answering():
+            try:
+                super().do_POST()
+            except ConnectionError:
+                self._note_departure()
+            except Exception as e:
+                # handle_completion deals with its own, so mlx-lm was still
+                # reading the body (0.31.3 raises there, 0.32 answers).
+                log.info("a request could not be read: %s", e)
+                self._send_failure(BadRequest(str(e) or "The request is invalid."))
+
+    def handle_completion(self, request: Any, stop_words: Any) -> None:
+        outcome = "completed"
+        try:
+            super().handle_completion(request, stop_words)
+        except ConnectionError:
+            outcome = "client_left"
+            self._note_departure()
+        except Answered as e:
+            outcome = self._send_failure(e.error)
+        except Exception as e:
+            outcome = self._send_failure(e)
+        self.response_generator.metrics.requests.labels(outcome).inc()
+
+    # -- answers ------------------------------------------------------------------
+
+    def _note_departure(self) -> None:
+        self._hold_headers = False
+        self._headers_buffer: list[bytes] = []
+        request_id = getattr(self, "request_id", "-")
+        log.info("the client of %s went away; its request is cancelled", request_id)
+
+    def _send_failure(self, exc: Exception) -> str:
+        """Tells the client of ``exc``; returns the outcome for the metrics."""
+        reply = reply_for(exc)
+        if reply.status == 500:
+            log.error("request %s failed: %r", getattr(self, "request_id", "-"), exc)
+        try:
+            if self.bytes_sent:
+                self._send_error_event(reply)
+            else:
+                self._send_error_body(reply)
+        except ConnectionError:
+            self._note_departure()
+        return reply.code
+
+    def _send_error_body(self, reply: Reply) -> None:
+        self._headers_buffer = []  # of the 200 that mlx-lm had begun
+        self._hold_headers = False
+        self.close_connection = True
+        body = json.dumps({"error": reply.error()}).encode()
+        self._send_body(reply.status, "application/json", body, reply.retry_after)
+
+    def _send_error_event(self, reply: Reply) -> None:
+        event = {
+            "id": getattr(self, "request_id", None),
+            "object": "error",
+            "model": getattr(self, "requested_model", None),
+            "created": getattr(self, "created", int(time.time())),
+            "error": reply.error(),
+        }
+        self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
+        self.wfile.flush()
+
+    def _send_json(self, status: int, value: dict[str, Any]) -> None:
+        self._send_body(status, "application/json", json.dumps(value).encode())
+
+    def _send_body(
+        self,
+        status: int,
+        content_type: str,
+        body: bytes,
+        retry_after: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        if retry_after is not None:
+            self.send_header("Retry-After", str(retry_after))
+        self._set_cors_headers()
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()

@@ -1,0 +1,184 @@
+"""``mlx-safe serve``: mlx_lm.server's own ``main`` with another ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from .. import install, on_fault, testing
+from ..cli import CommandError
+from . import compat
+
+__all__ = ["run", "serve"]
+
+log = logging.getLogger("mlx_safe.server")
+
+
+def _own_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx-safe serve",
+        add_help=False,
+        allow_abbrev=False,
+        description="mlx_lm.server, protected. Takes these options, and every "
+        "option of mlx_lm.server, listed below.",
+    )
+    parser.add_argument(
+        "--allow-untested-mlx-lm",
+        action="store_true",
+        help="start with an mlx-lm newer than this mlx-safe was tested with, as "
+        "long as it has all that the patch needs",
+    )
+    return parser
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Runs the protected server until it is told to stop.
+
+    Raises:
+        CommandError: it cannot start; the message says what to do.
+    """
+    parser = _own_parser()
+    own, rest = parser.parse_known_args(list(arguments))
+    try:
+        injections = testing.plan_from_environment()
+    except ValueError as e:
+        raise CommandError(str(e)) from e
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print("\noptions of mlx_lm.server:\n")
+        sys.stdout.flush()
+    server = compat.import_server(allow_untested=own.allow_untested_mlx_lm)
+    server.run = lambda host, port, model_provider, **_: run(
+        server, host, port, model_provider, bool(injections)
+    )
+    sys.argv = ["mlx-safe serve", *rest]
+    server.main()
+    return 0
+
+
+class _Server(ThreadingHTTPServer):
+    # The default of 5 refuses connections when clients come all at once.
+    request_queue_size = 128
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, ConnectionError):
+            log.info("a client went away: %s", error)
+        else:
+            log.exception("a handler failed")
+
+
+def run(
+    server: Any, host: str, port: int, model_provider: Any, injections: bool
+) -> None:
+    """Stands in for ``mlx_lm.server.run``.
+
+    The port is bound before the model is loaded: a port in use is noticed at
+    once, and a client that comes early waits instead of being refused.
+    """
+    _check_paths(model_provider.cli_args)
+    install(on_terminate="drain")
+    # MLX must be imported and the classes derived before the thread starts.
+    from .condition import Condition
+    from .generator import ProtectedResponseGenerator
+    from .handler import ProtectedHandler
+
+    is_first = server.mx.distributed.init().rank() == 0
+    fingerprint = server.get_system_fingerprint()
+    generator: Any = None
+
+    def handle(*args: Any) -> None:
+        ProtectedHandler(generator, *args, system_fingerprint=fingerprint)
+
+    httpd = _bind(host, port, handle) if is_first else None
+    log.info("listening at http://%s:%s; loading the model", host, port)
+    generator = ProtectedResponseGenerator(
+        model_provider,
+        server.LRUPromptCache(model_provider.cli_args.prompt_cache_size),
+        Condition(),
+        injections,
+    )
+    watch = on_fault(
+        lambda fault: (
+            generator.give_up(RuntimeError(fault.message))
+            if fault.source == "terminate"
+            else None
+        )
+    )
+    with watch:
+        if httpd is None:
+            generator.join()
+        else:
+            _serve_until_told(httpd, generator)
+
+
+def _serve_until_told(httpd: _Server, generator: Any) -> None:
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        httpd.serve_forever(poll_interval=0.1)
+    except KeyboardInterrupt:
+        log.info("stopping")
+    finally:
+        httpd.server_close()
+        generator.condition.enter("failed", "the server is stopping")
+        generator.stop_and_join()
+        # Not through the interpreter's end: MLX's static objects and the daemon
+        # threads of handlers do not always survive it (seen with MLX 0.32.4).
+        generator.condition.leave(0)
+
+
+def _bind(host: str, port: int, handle: Any) -> _Server:
+    import socket
+
+    if not 0 <= port <= 65535:
+        raise CommandError(f"--port {port}: must be from 0 to 65535")
+    try:
+        infos = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, _, _, _, address = infos[0]
+        kind = type("_Server", (_Server,), {"address_family": family})
+        bound: _Server = kind(address, handle)
+        return bound
+    except socket.gaierror as e:
+        raise CommandError(f"--host {host}: {e.strerror}") from e
+    except OSError as e:
+        raise CommandError(
+            f"cannot listen on {host}:{port}: {e.strerror}; choose another --port, or "
+            "stop what listens there"
+        ) from e
+
+
+def _check_paths(args: argparse.Namespace) -> None:
+    """Says at once what would fail in the generation thread minutes later."""
+    for flag in ("model", "draft_model", "adapter_path"):
+        value = getattr(args, flag, None)
+        if not value:
+            continue
+        option = "--" + flag.replace("_", "-")
+        path = Path(value).expanduser()
+        if path.exists():
+            if flag != "adapter_path" and not (path / "config.json").is_file():
+                raise CommandError(
+                    f"{option} {value}: there is no config.json in it; it must be "
+                    "a directory with an MLX model"
+                )
+        elif flag == "adapter_path" or not _may_be_on_the_hub(value):
+            raise CommandError(
+                f"{option} {value}: there is no such directory; give the path of an "
+                "MLX model, or a hub name like mlx-community/SmolLM2-135M-Instruct"
+            )
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

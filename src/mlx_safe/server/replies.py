@@ -1,0 +1,121 @@
+"""What a client is told: one function from an exception to an answer.
+
+The table is the HTTP contract of the project; nothing else in the server
+chooses a status. No traceback and no text of an unexpected exception reaches a
+client, since it may quote a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from .. import errors
+
+__all__ = [
+    "BadRequest",
+    "ModelNotFound",
+    "Reply",
+    "Unavailable",
+    "is_allocation_failure",
+    "reply_for",
+]
+
+RETRY_AFTER_S = 5
+
+
+class BadRequest(Exception):
+    """The request itself is wrong; the message may be shown to the client."""
+
+
+class ModelNotFound(Exception):
+    """The model that the request names cannot be loaded."""
+
+
+class Unavailable(Exception):
+    """The server refuses work for now; the message says why."""
+
+
+class Reply(NamedTuple):
+    """An error answer. ``retry_after`` is in seconds; None: do not retry."""
+
+    status: int
+    type: str
+    code: str
+    message: str
+    retry_after: int | None = None
+
+    def error(self) -> dict[str, Any]:
+        """The object under the key ``error``, as the OpenAI API has it."""
+        found: dict[str, Any] = {
+            "message": self.message,
+            "type": self.type,
+            "param": None,
+            "code": self.code,
+        }
+        if self.retry_after is not None:
+            found["retry_after"] = self.retry_after
+        return found
+
+
+def is_allocation_failure(exc: BaseException) -> bool:
+    """Whether MLX (or Python) could not get memory, with no buffer failed.
+
+    MLX's allocators begin their messages with ``[malloc``, ``[metal::malloc]``
+    or, when the number of buffers is at its limit, ``[metal::malloc] Resource
+    limit`` (0.29 to 0.32).
+    """
+    if isinstance(exc, MemoryError):
+        return True
+    return isinstance(exc, RuntimeError) and str(exc).startswith(
+        ("[malloc", "[metal::malloc]", "[MetalAllocator", "[Allocator")
+    )
+
+
+def reply_for(exc: BaseException) -> Reply:
+    """The answer to a client whose request ended with ``exc``."""
+    if isinstance(exc, BadRequest):
+        return Reply(400, "invalid_request_error", "invalid_request", str(exc))
+    if isinstance(exc, ModelNotFound):
+        return Reply(404, "invalid_request_error", "model_not_found", str(exc))
+    if isinstance(exc, Unavailable):
+        return Reply(
+            503, "service_unavailable_error", "unavailable", str(exc), RETRY_AFTER_S
+        )
+    fault = errors.from_exception(exc)
+    if fault is not None and (fault.retryable or fault.fatal):
+        return _fault_reply(fault)
+    if is_allocation_failure(exc):
+        return Reply(
+            503,
+            "resource_exhausted_error",
+            "insufficient_memory",
+            "There is not enough memory for this request at the moment.",
+            RETRY_AFTER_S,
+        )
+    return Reply(
+        500,
+        "internal_server_error",
+        "internal_generation_error",
+        "The server failed while generating. The request was not completed.",
+    )
+
+
+def _fault_reply(fault: errors.MetalError) -> Reply:
+    kind = errors.kind_of(fault.code)
+    if isinstance(fault, errors.MetalOutOfMemoryError):
+        return Reply(
+            503,
+            "resource_exhausted_error",
+            kind.slug,
+            "The GPU ran out of memory during generation. The request was not "
+            "completed.",
+            RETRY_AFTER_S,
+        )
+    return Reply(
+        503,
+        "service_unavailable_error",
+        kind.slug,
+        f"The GPU failed during generation ({fault.name}). The request was not "
+        "completed.",
+        RETRY_AFTER_S,
+    )

@@ -1,0 +1,134 @@
+// The Block runtime: the published ABI, without the parts that only the
+// compiler's __block variables need.
+
+#include <cstring>
+
+#include "objc.h"
+
+// The addresses of these are what a Block's isa holds. They are class
+// objects, so that a Block is an object that can be retained.
+extern "C" {
+__attribute__((visibility("default"))) objc_class _NSConcreteStackBlock;
+__attribute__((visibility("default"))) objc_class _NSConcreteGlobalBlock;
+}
+
+namespace metalsim {
+namespace {
+
+constexpr int32_t kRefcountMask = 0xfffe;
+constexpr int32_t kRefcountOne = 2;  // bit 0 says "being deallocated"
+constexpr int32_t kNeedsFree = 1 << 24;
+constexpr int32_t kHasCopyDispose = 1 << 25;
+constexpr int32_t kIsGlobal = 1 << 28;
+
+objc_class& malloc_block_class() {
+  static auto* instance = new objc_class;
+  return *instance;
+}
+
+std::atomic<uint64_t> copied{0};
+std::atomic<uint64_t> disposed{0};
+
+id block_retain(id self, SEL) { return static_cast<id>(_Block_copy(self)); }
+void block_release(id self, SEL) { _Block_release(self); }
+
+[[maybe_unused]] const bool classes_ready = [] {
+  for (auto [cls, name] : {std::pair{&_NSConcreteStackBlock,
+                                     "__NSStackBlock__"},
+                           {&_NSConcreteGlobalBlock, "__NSGlobalBlock__"},
+                           {&malloc_block_class(), "__NSMallocBlock__"}}) {
+    define_block_class(*cls, name);
+    add_methods(cls, {{"retain", "@16@0:8", imp(&block_retain)},
+                      {"copy", "@16@0:8", imp(&block_retain)},
+                      {"release", "v16@0:8", imp(&block_release)}});
+  }
+  return true;
+}();
+
+void* copy_to_heap(const BlockLiteral* from) {
+  size_t size = from->descriptor->size;
+  auto* to = static_cast<BlockLiteral*>(take_memory(size));
+  std::memcpy(to, from, size);
+  to->isa = &malloc_block_class();
+  to->flags = (from->flags & ~kRefcountMask & ~1) | kNeedsFree | kRefcountOne;
+  if (from->flags & kHasCopyDispose) from->descriptor->copy(to, from);
+  malloc_block_class().live.fetch_add(1, std::memory_order_relaxed);
+  copied.fetch_add(1, std::memory_order_relaxed);
+  return to;
+}
+
+// ---- a Block of the simulator's own ----------------------------------------
+
+struct SubstitutingBlock {
+  BlockLiteral head;
+  const void* block;
+  id replacement;
+};
+
+void substitute(void* self, id) {
+  auto* mine = static_cast<SubstitutingBlock*>(self);
+  call_block(mine->block, mine->replacement);
+}
+
+void copy_substituting(void* to, const void*) {
+  auto* mine = static_cast<SubstitutingBlock*>(to);
+  mine->block = _Block_copy(mine->block);
+  objc_retain(mine->replacement);
+}
+
+void dispose_substituting(const void* block) {
+  auto* mine = static_cast<const SubstitutingBlock*>(block);
+  _Block_release(mine->block);
+  objc_release(mine->replacement);
+}
+
+constexpr BlockDescriptor kSubstitutingDescriptor{
+    0, sizeof(SubstitutingBlock), &copy_substituting, &dispose_substituting};
+
+}  // namespace
+
+void* make_substituting_block(const void* block, id replacement) {
+  auto* invoke = reinterpret_cast<void (*)(void*, ...)>(
+      reinterpret_cast<IMP>(&substitute));
+  SubstitutingBlock literal{{&_NSConcreteStackBlock, kHasCopyDispose, 0, invoke,
+                             &kSubstitutingDescriptor},
+                            block,
+                            replacement};
+  return _Block_copy(&literal);
+}
+
+uint64_t blocks_copied() { return copied.load(); }
+uint64_t blocks_disposed() { return disposed.load(); }
+
+void reset_block_counts() {
+  copied = 0;
+  disposed = 0;
+}
+
+}  // namespace metalsim
+
+using namespace metalsim;
+
+METALSIM_EXPORT void* _Block_copy(const void* block) {
+  if (block == nullptr) return nullptr;
+  auto* literal = static_cast<BlockLiteral*>(const_cast<void*>(block));
+  int32_t flags = __atomic_load_n(&literal->flags, __ATOMIC_RELAXED);
+  if (flags & kIsGlobal) return literal;
+  if (!(flags & kNeedsFree)) return copy_to_heap(literal);
+  __atomic_fetch_add(&literal->flags, kRefcountOne, __ATOMIC_RELAXED);
+  return literal;
+}
+
+METALSIM_EXPORT void _Block_release(const void* block) {
+  if (block == nullptr) return;
+  auto* literal = static_cast<BlockLiteral*>(const_cast<void*>(block));
+  int32_t flags = __atomic_load_n(&literal->flags, __ATOMIC_RELAXED);
+  if ((flags & kIsGlobal) || !(flags & kNeedsFree)) return;
+  int32_t left =
+      __atomic_sub_fetch(&literal->flags, kRefcountOne, __ATOMIC_ACQ_REL);
+  if (left & kRefcountMask) return;
+  if (flags & kHasCopyDispose) literal->descriptor->dispose(literal);
+  malloc_block_class().live.fetch_sub(1, std::memory_order_relaxed);
+  disposed.fetch_add(1, std::memory_order_relaxed);
+  give_memory(literal, literal->descriptor->size);
+}

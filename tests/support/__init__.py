@@ -1,0 +1,1 @@
+"""What the tests share: the tiny model, servers in child processes, clients."""

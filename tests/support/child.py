@@ -1,0 +1,22 @@
+"""Python code in a child process: for everything that may crash."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+
+def run(
+    code: str, timeout: float = 60.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` with this interpreter; never raises for its exit status."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        check=False,
+    )

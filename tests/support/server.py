@@ -1,0 +1,225 @@
+"""Servers in child processes, and small clients for them.
+
+Every wait has a limit, everything listens on loopback, and a child is ended by
+its pid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+START_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 30.0
+
+# mlx_lm.server as it is, with nothing of ours but the injected fault.
+STOCK = """
+import sys
+import mlx_lm.server as server
+from mlx_safe import testing
+plans = testing.plan_from_environment()
+load = server.ModelProvider.load
+def loaded(self, *args, **kwargs):
+    model, tokenizer = load(self, *args, **kwargs)
+    testing.attach(model)
+    return model, tokenizer
+server.ModelProvider.load = loaded
+server.main()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass
+class Answer:
+    """What a client saw. ``events`` are the data lines of a stream, parsed."""
+
+    status: int | None
+    headers: dict[str, str] = field(default_factory=dict)
+    body: str = ""
+    events: list[Any] = field(default_factory=list)
+    broken: str | None = None
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Any:
+        """The error object, wherever the answer carries it; None without."""
+        if self.events:
+            return next((e["error"] for e in self.events if "error" in e), None)
+        return self.json.get("error") if self.body else None
+
+    @property
+    def text(self) -> str:
+        """The text of a completed answer, streamed or not."""
+        if self.events:
+            parts = [e["choices"][0] for e in self.events if e.get("choices")]
+            return "".join(
+                p.get("text") or p.get("delta", {}).get("content") or "" for p in parts
+            )
+        choice = self.json["choices"][0]
+        return choice.get("text") or choice["message"]["content"]
+
+    @property
+    def done(self) -> bool:
+        return self.body.rstrip().endswith("data: [DONE]")
+
+
+class Server:
+    """One server in a child process; use as a context manager."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        *arguments: str,
+        inject: str = "",
+        stock: bool = False,
+        env: dict[str, str] | None = None,
+        program: str | None = None,
+    ) -> None:
+        self.port = free_port()
+        command = [sys.executable]
+        program = STOCK if stock else program
+        command += ["-c", program] if program else ["-m", "mlx_safe", "serve"]
+        command += ["--model", str(model), "--port", str(self.port), *arguments]
+        environment = dict(os.environ, MLX_SAFE_INJECT=inject, HF_HUB_OFFLINE="1")
+        environment["MLX_SAFE_AUTOINSTALL"] = "0" if stock else "1"
+        environment.update(env or {})
+        self._lines: list[str] = []
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+
+    @property
+    def log(self) -> str:
+        return "".join(self._lines)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> int:
+        """Ends the child if it still runs; returns its exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        status = self.process.wait(10)
+        self._reader.join(5)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return status
+
+    def wait(self, timeout: float = 20.0) -> int:
+        """Waits for the child to end by itself; its exit status."""
+        status = self.process.wait(timeout)
+        self._reader.join(5)
+        return status
+
+    def wait_ready(self) -> Server:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"the server ended:\n{self.log}"
+            with contextlib.suppress(OSError, AssertionError):
+                assert self.get("/health", timeout=2).status == 200
+                return self
+            time.sleep(0.05)
+        raise AssertionError(f"not ready in {START_TIMEOUT_S} s:\n{self.log}")
+
+    def wait_listening(self) -> None:
+        """Waits until the port answers, whatever it says."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"nothing listens:\n{self.log}")
+
+    def _connect(self, timeout: float) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+
+    def get(self, path: str, timeout: float = REQUEST_TIMEOUT_S) -> Answer:
+        with contextlib.closing(self._connect(timeout)) as connection:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            headers = {k.lower(): v for k, v in response.getheaders()}
+            return Answer(response.status, headers, response.read().decode())
+
+    def post(
+        self,
+        body: Any,
+        path: str = "/v1/chat/completions",
+        timeout: float = REQUEST_TIMEOUT_S,
+    ) -> Answer:
+        """Sends a request; a broken or hanging answer is noted, not raised."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = Answer(None)
+        with contextlib.closing(self._connect(timeout)) as connection:
+            try:
+                connection.request("POST", path, raw)
+                response = connection.getresponse()
+                answer.status = response.status
+                answer.headers = {k.lower(): v for k, v in response.getheaders()}
+                for line in response:
+                    answer.body += line.decode()
+            except (OSError, http.client.HTTPException) as e:
+                answer.broken = f"{type(e).__name__}: {e}"
+        for line in answer.body.splitlines():
+            if line.startswith("data: {"):
+                answer.events.append(json.loads(line[6:]))
+        return answer
+
+    def chat(
+        self, text: str = "hello there", timeout: float = REQUEST_TIMEOUT_S, **more: Any
+    ) -> Answer:
+        messages = [{"role": "user", "content": text}]
+        return self.post(
+            {"messages": messages, "max_tokens": 8, **more}, timeout=timeout
+        )
+
+    def chats(self, count: int, **more: Any) -> list[Answer]:
+        """``count`` chats at once, each with a text of its own."""
+        answers: list[Answer | None] = [None] * count
+
+        def one(i: int) -> None:
+            answers[i] = self.chat(f"hello from client {i}", **more)
+
+        threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(REQUEST_TIMEOUT_S + 5)
+        return [a for a in answers if a is not None]

@@ -1,0 +1,240 @@
+"""The fault log, the guard and the callbacks, as a user sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+import mlx_safe
+from mlx_safe import testing
+from support import child
+
+
+def wait_for(condition: object, timeout: float = 5.0) -> bool:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_a_fault_is_counted_and_described() -> None:
+    before = mlx_safe.epoch()
+    testing.record_fault(0xE)
+    assert mlx_safe.epoch() == before + 1
+    (fault,) = mlx_safe.faults(since=before)
+    assert fault.number == before + 1
+    assert fault.code == 0xE
+    assert fault.name == "kIOGPUCommandBufferCallbackErrorImpactingInteractivity"
+    assert fault.retryable
+    assert not fault.fatal
+    assert fault.source == "injected"
+    assert abs(fault.time - time.time()) < 60
+    assert pickle.loads(pickle.dumps(fault)).message == fault.message
+    with pytest.raises(AttributeError, match="immutable"):
+        fault.code = 1
+
+
+def test_check_raises_the_worst_and_tells_all() -> None:
+    since = mlx_safe.epoch()
+    mlx_safe.check(since)
+    for code in (8, 4, 2):
+        testing.record_fault(code)
+    with pytest.raises(mlx_safe.errors.MetalDeviceLostError) as caught:
+        mlx_safe.check(since)
+    assert [f.code for f in caught.value.faults] == [8, 4, 2]
+    assert caught.value.fatal
+    mlx_safe.check(mlx_safe.epoch())
+
+
+def test_messages_that_are_too_long_are_cut_between_characters() -> None:
+    since = mlx_safe.epoch()
+    testing.record_fault(8, "ü" * 1000)
+    (fault,) = mlx_safe.faults(since)
+    assert set(fault.message) == {"ü"}
+    assert len(fault.message) == 179
+
+
+def test_overflow_keeps_the_newest_and_counts_all() -> None:
+    since = mlx_safe.epoch()
+    for i in range(300):
+        testing.record_fault(8, f"fault {i}")
+    found = mlx_safe.faults(since)
+    assert len(found) == 256
+    assert found[-1].message == "fault 299"
+    assert mlx_safe.epoch() == since + 300
+    with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
+        mlx_safe.check(since)
+
+
+def test_many_writers_lose_nothing() -> None:
+    since = mlx_safe.epoch()
+    threads = [
+        threading.Thread(target=lambda: [testing.record_fault(8) for _ in range(25)])
+        for _ in range(8)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+    found = mlx_safe.faults(since)
+    assert [f.number for f in found] == list(range(since + 1, since + 201))
+    assert mlx_safe.status().dropped == 0
+
+
+class TestGuard:
+    def test_nothing_happens_without_a_fault(self) -> None:
+        with mlx_safe.guard():
+            pass
+
+    def test_a_swallowed_fault_is_raised(self) -> None:
+        with pytest.raises(mlx_safe.errors.MetalTimeoutError), mlx_safe.guard():
+            testing.record_fault(2)
+
+    def test_mlxs_own_error_becomes_the_typed_one(self) -> None:
+        raised = RuntimeError(testing.metal_message(8))
+        with (
+            pytest.raises(mlx_safe.errors.MetalOutOfMemoryError) as caught,
+            mlx_safe.guard(),
+        ):
+            testing.record_fault(8)
+            raise raised
+        assert caught.value.__cause__ is raised
+        assert [f.code for f in caught.value.faults] == [8]
+
+    def test_other_exceptions_pass(self) -> None:
+        with pytest.raises(ZeroDivisionError), mlx_safe.guard():
+            testing.record_fault(8)
+            raise ZeroDivisionError
+
+    def test_an_earlier_fault_does_not_count(self) -> None:
+        testing.record_fault(8)
+        with mlx_safe.guard():
+            pass
+
+    def test_one_object_cannot_be_entered_twice_at_once(self) -> None:
+        guard = mlx_safe.guard()
+        with guard, pytest.raises(RuntimeError, match="entered already"), guard:
+            pass
+        with guard:
+            pass
+
+    def test_as_a_decorator(self) -> None:
+        @mlx_safe.guard()
+        def step(code: int) -> int:
+            """Doc."""
+            if code:
+                testing.record_fault(code)
+            return 7
+
+        assert step(0) == 7
+        assert step.__doc__ == "Doc."
+        with pytest.raises(mlx_safe.errors.MetalHangError):
+            step(3)
+
+    def test_generators(self) -> None:
+        @mlx_safe.guard()
+        def tokens() -> Iterator[int]:
+            yield 1
+            testing.record_fault(8)
+            yield 2
+
+        seen = []
+        with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
+            seen += iter(tokens())
+        assert list(seen) in ([], [1, 2])
+
+    def test_async_code(self) -> None:
+        @mlx_safe.guard()
+        async def step(code: int) -> int:
+            await asyncio.sleep(0)
+            if code:
+                testing.record_fault(code)
+            return 7
+
+        @mlx_safe.guard()
+        async def stream() -> AsyncIterator[int]:
+            yield 1
+            testing.record_fault(8)
+
+        async def main() -> None:
+            assert await step(0) == 7
+            with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
+                await step(8)
+            with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
+                async with mlx_safe.guard():
+                    testing.record_fault(8)
+            with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
+                async for _ in stream():
+                    pass
+
+        asyncio.run(main())
+
+
+class TestCallbacks:
+    def test_told_in_order_on_a_thread_of_ours(self) -> None:
+        seen: list[tuple[int, str]] = []
+
+        def note(fault: mlx_safe.Fault) -> None:
+            seen.append((fault.code, threading.current_thread().name))
+
+        with mlx_safe.on_fault(note):
+            for code in (8, 2, 5):
+                testing.record_fault(code)
+            assert wait_for(lambda: len(seen) == 3)
+        assert seen == [(code, "mlx-safe-faults") for code in (8, 2, 5)]
+
+    def test_cancelled_ones_hear_no_more(self) -> None:
+        seen: list[mlx_safe.Fault] = []
+        late: list[mlx_safe.Fault] = []
+        subscription = mlx_safe.on_fault(seen.append)
+        subscription.cancel()
+        subscription.cancel()
+        with mlx_safe.on_fault(late.append):
+            testing.record_fault(8)
+            assert wait_for(lambda: late)
+        assert seen == []
+
+    def test_a_bad_callback_harms_no_other(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        seen: list[mlx_safe.Fault] = []
+        with mlx_safe.on_fault(lambda fault: 1 / 0), mlx_safe.on_fault(seen.append):
+            testing.record_fault(8)
+            assert wait_for(lambda: seen)
+        assert "a fault callback failed" in caplog.text
+
+    def test_needs_a_callable(self) -> None:
+        with pytest.raises(TypeError, match="callable"):
+            mlx_safe.on_fault(3)  # type: ignore[arg-type]
+
+    def test_a_forked_child_has_its_own(self) -> None:
+        done = child.run(
+            """
+            import os, time, warnings
+            import mlx_safe
+            from mlx_safe import testing
+            seen = []
+            mlx_safe.on_fault(seen.append)
+            testing.record_fault(8)
+            time.sleep(0.2)
+            pid = os.fork()
+            if pid == 0:
+                mine = []
+                mlx_safe.on_fault(mine.append)
+                testing.record_fault(2)
+                time.sleep(0.3)
+                os._exit(0 if [f.code for f in mine] == [2] else 1)
+            _, status = os.waitpid(pid, 0)
+            time.sleep(0.2)
+            assert [f.code for f in seen] == [8], seen
+            assert os.waitstatus_to_exitcode(status) == 0
+            """
+        )
+        assert done.returncode == 0, done.stderr

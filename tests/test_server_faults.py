@@ -1,0 +1,338 @@
+"""The real mlx_lm.server in a child process, with faults injected.
+
+Every combination of path, phase, streaming and number of clients; after each
+the answer, the end of the stream, /health and the next request are checked. The
+stock server's fate under the same fault stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.server import Answer, Server
+
+SEQUENTIAL = {"seed": 1}  # mlx-lm serves a request with a seed by itself
+TOKENS = 24
+
+
+# (text of the request, batched or sequential) -> what a server without any
+# fault answers. The paths may differ in the end of a cut character (0.31.3).
+Texts = dict[tuple[str, str], str]
+PATHS: dict[str, dict[str, int]] = {"batched": {}, "sequential": SEQUENTIAL}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_model: Path) -> Texts:
+    with Server(tiny_model).wait_ready() as server:
+        texts = {
+            (text, path): server.chat(text, max_tokens=TOKENS, **more).text
+            for text in (f"hello from client {i}" for i in range(3))
+            for path, more in PATHS.items()
+        }
+    assert len(set(texts.values())) >= 3
+    assert all(texts.values())
+    return texts
+
+
+def assert_told(answer: Answer, code: str, status: int = 503) -> None:
+    """The answer is the contract's, as a stream or not."""
+    assert answer.broken is None
+    error = answer.error
+    assert error["code"] == code
+    assert error["param"] is None
+    assert "Traceback" not in answer.body
+    if answer.events:
+        assert answer.status == 200
+        assert answer.done
+        event = answer.events[-1]
+        assert event["object"] == "error"
+        assert {"id", "model", "created"} <= set(event)
+    else:
+        assert answer.status == status
+    if status == 503:
+        assert error["retry_after"] == 5
+        if not answer.events:
+            assert answer.headers["retry-after"] == "5"
+
+
+def assert_serves(server: Server, undisturbed: Texts) -> None:
+    """Healthy, and the next requests are answered as if nothing had been."""
+    assert server.get("/health").json == {"status": "ok"}
+    for (text, path), expected in undisturbed.items():
+        assert server.chat(text, max_tokens=TOKENS, **PATHS[path]).text == expected
+    assert server.process.poll() is None
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("phase", ["prefill:1", "decode:9"])
+@pytest.mark.parametrize("path", ["batched", "sequential"])
+def test_fault(
+    tiny_model: Path,
+    undisturbed: Texts,
+    path: str,
+    phase: str,
+    stream: bool,
+    clients: int,
+) -> None:
+    more = PATHS[path]
+    with Server(tiny_model, inject=f"{phase}:8").wait_ready() as server:
+        answers = server.chats(clients, max_tokens=TOKENS, stream=stream, **more)
+        assert len(answers) == clients
+        failed = [a for a in answers if a.error]
+        assert failed
+        for answer in failed:
+            assert_told(answer, "metal_out_of_memory")
+        for answer in answers:
+            if answer not in failed:
+                assert answer.text in undisturbed.values()
+        if path == "sequential":
+            assert len(failed) == 1
+        assert_serves(server, undisturbed)
+        assert "Traceback" not in server.log
+        assert server.log.count("fault of the GPU") == 1
+
+
+@pytest.mark.parametrize("path", ["batched", "sequential"])
+def test_stock_server_without_us(tiny_model: Path, path: str) -> None:
+    """The other side of the proof: the same fault, and nothing of ours."""
+    more = PATHS[path]
+    with Server(tiny_model, inject="decode:9:8", stock=True).wait_ready() as server:
+        answer = server.chat(max_tokens=TOKENS, stream=True, timeout=4, **more)
+        assert answer.error is None
+        assert not answer.done
+        following = server.chat(timeout=4)
+        if path == "batched":
+            assert following.status != 200
+        else:
+            assert following.status == 200
+
+
+def test_a_fault_that_mlx_swallowed(tiny_model: Path, undisturbed: Texts) -> None:
+    inject = "decode:9:8:once:record,decode:20:2:once:record"
+    with Server(tiny_model, inject=inject).wait_ready() as server:
+        assert_told(server.chat(max_tokens=TOKENS), "metal_out_of_memory")
+        assert_told(
+            server.chat(max_tokens=TOKENS, stream=True, **SEQUENTIAL), "metal_timeout"
+        )
+        assert_serves(server, undisturbed)
+        assert "mlx_safe_faults 2.0" in server.get("/metrics").body
+
+
+def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
+    expected = [
+        (0x2, 503, "metal_timeout"),
+        (0x3, 503, "metal_hang"),
+        (0x5, 503, "metal_innocent_victim"),
+        (0x6, 503, "metal_background_not_permitted"),
+        (0x7, 503, "metal_error"),
+        (0x8, 503, "metal_out_of_memory"),
+        (0x9, 500, "internal_generation_error"),
+        (0xA, 500, "internal_generation_error"),
+        (0xB, 500, "internal_generation_error"),
+        (0xE, 503, "metal_interactivity"),
+        (0x10, 500, "internal_generation_error"),
+        (0x11, 500, "internal_generation_error"),
+    ]
+    # Each request fails at its first decode step, so they count one by one.
+    inject = ",".join(f"decode:{i}:{row[0]}" for i, row in enumerate(expected, 1))
+    with Server(tiny_model, inject=inject).wait_ready() as server:
+        for _, status, code in expected:
+            assert_told(server.chat(), code, status)
+        assert_serves(server, undisturbed)
+
+
+def test_a_lasting_fault_kills_nothing(tiny_model: Path) -> None:
+    with Server(tiny_model, inject="decode:1:8:persistent").wait_ready() as server:
+        for stream in (False, True) * 3:
+            assert_told(server.chat(stream=stream), "metal_out_of_memory")
+            assert_told(server.chat(stream=stream, seed=1), "metal_out_of_memory")
+        assert server.process.poll() is None
+
+
+class TestOtherFailures:
+    """Failures that have nothing to do with the GPU."""
+
+    @pytest.mark.parametrize("more", [{}, SEQUENTIAL], ids=["batched", "sequential"])
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_a_bug(
+        self,
+        tiny_model: Path,
+        undisturbed: Texts,
+        more: dict[str, int],
+        stream: bool,
+    ) -> None:
+        inject = "decode:9:0:once:bug"
+        with Server(tiny_model, inject=inject).wait_ready() as server:
+            answer = server.chat(max_tokens=TOKENS, stream=stream, **more)
+            assert_told(answer, "internal_generation_error", 500)
+            assert answer.error["type"] == "internal_server_error"
+            assert "injected" not in answer.body
+            assert_serves(server, undisturbed)
+
+    def test_what_kills_the_stock_server_without_any_fault(
+        self, tiny_model: Path, undisturbed: Texts
+    ) -> None:
+        with Server(tiny_model).wait_ready() as server:
+            bad_stop = server.chat(stop=[1])
+            assert_told(bad_stop, "internal_generation_error", 500)
+            assert_serves(server, undisturbed)
+
+            # A prompt that is an earlier prompt with its whole answer.
+            first = server.post(
+                {"prompt": "abc", "max_tokens": 3}, path="/v1/completions"
+            )
+            again = server.post(
+                {"prompt": "abc" + first.text, "max_tokens": 3}, path="/v1/completions"
+            )
+            assert again.status == 200 or again.error["code"] == (
+                "internal_generation_error"
+            )
+            assert_serves(server, undisturbed)
+
+            xtc = server.chat(xtc_probability=0.5, temperature=1.0)
+            assert xtc.status == 200 or xtc.error["code"] == "internal_generation_error"
+            assert_serves(server, undisturbed)
+
+    def test_bad_stop_kills_the_stock_server(self, tiny_model: Path) -> None:
+        with Server(tiny_model, stock=True).wait_ready() as server:
+            assert server.chat(stop=[1], timeout=4).status != 200
+            assert server.chat(timeout=4).status != 200
+
+    @pytest.mark.parametrize(
+        ("body", "status"),
+        [
+            (b"{", 400),
+            (b"\xff\xfe", 400),
+            (b"[]", 400),
+            ({}, 400),
+            ({"messages": [], "max_tokens": -1}, 400),
+            ({"messages": [{"role": "user", "content": "x"}], "top_p": 7}, 400),
+            ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400),
+            ({"messages": 7}, 400),
+        ],
+    )
+    def test_bad_requests(
+        self, shared_server: Server, body: object, status: int
+    ) -> None:
+        answer = shared_server.post(body)
+        assert answer.broken is None
+        assert answer.status == status
+        assert answer.json["error"]
+        assert shared_server.chat().status == 200
+        assert "Traceback" not in shared_server.log
+
+    def test_an_unknown_model_is_a_404(self, shared_server: Server) -> None:
+        answer = shared_server.chat(model="/no/such/model")
+        assert answer.status == 404
+        assert answer.error["code"] == "model_not_found"
+        assert shared_server.chat().status == 200
+
+    def test_unknown_paths(self, shared_server: Server) -> None:
+        assert shared_server.get("/nothing").status == 404
+        assert shared_server.post({}, path="/nothing").status == 404
+        assert shared_server.get("/v1/models").status == 200
+
+
+@pytest.fixture(scope="module")
+def shared_server(tiny_model: Path) -> Iterator[Server]:
+    with Server(tiny_model).wait_ready() as server:
+        yield server
+
+
+class TestFatalFaults:
+    @pytest.mark.parametrize("more", [{}, SEQUENTIAL], ids=["batched", "sequential"])
+    @pytest.mark.parametrize("clients", [1, 3])
+    def test_code_4_answers_everyone_and_leaves(
+        self, tiny_model: Path, more: dict[str, int], clients: int
+    ) -> None:
+        with Server(tiny_model, inject="decode:9:4").wait_ready() as server:
+            answers = server.chats(clients, max_tokens=64, **more)
+            told = [a for a in answers if a.status == 503]
+            assert told
+            assert told == [a for a in answers if a.status != 200]
+            for answer in told:
+                assert_told(answer, "metal_device_lost")
+            assert server.wait() == 75
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_terminate_answers_everyone_and_leaves(
+        self, tiny_model: Path, private_reports: Path, stream: bool
+    ) -> None:
+        with Server(tiny_model, inject="decode:9:8:once:terminate").wait_ready() as s:
+            answers = s.chats(3, max_tokens=4000, stream=stream)
+            assert len(answers) == 3
+            for answer in answers:
+                assert_told(answer, answer.error["code"])
+            assert s.wait() == 75
+        (report,) = private_reports.glob("*.json")
+        assert json.loads(report.read_text())["why"] == "terminate"
+
+
+def test_a_client_that_leaves_is_one_quiet_line(
+    tiny_model: Path, undisturbed: Texts
+) -> None:
+    with Server(tiny_model).wait_ready() as server:
+        body = json.dumps(
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "max_tokens": 100000,
+                "stream": True,
+            }
+        ).encode()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
+            head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}"
+            s.sendall(head.encode() + b"\r\n\r\n" + body)
+            assert s.recv(100)
+        deadline = time.monotonic() + 10
+        while "went away" not in server.log and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert server.log.count("went away") == 1
+        assert_serves(server, undisturbed)
+        assert "Traceback" not in server.log
+        assert "mlx_safe_requests_in_flight 0.0\n" in server.get("/metrics").body
+
+
+def test_metrics_speak_prometheus(tiny_model: Path) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with Server(tiny_model, inject="decode:1:8").wait_ready() as server:
+        server.chat()
+        server.chat()
+        answer = server.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    values = {
+        (s.name, *s.labels.values()): s.value
+        for family in text_string_to_metric_families(answer.body)
+        for s in family.samples
+    }
+    assert values["mlx_safe_requests_total", "completed"] == 1
+    assert values["mlx_safe_requests_total", "metal_out_of_memory"] == 1
+    assert values["mlx_safe_generation_failures_total", "metal_out_of_memory"] == 1
+    assert values["mlx_safe_resets_total",] == 1
+    assert values["mlx_safe_ready",] == 1
+
+
+@pytest.mark.real_model
+def test_the_real_model_through_the_openai_client(real_model: Path) -> None:
+    import openai
+
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with Server(real_model, inject="decode:4:8").wait_ready() as server:
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{server.port}/v1", api_key="-", max_retries=0
+        )
+        ask = {"model": "default_model", "messages": question, "max_tokens": 12}
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.chat.completions.create(**ask)
+        assert caught.value.status_code == 503
+        assert caught.value.code == "metal_out_of_memory"
+        assert caught.value.response.headers["retry-after"] == "5"
+        answer = client.chat.completions.create(**ask)
+        assert "Paris" in answer.choices[0].message.content

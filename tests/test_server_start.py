@@ -1,0 +1,203 @@
+"""Starting the server: what it takes, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import child
+from support.server import Server, free_port
+
+
+def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return child.run(
+        f"""
+        import sys
+        from mlx_safe.cli import main
+        sys.exit(main(["serve", *{list(arguments)!r}]))
+        """,
+        **environment,
+    )
+
+
+def assert_one_clear_line(
+    done: subprocess.CompletedProcess[str], *contains: str
+) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    for text in contains:
+        assert text in last
+
+
+def test_a_model_that_does_not_exist() -> None:
+    done = serve("--model", "/no/such/model", "--port", str(free_port()))
+    assert_one_clear_line(done, "/no/such/model", "there is no such directory")
+
+
+def test_a_directory_without_a_model(tmp_path: Path) -> None:
+    done = serve("--model", str(tmp_path), "--port", str(free_port()))
+    assert_one_clear_line(done, "there is no config.json")
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    done = serve("--model", str(tmp_path), "--port", str(free_port()))
+    assert_one_clear_line(done, "the model cannot be loaded")
+
+
+def test_a_port_in_use(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = str(s.getsockname()[1])
+        done = serve("--model", str(tiny_model), "--port", port)
+    assert_one_clear_line(done, f"cannot listen on 127.0.0.1:{port}", "--port")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "contains"),
+    [
+        (("--port", "123456"), "--port 123456"),
+        (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
+        (("--adapter-path", "/no/adapter"), "--adapter-path /no/adapter"),
+        (("--no-such-flag",), "--no-such-flag"),
+    ],
+)
+def test_bad_flags(tiny_model: Path, arguments: tuple[str, ...], contains: str) -> None:
+    done = serve("--model", str(tiny_model), "--port", str(free_port()), *arguments)
+    assert_one_clear_line(done, contains)
+
+
+def test_a_bad_plan(tiny_model: Path) -> None:
+    done = serve("--model", str(tiny_model), MLX_SAFE_INJECT="sometimes")
+    assert_one_clear_line(done, "MLX_SAFE_INJECT", "sometimes")
+
+
+@pytest.mark.parametrize(
+    ("version", "contains"),
+    [("0.31.1", "too old"), ("0.33.0", "newer than"), ("2.0", "newer than")],
+)
+def test_an_mlx_lm_that_does_not_fit(version: str, contains: str) -> None:
+    done = child.run(
+        f"""
+        import sys
+        from mlx_safe.cli import main
+        from mlx_safe.server import compat
+        compat._version = lambda: {version!r}
+        sys.exit(main(["serve"]))
+        """
+    )
+    assert_one_clear_line(done, contains, "pip install 'mlx-lm>=0.31.3,<0.33'")
+
+
+def test_an_mlx_lm_whose_seams_have_moved() -> None:
+    done = child.run(
+        """
+        import sys
+        import mlx_lm.server as server
+        from mlx_safe.cli import main
+        del server.ResponseGenerator._next_request
+        sys.exit(main(["serve", "--allow-untested-mlx-lm"]))
+        """
+    )
+    assert_one_clear_line(done, "ResponseGenerator._next_request is gone")
+
+
+def test_the_installed_mlx_lm_has_every_seam() -> None:
+    import mlx_lm.server
+
+    from mlx_safe.server import compat
+
+    assert compat.missing_seams(mlx_lm.server) == []
+
+
+@pytest.mark.parametrize("missing", ["mlx", "mlx_lm"])
+def test_without_mlx(missing: str) -> None:
+    done = child.run(
+        f"""
+        import importlib.util, sys
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *a: (
+            None if name == {missing!r} else find(name, *a)
+        )
+        from mlx_safe.cli import main
+        sys.exit(main(["serve"]))
+        """
+    )
+    assert_one_clear_line(done, "is not installed", "pip install 'mlx-safe[server]'")
+
+
+def test_every_flag_of_mlx_lm_is_taken() -> None:
+    stock = subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "server", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    ours = serve("--help")
+    assert ours.returncode == 0
+    flags = set(re.findall(r"--[a-z][a-z-]+", stock))
+    assert len(flags) > 20
+    assert flags <= set(re.findall(r"--[a-z][a-z-]+", ours.stdout))
+
+
+def test_flags_arrive(tiny_model: Path) -> None:
+    with Server(
+        tiny_model, "--max-tokens", "3", "--log-level", "DEBUG"
+    ).wait_ready() as server:
+        answer = server.post({"messages": [{"role": "user", "content": "x"}]})
+        assert answer.json["usage"]["completion_tokens"] == 3
+        assert "DEBUG" in server.log
+
+
+def test_sigterm_ends_it_quietly(tiny_model: Path) -> None:
+    server = Server(tiny_model).wait_ready()
+    server.chat()
+    assert server.stop() == 0
+    assert "Traceback" not in server.log
+    assert "terminate" not in server.log
+
+
+def test_health_and_clients_wait_for_the_model(tiny_model: Path) -> None:
+    """While the model loads, /health says so and an early request waits."""
+    slow = """
+import sys, time
+import mlx_lm.server as server
+load = server.ModelProvider.load_default
+def slowly(self):
+    time.sleep(1.5)
+    load(self)
+server.ModelProvider.load_default = slowly
+from mlx_safe.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+    with Server(tiny_model, program=slow) as server:
+        server.wait_listening()
+        health = server.get("/health")
+        assert health.status == 503
+        assert health.json["reason"] == "the model is being loaded"
+        assert server.chat().status == 200
+        assert server.get("/health").status == 200
+
+
+def test_cli_usage() -> None:
+    def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "mlx_safe", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    assert cli("--help").returncode == 0
+    assert cli("--version").stdout.startswith("mlx-safe ")
+    assert '"mode"' in cli("status", "--json").stdout
+    assert cli("status").returncode == 0
+    assert_one_clear_line(cli("fly"), "no command 'fly'")
+    assert_one_clear_line(cli("status", "--fast"), "--json")

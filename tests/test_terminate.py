@@ -1,0 +1,137 @@
+"""An exception that reaches std::terminate, in child processes.
+
+Each survival is shown next to the death without us.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+from pathlib import Path
+
+from mlx_safe import _install
+from support import child
+
+THROW = """
+    import time, mlx_safe
+    from mlx_safe import testing
+    {before}
+    testing.throw_on_foreign_thread()
+    time.sleep(20)
+"""
+
+
+def reports(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.json")) if directory.exists() else []
+
+
+def throw(before: str = "", **environment: str) -> object:
+    return child.run(THROW.format(before=before), **environment)
+
+
+def test_without_us_the_process_aborts(private_reports: Path) -> None:
+    done = throw(MLX_SAFE_AUTOINSTALL="0")
+    assert done.returncode == -signal.SIGABRT
+    assert "terminate called after throwing" in done.stderr
+    assert reports(private_reports) == []
+
+
+def test_report_policy_writes_and_dies_as_before(private_reports: Path) -> None:
+    done = throw()
+    assert done.returncode == -signal.SIGABRT
+    assert "terminate called after throwing" in done.stderr
+    (path,) = reports(private_reports)
+    report = json.loads(path.read_text())
+    assert report["schema"] == 1
+    assert report["why"] == "terminate"
+    assert report["exception_type"] == "St13runtime_error"
+    assert "kIOGPUCommandBufferCallbackErrorOutOfMemory" in report["exception_message"]
+    assert report["code"] == 8
+    assert report["policy"] == "report"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_drain_policy_tells_and_leaves_with_75(private_reports: Path) -> None:
+    done = throw(
+        """
+    import sys
+    from mlx_safe import _core
+    def answer(fault):
+        assert fault.source == "terminate" and fault.fatal and fault.code == 8
+        print("answered", flush=True)
+        _core.terminate_drained()
+    mlx_safe.install(on_terminate="drain")
+    mlx_safe.on_fault(answer)
+    """
+    )
+    assert done.stdout == "answered\n", done.stderr
+    assert done.returncode == 75
+    (path,) = reports(private_reports)
+    assert json.loads(path.read_text())["policy"] == "drain"
+
+
+def test_drain_gives_up_when_nobody_answers() -> None:
+    done = throw('mlx_safe.install(on_terminate="drain", drain_seconds=0.3)')
+    assert done.returncode == 75
+
+
+def test_uninstall_puts_the_old_handler_back(private_reports: Path) -> None:
+    done = throw("mlx_safe.uninstall()")
+    assert done.returncode == -signal.SIGABRT
+    assert reports(private_reports) == []
+
+
+def test_two_threads_at_once_leave_one_report(private_reports: Path) -> None:
+    done = throw(
+        """
+    mlx_safe.install(on_terminate="drain", drain_seconds=0.3)
+    testing.throw_on_foreign_thread()
+    """
+    )
+    assert done.returncode == 75
+    assert len(reports(private_reports)) == 1
+
+
+def test_a_forked_child_dies_as_it_would_have(private_reports: Path) -> None:
+    done = child.run(
+        """
+        import os, time, mlx_safe
+        from mlx_safe import testing
+        mlx_safe.install(on_terminate="drain")
+        pid = os.fork()
+        if pid == 0:
+            testing.throw_on_foreign_thread()
+            time.sleep(20)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == -6, status
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(reports(private_reports)) == 1
+
+
+def test_mlxs_own_stream_thread(private_reports: Path) -> None:
+    """The nearest thing to the Metal abort that no Mac is needed for.
+
+    MLX 0.31 throws this error on its CPU stream thread; 0.32 raises it.
+    """
+    done = child.run(
+        """
+        import mlx.core as mx, mlx_safe
+        b = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu)
+        try:
+            mx.eval(b)
+        except RuntimeError as e:
+            print("raised", e)
+        """
+    )
+    if _install._regime("auto", _install.mlx_version()) == "observe":
+        assert done.returncode == 0
+        assert "raised [Inverse::eval_cpu] LU factorization failed" in done.stdout
+        assert reports(private_reports) == []
+        return
+    assert done.returncode == -signal.SIGABRT
+    (path,) = reports(private_reports)
+    message = json.loads(path.read_text())["exception_message"]
+    assert "LU factorization failed" in message

@@ -1,0 +1,111 @@
+"""The fault kit itself."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_safe import testing
+
+
+class Model:
+    def __call__(self, tokens: object, cache: object = None) -> str:
+        return "logits"
+
+
+def tokens(length: int) -> SimpleNamespace:
+    return SimpleNamespace(shape=(1, length))
+
+
+def calls_until_failure(model: object, length: int, limit: int = 10) -> int | None:
+    for i in range(1, limit + 1):
+        try:
+            model(tokens(length))  # type: ignore[operator]
+        except RuntimeError:
+            return i
+    return None
+
+
+def test_the_nth_step_fails_once() -> None:
+    model = testing.attach(Model())
+    with testing.inject("decode", step=3) as plan:
+        assert calls_until_failure(model, 1) == 3
+        assert calls_until_failure(model, 1) is None
+        assert (plan.fired, plan.seen) == (1, 13)
+
+
+def test_persistent_ones_go_on() -> None:
+    model = testing.attach(Model())
+    with testing.inject("prefill", step=2, persistent=True):
+        assert calls_until_failure(model, 5) == 2
+        assert calls_until_failure(model, 5) == 1
+    assert calls_until_failure(model, 5) is None
+
+
+def test_phases_are_told_apart() -> None:
+    model = testing.attach(Model(), decode_width=4)
+    with testing.inject("prefill"):
+        assert calls_until_failure(model, 4) is None
+        assert calls_until_failure(model, 5) == 1
+    with testing.inject("any", step=2):
+        model(tokens(1))
+        with pytest.raises(RuntimeError):
+            model(tokens(9))
+
+
+def test_attaching_twice_counts_once_and_keeps_the_type() -> None:
+    model = Model()
+    testing.attach(testing.attach(model))
+    assert isinstance(model, Model)
+    assert type(model).__name__ == "Model"
+    with testing.inject(step=2):
+        assert calls_until_failure(model, 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("decode", "cannot read 'decode'"),
+        ("decode:0", "cannot read 'decode:0'"),
+        ("sleep:1", "cannot read 'sleep:1'"),
+        ("decode:1:8:always", "cannot read"),
+        ("decode:1:8:once:explode", "cannot read"),
+        ("decode:1:8:once:raise:more", "cannot read"),
+    ],
+)
+def test_bad_plans_are_one_clear_line(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        testing.parse_plan(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_plan() -> None:
+    assert testing.parse_plan("decode:3, prefill:1:0xe:persistent:record") == [
+        {
+            "phase": "decode",
+            "step": 3,
+            "code": 8,
+            "persistent": False,
+            "action": "raise",
+        },
+        {
+            "phase": "prefill",
+            "step": 1,
+            "code": 14,
+            "persistent": True,
+            "action": "record",
+        },
+    ]
+
+
+@given(st.text(alphabet="decode:prfilany0189x,- "))
+def test_no_text_breaks_the_plan_reader(text: str) -> None:
+    try:
+        plans = testing.parse_plan(text)
+    except ValueError as e:
+        assert "MLX_SAFE_INJECT" in str(e)
+    else:
+        assert all(p["step"] >= 1 for p in plans)
