@@ -3,12 +3,14 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstring>
 #include <optional>
 #include <string>
 
 #include "fault_log.h"
+#include "metal/hooks.h"
 #include "terminate.h"
 #include "testing.h"
 
@@ -66,6 +68,42 @@ void install_terminate(bool drain,
   terminate_install(options);
 }
 
+nb::dict metal_status_dict(const metal::HookStatus& found) {
+  nb::dict d;
+  d["active"] = found.active;
+  d["verified"] = found.verified;
+  d["runtime"] = found.runtime.empty() ? nb::object(nb::none())
+                                       : nb::object(nb::cast(found.runtime));
+  d["hooked"] = nb::cast(found.hooked);
+  d["reasons"] = nb::cast(found.reasons);
+  return d;
+}
+
+nb::dict metal_install(bool intercept) {
+  metal::HookStatus found;
+  {
+    // A wait of the verification must not hold up other Python threads.
+    nb::gil_scoped_release release;
+    found = metal::install(intercept ? metal::Mode::kIntercept
+                                     : metal::Mode::kObserve);
+  }
+  return metal_status_dict(found);
+}
+
+nb::dict metal_counters() {
+  metal::HookCounters c = metal::counters();
+  nb::dict d;
+  d["buffers"] = c.buffers;
+  d["completed"] = c.completed;
+  d["failed"] = c.failed;
+  d["swallowed"] = c.swallowed;
+  d["thrown"] = c.thrown;
+  d["gate_limit"] = c.gate_limit;
+  d["buffer_records"] = c.buffer_records;
+  d["event_records"] = c.event_records;
+  return d;
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -90,7 +128,14 @@ NB_MODULE(_core, m) {
   m.def("terminate_reached", &terminate_reached);
   m.def("terminate_drained", &terminate_drained);
 
+  m.def("metal_install", &metal_install, "intercept"_a);
+  m.def("metal_uninstall", &metal::uninstall,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("metal_status", [] { return metal_status_dict(metal::status()); });
+  m.def("metal_counters", &metal_counters);
+
   m.def("after_fork_in_child", [] {
+    metal::after_fork_in_child();
     fault_log().after_fork_in_child();
     terminate_after_fork_in_child();
   });
@@ -99,4 +144,6 @@ NB_MODULE(_core, m) {
         nb::call_guard<nb::gil_scoped_release>());
   m.def("testing_throw_on_foreign_thread", &testing_throw_on_foreign_thread,
         "message"_a);
+  m.def("testing_run_command_buffer", &testing_run_command_buffer,
+        nb::call_guard<nb::gil_scoped_release>());
 }

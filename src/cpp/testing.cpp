@@ -1,12 +1,54 @@
 #include "testing.h"
 
 #include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "async_io.h"
 #include "fault_log.h"
+#include "metal/error.h"
+#include "metal/selectors.h"
+#include "objc/block.h"
 
 namespace mlx_safe {
+namespace {
+
+// MLX 0.31.2's check_error.
+struct CheckError {
+  void retain() const {}
+  void release() const {}
+  void invoke(objc::Id buffer) const {
+    const auto& s = metal::selectors();
+    if (objc::send<std::uint64_t>(buffer, s.status) != 5) return;
+    auto error = objc::send<objc::Id>(buffer, s.error);
+    auto text = objc::send<objc::Id>(error, s.localizedDescription);
+    throw std::runtime_error(std::string(metal::kMessagePrefix) +
+                             objc::utf8(text));
+  }
+};
+
+}  // namespace
+
+void testing_run_command_buffer() {
+  std::string why_not;
+  if (!objc::load_runtime(&why_not)) throw std::runtime_error(why_not);
+  objc::AutoreleasePool pool;
+  const auto& s = metal::selectors();
+  static objc::Id device = objc::runtime().MTLCreateSystemDefaultDevice();
+  if (device == nullptr) throw std::runtime_error("there is no Metal device");
+  static objc::Id queue = objc::send<objc::Id>(device, s.newCommandQueue);
+  objc::Owned event(objc::send<objc::Id>(device, s.newSharedEvent));
+  auto buffer =
+      objc::send<objc::Id>(queue, s.commandBufferWithUnretainedReferences);
+  objc::StackBlock<CheckError> check({});
+  objc::send<void>(buffer, s.encodeSignalEvent, event.get(), std::uint64_t{1});
+  objc::send<void>(buffer, s.addCompletedHandler,
+                   static_cast<const void*>(&check));
+  objc::send<void>(buffer, s.commit);
+  if (!objc::send<bool>(event.get(), s.waitUntilSignaledValue, std::uint64_t{1},
+                        std::uint64_t{20000}))
+    throw std::runtime_error("the command buffer did not complete in 20 s");
+}
 
 std::uint64_t testing_record_fault(std::int32_t code,
                                    const std::string& message) {

@@ -194,26 +194,36 @@ def install(
         if why_not:
             reasons.append(why_not)
         _core.terminate_install(on_terminate == "drain", report_dir, drain_seconds)
-        reasons.append(_why_no_metal())
+        regime = _regime(mode, version)
+        metal = _core.metal_install(regime == "intercept")
+        reasons += metal["reasons"]
+        if metal["runtime"] and not metal["verified"]:
+            # There is a Metal, so its faults are what the user counts on us for.
+            _warn(metal["reasons"])
         if not _state.installed:
             _register_fork_handler()
         _state.installed = True
-        _state.mode = _regime(mode, version)
+        _state.mode = regime
         _state.on_terminate = on_terminate
         _state.report_dir = report_dir
         _state.reasons = reasons
         return status()
 
 
-def _why_no_metal() -> str:
-    if sys.platform == "darwin":
-        return "Metal is not hooked: this version has no hooks yet"
-    return "Metal is not hooked: there is no Objective-C runtime on this system"
+def _warn(reasons: list[str]) -> None:
+    import warnings
+
+    warnings.warn(
+        f"mlx_safe: {'; '.join(reasons)}. Faults of the GPU are not intercepted.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def uninstall() -> None:
     """Puts everything back as it was before `install`. The log stays."""
     with _lock:
+        _core.metal_uninstall()
         _core.terminate_uninstall()
         _state.__init__()  # type: ignore[misc]
 
@@ -223,15 +233,16 @@ def status() -> Status:
     with _lock:
         installed = _state.installed
         reasons = _state.reasons if installed else ["not installed: call install()"]
+        metal = _core.metal_status()
         return Status(
             installed=installed,
             mode=_state.mode,
             on_terminate=_state.on_terminate,
             terminate_handler=_core.terminate_installed(),
-            metal_hooks=False,
-            verified=False,
-            hooked=(),
-            runtime=None,
+            metal_hooks=metal["active"],
+            verified=metal["verified"],
+            hooked=tuple(metal["hooked"]),
+            runtime=metal["runtime"],
             mlx_version=mlx_version(),
             report_dir=_state.report_dir,
             epoch=_core.epoch(),

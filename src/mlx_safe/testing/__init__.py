@@ -38,6 +38,7 @@ __all__ = [
     "parse_plan",
     "plan_from_environment",
     "record_fault",
+    "run_command_buffer",
     "step",
     "throw_on_foreign_thread",
 ]
@@ -261,6 +262,18 @@ def record_fault(code: int = 8, message: str | None = None) -> int:
     return _core.testing_record_fault(
         code, metal_message(code) if message is None else message
     )
+
+
+def run_command_buffer() -> None:
+    """Runs one empty command buffer on Metal, as MLX 0.31.2 runs its own.
+
+    On a Mac, or on the simulated Metal that ``MLX_SAFE_METAL_RUNTIME`` names.
+
+    Raises:
+        RuntimeError: the command buffer failed and the hooks turned that into
+            an exception (intercept), or there is no Metal.
+    """
+    _core.testing_run_command_buffer()
 
 
 def throw_on_foreign_thread(message: str | None = None) -> None:

@@ -1,0 +1,38 @@
+// Between the hooks (hooks.cpp) and their installation (install.cpp).
+#pragma once
+
+#include <vector>
+
+#include "metal/hooks.h"
+#include "metal/trampolines.h"
+#include "objc/runtime.h"
+
+namespace mlx_safe::metal {
+
+enum class Kind { kDevice, kQueue, kBuffer, kEvent };
+inline constexpr std::size_t kKinds = 4;
+
+enum class When { kAlways, kIntercept };
+enum class Need { kRequired, kOptional };
+
+struct HookSpec {
+  Kind kind;  // of the live object in whose class chain the method is looked up
+  const char* selector;
+  Slots slots;
+  When when;
+  Need need;
+};
+
+// hooks.cpp: the one list of hooks, and what they share.
+const std::vector<HookSpec>& hook_list();
+void hooks_prepare(Mode mode);
+void hooks_forget_everything();
+void hooks_after_fork_in_child() noexcept;
+
+// install.cpp: asked by every hook; no locks.
+bool hooks_active() noexcept;
+Mode hook_mode() noexcept;
+// Patches the class of `object` if it was never seen. Quick when it was.
+void see_class(Kind kind, objc::Id object);
+
+}  // namespace mlx_safe::metal

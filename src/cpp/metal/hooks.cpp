@@ -1,0 +1,401 @@
+#include "metal/hooks.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+
+#include "async_io.h"
+#include "fault_log.h"
+#include "metal/error.h"
+#include "metal/hook_table.h"
+#include "metal/ledger.h"
+#include "metal/selectors.h"
+#include "metal/thread_state.h"
+#include "objc/block.h"
+
+// How an exception is kept from std::terminate: each completion handler that
+// MLX adds is wrapped in a Block that calls it inside try and catch. The other
+// way, to let `status` report Completed while the handlers run ("mask"), costs a
+// little less but rests on more: that handlers run in the order in which they
+// were added, that nobody else reads `status` in one, and that MLX throws for
+// no other reason. A wrapped handler is called whatever happens, sees the truth,
+// and nothing that it throws gets out. Figures: docs/metal.md.
+
+namespace mlx_safe::metal {
+
+using objc::Id;
+using objc::Selector;
+using objc::send;
+
+namespace {
+
+constexpr std::uint64_t kStatusCompleted = 4;  // MTLCommandBufferStatus
+constexpr std::uint64_t kStatusError = 5;
+
+// A handler that never runs must not become a hang of ours.
+constexpr std::chrono::milliseconds kGateLimit{10'000};
+
+struct Counters {
+  std::atomic<std::uint64_t> buffers{0}, completed{0}, failed{0}, swallowed{0},
+      thrown{0}, gate_limit{0};
+};
+constinit Counters g_counters;
+
+// Never destroyed: Metal's threads may still complete buffers at exit.
+Ledger& ledger() {
+  static auto* found = new Ledger;
+  return *found;
+}
+
+int (*g_python_initialized)() = nullptr;
+void* (*g_python_thread_state)() = nullptr;
+
+// MLX's CPU stream threads terminate on an exception; Python's threads surface
+// it as RuntimeError.
+bool may_throw() {
+  if (t_state.in_handler > 0) return false;
+  if (g_python_thread_state == nullptr) return t_state.may_throw;
+  return g_python_initialized() != 0 && g_python_thread_state() != nullptr;
+}
+
+[[noreturn]] void raise(const FailureRef& failure) {
+  ledger().tell(failure);
+  g_counters.thrown.fetch_add(1, std::memory_order_relaxed);
+  throw std::runtime_error(failure->message);
+}
+
+// ---- on Metal's completion thread ------------------------------------------
+
+FailureRef record_failure(Id buffer, std::uint64_t number) {
+  Id error = send<Id>(buffer, selectors().error);
+  FaultRecord fault{};
+  describe(buffer, error, &fault);
+  fault.buffer = number;
+  fault.queue = reinterpret_cast<std::uint64_t>(
+      send<Id>(buffer, selectors().commandQueue));
+  fault_log().record(fault);
+  g_counters.failed.fetch_add(1, std::memory_order_relaxed);
+  return std::make_shared<Failure>(fault.message,
+                                   objc::Owned::retaining(error));
+}
+
+// The GPU withholds the signals of a failed buffer; whoever waits for one would
+// wait for ever. They are marked failed already.
+void signal_withheld(const Buffer& buffer) {
+  const Selectors& s = selectors();
+  for (const Signal& signal : buffer.signals) {
+    Id event = signal.event.get();
+    if (send<std::uint64_t>(event, s.signaledValue) < signal.value)
+      send<void>(event, s.setSignaledValue, signal.value);
+  }
+}
+
+// The last handler of every command buffer.
+struct Completion {
+  Id buffer;
+  std::uint64_t number;  // of the buffer, since the first install
+
+  void retain() const {}
+  void release() const {}
+  void invoke(Id) const {
+    HandlerScope handler;
+    PassThrough pass;
+    objc::AutoreleasePool pool;
+    FailureRef own;
+    if (send<std::uint64_t>(buffer, selectors().status) == kStatusError)
+      own = record_failure(buffer, number);
+    bool failed = own != nullptr;
+    // Before anybody who waits for it can go on.
+    g_counters.completed.fetch_add(1, std::memory_order_relaxed);
+    BufferRef record = ledger().completed(buffer, std::move(own));
+    if (failed && record) signal_withheld(*record);
+  }
+};
+
+// A handler of MLX's, called inside try and catch.
+struct Wrapped {
+  const void* block;
+
+  void retain() { block = objc::runtime()._Block_copy(block); }
+  void release() const { objc::runtime()._Block_release(block); }
+  void invoke(Id buffer) const {
+    HandlerScope handler;
+    try {
+      objc::call_block(block, buffer);
+    } catch (const std::exception& e) {
+      swallowed(buffer, e.what());
+    } catch (...) {
+      swallowed(buffer, "an exception that is not a std::exception");
+    }
+  }
+
+ private:
+  // MLX throws what the failed buffer says, and that is recorded by
+  // `Completion`. Anything else is recorded here.
+  static void swallowed(Id buffer, const char* what) {
+    g_counters.swallowed.fetch_add(1, std::memory_order_relaxed);
+    if (send<std::uint64_t>(buffer, selectors().status) == kStatusError) return;
+    FaultRecord fault{};
+    fault.code = code_in_message(what);
+    copy_text(fault.message, sizeof fault.message, what);
+    fault_log().record(fault);
+  }
+};
+
+// ---- command buffers ---------------------------------------------------------
+
+void hook_addCompletedHandler(void (*original)(Id, Selector, const void*),
+                              Id self, Selector selector, const void* block) {
+  PassThrough pass;
+  if (pass.was_inside() || !hooks_active() || block == nullptr)
+    return original(self, selector, block);
+  objc::StackBlock<Wrapped> wrapped({block});
+  original(self, selector, &wrapped);
+}
+
+void hook_commit(void (*original)(Id, Selector), Id self, Selector selector) {
+  PassThrough pass;
+  if (pass.was_inside() || !hooks_active()) return original(self, selector);
+  see_class(Kind::kBuffer, self);
+  std::uint64_t number =
+      g_counters.buffers.fetch_add(1, std::memory_order_relaxed) + 1;
+  ledger().committed(self, send<Id>(self, selectors().commandQueue));
+  // Last of all: when it runs, every handler of MLX's has run.
+  objc::StackBlock<Completion> last({self, number});
+  send<void>(self, selectors().addCompletedHandler,
+             static_cast<const void*>(&last));
+  original(self, selector);
+}
+
+void hook_encodeSignal(void (*original)(Id, Selector, Id, std::uint64_t),
+                       Id self, Selector selector, Id event,
+                       std::uint64_t value) {
+  PassThrough pass;
+  if (!pass.was_inside() && hooks_active() && event != nullptr)
+    ledger().signal_encoded(self, event, value);
+  original(self, selector, event, value);
+}
+
+void hook_encodeWait(void (*original)(Id, Selector, Id, std::uint64_t), Id self,
+                     Selector selector, Id event, std::uint64_t value) {
+  PassThrough pass;
+  if (!pass.was_inside() && hooks_active() && event != nullptr)
+    ledger().wait_encoded(self, event, value);
+  original(self, selector, event, value);
+}
+
+void hook_waitUntilCompleted(void (*original)(Id, Selector), Id self,
+                             Selector selector) {
+  PassThrough pass;
+  if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
+    return original(self, selector);
+  BufferRef record = ledger().find(self);
+  original(self, selector);
+  if (record && !ledger().settle_buffer(record, kGateLimit))
+    g_counters.gate_limit.fetch_add(1);
+}
+
+// MLX 0.31.2's synchronize looks at the status of its own, empty buffer; a
+// failure of an earlier one on the queue must show there.
+std::uint64_t hook_status(std::uint64_t (*original)(Id, Selector), Id self,
+                          Selector selector) {
+  PassThrough pass;
+  std::uint64_t status = original(self, selector);
+  if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
+    return status;
+  if (status != kStatusCompleted && status != kStatusError) return status;
+  if (!may_throw()) return status;
+  FailureRef failure =
+      ledger().untold_on(send<Id>(self, selectors().commandQueue));
+  if (!failure) return status;
+  ledger().tell(failure);
+  remember(&t_state.telling, std::move(failure));
+  return kStatusError;
+}
+
+Id hook_error(Id (*original)(Id, Selector), Id self, Selector selector) {
+  PassThrough pass;
+  Id error = original(self, selector);
+  if (error != nullptr || pass.was_inside() || t_state.telling == nullptr ||
+      !*t_state.telling)
+    return error;
+  return (*t_state.telling)->error.get();
+}
+
+void hook_buffer_dealloc(void (*original)(Id, Selector), Id self,
+                         Selector selector) {
+  PassThrough pass;
+  if (!pass.was_inside()) ledger().forget_buffer(self);
+  original(self, selector);
+}
+
+// ---- shared events --------------------------------------------------------------
+
+bool hook_waitUntilSignaledValue(bool (*original)(Id, Selector, std::uint64_t,
+                                                  std::uint64_t),
+                                 Id self, Selector selector,
+                                 std::uint64_t value,
+                                 std::uint64_t timeout_ms) {
+  PassThrough pass;
+  bool reached = original(self, selector, value, timeout_ms);
+  if (pass.was_inside() || !hooks_active() || !reached ||
+      t_state.in_handler > 0)
+    return reached;
+  auto real = send<std::uint64_t>(self, selectors().signaledValue);
+  if (!ledger().settle_event(self, value, real, kGateLimit))
+    g_counters.gate_limit.fetch_add(1);
+  if (hook_mode() != Mode::kIntercept) return reached;  // MLX raises by itself
+  FailureRef failure = ledger().failure_of(self, value);
+  if (!failure) {
+    consume_good_data();
+    return reached;
+  }
+  if (may_throw()) raise(failure);
+  consume(std::move(failure), ledger().tellings());
+  return reached;
+}
+
+std::uint64_t hook_signaledValue(std::uint64_t (*original)(Id, Selector),
+                                 Id self, Selector selector) {
+  PassThrough pass;
+  std::uint64_t real = original(self, selector);
+  if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
+    return real;
+  return ledger().visible(self, real);
+}
+
+void hook_setSignaledValue(void (*original)(Id, Selector, std::uint64_t),
+                           Id self, Selector selector, std::uint64_t value) {
+  PassThrough pass;
+  if (!pass.was_inside() && hooks_active() && t_state.in_handler == 0) {
+    FailureRef failure = consumed_failure(ledger().tellings());
+    ledger().signalled_by_cpu(self, value, failure);
+    if (failure) t_state.consumed_passed_on = true;
+  }
+  original(self, selector, value);
+}
+
+void hook_event_dealloc(void (*original)(Id, Selector), Id self,
+                        Selector selector) {
+  PassThrough pass;
+  if (!pass.was_inside()) ledger().forget_event(self);
+  original(self, selector);
+}
+
+// ---- new objects: an address may be used again, a class be seen first -----------
+
+Id new_buffer(Id buffer, const PassThrough& pass) {
+  if (buffer != nullptr && !pass.was_inside()) {
+    ledger().forget_buffer(buffer);
+    if (hooks_active()) see_class(Kind::kBuffer, buffer);
+  }
+  return buffer;
+}
+
+Id new_queue(Id queue, const PassThrough& pass) {
+  if (queue != nullptr && !pass.was_inside()) {
+    ledger().forget_queue(queue);
+    if (hooks_active()) see_class(Kind::kQueue, queue);
+  }
+  return queue;
+}
+
+Id hook_commandBuffer(Id (*original)(Id, Selector), Id self,
+                      Selector selector) {
+  PassThrough pass;
+  return new_buffer(original(self, selector), pass);
+}
+
+Id hook_commandBufferWithDescriptor(Id (*original)(Id, Selector, Id), Id self,
+                                    Selector selector, Id descriptor) {
+  PassThrough pass;
+  return new_buffer(original(self, selector, descriptor), pass);
+}
+
+Id hook_newCommandQueue(Id (*original)(Id, Selector), Id self,
+                        Selector selector) {
+  PassThrough pass;
+  return new_queue(original(self, selector), pass);
+}
+
+Id hook_newCommandQueueWithCount(Id (*original)(Id, Selector, std::uint64_t),
+                                 Id self, Selector selector,
+                                 std::uint64_t count) {
+  PassThrough pass;
+  return new_queue(original(self, selector, count), pass);
+}
+
+Id hook_newSharedEvent(Id (*original)(Id, Selector), Id self,
+                       Selector selector) {
+  PassThrough pass;
+  Id event = original(self, selector);
+  if (event != nullptr && !pass.was_inside()) {
+    ledger().forget_event(event);
+    if (hooks_active()) see_class(Kind::kEvent, event);
+  }
+  return event;
+}
+
+}  // namespace
+
+// ---- the list ---------------------------------------------------------------------
+
+const std::vector<HookSpec>& hook_list() {
+  static const auto* list = new std::vector<HookSpec>{
+#define MLX_SAFE_HOOK(kind, selector, function, when, need) \
+  {Kind::kind, selector, Trampolines<__LINE__, &function>::slots(), When::when, \
+   Need::need}
+      // clang-format off
+      MLX_SAFE_HOOK(kBuffer, "addCompletedHandler:", hook_addCompletedHandler, kIntercept, kRequired),
+      MLX_SAFE_HOOK(kBuffer, "commit", hook_commit, kAlways, kRequired),
+      MLX_SAFE_HOOK(kBuffer, "encodeSignalEvent:value:", hook_encodeSignal, kAlways, kRequired),
+      MLX_SAFE_HOOK(kBuffer, "encodeWaitForEvent:value:", hook_encodeWait, kAlways, kRequired),
+      MLX_SAFE_HOOK(kBuffer, "waitUntilCompleted", hook_waitUntilCompleted, kAlways, kRequired),
+      MLX_SAFE_HOOK(kBuffer, "status", hook_status, kIntercept, kRequired),
+      MLX_SAFE_HOOK(kBuffer, "error", hook_error, kIntercept, kRequired),
+      MLX_SAFE_HOOK(kBuffer, "dealloc", hook_buffer_dealloc, kAlways, kOptional),
+      MLX_SAFE_HOOK(kEvent, "waitUntilSignaledValue:timeoutMS:", hook_waitUntilSignaledValue, kAlways, kRequired),
+      MLX_SAFE_HOOK(kEvent, "signaledValue", hook_signaledValue, kAlways, kRequired),
+      MLX_SAFE_HOOK(kEvent, "setSignaledValue:", hook_setSignaledValue, kAlways, kRequired),
+      MLX_SAFE_HOOK(kEvent, "dealloc", hook_event_dealloc, kAlways, kOptional),
+      MLX_SAFE_HOOK(kQueue, "commandBuffer", hook_commandBuffer, kAlways, kOptional),
+      MLX_SAFE_HOOK(kQueue, "commandBufferWithUnretainedReferences", hook_commandBuffer, kAlways, kRequired),
+      MLX_SAFE_HOOK(kQueue, "commandBufferWithDescriptor:", hook_commandBufferWithDescriptor, kAlways, kOptional),
+      MLX_SAFE_HOOK(kDevice, "newCommandQueue", hook_newCommandQueue, kAlways, kOptional),
+      MLX_SAFE_HOOK(kDevice, "newCommandQueueWithMaxCommandBufferCount:", hook_newCommandQueueWithCount, kAlways, kOptional),
+      MLX_SAFE_HOOK(kDevice, "newSharedEvent", hook_newSharedEvent, kAlways, kOptional),
+      // clang-format on
+#undef MLX_SAFE_HOOK
+  };
+  return *list;
+}
+
+void hooks_prepare(Mode mode) {
+  // Not linked: the stable ABI has the first only from 3.10 on, and a native
+  // host has neither.
+  g_python_initialized = reinterpret_cast<int (*)()>(
+      ::dlsym(RTLD_DEFAULT, "Py_IsInitialized"));
+  auto state = reinterpret_cast<void* (*)()>(
+      ::dlsym(RTLD_DEFAULT, "PyGILState_GetThisThreadState"));
+  g_python_thread_state = g_python_initialized == nullptr ? nullptr : state;
+  ledger().track_failures(mode == Mode::kIntercept);
+}
+
+void hooks_forget_everything() { ledger().clear(); }
+
+HookCounters counters() {
+  auto [buffers, events] = ledger().sizes();
+  return {g_counters.buffers.load(),   g_counters.completed.load(),
+          g_counters.failed.load(),    g_counters.swallowed.load(),
+          g_counters.thrown.load(),    g_counters.gate_limit.load(),
+          buffers,                     events};
+}
+
+void this_thread_may_throw(bool may) { t_state.may_throw = may; }
+
+void hooks_after_fork_in_child() noexcept { ledger().reset_after_fork(); }
+
+}  // namespace mlx_safe::metal

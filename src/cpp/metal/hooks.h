@@ -1,0 +1,49 @@
+// The hooks: what is replaced in Metal's classes, and install, verify, undo.
+// The list of them is `kHooks` in hooks.cpp.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace mlx_safe::metal {
+
+enum class Mode { kIntercept, kObserve };
+
+struct HookStatus {
+  bool active = false;
+  bool verified = false;
+  std::string runtime;              // path of the Objective-C runtime
+  std::vector<std::string> hooked;  // "-[Class selector]"
+  std::vector<std::string> reasons;  // why not, one line each
+};
+
+struct HookCounters {
+  std::uint64_t buffers;     // committed since the first install
+  std::uint64_t completed;   // of them, those whose handlers have run
+  std::uint64_t failed;      // of them, those with status error
+  std::uint64_t swallowed;   // exceptions kept from std::terminate
+  std::uint64_t thrown;      // waits that raised
+  std::uint64_t gate_limit;  // waits let go although handlers had not run
+  std::uint64_t buffer_records, event_records;
+};
+
+// Hooks Metal, or changes the mode. Idempotent, serialised by a lock, not for
+// Metal's threads. When it does not come to verified hooks, they are taken out
+// again and `reasons` says why.
+HookStatus install(Mode mode);
+
+// Restores the original methods. A method that another library has replaced
+// since stays as it is; our part of its chain only passes on.
+void uninstall();
+
+HookStatus status();
+HookCounters counters();
+
+// Lets waits on this thread raise in a process without Python. With Python, the
+// threads that it knows may raise, and no others.
+void this_thread_may_throw(bool may);
+
+void after_fork_in_child() noexcept;
+
+}  // namespace mlx_safe::metal

@@ -1,0 +1,337 @@
+#include "metal/ledger.h"
+
+#include <algorithm>
+#include <new>
+
+namespace mlx_safe::metal {
+namespace {
+
+// One event's failed values beyond this are merged; MLX makes an event for each
+// evaluation, so it takes a fence with this many failures.
+constexpr std::size_t kPoisonsMax = 64;
+
+}  // namespace
+
+void Ledger::forget_buffer(Id buffer) {
+  BufferRef old;
+  std::lock_guard lock(mutex_);
+  auto it = buffers_.find(buffer);
+  // One in flight is alive: Metal calls its handlers yet.
+  if (it == buffers_.end() || it->second->sequence != 0) return;
+  old = std::move(it->second);
+  buffers_.erase(it);
+}
+
+void Ledger::forget_queue(Id queue) {
+  std::shared_ptr<Queue> old;
+  std::lock_guard lock(mutex_);
+  auto it = queues_.find(queue);
+  if (it == queues_.end()) return;
+  old = std::move(it->second);
+  queues_.erase(it);
+  if (!old->in_flight.empty()) leaving_.push_back(old);
+}
+
+void Ledger::forget_event(Id event) {
+  if (event_count_.load() == 0) return;
+  Event old;
+  std::lock_guard lock(mutex_);
+  auto it = events_.find(event);
+  if (it == events_.end()) return;
+  old = std::move(it->second);
+  events_.erase(it);
+  event_count_.store(events_.size());
+}
+
+BufferRef& Ledger::open(Id buffer) {
+  BufferRef& record = buffers_[buffer];
+  if (!record) record = std::make_shared<Buffer>();
+  return record;
+}
+
+void Ledger::signal_encoded(Id buffer, Id event, std::uint64_t value) {
+  objc::Owned held = objc::Owned::retaining(event);
+  std::lock_guard lock(mutex_);
+  open(buffer)->signals.push_back({std::move(held), value, false});
+}
+
+void Ledger::wait_encoded(Id buffer, Id event, std::uint64_t value) {
+  std::lock_guard lock(mutex_);
+  BufferRef& record = open(buffer);
+  record->waits.emplace_back(event, value);
+  for (Signal& signal : record->signals) signal.before_wait = true;
+}
+
+void Ledger::committed(Id buffer, Id queue) {
+  std::lock_guard lock(mutex_);
+  BufferRef& record = open(buffer);
+  std::shared_ptr<Queue>& q = queues_[queue];
+  if (!q) q = std::make_shared<Queue>();
+  record->queue = q;
+  record->sequence = ++q->committed;
+  q->in_flight.push_back(record);
+  for (const Signal& signal : record->signals) {
+    std::uint64_t need = record->sequence - (signal.before_wait ? 1 : 0);
+    events_[signal.event.get()].pending.push_back(
+        {signal.value, record, need});
+  }
+  event_count_.store(events_.size());
+}
+
+BufferRef Ledger::find(Id buffer) {
+  std::lock_guard lock(mutex_);
+  auto it = buffers_.find(buffer);
+  if (it == buffers_.end() || it->second->sequence == 0) return nullptr;
+  return it->second;
+}
+
+BufferRef Ledger::completed(Id buffer, FailureRef own) {
+  Trash trash;
+  BufferRef record;
+  {
+    std::lock_guard lock(mutex_);
+    auto it = buffers_.find(buffer);
+    if (it == buffers_.end() || it->second->sequence == 0) return nullptr;
+    record = std::move(it->second);
+    // The address may be used again as soon as the handlers are done.
+    buffers_.erase(it);
+    record->completed = true;
+    if (tracking_ && own) {
+      // Before anybody can see the signals that were withheld. The GPU had
+      // done none of the values after the last settled one, as far as we know.
+      for (const Signal& s : record->signals)
+        mark(s.event.get(), s.value, s.value, own);
+    }
+    record->own = std::move(own);
+    advance(&trash);
+  }
+  changed_.notify_all();
+  return record;
+}
+
+// Settles whatever can be: buffers settle in the order of their queue, after
+// the handlers of the buffers that they waited for.
+void Ledger::advance(Trash* trash) {
+  for (bool again = true; again;) {
+    again = false;
+    for (auto& [address, queue] : queues_) again |= advance(*queue, trash);
+    for (auto& queue : leaving_) again |= advance(*queue, trash);
+  }
+  std::erase_if(leaving_, [&](auto& queue) {
+    if (!queue->in_flight.empty()) return false;
+    trash->push_back(std::move(queue));
+    return true;
+  });
+}
+
+bool Ledger::advance(Queue& queue, Trash* trash) {
+  bool any = false;
+  while (!queue.in_flight.empty() && may_settle(*queue.in_flight.front())) {
+    settle(queue.in_flight.front(), trash);
+    any = true;
+  }
+  return any;
+}
+
+bool Ledger::may_settle(const Buffer& buffer) {
+  if (!buffer.completed) return false;
+  for (const auto& [address, value] : buffer.waits) {
+    auto it = events_.find(address);
+    if (it == events_.end()) continue;
+    for (const Pending& p : it->second.pending)
+      if (p.value <= value && p.buffer.get() != &buffer && !is_settled(p))
+        return false;
+  }
+  return true;
+}
+
+void Ledger::settle(const BufferRef& front, Trash* trash) {
+  BufferRef buffer = front;
+  Queue& queue = *buffer->queue;
+  FailureRef why = tracking_ ? inherited(*buffer) : nullptr;
+  buffer->settled = true;
+  queue.settled = buffer->sequence;
+  queue.in_flight.pop_front();
+  for (const Signal& signal : buffer->signals) {
+    Id address = signal.event.get();
+    auto it = events_.find(address);
+    if (it != events_.end()) {
+      auto& pending = it->second.pending;
+      std::erase_if(pending,
+                    [&](const Pending& p) { return p.buffer == buffer; });
+      it->second.settled = std::max(it->second.settled, signal.value);
+    }
+    if (why) mark(address, signal.value, signal.value, why);
+    drop_if_idle(address);
+  }
+  trash->push_back(std::move(buffer));
+}
+
+// Why a buffer's results are not to be trusted; null when they are. A failure
+// that comes in with it stays on its queue.
+FailureRef Ledger::inherited(const Buffer& buffer) {
+  Queue& queue = *buffer.queue;
+  FailureRef why = buffer.own;
+  if (!why && queue.untold) return queue.untold;
+  if (!why && buffer.sequence <= queue.tainted_until) return queue.taint;
+  for (const auto& [event, value] : buffer.waits) {
+    if (why) break;
+    why = poison_of(event, value);
+  }
+  if (!why) return nullptr;
+  if (!why->told) {
+    queue.untold = why;
+  } else {
+    queue.taint = why;
+    queue.tainted_until = queue.committed;
+  }
+  return why;
+}
+
+void Ledger::mark(Id event, std::uint64_t from, std::uint64_t to,
+                  const FailureRef& failure) {
+  auto& poisons = events_[event].poisons;
+  for (Poison& p : poisons)
+    if (p.from <= from && to <= p.to) return;
+  if (poisons.size() >= kPoisonsMax) {
+    poisons.front().to = std::max(poisons.front().to, poisons[1].to);
+    poisons.erase(poisons.begin() + 1);
+  }
+  poisons.push_back({from, to, failure});
+  event_count_.store(events_.size());
+}
+
+void Ledger::drop_if_idle(Id event) {
+  auto it = events_.find(event);
+  if (it == events_.end() || !it->second.pending.empty() ||
+      !it->second.poisons.empty())
+    return;
+  events_.erase(it);
+  event_count_.store(events_.size());
+}
+
+bool Ledger::is_settled(const Pending& p) {
+  return p.buffer->settled || p.buffer->queue->settled >= p.need;
+}
+
+bool Ledger::is_closed(const Event& event, std::uint64_t value,
+                       std::uint64_t real) {
+  if (event.settled >= value) return false;
+  for (const Pending& p : event.pending)
+    if ((p.value <= value || p.value <= real) && !is_settled(p)) return true;
+  return false;
+}
+
+bool Ledger::settle_event(Id event, std::uint64_t value, std::uint64_t real,
+                          std::chrono::milliseconds limit) {
+  if (event_count_.load() == 0) return true;
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, limit, [&] {
+    auto it = events_.find(event);
+    return it == events_.end() || !is_closed(it->second, value, real);
+  });
+}
+
+bool Ledger::settle_buffer(const BufferRef& buffer,
+                           std::chrono::milliseconds limit) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, limit, [&] { return buffer->settled; });
+}
+
+std::uint64_t Ledger::visible(Id event, std::uint64_t real) {
+  if (real == 0 || event_count_.load() == 0) return real;
+  std::lock_guard lock(mutex_);
+  auto it = events_.find(event);
+  if (it == events_.end()) return real;
+  std::uint64_t shown = real;
+  for (const Pending& p : it->second.pending)
+    if (p.value <= real && p.value > it->second.settled && !is_settled(p))
+      shown = std::min(shown, p.value - 1);
+  for (const Poison& p : it->second.poisons)
+    if (p.from <= shown) shown = p.from - 1;
+  return shown;
+}
+
+FailureRef Ledger::poison_of(Id event, std::uint64_t value) {
+  auto it = events_.find(event);
+  if (it == events_.end()) return nullptr;
+  for (const Poison& p : it->second.poisons)
+    if (p.from <= value && value <= p.to) return p.failure;
+  return nullptr;
+}
+
+FailureRef Ledger::failure_of(Id event, std::uint64_t value) {
+  if (event_count_.load() == 0) return nullptr;
+  std::lock_guard lock(mutex_);
+  return poison_of(event, value);
+}
+
+FailureRef Ledger::untold_on(Id queue) {
+  std::lock_guard lock(mutex_);
+  auto it = queues_.find(queue);
+  return it == queues_.end() ? nullptr : it->second->untold;
+}
+
+void Ledger::tell(const FailureRef& failure) {
+  Trash trash;
+  std::lock_guard lock(mutex_);
+  tellings_.fetch_add(1);
+  if (failure->told.exchange(true)) return;
+  for (auto& [address, queue] : queues_) {
+    if (queue->untold != failure) continue;
+    trash.push_back(std::move(queue->taint));
+    queue->taint = std::move(queue->untold);
+    queue->untold = nullptr;
+    queue->tainted_until = queue->committed;
+  }
+}
+
+void Ledger::signalled_by_cpu(Id event, std::uint64_t value,
+                              const FailureRef& failure) {
+  if (!failure && event_count_.load() == 0) return;
+  {
+    std::lock_guard lock(mutex_);
+    if (failure) {
+      mark(event, value, value, failure);
+    } else if (auto it = events_.find(event); it != events_.end()) {
+      it->second.settled = std::max(it->second.settled, value);
+    }
+  }
+  changed_.notify_all();
+}
+
+std::pair<std::size_t, std::size_t> Ledger::sizes() {
+  std::lock_guard lock(mutex_);
+  return {buffers_.size(), events_.size()};
+}
+
+void Ledger::clear() {
+  decltype(buffers_) buffers;
+  decltype(queues_) queues;
+  decltype(events_) events;
+  {
+    std::lock_guard lock(mutex_);
+    buffers.swap(buffers_);
+    queues.swap(queues_);
+    events.swap(events_);
+    event_count_.store(0);
+    for (auto& [address, queue] : queues)
+      for (BufferRef& buffer : queue->in_flight) buffer->settled = true;
+    // A queue and its buffers refer to each other.
+    for (auto& [address, queue] : queues) queue->in_flight.clear();
+    for (auto& queue : leaving_) {
+      for (BufferRef& buffer : queue->in_flight) buffer->settled = true;
+      queue->in_flight.clear();
+    }
+    leaving_.clear();
+  }
+  changed_.notify_all();
+}
+
+void Ledger::reset_after_fork() noexcept {
+  // Another thread of the parent may have held the lock, and what it guards may
+  // be half changed: left where it is, and begun anew.
+  new (this) Ledger;
+}
+
+}  // namespace mlx_safe::metal

@@ -1,0 +1,182 @@
+// The ledger: which command buffers are in flight, what they signal and wait
+// for, and what a failed one has spoilt.
+//
+// It knows no Objective-C but the addresses of objects, sends no messages while
+// it holds its lock, and never calls out. Everything may be called on any
+// thread, Metal's included: the lock is held for a look-up or two. Bounded: a
+// buffer's record goes when its handlers have run, an event's when nothing is
+// pending or failed on it, and both when the object dies or its address is used
+// again.
+//
+// Rules, and what forces them (MLX 0.31.2 and 0.32, see docs/metal.md):
+// - An event is signalled by the GPU before the completion handlers of the
+//   signalling buffer run, so a value counts only when that buffer has settled:
+//   its handlers have run, and those of all buffers before it on its queue, and
+//   those of the buffers that signalled what it waited for.
+// - A signal that is followed by a wait in its own buffer counts as soon as the
+//   buffers before its own have settled: the rest of the buffer may be waiting
+//   for whoever waits for this signal.
+// - A buffer committed mid-graph signals nothing, so a failure stays with its
+//   queue until somebody has been told of it; whatever was in flight on the
+//   queue at that moment counts as failed too.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "objc/runtime.h"
+
+namespace mlx_safe::metal {
+
+using objc::Id;
+
+// A fault, as those who depend on it will be told.
+struct Failure {
+  std::string message;
+  objc::Owned error;  // the NSError
+  std::atomic<bool> told{false};
+
+  Failure(std::string text, objc::Owned held)
+      : message(std::move(text)), error(std::move(held)) {}
+};
+using FailureRef = std::shared_ptr<Failure>;
+
+struct Signal {
+  objc::Owned event;  // must outlive MLX's own handlers, which hold it too
+  std::uint64_t value;
+  bool before_wait;  // a wait follows in the same buffer
+};
+
+struct Queue;
+
+struct Buffer {
+  std::shared_ptr<Queue> queue;
+  std::uint64_t sequence = 0;  // on its queue, from 1, in order of commit
+  std::vector<Signal> signals;
+  std::vector<std::pair<Id, std::uint64_t>> waits;
+  FailureRef own;
+  bool completed = false;  // its last handler has run
+  bool settled = false;
+};
+using BufferRef = std::shared_ptr<Buffer>;
+
+class Ledger {
+ public:
+  // Whether failures are tracked to those who depend on them (intercept), or
+  // only waits are held back (observe).
+  void track_failures(bool on) noexcept { tracking_ = on; }
+
+  // An object with this address is new, or gone: whatever was known of an
+  // earlier one at the same address is forgotten.
+  void forget_buffer(Id buffer);
+  void forget_queue(Id queue);
+  void forget_event(Id event);
+
+  void signal_encoded(Id buffer, Id event, std::uint64_t value);
+  void wait_encoded(Id buffer, Id event, std::uint64_t value);
+  // Right before the real commit.
+  void committed(Id buffer, Id queue);
+  // The record of a committed buffer; null when there is none.
+  BufferRef find(Id buffer);
+
+  // In the last handler of `buffer`. Returns its record, null when it was
+  // committed before there were hooks. With `own`, the buffer failed: its
+  // signals are marked failed, and the caller is to do those that the GPU
+  // withheld.
+  BufferRef completed(Id buffer, FailureRef own);
+
+  // Waits until what makes `event` reach `value` has settled, `real` being the
+  // value that the event shows. False when that took longer than `limit`.
+  bool settle_event(Id event, std::uint64_t value, std::uint64_t real,
+                    std::chrono::milliseconds limit);
+  bool settle_buffer(const BufferRef& buffer, std::chrono::milliseconds limit);
+
+  // The value of `event` that may be shown when it is `real`: never one that
+  // an unsettled or failed buffer has signalled.
+  std::uint64_t visible(Id event, std::uint64_t real);
+
+  // The failure on which `event` having reached `value` depends; null: none.
+  FailureRef failure_of(Id event, std::uint64_t value);
+  // The failure on `queue` that nobody has been told of; null: none.
+  FailureRef untold_on(Id queue);
+  // Somebody raises it: later work is independent of it.
+  void tell(const FailureRef& failure);
+  // Changes with each `tell`, also a repeated one.
+  std::uint64_t tellings() const noexcept { return tellings_.load(); }
+
+  // The CPU sets `event` to `value`; with `failure`, from failed data.
+  void signalled_by_cpu(Id event, std::uint64_t value,
+                        const FailureRef& failure);
+
+  // Records held now: buffers, events.
+  std::pair<std::size_t, std::size_t> sizes();
+  // Lets go of every waiter and forgets everything.
+  void clear();
+  // Only in a forked child, whose other threads are gone.
+  void reset_after_fork() noexcept;
+
+ private:
+  struct Pending {
+    std::uint64_t value;
+    BufferRef buffer;
+    std::uint64_t need;  // sequence that its queue must have settled
+  };
+  struct Poison {
+    std::uint64_t from, to;  // values that depend on the failure, inclusive
+    FailureRef failure;
+  };
+  struct Event {
+    std::uint64_t settled = 0;
+    std::vector<Pending> pending;
+    std::vector<Poison> poisons;
+  };
+  // What is let go of while the lock is held is kept here until it is not:
+  // releasing an object may run code that comes back to us.
+  using Trash = std::vector<std::shared_ptr<void>>;
+
+  BufferRef& open(Id buffer);
+  void advance(Trash* trash);
+  bool advance(Queue& queue, Trash* trash);
+  bool may_settle(const Buffer& buffer);
+  void settle(const BufferRef& buffer, Trash* trash);
+  FailureRef inherited(const Buffer& buffer);
+  void mark(Id event, std::uint64_t from, std::uint64_t to,
+            const FailureRef& failure);
+  void drop_if_idle(Id event);
+  static bool is_settled(const Pending& pending);
+  static bool is_closed(const Event& event, std::uint64_t value,
+                        std::uint64_t real);
+  FailureRef poison_of(Id event, std::uint64_t value);
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::atomic<bool> tracking_{false};
+  std::atomic<std::uint64_t> tellings_{1};
+  std::atomic<std::size_t> event_count_{0};  // events_.size(), to look without
+                                             // the lock
+  std::unordered_map<Id, BufferRef> buffers_;
+  std::unordered_map<Id, std::shared_ptr<Queue>> queues_;
+  std::unordered_map<Id, Event> events_;
+  // Queues that are gone but for buffers in flight.
+  std::vector<std::shared_ptr<Queue>> leaving_;
+};
+
+struct Queue {
+  std::uint64_t committed = 0;
+  std::uint64_t settled = 0;
+  std::deque<BufferRef> in_flight;
+  FailureRef untold;
+  // Buffers up to `tainted_until` count as failed because of `taint`.
+  FailureRef taint;
+  std::uint64_t tainted_until = 0;
+};
+
+}  // namespace mlx_safe::metal

@@ -1,0 +1,88 @@
+// What the hooks remember about the calling thread.
+//
+// Plain values only, never destroyed: MLX's own thread-local encoders outlive
+// other thread-locals at thread exit and still call hooked methods then.
+#pragma once
+
+#include <cstdint>
+
+#include "metal/ledger.h"
+
+namespace mlx_safe::metal {
+
+struct ThreadState {
+  int nested = 0;      // inside a hooked method: calls from there pass through
+  int in_handler = 0;  // inside a completion handler
+  bool may_throw = false;
+  // Failure that a wait of this thread, which must not throw, ran into; what
+  // the thread signals next depends on it. Owned, leaked at thread exit.
+  FailureRef* consumed = nullptr;
+  std::uint64_t consumed_telling = 0;
+  bool consumed_passed_on = false;
+  // Failure told by the last `status`, for the `error` that is read next.
+  FailureRef* telling = nullptr;
+};
+
+inline constinit thread_local ThreadState t_state{};
+
+inline void remember(FailureRef** slot, FailureRef failure) {
+  if (*slot == nullptr) *slot = new FailureRef;
+  **slot = std::move(failure);
+}
+
+// The failure that this thread's next signal depends on; null: none. It ends
+// when anybody raises it, and for one that had been raised before it got here
+// (the rest of work in flight) when the thread turns to other, good data.
+inline FailureRef consumed_failure(std::uint64_t tellings) {
+  if (t_state.consumed == nullptr || !*t_state.consumed) return nullptr;
+  if (t_state.consumed_telling == tellings) return *t_state.consumed;
+  t_state.consumed->reset();
+  return nullptr;
+}
+
+inline void consume(FailureRef failure, std::uint64_t tellings) {
+  remember(&t_state.consumed, std::move(failure));
+  t_state.consumed_telling = tellings;
+  t_state.consumed_passed_on = false;
+}
+
+inline void consume_good_data() {
+  if (t_state.consumed != nullptr && *t_state.consumed &&
+      t_state.consumed_passed_on && (*t_state.consumed)->told.load())
+    t_state.consumed->reset();
+}
+
+// Hooked methods called inside this scope do only what the original does.
+class PassThrough {
+ public:
+  PassThrough() noexcept : was_inside_(t_state.nested > 0) { ++t_state.nested; }
+  ~PassThrough() { --t_state.nested; }
+  PassThrough(const PassThrough&) = delete;
+  PassThrough& operator=(const PassThrough&) = delete;
+  // True when a hooked method called this one: the outermost does the work.
+  bool was_inside() const noexcept { return was_inside_; }
+
+ private:
+  bool was_inside_;
+};
+
+// While a completion handler runs. It may run inside a hooked `commit` (a
+// device that completes at once), so the nesting is set aside.
+class HandlerScope {
+ public:
+  HandlerScope() noexcept : nested_(t_state.nested) {
+    t_state.nested = 0;
+    ++t_state.in_handler;
+  }
+  ~HandlerScope() {
+    --t_state.in_handler;
+    t_state.nested = nested_;
+  }
+  HandlerScope(const HandlerScope&) = delete;
+  HandlerScope& operator=(const HandlerScope&) = delete;
+
+ private:
+  int nested_;
+};
+
+}  // namespace mlx_safe::metal

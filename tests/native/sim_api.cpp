@@ -1,0 +1,34 @@
+// The hooks as a plain shared library, for hosts without Python.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+
+#include "fault_log.h"
+#include "metal/hooks.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace mlx_safe;
+
+// 0: hooked and verified.
+EXPORT int mlx_safe_sim_install(const char* mode) {
+  auto status = metal::install(std::strcmp(mode, "intercept") == 0
+                                   ? metal::Mode::kIntercept
+                                   : metal::Mode::kObserve);
+  for (const auto& reason : status.reasons)
+    std::fprintf(stderr, "%s\n", reason.c_str());
+  return status.verified ? 0 : 1;
+}
+
+// Whether waits of the calling thread may raise, as those of Python's may.
+EXPORT void mlx_safe_sim_mark_thread(int client) {
+  metal::this_thread_may_throw(client != 0);
+}
+
+EXPORT void mlx_safe_sim_uninstall() { metal::uninstall(); }
+
+EXPORT std::uint64_t mlx_safe_sim_epoch() { return fault_log().epoch(); }
+
+EXPORT void mlx_safe_sim_counters(metal::HookCounters* out) {
+  *out = metal::counters();
+}
