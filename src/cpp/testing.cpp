@@ -13,10 +13,13 @@
 namespace mlx_safe {
 namespace {
 
-// MLX 0.31.2's check_error.
+// MLX 0.31.2's check_error. Holds the event, as MLX's handlers do: a command
+// buffer with unretained references does not.
 struct CheckError {
-  void retain() const {}
-  void release() const {}
+  objc::Id event;
+
+  void retain() const { objc::runtime().objc_retain(event); }
+  void release() const { objc::runtime().objc_release(event); }
   void invoke(objc::Id buffer) const {
     const auto& s = metal::selectors();
     if (objc::send<std::uint64_t>(buffer, s.status) != 5) return;
@@ -40,7 +43,7 @@ void testing_run_command_buffer() {
   objc::Owned event(objc::send<objc::Id>(device, s.newSharedEvent));
   auto buffer =
       objc::send<objc::Id>(queue, s.commandBufferWithUnretainedReferences);
-  objc::StackBlock<CheckError> check({});
+  objc::StackBlock<CheckError> check({event.get()});
   objc::send<void>(buffer, s.encodeSignalEvent, event.get(), std::uint64_t{1});
   objc::send<void>(buffer, s.addCompletedHandler,
                    static_cast<const void*>(&check));

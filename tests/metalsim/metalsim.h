@@ -41,7 +41,7 @@ typedef struct metalsim_plan {
   int32_t code;               // the IOGPU code: 2..0x11, or any other number
   int32_t persistent;         // 1: every counted buffer from nth on
   uint64_t count;             // how many fail in a row; 0 means 1
-  const void *queue;          // count only this queue's buffers; NULL: all
+  const void* queue;          // count only this queue's buffers; NULL: all
   uint32_t after_commands;    // so many commands (dispatches, signals, waits)
                               // still take effect before the buffer fails
   uint32_t handler_delay_us;  // the handlers of a failed buffer come so late
@@ -50,7 +50,7 @@ typedef struct metalsim_plan {
 
 // Up to 64 plans live side by side; the first that applies decides. Returns
 // the plan's number, or -1 if there is no room.
-METALSIM_API int metalsim_plan_add(const metalsim_plan *plan);
+METALSIM_API int metalsim_plan_add(const metalsim_plan* plan);
 METALSIM_API void metalsim_plan_clear(void);
 
 // Short for: clear, then add a plan over the whole process.
@@ -97,7 +97,7 @@ METALSIM_API void metalsim_set_no_device(int no_device);
 
 // Takes a selector out of every class, as if this system did not have it.
 // Call it before the selector is used. Returns how many methods went.
-METALSIM_API int metalsim_remove_selector(const char *name);
+METALSIM_API int metalsim_remove_selector(const char* name);
 
 // Queues created from now on belong to this family: 0 (AGXG16X…, whose
 // commit calls super) or 1 (AGXG17X…, whose commit is its own). Its classes
@@ -124,12 +124,12 @@ typedef struct metalsim_totals {
   uint64_t blocks_copied, blocks_disposed;
 } metalsim_totals;
 
-METALSIM_API void metalsim_get_totals(metalsim_totals *out);
+METALSIM_API void metalsim_get_totals(metalsim_totals* out);
 
 typedef struct metalsim_record {
   uint64_t serial;      // commit number in this process, from 1
-  const void *buffer;   // its address; may since have been reused
-  const void *queue;    // likewise
+  const void* buffer;   // its address; may since have been reused
+  const void* queue;    // likewise
   uint64_t queue_turn;  // commit number on its queue, from 1
   int32_t status;       // 4 completed, 5 error
   int32_t code;         // the IOGPU code, 0 without an error
@@ -142,11 +142,11 @@ typedef struct metalsim_record {
 // Keeps the last `capacity` finished buffers; 0 (the default) keeps none.
 METALSIM_API void metalsim_set_detailed_log(uint32_t capacity);
 // Copies up to max records, oldest first, and returns how many.
-METALSIM_API uint32_t metalsim_read_log(metalsim_record *out, uint32_t max);
+METALSIM_API uint32_t metalsim_read_log(metalsim_record* out, uint32_t max);
 
 // Live instances of the class of that name and of its subclasses. Blocks on
 // the heap count as "__NSMallocBlock__".
-METALSIM_API int64_t metalsim_live_objects(const char *class_name);
+METALSIM_API int64_t metalsim_live_objects(const char* class_name);
 
 // Methods whose implementation is not the original one, or that were added:
 // 0 once a hook has taken itself out (added ones can only be neutralised).

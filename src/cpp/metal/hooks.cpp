@@ -240,10 +240,18 @@ bool hook_waitUntilSignaledValue(bool (*original)(Id, Selector, std::uint64_t,
                                  std::uint64_t value,
                                  std::uint64_t timeout_ms) {
   PassThrough pass;
-  bool reached = original(self, selector, value, timeout_ms);
-  if (pass.was_inside() || !hooks_active() || !reached ||
-      t_state.in_handler > 0)
-    return reached;
+  if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
+    return original(self, selector, value, timeout_ms);
+  bool reached;
+  try {
+    reached = original(self, selector, value, timeout_ms);
+  } catch (...) {
+    // A second copy of this library, below us, has told of the failure.
+    if (FailureRef failure = ledger().failure_of(self, value))
+      ledger().tell(failure);
+    throw;
+  }
+  if (!reached) return reached;
   auto real = send<std::uint64_t>(self, selectors().signaledValue);
   if (!ledger().settle_event(self, value, real, kGateLimit))
     g_counters.gate_limit.fetch_add(1);
@@ -383,8 +391,6 @@ void hooks_prepare(Mode mode) {
   g_python_thread_state = g_python_initialized == nullptr ? nullptr : state;
   ledger().track_failures(mode == Mode::kIntercept);
 }
-
-void hooks_forget_everything() { ledger().clear(); }
 
 HookCounters counters() {
   auto [buffers, events] = ledger().sizes();

@@ -218,8 +218,8 @@ std::vector<std::string> names_of(const Installation& in) {
 
 void stand_aside(Installation& in, std::string why_not) {
   g_active.store(false);
+  // Buffers in flight keep their last handler, which lets their waiters go.
   take_out(in);
-  hooks_forget_everything();
   in.status.active = in.status.verified = false;
   in.status.hooked = names_of(in);
   in.status.reasons = {std::move(why_not)};

@@ -305,29 +305,6 @@ std::pair<std::size_t, std::size_t> Ledger::sizes() {
   return {buffers_.size(), events_.size()};
 }
 
-void Ledger::clear() {
-  decltype(buffers_) buffers;
-  decltype(queues_) queues;
-  decltype(events_) events;
-  {
-    std::lock_guard lock(mutex_);
-    buffers.swap(buffers_);
-    queues.swap(queues_);
-    events.swap(events_);
-    event_count_.store(0);
-    for (auto& [address, queue] : queues)
-      for (BufferRef& buffer : queue->in_flight) buffer->settled = true;
-    // A queue and its buffers refer to each other.
-    for (auto& [address, queue] : queues) queue->in_flight.clear();
-    for (auto& queue : leaving_) {
-      for (BufferRef& buffer : queue->in_flight) buffer->settled = true;
-      queue->in_flight.clear();
-    }
-    leaving_.clear();
-  }
-  changed_.notify_all();
-}
-
 void Ledger::reset_after_fork() noexcept {
   // Another thread of the parent may have held the lock, and what it guards may
   // be half changed: left where it is, and begun anew.

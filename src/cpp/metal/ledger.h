@@ -118,8 +118,6 @@ class Ledger {
 
   // Records held now: buffers, events.
   std::pair<std::size_t, std::size_t> sizes();
-  // Lets go of every waiter and forgets everything.
-  void clear();
   // Only in a forked child, whose other threads are gone.
   void reset_after_fork() noexcept;
 

@@ -2,14 +2,18 @@
 // compiler's __block variables need.
 
 #include <cstring>
+#include <new>
 
 #include "objc.h"
 
-// The addresses of these are what a Block's isa holds. They are class
-// objects, so that a Block is an object that can be retained.
+// The addresses of these are what a Block's isa holds. They become class
+// objects, so that a Block is an object that can be retained. Raw storage,
+// since nothing may destroy them while the process exits.
 extern "C" {
-__attribute__((visibility("default"))) objc_class _NSConcreteStackBlock;
-__attribute__((visibility("default"))) objc_class _NSConcreteGlobalBlock;
+alignas(objc_class) __attribute__((visibility(
+    "default"))) unsigned char _NSConcreteStackBlock[sizeof(objc_class)];
+alignas(objc_class) __attribute__((visibility(
+    "default"))) unsigned char _NSConcreteGlobalBlock[sizeof(objc_class)];
 }
 
 namespace metalsim {
@@ -33,9 +37,10 @@ id block_retain(id self, SEL) { return static_cast<id>(_Block_copy(self)); }
 void block_release(id self, SEL) { _Block_release(self); }
 
 [[maybe_unused]] const bool classes_ready = [] {
-  for (auto [cls, name] : {std::pair{&_NSConcreteStackBlock,
-                                     "__NSStackBlock__"},
-                           {&_NSConcreteGlobalBlock, "__NSGlobalBlock__"},
+  auto* on_stack = new (_NSConcreteStackBlock) objc_class;
+  auto* global = new (_NSConcreteGlobalBlock) objc_class;
+  for (auto [cls, name] : {std::pair{on_stack, "__NSStackBlock__"},
+                           {global, "__NSGlobalBlock__"},
                            {&malloc_block_class(), "__NSMallocBlock__"}}) {
     define_block_class(*cls, name);
     add_methods(cls, {{"retain", "@16@0:8", imp(&block_retain)},
@@ -90,7 +95,7 @@ constexpr BlockDescriptor kSubstitutingDescriptor{
 void* make_substituting_block(const void* block, id replacement) {
   auto* invoke = reinterpret_cast<void (*)(void*, ...)>(
       reinterpret_cast<IMP>(&substitute));
-  SubstitutingBlock literal{{&_NSConcreteStackBlock, kHasCopyDispose, 0, invoke,
+  SubstitutingBlock literal{{_NSConcreteStackBlock, kHasCopyDispose, 0, invoke,
                              &kSubstitutingDescriptor},
                             block,
                             replacement};

@@ -63,7 +63,10 @@ struct PoolStack {
   std::vector<id> objects;
 };
 
-thread_local PoolStack* pool_stack = nullptr;
+// One pointer fits the static TLS that a dlopened library may use. That is
+// quicker, and older leak sanitizers cannot follow the dynamic kind.
+__attribute__((tls_model("initial-exec"))) thread_local PoolStack* pool_stack =
+    nullptr;
 
 void drain(PoolStack& stack, size_t height) {
   while (stack.objects.size() > height) {
@@ -145,7 +148,7 @@ void drop_associations(Object* object) {
 void dispose_object(Object* object) {
   if (object->has_associations.load()) drop_associations(object);
   Class cls = object->isa;
-  uint32_t bytes = object->bytes;
+  uint32_t bytes = object->allocated;
   cls->live.fetch_sub(1, std::memory_order_relaxed);
   if (cls->destroy != nullptr) cls->destroy(object);
   give_memory(object, bytes);

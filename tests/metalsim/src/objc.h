@@ -44,7 +44,7 @@ namespace metalsim {
 struct Object;
 // Destroys the C++ parts of an instance; the memory is dealt with elsewhere.
 using Destroy = void (*)(Object*);
-// Makes an instance for +alloc; classes without one cannot be allocated.
+// Makes an instance for +alloc.
 using Create = Object* (*)(Class);
 
 constexpr uint32_t kCacheSize = 512;
@@ -87,7 +87,7 @@ namespace metalsim {
 struct Object : objc_object {
   std::atomic<int32_t> refs{1};
   std::atomic<bool> has_associations{false};
-  uint32_t bytes = 0;
+  uint32_t allocated = 0;
   Object() : objc_object{nullptr} {}
 };
 
@@ -100,14 +100,16 @@ template <class T>
 T* make_object(Class cls) {
   auto* object = new (take_memory(sizeof(T))) T();
   object->isa = cls;
-  object->bytes = sizeof(T);
+  object->allocated = sizeof(T);
   cls->live.fetch_add(1, std::memory_order_relaxed);
   return object;
 }
 
+// Says what instances of a class and of its subclasses consist of.
 template <class T>
-void destroy_as(Object* object) {
-  static_cast<T*>(object)->~T();
+void set_instances(Class cls) {
+  cls->create = [](Class which) -> Object* { return make_object<T>(which); };
+  cls->destroy = [](Object* object) { static_cast<T*>(object)->~T(); };
 }
 
 void dispose_object(Object* object);

@@ -34,10 +34,9 @@ Registry& registry() {
 }
 
 [[noreturn]] void unrecognized(id self, SEL sel) {
-  std::fprintf(stderr,
-               "*** -[%s %s]: unrecognized selector sent to instance %p\n",
-               self->isa->name.c_str(), sel->name.c_str(),
-               static_cast<void*>(self));
+  std::fprintf(
+      stderr, "*** -[%s %s]: unrecognized selector sent to instance %p\n",
+      self->isa->name.c_str(), sel->name.c_str(), static_cast<void*>(self));
   std::abort();
 }
 

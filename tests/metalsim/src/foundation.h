@@ -1,0 +1,37 @@
+// NSObject, NSString, NSDictionary and NSError, as far as Metal's clients
+// touch them.
+#pragma once
+
+#include "objc.h"
+
+namespace metalsim {
+
+struct String : Object {
+  std::string text;
+};
+
+struct Dictionary : Object {
+  std::vector<std::pair<id, id>> entries;
+  ~Dictionary();
+};
+
+struct Error : Object {
+  id domain = nullptr;
+  int64_t code = 0;
+  id user_info = nullptr;
+  id description = nullptr;
+  ~Error();
+};
+
+// Returned with one reference that is the caller's.
+String* make_string(std::string text);
+
+// The error that Metal reports for a command buffer that the GPU failed with
+// this IOGPU code; the caller's reference.
+id make_command_buffer_error(int code);
+
+inline std::string text_of(id string) {
+  return string ? static_cast<String*>(string)->text : std::string();
+}
+
+}  // namespace metalsim

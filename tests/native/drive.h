@@ -1,0 +1,102 @@
+// Small pieces that the native test programs share: the hooks as a library, and
+// one command buffer driven as MLX 0.31.2 drives it.
+#pragma once
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "hosts/host_common.h"
+
+namespace drive {
+
+struct Hooks {
+  int (*install)(const char*) = nullptr;
+  void (*uninstall)() = nullptr;
+  std::uint64_t (*epoch)() = nullptr;
+  void (*mark_thread)(int) = nullptr;
+
+  static Hooks open(const char* path) {
+    void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (library == nullptr) {
+      std::fprintf(stderr, "%s\n", dlerror());
+      std::exit(2);
+    }
+    Hooks h;
+    auto find = [&](const char* name, auto*& into) {
+      into = reinterpret_cast<std::remove_reference_t<decltype(into)>>(
+          dlsym(library, name));
+    };
+    find("mlx_safe_sim_install", h.install);
+    find("mlx_safe_sim_uninstall", h.uninstall);
+    find("mlx_safe_sim_epoch", h.epoch);
+    find("mlx_safe_sim_mark_thread", h.mark_thread);
+    h.mark_thread(1);
+    return h;
+  }
+};
+
+inline host::id device() {
+  static auto* one = new host::Ref(host::default_device());
+  return one->get();
+}
+
+inline host::id queue() {
+  static auto* one =
+      new host::Ref(host::Ref::take(host::send<host::id>(
+          device(), host::selector("newCommandQueue"))));
+  return one->get();
+}
+
+inline std::uint64_t g_handlers_run = 0;
+
+// One buffer with a throwing handler, signalling an event that is waited for.
+// Throws what the wait throws.
+inline void run_buffer() {
+  host::ScopedPool pool;
+  host::Ref event = host::Ref::take(
+      host::send<host::id>(device(), host::selector("newSharedEvent")));
+  auto buffer = host::send<host::id>(
+      queue(), host::selector("commandBufferWithUnretainedReferences"));
+  host::send(buffer, host::selector("encodeSignalEvent:value:"), event.get(),
+             std::uint64_t{1});
+  // The handler keeps the event alive, as MLX's do: buffers with unretained
+  // references do not.
+  host::Block check([event](host::id completed) {
+    ++g_handlers_run;
+    if (host::send<std::uint64_t>(completed, host::selector("status")) == 5)
+      throw std::runtime_error("check_error: " + host::message_of(completed));
+  });
+  host::send(buffer, host::selector("addCompletedHandler:"), check.get());
+  host::send(buffer, host::selector("commit"));
+  if (!host::send<bool>(event.get(),
+                        host::selector("waitUntilSignaledValue:timeoutMS:"),
+                        std::uint64_t{1}, std::uint64_t{10000}))
+    throw std::runtime_error("timed out");
+}
+
+// "" when the buffer ran, else what the wait said.
+inline std::string try_buffer() {
+  try {
+    run_buffer();
+    return {};
+  } catch (const std::exception& e) {
+    return e.what();
+  }
+}
+
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__,      \
+                   #condition);                                            \
+      std::exit(1);                                                        \
+    }                                                                      \
+  } while (false)
+
+}  // namespace drive

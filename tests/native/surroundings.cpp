@@ -1,0 +1,310 @@
+// The hooks in bad surroundings, one case for each run:
+//   surroundings CASE HOOKS [TWIN]
+// Exit status 0 when it went as it should; the reason on stderr otherwise.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <thread>
+#include <vector>
+
+#include "drive.h"
+
+namespace {
+
+using drive::Hooks;
+using drive::try_buffer;
+using host::selector;
+
+const char* g_hooks_path;
+const char* g_twin_path;
+
+void fail_next(int code = 8) { METALSIM(metalsim_plan_fail)(1, code, 0, 0); }
+
+bool told_of_memory(const std::string& text) {
+  return text.find("(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)") !=
+         std::string::npos;
+}
+
+// A fault is told once, then work goes on.
+void check_protected(const Hooks& hooks) {
+  for (int i = 0; i < 3; ++i) {
+    std::uint64_t before = hooks.epoch();
+    fail_next();
+    CHECK(told_of_memory(try_buffer()));
+    CHECK(hooks.epoch() == before + 1);
+    CHECK(try_buffer().empty());
+  }
+}
+
+void no_device() {
+  METALSIM(metalsim_set_no_device)(1);
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") != 0);
+}
+
+void missing_selector() {
+  drive::device();  // its classes are registered with the first device
+  CHECK(METALSIM(metalsim_remove_selector)("encodeWaitForEvent:value:") > 0);
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") != 0);
+  CHECK(try_buffer().empty());  // the host goes on
+}
+
+// ---- another library that replaces a method ------------------------------------
+
+using Commit = void (*)(host::id, host::SEL);
+Commit g_foreign_original;
+std::atomic<int> g_foreign_calls{0};
+
+void foreign_commit(host::id self, host::SEL cmd) {
+  ++g_foreign_calls;
+  g_foreign_original(self, cmd);
+}
+
+void replace_commit() {
+  auto get_class = host::function<host::Class(host::id)>("object_getClass");
+  auto method_of = host::function<host::Method(host::Class, host::SEL)>(
+      "class_getInstanceMethod");
+  auto set = host::function<host::IMP(host::Method, host::IMP)>(
+      "method_setImplementation");
+  host::ScopedPool pool;
+  auto buffer =
+      host::send<host::id>(drive::queue(), selector("commandBuffer"));
+  auto method = method_of(get_class(buffer), selector("commit"));
+  g_foreign_original = reinterpret_cast<Commit>(
+      set(method, reinterpret_cast<host::IMP>(&foreign_commit)));
+}
+
+void replaced_before() {
+  replace_commit();
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  check_protected(hooks);
+  CHECK(g_foreign_calls > 0);
+  hooks.uninstall();
+  int calls = g_foreign_calls;
+  CHECK(try_buffer().empty());
+  CHECK(g_foreign_calls == calls + 1);
+}
+
+void replaced_after() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  replace_commit();
+  check_protected(hooks);
+  hooks.uninstall();  // ours stays below theirs and only passes on
+  std::uint64_t before = hooks.epoch();
+  CHECK(try_buffer().empty());
+  CHECK(hooks.epoch() == before);
+  CHECK(hooks.install("intercept") == 0);
+  check_protected(hooks);
+}
+
+void twin() {
+  Hooks one = Hooks::open(g_hooks_path), two = Hooks::open(g_twin_path);
+  CHECK(one.install != two.install);
+  CHECK(one.install("intercept") == 0);
+  CHECK(two.install("intercept") == 0);
+  for (const Hooks& hooks : {one, two}) check_protected(hooks);
+  CHECK(one.epoch() == two.epoch());
+  one.uninstall();  // not the one on top
+  check_protected(two);
+  two.uninstall();
+  CHECK(try_buffer().empty());
+}
+
+// ---- time and threads -----------------------------------------------------------
+
+void rounds() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  for (int i = 0; i < 2000; ++i) {
+    CHECK(hooks.install(i % 2 ? "observe" : "intercept") == 0);
+    hooks.uninstall();
+  }
+  CHECK(hooks.install("intercept") == 0);
+  check_protected(hooks);
+}
+
+// Buffers run on other threads while the hooks come and go.
+void install_during_work() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  std::atomic<bool> stop{false};
+  std::atomic<int> ran{0}, bad{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 3; ++t)
+    threads.emplace_back([&] {
+      while (!stop) {
+        std::string said = try_buffer();
+        if (!said.empty()) ++bad;
+        ++ran;
+      }
+    });
+  for (int i = 0; i < 200; ++i) {
+    CHECK(hooks.install(i % 2 ? "observe" : "intercept") == 0);
+    std::this_thread::yield();
+    hooks.uninstall();
+  }
+  stop = true;
+  for (auto& t : threads) t.join();
+  CHECK(ran > 0);
+  CHECK(bad == 0);
+  CHECK(hooks.install("intercept") == 0);
+  check_protected(hooks);
+}
+
+void uninstall_in_flight() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  METALSIM(metalsim_set_handler_delay_us)(20000);
+  std::string said = "not run";
+  fail_next();
+  std::thread waiting([&] {
+    hooks.mark_thread(1);
+    said = try_buffer();
+  });
+  usleep(5000);
+  hooks.uninstall();  // its handlers are still wrapped: nothing may terminate
+  waiting.join();
+  CHECK(told_of_memory(said));  // it was protected when it began
+  CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+}
+
+void forked() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  check_protected(hooks);
+  pid_t child = fork();
+  if (child == 0) {
+    // Metal is of no use here, but nothing of ours may hang or crash.
+    hooks.uninstall();
+    _exit(hooks.epoch() > 0 ? 0 : 1);
+  }
+  int status = 0;
+  CHECK(waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  check_protected(hooks);
+}
+
+void debug_layer() {
+  METALSIM(metalsim_set_debug_layer)
+  (METALSIM_DEBUG_BUFFERS | METALSIM_DEBUG_EVENTS);
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  check_protected(hooks);  // each fault counts once, though two layers see it
+}
+
+// A class that is seen for the first time after the install.
+void late_class() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  METALSIM(metalsim_set_family)(1);
+  check_protected(hooks);
+}
+
+// No two buffers alive at once, so every address is used again and again.
+void address_reuse() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  for (int i = 0; i < 500; ++i) {
+    {
+      // A buffer with a signal that is dropped without a commit.
+      host::ScopedPool pool;
+      host::Ref event = host::Ref::take(
+          host::send<host::id>(drive::device(), selector("newSharedEvent")));
+      auto buffer = host::send<host::id>(
+          drive::queue(), selector("commandBufferWithUnretainedReferences"));
+      host::send(buffer, selector("encodeSignalEvent:value:"), event.get(),
+                 std::uint64_t{1});
+    }
+    check_protected(hooks);
+  }
+}
+
+// Whatever a handler throws, the next one is called and nothing gets out.
+void strange_exceptions() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  host::ScopedPool pool;
+  std::uint64_t before = hooks.epoch();
+  std::atomic<int> called{0};
+  auto buffer = host::send<host::id>(
+      drive::queue(), selector("commandBufferWithUnretainedReferences"));
+  std::vector<host::Block> handlers;
+  for (int i = 0; i < 4; ++i)
+    handlers.emplace_back([&called, i](host::id) {
+      CHECK(called++ == i);
+      if (i == 1) throw 42;
+      if (i == 2) throw std::logic_error("a bug in a handler");
+    });
+  for (auto& handler : handlers)
+    host::send(buffer, selector("addCompletedHandler:"), handler.get());
+  host::send(buffer, selector("commit"));
+  host::send(buffer, selector("waitUntilCompleted"));
+  CHECK(called == 4);
+  CHECK(hooks.epoch() == before + 2);  // not lost: they are in the log
+}
+
+void observe_counts() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("observe") == 0);
+  METALSIM(metalsim_set_handler_delay_us)(3000);
+  for (int i = 0; i < 20; ++i) {
+    host::ScopedPool pool;
+    std::uint64_t before = hooks.epoch();
+    fail_next();
+    auto buffer = host::send<host::id>(
+        drive::queue(), selector("commandBufferWithUnretainedReferences"));
+    host::send(buffer, selector("commit"));  // mid-graph: signals nothing
+    auto last = host::send<host::id>(
+        drive::queue(), selector("commandBufferWithUnretainedReferences"));
+    host::Ref event = host::Ref::take(
+        host::send<host::id>(drive::device(), selector("newSharedEvent")));
+    host::send(last, selector("encodeSignalEvent:value:"), event.get(),
+               std::uint64_t{1});
+    host::send(last, selector("commit"));
+    CHECK(host::send<bool>(event.get(),
+                           selector("waitUntilSignaledValue:timeoutMS:"),
+                           std::uint64_t{1}, std::uint64_t{5000}));
+    CHECK(hooks.epoch() == before + 1);
+  }
+}
+
+const std::map<std::string, std::function<void()>> kCases = {
+    {"no_device", no_device},
+    {"missing_selector", missing_selector},
+    {"replaced_before", replaced_before},
+    {"replaced_after", replaced_after},
+    {"twin", twin},
+    {"rounds", rounds},
+    {"install_during_work", install_during_work},
+    {"uninstall_in_flight", uninstall_in_flight},
+    {"forked", forked},
+    {"debug_layer", debug_layer},
+    {"late_class", late_class},
+    {"address_reuse", address_reuse},
+    {"strange_exceptions", strange_exceptions},
+    {"observe_counts", observe_counts},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "--list") == 0) {
+    for (const auto& [name, run] : kCases) std::puts(name.c_str());
+    return 0;
+  }
+  if (argc < 4 || kCases.count(argv[1]) == 0) {
+    std::fprintf(stderr, "usage: surroundings CASE HOOKS TWIN | --list\n");
+    return 2;
+  }
+  alarm(60);
+  g_hooks_path = argv[2];
+  g_twin_path = argv[3];
+  kCases.at(argv[1])();
+  // Not through static destructors: the device's threads go on.
+  std::fflush(nullptr);
+  _exit(0);
+}

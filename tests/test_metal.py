@@ -1,0 +1,393 @@
+"""The hooks against the simulated Metal, in child processes.
+
+`make test` builds the native programs and names their directory in
+MLX_SAFE_TEST_NATIVE. What the simulation models, and what not, is in
+tests/metalsim/README.md; nothing here has run on a Mac.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import child
+
+WORKLOADS = (
+    "basic",
+    "midgraph",
+    "two_queues",
+    "gpu_cpu_gpu",
+    "fences",
+    "sync",
+    "decode",
+    "tls",
+)
+CODES = (0x2, 0x3, 0x4, 0x5, 0x6, 0x8, 0x9, 0xA, 0xB, 0xE, 0x10, 0x11, 0x7)
+
+
+@dataclass
+class Native:
+    """Paths of what was built, and the environment that loads it."""
+
+    directory: Path
+
+    @property
+    def runtime(self) -> str:
+        return str(self.directory / "metalsim" / "libmetalsim.so")
+
+    @property
+    def hooks(self) -> str:
+        return str(self.directory / "libmlx_safe_hooks.so")
+
+    @property
+    def twin(self) -> str:
+        return str(self.directory / "libmlx_safe_hooks_twin.so")
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.directory / command[0]), *command[1:]],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "MLX_SAFE_METAL_RUNTIME": self.runtime},
+        )
+
+    def host(
+        self, regime: str, workload: str, *more: str, hooks: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        command = [f"metalsim/host_{regime}", f"--workload={workload}", *more]
+        if hooks:
+            command.append(f"--hooks={self.hooks}")
+        return self.run(*command, "--time-limit=30")
+
+
+@pytest.fixture(scope="session")
+def native() -> Native:
+    path = os.environ.get("MLX_SAFE_TEST_NATIVE")
+    if not path:
+        pytest.fail("set MLX_SAFE_TEST_NATIVE, or run the suite with `make test`")
+    return Native(Path(path).resolve())
+
+
+def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.stdout.strip(), done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return report
+
+
+# ---- the failure without us ---------------------------------------------------
+
+
+def test_without_hooks_mlx_0_31_dies(native: Native) -> None:
+    done = native.host("intercept", "basic", "--fail-nth=3", "--code=8", hooks=False)
+    assert done.returncode == -signal.SIGABRT
+    assert "std::runtime_error" in done.stderr
+    assert "kIOGPUCommandBufferCallbackErrorOutOfMemory" in done.stderr
+    assert report_of(native.host("intercept", "basic", "--fail-nth=3"))["told"] == 1
+
+
+def test_without_hooks_mlx_0_32_tells_the_wrong_one_or_nobody(native: Native) -> None:
+    """Why the hooks stay on the newer MLX: some failures reach nobody in time."""
+    more = ("--fail-nth=6", "--code=8", "--late-us=3000")
+    bare = [
+        report_of(native.host("observe", w, *more, hooks=False))
+        for w in ("midgraph", "two_queues", "decode", "tls")
+    ]
+    hooked = [
+        report_of(native.host("observe", w, *more))
+        for w in ("midgraph", "two_queues", "decode", "tls")
+    ]
+    assert sum(r["silent_garbage"] for r in bare) > 0
+    assert sum(r["silent_garbage"] for r in hooked) == 0
+
+
+# ---- the sweep --------------------------------------------------------------------
+
+
+def problems_of(
+    done: subprocess.CompletedProcess[str], persistent: bool, sticky: bool
+) -> str | None:
+    """What is wrong with a finished run; None when nothing is."""
+    if done.returncode != 0:
+        return f"exit status {done.returncode}: {done.stderr[-300:]}"
+    report = report_of(done)
+    wrong = {
+        "hang": report["hang"],
+        "not idle": not report["idle"],
+        "silent garbage": report["silent_garbage"],
+        "other exceptions": report["other_exceptions"],
+        "handlers out of order": report["handlers_out_of_order"],
+        "handlers called twice": report["handlers_called_twice"],
+        "handlers not called": report["handlers_registered"]
+        - report["handlers_called"],
+        "handlers not released": report["handlers_registered"]
+        - report["handlers_released"],
+        # The report counts failures before the independent work, which the one
+        # after the last round strikes.
+        "faults not counted": max(0, report["buffers_failed"] - report["epoch"]),
+        "faults counted twice": max(0, report["epoch"] - report["buffers_failed"] - 1),
+        "methods left replaced": report["modified_methods"],
+        # A failure that comes after the last round strikes the independent work.
+        "independent work failed": not persistent
+        and not sticky
+        and report["told"] > 0
+        and report["independent_ok"] is not True,
+    }
+    found = [f"{what}: {value}" for what, value in wrong.items() if value]
+    return "; ".join(found) or None
+
+
+@pytest.mark.parametrize("regime", ["intercept", "observe"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_sweep(native: Native, workload: str, regime: str) -> None:
+    """Fails the n-th command buffer for n = 1, 2, … until none fails."""
+
+    def run(job: tuple[int, int, int, bool]) -> tuple[bool, str | None]:
+        n, code, late, persistent = job
+        arguments = [f"--fail-nth={n}", f"--code={code}", f"--late-us={late}"]
+        arguments += ["--rounds=6", *(["--persistent"] if persistent else [])]
+        done = native.host(regime, workload, *arguments)
+        problem = problems_of(done, persistent, sticky=code == 4)
+        failed = done.returncode == 0 and report_of(done)["buffers_failed"] > 0
+        line = f"{' '.join(arguments)}: {problem}" if problem else None
+        return failed or problem is not None, line
+
+    n, found = 0, []
+    with ThreadPoolExecutor(2) as pool:
+        while True:
+            n += 1
+            # Every code in turn; out of memory on time and late at every n.
+            jobs = [(n, 8, late, False) for late in (0, 1500)]
+            jobs += [(n, 8, 200, True), (n, CODES[n % len(CODES)], 300, False)]
+            results = list(pool.map(run, jobs))
+            found += [line for _, line in results if line]
+            if not any(failed for failed, _ in results):
+                break
+            assert n < 200
+    assert n > 5
+    assert found == []
+
+
+@pytest.mark.parametrize("regime", ["intercept", "observe"])
+def test_every_code_on_every_workload(native: Native, regime: str) -> None:
+    found = []
+    for workload in ("midgraph", "gpu_cpu_gpu"):
+        for code in CODES:
+            for persistent in (False, True):
+                arguments = ["--fail-nth=4", f"--code={code}", "--rounds=5"]
+                arguments += ["--persistent"] if persistent else []
+                done = native.host(regime, workload, *arguments)
+                problem = problems_of(done, persistent, sticky=code == 4)
+                if problem:
+                    found.append(f"{workload} {' '.join(arguments)}: {problem}")
+    assert found == []
+
+
+@pytest.mark.parametrize("regime", ["intercept", "observe"])
+def test_random_delays(native: Native, regime: str) -> None:
+    """Two GPU streams and the CPU with random delays; the seed is printed."""
+
+    def run(seed: int) -> str | None:
+        workload = WORKLOADS[seed % len(WORKLOADS)]
+        arguments = [f"--seed={seed}", f"--fail-nth={1 + seed % 17}", "--code=8"]
+        problem = problems_of(native.host(regime, workload, *arguments), False, False)
+        return f"{workload} {' '.join(arguments)}: {problem}" if problem else None
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [line for line in pool.map(run, range(1, 121)) if line]
+    assert found == []
+
+
+# ---- bad surroundings -----------------------------------------------------------------
+
+
+def cases() -> list[str]:
+    source = Path(__file__).parent / "native" / "surroundings.cpp"
+    table = source.read_text().split("kCases = {")[1].split("};")[0]
+    return [line.split('"')[1] for line in table.splitlines() if '"' in line]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_surroundings(native: Native, case: str) -> None:
+    done = native.run("surroundings", case, native.hooks, native.twin)
+    assert done.returncode == 0, done.stderr
+
+
+def test_fuzzed_messages(native: Native) -> None:
+    seed = os.getpid()
+    done = native.run("fuzz_errors", str(seed), "4000")
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+
+
+# ---- from Python ------------------------------------------------------------------------
+
+PYTHON = """
+    import ctypes, os, time
+    sim = ctypes.CDLL(os.environ["MLX_SAFE_METAL_RUNTIME"])
+    sim.metalsim_plan_fail.argtypes = [
+        ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint32]
+    def fail_next(code=8, late_us=0):
+        sim.metalsim_plan_fail(1, code, 0, late_us)
+    {before}
+    import mlx_safe
+    from mlx_safe import _core, testing
+    status = mlx_safe.status()
+"""
+
+
+def in_python(
+    native: Native, code: str, before: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    program = PYTHON.format(before=before) + code
+    return child.run(program, MLX_SAFE_METAL_RUNTIME=native.runtime, **environment)
+
+
+def test_python_intercept(native: Native) -> None:
+    done = in_python(
+        native,
+        """
+    status = mlx_safe.install(mode="intercept")
+    assert status.verified and status.metal_hooks, status.reasons
+    assert any("commit]" in name for name in status.hooked), status.hooked
+    assert status.runtime == os.environ["MLX_SAFE_METAL_RUNTIME"]
+    testing.run_command_buffer()
+    seen = []
+    mlx_safe.on_fault(seen.append)
+    for late_us in (0, 5000):
+        before = mlx_safe.epoch()
+        fail_next(8, late_us)
+        try:
+            with mlx_safe.guard():
+                testing.run_command_buffer()
+        except mlx_safe.errors.MetalOutOfMemoryError as e:
+            (fault,) = e.faults
+            assert fault.source == "metal" and fault.queue and fault.buffer
+            assert 0 < fault.gpu_start <= fault.gpu_end
+            assert fault.message == str(e) == str(e.__cause__)
+        else:
+            raise AssertionError("nothing was raised")
+        assert mlx_safe.epoch() == before + 1
+        testing.run_command_buffer()
+    time.sleep(0.2)
+    assert [f.code for f in seen] == [8, 8]
+    mlx_safe.uninstall()
+    assert mlx_safe.status().hooked == ()
+    """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_observe(native: Native) -> None:
+    """MLX 0.32's host would raise by itself: here only the count is ours."""
+    done = in_python(
+        native,
+        """
+    status = mlx_safe.install(mode="observe")
+    assert status.verified, status.reasons
+    assert not any("addCompletedHandler" in name for name in status.hooked)
+    testing.run_command_buffer()
+    print("ready")
+    """,
+    )
+    assert done.stdout == "ready\n", done.stderr
+
+
+def test_python_sees_every_code(native: Native) -> None:
+    done = in_python(
+        native,
+        """
+    mlx_safe.install(mode="intercept")
+    for code in (2, 3, 5, 6, 8, 9, 0xA, 0xB, 0xE, 0x10, 0x11, 7):
+        fail_next(code)
+        try:
+            testing.run_command_buffer()
+        except RuntimeError as e:
+            error = mlx_safe.errors.from_exception(e)
+            assert type(error) is mlx_safe.errors.kind_of(code).error, (code, error)
+            assert mlx_safe.faults()[-1].code == code
+        else:
+            raise AssertionError(code)
+        testing.run_command_buffer()
+    """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_dies_without_the_hooks(native: Native) -> None:
+    done = in_python(
+        native,
+        """
+    fail_next()
+    testing.run_command_buffer()
+    time.sleep(10)
+    """,
+        MLX_SAFE_AUTOINSTALL="0",
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert "kIOGPUCommandBufferCallbackErrorOutOfMemory" in done.stderr
+
+
+def test_python_without_a_device_stands_aside(native: Native) -> None:
+    done = in_python(
+        native,
+        """
+    assert not status.verified and not status.hooked
+    assert "there is no Metal device" in status.reasons[-1], status.reasons
+    assert status.terminate_handler
+    with mlx_safe.guard():
+        pass
+    """,
+        before="sim.metalsim_set_no_device(1); import warnings; "
+        "warnings.simplefilter('ignore')",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_threads_all_learn_of_their_failures(native: Native) -> None:
+    done = in_python(
+        native,
+        """
+    import threading
+    mlx_safe.install(mode="intercept")
+    raised = []
+    def work():
+        for _ in range(50):
+            try:
+                testing.run_command_buffer()
+            except RuntimeError as e:
+                raised.append(e)
+    sim.metalsim_plan_fail(7, 8, 0, 500)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert raised and mlx_safe.epoch() == 1, (raised, mlx_safe.epoch())
+    c = _core.metal_counters()
+    assert c["buffers"] == c["completed"] and c["gate_limit"] == 0, c
+    assert c["buffer_records"] == 0, c
+    testing.run_command_buffer()
+    """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_runtime_that_is_not_there() -> None:
+    done = child.run(
+        """
+        import mlx_safe
+        status = mlx_safe.status()
+        assert "/no/such/library.so" in status.reasons[-1], status.reasons
+        """,
+        MLX_SAFE_METAL_RUNTIME="/no/such/library.so",
+    )
+    if sys.platform == "darwin":
+        pytest.skip("on macOS the runtime is the system's own")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The native tests in a build with sanitizers: tools/sanitize.sh DIRECTORY
+# Every report of a sanitizer makes a program fail, and so this script.
+set -euo pipefail
+build=$(cd "$1" && pwd)
+export MLX_SAFE_METAL_RUNTIME=$build/metalsim/libmetalsim.so
+hooks=$build/libmlx_safe_hooks.so
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+count=0
+
+run() {
+  count=$((count + 1))
+  if ! timeout 180 "$@" > "$log" 2>&1; then
+    echo "failed: $*"
+    cat "$log"
+    exit 1
+  fi
+}
+
+run "$build/metalsim/metalsim_selftest"
+run "$build/fuzz_errors" "$RANDOM" 2000
+for case in $("$build/surroundings" --list); do
+  # ThreadSanitizer cannot follow a fork of a process with threads.
+  [[ $case == forked && $build == *tsan ]] && continue
+  run "$build/surroundings" "$case" "$hooks" "$build/libmlx_safe_hooks_twin.so"
+done
+for regime in intercept observe; do
+  for workload in basic midgraph two_queues gpu_cpu_gpu fences sync decode tls; do
+    for nth in 1 4 9; do
+      run "$build/metalsim/host_$regime" "--workload=$workload" --rounds=5 \
+        "--fail-nth=$nth" --late-us=500 "--seed=$nth" "--hooks=$hooks"
+    done
+  done
+done
+echo "$count native runs under the sanitizers of $(basename "$build"), no reports"
