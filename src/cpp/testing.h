@@ -16,9 +16,9 @@ std::uint64_t testing_record_fault(std::int32_t code,
 void testing_throw_on_foreign_thread(const std::string& message);
 
 // Runs one empty command buffer on the real (or simulated) device as MLX 0.31.2
-// does: with a completion handler that throws when the buffer has failed, and an
-// event that is waited for. Throws std::runtime_error when the wait raises, or
-// when there is no Metal. Not for Metal's threads.
+// does: with a completion handler that throws when the buffer has failed, and
+// an event that is waited for. Throws std::runtime_error when the wait raises,
+// or when there is no Metal. Not for Metal's threads.
 void testing_run_command_buffer();
 
 }  // namespace mlx_safe

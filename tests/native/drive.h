@@ -47,9 +47,8 @@ inline host::id device() {
 }
 
 inline host::id queue() {
-  static auto* one =
-      new host::Ref(host::Ref::take(host::send<host::id>(
-          device(), host::selector("newCommandQueue"))));
+  static auto* one = new host::Ref(host::Ref::take(
+      host::send<host::id>(device(), host::selector("newCommandQueue"))));
   return one->get();
 }
 
@@ -90,13 +89,13 @@ inline std::string try_buffer() {
   }
 }
 
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__,      \
-                   #condition);                                            \
-      std::exit(1);                                                        \
-    }                                                                      \
+#define CHECK(condition)                                              \
+  do {                                                                \
+    if (!(condition)) {                                               \
+      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, \
+                   #condition);                                       \
+      std::exit(1);                                                   \
+    }                                                                 \
   } while (false)
 
 }  // namespace drive

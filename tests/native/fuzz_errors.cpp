@@ -1,6 +1,6 @@
 // Random texts through the decoding of error messages, and random values
-// through the writer of reports: nothing may read or write out of bounds (run it
-// under the sanitizers) and what was put in must come out.
+// through the writer of reports: nothing may read or write out of bounds (run
+// it under the sanitizers) and what was put in must come out.
 //   fuzz_errors SEED ROUNDS
 #include <fcntl.h>
 #include <unistd.h>
@@ -16,12 +16,12 @@
 
 namespace {
 
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "line %d: not so: %s\n", __LINE__, #condition); \
-      std::exit(1);                                                   \
-    }                                                                 \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 std::string random_text(std::mt19937& random) {

@@ -66,8 +66,7 @@ int many(const drive::Hooks& hooks, long count) {
     double us = 0;
     for (long done = 0; done < count; done += 100000) us += run(100000, 1);
     std::printf("%s: %ld buffers, %.3f us each, resident %+ld kB\n", mode,
-                count, us / static_cast<double>(count),
-                resident_kb() - before);
+                count, us / static_cast<double>(count), resident_kb() - before);
     hooks.uninstall();
   }
   return 0;

@@ -53,7 +53,8 @@ void missing_selector() {
   CHECK(try_buffer().empty());  // the host goes on
 }
 
-// ---- another library that replaces a method ------------------------------------
+// ---- another library that replaces a method
+// ------------------------------------
 
 using Commit = void (*)(host::id, host::SEL);
 Commit g_foreign_original;
@@ -71,8 +72,7 @@ void replace_commit() {
   auto set = host::function<host::IMP(host::Method, host::IMP)>(
       "method_setImplementation");
   host::ScopedPool pool;
-  auto buffer =
-      host::send<host::id>(drive::queue(), selector("commandBuffer"));
+  auto buffer = host::send<host::id>(drive::queue(), selector("commandBuffer"));
   auto method = method_of(get_class(buffer), selector("commit"));
   g_foreign_original = reinterpret_cast<Commit>(
       set(method, reinterpret_cast<host::IMP>(&foreign_commit)));
@@ -116,7 +116,8 @@ void twin() {
   CHECK(try_buffer().empty());
 }
 
-// ---- time and threads -----------------------------------------------------------
+// ---- time and threads
+// -----------------------------------------------------------
 
 void rounds() {
   Hooks hooks = Hooks::open(g_hooks_path);

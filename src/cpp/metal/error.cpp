@@ -17,9 +17,9 @@ objc::Id underlying_error(objc::Id error) noexcept {
   if (!objc::responds(info, s.objectForKey)) return nullptr;
   static objc::Class string_class = objc::runtime().objc_getClass("NSString");
   if (string_class == nullptr) return nullptr;
-  objc::Id key = objc::send<objc::Id>(reinterpret_cast<objc::Id>(string_class),
-                                      s.stringWithUTF8String,
-                                      "NSUnderlyingError");
+  objc::Id key =
+      objc::send<objc::Id>(reinterpret_cast<objc::Id>(string_class),
+                           s.stringWithUTF8String, "NSUnderlyingError");
   return key == nullptr ? nullptr
                         : objc::send<objc::Id>(info, s.objectForKey, key);
 }
@@ -31,9 +31,8 @@ const char* description_of(objc::Id error) noexcept {
 }
 
 double seconds(objc::Id buffer, objc::Selector selector) noexcept {
-  return objc::responds(buffer, selector)
-             ? objc::send<double>(buffer, selector)
-             : 0.0;
+  return objc::responds(buffer, selector) ? objc::send<double>(buffer, selector)
+                                          : 0.0;
 }
 
 }  // namespace

@@ -18,11 +18,11 @@
 
 // How an exception is kept from std::terminate: each completion handler that
 // MLX adds is wrapped in a Block that calls it inside try and catch. The other
-// way, to let `status` report Completed while the handlers run ("mask"), costs a
-// little less but rests on more: that handlers run in the order in which they
+// way, to let `status` report Completed while the handlers run ("mask"), costs
+// a little less but rests on more: that handlers run in the order in which they
 // were added, that nobody else reads `status` in one, and that MLX throws for
-// no other reason. A wrapped handler is called whatever happens, sees the truth,
-// and nothing that it throws gets out. Figures: docs/metal.md.
+// no other reason. A wrapped handler is called whatever happens, sees the
+// truth, and nothing that it throws gets out. Figures: docs/metal.md.
 
 namespace mlx_safe::metal {
 
@@ -145,7 +145,8 @@ struct Wrapped {
   }
 };
 
-// ---- command buffers ---------------------------------------------------------
+// ---- command buffers
+// ---------------------------------------------------------
 
 void hook_addCompletedHandler(void (*original)(Id, Selector, const void*),
                               Id self, Selector selector, const void* block) {
@@ -232,13 +233,12 @@ void hook_buffer_dealloc(void (*original)(Id, Selector), Id self,
   original(self, selector);
 }
 
-// ---- shared events --------------------------------------------------------------
+// ---- shared events
+// --------------------------------------------------------------
 
-bool hook_waitUntilSignaledValue(bool (*original)(Id, Selector, std::uint64_t,
-                                                  std::uint64_t),
-                                 Id self, Selector selector,
-                                 std::uint64_t value,
-                                 std::uint64_t timeout_ms) {
+bool hook_waitUntilSignaledValue(
+    bool (*original)(Id, Selector, std::uint64_t, std::uint64_t), Id self,
+    Selector selector, std::uint64_t value, std::uint64_t timeout_ms) {
   PassThrough pass;
   if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
     return original(self, selector, value, timeout_ms);
@@ -293,7 +293,8 @@ void hook_event_dealloc(void (*original)(Id, Selector), Id self,
   original(self, selector);
 }
 
-// ---- new objects: an address may be used again, a class be seen first -----------
+// ---- new objects: an address may be used again, a class be seen first
+// -----------
 
 Id new_buffer(Id buffer, const PassThrough& pass) {
   if (buffer != nullptr && !pass.was_inside()) {
@@ -349,13 +350,14 @@ Id hook_newSharedEvent(Id (*original)(Id, Selector), Id self,
 
 }  // namespace
 
-// ---- the list ---------------------------------------------------------------------
+// ---- the list
+// ---------------------------------------------------------------------
 
 const std::vector<HookSpec>& hook_list() {
   static const auto* list = new std::vector<HookSpec>{
-#define MLX_SAFE_HOOK(kind, selector, function, when, need) \
-  {Kind::kind, selector, Trampolines<__LINE__, &function>::slots(), When::when, \
-   Need::need}
+#define MLX_SAFE_HOOK(kind, selector, function, when, need)         \
+  {Kind::kind, selector, Trampolines<__LINE__, &function>::slots(), \
+   When::when, Need::need}
       // clang-format off
       MLX_SAFE_HOOK(kBuffer, "addCompletedHandler:", hook_addCompletedHandler, kIntercept, kRequired),
       MLX_SAFE_HOOK(kBuffer, "commit", hook_commit, kAlways, kRequired),
@@ -375,7 +377,7 @@ const std::vector<HookSpec>& hook_list() {
       MLX_SAFE_HOOK(kDevice, "newCommandQueue", hook_newCommandQueue, kAlways, kOptional),
       MLX_SAFE_HOOK(kDevice, "newCommandQueueWithMaxCommandBufferCount:", hook_newCommandQueueWithCount, kAlways, kOptional),
       MLX_SAFE_HOOK(kDevice, "newSharedEvent", hook_newSharedEvent, kAlways, kOptional),
-      // clang-format on
+  // clang-format on
 #undef MLX_SAFE_HOOK
   };
   return *list;
@@ -384,8 +386,8 @@ const std::vector<HookSpec>& hook_list() {
 void hooks_prepare(Mode mode) {
   // Not linked: the stable ABI has the first only from 3.10 on, and a native
   // host has neither.
-  g_python_initialized = reinterpret_cast<int (*)()>(
-      ::dlsym(RTLD_DEFAULT, "Py_IsInitialized"));
+  g_python_initialized =
+      reinterpret_cast<int (*)()>(::dlsym(RTLD_DEFAULT, "Py_IsInitialized"));
   auto state = reinterpret_cast<void* (*)()>(
       ::dlsym(RTLD_DEFAULT, "PyGILState_GetThisThreadState"));
   g_python_thread_state = g_python_initialized == nullptr ? nullptr : state;
@@ -394,10 +396,14 @@ void hooks_prepare(Mode mode) {
 
 HookCounters counters() {
   auto [buffers, events] = ledger().sizes();
-  return {g_counters.buffers.load(),   g_counters.completed.load(),
-          g_counters.failed.load(),    g_counters.swallowed.load(),
-          g_counters.thrown.load(),    g_counters.gate_limit.load(),
-          buffers,                     events};
+  return {g_counters.buffers.load(),
+          g_counters.completed.load(),
+          g_counters.failed.load(),
+          g_counters.swallowed.load(),
+          g_counters.thrown.load(),
+          g_counters.gate_limit.load(),
+          buffers,
+          events};
 }
 
 void this_thread_may_throw(bool may) { t_state.may_throw = may; }

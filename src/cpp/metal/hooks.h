@@ -13,8 +13,8 @@ enum class Mode { kIntercept, kObserve };
 struct HookStatus {
   bool active = false;
   bool verified = false;
-  std::string runtime;              // path of the Objective-C runtime
-  std::vector<std::string> hooked;  // "-[Class selector]"
+  std::string runtime;               // path of the Objective-C runtime
+  std::vector<std::string> hooked;   // "-[Class selector]"
   std::vector<std::string> reasons;  // why not, one line each
 };
 

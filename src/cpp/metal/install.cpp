@@ -63,7 +63,8 @@ bool wanted(const HookSpec& spec, Mode mode) {
   return spec.when == When::kAlways || mode == Mode::kIntercept;
 }
 
-// The patch for (spec, owner), made if there is none; null when no slot is left.
+// The patch for (spec, owner), made if there is none; null when no slot is
+// left.
 Patch* find_patch(Installation& in, const HookSpec& spec, Class owner) {
   std::size_t used = 0;
   for (Patch& patch : in.patches) {
@@ -113,8 +114,8 @@ void take_out(Installation& in) {
     Method method = r.class_getInstanceMethod(
         patch.owner, r.sel_registerName(patch.spec->selector));
     if (r.method_getImplementation(method) != trampoline(patch)) continue;
-    r.method_setImplementation(
-        method, patch.spec->slots.originals[patch.slot].load());
+    r.method_setImplementation(method,
+                               patch.spec->slots.originals[patch.slot].load());
     patch.in_place = false;
   }
 }
@@ -144,8 +145,9 @@ bool make_probe(Probe* probe, std::string* why_not) {
   const Selectors& s = selectors();
   probe->device = objc::Owned(objc::runtime().MTLCreateSystemDefaultDevice());
   if (!probe->device) {
-    *why_not = "Metal is not hooked: there is no Metal device (in a virtual "
-               "machine there may be none)";
+    *why_not =
+        "Metal is not hooked: there is no Metal device (in a virtual "
+        "machine there may be none)";
     return false;
   }
   Id device = probe->device.get();
@@ -155,11 +157,11 @@ bool make_probe(Probe* probe, std::string* why_not) {
     probe->event = objc::Owned(send<Id>(device, s.newSharedEvent));
   Id queue = probe->queue.get();
   if (objc::responds(queue, s.commandBufferWithUnretainedReferences))
-    probe->buffer =
-        send<Id>(queue, s.commandBufferWithUnretainedReferences);
+    probe->buffer = send<Id>(queue, s.commandBufferWithUnretainedReferences);
   if (probe->buffer != nullptr && probe->event) return true;
-  *why_not = "Metal is not hooked: the device gives no command buffer or no "
-             "shared event";
+  *why_not =
+      "Metal is not hooked: the device gives no command buffer or no "
+      "shared event";
   return false;
 }
 
@@ -192,12 +194,14 @@ bool verify(const Probe& probe, std::string* why_not) {
                               std::uint64_t{5000});
   HookCounters after = counters();
   if (!signalled) {
-    *why_not = "the hooks were taken out: a trivial command buffer did not "
-               "complete in 5 s";
+    *why_not =
+        "the hooks were taken out: a trivial command buffer did not "
+        "complete in 5 s";
   } else if (after.buffers == before.buffers ||
              after.completed == before.completed) {
-    *why_not = "the hooks were taken out: they did not see a trivial command "
-               "buffer";
+    *why_not =
+        "the hooks were taken out: they did not see a trivial command "
+        "buffer";
   } else if (after.failed != before.failed) {
     *why_not = "the hooks were taken out: a trivial command buffer failed";
   } else {
@@ -275,8 +279,8 @@ HookStatus install(Mode mode) {
     return in.status;
   }
   for (std::size_t kind = 0; kind < kKinds; ++kind)
-    g_last_class[kind].store(objc::runtime().object_getClass(
-        probe.of(static_cast<Kind>(kind))));
+    g_last_class[kind].store(
+        objc::runtime().object_getClass(probe.of(static_cast<Kind>(kind))));
   in.status.active = in.status.verified = true;
   in.status.hooked = names_of(in);
   in.status.reasons.clear();

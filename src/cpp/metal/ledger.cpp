@@ -72,8 +72,7 @@ void Ledger::committed(Id buffer, Id queue) {
   q->in_flight.push_back(record);
   for (const Signal& signal : record->signals) {
     std::uint64_t need = record->sequence - (signal.before_wait ? 1 : 0);
-    events_[signal.event.get()].pending.push_back(
-        {signal.value, record, need});
+    events_[signal.event.get()].pending.push_back({signal.value, record, need});
   }
   event_count_.store(events_.size());
 }

@@ -22,8 +22,9 @@ struct Slots {
   std::atomic<objc::Imp>* originals;
 };
 
-// `Hook` is a function (original, self, selector, arguments…). Each entry of the
-// list has a number of its own: two methods may share a hook, but no original.
+// `Hook` is a function (original, self, selector, arguments…). Each entry of
+// the list has a number of its own: two methods may share a hook, but no
+// original.
 template <int Entry, auto Hook>
 struct Trampolines;
 

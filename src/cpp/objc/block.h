@@ -57,9 +57,8 @@ struct StackBlock {
   static void dispose(const void* block) {
     static_cast<const StackBlock*>(block)->capture.release();
   }
-  static constexpr BlockDescriptor kDescriptor{0, sizeof(BlockHead) +
-                                                      sizeof(Capture),
-                                               &copy, &dispose};
+  static constexpr BlockDescriptor kDescriptor{
+      0, sizeof(BlockHead) + sizeof(Capture), &copy, &dispose};
 };
 
 }  // namespace mlx_safe::objc

@@ -66,9 +66,9 @@ bool load_runtime(std::string* why_not) {
   auto libraries = open_libraries(&candidate.path, why_not);
   if (libraries.empty()) return false;
   const char* missing = nullptr;
-#define MLX_SAFE_FIND(result, name, parameters)           \
-  candidate.name = reinterpret_cast<result(*) parameters>( \
-      find(libraries, #name));                             \
+#define MLX_SAFE_FIND(result, name, parameters)                       \
+  candidate.name =                                                    \
+      reinterpret_cast<result(*) parameters>(find(libraries, #name)); \
   if (candidate.name == nullptr) missing = #name;
   MLX_SAFE_RUNTIME_FUNCTIONS(MLX_SAFE_FIND)
 #undef MLX_SAFE_FIND

@@ -24,25 +24,25 @@ using Method = MethodType*;
 using Imp = void (*)();
 
 // X(result, name, parameters)
-#define MLX_SAFE_RUNTIME_FUNCTIONS(X)                          \
-  X(void, objc_msgSend, ())                                    \
-  X(Class, objc_getClass, (const char*))                       \
-  X(Class, object_getClass, (Id))                              \
-  X(const char*, class_getName, (Class))                       \
-  X(Class, class_getSuperclass, (Class))                       \
-  X(Method, class_getInstanceMethod, (Class, Selector))        \
-  X(Method*, class_copyMethodList, (Class, unsigned int*))     \
-  X(Selector, method_getName, (Method))                        \
-  X(Imp, method_getImplementation, (Method))                   \
-  X(Imp, method_setImplementation, (Method, Imp))              \
-  X(Selector, sel_registerName, (const char*))                 \
-  X(const char*, sel_getName, (Selector))                      \
-  X(Id, objc_retain, (Id))                                     \
-  X(void, objc_release, (Id))                                  \
-  X(void*, objc_autoreleasePoolPush, ())                       \
-  X(void, objc_autoreleasePoolPop, (void*))                    \
-  X(void*, _Block_copy, (const void*))                         \
-  X(void, _Block_release, (const void*))                       \
+#define MLX_SAFE_RUNTIME_FUNCTIONS(X)                      \
+  X(void, objc_msgSend, ())                                \
+  X(Class, objc_getClass, (const char*))                   \
+  X(Class, object_getClass, (Id))                          \
+  X(const char*, class_getName, (Class))                   \
+  X(Class, class_getSuperclass, (Class))                   \
+  X(Method, class_getInstanceMethod, (Class, Selector))    \
+  X(Method*, class_copyMethodList, (Class, unsigned int*)) \
+  X(Selector, method_getName, (Method))                    \
+  X(Imp, method_getImplementation, (Method))               \
+  X(Imp, method_setImplementation, (Method, Imp))          \
+  X(Selector, sel_registerName, (const char*))             \
+  X(const char*, sel_getName, (Selector))                  \
+  X(Id, objc_retain, (Id))                                 \
+  X(void, objc_release, (Id))                              \
+  X(void*, objc_autoreleasePoolPush, ())                   \
+  X(void, objc_autoreleasePoolPop, (void*))                \
+  X(void*, _Block_copy, (const void*))                     \
+  X(void, _Block_release, (const void*))                   \
   X(Id, MTLCreateSystemDefaultDevice, ())
 
 struct Runtime {
