@@ -85,7 +85,7 @@ def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return report
 
 
-# ---- the failure without us ---------------------------------------------------
+# ---- the failure without us --------------------
 
 
 def test_without_hooks_mlx_0_31_dies(native: Native) -> None:
@@ -111,7 +111,7 @@ def test_without_hooks_mlx_0_32_tells_the_wrong_one_or_nobody(native: Native) ->
     assert sum(r["silent_garbage"] for r in hooked) == 0
 
 
-# ---- the sweep --------------------------------------------------------------------
+# ---- the sweep --------------------
 
 
 def problems_of(
@@ -208,7 +208,7 @@ def test_random_delays(native: Native, regime: str) -> None:
     assert found == []
 
 
-# ---- bad surroundings -----------------------------------------------------------------
+# ---- bad surroundings --------------------
 
 
 def cases() -> list[str]:
@@ -229,7 +229,7 @@ def test_fuzzed_messages(native: Native) -> None:
     assert done.returncode == 0, f"seed {seed}: {done.stderr}"
 
 
-# ---- from Python ------------------------------------------------------------------------
+# ---- from Python --------------------
 
 PYTHON = """
     import ctypes, os, time
@@ -321,6 +321,30 @@ def test_python_sees_every_code(native: Native) -> None:
     """,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_python_decodes_any_code(native: Native) -> None:
+    """Numbers of all sizes through NSError's userInfo; the seed is printed."""
+    seed = os.getpid()
+    done = in_python(
+        native,
+        f"""
+    import random
+    random.seed({seed})
+    mlx_safe.install(mode="intercept")
+    for _ in range(100):
+        code = random.choice((random.randrange(1, 64), random.randrange(1, 2**31)))
+        if code == 4: continue
+        fail_next(code)
+        try:
+            testing.run_command_buffer()
+        except RuntimeError as e:
+            assert mlx_safe.errors.from_exception(e).code == code, (code, e)
+        assert mlx_safe.faults()[-1].code == code, code
+        assert mlx_safe.faults()[-1].label == "mlx_safe.testing"
+    """,
+    )
+    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
 
 
 def test_python_dies_without_the_hooks(native: Native) -> None:

@@ -30,6 +30,16 @@ struct CheckError {
   }
 };
 
+void set_label(objc::Id buffer, const char* text) {
+  const auto& r = objc::runtime();
+  auto selector = r.sel_registerName("setLabel:");
+  auto strings = reinterpret_cast<objc::Id>(r.objc_getClass("NSString"));
+  if (strings == nullptr || !objc::responds(buffer, selector)) return;
+  auto label = objc::send<objc::Id>(
+      strings, metal::selectors().stringWithUTF8String, text);
+  objc::send<void>(buffer, selector, label);
+}
+
 }  // namespace
 
 void testing_run_command_buffer() {
@@ -43,6 +53,7 @@ void testing_run_command_buffer() {
   objc::Owned event(objc::send<objc::Id>(device, s.newSharedEvent));
   auto buffer =
       objc::send<objc::Id>(queue, s.commandBufferWithUnretainedReferences);
+  set_label(buffer, "mlx_safe.testing");
   objc::StackBlock<CheckError> check({event.get()});
   objc::send<void>(buffer, s.encodeSignalEvent, event.get(), std::uint64_t{1});
   objc::send<void>(buffer, s.addCompletedHandler,

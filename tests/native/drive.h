@@ -12,6 +12,7 @@
 #include <string>
 
 #include "hosts/host_common.h"
+#include "metal/hooks.h"
 
 namespace drive {
 
@@ -20,6 +21,13 @@ struct Hooks {
   void (*uninstall)() = nullptr;
   std::uint64_t (*epoch)() = nullptr;
   void (*mark_thread)(int) = nullptr;
+  void (*counters)(mlx_safe::metal::HookCounters*) = nullptr;
+
+  mlx_safe::metal::HookCounters count() const {
+    mlx_safe::metal::HookCounters found;
+    counters(&found);
+    return found;
+  }
 
   static Hooks open(const char* path) {
     void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
@@ -36,6 +44,7 @@ struct Hooks {
     find("mlx_safe_sim_uninstall", h.uninstall);
     find("mlx_safe_sim_epoch", h.epoch);
     find("mlx_safe_sim_mark_thread", h.mark_thread);
+    find("mlx_safe_sim_counters", h.counters);
     h.mark_thread(1);
     return h;
   }

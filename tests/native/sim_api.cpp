@@ -1,6 +1,7 @@
 // The hooks as a plain shared library, for hosts without Python.
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "fault_log.h"
@@ -25,7 +26,16 @@ EXPORT void mlx_safe_sim_mark_thread(int client) {
   metal::this_thread_may_throw(client != 0);
 }
 
-EXPORT void mlx_safe_sim_uninstall() { metal::uninstall(); }
+// Hosts call it when nothing is in flight: a record that is left is a leak.
+EXPORT void mlx_safe_sim_uninstall() {
+  metal::uninstall();
+  auto left = metal::counters();
+  if (left.buffer_records != 0 && left.buffers == left.completed) {
+    std::fprintf(stderr, "records left: %llu buffers\n",
+                 static_cast<unsigned long long>(left.buffer_records));
+    std::abort();
+  }
+}
 
 EXPORT std::uint64_t mlx_safe_sim_epoch() { return fault_log().epoch(); }
 

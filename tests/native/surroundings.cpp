@@ -222,6 +222,10 @@ void address_reuse() {
     }
     check_protected(hooks);
   }
+  // Nothing is remembered of buffers and events that are gone, failed or not.
+  CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+  CHECK(hooks.count().buffer_records == 0);
+  CHECK(hooks.count().event_records == 0);
 }
 
 // Whatever a handler throws, the next one is called and nothing gets out.

@@ -208,6 +208,7 @@ std::uint64_t hook_status(std::uint64_t (*original)(Id, Selector), Id self,
   if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
     return status;
   if (status != kStatusCompleted && status != kStatusError) return status;
+  if (t_state.telling != nullptr) t_state.telling->reset();
   if (!may_throw()) return status;
   FailureRef failure =
       ledger().untold_on(send<Id>(self, selectors().commandQueue));
@@ -228,8 +229,7 @@ Id hook_error(Id (*original)(Id, Selector), Id self, Selector selector) {
 
 void hook_buffer_dealloc(void (*original)(Id, Selector), Id self,
                          Selector selector) {
-  PassThrough pass;
-  if (!pass.was_inside()) ledger().forget_buffer(self);
+  ledger().forget_buffer(self);
   original(self, selector);
 }
 
@@ -288,8 +288,7 @@ void hook_setSignaledValue(void (*original)(Id, Selector, std::uint64_t),
 
 void hook_event_dealloc(void (*original)(Id, Selector), Id self,
                         Selector selector) {
-  PassThrough pass;
-  if (!pass.was_inside()) ledger().forget_event(self);
+  ledger().forget_event(self);
   original(self, selector);
 }
 

@@ -88,6 +88,13 @@ uint64_t buffer_error_options(id self, SEL) {
   return as_buffer(self)->error_options;
 }
 
+Class metal_command_buffer_class();
+
+// The real classes have one too, for what they hold.
+void buffer_dealloc(id self, SEL cmd) {
+  send_super(metal_command_buffer_class(), self, cmd);
+}
+
 Class metal_command_buffer_class() {
   static Class cls = [] {
     Class made = define_class(
@@ -95,6 +102,7 @@ Class metal_command_buffer_class() {
         {{"addCompletedHandler:", "v24@0:8@?16", imp(&buffer_add_completed)},
          {"addScheduledHandler:", "v24@0:8@?16", imp(&buffer_add_scheduled)},
          {"commit", "v16@0:8", imp(&buffer_commit)},
+         {"dealloc", "v16@0:8", imp(&buffer_dealloc)},
          {"enqueue", "v16@0:8", imp(&buffer_enqueue)},
          {"waitUntilCompleted", "v16@0:8", imp(&buffer_wait_completed)},
          {"waitUntilScheduled", "v16@0:8", imp(&buffer_wait_scheduled)},

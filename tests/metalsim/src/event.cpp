@@ -35,12 +35,20 @@ BOOL event_wait(id self, SEL, uint64_t value, uint64_t timeout_ms) {
                                  reached);
 }
 
+Class metal_event_class();
+
+// The real classes have one too, for what they hold.
+void event_dealloc(id self, SEL cmd) {
+  send_super(metal_event_class(), self, cmd);
+}
+
 Class metal_event_class() {
   static Class cls = [] {
     Class made = define_class(
         "_MTLSharedEvent", labelled_class(),
         {{"signaledValue", "Q16@0:8", imp(&event_value)},
-         {"setSignaledValue:", "v24@0:8Q16", imp(&event_set_value)}});
+         {"setSignaledValue:", "v24@0:8Q16", imp(&event_set_value)},
+         {"dealloc", "v16@0:8", imp(&event_dealloc)}});
     set_instances<SharedEvent>(made);
     return made;
   }();
