@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Answer, Server
+from support.server import CONTROLLED, Answer, Server
 
+# What clients get when a request is not run again; test_server_replay.py has
+# the rest.
+NO_REPLAY = ("--replay-attempts", "0")
 SEQUENTIAL = {"seed": 1}  # mlx-lm serves a request with a seed by itself
 TOKENS = 24
 
@@ -82,7 +85,7 @@ def test_fault(
     clients: int,
 ) -> None:
     more = PATHS[path]
-    with Server(tiny_model, inject=f"{phase}:8").wait_ready() as server:
+    with Server(tiny_model, *NO_REPLAY, inject=f"{phase}:8").wait_ready() as server:
         answers = server.chats(clients, max_tokens=TOKENS, stream=stream, **more)
         assert len(answers) == clients
         failed = [a for a in answers if a.error]
@@ -116,7 +119,7 @@ def test_stock_server_without_us(tiny_model: Path, path: str) -> None:
 
 def test_a_fault_that_mlx_swallowed(tiny_model: Path, undisturbed: Texts) -> None:
     inject = "decode:9:8:once:record,decode:20:2:once:record"
-    with Server(tiny_model, inject=inject).wait_ready() as server:
+    with Server(tiny_model, *NO_REPLAY, inject=inject).wait_ready() as server:
         assert_told(server.chat(max_tokens=TOKENS), "metal_out_of_memory")
         assert_told(
             server.chat(max_tokens=TOKENS, stream=True, **SEQUENTIAL), "metal_timeout"
@@ -140,19 +143,32 @@ def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
         (0x10, 500, "internal_generation_error"),
         (0x11, 500, "internal_generation_error"),
     ]
-    # Each request fails at its first decode step, so they count one by one.
-    inject = ",".join(f"decode:{i}:{row[0]}" for i, row in enumerate(expected, 1))
-    with Server(tiny_model, inject=inject).wait_ready() as server:
-        for _, status, code in expected:
+    with Server(
+        tiny_model, *NO_REPLAY, program=CONTROLLED, inject="any:1000000000"
+    ) as server:
+        server.wait_ready()
+        for number, status, code in expected:
+            server.plan(f"decode:1:{number}")
             assert_told(server.chat(), code, status)
+            assert server.chat().status == 200
         assert_serves(server, undisturbed)
 
 
 def test_a_lasting_fault_kills_nothing(tiny_model: Path) -> None:
-    with Server(tiny_model, inject="decode:1:8:persistent").wait_ready() as server:
-        for stream in (False, True) * 3:
-            assert_told(server.chat(stream=stream), "metal_out_of_memory")
-            assert_told(server.chat(stream=stream, seed=1), "metal_out_of_memory")
+    with Server(
+        tiny_model, *NO_REPLAY, inject="decode:1:8:persistent"
+    ).wait_ready() as server:
+        codes = []
+        for stream in (False, True) * 4:
+            for more in PATHS.values():
+                answer = server.chat(stream=stream, **more)
+                codes.append(answer.error["code"])
+                assert_told(answer, codes[-1])
+        # After so many in a row it no longer tries, and says so.
+        assert codes == ["metal_out_of_memory"] * 12 + ["unavailable"] * 4
+        health = server.get("/health")
+        assert health.status == 503
+        assert "12 times in a row" in health.json["reason"]
         assert server.process.poll() is None
 
 
@@ -169,7 +185,7 @@ class TestOtherFailures:
         stream: bool,
     ) -> None:
         inject = "decode:9:0:once:bug"
-        with Server(tiny_model, inject=inject).wait_ready() as server:
+        with Server(tiny_model, *NO_REPLAY, inject=inject).wait_ready() as server:
             answer = server.chat(max_tokens=TOKENS, stream=stream, **more)
             assert_told(answer, "internal_generation_error", 500)
             assert answer.error["type"] == "internal_server_error"
@@ -302,7 +318,7 @@ def test_a_client_that_leaves_is_one_quiet_line(
 def test_metrics_speak_prometheus(tiny_model: Path) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
-    with Server(tiny_model, inject="decode:1:8").wait_ready() as server:
+    with Server(tiny_model, *NO_REPLAY, inject="decode:1:8").wait_ready() as server:
         server.chat()
         server.chat()
         answer = server.get("/metrics")
@@ -324,7 +340,7 @@ def test_the_real_model_through_the_openai_client(real_model: Path) -> None:
     import openai
 
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    with Server(real_model, inject="decode:4:8").wait_ready() as server:
+    with Server(real_model, *NO_REPLAY, inject="decode:4:8").wait_ready() as server:
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{server.port}/v1", api_key="-", max_retries=0
         )

@@ -39,6 +39,22 @@ server.main()
 """
 
 
+# The protected server, with fault plans read from its standard input; each
+# counts steps from when it is read.
+CONTROLLED = """
+import sys, threading
+from mlx_safe import testing
+from mlx_safe.cli import main
+def listen():
+    for line in sys.stdin:
+        for plan in testing.parse_plan(line):
+            testing.inject(**plan)
+        print("planned", line.strip(), flush=True)
+threading.Thread(target=listen, daemon=True).start()
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -105,6 +121,7 @@ class Server:
         self._lines: list[str] = []
         self.process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -117,6 +134,22 @@ class Server:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.append(line)
+
+    def plan(self, text: str) -> None:
+        """Plans faults in a server that runs `CONTROLLED`."""
+        before = self.log.count("planned ")
+        assert self.process.stdin is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+        deadline = time.monotonic() + 10
+        while self.log.count("planned ") == before:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.002)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        lines = self.get("/metrics").body.splitlines()
+        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
 
     @property
     def log(self) -> str:
@@ -138,8 +171,9 @@ class Server:
                 self.process.kill()
         status = self.process.wait(10)
         self._reader.join(5)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
         return status
 
     def wait(self, timeout: float = 20.0) -> int:

@@ -13,7 +13,14 @@ mlx_lm.server                    here                why
 _next_request``                                      request passes: its queue is
                                                      replaced by a `Ticket`
 ``ResponseGenerator._tokenize``  `generator`         tells a bad request from a
-                                                     failed generation
+                                                     failed generation; a replay
+                                                     goes on after the tokens that
+                                                     its client has
+``ResponseGenerator.             `replay`            stop words, sampler, text and
+_make_state_machine``,                               prefill step of a replay
+``_make_sampler``,
+``BatchGenerator``,
+``tokenizer.detokenizer``
 ``ResponseGenerator.generate``   `generator`         refuses while it must
 ``APIHandler.handle_completion`` `handler`           answers failures
 ``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies

@@ -26,6 +26,13 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("ResponseGenerator", "_generate", ("self",)),
     ("ResponseGenerator", "_next_request", ("self", "timeout")),
     ("ResponseGenerator", "_tokenize", ("self", "tokenizer", "request", "args")),
+    (
+        "ResponseGenerator",
+        "_make_state_machine",
+        ("self", "model_key", "tokenizer", "stop_words"),
+    ),
+    (None, "_make_sampler", ("args", "tokenizer")),
+    (None, "BatchGenerator", ("model",)),
     ("ResponseGenerator", "generate", ("self", "request", "generation_args")),
     ("ResponseGenerator", "stop_and_join", ("self",)),
     ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
@@ -38,6 +45,38 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("ModelProvider", "load_default", ("self",)),
     ("LRUPromptCache", "trim_to", ("self",)),
 )
+
+
+class _StopsAfter:
+    """mlx-lm's stop words, as they stand after some tokens of the answer.
+
+    Has what `GenerationBatch` and `_serve_single` use: ``make_state`` and
+    ``match`` (0.31: state machines) and ``matcher`` (0.32: stop sequences).
+    """
+
+    def __init__(self, stops: Any, tokens: list[int]) -> None:
+        self._stops = stops
+        self._tokens = tokens
+
+    def make_state(self) -> Any:
+        state = self._stops.make_state()
+        for token in self._tokens:
+            state, _, _ = self._stops.match(state, token)
+        return state
+
+    def match(self, state: Any, token: int) -> Any:
+        return self._stops.match(state, token)
+
+    def matcher(self) -> Any:
+        matcher = self._stops.matcher()
+        for token in self._tokens:
+            matcher.advance(token)
+        return matcher
+
+
+def stops_after(stops: Any, tokens: list[int]) -> Any:
+    """``stops`` (of `_make_state_machine`) after ``tokens`` of the answer."""
+    return _StopsAfter(stops, tokens)
 
 
 def version_of(text: str) -> tuple[int, ...]:

@@ -27,23 +27,35 @@ ANSWER_TIMEOUT_S = 5.0
 
 
 class Condition:
-    """``loading`` → ``ok`` ⇄ ``recovering``; ``failed`` is the end."""
+    """``loading`` → ``ok`` ⇄ ``recovering``, ``refusing``; ``failed`` is the end.
+
+    While ``recovering`` (a few hundredths of a second) requests are taken and
+    wait; while ``refusing`` they are answered 503.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state = "loading"
         self._reason = "the model is being loaded"
         self._answering = 0
+        self._refuse_until = 0.0
 
     @property
     def state(self) -> str:
-        """``"loading"``, ``"ok"``, ``"recovering"`` or ``"failed"``."""
+        """One of the names above."""
+        if self._state == "refusing" and time.monotonic() >= self._refuse_until:
+            self.enter("ok")
         return self._state
 
     @property
     def reason(self) -> str | None:
         """Why requests cannot be served; None when they can."""
-        return None if self._state == "ok" else self._reason
+        return None if self.state == "ok" else self._reason
+
+    def refuse_for(self, seconds: float, reason: str) -> None:
+        """``refusing`` for so long, then ``ok`` by itself."""
+        self._refuse_until = time.monotonic() + seconds
+        self.enter("refusing", reason)
 
     def enter(self, state: str, reason: str = "") -> None:
         """Changes the state; nothing leads out of ``failed``."""

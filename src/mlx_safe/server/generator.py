@@ -20,8 +20,9 @@ from mlx_lm.server import ResponseGenerator
 from .. import _core, _faults, errors, testing
 from .condition import EXIT_REPLACE, Condition
 from .metrics import Metrics
+from .replay import REFUSE_FOR_S, Replays, Resumed
 from .replies import BadRequest, ModelNotFound, Unavailable, reply_for
-from .tickets import Flight, Ticket
+from .tickets import Flight, Ticket, ticket_of
 
 __all__ = ["Answered", "GenerationFailed", "ProtectedResponseGenerator"]
 
@@ -59,10 +60,18 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         model_provider: Any,
         prompt_cache: Any,
         condition: Condition,
+        replay_attempts: int,
         injections: bool = False,
     ) -> None:
         self.condition = condition
         self.flight = Flight()
+        self.replays = Replays(
+            self.flight,
+            # With more than one rank a replay would have to be agreed upon.
+            0 if mx.distributed.init().size() > 1 else replay_attempts,
+            model_provider.cli_args,
+        )
+        self._resumed = Resumed()
         self.metrics = Metrics(
             lambda: len(self.flight), lambda: float(condition.state == "ok")
         )
@@ -79,7 +88,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As mlx-lm's; errors are raised as `Answered`."""
         try:
-            if self.condition.state == "failed":
+            if self.condition.state in ("failed", "refusing"):
                 raise Unavailable(self.condition.reason)
             return super().generate(*args, **kwargs)
         except Exception as e:
@@ -126,15 +135,25 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
+            self._resumed.watch(tokenizer)
             return model, tokenizer
 
         provider.load = load_or_say_why
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         try:
-            return super()._tokenize(tokenizer, request, args)
+            found = super()._tokenize(tokenizer, request, args)
         except Exception as e:
             raise BadRequest(f"The prompt cannot be read: {_one_line(e)}") from e
+        return self._resumed.prompt(found, ticket_of(request))
+
+    def _make_state_machine(self, *args: Any, **kwargs: Any) -> Any:
+        made = super()._make_state_machine(*args, **kwargs)
+        return self._resumed.state_machine(made)
+
+    def resume_sampler(self, sampler: Any, args: Any, tokenizer: Any) -> Any:
+        """Stands behind ``mlx_lm.server._make_sampler``."""
+        return self._resumed.sampler(sampler, args, tokenizer)
 
     def _next_request(self, timeout: float | None = None) -> Any:
         # mlx-lm's loop comes by here between any two pieces of work.
@@ -142,13 +161,17 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if caught is not None:
             self._recover(caught)
         self._check_epoch()
+        again = self.replays.next()
+        if again is not None:
+            return again.work()
+        if not self.replays.may_take_new():
+            return None
         taken = super()._next_request(timeout)
         if taken is None:
             return None
-        queue, *rest = taken
-        ticket = Ticket(self.flight, queue, self._check_epoch, self._on_caught)
+        ticket = Ticket(self.flight, taken, self._check_epoch, self._on_caught)
         self.flight.board(ticket)
-        return ticket, *rest
+        return ticket.work()
 
     def _check_epoch(self) -> None:
         _faults.check(self._clean_epoch)
@@ -171,19 +194,37 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """Answers everyone in flight and makes the thread fit for the next."""
         self.condition.enter("recovering", "the state is being reset after a failure")
         fault = self._as_fault(exc)
-        self._log_failure(exc, fault)
         told = fault or _portable(exc)
         self.metrics.failures.labels(reply_for(told).code).inc()
         if fault is not None and fault.fatal:
             self.give_up(fault)
             return
+        again, ending = self.replays.sort(fault, exc)
+        self._log_failure(exc, fault, again, ending)
+        self.metrics.replays.inc(len(again))
         try:
             # Before the answers: whoever tries again at once finds the memory
             # free and /health telling so.
             self._reset(exc)
-            self.condition.enter("ok")
+            if fault is not None and self.replays.back_off():
+                self._refuse_for_a_while()
+            else:
+                self.condition.enter("ok")
         finally:
-            self._fail_flight(told)
+            self.replays.line_up(again)
+            for ticket in ending:
+                ticket.fail(told)
+
+    def _refuse_for_a_while(self) -> None:
+        count = self.replays.faults_without_progress
+        log.error(
+            "%d faults in a row: new requests are refused for %d s",
+            count,
+            REFUSE_FOR_S,
+        )
+        self.condition.refuse_for(
+            REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
+        )
 
     def _as_fault(self, exc: Exception) -> errors.MetalError | None:
         """The fault behind ``exc``, those of the log included."""
@@ -200,21 +241,19 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         # A new object: it goes to other threads, without a traceback.
         return type(fault)(str(fault), code=fault.code, faults=fault.faults)
 
-    def _log_failure(self, exc: Exception, fault: errors.MetalError | None) -> None:
+    def _log_failure(
+        self,
+        exc: Exception,
+        fault: errors.MetalError | None,
+        again: list[Ticket],
+        ending: list[Ticket],
+    ) -> None:
+        fate = f"requests run again: {len(again)}, ended: {len(ending)}"
         if fault is None:
-            log.error(
-                "a generation step failed, %d requests end with it",
-                len(self.flight),
-                exc_info=exc,
-            )
+            log.error("a generation step failed; %s", fate, exc_info=exc)
             return
         kind = errors.kind_of(fault.code)
-        log.warning(
-            "fault of the GPU: %s; %d requests end with it. %s",
-            fault,
-            len(self.flight),
-            kind.advice,
-        )
+        log.warning("fault of the GPU: %s; %s. %s", fault, fate, kind.advice)
 
     def _fail_flight(self, exc: Exception) -> None:
         for ticket in self.flight.tickets():

@@ -34,7 +34,21 @@ def _own_parser() -> argparse.ArgumentParser:
         help="start with an mlx-lm newer than this mlx-safe was tested with, as "
         "long as it has all that the patch needs",
     )
+    parser.add_argument(
+        "--replay-attempts",
+        type=_count,
+        default=2,
+        metavar="N",
+        help="how often a request is run again after a fault of the GPU before its "
+        "client gets a 503; 0: never (default: 2)",
+    )
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(text)
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -55,7 +69,7 @@ def serve(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     server = compat.import_server(allow_untested=own.allow_untested_mlx_lm)
     server.run = lambda host, port, model_provider, **_: run(
-        server, host, port, model_provider, bool(injections)
+        server, host, port, model_provider, own.replay_attempts, bool(injections)
     )
     sys.argv = ["mlx-safe serve", *rest]
     server.main()
@@ -76,7 +90,12 @@ class _Server(ThreadingHTTPServer):
 
 
 def run(
-    server: Any, host: str, port: int, model_provider: Any, injections: bool
+    server: Any,
+    host: str,
+    port: int,
+    model_provider: Any,
+    replay_attempts: int,
+    injections: bool,
 ) -> None:
     """Stands in for ``mlx_lm.server.run``.
 
@@ -99,11 +118,19 @@ def run(
 
     httpd = _bind(host, port, handle) if is_first else None
     log.info("listening at http://%s:%s; loading the model", host, port)
+    make_sampler, make_batch = server._make_sampler, server.BatchGenerator
+    server._make_sampler = lambda args, tokenizer: generator.resume_sampler(
+        make_sampler(args, tokenizer), args, tokenizer
+    )
+    server.BatchGenerator = lambda *args, **kwargs: generator.replays.batch_made(
+        make_batch(*args, **kwargs)
+    )
     generator = ProtectedResponseGenerator(
         model_provider,
         server.LRUPromptCache(model_provider.cli_args.prompt_cache_size),
         Condition(),
-        injections,
+        replay_attempts=replay_attempts,
+        injections=injections,
     )
     watch = on_fault(
         lambda fault: (

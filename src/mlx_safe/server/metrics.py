@@ -30,6 +30,11 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
+        self.replays = Counter(
+            "mlx_safe_replays",
+            "Requests run again after a failure",
+            registry=self.registry,
+        )
         self.resets = Counter(
             "mlx_safe_resets",
             "Times the generation state was reset",

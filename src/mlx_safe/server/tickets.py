@@ -4,44 +4,74 @@ mlx-lm gives each request a queue and, from its generation thread, puts on it:
 a ``GenerationContext``, then any number of (done, total) progress tuples and
 ``Response`` objects, and at the end None or an exception. A `Ticket` stands in
 for that queue, so it sees all of it, on the batched and the sequential path and
-in every supported version, without a look into mlx-lm's frames.
+in every supported version, without a look into mlx-lm's frames. It knows which
+tokens the client has, and so the request can be run again from there.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Flight", "Ticket"]
+__all__ = ["Flight", "Ticket", "ticket_of"]
+
+_ATTRIBUTE = "_mlx_safe_ticket"
+
+
+def ticket_of(request: Any) -> Ticket | None:
+    """The ticket of a request that `Ticket.work` gave out."""
+    found: Ticket | None = getattr(request, _ATTRIBUTE, None)
+    return found
 
 
 class Ticket:
     """One request in flight; has the ``put`` of the queue it stands for.
 
-    ``put`` is called by the generation thread only, `fail` by any thread.
+    ``put`` and `work` are called by the generation thread only, `fail` by any.
 
     Attributes:
-        tokens: number of tokens passed on so far.
-        since: ``time.monotonic()`` when the generation thread took it.
+        produced: ids of the tokens that were passed on to the client.
+        attempts: how often it was run again after a fault.
+        finished: its last token was passed on.
     """
 
     def __init__(
         self,
         flight: Flight,
-        queue: Any,
+        taken: tuple[Any, Any, Any],
         before_put: Callable[[], None],
         on_error: Callable[[Ticket, Exception], None],
     ) -> None:
         self._flight = flight
-        self._queue = queue
+        self._queue, request, self._args = taken
+        # mlx-lm changes the messages while it reads them.
+        self._request = copy.deepcopy(request)
         self._before_put = before_put
         self._on_error = on_error
+        # The first context goes to the client's handler, which keeps it; the
+        # last one is the generation's.
         self.context: Any = None
-        self.tokens = 0
-        self.since = time.monotonic()
+        self._stopped = False
+        self.produced: list[int] = []
+        self.attempts = 0
+        self.finished = False
+
+    @property
+    def stopped(self) -> bool:
+        """The client has left, or has its answer."""
+        return self._stopped
+
+    def work(self) -> tuple[Ticket, Any, Any]:
+        """What mlx-lm is to do: the request, or the rest of it."""
+        request = copy.deepcopy(self._request)
+        setattr(request, _ATTRIBUTE, self)
+        args = dataclasses.replace(
+            self._args, max_tokens=self._args.max_tokens - len(self.produced)
+        )
+        return self, request, args
 
     def put(self, item: Any) -> None:
         """Passes ``item`` on, unless a fault has made it worthless.
@@ -56,43 +86,64 @@ class Ticket:
             return
         self._before_put()
         if item is None:
-            if self._flight.land(self):
-                self._queue.put(None)
-            return
-        if self.context is None:
-            self._watch(item)
-        elif not isinstance(item, tuple):
-            self.tokens += 1
-        self._queue.put(item)
+            self.complete()
+        elif isinstance(item, tuple):
+            self._queue.put(item)
+        elif hasattr(item, "token"):
+            self.produced.append(item.token)
+            self.finished = item.finish_reason is not None
+            self._flight.tokens += 1
+            self._queue.put(item)
+        else:
+            self._begin(item)
 
-    def _watch(self, context: Any) -> None:
+    def _begin(self, context: Any) -> None:
         """A handler that is done, or whose client left, stops its context."""
+        first = self.context is None
         self.context = context
+        if not first:
+            if self._stopped:
+                context.stop()
+            return
         stop = context.stop
 
         def stopped() -> None:
+            self._stopped = True
             stop()
+            type(self.context).stop(self.context)
             self._flight.land(self)
 
         context.stop = stopped
+        self._queue.put(context)
+
+    def complete(self) -> None:
+        """Ends the request as mlx-lm does."""
+        if self._flight.land(self):
+            self._queue.put(None)
 
     def fail(self, exc: Exception) -> bool:
         """Ends the request with ``exc``; False when it had ended already."""
         if not self._flight.land(self):
             return False
+        self._stopped = True
         if self.context is not None:
-            self.context.stop()
+            type(self.context).stop(self.context)
         # A copy: each client's thread raises its own.
         self._queue.put(copy.copy(exc))
         return True
 
 
 class Flight:
-    """All tickets that are open. Thread-safe."""
+    """All tickets that are open. Thread-safe.
+
+    Attributes:
+        tokens: tokens passed on to any client so far.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[Ticket] = []
+        self.tokens = 0
 
     def __len__(self) -> int:
         return len(self._open)

@@ -1,0 +1,208 @@
+"""Running requests again after a fault, with less.
+
+`Replays` decides which request is run again, when, and how carefully. `Resumed`
+makes mlx-lm go on in the middle of an answer: the tokens that the client has
+become part of the prompt, and whatever mlx-lm derives from tokens one by one
+(text, stop words, the sampler's random state) is brought to where it was.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+from .. import errors
+from . import compat
+from .replies import is_allocation_failure
+from .tickets import Flight, Ticket
+
+__all__ = ["Replays", "Resumed"]
+
+# Faults of the GPU in a row, without a token between them and not a minute
+# apart: from here on wait before the next try, and from there on refuse new work
+# for a while. Other failures do not count: a client can cause them at will.
+BACK_OFF_AFTER = 2
+BACK_OFF_MAX_S = 1.0
+REFUSE_AFTER = 12
+REFUSE_FOR_S = 10.0
+IN_A_ROW_S = 60.0
+PREFILL_STEP_MIN = 64
+
+
+class Replays:
+    """The requests that wait to be run again, and how many at a time.
+
+    Used by the generation thread only.
+    """
+
+    def __init__(self, flight: Flight, attempts_max: int, cli_args: Any) -> None:
+        self._flight = flight
+        self._attempts_max = attempts_max
+        self._cli_args = cli_args
+        self._prefill_step = cli_args.prefill_step_size
+        self._batch: weakref.ref[Any] | None = None
+        self._waiting: list[Ticket] = []
+        # How many requests may run at a time; None: as many as mlx-lm likes.
+        self._limit: int | None = None
+        self._tokens_at_last_fault = -1
+        self._last_fault_at = 0.0
+        self.faults_without_progress = 0
+
+    def batch_made(self, batch: Any) -> Any:
+        """Remembers mlx-lm's batch generator, whose prefill step is changed."""
+        self._batch = weakref.ref(batch)
+        return batch
+
+    def sort(
+        self, fault: errors.MetalError | None, exc: BaseException
+    ) -> tuple[list[Ticket], list[Ticket]]:
+        """(those to be run again, those that end) of the requests in flight.
+
+        With a fault that may pass: all with attempts left. With an exception
+        that is no fault: all, one by one, so that only the one that causes it
+        ends; and that one when it is alone.
+        """
+        tickets = self._flight.tickets()
+        for ticket in [t for t in tickets if t.finished]:
+            ticket.complete()
+            tickets.remove(ticket)
+        if self._attempts_max == 0:
+            return [], tickets
+        memory = isinstance(fault, errors.MetalOutOfMemoryError)
+        memory = memory or (fault is None and is_allocation_failure(exc))
+        if fault is not None or memory:
+            if fault is not None and not fault.retryable:
+                return [], tickets
+            again = [t for t in tickets if t.attempts < self._attempts_max]
+            for ticket in again:
+                ticket.attempts += 1
+            self._be_careful(again, memory)
+        else:
+            running = [t for t in tickets if t not in self._waiting]
+            again = [t for t in tickets if len(running) > 1 or t in self._waiting]
+            self._limit = 1
+        return again, [t for t in tickets if t not in again]
+
+    def _be_careful(self, again: list[Ticket], memory: bool) -> None:
+        if not memory or not again:
+            return
+        level = max(ticket.attempts for ticket in again)
+        self._limit = 1 if level > 1 else max(1, len(again) // 2)
+        step = max(PREFILL_STEP_MIN, self._prefill_step // 4**level)
+        self._cli_args.prefill_step_size = min(step, self._prefill_step)
+
+    def line_up(self, tickets: list[Ticket]) -> None:
+        """``tickets`` are run again, oldest first."""
+        self._waiting = tickets
+
+    def next(self) -> Ticket | None:
+        """The request to run again now; None when there is none, or not yet."""
+        self._waiting = [t for t in self._waiting if not t.stopped]
+        if not self._waiting or not self._has_room():
+            return None
+        return self._waiting.pop(0)
+
+    def may_take_new(self) -> bool:
+        """Whether new requests may be taken; ends the careful time when over."""
+        if self._waiting:
+            return False
+        if self._limit is None:
+            return True
+        if len(self._flight) > 0:
+            return False
+        self._limit = None
+        self._cli_args.prefill_step_size = self._prefill_step
+        batch = self._batch() if self._batch is not None else None
+        if batch is not None:
+            batch.prefill_step_size = self._prefill_step
+        return True
+
+    def _has_room(self) -> bool:
+        running = len(self._flight) - len(self._waiting)
+        return self._limit is None or running < self._limit
+
+    def back_off(self) -> bool:
+        """After a fault: waits when they come in a row.
+
+        Returns True when new work must be refused for a while.
+        """
+        now = time.monotonic()
+        if (
+            self._flight.tokens != self._tokens_at_last_fault
+            or now - self._last_fault_at > IN_A_ROW_S
+        ):
+            self.faults_without_progress = 0
+        self.faults_without_progress += 1
+        self._tokens_at_last_fault = self._flight.tokens
+        self._last_fault_at = now
+        beyond = self.faults_without_progress - BACK_OFF_AFTER
+        if beyond > 0:
+            time.sleep(min(0.05 * 2**beyond, BACK_OFF_MAX_S))
+        return self.faults_without_progress >= REFUSE_AFTER
+
+
+class Resumed:
+    """Where in its answer the request is that mlx-lm is about to start.
+
+    mlx-lm tokenizes a request and then makes its state machine, its sampler and
+    its detokenizer, all on the generation thread, before it looks at the next.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def prompt(self, found: Any, ticket: Ticket | None) -> Any:
+        """What `_tokenize` found, with the tokens that the client has."""
+        self.tokens = list(ticket.produced) if ticket is not None else []
+        if not self.tokens:
+            return found
+        prompt, segments, *rest = found
+        segments = [*segments[:-1], [*segments[-1], *self.tokens]]
+        vision = rest[-1]
+        if hasattr(vision, "cache_key"):
+            vision.cache_key.extend(self.tokens)
+        return ([*prompt, *self.tokens], segments, *rest)
+
+    def state_machine(self, made: Any) -> Any:
+        """What `_make_state_machine` made, as it was after those tokens."""
+        if not self.tokens:
+            return made
+        stops, *rest = made
+        return (compat.stops_after(stops, list(self.tokens)), *rest)
+
+    def sampler(self, sampler: Any, args: Any, tokenizer: Any) -> Any:
+        """``sampler``, after it has drawn once for each of those tokens.
+
+        Only a request with a seed has a random state that can be had again.
+        """
+        if self.tokens and args.seed is not None and args.sampling.temperature > 0:
+            import mlx.core as mx
+
+            logprobs = mx.zeros((1, tokenizer.vocab_size + 1024))
+            for _ in self.tokens:
+                mx.eval(sampler(logprobs))
+        return sampler
+
+    def watch(self, tokenizer: Any) -> None:
+        """Makes ``tokenizer.detokenizer`` begin after those tokens."""
+        cls = type(tokenizer)
+        if getattr(cls, "_mlx_safe_resumes", False):
+            return
+
+        def detokenizer(this: Any) -> Any:
+            made = cls.detokenizer.fget(this)
+            for token in self.tokens:
+                made.add_token(token)
+                _ = made.last_segment  # what was read before is not new
+            return made
+
+        tokenizer.__class__ = type(
+            cls.__name__,
+            (cls,),
+            {
+                "detokenizer": property(detokenizer),
+                "__module__": cls.__module__,
+                "_mlx_safe_resumes": True,
+            },
+        )

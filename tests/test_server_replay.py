@@ -1,0 +1,226 @@
+"""No request is lost: replay after a fault, with the real server in a child.
+
+The texts must be those of a server without any fault, byte for byte. Each
+failure names the step that was failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.server import CONTROLLED, Answer, Server
+
+TOKENS = 10
+CLIENTS = 3
+PATHS: dict[str, dict[str, Any]] = {
+    "batched": {},
+    "sequential": {"seed": 1},
+    "sampled": {"seed": 7, "temperature": 1.0},
+}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+@pytest.fixture
+def server(tiny_model: Path) -> Iterator[Server]:
+    """The protected server; `Server.plan` fails steps of it."""
+    with Server(tiny_model, program=CONTROLLED, inject="any:1000000000") as server:
+        yield server.wait_ready()
+
+
+def conversation(server: Server, client: int, **more: Any) -> list[Answer]:
+    """Three turns with a tool call in between; stops at the first error."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "You are terse."},
+        {"role": "user", "content": f"Client {client} asks."},
+    ]
+    answers = []
+    for turn in range(3):
+        answer = server.post(
+            {"messages": messages, "tools": [TOOL], "max_tokens": TOKENS, **more}
+        )
+        answers.append(answer)
+        if answer.broken or answer.error:
+            break
+        messages.append({"role": "assistant", "content": answer.text})
+        if turn == 0:
+            messages.append({"role": "tool", "content": f"found {client}"})
+        else:
+            messages.append({"role": "user", "content": f"And {turn}?"})
+    return answers
+
+
+def conversations(server: Server, **more: Any) -> list[list[Answer]]:
+    """`CLIENTS` of them at once."""
+    results: list[list[Answer]] = [[] for _ in range(CLIENTS)]
+
+    def one(client: int) -> None:
+        results[client] = conversation(server, client, **more)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(CLIENTS)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
+    return results
+
+
+def texts(results: list[list[Answer]]) -> list[list[str]]:
+    assert not any(a.broken or a.error for answers in results for a in answers)
+    return [[a.text for a in answers] for answers in results]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("times", ["once", "twice"])
+def test_sweep(server: Server, times: str, path: str, stream: bool) -> None:
+    """Fails step n for n = 1, 2, … of three conversations at once."""
+    more = {**PATHS[path], "stream": stream}
+    undisturbed = texts(conversations(server, **more))
+    assert all(len(turns) == 3 for turns in undisturbed)
+    # Every step on the path that is taken most; the others by samples.
+    stride = 1 if (path, times) == ("batched", "once") else 4
+    for n in itertools.count(1, stride):
+        failures = server.metric("mlx_safe_generation_failures_total")
+        plan = f"any:{n}:8" + (f",any:{n + 1}:2" if times == "twice" else "")
+        server.plan(plan)
+        results = conversations(server, **more)
+        found = server.metric("mlx_safe_generation_failures_total") - failures
+        assert texts(results) == undisturbed, f"after {plan} ({found} failures)"
+        if found == 0:
+            break
+    assert n > 15
+    assert server.metric("mlx_safe_replays_total") >= n // stride
+    assert "Traceback" not in server.log
+
+
+def test_swallowed_faults_are_replayed_too(server: Server) -> None:
+    undisturbed = texts(conversations(server))
+    for n in (1, 4, 9, 17):
+        server.plan(f"any:{n}:8:once:record")
+        assert texts(conversations(server)) == undisturbed, f"at step {n}"
+    assert "mlx_safe_faults 4.0" in server.get("/metrics").body
+
+
+def test_usage_and_logprobs_do_not_show_it(server: Server) -> None:
+    ask = {"max_tokens": TOKENS, "logprobs": True, "top_logprobs": 2, "seed": 1}
+    calm = server.chat(**ask).json
+    # The prompt cache of the first makes no difference to the second.
+    server.plan("decode:5:8")
+    faulty = server.chat(**ask).json
+    assert server.metric("mlx_safe_replays_total") == 1
+    for field in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert faulty["usage"][field] == calm["usage"][field]
+    pairs = zip(
+        calm["choices"][0]["logprobs"]["content"],
+        faulty["choices"][0]["logprobs"]["content"],
+        strict=True,
+    )
+    for a, b in pairs:
+        assert a["id"] == b["id"]
+        assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-3)
+
+
+@pytest.mark.parametrize("path", ["batched", "sequential"])
+def test_a_stop_word_that_was_half_seen(server: Server, path: str) -> None:
+    more = {**PATHS[path], "max_tokens": 40}
+    text = server.chat("stop words", **more).text
+    # Two neighbours that are whole characters, so one token each here.
+    stop = next(
+        text[i : i + 2]
+        for i in range(4, len(text) - 1)
+        if "\ufffd" not in text[i : i + 2] and text[i : i + 2] not in text[: i + 1]
+    )
+    undisturbed = server.chat("stop words", stop=stop, **more)
+    assert len(undisturbed.text) < len(text)
+    assert undisturbed.json["choices"][0]["finish_reason"] == "stop"
+    for n in range(1, undisturbed.json["usage"]["completion_tokens"] + 1):
+        server.plan(f"decode:{n}:8")
+        faulty = server.chat("stop words", stop=stop, **more)
+        assert faulty.text == undisturbed.text, f"decode step {n}"
+        assert faulty.json["choices"][0]["finish_reason"] == "stop", f"step {n}"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_attempts_used_up(server: Server, stream: bool) -> None:
+    server.plan("decode:3:8,decode:4:8,decode:5:8")
+    answer = server.chat(max_tokens=TOKENS, stream=stream)
+    assert answer.error["code"] == "metal_out_of_memory"
+    if not stream:
+        assert answer.status == 503
+    assert server.metric("mlx_safe_replays_total") == 2
+    assert server.chat().status == 200
+
+
+def test_one_bad_request_ends_alone(server: Server) -> None:
+    """The others of its batch go on, with the text that they would have had."""
+    undisturbed = [server.chat(f"number {i}", max_tokens=400).text for i in range(2)]
+    answers: dict[int, Answer] = {}
+
+    def one(i: int) -> None:
+        answers[i] = server.chat(f"number {i}", max_tokens=400)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    bad = server.chat("bad", stop=[1])
+    for t in threads:
+        t.join(60)
+    assert bad.status == 500
+    assert bad.error["code"] == "internal_generation_error"
+    assert [answers[i].text for i in range(2)] == undisturbed
+
+
+def test_it_refuses_for_a_while_and_recovers_by_itself(tiny_model: Path) -> None:
+    plan = ",".join(f"decode:{i}:8" for i in range(1, 13))
+    with Server(tiny_model, inject=plan).wait_ready() as server:
+        # Three faults for each of four requests, with nothing in between.
+        for _ in range(4):
+            assert server.chat().error["code"] == "metal_out_of_memory"
+        refused = server.chat()
+        assert refused.status == 503
+        assert refused.error["code"] == "unavailable"
+        assert server.get("/health").status == 503
+        for _ in range(150):
+            if server.get("/health").status == 200:
+                break
+            threading.Event().wait(0.1)
+        assert server.chat().status == 200
+
+
+def test_a_client_that_leaves_is_not_run_again(server: Server) -> None:
+    import socket
+
+    server.plan("decode:30:8")
+    body = (
+        b'{"messages":[{"role":"user","content":"x"}],"max_tokens":9999,"stream":true}'
+    )
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
+        head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}"
+        s.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert s.recv(100)
+    for _ in range(100):
+        if "went away" in server.log:
+            break
+        threading.Event().wait(0.1)
+    assert server.chat().status == 200
+    assert "mlx_safe_requests_in_flight 0.0\n" in server.get("/metrics").body
+
+
+@pytest.mark.real_model
+def test_the_real_model_goes_on_where_it_was(real_model: Path) -> None:
+    with Server(real_model, program=CONTROLLED, inject="any:1000000000") as server:
+        server.wait_ready()
+        ask = {"max_tokens": 16, "stream": True}
+        question = "Name three colours."
+        undisturbed = server.chat(question, **ask).text
+        assert undisturbed
+        for n in (2, 9):
+            server.plan(f"decode:{n}:8")
+            assert server.chat(question, **ask).text == undisturbed, f"step {n}"
+        assert server.metric("mlx_safe_replays_total") == 2
