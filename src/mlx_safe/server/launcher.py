@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from .. import install, on_fault, testing
 from ..cli import CommandError
-from . import compat
+from . import compat, supervisor
 
 __all__ = ["run", "serve"]
 
@@ -42,6 +43,12 @@ def _own_parser() -> argparse.ArgumentParser:
         help="how often a request is run again after a fault of the GPU before its "
         "client gets a 503; 0: never (default: 2)",
     )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the server again when it ends, in a small parent process that "
+        "keeps the port open meanwhile",
+    )
     return parser
 
 
@@ -67,6 +74,8 @@ def serve(arguments: Sequence[str]) -> int:
         parser.print_help()
         print("\noptions of mlx_lm.server:\n")
         sys.stdout.flush()
+    elif own.supervise:
+        supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
     server = compat.import_server(allow_untested=own.allow_untested_mlx_lm)
     server.run = lambda host, port, model_provider, **_: run(
         server, host, port, model_provider, own.replay_attempts, bool(injections)
@@ -167,6 +176,13 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
 def _bind(host: str, port: int, handle: Any) -> _Server:
     import socket
 
+    inherited = os.environ.pop(supervisor.LISTEN_FD, None)
+    if inherited is not None:
+        listener = socket.socket(fileno=int(inherited))
+        server = _Server(listener.getsockname(), handle, bind_and_activate=False)
+        server.socket.close()
+        server.socket = listener
+        return server
     if not 0 <= port <= 65535:
         raise CommandError(f"--port {port}: must be from 0 to 65535")
     try:

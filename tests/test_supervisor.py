@@ -1,0 +1,150 @@
+"""The supervisor: the port stays open, whatever happens to the server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from support.server import Answer, Server
+
+
+def pids_of_children(pid: int) -> list[int]:
+    """Children of a process, as /proc tells of them."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
+def wait_for_log(server: Server, text: str, timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while text not in server.log:
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.05)
+
+
+def test_no_client_is_refused_over_a_fatal_fault(tiny_model: Path) -> None:
+    """Asks again and again while the server dies of code 4 and comes back."""
+    server = Server(tiny_model, "--supervise", inject="decode:20:4")
+    with server:
+        server.wait_ready()
+        answers: list[Answer] = []
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                answers.append(server.chat(max_tokens=4, timeout=40))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for t in threads:
+            t.start()
+        try:
+            wait_for_log(server, "ended with status 75")
+            # The new server counts its steps anew, and lives as long again.
+            count = len(answers)
+            deadline = time.monotonic() + 40
+            while time.monotonic() < deadline and not any(
+                a.status == 200 for a in answers[count + 3 :]
+            ):
+                time.sleep(0.05)
+        finally:
+            stop.set()
+            for t in threads:
+                t.join(60)
+        refused = [a.broken for a in answers if a.broken and "Refused" in a.broken]
+        assert refused == []
+        assert {a.status for a in answers if not a.broken} <= {200, 503}
+        assert any(a.status == 200 for a in answers[count:])
+        assert any(a.status == 503 for a in answers)
+
+
+def test_a_killed_server_comes_back(tiny_model: Path) -> None:
+    with Server(tiny_model, "--supervise") as server:
+        server.wait_ready()
+        (child,) = pids_of_children(server.process.pid)
+        os.kill(child, signal.SIGKILL)
+        assert server.chat(timeout=40).status == 200
+        assert "ended with status -9" in server.log
+        assert pids_of_children(server.process.pid) != [child]
+    assert server.process.returncode == 0
+
+
+def test_it_gives_up_on_a_crash_loop(tiny_model: Path) -> None:
+    with Server(tiny_model, "--supervise", inject="prefill:1:4:persistent") as server:
+        server.wait_ready()
+        seen = []
+        deadline = time.monotonic() + 90
+        while server.process.poll() is None and time.monotonic() < deadline:
+            answer = server.chat(timeout=30)
+            seen.append(answer.status)
+        assert server.wait() == 1
+        assert "giving up" in server.log
+        assert 503 in seen
+        assert set(seen) <= {503, None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--model", "/no/such/model"], "there is no such directory")],
+)
+def test_a_users_mistake_is_not_tried_again(arguments: list[str], said: str) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mlx_safe", "serve", "--supervise"),
+            *(*arguments, "--port", "0"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "again" not in done.stderr
+
+
+def test_a_port_in_use(tiny_model: Path) -> None:
+    with Server(tiny_model) as server:
+        server.wait_listening()
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "mlx_safe", "serve", "--supervise"),
+                *("--model", str(tiny_model), "--port", str(server.port)),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert "cannot listen on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_parent_never_imports_mlx() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, mlx_safe.server.supervisor; print('mlx' in sys.modules, "
+            "'mlx.core' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "MLX_SAFE_AUTOINSTALL": "0"},
+    )
+    assert done.stdout == "False False\n"
