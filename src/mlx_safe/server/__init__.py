@@ -21,6 +21,9 @@ _make_state_machine``,                               prefill step of a replay
 ``_make_sampler``,
 ``BatchGenerator``,
 ``tokenizer.detokenizer``
+``ResponseGenerator.             `generator`         a client that left ends its
+_serve_single``,                                     request within a step
+``._time_budget``
 ``ResponseGenerator.generate``   `generator`         refuses while it must
 ``APIHandler.handle_completion`` `handler`           answers failures
 ``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies

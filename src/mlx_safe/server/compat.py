@@ -34,6 +34,7 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     (None, "_make_sampler", ("args", "tokenizer")),
     (None, "BatchGenerator", ("model",)),
     ("ResponseGenerator", "generate", ("self", "request", "generation_args")),
+    ("ResponseGenerator", "_serve_single", ("self", "request")),
     ("ResponseGenerator", "stop_and_join", ("self",)),
     ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
     ("APIHandler", "handle_health_check", ("self",)),

@@ -19,10 +19,11 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _faults, errors, testing
 from .condition import EXIT_REPLACE, Condition
+from .departures import Departures
 from .metrics import Metrics
 from .replay import REFUSE_FOR_S, Replays, Resumed
 from .replies import BadRequest, ModelNotFound, Unavailable, reply_for
-from .tickets import Flight, Ticket, ticket_of
+from .tickets import ClientLeft, Flight, Ticket, ticket_of
 
 __all__ = ["Answered", "GenerationFailed", "ProtectedResponseGenerator"]
 
@@ -72,6 +73,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             model_provider.cli_args,
         )
         self._resumed = Resumed()
+        self.departures = Departures()
+        # The ticket that mlx-lm's sequential path works on.
+        self._alone: Ticket | None = None
         self.metrics = Metrics(
             lambda: len(self.flight), lambda: float(condition.state == "ok")
         )
@@ -90,9 +94,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         try:
             if self.condition.state in ("failed", "refusing"):
                 raise Unavailable(self.condition.reason)
-            return super().generate(*args, **kwargs)
+            context, responses = super().generate(*args, **kwargs)
         except Exception as e:
             raise Answered(e) from e
+        self.departures.bind(getattr(context, "mlx_safe_ticket", None))
+        return context, responses
 
     # -- the generation thread ----------------------------------------------
 
@@ -169,9 +175,33 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         taken = super()._next_request(timeout)
         if taken is None:
             return None
-        ticket = Ticket(self.flight, taken, self._check_epoch, self._on_caught)
+        ticket = Ticket(self.flight, taken, self._before_put, self._on_caught)
         self.flight.board(ticket)
         return ticket.work()
+
+    def _serve_single(self, request: Any, *args: Any) -> None:
+        self._alone = request[0]
+        try:
+            super()._serve_single(request, *args)
+        finally:
+            self._alone = None
+
+    def _before_put(self, ticket: Ticket) -> None:
+        self._check_epoch()
+        # The sequential path looks for clients that left after a token only. The
+        # batched one looks by itself, and an exception would end the batch.
+        if ticket.stopped and ticket is self._alone:
+            raise ClientLeft("the client left during the step")
+
+    @property
+    def _time_budget(self) -> Any:
+        return self._budget
+
+    @_time_budget.setter
+    def _time_budget(self, budget: Any) -> None:
+        # mlx-lm removes requests from a batch when its budget of half a second
+        # is used up; a client that left ends it at once.
+        self._budget = _UntilSomebodyLeaves(budget, self.flight)
 
     def _check_epoch(self) -> None:
         _faults.check(self._clean_epoch)
@@ -182,6 +212,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         Before the context was sent it is about this request alone (its model,
         its prompt); afterwards a generation step has failed.
         """
+        if isinstance(exc, ClientLeft):
+            return
         if ticket.context is None and isinstance(exc, BadRequest | ModelNotFound):
             ticket.fail(_portable(exc))
             self.metrics.failures.labels(reply_for(exc).code).inc()
@@ -300,6 +332,21 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             except RuntimeError as e:
                 log.info("an error was still pending: %s", _one_line(e))
         log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
+
+
+class _UntilSomebodyLeaves:
+    """mlx-lm's `TimeBudget`, cut short when a client of the batch has left."""
+
+    def __init__(self, budget: Any, flight: Flight) -> None:
+        self._budget = budget
+        self._flight = flight
+
+    def __iter__(self) -> Any:
+        for tick in self._budget:
+            left = self._flight.left
+            yield tick
+            if self._flight.left != left:
+                return
 
 
 def _portable(exc: Exception) -> Exception:

@@ -102,7 +102,8 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         outcome = "completed"
         try:
-            super().handle_completion(request, stop_words)
+            with self.response_generator.departures.watching(self.connection):
+                super().handle_completion(request, stop_words)
         except ConnectionError:
             outcome = "client_left"
             self._note_departure()

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Flight", "Ticket", "ticket_of"]
+__all__ = ["ClientLeft", "Flight", "Ticket", "ticket_of"]
 
 _ATTRIBUTE = "_mlx_safe_ticket"
 
@@ -25,6 +25,10 @@ def ticket_of(request: Any) -> Ticket | None:
     """The ticket of a request that `Ticket.work` gave out."""
     found: Ticket | None = getattr(request, _ATTRIBUTE, None)
     return found
+
+
+class ClientLeft(ConnectionError):
+    """The client of a request closed its connection."""
 
 
 class Ticket:
@@ -42,7 +46,7 @@ class Ticket:
         self,
         flight: Flight,
         taken: tuple[Any, Any, Any],
-        before_put: Callable[[], None],
+        before_put: Callable[[Ticket], None],
         on_error: Callable[[Ticket, Exception], None],
     ) -> None:
         self._flight = flight
@@ -79,12 +83,13 @@ class Ticket:
         Raises:
             MetalError: there was a fault since the last reset: what this step
                 computed may be garbage.
+            ClientLeft: nobody waits for it any more (sequential path only).
         """
         if isinstance(item, Exception):
             # mlx-lm's sequential path ends a request so.
             self._on_error(self, item)
             return
-        self._before_put()
+        self._before_put(self)
         if item is None:
             self.complete()
         elif isinstance(item, tuple):
@@ -114,7 +119,13 @@ class Ticket:
             self._flight.land(self)
 
         context.stop = stopped
+        context.mlx_safe_ticket = self
         self._queue.put(context)
+
+    def leave(self) -> None:
+        """The client went away: ends the request. Any thread."""
+        self._flight.left += 1
+        self.fail(ClientLeft("the client closed the connection"))
 
     def complete(self) -> None:
         """Ends the request as mlx-lm does."""
@@ -138,12 +149,14 @@ class Flight:
 
     Attributes:
         tokens: tokens passed on to any client so far.
+        left: clients that went away before they had their answer.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[Ticket] = []
         self.tokens = 0
+        self.left = 0
 
     def __len__(self) -> int:
         return len(self._open)
