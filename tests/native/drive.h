@@ -41,7 +41,7 @@ struct Hooks {
           dlsym(library, name));
     };
     find("mlx_safe_sim_install", h.install);
-    find("mlx_safe_sim_uninstall", h.uninstall);
+    find("mlx_safe_sim_take_out", h.uninstall);
     find("mlx_safe_sim_epoch", h.epoch);
     find("mlx_safe_sim_mark_thread", h.mark_thread);
     find("mlx_safe_sim_counters", h.counters);

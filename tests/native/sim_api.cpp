@@ -26,6 +26,9 @@ EXPORT void mlx_safe_sim_mark_thread(int client) {
   metal::this_thread_may_throw(client != 0);
 }
 
+// While work goes on, too.
+EXPORT void mlx_safe_sim_take_out() { metal::uninstall(); }
+
 // Hosts call it when nothing is in flight: a record that is left is a leak.
 EXPORT void mlx_safe_sim_uninstall() {
   metal::uninstall();

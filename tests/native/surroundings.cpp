@@ -277,6 +277,198 @@ void observe_counts() {
   }
 }
 
+// ---- events and buffers by hand -----------------------------------------------
+
+host::Ref new_event() {
+  return host::Ref::take(
+      host::send<host::id>(drive::device(), selector("newSharedEvent")));
+}
+
+host::Ref new_queue() {
+  return host::Ref::take(
+      host::send<host::id>(drive::device(), selector("newCommandQueue")));
+}
+
+// A buffer that waits and signals; its handlers hold the events, as MLX's do.
+struct Work {
+  explicit Work(const host::Ref& queue) {
+    host::ScopedPool pool;
+    buffer = host::Ref::share(host::send<host::id>(
+        queue.get(), selector("commandBufferWithUnretainedReferences")));
+  }
+  Work& waits(const host::Ref& event, std::uint64_t value) {
+    host::send(buffer.get(), selector("encodeWaitForEvent:value:"), event.get(),
+               value);
+    return hold(event);
+  }
+  Work& signals(const host::Ref& event, std::uint64_t value) {
+    host::send(buffer.get(), selector("encodeSignalEvent:value:"), event.get(),
+               value);
+    return hold(event);
+  }
+  void commit() { host::send(buffer.get(), selector("commit")); }
+
+ private:
+  Work& hold(const host::Ref& event) {
+    host::Block holder([event](host::id) {});
+    host::send(buffer.get(), selector("addCompletedHandler:"), holder.get());
+    return *this;
+  }
+  host::Ref buffer;
+};
+
+void set_value(const host::Ref& event, std::uint64_t value) {
+  host::send(event.get(), selector("setSignaledValue:"), value);
+}
+
+// "reached", "timed out", or what was thrown.
+std::string wait_for(const host::Ref& event, std::uint64_t value,
+                     std::uint64_t timeout_ms = 8000) {
+  try {
+    return host::send<bool>(event.get(),
+                            selector("waitUntilSignaledValue:timeoutMS:"),
+                            value, timeout_ms)
+               ? "reached"
+               : "timed out";
+  } catch (const std::exception& e) {
+    return e.what();
+  }
+}
+
+Hooks intercepted() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") == 0);
+  return hooks;
+}
+
+// A CPU stream's thread is busy with failed data while others are told, of this
+// failure or of another: what it signals at last is failed all the same.
+void cpu_thread_told_late() {
+  Hooks hooks = intercepted();
+  for (bool unrelated : {false, true}) {
+    host::Ref queue = new_queue(), other = new_queue();
+    host::Ref failed = new_event(), result = new_event(), beside = new_event();
+    fail_next();
+    Work(queue).signals(failed, 1).commit();
+    CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+    std::atomic<bool> waited{false}, told{false};
+    std::thread cpu([&] {
+      hooks.mark_thread(0);
+      CHECK(wait_for(failed, 1) == "reached");
+      waited = true;
+      while (!told) std::this_thread::yield();
+      set_value(result, 1);
+    });
+    while (!waited) std::this_thread::yield();
+    if (unrelated) {
+      fail_next();
+      Work(other).signals(beside, 1).commit();
+      CHECK(told_of_memory(wait_for(beside, 1)));
+    } else {
+      CHECK(told_of_memory(wait_for(failed, 1)));
+    }
+    told = true;
+    cpu.join();
+    CHECK(told_of_memory(wait_for(result, 1)));
+  }
+  check_protected(hooks);
+}
+
+// A buffer waits for an event that dies, and whose address is used again, before
+// the buffer has settled.
+void waited_event_dies() {
+  Hooks hooks = intercepted();
+  for (bool failing : {true, false}) {
+    host::Ref queue = new_queue(), first = new_queue(), second = new_queue();
+    host::Ref late = new_event(), result = new_event();
+    {
+      host::Ref early = new_event();
+      if (failing) fail_next();
+      Work(first).signals(early, 1).commit();
+      METALSIM(metalsim_set_handler_delay_us)(200000);
+      Work(second).signals(late, 1).commit();
+      METALSIM(metalsim_set_handler_delay_us)(0);
+      Work(queue).waits(early, 1).waits(late, 1).signals(result, 1).commit();
+    }
+    usleep(20000);
+    host::Ref again = new_event();
+    Work(queue).signals(again, 1).commit();
+    std::string said = wait_for(result, 1);
+    CHECK(failing ? told_of_memory(said) : said == "reached");
+    if (!failing) CHECK(wait_for(again, 1) == "reached");
+  }
+  CHECK(hooks.count().gate_limit == 0);
+}
+
+// Values below and out of order, as on a counter.
+void counters() {
+  Hooks hooks = intercepted();
+  host::Ref queue = new_queue(), other = new_queue();
+  host::Ref failed = new_event(), result = new_event();
+  fail_next();
+  Work(queue).signals(failed, 5).commit();
+  CHECK(told_of_memory(wait_for(failed, 3)));
+  CHECK(told_of_memory(wait_for(failed, 5)));
+  Work(other).waits(failed, 3).signals(result, 1).commit();
+  CHECK(told_of_memory(wait_for(result, 1)));
+
+  host::Ref counter = new_event(), one = new_event(), two = new_event();
+  set_value(counter, 5);
+  Work a(queue), b(queue);
+  a.waits(counter, 5).signals(one, 1);
+  b.signals(counter, 3).signals(two, 1);
+  a.commit();
+  b.commit();
+  CHECK(wait_for(one, 1) == "reached");
+  CHECK(wait_for(two, 1) == "reached");
+  CHECK(hooks.count().gate_limit == 0);
+}
+
+void caller_has_less_time() {
+  Hooks hooks = intercepted();
+  host::Ref queue = new_queue(), event = new_event();
+  METALSIM(metalsim_hold_handlers)(1);
+  Work(queue).signals(event, 1).commit();
+  CHECK(wait_for(event, 1, 50) == "timed out");
+  METALSIM(metalsim_hold_handlers)(0);
+  CHECK(wait_for(event, 1) == "reached");
+  CHECK(hooks.count().gate_limit == 0);
+}
+
+void reinstalled_clean() {
+  Hooks hooks = intercepted();
+  host::Ref queue = new_queue();
+  {
+    host::Ref event = new_event();
+    fail_next();
+    Work(queue).signals(event, 1).commit();
+    CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+    hooks.uninstall();
+  }
+  host::Ref event = new_event();  // most likely at the same address
+  CHECK(hooks.install("intercept") == 0);
+  Work(queue).signals(event, 1).commit();
+  CHECK(wait_for(event, 1) == "reached");
+  check_protected(hooks);
+}
+
+void two_installs_at_once() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  for (int i = 0; i < 50; ++i) {
+    std::thread a([&] { CHECK(hooks.install("observe") == 0); });
+    std::thread b([&] { CHECK(hooks.install("intercept") == 0); });
+    a.join();
+    b.join();
+    std::uint64_t before = hooks.epoch();
+    host::Ref queue = new_queue(), event = new_event();
+    fail_next();
+    Work(queue).signals(event, 1).commit();
+    wait_for(event, 1);
+    CHECK(hooks.epoch() == before + 1);
+    hooks.uninstall();
+  }
+}
+
 const std::map<std::string, std::function<void()>> kCases = {
     {"no_device", no_device},
     {"missing_selector", missing_selector},
@@ -292,6 +484,12 @@ const std::map<std::string, std::function<void()>> kCases = {
     {"address_reuse", address_reuse},
     {"strange_exceptions", strange_exceptions},
     {"observe_counts", observe_counts},
+    {"cpu_thread_told_late", cpu_thread_told_late},
+    {"waited_event_dies", waited_event_dies},
+    {"counters", counters},
+    {"caller_has_less_time", caller_has_less_time},
+    {"reinstalled_clean", reinstalled_clean},
+    {"two_installs_at_once", two_installs_at_once},
 };
 
 }  // namespace

@@ -26,6 +26,7 @@ struct HookSpec {
 // hooks.cpp: the one list of hooks, and what they share.
 const std::vector<HookSpec>& hook_list();
 void hooks_prepare(Mode mode);
+void hooks_forget_failures();
 void hooks_after_fork_in_child() noexcept;
 
 // install.cpp: asked by every hook; no locks.

@@ -2,7 +2,9 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
@@ -82,6 +84,16 @@ FailureRef record_failure(Id buffer, std::uint64_t number) {
                                    objc::Owned::retaining(error));
 }
 
+// How far the GPU got with the events of a failed buffer: the values after that
+// are the ones that depend on the failure.
+void note_reached(Id buffer) {
+  BufferRef record = ledger().find(buffer);
+  if (!record) return;
+  for (Signal& signal : record->signals)
+    signal.reached =
+        send<std::uint64_t>(signal.event.get(), selectors().signaledValue);
+}
+
 // The GPU withholds the signals of a failed buffer; whoever waits for one would
 // wait for ever. They are marked failed already.
 void signal_withheld(const Buffer& buffer) {
@@ -110,6 +122,7 @@ struct Completion {
     bool failed = own != nullptr;
     // Before anybody who waits for it can go on.
     g_counters.completed.fetch_add(1, std::memory_order_relaxed);
+    if (failed) note_reached(buffer);
     BufferRef record = ledger().completed(buffer, std::move(own));
     if (failed && record) signal_withheld(*record);
   }
@@ -236,12 +249,24 @@ void hook_buffer_dealloc(void (*original)(Id, Selector), Id self,
 // ---- shared events
 // --------------------------------------------------------------
 
+// How long a wait may be held back, of the time that its caller gave it.
+std::chrono::milliseconds rest_of(std::uint64_t timeout_ms,
+                                  std::chrono::steady_clock::time_point begin) {
+  using std::chrono::milliseconds;
+  auto spent = std::chrono::duration_cast<milliseconds>(
+      std::chrono::steady_clock::now() - begin);
+  if (timeout_ms > 1'000'000'000) return kGateLimit;  // MLX waits for ever
+  milliseconds given(static_cast<std::int64_t>(timeout_ms));
+  return std::min(kGateLimit, std::max(given - spent, milliseconds(0)));
+}
+
 bool hook_waitUntilSignaledValue(
     bool (*original)(Id, Selector, std::uint64_t, std::uint64_t), Id self,
     Selector selector, std::uint64_t value, std::uint64_t timeout_ms) {
   PassThrough pass;
   if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
     return original(self, selector, value, timeout_ms);
+  auto begin = std::chrono::steady_clock::now();
   bool reached;
   try {
     reached = original(self, selector, value, timeout_ms);
@@ -253,16 +278,16 @@ bool hook_waitUntilSignaledValue(
   }
   if (!reached) return reached;
   auto real = send<std::uint64_t>(self, selectors().signaledValue);
-  if (!ledger().settle_event(self, value, real, kGateLimit))
+  auto limit = rest_of(timeout_ms, begin);
+  if (!ledger().settle_event(self, value, real, limit)) {
+    if (limit < kGateLimit) return false;  // the caller's own time is up
     g_counters.gate_limit.fetch_add(1);
+  }
   if (hook_mode() != Mode::kIntercept) return reached;  // MLX raises by itself
   FailureRef failure = ledger().failure_of(self, value);
-  if (!failure) {
-    consume_good_data();
-    return reached;
-  }
+  if (!failure) return reached;
   if (may_throw()) raise(failure);
-  consume(std::move(failure), ledger().tellings());
+  consume(std::move(failure));
   return reached;
 }
 
@@ -279,7 +304,7 @@ void hook_setSignaledValue(void (*original)(Id, Selector, std::uint64_t),
                            Id self, Selector selector, std::uint64_t value) {
   PassThrough pass;
   if (!pass.was_inside() && hooks_active() && t_state.in_handler == 0) {
-    FailureRef failure = consumed_failure(ledger().tellings());
+    FailureRef failure = consumed_failure();
     ledger().signalled_by_cpu(self, value, failure);
     if (failure) t_state.consumed_passed_on = true;
   }
@@ -404,6 +429,8 @@ HookCounters counters() {
           buffers,
           events};
 }
+
+void hooks_forget_failures() { ledger().forget_failures(); }
 
 void this_thread_may_throw(bool may) { t_state.may_throw = may; }
 

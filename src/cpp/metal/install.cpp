@@ -29,7 +29,8 @@ struct Patch {
 };
 
 struct Installation {
-  std::mutex mutex;
+  std::mutex whole;  // held by install and uninstall from end to end
+  std::mutex mutex;  // guards what follows; hooks may want it for a new class
   std::vector<Patch> patches;  // never shrinks: a slot stays with its method
   HookStatus status;
 };
@@ -98,7 +99,12 @@ std::size_t patch_chain(Installation& in, const HookSpec& spec, Class leaf) {
        c = r.class_getSuperclass(c)) {
     if (!owns(c, selector)) continue;
     Patch* patch = find_patch(in, spec, c);
-    if (patch == nullptr) continue;
+    if (patch == nullptr) {
+      in.status.reasons.push_back(std::string("too many classes have a method ") +
+                                  spec.selector + ": " + r.class_getName(c) +
+                                  " is not hooked");
+      continue;
+    }
     if (!patch->in_place) put_in_place(*patch, selector);
     ++found;
   }
@@ -224,6 +230,7 @@ void stand_aside(Installation& in, std::string why_not) {
   g_active.store(false);
   // Buffers in flight keep their last handler, which lets their waiters go.
   take_out(in);
+  hooks_forget_failures();
   in.status.active = in.status.verified = false;
   in.status.hooked = names_of(in);
   in.status.reasons = {std::move(why_not)};
@@ -252,6 +259,7 @@ void see_class(Kind kind, Id object) {
 
 HookStatus install(Mode mode) {
   Installation& in = installation();
+  std::lock_guard one_at_a_time(in.whole);
   std::string why_not;
   if (!objc::load_runtime(&why_not)) {
     std::lock_guard lock(in.mutex);
@@ -266,6 +274,7 @@ HookStatus install(Mode mode) {
     in.status.runtime = objc::runtime().path;
     if (in.status.verified && g_mode.load() == mode) return in.status;
     take_out(in);  // the other mode has other hooks
+    hooks_forget_failures();
     hooks_prepare(mode);
     g_mode.store(mode);
     good = good && patch_all(in, probe, mode, &why_not);
@@ -289,6 +298,7 @@ HookStatus install(Mode mode) {
 
 void uninstall() {
   Installation& in = installation();
+  std::lock_guard one_at_a_time(in.whole);
   std::lock_guard lock(in.mutex);
   if (!in.status.active) return;
   stand_aside(in, "not installed");

@@ -1,6 +1,7 @@
 #include "metal/ledger.h"
 
 #include <algorithm>
+#include <iterator>
 #include <new>
 
 namespace mlx_safe::metal {
@@ -56,9 +57,10 @@ void Ledger::signal_encoded(Id buffer, Id event, std::uint64_t value) {
 }
 
 void Ledger::wait_encoded(Id buffer, Id event, std::uint64_t value) {
+  objc::Owned held = objc::Owned::retaining(event);
   std::lock_guard lock(mutex_);
   BufferRef& record = open(buffer);
-  record->waits.emplace_back(event, value);
+  record->waits.push_back({std::move(held), value});
   for (Signal& signal : record->signals) signal.before_wait = true;
 }
 
@@ -96,10 +98,11 @@ BufferRef Ledger::completed(Id buffer, FailureRef own) {
     buffers_.erase(it);
     record->completed = true;
     if (tracking_ && own) {
-      // Before anybody can see the signals that were withheld. The GPU had
-      // done none of the values after the last settled one, as far as we know.
-      for (const Signal& s : record->signals)
-        mark(s.event.get(), s.value, s.value, own);
+      // Before anybody can see the signals that were withheld.
+      for (const Signal& s : record->signals) {
+        std::uint64_t from = s.reached < s.value ? s.reached + 1 : s.value;
+        mark(s.event.get(), from, s.value, own);
+      }
     }
     record->own = std::move(own);
     advance(&trash);
@@ -134,12 +137,27 @@ bool Ledger::advance(Queue& queue, Trash* trash) {
 
 bool Ledger::may_settle(const Buffer& buffer) {
   if (!buffer.completed) return false;
-  for (const auto& [address, value] : buffer.waits) {
-    auto it = events_.find(address);
-    if (it == events_.end()) continue;
-    for (const Pending& p : it->second.pending)
-      if (p.value <= value && p.buffer.get() != &buffer && !is_settled(p))
-        return false;
+  for (const Wait& wait : buffer.waits) {
+    auto it = events_.find(wait.event.get());
+    if (it == events_.end() || it->second.settled >= wait.value) continue;
+    // Whoever signalled the value: the last one up to it, or the first beyond.
+    bool up_to = false;
+    const Pending* beyond = nullptr;
+    for (const Pending& p : it->second.pending) {
+      // A later buffer of the same queue cannot have been waited for.
+      if (p.buffer->queue == buffer.queue &&
+          p.buffer->sequence >= buffer.sequence)
+        continue;
+      if (p.value <= wait.value) {
+        up_to = true;
+        if (!is_settled(p)) return false;
+      } else if (beyond == nullptr || p.value < beyond->value) {
+        beyond = &p;
+      }
+    }
+    if (!up_to && beyond != nullptr && beyond->buffer->completed &&
+        !is_settled(*beyond))
+      return false;
   }
   return true;
 }
@@ -173,9 +191,9 @@ FailureRef Ledger::inherited(const Buffer& buffer) {
   FailureRef why = buffer.own;
   if (!why && queue.untold) return queue.untold;
   if (!why && buffer.sequence <= queue.tainted_until) return queue.taint;
-  for (const auto& [event, value] : buffer.waits) {
+  for (const Wait& wait : buffer.waits) {
     if (why) break;
-    why = poison_of(event, value);
+    why = poison_of(wait.event.get(), wait.value);
   }
   if (!why) return nullptr;
   if (!why->told) {
@@ -274,7 +292,6 @@ FailureRef Ledger::untold_on(Id queue) {
 void Ledger::tell(const FailureRef& failure) {
   Trash trash;
   std::lock_guard lock(mutex_);
-  tellings_.fetch_add(1);
   if (failure->told.exchange(true)) return;
   for (auto& [address, queue] : queues_) {
     if (queue->untold != failure) continue;
@@ -297,6 +314,30 @@ void Ledger::signalled_by_cpu(Id event, std::uint64_t value,
     }
   }
   changed_.notify_all();
+}
+
+void Ledger::forget_failures() {
+  Trash trash;
+  std::lock_guard lock(mutex_);
+  for (auto it = buffers_.begin(); it != buffers_.end();) {
+    if (it->second->sequence != 0) {
+      ++it;
+      continue;
+    }
+    trash.push_back(std::move(it->second));
+    it = buffers_.erase(it);
+  }
+  for (auto& [address, queue] : queues_) {
+    trash.push_back(std::move(queue->untold));
+    trash.push_back(std::move(queue->taint));
+    queue->tainted_until = 0;
+  }
+  for (auto it = events_.begin(); it != events_.end();) {
+    for (Poison& p : it->second.poisons) trash.push_back(std::move(p.failure));
+    it->second.poisons.clear();
+    it = it->second.pending.empty() ? events_.erase(it) : std::next(it);
+  }
+  event_count_.store(events_.size());
 }
 
 std::pair<std::size_t, std::size_t> Ledger::sizes() {

@@ -53,6 +53,13 @@ struct Signal {
   objc::Owned event;  // must outlive MLX's own handlers, which hold it too
   std::uint64_t value;
   bool before_wait;  // a wait follows in the same buffer
+  // The event's value when the buffer had failed; until then: not known.
+  std::uint64_t reached = ~std::uint64_t{0};
+};
+
+struct Wait {
+  objc::Owned event;  // or its address might be another's when it is looked up
+  std::uint64_t value;
 };
 
 struct Queue;
@@ -61,7 +68,7 @@ struct Buffer {
   std::shared_ptr<Queue> queue;
   std::uint64_t sequence = 0;  // on its queue, from 1, in order of commit
   std::vector<Signal> signals;
-  std::vector<std::pair<Id, std::uint64_t>> waits;
+  std::vector<Wait> waits;
   FailureRef own;
   bool completed = false;  // its last handler has run
   bool settled = false;
@@ -109,12 +116,14 @@ class Ledger {
   FailureRef untold_on(Id queue);
   // Somebody raises it: later work is independent of it.
   void tell(const FailureRef& failure);
-  // Changes with each `tell`, also a repeated one.
-  std::uint64_t tellings() const noexcept { return tellings_.load(); }
 
   // The CPU sets `event` to `value`; with `failure`, from failed data.
   void signalled_by_cpu(Id event, std::uint64_t value,
                         const FailureRef& failure);
+
+  // The hooks are taken out, so that objects may die and addresses be used again
+  // unseen: what is in flight stays, all else is forgotten.
+  void forget_failures();
 
   // Records held now: buffers, events.
   std::pair<std::size_t, std::size_t> sizes();
@@ -157,7 +166,6 @@ class Ledger {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::atomic<bool> tracking_{false};
-  std::atomic<std::uint64_t> tellings_{1};
   std::atomic<std::size_t> event_count_{0};  // events_.size(), to look without
                                              // the lock
   std::unordered_map<Id, BufferRef> buffers_;

@@ -17,7 +17,6 @@ struct ThreadState {
   // Failure that a wait of this thread, which must not throw, ran into; what
   // the thread signals next depends on it. Owned, leaked at thread exit.
   FailureRef* consumed = nullptr;
-  std::uint64_t consumed_telling = 0;
   bool consumed_passed_on = false;
   // Failure told by the last `status`, for the `error` that is read next.
   FailureRef* telling = nullptr;
@@ -31,25 +30,18 @@ inline void remember(FailureRef** slot, FailureRef failure) {
 }
 
 // The failure that this thread's next signal depends on; null: none. It ends
-// when anybody raises it, and for one that had been raised before it got here
-// (the rest of work in flight) when the thread turns to other, good data.
-inline FailureRef consumed_failure(std::uint64_t tellings) {
+// when the thread has passed it on and somebody has raised it: rather one signal
+// too many marked failed than one too few.
+inline FailureRef consumed_failure() {
   if (t_state.consumed == nullptr || !*t_state.consumed) return nullptr;
-  if (t_state.consumed_telling == tellings) return *t_state.consumed;
-  t_state.consumed->reset();
-  return nullptr;
-}
-
-inline void consume(FailureRef failure, std::uint64_t tellings) {
-  remember(&t_state.consumed, std::move(failure));
-  t_state.consumed_telling = tellings;
-  t_state.consumed_passed_on = false;
-}
-
-inline void consume_good_data() {
-  if (t_state.consumed != nullptr && *t_state.consumed &&
-      t_state.consumed_passed_on && (*t_state.consumed)->told.load())
+  if (t_state.consumed_passed_on && (*t_state.consumed)->told.load())
     t_state.consumed->reset();
+  return *t_state.consumed;
+}
+
+inline void consume(FailureRef failure) {
+  remember(&t_state.consumed, std::move(failure));
+  t_state.consumed_passed_on = false;
 }
 
 // Hooked methods called inside this scope do only what the original does.
