@@ -108,6 +108,11 @@ class TestGuard:
         assert caught.value.__cause__ is raised
         assert [f.code for f in caught.value.faults] == [8]
 
+    def test_a_fatal_fault_is_not_hidden_by_a_milder_error(self) -> None:
+        with pytest.raises(mlx_safe.errors.MetalDeviceLostError), mlx_safe.guard():
+            testing.record_fault(4)
+            raise RuntimeError(testing.metal_message(8))
+
     def test_other_exceptions_pass(self) -> None:
         with pytest.raises(ZeroDivisionError), mlx_safe.guard():
             testing.record_fault(8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,6 +261,60 @@ class TestOtherFailures:
 def shared_server(tiny_model: Path) -> Iterator[Server]:
     with Server(tiny_model).wait_ready() as server:
         yield server
+
+
+class TestStopping:
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    @pytest.mark.parametrize("path", PATHS)
+    def test_sigterm_answers_and_ends(
+        self, tiny_model: Path, path: str, stream: bool
+    ) -> None:
+        server = Server(tiny_model).wait_ready()
+        answers: list[Answer] = []
+        ask = {"max_tokens": 100_000, "stream": stream, **PATHS[path]}
+        thread = threading.Thread(target=lambda: answers.append(server.chat(**ask)))
+        thread.start()
+        while server.metric("mlx_safe_requests_in_flight") < 1:
+            time.sleep(0.01)
+        assert server.stop() == 0
+        thread.join(20)
+        assert_told(answers[0], "unavailable")
+        assert "ERROR" not in server.log
+        assert "Traceback" not in server.log
+
+
+class TestHostileRequests:
+    def test_a_bias_beyond_the_vocabulary(self, shared_server: Server) -> None:
+        answer = shared_server.chat(logit_bias={"99999999": 5})
+        assert answer.status == 400
+        assert "there is no token" in answer.error["message"]
+        assert shared_server.chat().status == 200
+
+    def test_deep_nesting(self, shared_server: Server) -> None:
+        deep = "[" * 700 + "]" * 700
+        body = '{"messages": [{"role": "user", "content": "x", "y": %s}]}' % deep
+        answer = shared_server.post(body.encode(), timeout=10)
+        assert answer.broken is None
+        assert shared_server.chat().status == 200
+
+    def test_models_without_a_hub_cache(self, tiny_model: Path, tmp_path: Path) -> None:
+        with Server(tiny_model, env={"HF_HOME": str(tmp_path)}).wait_ready() as server:
+            listed = server.get("/v1/models").json["data"]
+            assert [m["id"] for m in listed] == [str(tiny_model)]
+            assert "Traceback" not in server.log
+
+    def test_the_first_model_is_gone(self, tiny_model: Path, tmp_path: Path) -> None:
+        """mlx-lm would load it again after each failure."""
+        import shutil
+
+        first = shutil.copytree(tiny_model, tmp_path / "first")
+        with Server(first).wait_ready() as server:
+            other = {"model": str(tiny_model)}
+            assert server.chat(**other).status == 200
+            shutil.rmtree(first)
+            assert server.chat(stop=[1], **other).status == 500
+            assert server.chat(seed=-1, **other).status == 500
+            assert server.chat(**other).status == 200
 
 
 class TestFatalFaults:

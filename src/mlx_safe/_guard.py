@@ -113,8 +113,13 @@ def _settle(since: int, exc: BaseException | None) -> None:
     if exc is not None:
         typed = errors.from_exception(exc)
         if typed is not None:
+            logged = _faults.faults(since)
+            if logged and not typed.fatal:
+                # MLX may name a milder fault than the worst there was.
+                worst = errors.from_faults(logged)
+                typed = worst if worst.fatal else typed
             if typed is not exc:
-                typed.faults = tuple(_faults.faults(since))
+                typed.faults = tuple(logged)
                 raise typed from exc
             return
         if _core.epoch() > since and hasattr(exc, "add_note"):

@@ -183,13 +183,16 @@ def install(
         raise ValueError(
             f'on_terminate must be "report" or "drain", not {on_terminate!r}'
         )
-    if not drain_seconds > 0:
-        raise ValueError(f"drain_seconds must be over 0, not {drain_seconds!r}")
+    if not 0 < drain_seconds <= 3600:
+        raise ValueError(
+            f"drain_seconds must be over 0 and at most 3600, not {drain_seconds!r}"
+        )
     with _lock:
         version = mlx_version()
         reasons = []
         if version is None:
-            reasons.append("mlx is not installed: pip install mlx")
+            package = "mlx[cpu]" if sys.platform == "linux" else "mlx"
+            reasons.append(f"mlx is not installed: pip install '{package}'")
         report_dir, why_not = _report_dir()
         if why_not:
             reasons.append(why_not)

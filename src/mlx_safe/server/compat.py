@@ -123,7 +123,12 @@ def import_server(*, allow_untested: bool = False) -> Any:
         CommandError: mlx or mlx-lm is missing, too old or too new; the one
             line says what to install.
     """
-    for module, package in (("mlx", "mlx"), ("mlx_lm", "mlx-lm")):
+    needed = (
+        ("mlx", "mlx"),
+        ("mlx_lm", "mlx-lm"),
+        ("prometheus_client", "prometheus-client"),
+    )
+    for module, package in needed:
         if importlib.util.find_spec(module) is None:
             raise CommandError(
                 f"{package} is not installed: pip install 'mlx-safe[server]'"

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .. import _core
@@ -74,15 +74,17 @@ class Condition:
             with self._lock:
                 self._answering -= 1
 
-    def leave(self, status: int) -> None:
+    def leave(self, status: int, answer_rest: Callable[[], None]) -> None:
         """Ends the process with ``status`` once the clients have their answers.
 
-        Called on any thread but a handler's. At most `ANSWER_TIMEOUT_S`
+        ``answer_rest`` is called again and again meanwhile, for requests that
+        come in late. Called on any thread but a handler's. At most `ANSWER_TIMEOUT_S`
         seconds are spent on waiting. Not by ``sys.exit``: the interpreter would
         wait for MLX, whose threads may be lost.
         """
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
         while self._answering > 0 and time.monotonic() < deadline:
+            answer_rest()
             time.sleep(0.01)
         if self._answering:
             log.error("%d clients could not be answered", self._answering)

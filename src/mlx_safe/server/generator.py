@@ -22,12 +22,23 @@ from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
 from .replay import REFUSE_FOR_S, Replays, Resumed
-from .replies import BadRequest, ModelNotFound, Unavailable, reply_for
+from .replies import (
+    BadRequest,
+    ModelNotFound,
+    Unavailable,
+    is_allocation_failure,
+    reply_for,
+)
 from .tickets import ClientLeft, Flight, Ticket, ticket_of
 
 __all__ = ["Answered", "GenerationFailed", "ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
+
+STOP_TIMEOUT_S = 3.0
+
+# mlx-lm's loop that fails so often before it asks for work will not get further.
+STARTS_WITHOUT_WORK_MAX = 20
 
 # Errors still pending on MLX's streams are raised by the next waits, each once
 # (MLX 0.32); this many are fetched before the state is taken for clean.
@@ -83,6 +94,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._clean_epoch = _core.epoch()
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
+        # How often mlx-lm's loop has failed before it asked for work.
+        self._starts_without_work = 0
         self._wrap_load(model_provider, injections)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
@@ -105,11 +118,23 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def _generate(self) -> None:
         if not self._load_first_model():
             return
+        # mlx-lm loads it each time that it begins; here it may be another by now.
+        self.model_provider.load_default = lambda: None
         while not self._stop:
+            self._starts_without_work += 1
             try:
                 super()._generate()
             except Exception as e:
-                self._recover(e)
+                self._recover_or_give_up(e)
+
+    def _recover_or_give_up(self, exc: Exception) -> None:
+        try:
+            if self._starts_without_work > STARTS_WITHOUT_WORK_MAX:
+                raise exc
+            self._recover(exc)
+        except Exception as e:
+            log.exception("there is no recovery from this")
+            self.give_up(_portable(e))
 
     def _load_first_model(self) -> bool:
         try:
@@ -119,11 +144,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             log.error("the model cannot be loaded: %s", _one_line(e))
             status = 2 if fault is None else EXIT_REPLACE
             self.condition.enter("failed", "the model cannot be loaded")
-            self._fail_everyone(Unavailable("the model cannot be loaded"))
-            self.condition.leave(status)
+            why = Unavailable("The model cannot be loaded.")
+            self.condition.leave(status, lambda: self._fail_everyone(why))
             return False
         self.condition.enter("ok")
-        log.info("ready: %r", _status_line())
+        log.info("ready: %s", _status_line())
         return True
 
     def _wrap_load(self, provider: Any, injections: bool) -> None:
@@ -135,9 +160,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             except Exception as e:
                 if errors.from_exception(e) is not None:
                     raise
-                raise ModelNotFound(
-                    f"The model cannot be loaded: {_one_line(e)}"
-                ) from e
+                log.info("a model cannot be loaded: %s", _one_line(e))
+                raise ModelNotFound(_one_line(e)) from e
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
@@ -148,10 +172,25 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         try:
+            self._check_limits(args)
             found = super()._tokenize(tokenizer, request, args)
+        except BadRequest:
+            raise
         except Exception as e:
             raise BadRequest(f"The prompt cannot be read: {_one_line(e)}") from e
+        # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
+        # fail is this request's own.
+        for word in args.stop_words:
+            tokenizer.encode(word, add_special_tokens=False)
         return self._resumed.prompt(found, ticket_of(request))
+
+    def _check_limits(self, args: Any) -> None:
+        """mlx-lm writes the biases without a look: out of bounds is a crash."""
+        model = self.model_provider.model
+        size = getattr(getattr(model, "args", None), "vocab_size", None)
+        for token in args.logits.logit_bias or {}:
+            if size is not None and not 0 <= token < size:
+                raise BadRequest(f"logit_bias: there is no token {token}")
 
     def _make_state_machine(self, *args: Any, **kwargs: Any) -> Any:
         made = super()._make_state_machine(*args, **kwargs)
@@ -163,6 +202,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def _next_request(self, timeout: float | None = None) -> Any:
         # mlx-lm's loop comes by here between any two pieces of work.
+        self._starts_without_work = 0
         caught, self._caught = self._caught, None
         if caught is not None:
             self._recover(caught)
@@ -175,7 +215,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         taken = super()._next_request(timeout)
         if taken is None:
             return None
-        ticket = Ticket(self.flight, taken, self._before_put, self._on_caught)
+        try:
+            ticket = Ticket(self.flight, taken, self._before_put, self._on_caught)
+        except RecursionError:
+            taken[0].put(BadRequest("The request is nested too deeply."))
+            return None
         self.flight.board(ticket)
         return ticket.work()
 
@@ -214,7 +258,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """
         if isinstance(exc, ClientLeft):
             return
-        if ticket.context is None and isinstance(exc, BadRequest | ModelNotFound):
+        passing = errors.from_exception(exc) or is_allocation_failure(exc)
+        if ticket.context is None and not passing:
+            expected = isinstance(exc, BadRequest | ModelNotFound)
+            if not expected:
+                log.error("a request could not be begun", exc_info=exc)
             ticket.fail(_portable(exc))
             self.metrics.failures.labels(reply_for(exc).code).inc()
         else:
@@ -238,6 +286,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             # Before the answers: whoever tries again at once finds the memory
             # free and /health telling so.
             self._reset(exc)
+            late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
+            if late:
+                self.give_up(errors.from_faults(late))
+            self._clean_epoch = _core.epoch()
             if fault is not None and self.replays.back_off():
                 self._refuse_for_a_while()
             else:
@@ -306,7 +358,17 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.condition.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", _one_line(exc))
         self._fail_everyone(exc)
-        self.condition.leave(EXIT_REPLACE)
+        self.condition.leave(EXIT_REPLACE, lambda: self._fail_everyone(exc))
+
+    def stop(self) -> None:
+        """Answers everyone 503, then ends the process with status 0."""
+        why = Unavailable("The server is stopping.")
+        self.condition.enter("failed", "the server is stopping")
+        self._stop = True
+        self._fail_everyone(why)
+        # A step that is under way may take its time, or never end.
+        self._generation_thread.join(STOP_TIMEOUT_S)
+        self.condition.leave(0, lambda: self._fail_everyone(why))
 
     def _reset(self, exc: Exception) -> None:
         """Drops whatever the failure may have left unwritten.
@@ -321,7 +383,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._fetch_pending_errors()
         gc.collect()
         mx.clear_cache()
-        self._clean_epoch = _core.epoch()
         self.metrics.resets.inc()
 
     def _fetch_pending_errors(self) -> None:
@@ -377,7 +438,10 @@ def _one_line(exc: BaseException) -> str:
     return text.splitlines()[0]
 
 
-def _status_line() -> Any:
+def _status_line() -> str:
     from .. import status
 
-    return status()
+    found = status()
+    if found.verified:
+        return f"{found.mode}, Metal is hooked and the hooks are verified"
+    return "; ".join(found.reasons)

@@ -38,6 +38,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     """One request. Runs on a thread of its own."""
 
     response_generator: ProtectedResponseGenerator
+    timeout = 120  # seconds for one read or write; a body may be slow, not endless
 
     def setup(self) -> None:
         self._hold_headers = False
@@ -71,6 +72,17 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
             self._send_body(200, CONTENT_TYPE, body)
         else:
             super().do_GET()
+
+    def handle_models_request(self) -> None:
+        try:
+            super().handle_models_request()
+        except Exception as e:
+            # mlx-lm has sent its 200 and then found no cache of the hub here.
+            log.info("no models of the hub are listed: %s", e)
+            model = self.response_generator.cli_args.model
+            listed = [{"id": model, "object": "model", "created": self.created}]
+            body = {"object": "list", "data": listed if model else []}
+            self.wfile.write(json.dumps(body).encode())
 
     def handle_health_check(self) -> None:
         condition = self.response_generator.condition

@@ -7,12 +7,13 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from .. import install, on_fault, testing
+from .. import Fault, errors, install, on_fault, testing
 from ..cli import CommandError
 from . import compat, supervisor
 
@@ -114,9 +115,18 @@ def run(
     _check_paths(model_provider.cli_args)
     install(on_terminate="drain")
     # MLX must be imported and the classes derived before the thread starts.
-    from .condition import Condition
+    from .condition import EXIT_REPLACE, Condition
     from .generator import ProtectedResponseGenerator
     from .handler import ProtectedHandler
+
+    def on_terminate(fault: Fault) -> None:
+        if fault.source != "terminate":
+            return
+        for _ in range(500):  # it may come while the generator is being made
+            if generator is not None:
+                generator.give_up(errors.from_faults([fault]))
+            time.sleep(0.01)
+        os._exit(EXIT_REPLACE)
 
     is_first = server.mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
@@ -125,6 +135,7 @@ def run(
     def handle(*args: Any) -> None:
         ProtectedHandler(generator, *args, system_fingerprint=fingerprint)
 
+    watch = on_fault(on_terminate)
     httpd = _bind(host, port, handle) if is_first else None
     log.info("listening at http://%s:%s; loading the model", host, port)
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
@@ -140,13 +151,6 @@ def run(
         Condition(),
         replay_attempts=replay_attempts,
         injections=injections,
-    )
-    watch = on_fault(
-        lambda fault: (
-            generator.give_up(RuntimeError(fault.message))
-            if fault.source == "terminate"
-            else None
-        )
     )
     with watch:
         if httpd is None:
@@ -166,11 +170,9 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
         log.info("stopping")
     finally:
         httpd.server_close()
-        generator.condition.enter("failed", "the server is stopping")
-        generator.stop_and_join()
         # Not through the interpreter's end: MLX's static objects and the daemon
         # threads of handlers do not always survive it (seen with MLX 0.32.4).
-        generator.condition.leave(0)
+        generator.stop()
 
 
 def _bind(host: str, port: int, handle: Any) -> _Server:

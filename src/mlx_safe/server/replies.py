@@ -76,7 +76,13 @@ def reply_for(exc: BaseException) -> Reply:
     if isinstance(exc, BadRequest):
         return Reply(400, "invalid_request_error", "invalid_request", str(exc))
     if isinstance(exc, ModelNotFound):
-        return Reply(404, "invalid_request_error", "model_not_found", str(exc))
+        # Not the reason, which tells of files and hosts; it is in the log.
+        return Reply(
+            404,
+            "invalid_request_error",
+            "model_not_found",
+            "The model that the request names cannot be loaded.",
+        )
     if isinstance(exc, Unavailable):
         return Reply(
             503, "service_unavailable_error", "unavailable", str(exc), RETRY_AFTER_S
