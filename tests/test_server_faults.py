@@ -292,7 +292,7 @@ class TestHostileRequests:
 
     def test_deep_nesting(self, shared_server: Server) -> None:
         deep = "[" * 700 + "]" * 700
-        body = '{"messages": [{"role": "user", "content": "x", "y": %s}]}' % deep
+        body = f'{{"messages": [{{"role": "user", "content": "x", "y": {deep}}}]}}'
         answer = shared_server.post(body.encode(), timeout=10)
         assert answer.broken is None
         assert shared_server.chat().status == 200

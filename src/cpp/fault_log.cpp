@@ -66,7 +66,8 @@ std::uint64_t FaultLog::record(FaultRecord fault) noexcept {
 
   Slot& slot = slots_[fault.number % kCapacity];
   std::uint64_t seen = slot.stamp.load();
-  if (seen == kBusy || seen > fault.number || !slot.stamp.compare_exchange_strong(seen, kBusy)) {
+  if (seen == kBusy || seen > fault.number ||
+      !slot.stamp.compare_exchange_strong(seen, kBusy)) {
     // A writer that claimed this place a whole ring ago is still in it, or this
     // one was held up for so long that a newer fault is there.
     dropped_.fetch_add(1);

@@ -277,7 +277,8 @@ void observe_counts() {
   }
 }
 
-// ---- events and buffers by hand -----------------------------------------------
+// ---- events and buffers by hand
+// -----------------------------------------------
 
 host::Ref new_event() {
   return host::Ref::take(
@@ -374,8 +375,8 @@ void cpu_thread_told_late() {
   check_protected(hooks);
 }
 
-// A buffer waits for an event that dies, and whose address is used again, before
-// the buffer has settled.
+// A buffer waits for an event that dies, and whose address is used again,
+// before the buffer has settled.
 void waited_event_dies() {
   Hooks hooks = intercepted();
   for (bool failing : {true, false}) {

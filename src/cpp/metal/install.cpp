@@ -100,9 +100,9 @@ std::size_t patch_chain(Installation& in, const HookSpec& spec, Class leaf) {
     if (!owns(c, selector)) continue;
     Patch* patch = find_patch(in, spec, c);
     if (patch == nullptr) {
-      in.status.reasons.push_back(std::string("too many classes have a method ") +
-                                  spec.selector + ": " + r.class_getName(c) +
-                                  " is not hooked");
+      in.status.reasons.push_back(
+          std::string("too many classes have a method ") + spec.selector +
+          ": " + r.class_getName(c) + " is not hooked");
       continue;
     }
     if (!patch->in_place) put_in_place(*patch, selector);

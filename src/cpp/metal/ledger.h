@@ -121,8 +121,8 @@ class Ledger {
   void signalled_by_cpu(Id event, std::uint64_t value,
                         const FailureRef& failure);
 
-  // The hooks are taken out, so that objects may die and addresses be used again
-  // unseen: what is in flight stays, all else is forgotten.
+  // The hooks are taken out, so that objects may die and addresses be used
+  // again unseen: what is in flight stays, all else is forgotten.
   void forget_failures();
 
   // Records held now: buffers, events.

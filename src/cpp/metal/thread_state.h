@@ -30,8 +30,8 @@ inline void remember(FailureRef** slot, FailureRef failure) {
 }
 
 // The failure that this thread's next signal depends on; null: none. It ends
-// when the thread has passed it on and somebody has raised it: rather one signal
-// too many marked failed than one too few.
+// when the thread has passed it on and somebody has raised it: rather one
+// signal too many marked failed than one too few.
 inline FailureRef consumed_failure() {
   if (t_state.consumed == nullptr || !*t_state.consumed) return nullptr;
   if (t_state.consumed_passed_on && (*t_state.consumed)->told.load())

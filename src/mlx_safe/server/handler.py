@@ -42,10 +42,21 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     def setup(self) -> None:
         self._hold_headers = False
+        self._logged_code: Any = None
         self.bytes_sent = 0
         super().setup()
         raw: Any = self.wfile
         self.wfile: Any = _BodyWriter(self, raw)
+
+    # mlx-lm begins every answer with a 200; what is logged is what was sent.
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        self._logged_code = code
+
+    def finish(self) -> None:
+        super().finish()
+        if self._logged_code is not None:
+            super().log_request(self._logged_code)
 
     # A stream's headers wait for its first byte: until then a failure can still
     # be answered with its own status, which clients know how to retry.
@@ -136,8 +147,6 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     def _send_failure(self, exc: Exception) -> str:
         """Tells the client of ``exc``; returns the outcome for the metrics."""
         reply = reply_for(exc)
-        if reply.status == 500:
-            log.error("request %s failed: %r", getattr(self, "request_id", "-"), exc)
         try:
             if self.bytes_sent:
                 self._send_error_event(reply)
