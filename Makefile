@@ -92,7 +92,7 @@ $(MODEL)/complete: tools/prepare_model.py | $(VENVS)/observe.ready
 	$(VENVS)/observe/bin/python tools/prepare_model.py $(MODEL)
 	touch $@
 
-NATIVE_SOURCES := $(shell find src/cpp tests/native tests/metalsim -type f) CMakeLists.txt
+NATIVE_SOURCES := $(shell find src/cpp tests/native tests/metalsim bench -type f -not -name '*.pyc') CMakeLists.txt
 SANITIZE_build/native :=
 SANITIZE_build/native-asan := address,undefined
 SANITIZE_build/native-tsan := thread

@@ -124,7 +124,7 @@ def mlx_version() -> str | None:
     return None
 
 
-def _parse(version: str) -> tuple[int, ...]:
+def parse_version(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: 0.32.0.dev1 is (0, 32, 0)."""
     numbers = []
     for part in version.split(".")[:3]:
@@ -136,7 +136,7 @@ def _parse(version: str) -> tuple[int, ...]:
 def _regime(mode: str, version: str | None) -> str:
     if mode != "auto":
         return mode
-    if version is None or _parse(version) >= OBSERVE_SINCE:
+    if version is None or parse_version(version) >= OBSERVE_SINCE:
         return "observe"
     return "intercept"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from ._command import CommandError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["CommandError", "main"]
+__all__ = ["main"]
 
 USAGE = """\
 usage: mlx-safe [--version] COMMAND ...
@@ -17,10 +19,6 @@ commands:
   serve    mlx_lm.server, protected: takes every flag of it
   status   what is active on this machine, and for what is not, why
 """
-
-
-class CommandError(Exception):
-    """A user's mistake: one line that says what to do, exit status 2."""
 
 
 def _serve(arguments: Sequence[str]) -> int:

@@ -141,132 +141,109 @@ class FaultKind:
         return f"FaultKind({self.code:#x}, {self.name})"
 
 
-def _row(
-    code: int,
-    name: str,
-    error: type[MetalError],
-    slug: str,
-    *,
-    retryable: bool,
-    fatal: bool = False,
-    advice: str,
-) -> tuple[int, FaultKind]:
-    kind = FaultKind(
-        code,
-        _PREFIX + name,
-        error,
-        slug,
-        retryable=retryable,
-        fatal=fatal,
-        advice=advice,
-    )
-    return code, kind
-
-
 _CORRUPT = "Treat it as memory corruption: suspect a custom kernel or extension."
 
-FAULT_KINDS: Mapping[int, FaultKind] = dict(
-    (
-        _row(
-            0x2,
-            "Timeout",
-            MetalTimeoutError,
-            "metal_timeout",
-            retryable=True,
-            advice="Look for another process that keeps the GPU busy.",
-        ),
-        _row(
-            0x3,
-            "Hang",
-            MetalHangError,
-            "metal_hang",
-            retryable=True,
-            advice="If it comes back, later processes may need a reboot of the Mac.",
-        ),
-        _row(
-            0x4,
-            "SubmissionsIgnored",
-            MetalDeviceLostError,
-            "metal_device_lost",
-            retryable=False,
-            fatal=True,
-            advice="The process must be replaced; no reset clears this.",
-        ),
-        _row(
-            0x5,
-            "InnocentVictim",
-            MetalInnocentVictimError,
-            "metal_innocent_victim",
-            retryable=True,
-            advice="Another process failed on the GPU.",
-        ),
-        _row(
-            0x6,
-            "BackgroundExecutionNotPermitted",
-            MetalError,
-            "metal_background_not_permitted",
-            retryable=True,
-            advice="The app must be in the foreground (iOS).",
-        ),
-        _row(
-            0x8,
-            "OutOfMemory",
-            MetalOutOfMemoryError,
-            "metal_out_of_memory",
-            retryable=True,
-            advice="Less prompt cache, shorter prompts, or a higher "
-            "iogpu.wired_limit_mb.",
-        ),
-        _row(
-            0x9,
-            "InvalidResource",
-            MetalAccessError,
-            "metal_invalid_resource",
-            retryable=False,
-            advice=_CORRUPT,
-        ),
-        _row(
-            0xA,
-            "InvalidInput",
-            MetalAccessError,
-            "metal_invalid_input",
-            retryable=False,
-            advice=_CORRUPT,
-        ),
-        _row(
-            0xB,
-            "PageFault",
-            MetalAccessError,
-            "metal_page_fault",
-            retryable=False,
-            advice=_CORRUPT,
-        ),
-        _row(
-            0xE,
-            "ImpactingInteractivity",
-            MetalInteractivityError,
-            "metal_interactivity",
-            retryable=True,
-            advice="Smaller prefill steps, or the display off.",
-        ),
-        _row(
-            0x10,
-            "ProtectionViolation",
-            MetalAccessError,
-            "metal_protection_violation",
-            retryable=False,
-            advice=_CORRUPT,
-        ),
-        _row(
-            0x11,
-            "StackOverflow",
-            MetalAccessError,
-            "metal_stack_overflow",
-            retryable=False,
-            advice=_CORRUPT,
-        ),
-    )
+_KINDS = (
+    FaultKind(
+        0x2,
+        _PREFIX + "Timeout",
+        MetalTimeoutError,
+        "metal_timeout",
+        retryable=True,
+        advice="Look for another process that keeps the GPU busy.",
+    ),
+    FaultKind(
+        0x3,
+        _PREFIX + "Hang",
+        MetalHangError,
+        "metal_hang",
+        retryable=True,
+        advice="If it comes back, later processes may need a reboot of the Mac.",
+    ),
+    FaultKind(
+        0x4,
+        _PREFIX + "SubmissionsIgnored",
+        MetalDeviceLostError,
+        "metal_device_lost",
+        retryable=False,
+        fatal=True,
+        advice="The process must be replaced; no reset clears this.",
+    ),
+    FaultKind(
+        0x5,
+        _PREFIX + "InnocentVictim",
+        MetalInnocentVictimError,
+        "metal_innocent_victim",
+        retryable=True,
+        advice="Another process failed on the GPU.",
+    ),
+    FaultKind(
+        0x6,
+        _PREFIX + "BackgroundExecutionNotPermitted",
+        MetalError,
+        "metal_background_not_permitted",
+        retryable=True,
+        advice="The app must be in the foreground (iOS).",
+    ),
+    FaultKind(
+        0x8,
+        _PREFIX + "OutOfMemory",
+        MetalOutOfMemoryError,
+        "metal_out_of_memory",
+        retryable=True,
+        advice="Less prompt cache, shorter prompts, or a higher iogpu.wired_limit_mb.",
+    ),
+    FaultKind(
+        0x9,
+        _PREFIX + "InvalidResource",
+        MetalAccessError,
+        "metal_invalid_resource",
+        retryable=False,
+        advice=_CORRUPT,
+    ),
+    FaultKind(
+        0xA,
+        _PREFIX + "InvalidInput",
+        MetalAccessError,
+        "metal_invalid_input",
+        retryable=False,
+        advice=_CORRUPT,
+    ),
+    FaultKind(
+        0xB,
+        _PREFIX + "PageFault",
+        MetalAccessError,
+        "metal_page_fault",
+        retryable=False,
+        advice=_CORRUPT,
+    ),
+    FaultKind(
+        0xE,
+        _PREFIX + "ImpactingInteractivity",
+        MetalInteractivityError,
+        "metal_interactivity",
+        retryable=True,
+        advice="Smaller prefill steps, or the display off.",
+    ),
+    FaultKind(
+        0x10,
+        _PREFIX + "ProtectionViolation",
+        MetalAccessError,
+        "metal_protection_violation",
+        retryable=False,
+        advice=_CORRUPT,
+    ),
+    FaultKind(
+        0x11,
+        _PREFIX + "StackOverflow",
+        MetalAccessError,
+        "metal_stack_overflow",
+        retryable=False,
+        advice=_CORRUPT,
+    ),
 )
+
+FAULT_KINDS: Mapping[int, FaultKind] = {kind.code: kind for kind in _KINDS}
 
 
 def kind_of(code: int) -> FaultKind:

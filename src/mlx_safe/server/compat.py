@@ -9,7 +9,8 @@ import importlib.util
 import inspect
 from typing import Any
 
-from ..cli import CommandError
+from .._command import CommandError
+from .._install import parse_version
 
 __all__ = ["SUPPORTED", "import_server", "missing_seams"]
 
@@ -80,15 +81,6 @@ def stops_after(stops: Any, tokens: list[int]) -> Any:
     return _StopsAfter(stops, tokens)
 
 
-def version_of(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version."""
-    numbers = []
-    for part in text.split(".")[:3]:
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
-
-
 def missing_seams(server: Any) -> list[str]:
     """One line for each thing that ``server`` does not have as expected."""
     missing = []
@@ -142,9 +134,9 @@ def import_server(*, allow_untested: bool = False) -> Any:
         ) from e
     found = _version()
     oldest, too_new = SUPPORTED
-    if version_of(found) < oldest:
+    if parse_version(found) < oldest:
         raise CommandError(f"mlx-lm {found} is too old: {INSTALL}")
-    if version_of(found) >= too_new and not allow_untested:
+    if parse_version(found) >= too_new and not allow_untested:
         raise CommandError(
             f"mlx-lm {found} is newer than this mlx-safe knows: {INSTALL}, or try "
             "it with --allow-untested-mlx-lm"

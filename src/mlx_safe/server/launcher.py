@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import Fault, errors, install, on_fault, testing
-from ..cli import CommandError
+from .._command import CommandError
 from . import compat, supervisor
 
 __all__ = ["run", "serve"]
