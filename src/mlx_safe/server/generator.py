@@ -30,6 +30,7 @@ from .replies import (
     reply_for,
 )
 from .tickets import ClientLeft, Flight, Ticket, ticket_of
+from .watchdog import Watchdog
 
 __all__ = ["Answered", "GenerationFailed", "ProtectedResponseGenerator"]
 
@@ -73,6 +74,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         prompt_cache: Any,
         condition: Condition,
         replay_attempts: int,
+        stall_timeout_s: float,
         injections: bool = False,
     ) -> None:
         self.condition = condition
@@ -85,6 +87,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         )
         self._resumed = Resumed()
         self.departures = Departures()
+        self.watchdog = Watchdog(
+            stall_timeout_s,
+            lambda: len(self.flight) > 0,
+            lambda why: self.give_up(Unavailable(f"The server restarts: {why}.")),
+        )
         # The ticket that mlx-lm's sequential path works on.
         self._alone: Ticket | None = None
         self.metrics = Metrics(
@@ -203,6 +210,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def _next_request(self, timeout: float | None = None) -> Any:
         # mlx-lm's loop comes by here between any two pieces of work.
         self._starts_without_work = 0
+        self.watchdog.moved()
         caught, self._caught = self._caught, None
         if caught is not None:
             self._recover(caught)
@@ -231,6 +239,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self._alone = None
 
     def _before_put(self, ticket: Ticket) -> None:
+        self.watchdog.moved()
         self._check_epoch()
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.

@@ -45,6 +45,14 @@ def _own_parser() -> argparse.ArgumentParser:
         "client gets a 503; 0: never (default: 2)",
     )
     parser.add_argument(
+        "--stall-timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="a generation step that makes no progress for so long is fatal: clients "
+        "get a 503, the process leaves with status 75; 0: never (default: 600)",
+    )
+    parser.add_argument(
         "--supervise",
         action="store_true",
         help="start the server again when it ends, in a small parent process that "
@@ -57,6 +65,18 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+        if not 0 <= value <= 1e6:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of seconds from 0 to 1000000, not {text!r}"
+        ) from None
+    return value
 
 
 def serve(arguments: Sequence[str]) -> int:
@@ -79,7 +99,7 @@ def serve(arguments: Sequence[str]) -> int:
         supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
     server = compat.import_server(allow_untested=own.allow_untested_mlx_lm)
     server.run = lambda host, port, model_provider, **_: run(
-        server, host, port, model_provider, own.replay_attempts, bool(injections)
+        server, host, port, model_provider, own, bool(injections)
     )
     sys.argv = ["mlx-safe serve", *rest]
     server.main()
@@ -104,7 +124,7 @@ def run(
     host: str,
     port: int,
     model_provider: Any,
-    replay_attempts: int,
+    own: argparse.Namespace,
     injections: bool,
 ) -> None:
     """Stands in for ``mlx_lm.server.run``.
@@ -149,7 +169,8 @@ def run(
         model_provider,
         server.LRUPromptCache(model_provider.cli_args.prompt_cache_size),
         Condition(),
-        replay_attempts=replay_attempts,
+        replay_attempts=own.replay_attempts,
+        stall_timeout_s=own.stall_timeout,
         injections=injections,
     )
     with watch:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from .. import _core, errors
 
@@ -45,7 +46,7 @@ __all__ = [
 
 ENVIRONMENT = "MLX_SAFE_INJECT"
 PHASES = ("prefill", "decode", "any")
-ACTIONS = ("raise", "record", "terminate", "bug")
+ACTIONS = ("raise", "record", "terminate", "bug", "stall")
 
 # What Metal says before the bracket (WebKit's and MLX users' reports).
 _WORDING = {
@@ -155,7 +156,8 @@ def inject(
             puts a fault into the log and lets the step go on, as when MLX
             swallows the error. ``"terminate"`` throws on a foreign thread, as
             MLX 0.31.2 does without hooks: the process ends. ``"bug"`` raises a
-            ValueError that has nothing to do with the GPU.
+            ValueError that has nothing to do with the GPU. ``"stall"`` lets the
+            step hang for an hour.
 
     Raises:
         ValueError: an argument is none of the above.
@@ -219,6 +221,8 @@ def step(phase: str) -> None:
             record_fault(plan.code)
         elif plan.action == "terminate":
             throw_on_foreign_thread(metal_message(plan.code))
+        elif plan.action == "stall":
+            time.sleep(3600)
         elif plan.action == "bug":
             raise ValueError("injected: not a fault of the GPU")
         else:
