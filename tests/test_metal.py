@@ -7,11 +7,14 @@ tests/metalsim/README.md; nothing here has run on a Mac.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,50 +150,62 @@ def problems_of(
     return "; ".join(found) or None
 
 
-@pytest.mark.parametrize("regime", ["intercept", "observe"])
-@pytest.mark.parametrize("workload", WORKLOADS)
-def test_sweep(native: Native, workload: str, regime: str) -> None:
-    """Fails the n-th command buffer for n = 1, 2, … until none fails."""
+# (code, every one from there on, handlers late by so many microseconds)
+Failure = tuple[int, bool, int]
 
-    def run(job: tuple[int, int, int, bool]) -> tuple[bool, str | None]:
-        n, code, late, persistent = job
+
+def sweep(
+    native: Native,
+    regime: str,
+    workload: str,
+    rounds: int,
+    failures_at: Callable[[int], Iterable[Failure]],
+) -> None:
+    """Fails the n-th command buffer for n = 1, 2, … until none fails.
+
+    ``failures_at(n)`` says in which ways the n-th is failed.
+    """
+
+    def run(n: int, failure: Failure) -> tuple[bool, str | None]:
+        code, persistent, late = failure
         arguments = [f"--fail-nth={n}", f"--code={code}", f"--late-us={late}"]
-        arguments += ["--rounds=6", *(["--persistent"] if persistent else [])]
+        arguments += [f"--rounds={rounds}", *(["--persistent"] if persistent else [])]
         done = native.host(regime, workload, *arguments)
         problem = problems_of(done, persistent, sticky=code == 4)
         failed = done.returncode == 0 and report_of(done)["buffers_failed"] > 0
         line = f"{' '.join(arguments)}: {problem}" if problem else None
         return failed or problem is not None, line
 
-    n, found = 0, []
+    found: list[str] = []
     with ThreadPoolExecutor(2) as pool:
-        while True:
-            n += 1
-            # Every code in turn; out of memory on time and late at every n.
-            jobs = [(n, 8, late, False) for late in (0, 1500)]
-            jobs += [(n, 8, 200, True), (n, CODES[n % len(CODES)], 300, False)]
-            results = list(pool.map(run, jobs))
+        for n in itertools.count(1):
+            results = list(pool.map(functools.partial(run, n), failures_at(n)))
             found += [line for _, line in results if line]
             if not any(failed for failed, _ in results):
                 break
             assert n < 200
-    assert n > 5
+    assert n > 2
     assert found == []
 
 
 @pytest.mark.parametrize("regime", ["intercept", "observe"])
-def test_every_code_on_every_workload(native: Native, regime: str) -> None:
-    found = []
-    for workload in ("midgraph", "gpu_cpu_gpu"):
-        for code in CODES:
-            for persistent in (False, True):
-                arguments = ["--fail-nth=4", f"--code={code}", "--rounds=5"]
-                arguments += ["--persistent"] if persistent else []
-                done = native.host(regime, workload, *arguments)
-                problem = problems_of(done, persistent, sticky=code == 4)
-                if problem:
-                    found.append(f"{workload} {' '.join(arguments)}: {problem}")
-    assert found == []
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_sweep(native: Native, workload: str, regime: str) -> None:
+    """Out of memory in every way at every step, and one other code."""
+
+    def failures_at(n: int) -> list[Failure]:
+        other = CODES[n % len(CODES)]
+        return [(8, False, 0), (8, False, 1500), (8, True, 200), (other, False, 300)]
+
+    sweep(native, regime, workload, 6, failures_at)
+
+
+@pytest.mark.parametrize("regime", ["intercept", "observe"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_sweep_of_every_code(native: Native, workload: str, regime: str) -> None:
+    """Every code, once and lasting, on time and late, at every step."""
+    ways = list(itertools.product(CODES, (False, True), (0, 800)))
+    sweep(native, regime, workload, 2, lambda n: ways)
 
 
 @pytest.mark.parametrize("regime", ["intercept", "observe"])
