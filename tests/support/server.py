@@ -42,14 +42,15 @@ server.main()
 # The protected server, with fault plans read from its standard input; each
 # counts steps from when it is read.
 CONTROLLED = """
-import sys, threading
+import os, sys, threading
 from mlx_safe import testing
 from mlx_safe.cli import main
 def listen():
     for line in sys.stdin:
         for plan in testing.parse_plan(line):
             testing.inject(**plan)
-        print("planned", line.strip(), flush=True)
+        # One write, or the log of another thread gets in between.
+        os.write(1, f"planned {line}".encode())
 threading.Thread(target=listen, daemon=True).start()
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
