@@ -38,13 +38,8 @@ def main() -> None:
     for name, values in (("mlx.core", mlx), ("mlx_safe after it", ours)):
         median = statistics.median(values)
         print(f"  {name:18} {median:6.2f}  ({min(values):.2f} to {max(values):.2f})")
-    ratio = statistics.median(o / m for o, m in rows_swapped(rows))
+    ratio = statistics.median(o / m for m, o in rows)
     print(f"  ratio              {ratio:6.2f}")
-
-
-def rows_swapped(rows: list[tuple[float, ...]]) -> list[tuple[float, float]]:
-    """(ours, mlx) of each run."""
-    return [(row[1], row[0]) for row in rows]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,17 @@ def pids_of_children(pid: int) -> list[int]:
     return found
 
 
+def serve_supervised(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A supervised server that is to end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_safe", "serve", "--supervise", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def wait_for_log(server: Server, text: str, timeout: float = 30.0) -> None:
     deadline = time.monotonic() + timeout
     while text not in server.log:
@@ -99,16 +110,7 @@ def test_it_gives_up_on_a_crash_loop(tiny_model: Path) -> None:
     [(["--model", "/no/such/model"], "there is no such directory")],
 )
 def test_a_users_mistake_is_not_tried_again(arguments: list[str], said: str) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "mlx_safe", "serve", "--supervise"),
-            *(*arguments, "--port", "0"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = serve_supervised(*arguments, "--port", "0")
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -118,16 +120,7 @@ def test_a_users_mistake_is_not_tried_again(arguments: list[str], said: str) -> 
 def test_a_port_in_use(tiny_model: Path) -> None:
     with Server(tiny_model) as server:
         server.wait_listening()
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "mlx_safe", "serve", "--supervise"),
-                *("--model", str(tiny_model), "--port", str(server.port)),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = serve_supervised("--model", str(tiny_model), "--port", str(server.port))
     assert done.returncode == 2
     assert "cannot listen on" in done.stderr
     assert "Traceback" not in done.stderr

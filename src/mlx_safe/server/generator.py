@@ -79,10 +79,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     ) -> None:
         self.condition = condition
         self.flight = Flight()
+        # With more than one rank all must take the same steps, and only the first
+        # has clients: nothing is run again, and no step is cut short for one.
+        self._one_rank = mx.distributed.init().size() == 1
         self.replays = Replays(
             self.flight,
-            # With more than one rank a replay would have to be agreed upon.
-            0 if mx.distributed.init().size() > 1 else replay_attempts,
+            replay_attempts if self._one_rank else 0,
             model_provider.cli_args,
         )
         self._resumed = Resumed()
@@ -243,7 +245,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._check_epoch()
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.
-        if ticket.stopped and ticket is self._alone:
+        if self._one_rank and ticket.stopped and ticket is self._alone:
             raise ClientLeft("the client left during the step")
 
     @property
@@ -254,7 +256,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def _time_budget(self, budget: Any) -> None:
         # mlx-lm removes requests from a batch when its budget of half a second
         # is used up; a client that left ends it at once.
-        self._budget = _UntilSomebodyLeaves(budget, self.flight)
+        if self._one_rank:
+            budget = _UntilSomebodyLeaves(budget, self.flight)
+        self._budget = budget
 
     def _check_epoch(self) -> None:
         _faults.check(self._clean_epoch)
