@@ -342,6 +342,37 @@ Hooks intercepted() {
   return hooks;
 }
 
+// MLX 0.32 signals the events of a failed buffer in a handler of its own,
+// before the handler that counts the failure has run.
+void signalled_in_handler() {
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("observe") == 0);
+  for (bool waiting : {false, true}) {
+    host::ScopedPool pool;
+    host::Ref queue = new_queue(), event = new_event();
+    std::uint64_t before = hooks.epoch();
+    fail_next();
+    auto buffer = host::send<host::id>(
+        queue.get(), selector("commandBufferWithUnretainedReferences"));
+    host::send(buffer, selector("encodeSignalEvent:value:"), event.get(),
+               std::uint64_t{1});
+    host::Block handler([event](host::id) {
+      set_value(event, 1);
+      ::usleep(20'000);
+    });
+    host::send(buffer, selector("addCompletedHandler:"), handler.get());
+    host::send(buffer, selector("commit"));
+    if (waiting) {
+      CHECK(wait_for(event, 1) == "reached");
+    } else {
+      while (host::send<std::uint64_t>(event.get(),
+                                       selector("signaledValue")) == 0)
+        std::this_thread::yield();
+    }
+    CHECK(hooks.epoch() == before + 1);
+  }
+}
+
 // A CPU stream's thread is busy with failed data while others are told, of this
 // failure or of another: what it signals at last is failed all the same.
 void cpu_thread_told_late() {
@@ -485,6 +516,7 @@ const std::map<std::string, std::function<void()>> kCases = {
     {"address_reuse", address_reuse},
     {"strange_exceptions", strange_exceptions},
     {"observe_counts", observe_counts},
+    {"signalled_in_handler", signalled_in_handler},
     {"cpu_thread_told_late", cpu_thread_told_late},
     {"waited_event_dies", waited_event_dies},
     {"counters", counters},

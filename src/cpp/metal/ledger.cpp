@@ -310,7 +310,13 @@ void Ledger::signalled_by_cpu(Id event, std::uint64_t value,
     if (failure) {
       mark(event, value, value, failure);
     } else if (auto it = events_.find(event); it != events_.end()) {
-      it->second.settled = std::max(it->second.settled, value);
+      Event& e = it->second;
+      // MLX 0.32 signals for a failed buffer in a handler of its own, and the
+      // failure is not counted yet: such a value settles with its buffer.
+      bool of_a_buffer = std::any_of(
+          e.pending.begin(), e.pending.end(),
+          [&](const Pending& p) { return p.value <= value && !is_settled(p); });
+      if (!of_a_buffer) e.settled = std::max(e.settled, value);
     }
   }
   changed_.notify_all();

@@ -117,7 +117,8 @@ class Ledger {
   // Somebody raises it: later work is independent of it.
   void tell(const FailureRef& failure);
 
-  // The CPU sets `event` to `value`; with `failure`, from failed data.
+  // The CPU sets `event` to `value`; with `failure`, from failed data. A value
+  // that a buffer in flight signals too counts when that buffer has settled.
   void signalled_by_cpu(Id event, std::uint64_t value,
                         const FailureRef& failure);
 
