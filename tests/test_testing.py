@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -109,3 +111,26 @@ def test_no_text_breaks_the_plan_reader(text: str) -> None:
         assert "MLX_SAFE_INJECT" in str(e)
     else:
         assert all(p["step"] >= 1 for p in plans)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step": "3"}, "step must be a whole number from 1 on, not '3'"),
+        ({"step": 0}, "step must be a whole number from 1 on, not 0"),
+        ({"code": 2**31}, "code must be a whole number of 32 bits, not 2147483648"),
+        ({"code": "8"}, "code must be a whole number of 32 bits, not '8'"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        testing.inject(**arguments)
+
+
+def test_what_is_no_model_is_said_at_once() -> None:
+    with pytest.raises(TypeError, match="a model that can be called, not None"):
+        testing.attach(None)
+    with pytest.raises(ValueError, match="32 bits"):
+        testing.record_fault(1 << 40)

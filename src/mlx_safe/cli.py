@@ -39,8 +39,9 @@ def _status(arguments: Sequence[str]) -> int:
         print(json.dumps(found, indent=2))
         return 0
     for name, value in found.items():
-        shown = ", ".join(value) if isinstance(value, list) else value
-        print(f"{name:18} {shown}")
+        lines = value if isinstance(value, list) else [value]
+        for i, line in enumerate(lines or ["none"]):
+            print(f"{'' if i else name:18} {line}")
     return 0
 
 

@@ -76,6 +76,12 @@ def metal_message(code: int) -> str:
     )
 
 
+def _check_code(code: int) -> None:
+    """The log keeps a code in 32 bits, as IOKit's return values are."""
+    if not isinstance(code, int) or not -(2**31) <= code < 2**31:
+        raise ValueError(f"code must be a whole number of 32 bits, not {code!r}")
+
+
 class Injection:
     """One planned fault, or a lasting one; what `inject` returns.
 
@@ -96,8 +102,9 @@ class Injection:
             raise ValueError(
                 f"action must be one of {', '.join(ACTIONS)}, not {action!r}"
             )
-        if step < 1:
-            raise ValueError(f"step counts from 1, not {step}")
+        if not isinstance(step, int) or step < 1:
+            raise ValueError(f"step must be a whole number from 1 on, not {step!r}")
+        _check_code(code)
         self.phase = phase
         self.step = step
         self.code = code
@@ -151,7 +158,7 @@ def inject(
     Args:
         phase: ``"prefill"``, ``"decode"`` or ``"any"``: which steps count.
         step: the one that fails; with ``persistent``, the first that does.
-        code: IOGPU code; any number.
+        code: IOGPU code; any number of 32 bits.
         action: ``"raise"`` raises MLX's own error from the step. ``"record"``
             puts a fault into the log and lets the step go on, as when MLX
             swallows the error. ``"terminate"`` throws on a foreign thread, as
@@ -240,8 +247,13 @@ def attach(model: Any, *, decode_width: int = 1) -> Any:
 
     The model keeps its class's name and stays an instance of it. Attaching
     twice counts once.
+
+    Raises:
+        TypeError: ``model`` cannot be called.
     """
     cls = type(model)
+    if not callable(model):
+        raise TypeError(f"attach() wants a model that can be called, not {model!r}")
     if getattr(cls, "_mlx_safe_attached", False):
         return model
 
@@ -262,7 +274,11 @@ def record_fault(code: int = 8, message: str | None = None) -> int:
     """Puts a fault into the log from a native thread; returns its number.
 
     Nothing is raised: it is what remains of a fault that MLX swallowed.
+
+    Raises:
+        ValueError: ``code`` is not a number of 32 bits.
     """
+    _check_code(code)
     return _core.testing_record_fault(
         code, metal_message(code) if message is None else message
     )
