@@ -45,7 +45,13 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("APIHandler", "_set_cors_headers", ("self",)),
     ("ModelProvider", "load", ("self", "model_path")),
     ("ModelProvider", "load_default", ("self",)),
+    ("LRUPromptCache", "__init__", ("self", "max_size", "max_bytes")),
+    ("LRUPromptCache", "fetch_nearest_cache", ("self", "model", "tokens")),
+    ("LRUPromptCache", "insert_cache", ("self", "model", "tokens", "prompt_cache")),
     ("LRUPromptCache", "trim_to", ("self",)),
+    ("LRUPromptCache.CacheOrder", "push", ("self", "model", "tokens", "cache_type")),
+    ("LRUPromptCache.CacheOrder", "remove", ("self", "model", "tokens")),
+    ("LRUPromptCache.CacheOrder", "pop", ("self",)),
 )
 
 
@@ -86,7 +92,9 @@ def missing_seams(server: Any) -> list[str]:
     missing = []
     for owner, name, parameters in SEAMS:
         label = f"mlx_lm.server.{owner + '.' if owner else ''}{name}"
-        holder = getattr(server, owner, None) if owner else server
+        holder = server
+        for part in owner.split(".") if owner else ():
+            holder = getattr(holder, part, None)
         found = getattr(holder, name, None)
         if found is None:
             missing.append(f"{label} is gone")

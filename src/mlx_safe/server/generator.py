@@ -99,6 +99,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.metrics = Metrics(
             lambda: len(self.flight), lambda: float(condition.state == "ok")
         )
+        self.metrics.watch_prompt_cache(prompt_cache)
         # The epoch up to which faults have been dealt with.
         self._clean_epoch = _core.epoch()
         # An error that mlx-lm caught itself, until the thread gets round to it.
@@ -298,7 +299,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         try:
             # Before the answers: whoever tries again at once finds the memory
             # free and /health telling so.
-            self._reset(exc)
+            self._reset(exc, fault)
             late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
             if late:
                 self.give_up(errors.from_faults(late))
@@ -383,16 +384,19 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._generation_thread.join(STOP_TIMEOUT_S)
         self.condition.leave(0, lambda: self._fail_everyone(why))
 
-    def _reset(self, exc: Exception) -> None:
-        """Drops whatever the failure may have left unwritten.
+    def _reset(self, exc: Exception, fault: errors.MetalError | None) -> None:
+        """Drops whatever the failure may have left unwritten, or may be due to.
 
-        Arrays of a failed evaluation read as valid afterwards (both regimes),
-        so all that was computed since the model was loaded goes: the batch,
-        whose only owners are the frames of the traceback, and the prompt cache.
+        Arrays of a failed evaluation read as valid afterwards (both regimes), so
+        the batch goes, whose only owners are the frames of the traceback. Entries
+        of the prompt cache that were complete before the fault may stay.
         """
         _clear_frames(exc)
-        # Trimmed in place: a replaced one would live on in mlx-lm's frames.
-        self.prompt_cache.trim_to(n_sequences=0)
+        if _leaves_memory_alone(fault) and _epoch_is_exact():
+            self.prompt_cache.keep_clean(self._clean_epoch)
+        else:
+            # In place: a replaced cache would live on in mlx-lm's frames.
+            self.prompt_cache.clear()
         self._fetch_pending_errors()
         gc.collect()
         mx.clear_cache()
@@ -421,6 +425,27 @@ class _UntilSomebodyLeaves:
             yield tick
             if self._flight.left != left:
                 return
+
+
+def _leaves_memory_alone(fault: errors.MetalError | None) -> bool:
+    """Whether what was complete before ``fault`` may be trusted, and afforded.
+
+    Not after out of memory: the replay is to have what the prompt cache had. Not
+    after a kernel went astray (9, 0xa, 0xb, …), which may have written anywhere.
+    Not after an exception that is no fault: an entry may be what caused it.
+    """
+    if fault is None or isinstance(fault, errors.MetalOutOfMemoryError):
+        return False
+    return fault.retryable
+
+
+def _epoch_is_exact() -> bool:
+    """Whether no fault can have passed uncounted.
+
+    On Metal only the hooks see them all (MLX 0.32.0 forgets some). MLX's other
+    backends have no command buffers.
+    """
+    return not mx.metal.is_available() or _core.metal_status()["verified"]
 
 
 def _portable(exc: Exception) -> Exception:

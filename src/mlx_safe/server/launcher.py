@@ -138,6 +138,7 @@ def run(
     from .condition import EXIT_REPLACE, Condition
     from .generator import ProtectedResponseGenerator
     from .handler import ProtectedHandler
+    from .prompt_cache import PromptCache
 
     def on_terminate(fault: Fault) -> None:
         if fault.source != "terminate":
@@ -167,7 +168,10 @@ def run(
     )
     generator = ProtectedResponseGenerator(
         model_provider,
-        server.LRUPromptCache(model_provider.cli_args.prompt_cache_size),
+        PromptCache(
+            model_provider.cli_args.prompt_cache_size,
+            model_provider.cli_args.prompt_cache_bytes,
+        ),
         Condition(),
         replay_attempts=own.replay_attempts,
         stall_timeout_s=own.stall_timeout,

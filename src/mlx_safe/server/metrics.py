@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from .. import _core
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+PROMPT_CACHE_EVENTS = {
+    "hits": "Requests that found part of their prompt in the prompt cache",
+    "misses": "Requests that found nothing in the prompt cache",
+    "reused_tokens": "Prompt tokens that were in the prompt cache",
+    "evictions": "Entries of the prompt cache that went to make room",
+    "too_large": "Entries over the limit by themselves, which were not stored",
+    "dropped": "Entries dropped after a failure",
+}
+
+
+class _Events(Collector):
+    """One event of a `collections.Counter` that somebody else counts in."""
+
+    def __init__(self, events: Mapping[str, int], event: str, text: str) -> None:
+        self._events = events
+        self._event = event
+        self._text = text
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        name = f"mlx_safe_prompt_cache_{self._event}"
+        yield CounterMetricFamily(name, self._text, self._events[self._event])
 
 
 class Metrics:
@@ -49,6 +75,14 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(name, text, registry=self.registry).set_function(value)
+
+    def watch_prompt_cache(self, cache: Any) -> None:
+        """``cache``: a `prompt_cache.PromptCache`; read at each scrape."""
+        for event, text in PROMPT_CACHE_EVENTS.items():
+            self.registry.register(_Events(cache.events, event, text))
+        name = "mlx_safe_prompt_cache"
+        self._gauge(f"{name}_bytes", "Bytes of its entries", lambda: cache.nbytes)
+        self._gauge(f"{name}_entries", "Entries in it", lambda: len(cache))
 
     def render(self) -> bytes:
         """The registry in Prometheus's text format."""
