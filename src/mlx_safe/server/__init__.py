@@ -24,6 +24,9 @@ _make_state_machine``,                               prefill step of a replay
 ``ResponseGenerator.             `generator`         a client that left ends its
 _serve_single``,                                     request within a step
 ``._time_budget``
+``ResponseGenerator.             `ranks`, and in     with more than one rank
+_share_request``,                `generator`         all take the same steps
+``._share_object``
 ``ResponseGenerator.generate``   `generator`         refuses while it must
 ``APIHandler.handle_completion`` `handler`           answers failures
 ``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies

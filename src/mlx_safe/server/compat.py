@@ -36,6 +36,8 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     (None, "BatchGenerator", ("model",)),
     ("ResponseGenerator", "generate", ("self", "request", "generation_args")),
     ("ResponseGenerator", "_serve_single", ("self", "request")),
+    ("ResponseGenerator", "_share_request", ("self", "request")),
+    ("ResponseGenerator", "_share_object", ("self", "obj")),
     ("ResponseGenerator", "stop_and_join", ("self",)),
     ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
     ("APIHandler", "handle_health_check", ("self",)),

@@ -8,10 +8,11 @@ MLX 0.32).
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import traceback
-from queue import Empty
+from queue import Empty, Queue
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from .. import _core, _faults, errors, testing
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
+from .ranks import AllStop
 from .replay import REFUSE_FOR_S, Replays, Resumed
 from .replies import (
     BadRequest,
@@ -40,6 +42,9 @@ STOP_TIMEOUT_S = 3.0
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
+
+# How often ranks agree whether the client of the sequential path is still there.
+SHARE_EVERY_TOKENS = 16
 
 # Errors still pending on MLX's streams are raised by the next waits, each once
 # (MLX 0.32); this many are fetched before the state is taken for clean.
@@ -80,7 +85,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.condition = condition
         self.flight = Flight()
         # With more than one rank all must take the same steps, and only the first
-        # has clients: nothing is run again, and no step is cut short for one.
+        # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
         self.replays = Replays(
             self.flight,
@@ -91,7 +96,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.departures = Departures()
         self.watchdog = Watchdog(
             stall_timeout_s,
-            lambda: len(self.flight) > 0,
+            self._is_working,
             lambda why: self.give_up(Unavailable(f"The server restarts: {why}.")),
         )
         # The ticket that mlx-lm's sequential path works on.
@@ -210,6 +215,17 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """Stands behind ``mlx_lm.server._make_sampler``."""
         return self._resumed.sampler(sampler, args, tokenizer)
 
+    def _share_request(self, request: Any) -> Any:
+        """Where the first rank tells the others; they wait if that fails."""
+        if request is not None and not self._one_rank:
+            try:
+                # Goes deeper into Python's stack than what is done with it later.
+                copy.deepcopy(request[1:])
+            except RecursionError:
+                request[0].put(BadRequest("The request is nested too deeply."))
+                request = None
+        return super()._share_request(request)
+
     def _next_request(self, timeout: float | None = None) -> Any:
         # mlx-lm's loop comes by here between any two pieces of work.
         self._starts_without_work = 0
@@ -224,6 +240,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if not self.replays.may_take_new():
             return None
         taken = super()._next_request(timeout)
+        if taken is not None and isinstance(taken[1], AllStop):
+            self._stop = True
+            return None
         if taken is None:
             return None
         try:
@@ -231,11 +250,15 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         except RecursionError:
             taken[0].put(BadRequest("The request is nested too deeply."))
             return None
-        self.flight.board(ticket)
+        if self._rank == 0:  # elsewhere nobody waits for the answer
+            self.flight.board(ticket)
         return ticket.work()
 
     def _serve_single(self, request: Any, *args: Any) -> None:
         self._alone = request[0]
+        # There mlx-lm fails on a stopped context with more than one rank
+        # (NotImplementedError, 0.31 to 0.32), and on the first rank only.
+        request[0].may_be_stopped = self._one_rank
         try:
             super()._serve_single(request, *args)
         finally:
@@ -246,8 +269,20 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._check_epoch()
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.
-        if self._one_rank and ticket.stopped and ticket is self._alone:
+        if ticket is self._alone and self._has_left(ticket):
             raise ClientLeft("the client left during the step")
+
+    def _has_left(self, ticket: Ticket) -> bool:
+        """Whether the client is gone; with more than one rank, as all ranks see it.
+
+        Only the first rank knows, and sharing waits for the step that is under way:
+        it is done for each piece of the prompt, but not for each token.
+        """
+        if self._one_rank:
+            return ticket.stopped
+        if len(ticket.produced) % SHARE_EVERY_TOKENS:
+            return False
+        return bool(self._share_object(ticket.stopped or None))
 
     @property
     def _time_budget(self) -> Any:
@@ -260,6 +295,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if self._one_rank:
             budget = _UntilSomebodyLeaves(budget, self.flight)
         self._budget = budget
+
+    def _is_working(self) -> bool:
+        # Ranks meet in every turn of the loop, with and without work; one that is
+        # gone shows only in a turn that does not end.
+        idle_turns = not self._one_rank and self.condition.state != "loading"
+        return len(self.flight) > 0 or idle_turns
 
     def _check_epoch(self) -> None:
         _faults.check(self._clean_epoch)
@@ -293,6 +334,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if fault is not None and fault.fatal:
             self.give_up(fault)
             return
+        if not self._one_rank:
+            self._give_up_among_ranks(fault, exc)
+            return
         again, ending = self.replays.sort(fault, exc)
         self._log_failure(exc, fault, again, ending)
         self.metrics.replays.inc(len(again))
@@ -312,6 +356,18 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.replays.line_up(again)
             for ticket in ending:
                 ticket.fail(told)
+
+    def _give_up_among_ranks(
+        self, fault: errors.MetalError | None, exc: Exception
+    ) -> None:
+        """No rank can go on: the others are in a step that this one has left."""
+        if fault is not None or is_allocation_failure(exc):
+            self.give_up(fault or _portable(exc))
+            return
+        # MLX's own errors are RuntimeErrors; that a peer was lost is one of them.
+        unexpected = None if isinstance(exc, RuntimeError) else exc
+        log.error("a step of all ranks failed: %s", exc, exc_info=unexpected)
+        self.give_up(Unavailable("The server restarts: a step of all ranks failed."))
 
     def _refuse_for_a_while(self) -> None:
         count = self.replays.faults_without_progress
@@ -378,8 +434,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """Answers everyone 503, then ends the process with status 0."""
         why = Unavailable("The server is stopping.")
         self.condition.enter("failed", "the server is stopping")
-        self._stop = True
         self._fail_everyone(why)
+        if self._one_rank:
+            self._stop = True
+        else:
+            self.requests.put((Queue(), AllStop(), None))
         # A step that is under way may take its time, or never end.
         self._generation_thread.join(STOP_TIMEOUT_S)
         self.condition.leave(0, lambda: self._fail_everyone(why))

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError
-from . import compat, supervisor
+from . import compat, ranks, supervisor
 
 __all__ = ["run", "serve"]
 
@@ -96,6 +96,11 @@ def serve(arguments: Sequence[str]) -> int:
         print("\noptions of mlx_lm.server:\n")
         sys.stdout.flush()
     elif own.supervise:
+        if ranks.is_one_of_many():
+            raise CommandError(
+                "--supervise restarts one process, not all ranks; leave it out and "
+                "have mlx.launch itself started again (docs/server.md)"
+            )
         supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
     server = compat.import_server(allow_untested=own.allow_untested_mlx_lm)
     server.run = lambda host, port, model_provider, **_: run(
@@ -158,7 +163,8 @@ def run(
 
     watch = on_fault(on_terminate)
     httpd = _bind(host, port, handle) if is_first else None
-    log.info("listening at http://%s:%s; loading the model", host, port)
+    if is_first:
+        log.info("listening at http://%s:%s; loading the model", host, port)
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     server._make_sampler = lambda args, tokenizer: generator.resume_sampler(
         make_sampler(args, tokenizer), args, tokenizer
@@ -179,16 +185,33 @@ def run(
     )
     with watch:
         if httpd is None:
-            generator.join()
+            _follow_the_first(generator)
         else:
             _serve_until_told(httpd, generator)
 
 
+def _follow_the_first(generator: Any) -> None:
+    # Without clients there is nobody to answer: signals kill, Control-C as well,
+    # and a status that is not 0 makes mlx.launch end the other ranks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    generator.join()
+    generator.stop()
+
+
 def _serve_until_told(httpd: _Server, generator: Any) -> None:
+    # SIGHUP: mlx.launch ends a rank on another host by closing its terminal.
+    told_by = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    told_by = [n for n in told_by if signal.getsignal(n) is not signal.SIG_IGN]
+
     def stop(number: int, frame: object) -> None:
+        # Once is enough: what follows takes seconds. Not SIG_IGN: Python complains
+        # of a signal that is ignored when it has arrived already.
+        for n in told_by:
+            signal.signal(n, lambda *_: None)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for n in told_by:
+        signal.signal(n, stop)
     try:
         httpd.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:

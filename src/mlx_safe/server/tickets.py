@@ -40,6 +40,7 @@ class Ticket:
         produced: ids of the tokens that were passed on to the client.
         attempts: how often it was run again after a fault.
         finished: its last token was passed on.
+        may_be_stopped: False: its context is left alone when it ends early.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Ticket:
         self.produced: list[int] = []
         self.attempts = 0
         self.finished = False
+        self.may_be_stopped = True
 
     @property
     def stopped(self) -> bool:
@@ -108,19 +110,21 @@ class Ticket:
         self.context = context
         if not first:
             if self._stopped:
-                context.stop()
+                self._stop()
             return
-        stop = context.stop
 
         def stopped() -> None:
-            self._stopped = True
-            stop()
-            type(self.context).stop(self.context)
+            self._stop()
             self._flight.land(self)
 
         context.stop = stopped
         context.mlx_safe_ticket = self
         self._queue.put(context)
+
+    def _stop(self) -> None:
+        self._stopped = True
+        if self.context is not None and self.may_be_stopped:
+            type(self.context).stop(self.context)
 
     def leave(self) -> None:
         """The client went away: ends the request. Any thread."""
@@ -136,9 +140,7 @@ class Ticket:
         """Ends the request with ``exc``; False when it had ended already."""
         if not self._flight.land(self):
             return False
-        self._stopped = True
-        if self.context is not None:
-            type(self.context).stop(self.context)
+        self._stop()
         # A copy: each client's thread raises its own.
         self._queue.put(copy.copy(exc))
         return True

@@ -1,0 +1,191 @@
+"""More than one rank: two servers in a ring on loopback, as mlx.launch starts them.
+
+What is asserted: nobody hangs. The client in flight gets its 503, and every rank
+ends by itself, with the launcher and without it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.server import Answer, Server
+
+# Ranks that get no error from a lost peer (MLX up to 0.32.0) end after this time.
+STALL_TIMEOUT = ("--stall-timeout", "3")
+END_TIMEOUT_S = 30.0
+
+# mlx-lm 0.31.3 serves a request with a seed on a stream of its own. On the CPU
+# backend that is a second thread that talks to the same sockets; with a GPU all
+# collectives run on the default stream of the CPU, as they do here with this.
+ONE_STREAM = """
+import importlib, sys
+import mlx.core as mx
+from mlx_safe.cli import main
+importlib.import_module("mlx_lm.generate").generation_stream = mx.cpu
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def two_free_ports() -> int:
+    """The first of two in a row: mlx.launch gives each rank the next one.
+
+    From below the range that systems give to outgoing connections: the ring listens
+    seconds later.
+    """
+    for _ in range(100):
+        port = random.randrange(10_000, 30_000)
+        with socket.socket() as first, socket.socket() as second:
+            try:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+        return port
+    raise AssertionError("no two free ports in a row")
+
+
+@contextmanager
+def two_ranks(
+    model: Path, directory: Path, *arguments: str, inject: tuple[str, str], **more: Any
+) -> Iterator[list[Server]]:
+    """Both ranks, ready; ``inject`` has the fault plan of each."""
+    port = two_free_ports()
+    hosts = directory / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in (0, 1)]))
+    if not more.get("stock"):
+        more["program"] = ONE_STREAM
+    with ExitStack() as stack:
+        ranks = []
+        for rank in (0, 1):
+            env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            server = Server(model, *arguments, inject=inject[rank], env=env, **more)
+            ranks.append(stack.enter_context(server))
+        ranks[0].wait_ready()
+        yield ranks
+
+
+def ends(ranks: list[Server]) -> list[int]:
+    """The exit statuses of ranks that end by themselves."""
+    return [rank.wait(END_TIMEOUT_S) for rank in ranks]
+
+
+def leave(server: Server, **ask: Any) -> None:
+    """A client that goes while its long request is worked on."""
+    assert server.chat(max_tokens=100_000, timeout=1.0, **ask).broken
+
+
+def assert_503(answer: Answer, code: str) -> None:
+    assert answer.broken is None
+    assert answer.error["code"] == code
+    assert answer.error["retry_after"] == 5
+    if answer.events:
+        assert answer.done
+    else:
+        assert answer.status == 503
+
+
+def test_requests_and_leavers_and_the_end(tiny_model: Path, tmp_path: Path) -> None:
+    with two_ranks(tiny_model, tmp_path, inject=("", "")) as ranks:
+        first, second = ranks
+        text = first.chat().text
+        assert text
+        assert first.chat(stream=True).text == text
+        sequential = first.chat(seed=1).text
+        leave(first)
+        assert first.chat().text == text
+        leave(first, seed=1)
+        assert first.chat(seed=1).text == sequential
+        deep: Any = "deep"
+        for _ in range(600):
+            deep = [deep]
+        assert first.chat(chat_template_kwargs={"deep": deep}).status == 400
+        assert first.chat().text == text
+        # Both, as mlx.launch ends a rank on another host.
+        first.process.send_signal(signal.SIGHUP)
+        first.process.send_signal(signal.SIGTERM)
+        assert ends(ranks) == [0, 0]
+        for rank in ranks:
+            assert "Traceback" not in rank.log
+        assert "listening" not in second.log
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_fault_ends_all_ranks(tiny_model: Path, tmp_path: Path, failing: int) -> None:
+    inject = ("decode:3:8", "") if failing == 0 else ("", "decode:3:8")
+    with two_ranks(tiny_model, tmp_path, *STALL_TIMEOUT, inject=inject) as ranks:
+        # A stream where it matters that the answer has begun.
+        answer = ranks[0].chat(stream=failing == 1)
+        assert_503(answer, "metal_out_of_memory" if failing == 0 else "unavailable")
+        assert ends(ranks) == [75, 75]
+        for rank in ranks:
+            assert "Traceback" not in rank.log
+
+
+def test_the_stock_server_leaves_a_rank_behind(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    inject = ("", "decode:3:8")
+    with two_ranks(tiny_model, tmp_path, inject=inject, stock=True) as ranks:
+        answer = ranks[0].chat(timeout=3)
+        assert answer.broken or answer.status != 503
+        assert ranks[0].process.poll() is None
+        following = ranks[0].chat(timeout=2)
+        assert following.broken or following.status != 200
+
+
+def test_a_rank_is_killed_while_nothing_is_to_do(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    with two_ranks(tiny_model, tmp_path, *STALL_TIMEOUT, inject=("", "")) as ranks:
+        ranks[1].process.kill()
+        assert ends(ranks) == [75, -signal.SIGKILL]
+
+
+# Rank 1 of mlx.launch meets an exception that reaches terminate. Both end when the
+# launcher does, so that no test leaves anything behind.
+LAUNCHED = f"""
+import os, sys, threading
+threading.Thread(
+    target=lambda: os._exit(1 if sys.stdin.read() else 2), daemon=True
+).start()
+if os.environ["MLX_RANK"] == "1":
+    os.environ["MLX_SAFE_INJECT"] = "decode:3:8:once:terminate"
+{ONE_STREAM}
+"""
+LAUNCHER = """
+import sys
+from mlx._distributed_utils.launch import main
+sys.argv[1:1] = ["-n", "2", "--starting-port", "{port}", "--", "{program}"]
+main()
+"""
+
+
+def test_mlx_launch_ends_the_other_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    """At once: --stall-timeout is the default of ten minutes here."""
+    program = tmp_path / "rank.py"
+    program.write_text(f"#!{sys.executable}\n{LAUNCHED}")
+    program.chmod(0o755)  # MLX 0.31 gives it to Python, 0.32 executes it
+    launcher = LAUNCHER.format(program=program, port=two_free_ports())
+    with Server(tiny_model, program=launcher) as server:
+        server.wait_ready()
+        assert_503(server.chat(), "unavailable")
+        # So whoever starts it again must not ask for the status.
+        assert server.wait(END_TIMEOUT_S) == 0
+        assert "rank 1 exited with code 75" in server.log
+
+
+def test_supervise_is_for_one_process(tiny_model: Path) -> None:
+    with Server(tiny_model, "--supervise", env={"MLX_RANK": "0"}) as server:
+        assert server.wait() == 2
+        assert "--supervise restarts one process, not all ranks" in server.log
+        assert server.log.count("\n") == 1
