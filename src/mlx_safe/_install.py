@@ -153,6 +153,33 @@ def _report_dir() -> tuple[str | None, str | None]:
     return wanted, None
 
 
+_reports_tended = False
+
+
+def _is_our_command() -> bool:
+    """Whether this is ``mlx-safe``, which tells of reports in its own time."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    started = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return program == "mlx-safe" or ("-m", "mlx_safe") in started
+
+
+def _tend_reports(directory: str) -> str | None:
+    """Looks, once in a process, at what those before have left; why not."""
+    global _reports_tended
+    if _reports_tended:
+        return None
+    _reports_tended = True
+    try:
+        if _paths.has_news(directory):
+            from .forensics import startup
+
+            startup.tend(directory, quietly=_is_our_command())
+    except Exception as e:
+        # Whatever lies there, it is no reason not to protect this process.
+        return f"the crash reports were not looked at: {e!r}"
+    return None
+
+
 def install(
     mode: Literal["auto", "intercept", "observe"] = "auto",
     on_terminate: Literal["report", "drain"] = "report",
@@ -203,6 +230,8 @@ def install(
         if metal["runtime"] and not metal["verified"]:
             # There is a Metal, so its faults are what the user counts on us for.
             _warn(metal["reasons"])
+        if report_dir and (why_not := _tend_reports(report_dir)):
+            reasons.append(why_not)
         if not _state.installed:
             _register_fork_handler()
         _state.installed = True

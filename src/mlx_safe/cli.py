@@ -18,6 +18,7 @@ usage: mlx-safe [--version] COMMAND ...
 commands:
   serve    mlx_lm.server, protected: takes every flag of it
   status   what is active on this machine, and for what is not, why
+  reports  the crash reports: list, show, export, prune
 """
 
 
@@ -45,9 +46,16 @@ def _status(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _reports(arguments: Sequence[str]) -> int:
+    from .forensics.command import reports
+
+    return reports(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "status": _status,
+    "reports": _reports,
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError
+from ..forensics import startup
 from . import compat, ranks, supervisor
 
 __all__ = ["run", "serve"]
@@ -161,6 +162,7 @@ def run(
     def handle(*args: Any) -> None:
         ProtectedHandler(generator, *args, system_fingerprint=fingerprint)
 
+    startup.tell()  # the log is set up by now
     watch = on_fault(on_terminate)
     httpd = _bind(host, port, handle) if is_first else None
     if is_first:

@@ -86,8 +86,8 @@ class Supervisor:
             if crashes > CRASHES_MAX:
                 say(
                     f"the server has ended {crashes} times in a row, the last time "
-                    f"with status {status}: giving up. Its log above says why; the "
-                    "crash reports are where `mlx-safe status` says"
+                    f"with status {status}: giving up. Its log above says why, and "
+                    "`mlx-safe reports` lists the crash reports"
                 )
                 return 1
             delay = BACK_OFF_S[min(crashes, len(BACK_OFF_S)) - 1]

@@ -1,0 +1,182 @@
+"""``mlx-safe reports``: list, show, export, prune."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import _paths
+from .._command import CommandError
+from . import export, reader, render, store, words
+from .records import Report
+from .words import Section
+
+__all__ = ["reports"]
+
+LATEST = "latest"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mlx-safe reports",
+        allow_abbrev=False,
+        description="Reads the crash reports of this machine. Without a verb: list.",
+    )
+    json_flag: dict[str, Any] = {"action": "store_true", "help": "for programs"}
+    which = f"a report's id, a path, or {LATEST}"
+    parser.add_argument("--json", **json_flag)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    listing = verbs.add_parser("list", help="one line for each, the newest last")
+    show = verbs.add_parser("show", help="what happened, for people")
+    show.add_argument("report", nargs="?", default=LATEST, help=f"{which} (default)")
+    for verb in (listing, show):
+        # The default is the main parser's, so that --json may stand before.
+        verb.add_argument("--json", default=argparse.SUPPRESS, **json_flag)
+    out = verbs.add_parser("export", help="a copy without what is private")
+    out.add_argument("report", help=which)
+    out.add_argument("-o", "--output", metavar="FILE", help="where; -: stdout")
+    out.add_argument(
+        "--with-fields",
+        action="store_true",
+        help="keep the fields of the program's own breadcrumbs",
+    )
+    verbs.add_parser("prune", help="remove the oldest, as every start does")
+    return parser
+
+
+def reports(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit status.
+
+    Raises:
+        CommandError: a user's mistake, with what to do.
+    """
+    parsed = _parser().parse_args(list(arguments))
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        # A report holds what it holds, whatever the terminal can show.
+        sys.stdout.reconfigure(errors="replace")
+    directory = _paths.report_dir()
+    try:
+        if parsed.verb == "show":
+            _show(directory, parsed.report, as_json=parsed.json)
+        elif parsed.verb == "export":
+            _export(directory, parsed.report, parsed.output, parsed.with_fields)
+        elif parsed.verb == "prune":
+            _prune(directory)
+        else:
+            _list(directory, as_json=parsed.json)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        raise CommandError(f"{e.filename or directory}: {e.strerror}") from e
+    return 0
+
+
+def _list(directory: str, *, as_json: bool) -> None:
+    found = [(entry, reader.read(entry.path)) for entry in store.entries(directory)]
+    if as_json:
+        print(json.dumps([_summary(entry, r) for entry, r in found], indent=2))
+        return
+    if not found:
+        print(f"no reports in {directory}")
+        return
+    rows: list[tuple[str, ...]] = [("id", "when", "why", "pid", "", "what")]
+    for entry, report in found:
+        why, new = report.why or "?", "" if entry.seen else "new"
+        what = words.headline(report)
+        at = words.when(entry.seconds)
+        rows.append((entry.id, at, why, str(entry.pid), new, what))
+    render.table(Section(f"reports in {directory}", rows))
+
+
+def _summary(entry: store.Entry, report: Report) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "path": str(entry.path),
+        "time_ns": report.time_ns or entry.seconds * 1_000_000_000,
+        "pid": entry.pid,
+        "why": report.why,
+        "code": report.code,
+        "headline": words.headline(report),
+        "new": not entry.seen,
+        "size": entry.size,
+        "problems": report.problems,
+    }
+
+
+def _show(directory: str, which: str, *, as_json: bool) -> None:
+    entry, path = _find(directory, which)
+    report = reader.read(path)
+    if as_json:
+        told = {"headline": words.headline(report), "advice": words.advice(report)}
+        print(json.dumps({"path": str(path), **told, **report.as_dict()}, indent=2))
+    else:
+        print(path)
+        render.show(words.sections(report))
+    if entry is not None:
+        store.mark_seen(entry)
+
+
+def _find(directory: str, which: str) -> tuple[store.Entry | None, Path]:
+    """(what the directory says of it, where it is).
+
+    Raises:
+        CommandError: there is none.
+    """
+    listed = store.entries(directory)
+    if which == LATEST:
+        if not listed:
+            raise CommandError(f"no reports in {directory}")
+        return listed[-1], listed[-1].path
+    for entry in listed:
+        if which in (entry.id, entry.path.name, str(entry.path)):
+            return entry, entry.path
+    path = Path(which)
+    if os.sep in which or path.suffix == ".json":
+        if "\0" in which or not os.path.lexists(path):
+            raise CommandError(f"no such file: {which}")
+        return None, path
+    raise CommandError(
+        f"no report {which!r} in {directory}; `mlx-safe reports` lists them"
+    )
+
+
+def _export(directory: str, which: str, output: str | None, with_fields: bool) -> None:
+    _, path = _find(directory, which)
+    report = reader.read(path)
+    if report.why is None and report.problems:
+        raise CommandError(f"{path}: {report.problems[0]}")
+    copy = export.exported(report, with_fields=with_fields)
+    text = json.dumps(copy, indent=2) + "\n"
+    if output == "-":
+        sys.stdout.write(text)
+        return
+    target = Path(output or f"mlx-safe-report-{path.stem}.json")
+    try:
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise CommandError(f"{target} exists; choose another with -o FILE") from None
+    with os.fdopen(fd, "w", encoding="utf-8") as file:
+        file.write(text)
+    print(f"written: {target}")
+    print("left out: " + ("; ".join(copy["left_out"]) or "nothing"))
+    print("Read it before you send it: texts of exceptions and stacks are in it.")
+
+
+def _prune(directory: str) -> None:
+    removed = store.prune(directory)
+    keep, keep_bytes = store.limits()
+    print(
+        f"removed {len(removed)} reports; kept are the newest {keep}, of "
+        f"{words.size(keep_bytes)} in all"
+    )

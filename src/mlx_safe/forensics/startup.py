@@ -1,0 +1,53 @@
+"""What `mlx_safe.install` does with the reports of those who ran before.
+
+`install` comes here at import of the package, but only where `_paths.has_news`.
+"""
+
+from __future__ import annotations
+
+from .. import _paths
+from . import orphans, reader, store, words
+
+__all__ = ["tell", "tend"]
+
+
+def tend(directory: str, *, quietly: bool = False) -> None:
+    """Adopts what the dead have left, says that it is there, prunes.
+
+    Args:
+        directory: of the reports; it exists.
+        quietly: leaves the telling for a later `tell`.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    orphans.adopt(directory)
+    if not quietly:
+        tell(directory)
+    store.prune(directory)
+
+
+def tell(directory: str | None = None) -> None:
+    """One line in the log for the reports that nobody has told of yet.
+
+    Of several processes, one tells of each report. Without ``directory``: where
+    the reports of this process go.
+    """
+    directory = directory or _paths.report_dir()
+    try:
+        found = store.entries(directory)
+    except OSError as e:
+        store.log.warning("cannot look for reports in %s: %s", directory, e.strerror)
+        return
+    fresh = [entry for entry in found if store.mark_told(entry)]
+    if not fresh:
+        return
+    newest = fresh[-1]
+    more = f" (and {len(fresh) - 1} before it)" if len(fresh) > 1 else ""
+    store.log.warning(
+        "new report%s: %s: %s: see it with: mlx-safe reports show %s",
+        more,
+        newest.path,
+        words.headline(reader.read(newest.path)),
+        newest.id,
+    )

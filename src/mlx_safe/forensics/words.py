@@ -1,0 +1,356 @@
+"""A `Report` in plain words: what happened, what to do, what came before.
+
+Text only; `render` brings it to a terminal.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .. import errors
+from .records import CommandBuffer, Report
+
+__all__ = ["Section", "advice", "headline", "sections", "size", "when"]
+
+_SIGNALS = {
+    "SIGABRT": "it aborted itself",
+    "SIGBUS": "a bad memory access",
+    "SIGFPE": "a bad arithmetic operation",
+    "SIGILL": "a bad instruction",
+    "SIGSEGV": "a bad memory access",
+}
+_LINE_MAX = 160
+_TIMELINE_MAX = 60
+_CHART_ROWS = 6
+# Above this share of the ceiling, memory is what one looks at first.
+_NEARLY_FULL = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A title and rows of equally many cells."""
+
+    title: str
+    rows: list[tuple[str, ...]]
+
+
+def sections(report: Report) -> list[Section]:
+    """All there is to show, the most telling first; nothing empty."""
+    found = [
+        Section("What happened", _happened(report)),
+        Section("Problems with this report", [(p,) for p in report.problems]),
+        Section("Memory over time", [(line,) for line in chart(report)]),
+        Section("Memory", _memory(report)),
+        Section("Requests in flight", _requests(report)),
+        Section("Time line (seconds before and after)", _timeline(report)),
+        Section("Command buffers", _timeless(report)),
+        Section("Native stack", _native_stack(report)),
+        Section(
+            "Python stacks",
+            [(line,) for line in (report.python_stacks or "").splitlines()],
+        ),
+        Section("Versions", _versions(report)),
+    ]
+    return [section for section in found if section.rows]
+
+
+def headline(report: Report) -> str:
+    """What happened, in one line."""
+    if report.why == "fault":
+        return f"the GPU failed a command buffer: {_fault(report.code)}"
+    if report.why == "terminate":
+        cause = _fault(report.code) if _has_code(report) else _exception(report)
+        return f"an exception that nothing caught ended the process: {cause}"
+    if report.why == "signal":
+        return f"the process crashed: {_signal(report)}"
+    if report.why == "stall":
+        return "a generation step made no progress, and the process was given up"
+    if report.why == "died":
+        return "the process was killed, or the machine stopped: it left no report"
+    if report.why == "running":
+        return "no report: what a process says of itself while it runs"
+    if report.problems:
+        return f"a report that cannot be read in full: {report.problems[0]}"
+    return "a report that does not say why it was written"
+
+
+def advice(report: Report) -> str:
+    """What to do about it, in a sentence or two."""
+    if _has_code(report):
+        return errors.kind_of(report.code or 0).advice
+    full = _is_nearly_full(report)
+    if full:
+        return (
+            "Memory was nearly full: less prompt cache, shorter prompts, or fewer "
+            "requests at a time."
+        )
+    return {
+        "terminate": "The stacks show where it was thrown; please report it.",
+        "signal": "A defect of native code: the stacks show where. Please report it.",
+        "stall": "The Python stacks show where it stood.",
+        "died": "Look in the system's log for who ended the process"
+        + ("." if full is None else ": memory was not nearly full before."),
+    }.get(report.why or "", "")
+
+
+def when(seconds: float | None) -> str:
+    """Unix time as local time; what no calendar holds as the number it is."""
+    if seconds is None:
+        return "?"
+    try:
+        return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:.0f}"
+
+
+def size(count: int | None) -> str:
+    """Bytes in binary units."""
+    if count is None:
+        return "?"
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _has_code(report: Report) -> bool:
+    return report.code is not None and report.code >= 0
+
+
+def _fault(code: int | None) -> str:
+    if code is None or code < 0:
+        return "an unknown error"
+    kind = errors.kind_of(code)
+    if code not in errors.FAULT_KINDS:
+        return f"an error that is not known (code {_number(code)})"
+    return (
+        f"{kind.slug.removeprefix('metal_').replace('_', ' ')} (code {_number(code)})"
+    )
+
+
+def _number(code: int) -> str:
+    return str(code) if code < 10 else f"{code:#x}"
+
+
+def _exception(report: Report) -> str:
+    parts = (_demangled(report.exception_type or ""), report.exception_message)
+    return _one_line(": ".join(p for p in parts if p)) or "unknown"
+
+
+def _signal(report: Report) -> str:
+    number = report.signal
+    if number is None:
+        return "by a signal"
+    name = number.name or f"signal {number.number}"
+    meaning = f", {_SIGNALS[name]}" if name in _SIGNALS else ""
+    address = f" at {number.address}" if number.address else ""
+    return _one_line(f"{name}{meaning}{address}")
+
+
+def _demangled(name: str) -> str:
+    """``St13runtime_error`` and ``N3mlx4core5ErrorE`` as C++ writes them.
+
+    Itanium C++ ABI, 5.1.2, the names without templates; others stay as they are.
+    """
+    match = re.fullmatch(r"N?(St)?([1-9][0-9]?\D.*?)E?", name)
+    if match is None:
+        return name
+    parts, rest = ["std"] if match[1] else [], match[2]
+    while rest:
+        length = re.match(r"[1-9][0-9]?", rest)
+        if length is None:
+            return name
+        rest = rest[length.end() :]
+        parts.append(rest[: int(length[0])])
+        rest = rest[int(length[0]) :]
+    return "::".join(parts)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LINE_MAX else line[: _LINE_MAX - 1] + "…"
+
+
+def _seconds(time_ns: int | None) -> float | None:
+    return None if time_ns is None else time_ns / 1e9
+
+
+def _happened(report: Report) -> list[tuple[str, ...]]:
+    rows = [
+        ("what", headline(report)),
+        ("advice", advice(report)),
+        ("when", when(_seconds(report.time_ns))),
+        ("process", _process(report)),
+        ("ran for", _ran_for(report)),
+    ]
+    if report.exception_message or report.exception_type:
+        label = "exception" if report.exception_type else "message"
+        rows.append((label, _exception(report)))
+    if report.policy == "drain":
+        rows.append(("then", "its clients were answered, it left with status 75"))
+    if report.second:
+        rows.append(("note", "written after a crash while a report was being written"))
+    return [row for row in rows if row[1]]
+
+
+def _process(report: Report) -> str:
+    if report.pid is None:
+        return ""
+    name = f" ({report.argv0})" if report.argv0 else ""
+    thread = f", thread {report.thread}" if report.thread is not None else ""
+    return f"{report.pid}{name}{thread}"
+
+
+def _ran_for(report: Report) -> str:
+    if report.started_ns is None or report.time_ns is None:
+        return ""
+    minutes, seconds = divmod((report.time_ns - report.started_ns) // 10**9, 60)
+    return f"{minutes // 60} h {minutes % 60} min {seconds} s"
+
+
+def _is_nearly_full(report: Report) -> bool | None:
+    """None when that cannot be told."""
+    memory = report.memory
+    if memory is None:
+        return None
+    shares = []
+    if memory.ceiling:
+        used = max(memory.active or 0, memory.footprint or 0)
+        shares.append(used / memory.ceiling)
+    if memory.system_total and memory.system_available is not None:
+        shares.append(1 - memory.system_available / memory.system_total)
+    return max(shares) > _NEARLY_FULL if shares else None
+
+
+def _memory(report: Report) -> list[tuple[str, ...]]:
+    memory = report.memory
+    if memory is None:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for name in ("active", "peak", "cache", "footprint"):
+        value = getattr(memory, name)
+        if value is not None:
+            share = f", {value / memory.ceiling:.0%}" if memory.ceiling else ""
+            rows.append((name, size(value) + share))
+    if memory.ceiling:
+        rows.append(("ceiling", f"{size(memory.ceiling)}, 100%"))
+    if memory.system_total:
+        free = size(memory.system_available)
+        rows.append(("system", f"{size(memory.system_total)}, {free} available"))
+    return rows
+
+
+def chart(report: Report) -> list[str]:
+    """Active memory over time as bars, the ceiling as a line above them."""
+    points = [p for p in report.memory_history if p.active is not None][-64:]
+    top = max((max(p.active or 0, p.ceiling or 0) for p in points), default=0)
+    if len(points) < 2 or top <= 0:
+        return []
+    eighths = _CHART_ROWS * 8
+    lines = []
+    for row in range(_CHART_ROWS - 1, -1, -1):
+        cells = ""
+        for point in points:
+            bar = (point.active or 0) * eighths // top - row * 8
+            ceiling = ((point.ceiling or 0) * eighths // top - 1) // 8
+            if bar > 0:
+                cells += " ▁▂▃▄▅▆▇█"[min(bar, 8)]
+            else:
+                cells += "─" if point.ceiling and ceiling == row else " "
+        lines.append(cells)
+    lines[0] += f" {size(top)}"
+    first, last = points[0].time_ns, points[-1].time_ns
+    if first is not None and last is not None:
+        lines.append(f"the last {(last - first) / 1e9:.0f} s of active memory")
+    return lines
+
+
+def _requests(report: Report) -> list[tuple[str, ...]]:
+    if not report.requests:
+        return []
+    rows: list[tuple[str, ...]] = [
+        ("request", "path", "prompt", "prefilled", "answered", "age")
+    ]
+    for r in report.requests:
+        age = "?" if r.age_ms is None else f"{r.age_ms / 1000:.1f} s"
+        counts = (r.prompt_tokens, r.prefilled, r.tokens)
+        shown = ("?" if c is None else str(c) for c in counts)
+        rows.append((r.id or "?", r.path or "?", *shown, age))
+    return rows
+
+
+def _timeline(report: Report) -> list[tuple[str, ...]]:
+    """Breadcrumbs, faults and command buffers in the order of their time."""
+    placed = [
+        (b.time_ns, b.kind or "note", _crumb(b.text, b.fields))
+        for b in report.breadcrumbs
+        if b.time_ns is not None
+    ]
+    placed += [
+        (f.time_ns, "fault", _one_line(f"{_fault(f.code)} {f.label or ''}"))
+        for f in report.faults
+        if f.time_ns is not None
+    ]
+    placed += [
+        (b.time_ns, "buffer", _buffer(b))
+        for b in report.command_buffers
+        if b.time_ns is not None
+    ]
+    if not placed:
+        return []
+    event = report.time_ns if report.time_ns is not None else max(p[0] for p in placed)
+    placed.append((event, report.why or "report", headline(report)))
+    placed.sort(key=lambda p: p[0])
+    rows: list[tuple[str, ...]]
+    rows = [(f"{(t - event) / 1e9:+.3f}", kind, text) for t, kind, text in placed]
+    left = len(rows) - _TIMELINE_MAX
+    if left > 0:
+        rows[:left] = [("…", "", f"{left} earlier ones; --json has all")]
+    return rows
+
+
+def _timeless(report: Report) -> list[tuple[str, ...]]:
+    """The command buffers that have no place in the time line."""
+    return [(_buffer(b),) for b in report.command_buffers if b.time_ns is None]
+
+
+def _crumb(text: str | None, fields: dict[str, object]) -> str:
+    shown = (f"{name}={value}" for name, value in fields.items())
+    return _one_line(" ".join([text or "", *shown]))
+
+
+def _buffer(b: CommandBuffer) -> str:
+    took = ""
+    if b.gpu_start_s and b.gpu_end_s:
+        took = f", {(b.gpu_end_s - b.gpu_start_s) * 1000:.1f} ms"
+    failed = f", {_fault(b.code)}" if b.code is not None and b.code > 0 else ""
+    name = " ".join(p for p in (b.queue, b.label) if p)
+    return _one_line(f"{b.number} {name}: {b.status or '?'}{took}{failed}")
+
+
+def _native_stack(report: Report) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for i, frame in enumerate(report.native_stack):
+        image = (frame.image or "?").rpartition("/")[2]
+        place = f"{image} + {frame.offset or frame.address or '?'}"
+        rows.append((str(i), frame.symbol or "", place))
+    return rows
+
+
+def _versions(report: Report) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in report.context.items():
+        if isinstance(value, dict):
+            rows += [(f"{name}.{key}", v) for key, v in value.items()]
+        elif value is not None:
+            rows.append((name, value))
+    return [(name, _one_line(_joined(value))) for name, value in rows]
+
+
+def _joined(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)

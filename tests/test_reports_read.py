@@ -1,0 +1,276 @@
+"""Reading one crash report: whole, cut, damaged, and in plain words."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlx_safe.forensics import reader, recover, words
+from support import reports
+
+# The same examples in each run: a slow machine, or bad luck, fails nothing.
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+WHOLE = json.dumps(reports.sample()).encode()
+
+
+# ---- one report --------------------------------------------------------------
+
+
+def test_a_whole_report_is_read_whole() -> None:
+    report = reader.parse(WHOLE)
+    assert report.problems == []
+    assert report.other == {}
+    assert report.memory is not None
+    assert report.memory.system_available is None  # -1 is unknown
+    expected = reports.sample()
+    expected["memory"]["system_available"] = None
+    read = report.as_dict()
+    for name in ("memory_history",):
+        expected[name] = [
+            dict(zip(("time_ns", "active", "ceiling"), row, strict=True))
+            for row in expected[name]
+        ]
+    for name, value in expected.items():
+        assert read[name] == value, name
+    reports.every_way_to_show(report)
+
+
+def test_cut_at_any_byte_every_whole_member_is_there() -> None:
+    whole = reader.parse(WHOLE).as_dict()
+    ends = {}
+    for name in reports.sample():
+        # A member is whole once the comma behind it is there.
+        after = json.dumps(dict(_until(name))).encode()[:-1] + b","
+        ends[name] = len(after)
+    for end in range(len(WHOLE)):
+        report = reader.parse(WHOLE[:end])
+        assert report.problems, end
+        read = report.as_dict()
+        for name, needed in ends.items():
+            if end >= needed:
+                assert read[name] == whole[name], (end, name)
+        if end % 7 == 0:
+            reports.every_way_to_show(report)
+
+
+def _until(last: str) -> list[tuple[str, Any]]:
+    members = list(reports.sample().items())
+    return members[: [name for name, _ in members].index(last) + 1]
+
+
+def test_a_cut_text_is_shown_up_to_the_cut() -> None:
+    end = WHOLE.index(b"line 3 in serve")
+    report = reader.parse(WHOLE[:end])
+    assert report.python_stacks is not None
+    assert report.python_stacks.endswith('app.py", ')
+    assert report.memory is not None
+    assert not report.complete
+    assert "cut" in report.problems[0]
+    inside_escape = b'{"schema": 1, "why": "fault", "argv0": "x\\u00'
+    assert reader.parse(inside_escape).argv0 == "x"
+
+
+@FUZZ
+@given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255))))
+def test_flipped_bytes(flips: list[tuple[int, int]]) -> None:
+    data = bytearray(WHOLE)
+    for at, value in flips:
+        data[at] = value
+    reports.every_way_to_show(reader.parse(bytes(data)))
+
+
+@FUZZ
+@given(st.binary(max_size=200))
+def test_any_bytes(data: bytes) -> None:
+    reports.every_way_to_show(reader.parse(data))
+
+
+ANY_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(st.characters(codec=None), max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@FUZZ
+@given(st.data())
+def test_any_type_in_any_member(data: st.DataObject) -> None:
+    report = reports.sample()
+    for _ in range(data.draw(st.integers(1, 4))):
+        holder: Any = report
+        name = data.draw(st.sampled_from(sorted(report)))
+        inner = report[name]
+        if isinstance(inner, list) and inner and data.draw(st.booleans()):
+            holder, name = inner, 0
+            inner = inner[0]
+        if isinstance(inner, dict) and inner and data.draw(st.booleans()):
+            holder, name = inner, data.draw(st.sampled_from(sorted(inner)))
+        holder[name] = data.draw(ANY_JSON)
+    text = json.dumps(report, ensure_ascii=data.draw(st.booleans()))
+    reports.every_way_to_show(reader.parse(text.encode("utf-8", "surrogatepass")))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        (b"\0" * 4096, "empty"),
+        (b"[1, 2]", "expected a JSON object, found a list"),
+        (b'"text"', "expected a JSON object, found a str"),
+        (b"\x89PNG\r\n\x1a\n", "not valid UTF-8"),
+        ('{"schema": 1}'.encode("utf-16"), "not valid UTF-8"),
+        (b"[" * 200_000, "nested deeper than"),
+        (b'{"a":' * 200_000, "nested deeper than"),
+        (b'{"schema": 2, "why": "fault"}', "schema 2 is newer than"),
+        (b'{"schema": 1, "why": 7}', "why: expected a text, found a number"),
+        (b'{"schema": 1, "why": "boredom"}', "why: 'boredom' is none of"),
+        (b'{"why": "fault", "pid": true}', "pid: expected a whole number"),
+        (b'{"why": "fault", "pid": 1e400}', ""),
+        (b'{"why": "fault", "pid": NaN}', ""),
+        (b'{"why": "fault", "pid": ' + b"9" * 5000 + b"}", ""),
+        (b'{"why": "fault", "faults": [[], 3, {"code": "x"}]}', "faults[1]"),
+        (WHOLE + b"\0" * 100, "100 zero bytes at the end"),
+        (WHOLE + WHOLE, "more text after the end"),
+        (WHOLE.replace(b'"complete": true', b'"epoch": 3'), "not complete"),
+    ],
+)
+def test_what_is_wrong_is_said(data: bytes, problem: str) -> None:
+    report = reader.parse(data)
+    assert any(problem in p for p in report.problems), report.problems
+    reports.every_way_to_show(report)
+
+
+def test_the_rest_of_a_damaged_report_is_read() -> None:
+    damaged = reports.sample(memory=["none"], requests=[{"id": 5, "tokens": 3}])
+    report = reader.parse(json.dumps(damaged).encode())
+    assert report.memory is None
+    assert report.requests[0].id is None
+    assert report.requests[0].tokens == 3
+    assert len(report.faults) == 1
+    assert report.problems == [
+        "memory: expected an object, found a list",
+        "requests[0].id: expected a text, found a number",
+    ]
+
+
+def test_a_huge_file_is_read_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "SIZE_MAX", 1 << 20)
+    huge = reports.sample(python_stacks="x" * (2 << 20))
+    report = reader.read(reports.write(tmp_path, huge))
+    assert report.faults
+    assert any("larger than 1 MiB" in p for p in report.problems)
+
+
+def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, problem in (
+        (tmp_path, "not a file"),
+        (tmp_path / "pipe", "not a file"),
+        (tmp_path / "none", "No such file"),
+        ("nul\0", "null byte"),
+    ):
+        (found,) = reader.read(path).problems
+        assert "cannot be read" in found
+        assert problem in found
+
+    def denied(*arguments: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", denied)  # root may read everything
+    report = reader.read(tmp_path / "x.json")
+    assert report.problems == ["cannot be read: Permission denied"]
+
+
+def test_a_report_cannot_steer_the_terminal() -> None:
+    text = "\x1b[2J\x9b\u202egpj\r"
+    report = reader.parse(json.dumps(reports.sample(exception_message=text)).encode())
+    assert report.exception_message == "\ufffd[2J\ufffd\ufffdgpj\ufffd"
+
+
+def test_numbers_that_json_cannot_hold_again() -> None:
+    assert recover.loads("[NaN, Infinity, 1e999, 12]") == ([None, None, None, 12], [])
+
+
+# ---- in words ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "the GPU failed a command buffer: out of memory (code 8)"),
+        ({"code": 14}, "interactivity (code 0xe)"),
+        ({"code": 99}, "not known (code 0x63)"),
+        ({"why": "terminate"}, "that nothing caught ended the process: out of memory"),
+        ({"why": "terminate", "code": -1}, 'std::runtime_error: a "quoted" message'),
+        (
+            {"why": "terminate", "code": -1, "exception_type": "N3mlx4core5ErrorE"},
+            "mlx::core::Error: a",
+        ),
+        ({"why": "signal"}, "crashed: SIGSEGV, a bad memory access at 0x10"),
+        ({"why": "stall"}, "made no progress"),
+        ({"why": "died"}, "the process was killed, or the machine stopped"),
+    ],
+)
+def test_headlines(changes: dict[str, Any], expected: str) -> None:
+    report = reader.parse(json.dumps(reports.sample(**changes)).encode())
+    assert expected in words.headline(report)
+
+
+def test_advice_is_that_of_the_table_or_of_the_memory() -> None:
+    def advice(**changes: Any) -> str:
+        report = reports.sample(why="died", code=None, **changes)
+        return words.advice(reader.parse(json.dumps(report).encode()))
+
+    with_code = reader.parse(WHOLE)
+    assert "iogpu.wired_limit_mb" in words.advice(with_code)
+    assert "nearly full" in advice()
+    low = {"active": 1, "ceiling": 100, "system_total": 100, "system_available": 5}
+    assert advice(memory=low).startswith("Memory was nearly full")
+    low["system_available"] = 50
+    assert "memory was not nearly full" in advice(memory=low)
+    assert advice(memory={"active": 5}).endswith("who ended the process.")
+
+
+def test_the_time_line_is_in_order_and_relative() -> None:
+    sections = {s.title: s.rows for s in words.sections(reader.parse(WHOLE))}
+    rows = sections["Time line (seconds before and after)"]
+    assert [row[:2] for row in rows] == [
+        ("-2.000", "request"),
+        ("-1.000", "note"),
+        ("-0.500", "buffer"),
+        ("+0.000", "fault"),
+        ("+0.000", "fault"),
+    ]
+    assert rows[0][2] == "started prompt_tokens=900"
+    assert "812 0x600000 prefill: error, 250.0 ms" in rows[2][2]
+
+
+def test_the_chart_shows_memory_under_its_ceiling() -> None:
+    history = [[i, 9 * reports.GIB, 18 * reports.GIB] for i in range(20)]
+    data = json.dumps(reports.sample(memory_history=history)).encode()
+    lines = words.chart(reader.parse(data))
+    assert lines[0] == "─" * 20 + " 18.0 GiB"
+    assert lines[1].strip() == ""
+    assert lines[3] == "█" * 20  # half of six rows are full
+    assert lines[5] == "█" * 20
