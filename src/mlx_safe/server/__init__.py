@@ -32,6 +32,8 @@ _share_request``,                `generator`         all take the same steps
 ``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies
 ``APIHandler.                    `handler`           tells the truth
 handle_health_check``
+``LRUPromptCache``               `prompt_cache`      entries are complete and hold
+                                                     what they count
 ``ModelProvider.load`` (object)  `generator`         an unknown model is a 404
 ===============================  ==================  ==========================
 

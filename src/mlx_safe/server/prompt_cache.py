@@ -131,8 +131,8 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
             if can_trim_prompt_cache(cache):
                 trim_prompt_cache(cache, 1)
             else:
-                cache, _ = super().fetch_nearest_cache(model, tokens[:-1])
-            rest = tokens[-1:] if cache is not None else tokens
+                cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+            rest = [*rest, tokens[-1]]
         if cache is None:
             self.events["misses"] += 1
             return cache, rest
