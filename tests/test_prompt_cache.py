@@ -23,7 +23,7 @@ from mlx_safe import epoch, testing
 from mlx_safe.server import prompt_cache
 from mlx_safe.server.prompt_cache import PromptCache
 from support import child
-from support.server import CONTROLLED, Answer, Server
+from support.server import CONTROLLED, Answer, Server, eventually
 
 MODEL = ("model", None, None)
 HEADS, WIDTH = 2, 4
@@ -387,7 +387,9 @@ def test_the_flags_hold_while_requests_run(tiny_model: Path) -> None:
                     assert answer.status == 200
                 too_large = metric(server, "prompt_cache_too_large")
                 assert server.chat("word " * 300, **more).status == 200
-                assert metric(server, "prompt_cache_too_large") > too_large
+                assert eventually(
+                    lambda n=too_large: metric(server, "prompt_cache_too_large") > n
+                )
         finally:
             done.set()
             watcher.join(30)

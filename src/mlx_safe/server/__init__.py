@@ -12,7 +12,8 @@ mlx_lm.server                    here                why
 ``ResponseGenerator.             `generator`         the one place that every
 _next_request``                                      request passes: its queue is
                                                      replaced by a `Ticket`
-``ResponseGenerator._tokenize``  `generator`         tells a bad request from a
+``ResponseGenerator._tokenize``  `generator`,        cuts a prompt that is too long;
+                                 `overflow`          tells a bad request from a
                                                      failed generation; a replay
                                                      goes on after the tokens that
                                                      its client has
@@ -34,6 +35,7 @@ _share_request``,                `generator`         all take the same steps
 handle_health_check``
 ``LRUPromptCache``               `prompt_cache`      entries are complete and hold
                                                      what they count
+``Model.make_cache``             `kv_window`         --max-kv-size
 ``ModelProvider.load`` (object)  `generator`         an unknown model is a 404
 ===============================  ==================  ==========================
 

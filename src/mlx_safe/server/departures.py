@@ -57,6 +57,11 @@ class Departures:
                 self._watched[connection] = ticket
         self._wake.set()
 
+    def ticket(self, connection: socket.socket) -> Ticket | None:
+        """The request that was named for ``connection``."""
+        with self._lock:
+            return self._watched.get(connection)
+
     def _run(self) -> None:
         while True:
             with self._lock:

@@ -19,13 +19,16 @@ import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _faults, errors, testing
+from . import kv_window
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
+from .overflow import Cut, Overflow
 from .ranks import AllStop
 from .replay import REFUSE_FOR_S, Replays, Resumed
 from .replies import (
     BadRequest,
+    ContextTooLong,
     ModelNotFound,
     Unavailable,
     is_allocation_failure,
@@ -39,6 +42,9 @@ __all__ = ["Answered", "GenerationFailed", "ProtectedResponseGenerator"]
 log = logging.getLogger("mlx_safe.server")
 
 STOP_TIMEOUT_S = 3.0
+
+# What a request may end with that is no failure of the server.
+EXPECTED = (BadRequest, ContextTooLong, ModelNotFound)
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
@@ -80,9 +86,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         condition: Condition,
         replay_attempts: int,
         stall_timeout_s: float,
+        overflow: Overflow,
+        max_kv_size: int | None = None,
         injections: bool = False,
     ) -> None:
         self.condition = condition
+        self._overflow = overflow
+        self._max_kv_size = max_kv_size
         self.flight = Flight()
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
@@ -177,6 +187,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                     raise
                 log.info("a model cannot be loaded: %s", _one_line(e))
                 raise ModelNotFound(_one_line(e)) from e
+            if self._max_kv_size and provider.draft_model is None:
+                kv_window.limit(model, self._max_kv_size)
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
@@ -188,8 +200,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         try:
             self._check_limits(args)
-            found = super()._tokenize(tokenizer, request, args)
-        except BadRequest:
+            read = super()._tokenize
+            found, cut = self._overflow.fit(
+                request, lambda request: read(tokenizer, request, args)
+            )
+        except EXPECTED:
             raise
         except Exception as e:
             raise BadRequest(f"The prompt cannot be read: {_one_line(e)}") from e
@@ -197,7 +212,16 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         # fail is this request's own.
         for word in args.stop_words:
             tokenizer.encode(word, add_special_tokens=False)
-        return self._resumed.prompt(found, ticket_of(request))
+        ticket = ticket_of(request)
+        if cut is not None and ticket is not None:
+            self._note_cut(cut, ticket)
+        return self._resumed.prompt(found, ticket)
+
+    def _note_cut(self, cut: Cut, ticket: Ticket) -> None:
+        if ticket.context is None:  # not again when it is run again
+            log.info("a prompt was %s (--max-prompt-tokens)", cut)
+            self.metrics.truncations.inc()
+            ticket.headers["X-Prompt-Truncated"] = str(cut)
 
     def _check_limits(self, args: Any) -> None:
         """mlx-lm writes the biases without a look: out of bounds is a crash."""
@@ -315,8 +339,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return
         passing = errors.from_exception(exc) or is_allocation_failure(exc)
         if ticket.context is None and not passing:
-            expected = isinstance(exc, BadRequest | ModelNotFound)
-            if not expected:
+            if not isinstance(exc, EXPECTED):
                 log.error("a request could not be begun", exc_info=exc)
             ticket.fail(_portable(exc))
             self.metrics.failures.labels(reply_for(exc).code).inc()
@@ -509,7 +532,7 @@ def _epoch_is_exact() -> bool:
 
 def _portable(exc: Exception) -> Exception:
     """``exc`` as it may be given to another thread: without its traceback."""
-    if isinstance(exc, BadRequest | ModelNotFound | MemoryError):
+    if isinstance(exc, (*EXPECTED, MemoryError)):
         return type(exc)(str(exc))
     if isinstance(exc, RuntimeError):
         return RuntimeError(str(exc))  # `reply_for` reads the allocators' messages

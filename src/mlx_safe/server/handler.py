@@ -65,6 +65,13 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         super()._set_stream_headers(status_code)
         self._hold_headers = True
 
+    def _set_cors_headers(self) -> None:
+        """The last that mlx-lm does before it ends the headers of any answer."""
+        super()._set_cors_headers()
+        ticket = self.response_generator.departures.ticket(self.connection)
+        for name, value in ticket.headers.items() if ticket else ():
+            self.send_header(name, value)
+
     def flush_headers(self) -> None:
         if not self._hold_headers:
             super().flush_headers()

@@ -17,10 +17,14 @@ from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError
 from ..forensics import startup
 from . import compat, ranks, supervisor
+from .overflow import Overflow
 
 __all__ = ["run", "serve"]
 
 log = logging.getLogger("mlx_safe.server")
+
+# Fewer tokens than a model's templates take are of no use to anyone.
+KV_WINDOW_MIN = 32
 
 
 def _own_parser() -> argparse.ArgumentParser:
@@ -54,6 +58,34 @@ def _own_parser() -> argparse.ArgumentParser:
         "get a 503, the process leaves with status 75; 0: never (default: 600)",
     )
     parser.add_argument(
+        "--max-prompt-tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens that a prompt may have (default: no limit)",
+    )
+    parser.add_argument(
+        "--prompt-overflow-policy",
+        choices=["error", "truncate"],
+        default="error",
+        help="what happens to a longer one: a 400 with code context_length_exceeded, "
+        "or the oldest turns of the chat are left out (default: error)",
+    )
+    parser.add_argument(
+        "--prompt-keep-tokens",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="with truncate: tokens of the beginning that stay; of a chat, whole "
+        "messages after the system prompt, which always stays (default: 0)",
+    )
+    parser.add_argument(
+        "--max-kv-size",
+        type=_window,
+        metavar="N",
+        help="tokens that a request's KV cache holds: the model sees the last N "
+        "only, and answers get worse beyond them (default: no limit)",
+    )
+    parser.add_argument(
         "--supervise",
         action="store_true",
         help="start the server again when it ends, in a small parent process that "
@@ -66,6 +98,22 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
     return int(text)
+
+
+def _positive(text: str) -> int:
+    value = _count(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text!r}")
+    return value
+
+
+def _window(text: str) -> int:
+    value = _count(text)
+    if value < KV_WINDOW_MIN:
+        raise argparse.ArgumentTypeError(
+            f"must be at least {KV_WINDOW_MIN}, not {text!r}"
+        )
+    return value
 
 
 def _seconds(text: str) -> float:
@@ -139,6 +187,10 @@ def run(
     once, and a client that comes early waits instead of being refused.
     """
     _check_paths(model_provider.cli_args)
+    _check_kv_flags(own, model_provider.cli_args)
+    overflow = Overflow(
+        own.max_prompt_tokens, own.prompt_overflow_policy, own.prompt_keep_tokens
+    )
     install(on_terminate="drain")
     # MLX must be imported and the classes derived before the thread starts.
     from .condition import EXIT_REPLACE, Condition
@@ -183,6 +235,8 @@ def run(
         Condition(),
         replay_attempts=own.replay_attempts,
         stall_timeout_s=own.stall_timeout,
+        overflow=overflow,
+        max_kv_size=own.max_kv_size,
         injections=injections,
     )
     with watch:
@@ -273,6 +327,18 @@ def _check_paths(args: argparse.Namespace) -> None:
                 f"{option} {value}: there is no such directory; give the path of an "
                 "MLX model, or a hub name like mlx-community/SmolLM2-135M-Instruct"
             )
+
+
+def _check_kv_flags(own: argparse.Namespace, args: argparse.Namespace) -> None:
+    if args.prompt_cache_size < 0:
+        raise CommandError("--prompt-cache-size: must be 0 or more")
+    if own.max_kv_size is None:
+        return
+    # mlx-lm cannot rewind or quantize the rotating caches that it needs.
+    for flag in ("draft_model", "kv_bits"):
+        if getattr(args, flag, None):
+            option = "--" + flag.replace("_", "-")
+            raise CommandError(f"--max-kv-size cannot be used with {option}")
 
 
 def _may_be_on_the_hub(name: str) -> bool:

@@ -66,6 +66,11 @@ class Metrics:
             "Times the generation state was reset",
             registry=self.registry,
         )
+        self.truncations = Counter(
+            "mlx_safe_prompts_truncated",
+            "Prompts that were cut to --max-prompt-tokens",
+            registry=self.registry,
+        )
         self._gauge("mlx_safe_faults", "Faults of the GPU so far", _core.epoch)
         self._gauge(
             "mlx_safe_faults_dropped", "Faults whose record was lost", _core.dropped

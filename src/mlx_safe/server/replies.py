@@ -13,6 +13,7 @@ from .. import errors
 
 __all__ = [
     "BadRequest",
+    "ContextTooLong",
     "ModelNotFound",
     "Reply",
     "Unavailable",
@@ -29,6 +30,10 @@ class BadRequest(Exception):
 
 class ModelNotFound(Exception):
     """The model that the request names cannot be loaded."""
+
+
+class ContextTooLong(Exception):
+    """The request can never be served here; the message says why."""
 
 
 class Unavailable(Exception):
@@ -83,6 +88,8 @@ def reply_for(exc: BaseException) -> Reply:
             "model_not_found",
             "The model that the request names cannot be loaded.",
         )
+    if isinstance(exc, ContextTooLong):
+        return Reply(400, "invalid_request_error", "context_length_exceeded", str(exc))
     if isinstance(exc, Unavailable):
         return Reply(
             503, "service_unavailable_error", "unavailable", str(exc), RETRY_AFTER_S

@@ -41,6 +41,7 @@ class Ticket:
         attempts: how often it was run again after a fault.
         finished: its last token was passed on.
         may_be_stopped: False: its context is left alone when it ends early.
+        headers: HTTP headers that go with the answer.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Ticket:
         self.attempts = 0
         self.finished = False
         self.may_be_stopped = True
+        self.headers: dict[str, str] = {}
 
     @property
     def stopped(self) -> bool:
