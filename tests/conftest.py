@@ -14,13 +14,26 @@ ROOT = Path(__file__).parent
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the tiny random model; made in a child, which uses MLX."""
-    directory = tmp_path_factory.mktemp("tiny-model")
-    subprocess.run(
-        [sys.executable, str(ROOT / "support" / "tiny_model.py"), str(directory)],
-        check=True,
-        timeout=120,
-    )
+    """Directory of the tiny random model."""
+    return make_model("tiny_model.py", tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another tiny random model, which drafts little of what the first says."""
+    return make_model("tiny_model.py", tmp_path_factory.mktemp("draft-model"), "1")
+
+
+@pytest.fixture(scope="session")
+def scripted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of the model that thinks and calls a tool."""
+    return make_model("scripted_model.py", tmp_path_factory.mktemp("scripted-model"))
+
+
+def make_model(program: str, directory: Path, *arguments: str) -> Path:
+    """Runs one of the programs that make a model; in a child, as it uses MLX."""
+    command = [str(ROOT / "support" / program), str(directory), *arguments]
+    subprocess.run([sys.executable, *command], check=True, timeout=120)
     return directory
 
 

@@ -29,7 +29,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
 @pytest.fixture
 def server(tiny_model: Path) -> Iterator[Server]:
     """The protected server; `Server.plan` fails steps of it."""
-    with Server(tiny_model, program=CONTROLLED, inject="any:1000000000") as server:
+    with Server(tiny_model, program=CONTROLLED) as server:
         yield server.wait_ready()
 
 
@@ -214,7 +214,7 @@ def test_a_client_that_leaves_is_not_run_again(server: Server) -> None:
 
 @pytest.mark.real_model
 def test_the_real_model_goes_on_where_it_was(real_model: Path) -> None:
-    with Server(real_model, program=CONTROLLED, inject="any:1000000000") as server:
+    with Server(real_model, program=CONTROLLED) as server:
         server.wait_ready()
         ask = {"max_tokens": 16, "stream": True}
         question = "Name three colours."

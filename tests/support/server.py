@@ -40,21 +40,34 @@ server.main()
 """
 
 
-# The protected server, with fault plans read from its standard input; each
-# counts steps from when it is read.
+NEVER = 10**9  # a step that no test comes to
+
+# The protected server, told by lines of its standard input. A fault plan counts
+# steps from when it is read and takes the place of the one before; "memory" asks
+# for the bytes of MLX's arrays, "steps" for the number of steps so far.
 CONTROLLED = """
 import os, sys, threading
+import mlx.core as mx
 from mlx_safe import testing
 from mlx_safe.cli import main
+counter = testing.inject("any", NEVER)
 def listen():
+    planned = []
     for line in sys.stdin:
-        for plan in testing.parse_plan(line):
-            testing.inject(**plan)
+        if line == "memory\\n":
+            answer = f"memory: {mx.get_active_memory()}\\n"
+        elif line == "steps\\n":
+            answer = f"steps: {counter.seen}\\n"
+        else:
+            for plan in planned:
+                plan.cancel()
+            planned = [testing.inject(**p) for p in testing.parse_plan(line)]
+            answer = f"planned: {line}"
         # One write, or the log of another thread gets in between.
-        os.write(1, f"planned {line}".encode())
+        os.write(1, answer.encode())
 threading.Thread(target=listen, daemon=True).start()
 sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+""".replace("NEVER", str(NEVER))
 
 
 def free_port() -> int:
@@ -72,6 +85,12 @@ class Answer:
     body: str = ""
     events: list[Any] = field(default_factory=list)
     broken: str | None = None
+
+    def with_events(self) -> Answer:
+        """Itself, with the events that are in its body."""
+        lines = [x for x in self.body.splitlines() if x.startswith("data: {")]
+        self.events = [json.loads(line[len("data: ") :]) for line in lines]
+        return self
 
     @property
     def json(self) -> Any:
@@ -122,9 +141,12 @@ class Server:
         env: dict[str, str] | None = None,
         program: str | None = None,
     ) -> None:
+        self.model = Path(model)
         self.port = free_port()
         command = [sys.executable]
         program = STOCK if stock else program
+        if program is CONTROLLED:
+            inject = inject or f"any:{NEVER}"  # or steps are not counted
         command += ["-c", program] if program else ["-m", "mlx_safe", "serve"]
         command += ["--model", str(model), "--port", str(self.port), *arguments]
         environment = dict(os.environ, MLX_SAFE_INJECT=inject, HF_HUB_OFFLINE="1")
@@ -149,12 +171,23 @@ class Server:
 
     def plan(self, text: str) -> None:
         """Plans faults in a server that runs `CONTROLLED`."""
-        before = self.log.count("planned ")
+        self._tell(text, "planned: ")
+
+    def ask(self, what: str) -> int:
+        """``"memory"`` or ``"steps"`` of a server that runs `CONTROLLED`."""
+        return int(self._tell(what, f"{what}: "))
+
+    def _tell(self, line: str, receipt: str) -> str:
+        """Writes a line to the server; what it answers after ``receipt``."""
+        seen = len(self._lines)
         assert self.process.stdin is not None
-        self.process.stdin.write(text + "\n")
+        self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         deadline = time.monotonic() + 10
-        while self.log.count("planned ") == before:
+        while True:
+            for answer in self._lines[seen:]:
+                if receipt in answer:
+                    return answer.split(receipt)[1]
             assert time.monotonic() < deadline, self.log
             time.sleep(0.002)
 
@@ -243,10 +276,7 @@ class Server:
                     answer.body += line.decode()
             except (OSError, http.client.HTTPException) as e:
                 answer.broken = f"{type(e).__name__}: {e}"
-        for line in answer.body.splitlines():
-            if line.startswith("data: {"):
-                answer.events.append(json.loads(line[6:]))
-        return answer
+        return answer.with_events()
 
     def chat(
         self, text: str = "hello there", timeout: float = REQUEST_TIMEOUT_S, **more: Any

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>"
@@ -18,21 +20,35 @@ CHAT_TEMPLATE = (
 SPECIAL = ["<eos>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
 
 
-def make_tokenizer(directory: Path) -> int:
-    """Writes a byte-level tokenizer; returns the size of its vocabulary."""
+def make_tokenizer(
+    directory: Path,
+    special: Sequence[str] = SPECIAL,
+    template: str = CHAT_TEMPLATE,
+    words: Sequence[str] = (),
+    merges: Sequence[tuple[str, str]] = (),
+) -> Any:
+    """Writes a byte-level tokenizer and returns it.
+
+    ``words`` are tokens that only a model can say: text is cut into bytes, and
+    what ``merges`` makes of them.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {c: i for i, c in enumerate(alphabet)}
-    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    merged = ["".join(pair) for pair in merges]
+    tokens = dict.fromkeys([*alphabet, *merged, *words])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(SPECIAL)
+    raw.add_special_tokens(list(special))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
-    return len(alphabet) + len(SPECIAL)
+    return tokenizer
 
 
 def make(directory: Path, seed: int = 0) -> Path:
@@ -42,7 +58,7 @@ def make(directory: Path, seed: int = 0) -> Path:
     from mlx_lm.models import llama
 
     directory.mkdir(parents=True, exist_ok=True)
-    vocabulary = make_tokenizer(directory)
+    vocabulary = len(make_tokenizer(directory).get_vocab())
     config = {
         "model_type": "llama",
         "hidden_size": 64,

@@ -1,0 +1,131 @@
+"""No request is lost: conversations of three clients at once, and a fault at step n.
+
+The clients are the openai package, curl and Python's own; the model thinks, speaks
+and calls a tool (`support.scripted_model`). Each conversation must end with the text
+it has without a fault. Each failure names the seed and the step.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.clients import CLIENTS, LIMIT_S, Said, ask_plain
+from support.scripted_model import bias
+from support.server import CONTROLLED, Server
+
+QUESTIONS = [
+    "Where do the ships go?",
+    "Count my birds.",
+    "I like long trains. Which of them are blue, and which are as old as the trees?",
+]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "parameters": {"type": "object", "properties": {"what": {"type": "string"}}},
+    },
+}
+PATHS: dict[str, dict[str, Any]] = {
+    "batched": {},
+    "sequential": {"seed": 1},
+    "sampled": {"seed": 7, "temperature": 2.0},
+}
+# Steps that are failed of each sweep; drawn with SEED, the first and the last with
+# them. The steps of a run are not quite the same each time: three clients.
+SAMPLES = 10
+SEED = 20261121
+
+
+@pytest.fixture(scope="module")
+def server(scripted_model: Path) -> Iterator[Server]:
+    """One server for all sweeps; `Server.plan` fails steps of it."""
+    arguments = ("--prefill-step-size", "64")
+    with Server(scripted_model, *arguments, program=CONTROLLED) as server:
+        yield server.wait_ready()
+
+
+Conversation = list[Said]
+
+
+def converse(server: Server, client: int, **more: Any) -> Conversation:
+    """A question, a tool call, its result, an answer, and a question on it."""
+    messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTIONS[client]}]
+    turns: Conversation = []
+    for turn in range(3):
+        body = {"messages": messages, "tools": [TOOL], "max_tokens": 40, **more}
+        body["logit_bias"] = bias(server.model, call=turn == 0)
+        if more.get("stream"):
+            body["stream_options"] = {"include_usage": True}
+        answer = CLIENTS[client](server, body)
+        turns.append(answer)
+        if answer.error:
+            break
+        messages.append(answer.message())
+        if answer.calls:
+            result = f"{answer.calls[0][1]} has {client} of them"
+            messages.append({"role": "tool", "tool_call_id": "0", "content": result})
+        else:
+            messages.append({"role": "user", "content": "And then?"})
+    return turns
+
+
+def converse_at_once(server: Server, what: str, **more: Any) -> list[Conversation]:
+    """All clients; ``what`` is said when one of them has no answer in time."""
+    results: list[Conversation] = [[] for _ in CLIENTS]
+
+    def one(client: int) -> None:
+        results[client] = converse(server, client, **more)
+
+    threads = [
+        threading.Thread(target=one, args=(i,), daemon=True)
+        for i in range(len(CLIENTS))
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(LIMIT_S)
+    assert not any(t.is_alive() for t in threads), f"{what}: a client waits for ever"
+    return results
+
+
+def undisturbed(server: Server, **more: Any) -> tuple[list[Conversation], int]:
+    """The conversations without a fault, and how many steps they take."""
+    before = server.ask("steps")
+    expected = converse_at_once(server, "no fault", **more)
+    for turns in expected:
+        assert [bool(turn.calls) for turn in turns] == [True, False, False]
+        assert [turn.finish for turn in turns] == ["tool_calls", "stop", "stop"]
+        assert all(turn.content and turn.reasoning for turn in turns)
+        assert all(turn.usage for turn in turns)
+    assert len({str(turns) for turns in expected}) == len(CLIENTS)
+    return expected, server.ask("steps") - before
+
+
+def failures(server: Server) -> int:
+    return int(server.metric("mlx_safe_generation_failures_total"))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("times", ["once", "twice"])
+def test_sweep(server: Server, times: str, path: str, stream: bool) -> None:
+    """Fails step n of the conversations, for n that are drawn, from 1 to the last."""
+    more = {**PATHS[path], "stream": stream}
+    expected, steps = undisturbed(server, **more)
+    drawn = random.Random(f"{SEED} {times} {path} {stream}")
+    for n in [1, *sorted(drawn.sample(range(2, steps), SAMPLES)), 2 * steps]:
+        plan = f"any:{n}:8" + (f",any:{n + 1}:2" if times == "twice" else "")
+        where = f"seed {SEED}, {plan}, of {steps} steps"
+        before = failures(server)
+        server.plan(plan)
+        assert converse_at_once(server, where, **more) == expected, where
+        found = failures(server) - before
+        assert found > 0 or n > steps // 2, where
+    assert found == 0, "no step was left to fail"
+    assert "Traceback" not in server.log
