@@ -33,6 +33,7 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
         ("self", "model_key", "tokenizer", "stop_words"),
     ),
     (None, "_make_sampler", ("args", "tokenizer")),
+    (None, "_make_logits_processors", ("args",)),
     (None, "BatchGenerator", ("model",)),
     ("ResponseGenerator", "generate", ("self", "request", "generation_args")),
     ("ResponseGenerator", "_serve_single", ("self", "request")),

@@ -215,7 +215,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         ticket = ticket_of(request)
         if cut is not None and ticket is not None:
             self._note_cut(cut, ticket)
-        return self._resumed.prompt(found, ticket)
+        drafts = self.model_provider.draft_model is not None
+        return self._resumed.prompt(found, ticket, args, drafts)
 
     def _note_cut(self, cut: Cut, ticket: Ticket) -> None:
         if ticket.context is None:  # not again when it is run again
@@ -238,6 +239,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def resume_sampler(self, sampler: Any, args: Any, tokenizer: Any) -> Any:
         """Stands behind ``mlx_lm.server._make_sampler``."""
         return self._resumed.sampler(sampler, args, tokenizer)
+
+    def resume_processors(self, made: list[Any]) -> list[Any]:
+        """Stands behind ``mlx_lm.server._make_logits_processors``."""
+        return made if self._alone is None else self._resumed.processors(made)
 
     def _share_request(self, request: Any) -> Any:
         """Where the first rank tells the others; they wait if that fails."""

@@ -223,6 +223,10 @@ def run(
     server._make_sampler = lambda args, tokenizer: generator.resume_sampler(
         make_sampler(args, tokenizer), args, tokenizer
     )
+    make_processors = server._make_logits_processors
+    server._make_logits_processors = lambda args: generator.resume_processors(
+        make_processors(args)
+    )
     server.BatchGenerator = lambda *args, **kwargs: generator.replays.batch_made(
         make_batch(*args, **kwargs)
     )

@@ -158,6 +158,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         Raises:
             RuntimeError: MLX could not compute it; nothing is stored.
         """
+        tokens = _held(prompt_cache, tokens)
         for cache in _leaves(prompt_cache):
             _trim_to_offset(cache)
         size = sum(cache.nbytes for cache in prompt_cache)
@@ -285,6 +286,26 @@ def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
             yield from _leaves(cache.caches)
         else:
             yield cache
+
+
+def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
+    """Those of ``tokens`` that all caches hold; caches with more are cut to them.
+
+    Speculative decoding has not read the last token or two when it ends, and its
+    draft model not the same ones, but mlx-lm (0.31.3 and 0.32.2) stores both under
+    all: the next request with that prompt reads on at wrong positions.
+    """
+    leaves = list(_leaves(prompt_cache))
+    offsets = [getattr(cache, "offset", None) for cache in leaves]
+    if not all(isinstance(n, int) for n in offsets):
+        return tokens
+    held = min([len(tokens), *offsets])
+    if max(offsets) > held:
+        if not can_trim_prompt_cache(prompt_cache):
+            return tokens
+        for cache, offset in zip(leaves, offsets, strict=True):
+            cache.trim(offset - held)
+    return tokens[:held]
 
 
 def _trim_to_offset(cache: Any) -> None:

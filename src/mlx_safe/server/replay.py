@@ -145,17 +145,31 @@ class Replays:
 class Resumed:
     """Where in its answer the request is that mlx-lm is about to start.
 
-    mlx-lm tokenizes a request and then makes its state machine, its sampler and
-    its detokenizer, all on the generation thread, before it looks at the next.
+    mlx-lm tokenizes a request and then makes its state machine, its sampler, its
+    logits processors and its detokenizer, all on the generation thread, before it
+    looks at the next.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        # What mlx-lm is given to begin with: prompt and tokens.
+        self._prompt: list[int] = []
 
-    def prompt(self, found: Any, ticket: Ticket | None) -> Any:
-        """What `_tokenize` found, with the tokens that the client has."""
+    def prompt(self, found: Any, ticket: Ticket | None, args: Any, drafts: bool) -> Any:
+        """What `_tokenize` found, with the tokens that the client has.
+
+        ``drafts``: with speculative decoding the number of draws is not that of
+        the tokens. With a seed such an answer is made again from its first token,
+        and what the client has is not sent again.
+        """
         self.tokens = list(ticket.produced) if ticket is not None else []
+        self._prompt = [*found[0], *self.tokens]
         if not self.tokens:
+            return found
+        if ticket is not None and drafts and _is_seeded(args):
+            ticket.begin_again()
+            args.max_tokens += len(self.tokens)
+            self.tokens, self._prompt = [], list(found[0])
             return found
         prompt, segments, *rest = found
         segments = [*segments[:-1], [*segments[-1], *self.tokens]]
@@ -176,13 +190,24 @@ class Resumed:
 
         Only a request with a seed has a random state that can be had again.
         """
-        if self.tokens and args.seed is not None and args.sampling.temperature > 0:
+        if self.tokens and _is_seeded(args):
             import mlx.core as mx
 
             logprobs = mx.zeros((1, tokenizer.vocab_size + 1024))
             for _ in self.tokens:
                 mx.eval(sampler(logprobs))
         return sampler
+
+    def processors(self, made: list[Any]) -> list[Any]:
+        """Logits processors of the sequential path, as the batched one has them.
+
+        A penalty looks at the prompt and the answer. mlx-lm's sequential path shows
+        it less: of the prompt, only what was not in the prompt cache, and in 0.31.3
+        and with speculative decoding its last token alone. So the answer would
+        depend on the cache, and on how often the request was run.
+        """
+        prompt = self._prompt
+        return [_Shown(processor, prompt) for processor in made]
 
     def watch(self, tokenizer: Any) -> None:
         """Makes ``tokenizer.detokenizer`` begin after those tokens."""
@@ -206,3 +231,26 @@ class Resumed:
                 "_mlx_safe_resumes": True,
             },
         )
+
+
+class _Shown:
+    """A logits processor that is shown the whole prompt before the answer."""
+
+    def __init__(self, processor: Any, prompt: list[int]) -> None:
+        self._processor = processor
+        self._prompt: Any = prompt
+        # How many of the tokens mlx-lm shows are the prompt's: all, at first.
+        self._of_prompt: int | None = None
+
+    def __call__(self, tokens: Any, logits: Any) -> Any:
+        import mlx.core as mx
+
+        if self._of_prompt is None:
+            self._of_prompt = len(tokens)
+            self._prompt = mx.array(self._prompt, dtype=tokens.dtype)
+        shown = mx.concatenate([self._prompt, tokens[self._of_prompt :]])
+        return self._processor(shown, logits)
+
+
+def _is_seeded(args: Any) -> bool:
+    return args.seed is not None and args.sampling.temperature > 0

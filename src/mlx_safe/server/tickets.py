@@ -66,14 +66,21 @@ class Ticket:
         self.finished = False
         self.may_be_stopped = True
         self.headers: dict[str, str] = {}
+        # How many tokens of this run the client has already.
+        self._repeated = 0
 
     @property
     def stopped(self) -> bool:
         """The client has left, or has its answer."""
         return self._stopped
 
+    def begin_again(self) -> None:
+        """This run makes the answer from its first token, the client's included."""
+        self._repeated = len(self.produced)
+
     def work(self) -> tuple[Ticket, Any, Any]:
         """What mlx-lm is to do: the request, or the rest of it."""
+        self._repeated = 0
         request = copy.deepcopy(self._request)
         setattr(request, _ATTRIBUTE, self)
         args = dataclasses.replace(
@@ -98,6 +105,8 @@ class Ticket:
             self.complete()
         elif isinstance(item, tuple):
             self._queue.put(item)
+        elif hasattr(item, "token") and self._repeated:
+            self._repeated -= 1
         elif hasattr(item, "token"):
             self.produced.append(item.token)
             self.finished = item.finish_reason is not None
