@@ -1,5 +1,5 @@
 # Everything sets itself up: a fresh machine needs Python 3.10 or later, a C++
-# compiler, make and git. See `make help`.
+# compiler, make, git and (for the tests) curl. See `make help`.
 
 PYTHON ?= python3
 VENVS := .venvs
@@ -64,6 +64,8 @@ bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODE
 	MLX_SAFE_METAL_RUNTIME=build/native/metalsim/libmetalsim.so build/native/hook_overhead build/native/libmlx_safe_hooks.so
 	$(VENVS)/observe/bin/python bench/import_time.py
 	$(VENVS)/observe/bin/python bench/server_throughput.py --model $(MODEL)
+	$(VENVS)/intercept/bin/python bench/recovery.py --model $(MODEL)
+	$(VENVS)/observe/bin/python bench/recovery.py --model $(MODEL)
 
 clean:  ## takes everything away that was built or installed here
 	rm -rf build dist $(VENVS) models .cache

@@ -30,6 +30,13 @@ def scripted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("scripted_model.py", tmp_path_factory.mktemp("scripted-model"))
 
 
+@pytest.fixture(scope="session")
+def scripted_draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Follows the same script, but makes other choices."""
+    directory = tmp_path_factory.mktemp("scripted-draft-model")
+    return make_model("scripted_model.py", directory, "1")
+
+
 def make_model(program: str, directory: Path, *arguments: str) -> Path:
     """Runs one of the programs that make a model; in a child, as it uses MLX."""
     command = [str(ROOT / "support" / program), str(directory), *arguments]

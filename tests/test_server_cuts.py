@@ -113,7 +113,9 @@ def assert_same(found: Said, expected: Said, where: str) -> None:
         assert a["id"] == b["id"], where
         # The prompt is read in other pieces.
         assert math.isclose(a["logprob"], b["logprob"], abs_tol=1e-3), where
-        for x, y in zip(a.get("top_logprobs", ()), b.get("top_logprobs", ()), strict=True):
+        for x, y in zip(
+            a.get("top_logprobs", ()), b.get("top_logprobs", ()), strict=True
+        ):
             assert x["id"] == y["id"], where
     found.logprobs = expected.logprobs
     assert found == expected, where
@@ -132,7 +134,10 @@ def test_tool_call(scripted: Server, kind: str, path: str, stream: bool) -> None
             {"role": "tool", "tool_call_id": "0", "content": "17 birds"},
         ]
     body = {
-        **{"messages": messages, "tools": [TOOL], "max_tokens": 40, "stream": stream},
+        "messages": messages,
+        "tools": [TOOL],
+        "max_tokens": 40,
+        "stream": stream,
         "logit_bias": bias(scripted.model, call=kind == "calls"),
         **(SEED if path == "sequential" else {}),
     }

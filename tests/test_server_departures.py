@@ -70,6 +70,36 @@ def test_leaving(
     assert server.metric("mlx_safe_resets_total") == 0
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_keep_alive_comments_cannot_kill_the_handler(server: Server, path: str) -> None:
+    """One client goes in the midst of them; another has them all, and its answer."""
+    body = {"messages": [{"role": "user", "content": "y" * 3000}], "max_tokens": 8}
+    body.update(stream=True, **PATHS[path])
+    raw = json.dumps(body).encode()
+    seen = server.log.count("went away")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
+        head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(raw)}"
+        s.sendall(head.encode() + b"\r\n\r\n" + raw)
+        got = b""
+        while b": keepalive" not in got:
+            piece = s.recv(1)
+            assert piece, got
+            got += piece
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    messages = [{"role": "user", "content": f"{path} " + "z" * 3000}]
+    answer = server.post({**body, "messages": messages})
+    assert answer.done and answer.text
+    comments = [x for x in answer.body.splitlines() if x.startswith(": keepalive")]
+    assert len(comments) >= 3000 // 64
+    deadline = time.monotonic() + 10
+    while server.log.count("went away") == seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.log.count("went away") == seen + 1
+    assert server.metric("mlx_safe_requests_in_flight") == 0
+    assert "Traceback" not in server.log
+    assert "a handler failed" not in server.log
+
+
 def test_others_in_the_batch_go_on(server: Server) -> None:
     alone = server.chat("the one who stays", max_tokens=600).text
     import threading

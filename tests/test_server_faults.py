@@ -144,9 +144,7 @@ def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
         (0x10, 500, "internal_generation_error"),
         (0x11, 500, "internal_generation_error"),
     ]
-    with Server(
-        tiny_model, *NO_REPLAY, program=CONTROLLED
-    ) as server:
+    with Server(tiny_model, *NO_REPLAY, program=CONTROLLED) as server:
         server.wait_ready()
         for number, status, code in expected:
             server.plan(f"decode:1:{number}")

@@ -6,7 +6,6 @@ failure names the step that was failed.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,7 @@ from support.server import CONTROLLED, Answer, Server
 
 TOKENS = 10
 CLIENTS = 3
-PATHS: dict[str, dict[str, Any]] = {
-    "batched": {},
-    "sequential": {"seed": 1},
-    "sampled": {"seed": 7, "temperature": 1.0},
-}
+PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
 
 
@@ -73,30 +68,6 @@ def conversations(server: Server, **more: Any) -> list[list[Answer]]:
 def texts(results: list[list[Answer]]) -> list[list[str]]:
     assert not any(a.broken or a.error for answers in results for a in answers)
     return [[a.text for a in answers] for answers in results]
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("times", ["once", "twice"])
-def test_sweep(server: Server, times: str, path: str, stream: bool) -> None:
-    """Fails step n for n = 1, 2, … of three conversations at once."""
-    more = {**PATHS[path], "stream": stream}
-    undisturbed = texts(conversations(server, **more))
-    assert all(len(turns) == 3 for turns in undisturbed)
-    # Every step on the path that is taken most; the others by samples.
-    stride = 1 if (path, times) == ("batched", "once") else 4
-    for n in itertools.count(1, stride):
-        failures = server.metric("mlx_safe_generation_failures_total")
-        plan = f"any:{n}:8" + (f",any:{n + 1}:2" if times == "twice" else "")
-        server.plan(plan)
-        results = conversations(server, **more)
-        found = server.metric("mlx_safe_generation_failures_total") - failures
-        assert texts(results) == undisturbed, f"after {plan} ({found} failures)"
-        if found == 0:
-            break
-    assert n > 15
-    assert server.metric("mlx_safe_replays_total") >= n // stride
-    assert "Traceback" not in server.log
 
 
 def test_swallowed_faults_are_replayed_too(server: Server) -> None:

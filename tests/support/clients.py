@@ -55,7 +55,11 @@ class Said:
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.calls:
             message["tool_calls"] = [
-                {"type": "function", "id": f"{i}", "function": {"name": n, "arguments": a}}
+                {
+                    "type": "function",
+                    "id": f"{i}",
+                    "function": {"name": n, "arguments": a},
+                }
                 for i, (n, a) in enumerate(self.calls)
             ]
         return message
@@ -96,9 +100,11 @@ def ask_curl(server: Server, body: dict[str, Any]) -> Said:
     assert curl, "curl is not installed: apt-get install curl"
     url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
     done = subprocess.run(
-        [curl, "--silent", "--show-error", "--no-buffer", "--data-binary", "@-"]
-        + ["--header", "Content-Type: application/json", "--noproxy", "*"]
-        + ["--max-time", str(LIMIT_S), url],
+        [
+            *(curl, "--silent", "--show-error", "--no-buffer", "--data-binary", "@-"),
+            *("--header", "Content-Type: application/json", "--noproxy", "*"),
+            *("--max-time", str(LIMIT_S), url),
+        ],
         input=json.dumps(body),
         capture_output=True,
         text=True,

@@ -73,7 +73,7 @@ TEMPLATE = (
     "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
     "{% if messages[-1]['role'] == 'tool' %}<think>{% endif %}{% endif %}"
 )
-WORDS = [w for w in dict.fromkeys(itertools.chain(*THOUGHT, *SPEECH, *CALL))]
+WORDS = list(dict.fromkeys(itertools.chain(*THOUGHT, *SPEECH, *CALL)))
 TOKENS = [*SPECIAL, "<think>", "</think>"]
 END = "<eos>"
 CERTAIN, CALLS = 90.0, 70.0  # logits; those of a free choice spread by about 3

@@ -1,0 +1,209 @@
+"""What a fault costs: the time until the next token, and the requests lost.
+
+First, for prompts of several lengths: the time between the token before a fault and
+the token after it, as the client of a stream sees it, next to the time that reading
+as many tokens takes with nothing in the prompt cache (a request for one token).
+That is the floor: a replay has to read prompt and answer again.
+
+Then the same load on `mlx-safe serve` and on the stock ``mlx_lm.server`` that a loop
+starts again whenever it has ended or is not healthy. Every so many decode steps of a
+process there is a fault; to the stock server it is what MLX makes of it: an abort
+with 0.31.2, an exception with 0.32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from support.server import CONTROLLED, Server
+
+ANSWER = 12  # tokens of each answer in the first part
+FAULT_AT = 8  # the decode step that fails
+NO_END = {"2": -100.0, "0": -100.0}  # every answer is as long as the next
+HEALTH_S = 0.5  # how often the loop looks after the stock server
+
+
+def arrivals(server: Server, words: int, tokens: int) -> tuple[float, list[float]]:
+    """(when the request was sent, when each event of the stream came), in s."""
+    # Another beginning each time: nothing of it is in the prompt cache.
+    text = f"{next(_numbers)} " + "ship " * words
+    body = {"messages": [{"role": "user", "content": text}], "stream": True}
+    body.update(max_tokens=tokens, logit_bias=NO_END)
+    with contextlib.closing(server._connect(300)) as connection:
+        sent = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        times = [
+            time.perf_counter()
+            for line in connection.getresponse()
+            if line.startswith(b'data: {"id"') and b'"content"' in line
+        ]
+    return sent, times
+
+
+_numbers = itertools.count(100)
+
+
+def gap(server: Server, words: int) -> float:
+    """The longest wait between two tokens of an answer with one fault."""
+    server.plan(f"decode:{FAULT_AT}:2")
+    _, times = arrivals(server, words, ANSWER)
+    return max(b - a for a, b in itertools.pairwise(times))
+
+
+def floor(server: Server, words: int) -> float:
+    """From a request to its first token, with all to read."""
+    sent, times = arrivals(server, words + FAULT_AT, 2)
+    return times[0] - sent
+
+
+def recovery(model: str, lengths: list[int], rounds: int) -> None:
+    """Measures the first part and prints its table."""
+    print("prompt words | fault to next token | reading it again | ratio")
+    with Server(model, program=CONTROLLED) as server:
+        server.wait_ready()
+        for words in lengths:
+            floor(server, words)
+            rows = []
+            for i in range(rounds):
+                # A B, B A, …: neither always goes first.
+                first, second = (gap, floor) if i % 2 else (floor, gap)
+                found = {f: f(server, words) for f in (first, second)}
+                rows.append((found[gap], found[floor]))
+            ratios = [g / f for g, f in rows]
+            print(
+                f"{words:12} | {statistics.median(r[0] for r in rows) * 1e3:16.0f} ms "
+                f"| {statistics.median(r[1] for r in rows) * 1e3:13.0f} ms | "
+                f"{statistics.median(ratios):.2f} "
+                f"({min(ratios):.2f} to {max(ratios):.2f}), {rounds} pairs"
+            )
+
+
+def load(port_of: list[Server], clients: int, requests: int, tokens: int) -> Counter:
+    """Each client asks ``requests`` times and never again; counts the outcomes.
+
+    ``port_of`` holds the server that runs at the moment.
+    """
+    outcomes: Counter[str] = Counter()
+
+    def one(client: int) -> None:
+        for i in range(requests):
+            with contextlib.suppress(IndexError):
+                server = port_of[0]
+            answer = server.chat(
+                f"{client}.{i}: tell me of a ship",
+                timeout=300,
+                max_tokens=tokens,
+                stream=True,
+                logit_bias=NO_END,
+            )
+            if answer.done and not answer.error:
+                outcomes["answered"] += 1
+            elif answer.broken and answer.status is None and "Refused" in answer.broken:
+                outcomes["refused"] += 1
+            elif answer.error and answer.status == 503:
+                outcomes["told to come again"] += 1
+            else:
+                outcomes["lost in flight"] += 1
+            if not answer.done:
+                time.sleep(1)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(clients)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return outcomes
+
+
+class Restarted:
+    """The stock server in a loop that starts it again."""
+
+    def __init__(self, model: str, plan: str) -> None:
+        self._start = lambda: Server(model, inject=plan, stock=True)
+        self.running = [self._start()]
+        self.running[0].wait_ready()
+        self.starts = 1
+        self._over = threading.Event()
+        self._loop = threading.Thread(target=self._watch)
+        self._loop.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(HEALTH_S):
+            server = self.running[0]
+            healthy = server.process.poll() is None
+            with contextlib.suppress(OSError):
+                healthy = healthy and server.get("/health", timeout=5).status == 200
+            if not healthy:
+                server.stop()
+                self.running[0] = self._start()
+                self.starts += 1
+                with contextlib.suppress(AssertionError):
+                    self.running[0].wait_ready()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._loop.join()
+        self.running[0].stop()
+
+
+def lost(model: str, every: int, clients: int, requests: int, tokens: int) -> None:
+    """Measures the second part and prints its table."""
+    aborts = version("mlx") < "0.32"
+    steps = range(every, 100 * every, every)
+    stock_plan = f"decode:{every}:2:once:{'terminate' if aborts else 'raise'}"
+    kinds = ("answered", "lost in flight", "told to come again", "refused")
+    print(f"{clients} clients, {requests} requests each, a fault each {every} steps")
+    print("server | " + " | ".join(kinds) + " | s | faults")
+    begin = time.perf_counter()
+    with Server(model, inject=",".join(f"decode:{n}:2" for n in steps)) as server:
+        server.wait_ready()
+        found = load([server], clients, requests, tokens)
+        seconds = time.perf_counter() - begin
+        faults = server.metric("mlx_safe_generation_failures_total")
+    _row("mlx-safe serve", found, kinds, seconds, int(faults))
+    begin = time.perf_counter()
+    restarted = Restarted(model, stock_plan)
+    try:
+        found = load(restarted.running, clients, requests, tokens)
+    finally:
+        restarted.stop()
+    seconds = time.perf_counter() - begin
+    _row("stock, restarted", found, kinds, seconds, restarted.starts - 1)
+
+
+def _row(
+    name: str, found: Counter, kinds: tuple[str, ...], seconds: float, faults: int
+) -> None:
+    counts = " | ".join(f"{found[kind]:{len(kind)}}" for kind in kinds)
+    print(f"{name} | {counts} | {seconds:.0f} | {faults}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--words", type=int, nargs="+", default=[50, 200, 800])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--every", type=int, default=60)
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32)
+    args = parser.parse_args()
+    print(f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
+    recovery(args.model, args.words, args.rounds)
+    lost(args.model, args.every, args.clients, args.requests, args.tokens)
+
+
+if __name__ == "__main__":
+    main()
