@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import os
+import plistlib
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -141,3 +144,20 @@ def test_the_parent_never_imports_mlx() -> None:
         env={**os.environ, "MLX_SAFE_AUTOINSTALL": "0"},
     )
     assert done.stdout == "False False\n"
+
+
+def test_the_examples_of_the_docs() -> None:
+    """Both say what to run in the same words, in a form that can be read."""
+    docs = Path(__file__).parent.parent / "docs" / "server.md"
+    blocks = textwrap.dedent(docs.read_text()).split("\n\n")
+    [unit] = [textwrap.dedent(b) for b in blocks if "[Service]" in b]
+    [plist] = [textwrap.dedent(b) for b in blocks if "<key>ProgramArguments" in b]
+    systemd = configparser.ConfigParser()
+    systemd.read_string(unit)
+    assert systemd["Service"]["Restart"] == "on-failure"
+    launchd = plistlib.loads(f"<plist><dict>{plist}</dict></plist>".encode())
+    # Status 0 is the end that was asked for; 75 and a signal are not.
+    assert launchd["KeepAlive"] == {"SuccessfulExit": False}
+    command = launchd["ProgramArguments"]
+    assert command == systemd["Service"]["ExecStart"].split()
+    assert command[1:4] == ["serve", "--supervise", "--model"]

@@ -300,7 +300,7 @@ def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
     if not all(isinstance(n, int) for n in offsets):
         return tokens
     held = min([len(tokens), *offsets])
-    if max(offsets) > held:
+    if max([held, *offsets]) > held:
         if not can_trim_prompt_cache(prompt_cache):
             return tokens
         for cache, offset in zip(leaves, offsets, strict=True):
