@@ -41,8 +41,11 @@ HEALTH_S = 0.5  # how often the loop looks after the stock server
 def arrivals(server: Server, words: int, tokens: int) -> tuple[float, list[float]]:
     """(when the request was sent, when each event of the stream came), in s."""
     # Another beginning each time: nothing of it is in the prompt cache.
-    text = f"{next(_numbers)} " + "ship " * words
-    body = {"messages": [{"role": "user", "content": text}], "stream": True}
+    messages = [
+        {"role": "system", "content": f"{next(_numbers)} is your number."},
+        {"role": "user", "content": "ship " * words},
+    ]
+    body = {"messages": messages, "stream": True}
     body.update(max_tokens=tokens, logit_bias=NO_END)
     with contextlib.closing(server._connect(300)) as connection:
         sent = time.perf_counter()
