@@ -296,8 +296,9 @@ def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
     all: the next request with that prompt reads on at wrong positions.
     """
     leaves = list(_leaves(prompt_cache))
-    offsets = [getattr(cache, "offset", None) for cache in leaves]
-    if not all(isinstance(n, int) for n in offsets):
+    found = [getattr(cache, "offset", None) for cache in leaves]
+    offsets = [n for n in found if isinstance(n, int)]
+    if len(offsets) < len(leaves):
         return tokens
     held = min([len(tokens), *offsets])
     if max([held, *offsets]) > held:
