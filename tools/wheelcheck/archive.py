@@ -1,0 +1,114 @@
+"""The archive: names, tags, RECORD, metadata (PEP 427, PEP 491)."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.parser import HeaderParser
+
+NAME = re.compile(
+    r"mlx_safe-(?P<version>[^-]+)-(?P<python>cp310-cp310|cp311-cp311|cp312-abi3)-"
+    r"(?P<platform>macosx_14_0_arm64|manylinux_2_35_(x86_64|aarch64))\.whl"
+)
+EXTENSION = {
+    "macosx_14_0_arm64": "darwin",
+    "manylinux_2_35_x86_64": "x86_64-linux-gnu",
+    "manylinux_2_35_aarch64": "aarch64-linux-gnu",
+}
+METADATA_FILES = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What the file name says: ``cp312-abi3`` and ``macosx_14_0_arm64``."""
+
+    version: str
+    python: str
+    platform: str
+
+    @classmethod
+    def of(cls, file_name: str) -> Tags | None:
+        """None when it is not the name of a wheel that we make."""
+        match = NAME.fullmatch(file_name)
+        return cls(*match.group("version", "python", "platform")) if match else None
+
+    @property
+    def extension(self) -> str:
+        """Path of the extension module in the wheel."""
+        if self.python == "cp312-abi3":
+            return "mlx_safe/_core.abi3.so"
+        digits = self.python[2:5]
+        return f"mlx_safe/_core.cpython-{digits}-{EXTENSION[self.platform]}.so"
+
+
+def check(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
+    """Problems of everything but the machine code."""
+    yield from _names(archive, tags)
+    yield from _record(archive, tags)
+    yield from _metadata(archive, tags)
+
+
+def _info(tags: Tags) -> str:
+    return f"mlx_safe-{tags.version}.dist-info"
+
+
+def _names(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
+    names = archive.namelist()
+    if len(names) != len(set(names)):
+        yield "a name is there twice"
+    known = {f"{_info(tags)}/{name}" for name in METADATA_FILES}
+    missing = {*known, tags.extension, "mlx_safe/py.typed", "mlx_safe/_core.pyi"}
+    for name in sorted(missing - {*names}):
+        yield f"{name} is missing"
+    known |= {tags.extension, "mlx_safe/py.typed"}
+    for name in names:
+        python = re.fullmatch(r"mlx_safe/([a-z_]+/)*\w+\.pyi?", name)
+        if name not in known and not python:
+            yield f"{name} does not belong here"
+
+
+def _record(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
+    record = f"{_info(tags)}/RECORD"
+    if record not in archive.namelist():
+        return
+    rows = {
+        row[0]: row[1:]
+        for row in csv.reader(archive.read(record).decode().splitlines())
+    }
+    for name in archive.namelist():
+        if name not in rows:
+            yield f"{name} is not in RECORD"
+        elif name != record:
+            data = archive.read(name)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(
+                b"="
+            )
+            if rows[name] != [f"sha256={digest.decode()}", str(len(data))]:
+                yield f"{name} is not what RECORD says"
+    for name in rows.keys() - {*archive.namelist()}:
+        yield f"RECORD names {name}, which is not there"
+
+
+def _metadata(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
+    names = archive.namelist()
+    if f"{_info(tags)}/WHEEL" in names:
+        wheel = HeaderParser().parsestr(archive.read(f"{_info(tags)}/WHEEL").decode())
+        expected = f"{tags.python}-{tags.platform}"
+        if wheel.get_all("Tag") != [expected]:
+            yield f"WHEEL has the tags {wheel.get_all('Tag')}, the name has {expected}"
+        if wheel["Root-Is-Purelib"] != "false":
+            yield "WHEEL says that it is pure Python"
+    if f"{_info(tags)}/METADATA" in names:
+        text = archive.read(f"{_info(tags)}/METADATA").decode()
+        metadata = HeaderParser().parsestr(text)
+        if metadata["Version"] != tags.version:
+            yield f"METADATA has the version {metadata['Version']}"
+    if "mlx_safe/_version.py" in names:
+        source = archive.read("mlx_safe/_version.py").decode()
+        if f'__version__ = "{tags.version}"' not in source:
+            yield f"mlx_safe/_version.py is not of version {tags.version}"
