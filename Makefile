@@ -7,7 +7,7 @@ VENVS := .venvs
 PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
 TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'cmake>=3.26,<4'
-LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4'
+LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0'
 ifeq ($(shell uname),Darwin)
 PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx==0.32.4' 'mlx-lm==0.32.2'
@@ -20,7 +20,8 @@ CMAKE := $(VENVS)/observe/bin/cmake
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-metal test-intercept test-observe sanitize lint format bench clean
+.PHONY: help demo test test-metal test-intercept test-observe sanitize lint format bench clean \
+  sdist macos-wheels linux-wheels check-wheels contract requirements hardware-report
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -47,7 +48,9 @@ sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests u
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
 	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
 
-lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, compiler warnings
+lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, workflows, compiler warnings
+	$(VENVS)/lint/bin/zizmor --offline --no-progress --quiet .github/workflows
+	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
@@ -66,6 +69,53 @@ bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODE
 	$(VENVS)/observe/bin/python bench/server_throughput.py --model $(MODEL)
 	$(VENVS)/intercept/bin/python bench/recovery.py --model $(MODEL)
 	$(VENVS)/observe/bin/python bench/recovery.py --model $(MODEL)
+
+# ---- wheels for other machines
+
+SDIST = dist/mlx_safe-$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/mlx_safe/_version.py).tar.gz
+TRACKED := $(wildcard $(shell git ls-files 2> /dev/null))
+WHEELS_PYTHON := $(VENVS)/wheels/bin/python
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null)
+
+sdist: build/sdist.stamp  ## the source distribution, in dist/
+
+macos-wheels: build/macos-wheels.stamp  ## wheels for macOS 14+ arm64, made anywhere, in dist/
+
+linux-wheels: build/linux-wheels.stamp  ## manylinux wheels for x86-64 and aarch64, in dist/
+
+check-wheels: build/macos-wheels.stamp build/linux-wheels.stamp  ## looks into the wheels without running them
+	$(WHEELS_PYTHON) tools/check_wheel.py --complete dist/*.whl
+	$(WHEELS_PYTHON) -m pytest tests/packaging $(ARGS)
+
+contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx.dylib
+	CONTRACT_CACHE=$(CONTRACT_CACHE) $(WHEELS_PYTHON) -m pytest tests/contract $(ARGS)
+
+CONTRACT_CACHE ?= .cache/contract
+
+requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels
+	$(WHEELS_PYTHON) $(PIP) uv
+	for name in build wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
+	  --python-version 3.10 --generate-hashes --no-config --custom-compile-command 'make requirements' \
+	  requirements/$$name.in --output-file requirements/$$name.txt; done
+
+hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware.md
+	$(PYTHON) tools/hardware_report.py --machine-check
+	$(MAKE) $(foreach pair,intercept observe,$(VENVS)/$(pair).ready)
+	for pair in intercept observe; do $(VENVS)/$$pair/bin/python tools/hardware_report.py || exit 1; done
+
+$(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
+	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
+	touch $@
+
+build/sdist.stamp: $(TRACKED) | $(VENVS)/wheels.tools
+	rm -rf dist && mkdir -p build
+	$(WHEELS_PYTHON) -m build --sdist --no-isolation --outdir dist . > /dev/null
+	touch $@
+
+build/%-wheels.stamp: build/sdist.stamp
+	rm -f dist/*$**.whl
+	$(WHEELS_PYTHON) tools/build_wheels.py $* $(SDIST)
+	touch $@
 
 clean:  ## takes everything away that was built or installed here
 	rm -rf build dist $(VENVS) models .cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,50 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent
+
+# What reads wheels needs the tools of `make check-wheels` and `make contract`.
+READS_WHEELS = importlib.util.find_spec("lief") is not None
+collect_ignore = [] if READS_WHEELS else ["contract", "packaging"]
+
+
+def pytest_report_header() -> list[str]:
+    if READS_WHEELS:
+        return []
+    return ["tests/contract, tests/packaging: left out: make contract, check-wheels"]
+
+
+def has_metal() -> bool:
+    """Whether this is a Mac that MLX can use the GPU of."""
+    if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
+        return False
+    import mlx.core as mx
+
+    return bool(mx.metal.is_available())
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Leaves out what needs Metal where there is none, and says so."""
+    wanted = [item for item in items if item.get_closest_marker("requires_metal")]
+    if not wanted or has_metal():
+        return
+    items[:] = [item for item in items if item not in wanted]
+    config.hook.pytest_deselected(items=wanted)
+    config.stash[left_out] = len(wanted)
+
+
+left_out = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    count = config.stash.get(left_out, 0)
+    if count:
+        terminalreporter.write_line(
+            f"{count} tests of tests/hardware did not run: this machine has no Metal"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,98 @@
+"""The hooks on a real device: verified, and a real fault raises."""
+
+from __future__ import annotations
+
+import platform
+import signal
+from pathlib import Path
+
+import mlx_safe
+from mlx_safe import _install
+from support import child, hog
+
+# Out of memory takes as long as it takes the Mac to give up paging.
+LIMIT_S = 300.0
+
+OUT_OF_MEMORY = """
+import sys
+sys.path.insert(0, {suite!r})
+import mlx_safe
+import mlx.core as mx
+from support.hog import hog
+arrays = hog()
+try:
+    with mlx_safe.guard():
+        mx.eval(arrays)
+except mlx_safe.errors.MetalOutOfMemoryError as e:
+    print("raised", e.code)
+del arrays
+mx.clear_cache()
+with mlx_safe.guard():
+    total = mx.sum(mx.ones((1000,)))
+    mx.eval(total)
+print("after it", total.item(), "epoch", mlx_safe.epoch())
+"""
+
+UNPROTECTED = """
+import sys
+sys.path.insert(0, {suite!r})
+import mlx.core as mx
+from support.hog import hog
+mx.eval(hog())
+"""
+
+
+def suite() -> str:
+    """The directory of the tests, for a child's sys.path."""
+    return str(Path(hog.__file__).parents[1])
+
+
+def test_install_verifies_itself_on_the_device() -> None:
+    status = mlx_safe.install()
+    assert platform.system() == "Darwin"
+    assert status.verified and status.metal_hooks, status.reasons
+    assert status.runtime == "/usr/lib/libobjc.A.dylib"
+    assert any("commit]" in name for name in status.hooked), status.hooked
+    assert status.reasons == ()
+
+
+def test_ordinary_work_is_no_fault() -> None:
+    done = child.run(
+        """
+        import mlx_safe, mlx.core as mx
+        with mlx_safe.guard():
+            a = mx.random.normal((512, 512))
+            for _ in range(50):
+                a = mx.tanh(a @ a)
+            mx.eval(a)
+        mx.synchronize()
+        assert mlx_safe.epoch() == 0 and mlx_safe.status().verified
+        """,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_real_out_of_memory_raises_and_the_process_goes_on() -> None:
+    done = child.run(
+        OUT_OF_MEMORY.format(suite=suite()),
+        timeout=LIMIT_S,
+        **hog.ENVIRONMENT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "raised 8" in done.stdout
+    assert "after it 1000.0 epoch" in done.stdout and "epoch 0" not in done.stdout
+
+
+def test_without_us_it_kills_the_process_or_raises_as_mlx_says() -> None:
+    """The other side: MLX up to 0.31.2 aborts; later ones raise by themselves."""
+    done = child.run(
+        UNPROTECTED.format(suite=suite()), timeout=LIMIT_S, **hog.ENVIRONMENT
+    )
+    version = _install.mlx_version()
+    assert version is not None
+    if _install.parse_version(version) < _install.OBSERVE_SINCE:
+        assert done.returncode == -signal.SIGABRT, (done.returncode, done.stderr)
+    else:
+        assert done.returncode == 1, (done.returncode, done.stderr)
+    assert "Insufficient Memory" in done.stderr
