@@ -124,6 +124,7 @@ class Library:
         for symbol in self.binary.symbols:
             if match := SELECTOR.match(str(symbol.name)):
                 variables[symbol.value] = match[1]
+        self.registered = set(variables.values())
         assert variables, "no selector variables: metal-cpp or its linkage changed"
         pages = {address // PAGE for address in variables}
         todo: dict[int, Function] = {}
@@ -163,8 +164,10 @@ class Library:
                 known.pop(register, None)
 
     def users(self, selector: str) -> set[str]:
-        """Names of the functions that load the selector (metal-cpp's name)."""
-        return {f.name for f in self.functions if selector in f.selectors}
+        """Names of the functions that load a selector: ``setSignaledValue:``."""
+        known = selector.replace(":", "_")  # metal-cpp's name of it
+        assert known in self.registered, f"metal-cpp has no selector {selector}"
+        return {f.name for f in self.functions if known in f.selectors}
 
     def completion_handlers(self) -> list[Function]:
         """The lambdas that MLX gives to addCompletedHandler:."""

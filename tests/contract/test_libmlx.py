@@ -61,7 +61,7 @@ def mlx(request: pytest.FixtureRequest) -> tuple[str, Library]:
 
 def users(lib: Library, selector: str) -> set[str]:
     """Who sends a selector, in plain names."""
-    return {plain_name(name) for name in lib.users(selector.replace(":", "_"))}
+    return {plain_name(name) for name in lib.users(selector)}
 
 
 def facts_of(lib: Library) -> Facts:
