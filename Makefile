@@ -101,7 +101,8 @@ requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks th
 hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware.md
 	$(PYTHON) tools/hardware_report.py --machine-check
 	$(MAKE) $(foreach pair,intercept observe,$(VENVS)/$(pair).ready)
-	for pair in intercept observe; do $(VENVS)/$$pair/bin/python tools/hardware_report.py || exit 1; done
+	status=0; for pair in intercept observe; do \
+	  $(VENVS)/$$pair/bin/python tools/hardware_report.py || status=1; done; exit $$status
 
 $(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
 	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
