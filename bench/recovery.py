@@ -69,10 +69,10 @@ def fault(server: Server, words: int, code: int) -> tuple[float, float]:
     return max(waits), statistics.median(waits)
 
 
-def floor(server: Server, words: int) -> tuple[float, float]:
-    """(from a request to its first token with all to read, to the next), s."""
-    sent, times = arrivals(server, words + FAULT_AT, 2)
-    return times[0] - sent, times[1] - times[0]
+def floor(server: Server, words: int) -> float:
+    """From a request to its first token, with all to read, in seconds."""
+    sent, times = arrivals(server, words + FAULT_AT, ANSWER)
+    return times[0] - sent
 
 
 def recovery(model: str, lengths: list[int], rounds: int) -> None:
@@ -90,9 +90,9 @@ def recovery(model: str, lengths: list[int], rounds: int) -> None:
                 # A B, B A, …: neither always goes first.
                 if i % 2:
                     wait, usual = fault(server, words, code)
-                    again, _ = floor(server, words)
+                    again = floor(server, words)
                 else:
-                    again, _ = floor(server, words)
+                    again = floor(server, words)
                     wait, usual = fault(server, words, code)
                 rows.append((usual, wait, again))
             ratios = [wait / again for _, wait, again in rows]
