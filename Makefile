@@ -31,18 +31,20 @@ demo: $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault 
 
 test: test-metal test-intercept test-observe  ## the whole suite, on both pairs of versions
 
-# The simulated Metal's hosts are their own: which mlx is installed makes no
-# difference to them.
-test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest tests/test_metal.py $(ARGS)
+# The simulated Metal's hosts are their own, and processes die alike: which mlx is
+# installed makes no difference to them.
+ONCE := tests/test_metal.py tests/test_reports_written.py
+
+test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest $(ONCE) $(ARGS)
 
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
 test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
-	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python -m pytest --ignore tests/test_metal.py $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python -m pytest $(ONCE:%=--ignore %) $(ARGS)
 
 test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest --ignore tests/test_metal.py $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest $(ONCE:%=--ignore %) $(ARGS)
 
 sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
@@ -65,6 +67,8 @@ format: $(VENVS)/lint.ready  ## puts the sources into shape
 
 bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODEL)/complete  ## measures and prints ratios
 	MLX_SAFE_METAL_RUNTIME=build/native/metalsim/libmetalsim.so build/native/hook_overhead build/native/libmlx_safe_hooks.so
+	build/native/breadcrumb_cost
+	$(VENVS)/observe/bin/python bench/breadcrumb.py
 	$(VENVS)/observe/bin/python bench/import_time.py
 	$(VENVS)/observe/bin/python bench/server_throughput.py --model $(MODEL)
 	$(VENVS)/intercept/bin/python bench/recovery.py --model $(MODEL)

@@ -7,11 +7,18 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from support.native import Native
+
 ROOT = Path(__file__).parent
+
+# Before any test imports mlx_safe, which at once says there that it runs.
+_reports_of_this_process = tempfile.TemporaryDirectory()
+os.environ["MLX_SAFE_REPORT_DIR"] = _reports_of_this_process.name
 
 # What reads wheels needs the tools of `make check-wheels` and `make contract`.
 READS_WHEELS = importlib.util.find_spec("lief") is not None
@@ -103,3 +110,11 @@ def private_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "reports"
     monkeypatch.setenv("MLX_SAFE_REPORT_DIR", str(directory))
     return directory
+
+
+@pytest.fixture(scope="session")
+def native() -> Native:
+    path = os.environ.get("MLX_SAFE_TEST_NATIVE")
+    if not path:
+        pytest.fail("set MLX_SAFE_TEST_NATIVE, or run the suite with `make test`")
+    return Native(Path(path).resolve())

@@ -183,6 +183,19 @@ class TestGuard:
 
 
 class TestCallbacks:
+    def test_not_told_of_faults_before(self) -> None:
+        """Although another callback is still at them."""
+        go_on = threading.Event()
+        seen: list[int] = []
+        with mlx_safe.on_fault(lambda _: go_on.wait(20)):
+            testing.record_fault(2)
+            testing.record_fault(3)
+            with mlx_safe.on_fault(lambda fault: seen.append(fault.code)):
+                testing.record_fault(8)
+                go_on.set()
+                assert wait_for(lambda: len(seen) > 0)
+        assert seen == [8]
+
     def test_told_in_order_on_a_thread_of_ours(self) -> None:
         seen: list[tuple[int, str]] = []
 

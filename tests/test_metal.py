@@ -16,13 +16,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import child
+from support.native import Native, in_python
 
 WORKLOADS = (
     "basic",
@@ -35,51 +35,6 @@ WORKLOADS = (
     "tls",
 )
 CODES = (0x2, 0x3, 0x4, 0x5, 0x6, 0x8, 0x9, 0xA, 0xB, 0xE, 0x10, 0x11, 0x7)
-
-
-@dataclass
-class Native:
-    """Paths of what was built, and the environment that loads it."""
-
-    directory: Path
-
-    @property
-    def runtime(self) -> str:
-        return str(self.directory / "metalsim" / "libmetalsim.so")
-
-    @property
-    def hooks(self) -> str:
-        return str(self.directory / "libmlx_safe_hooks.so")
-
-    @property
-    def twin(self) -> str:
-        return str(self.directory / "libmlx_safe_hooks_twin.so")
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(self.directory / command[0]), *command[1:]],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env={**os.environ, "MLX_SAFE_METAL_RUNTIME": self.runtime},
-        )
-
-    def host(
-        self, regime: str, workload: str, *more: str, hooks: bool = True
-    ) -> subprocess.CompletedProcess[str]:
-        command = [f"metalsim/host_{regime}", f"--workload={workload}", *more]
-        if hooks:
-            command.append(f"--hooks={self.hooks}")
-        return self.run(*command, "--time-limit=30")
-
-
-@pytest.fixture(scope="session")
-def native() -> Native:
-    path = os.environ.get("MLX_SAFE_TEST_NATIVE")
-    if not path:
-        pytest.fail("set MLX_SAFE_TEST_NATIVE, or run the suite with `make test`")
-    return Native(Path(path).resolve())
 
 
 def report_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -245,26 +200,6 @@ def test_fuzzed_messages(native: Native) -> None:
 
 
 # ---- from Python --------------------
-
-PYTHON = """
-    import ctypes, os, time
-    sim = ctypes.CDLL(os.environ["MLX_SAFE_METAL_RUNTIME"])
-    sim.metalsim_plan_fail.argtypes = [
-        ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint32]
-    def fail_next(code=8, late_us=0):
-        sim.metalsim_plan_fail(1, code, 0, late_us)
-    {before}
-    import mlx_safe
-    from mlx_safe import _core, testing
-    status = mlx_safe.status()
-"""
-
-
-def in_python(
-    native: Native, code: str, before: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    program = PYTHON.format(before=before) + code
-    return child.run(program, MLX_SAFE_METAL_RUNTIME=native.runtime, **environment)
 
 
 def test_python_intercept(native: Native) -> None:

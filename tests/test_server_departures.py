@@ -30,10 +30,7 @@ def leave(server: Server, reset: bool, **ask: Any) -> None:
     with s:
         head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}"
         s.sendall(head.encode() + b"\r\n\r\n" + body)
-        deadline = time.monotonic() + 20
-        while server.metric("mlx_safe_requests_in_flight") < 1:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        server.wait_for_requests(1)
         if reset:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
 

@@ -272,8 +272,7 @@ class TestStopping:
         ask = {"max_tokens": 100_000, "stream": stream, **PATHS[path]}
         thread = threading.Thread(target=lambda: answers.append(server.chat(**ask)))
         thread.start()
-        while server.metric("mlx_safe_requests_in_flight") < 1:
-            time.sleep(0.01)
+        server.wait_for_requests(1)
         assert server.stop() == 0
         thread.join(20)
         assert_told(answers[0], "unavailable")

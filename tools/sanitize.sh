@@ -20,6 +20,7 @@ run() {
 
 run "$build/metalsim/metalsim_selftest"
 run "$build/fuzz_errors" "$RANDOM" 2000
+run "$build/rings"
 for case in $("$build/surroundings" --list); do
   # ThreadSanitizer cannot follow a fork of a process with threads.
   [[ $case == forked && $build == *tsan ]] && continue

@@ -1,16 +1,17 @@
 // The Python face of the native core: no logic here.
 #include <dlfcn.h>
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
-#include <optional>
 #include <string>
 
+#include "bindings_report.h"
 #include "fault_log.h"
 #include "metal/hooks.h"
+#include "report.h"
+#include "report_context.h"
 #include "terminate.h"
 #include "testing.h"
 
@@ -54,12 +55,9 @@ nb::object read_fault(std::uint64_t number) {
   return d;
 }
 
-void install_terminate(bool drain,
-                       const std::optional<std::string>& report_directory,
-                       double drain_seconds) {
+void install_terminate(bool drain, double drain_seconds) {
   TerminateOptions options;
   options.policy = drain ? TerminatePolicy::kDrain : TerminatePolicy::kReport;
-  if (report_directory) options.report_directory = report_directory->c_str();
   options.drain_seconds = drain_seconds;
   // PyGILState_Check is not in the stable ABI, so it cannot be linked.
   options.holds_gil =
@@ -121,8 +119,7 @@ NB_MODULE(_core, m) {
       [](const std::string& text) { return code_in_message(text.c_str()); },
       "message"_a);
 
-  m.def("terminate_install", &install_terminate, "drain"_a,
-        "report_directory"_a.none(), "drain_seconds"_a);
+  m.def("terminate_install", &install_terminate, "drain"_a, "drain_seconds"_a);
   m.def("terminate_uninstall", &terminate_uninstall);
   m.def("terminate_installed", &terminate_installed);
   m.def("terminate_reached", &terminate_reached);
@@ -138,7 +135,11 @@ NB_MODULE(_core, m) {
     metal::after_fork_in_child();
     fault_log().after_fork_in_child();
     terminate_after_fork_in_child();
+    report_context_after_fork_in_child();
+    report_after_fork_in_child();
   });
+
+  bind_reports(m);
 
   m.def("testing_record_fault", &testing_record_fault, "code"_a, "message"_a,
         nb::call_guard<nb::gil_scoped_release>());

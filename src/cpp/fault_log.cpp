@@ -1,27 +1,17 @@
 #include "fault_log.h"
 
 #include <fcntl.h>
-#include <pthread.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/syscall.h>
-#endif
+#include "async_system.h"
 
 namespace mlx_safe {
 namespace {
 
 constinit FaultLog g_log;
-
-std::int64_t now_ns() noexcept {
-  timespec t{};
-  ::clock_gettime(CLOCK_REALTIME, &t);
-  return static_cast<std::int64_t>(t.tv_sec) * 1'000'000'000 + t.tv_nsec;
-}
 
 int hex_digit(char c) noexcept {
   if (c >= '0' && c <= '9') return c - '0';
@@ -33,16 +23,6 @@ int hex_digit(char c) noexcept {
 }  // namespace
 
 FaultLog& fault_log() noexcept { return g_log; }
-
-std::uint64_t current_thread_id() noexcept {
-#if defined(__APPLE__)
-  std::uint64_t id = 0;
-  ::pthread_threadid_np(nullptr, &id);
-  return id;
-#else
-  return static_cast<std::uint64_t>(::syscall(SYS_gettid));
-#endif
-}
 
 std::int32_t code_in_message(const char* message) noexcept {
   if (message == nullptr) return -1;
@@ -60,45 +40,13 @@ std::int32_t code_in_message(const char* message) noexcept {
 
 std::uint64_t FaultLog::record(FaultRecord fault) noexcept {
   int saved_errno = errno;
-  fault.number = claimed_.fetch_add(1) + 1;
+  fault.number = ring_.claim();
   if (fault.thread == 0) fault.thread = current_thread_id();
   if (fault.time_ns == 0) fault.time_ns = now_ns();
-
-  Slot& slot = slots_[fault.number % kCapacity];
-  std::uint64_t seen = slot.stamp.load();
-  if (seen == kBusy || seen > fault.number ||
-      !slot.stamp.compare_exchange_strong(seen, kBusy)) {
-    // A writer that claimed this place a whole ring ago is still in it, or this
-    // one was held up for so long that a newer fault is there.
-    dropped_.fetch_add(1);
-  } else {
-    std::uint64_t words[kWords];
-    std::memcpy(words, &fault, sizeof fault);
-    for (std::size_t i = 0; i < kWords; ++i)
-      slot.words[i].store(words[i], std::memory_order_relaxed);
-    slot.stamp.store(fault.number, std::memory_order_release);
-  }
+  ring_.store(fault.number, fault);
   notify();
   errno = saved_errno;
   return fault.number;
-}
-
-ReadResult FaultLog::read(std::uint64_t number,
-                          FaultRecord* out) const noexcept {
-  if (number == 0 || number > epoch()) return ReadResult::kPending;
-  if (epoch() - number >= kCapacity) return ReadResult::kLost;
-  const Slot& slot = slots_[number % kCapacity];
-  std::uint64_t before = slot.stamp.load(std::memory_order_acquire);
-  if (before == kBusy || before < number) return ReadResult::kPending;
-  if (before > number) return ReadResult::kLost;
-  std::uint64_t words[kWords];
-  // Acquire on each word: the second look at the stamp must not move above.
-  for (std::size_t i = 0; i < kWords; ++i)
-    words[i] = slot.words[i].load(std::memory_order_acquire);
-  if (slot.stamp.load(std::memory_order_relaxed) != before)
-    return ReadResult::kLost;
-  std::memcpy(out, words, sizeof *out);
-  return ReadResult::kOk;
 }
 
 int FaultLog::notify_fd() noexcept {

@@ -13,7 +13,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
+
+#include "ring.h"
 
 namespace mlx_safe {
 
@@ -36,10 +37,6 @@ struct FaultRecord {
   char label[64];        // label of the command buffer
   char message[360];     // as MLX words it
 };
-static_assert(std::is_trivially_copyable_v<FaultRecord>);
-static_assert(sizeof(FaultRecord) % sizeof(std::uint64_t) == 0);
-
-enum class ReadResult { kOk, kPending, kLost };
 
 class FaultLog {
  public:
@@ -50,15 +47,23 @@ class FaultLog {
   std::uint64_t record(FaultRecord fault) noexcept;
 
   // Faults since the process started. Async-signal-safe; any thread.
-  std::uint64_t epoch() const noexcept { return claimed_.load(); }
+  std::uint64_t epoch() const noexcept { return ring_.claimed(); }
 
   // Reads fault `number`. kPending: claimed, its writer is still writing.
   // kLost: overwritten by a later one, or dropped. Any thread.
-  ReadResult read(std::uint64_t number, FaultRecord* out) const noexcept;
+  ReadResult read(std::uint64_t number, FaultRecord* out) const noexcept {
+    return ring_.read(number, out);
+  }
+
+  // Those that can be read, oldest first. Async-signal-safe; any thread.
+  template <class Use>
+  void each(Use use) const noexcept {
+    ring_.each(use);
+  }
 
   // Records that could not be stored because a writer 256 faults earlier had
   // not finished. Any thread.
-  std::uint64_t dropped() const noexcept { return dropped_.load(); }
+  std::uint64_t dropped() const noexcept { return ring_.dropped(); }
 
   // A descriptor that becomes readable when a fault is recorded; opened by the
   // first call. -1 and errno when there is none to be had. Not for the crash
@@ -72,28 +77,14 @@ class FaultLog {
   void after_fork_in_child() noexcept;
 
  private:
-  static constexpr std::size_t kWords =
-      sizeof(FaultRecord) / sizeof(std::uint64_t);
-  static constexpr std::uint64_t kBusy = ~std::uint64_t{0};
-
-  struct Slot {
-    std::atomic<std::uint64_t> stamp{0};  // number it holds, or kBusy
-    std::atomic<std::uint64_t> words[kWords]{};
-  };
-
-  std::atomic<std::uint64_t> claimed_{0};
-  std::atomic<std::uint64_t> dropped_{0};
   std::atomic<int> read_fd_{-1};
   std::atomic<int> write_fd_{-1};
-  Slot slots_[kCapacity];
+  Ring<FaultRecord, kCapacity> ring_;
 };
 
 // The one log of this process. In static storage and never destroyed: Metal's
 // threads may still fail buffers while the process exits.
 FaultLog& fault_log() noexcept;
-
-// The system's id of the calling thread. Async-signal-safe.
-std::uint64_t current_thread_id() noexcept;
 
 // The IOGPU code in a message such as "Insufficient Memory (00000008:kIOGPU…)"
 // or "Internal Error (0000000e)": eight hex digits after a bracket, since the

@@ -1,20 +1,19 @@
 #include "terminate.h"
 
 #include <cxxabi.h>
-#include <fcntl.h>
-#include <pthread.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
-#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <typeinfo>
 
 #include "async_io.h"
+#include "async_system.h"
 #include "fault_log.h"
+#include "recrash.h"
+#include "report.h"
 
 namespace mlx_safe {
 namespace {
@@ -29,10 +28,8 @@ struct State {
   std::atomic<double> drain_seconds{10.0};
   std::atomic<int (*)()> holds_gil{nullptr};
   std::atomic<void* (*)()> release_gil{nullptr};
-  std::atomic<std::uint64_t> first_thread{0};
   std::atomic<bool> reached{false};
   std::atomic<bool> drained{false};
-  char directory[1024] = {};
 };
 
 constinit State g_state;
@@ -43,11 +40,6 @@ struct Thrown {
   char message[512] = {};
 };
 constinit Thrown g_thrown;
-
-void sleep_ms(long ms) noexcept {
-  timespec t{ms / 1000, (ms % 1000) * 1'000'000};
-  ::nanosleep(&t, nullptr);
-}
 
 // Async-signal-safe but for the rethrow, which allocates nothing: `throw;`
 // raises the exception object that is already there.
@@ -71,53 +63,38 @@ void describe_current_exception() noexcept {
   }
 }
 
-// "<directory>/<seconds>-<pid>.json". False when it does not fit.
-// Async-signal-safe.
-bool report_path(char* path, std::size_t capacity) noexcept {
-  std::size_t used = std::strlen(g_state.directory);
-  if (used == 0 || used + 64 > capacity) return false;
-  std::memcpy(path, g_state.directory, used);
-  path[used++] = '/';
-  timespec now{};
-  ::clock_gettime(CLOCK_REALTIME, &now);
-  auto put = [&](std::uint64_t value) {
-    char digits[20];
-    std::size_t n = 0;
-    do {
-      digits[n++] = static_cast<char>('0' + value % 10);
-    } while ((value /= 10) != 0);
-    while (n > 0) path[used++] = digits[--n];
-  };
-  put(static_cast<std::uint64_t>(now.tv_sec));
-  path[used++] = '-';
-  put(static_cast<std::uint64_t>(::getpid()));
-  std::memcpy(path + used, ".json", 6);
-  return true;
-}
+// What the handler does first; `run_guarded`'s argument.
+struct Death {
+  bool drain;
+  bool recorded;
+  FaultRecord fault;
+  Event event;
+};
 
 // Async-signal-safe.
-void write_report(const FaultRecord& fault, bool drain) noexcept {
-  char path[sizeof g_state.directory + 64];
-  if (!report_path(path, sizeof path)) return;
-  int fd = ::open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-  if (fd < 0) return;
-  JsonWriter json(fd);
-  json.begin_object();
-  json.member("schema", 1);
-  json.member("why", "terminate");
-  json.member("time_ns", fault.time_ns);
-  json.member("pid", static_cast<std::int64_t>(::getpid()));
-  json.member("thread", static_cast<std::int64_t>(fault.thread));
-  json.flush();
-  json.member("exception_type", g_thrown.type);
-  json.member("exception_message", g_thrown.message);
-  json.member("code", fault.code);
-  json.member("policy", drain ? "drain" : "report");
-  json.member("epoch", static_cast<std::int64_t>(fault_log().epoch()));
-  json.end_object();
-  json.raw("\n");
-  json.flush();
-  ::close(fd);
+void record_fault(Death& death) noexcept {
+  FaultRecord& fault = death.fault;
+  fault.code = code_in_message(g_thrown.message);
+  fault.source = static_cast<std::int32_t>(FaultSource::kTerminate);
+  copy_text(fault.message, sizeof fault.message, g_thrown.message);
+  if (death.drain) g_state.reached.store(true);
+  fault.number = fault_log().record(fault);
+  death.recorded = true;
+}
+
+void tell(void* argument) {
+  Death& death = *static_cast<Death*>(argument);
+  describe_current_exception();
+  record_fault(death);
+  death.event.exception_type = g_thrown.type;
+  death.event.exception_message = g_thrown.message;
+  death.event.has_code = true;
+  death.event.code = death.fault.code;
+  write_report(death.event, nullptr, 0);
+}
+
+void tell_of_crash(int number, const void* address, void* argument) {
+  write_second_report(static_cast<Death*>(argument)->event, number, address);
 }
 
 // Async-signal-safe.
@@ -143,25 +120,27 @@ void say(const char* text) noexcept {
 
 [[noreturn]] void on_terminate() noexcept {
   if (!g_state.active.load()) pass_on();
-  std::uint64_t self = current_thread_id();
-  std::uint64_t first = 0;
-  if (!g_state.first_thread.compare_exchange_strong(first, self)) {
-    if (first == self) std::abort();  // we failed inside ourselves
-    // The first thread writes the report and decides how the process ends.
-    for (int i = 0; i < 6000; ++i) sleep_ms(10);
-    std::abort();
+  switch (claim_terminal()) {
+    case Claim::kSameThread:
+      std::abort();  // we failed inside ourselves
+    case Claim::kOtherThread:
+      // The first thread writes the report and decides how the process ends.
+      for (int i = 0; i < 6000; ++i) sleep_ms(10);
+      std::abort();
+    case Claim::kFirst:
+      break;
   }
 
-  describe_current_exception();
   bool drain = g_state.policy.load() == TerminatePolicy::kDrain;
-  FaultRecord fault{};
-  fault.code = code_in_message(g_thrown.message);
-  fault.source = static_cast<std::int32_t>(FaultSource::kTerminate);
-  copy_text(fault.message, sizeof fault.message, g_thrown.message);
-  if (drain) g_state.reached.store(true);
-  fault.number = fault_log().record(fault);
-  fault_log().read(fault.number, &fault);
-  write_report(fault, drain);
+  Death death{drain, false, {}, {}};
+  death.event.why = "terminate";
+  death.event.policy = drain ? "drain" : "report";
+  death.event.time_ns = now_ns();
+  death.event.terminal = true;
+  run_guarded(&tell, &tell_of_crash, &death);
+  // Whoever answers the clients must be woken whatever happened.
+  if (!death.recorded) record_fault(death);
+  terminal_written();
   if (!drain) pass_on();
 
   say("mlx-safe: an exception reached std::terminate: ");
@@ -174,8 +153,6 @@ void say(const char* text) noexcept {
 
 void terminate_install(const TerminateOptions& options) noexcept {
   g_state.active.store(false);
-  copy_text(g_state.directory, sizeof g_state.directory,
-            options.report_directory);
   g_state.policy.store(options.policy);
   g_state.drain_seconds.store(options.drain_seconds);
   g_state.holds_gil.store(options.holds_gil);
@@ -203,7 +180,6 @@ void terminate_drained() noexcept { g_state.drained.store(true); }
 void terminate_after_fork_in_child() noexcept {
   g_state.policy.store(TerminatePolicy::kReport);
   g_state.reached.store(false);
-  g_state.first_thread.store(0);
 }
 
 }  // namespace mlx_safe

@@ -1,4 +1,4 @@
-// The last resort: a std::terminate handler.
+// The last resort: a std::terminate handler. It writes a report (report.h).
 //
 // MLX up to 0.31.2 throws inside Metal's completion handler and on its CPU
 // stream threads; where no hook caught that, the C++ runtime ends up here.
@@ -20,7 +20,6 @@ inline constexpr int kDrainedExitStatus = 75;
 
 struct TerminateOptions {
   TerminatePolicy policy = TerminatePolicy::kReport;
-  const char* report_directory = nullptr;  // null: no report is written
   double drain_seconds = 10.0;
   // Python's PyGILState_Check and PyEval_SaveThread, or null. A thread that
   // terminates while it holds the GIL would stop the very threads that are to

@@ -9,6 +9,7 @@
 #include "metal/error.h"
 #include "metal/selectors.h"
 #include "objc/block.h"
+#include "report.h"
 
 namespace mlx_safe {
 namespace {
@@ -80,6 +81,10 @@ std::uint64_t testing_record_fault(std::int32_t code,
 
 void testing_throw_on_foreign_thread(const std::string& message) {
   std::thread([message] { throw std::runtime_error(message); }).detach();
+}
+
+void testing_break_reports() noexcept {
+  report_set_python_stacks([] { *static_cast<volatile char*>(nullptr) = 1; });
 }
 
 }  // namespace mlx_safe

@@ -21,4 +21,7 @@ void testing_throw_on_foreign_thread(const std::string& message);
 // or when there is no Metal. Not for Metal's threads.
 void testing_run_command_buffer();
 
+// From now on reports of a dying process crash while they are written.
+void testing_break_reports() noexcept;
+
 }  // namespace mlx_safe

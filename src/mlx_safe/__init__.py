@@ -12,6 +12,7 @@ from . import errors
 from ._faults import Fault, Subscription, check, epoch, faults, on_fault
 from ._guard import guard
 from ._install import Status, install, status, uninstall
+from ._reports import breadcrumb
 from ._version import __version__
 from .errors import MetalError
 
@@ -21,6 +22,7 @@ __all__ = [
     "Status",
     "Subscription",
     "__version__",
+    "breadcrumb",
     "check",
     "epoch",
     "errors",

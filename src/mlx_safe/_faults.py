@@ -182,6 +182,8 @@ class Subscription:
     def __init__(self, callback: Callable[[Fault], object]) -> None:
         self._callback = callback
         self._cancelled = False
+        # Earlier faults, of which others are still being told, are not for it.
+        self._since = _core.epoch()
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -249,7 +251,7 @@ class _Dispatcher:
                     self._call(subscription, fault)
 
     def _call(self, subscription: Subscription, fault: Fault) -> None:
-        if subscription._cancelled:
+        if subscription._cancelled or fault.number <= subscription._since:
             return
         try:
             subscription._callback(fault)

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 
-from . import _core, _faults, _paths
+from . import _core, _faults, _paths, _reports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,11 +33,14 @@ class Status:
         on_terminate: ``"report"``, ``"drain"`` or None when not installed.
         terminate_handler: the terminate handler is in place.
         metal_hooks: Metal's command buffers are hooked.
+        signals: SIGSEGV and its like leave a report.
         verified: a trivial command buffer was run and the hooks saw it.
         hooked: names of the hooked methods, ``-[Class selector]``.
         runtime: path of the Objective-C runtime, or None.
         mlx_version: version of the installed mlx, or None.
         report_dir: directory of the crash reports, or None.
+        reports_written, reports_failed: crash reports of this process.
+        reports_suppressed: faults that got none, as there was one just before.
         epoch: faults so far. dropped: faults whose record was lost.
         reasons: one line for each thing that is not active.
     """
@@ -53,7 +56,11 @@ class Status:
         "on_terminate",
         "reasons",
         "report_dir",
+        "reports_failed",
+        "reports_suppressed",
+        "reports_written",
         "runtime",
+        "signals",
         "terminate_handler",
         "verified",
     )
@@ -68,6 +75,10 @@ class Status:
     runtime: str | None
     mlx_version: str | None
     report_dir: str | None
+    signals: bool
+    reports_written: int
+    reports_failed: int
+    reports_suppressed: int
     epoch: int
     dropped: int
     reasons: tuple[str, ...]
@@ -103,24 +114,40 @@ _state = _State()
 
 
 def mlx_version() -> str | None:
-    """Version of the mlx that this process has imported or would import.
+    """Version of the mlx that this process has imported or would import."""
+    return _loaded_mlx() or installed_versions("mlx")["mlx"]
+
+
+def _loaded_mlx() -> str | None:
+    loaded = sys.modules.get("mlx.core")
+    return str(getattr(loaded, "__version__", "")) or None
+
+
+def installed_versions(*packages: str) -> dict[str, str | None]:
+    """Versions of what ``import package`` would find; None: nothing.
 
     Not by importing it, which takes tens of milliseconds, nor by
     importlib.metadata, which takes as long.
     """
-    loaded = sys.modules.get("mlx.core")
-    if loaded is not None:
-        return str(getattr(loaded, "__version__", "")) or None
-    for entry in sys.path:
-        try:
-            names = os.listdir(entry or ".")
-        except OSError:
-            continue
-        if "mlx" not in names:
-            continue
-        for name in names:
-            if name.startswith("mlx-") and name.endswith(".dist-info"):
-                return name[len("mlx-") : -len(".dist-info")]
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in packages:
+        for entry in sys.path:
+            # To list a directory takes longer than to look for a name in it.
+            if os.path.isdir(os.path.join(entry, package)):
+                found[package] = _version_beside(entry, package)
+            if found[package] is not None:
+                break
+    return found
+
+
+def _version_beside(directory: str, package: str) -> str | None:
+    try:
+        names = os.listdir(directory or ".")
+    except OSError:
+        return None
+    for name in names:
+        if name.startswith(f"{package}-") and name.endswith(".dist-info"):
+            return name[len(package) + 1 : -len(".dist-info")]
     return None
 
 
@@ -185,6 +212,7 @@ def install(
     on_terminate: Literal["report", "drain"] = "report",
     *,
     drain_seconds: float = 10.0,
+    signals: bool = False,
 ) -> Status:
     """Protects this process. Calling it again changes the settings.
 
@@ -197,6 +225,11 @@ def install(
             are called so that a server can answer its clients, and the process
             leaves with status 75.
         drain_seconds: how long a parked thread waits before it exits anyway.
+        signals: SIGABRT, SIGSEGV, SIGBUS, SIGILL and SIGFPE leave a crash report,
+            too; then the handlers that were there before run (faulthandler's
+            for one), or the signal does what it would have done. A signal that
+            is ignored is left alone. Stack overflow is covered on the calling
+            thread.
 
     Never fails because of the machine: what cannot be active is named in the
     returned `Status`.
@@ -215,7 +248,8 @@ def install(
             f"drain_seconds must be over 0 and at most 3600, not {drain_seconds!r}"
         )
     with _lock:
-        version = mlx_version()
+        versions = installed_versions("mlx", "mlx_lm")
+        version = versions["mlx"] = _loaded_mlx() or versions["mlx"]
         reasons = []
         if version is None:
             package = "mlx[cpu]" if sys.platform == "linux" else "mlx"
@@ -223,7 +257,7 @@ def install(
         report_dir, why_not = _report_dir()
         if why_not:
             reasons.append(why_not)
-        _core.terminate_install(on_terminate == "drain", report_dir, drain_seconds)
+        _core.terminate_install(on_terminate == "drain", drain_seconds)
         regime = _regime(mode, version)
         metal = _core.metal_install(regime == "intercept")
         reasons += metal["reasons"]
@@ -239,7 +273,25 @@ def install(
         _state.on_terminate = on_terminate
         _state.report_dir = report_dir
         _state.reasons = reasons
+        _set_signals(signals)
+        _start_reports(report_dir, versions)
+        if metal["active"]:
+            _reports.watch_faults()
         return status()
+
+
+def _set_signals(wanted: bool) -> None:
+    if wanted:
+        _core.signals_install()
+    else:
+        _core.signals_uninstall()
+
+
+def _start_reports(report_dir: str | None, versions: dict[str, str | None]) -> None:
+    hooks = status().as_dict()
+    why_not = _reports.start(report_dir, {**versions, "hooks": hooks})
+    if why_not:
+        _state.reasons.append(why_not)
 
 
 def _warn(reasons: list[str]) -> None:
@@ -255,6 +307,8 @@ def _warn(reasons: list[str]) -> None:
 def uninstall() -> None:
     """Puts everything back as it was before `install`. The log stays."""
     with _lock:
+        _reports.stop()
+        _core.signals_uninstall()
         _core.metal_uninstall()
         _core.terminate_uninstall()
         _state.__init__()  # type: ignore[misc]
@@ -266,6 +320,7 @@ def status() -> Status:
         installed = _state.installed
         reasons = _state.reasons if installed else ["not installed: call install()"]
         metal = _core.metal_status()
+        reports_written, reports_failed = _core.report_counts()
         return Status(
             installed=installed,
             mode=_state.mode,
@@ -277,10 +332,19 @@ def status() -> Status:
             runtime=metal["runtime"],
             mlx_version=mlx_version(),
             report_dir=_state.report_dir,
+            signals=_core.signals_installed(),
+            reports_written=reports_written,
+            reports_failed=reports_failed,
+            reports_suppressed=_reports.suppressed(),
             epoch=_core.epoch(),
             dropped=_core.dropped(),
             reasons=tuple(reasons),
         )
+
+
+def _after_fork_in_child() -> None:
+    _faults._after_fork_in_child()
+    _reports.after_fork_in_child()
 
 
 _fork_handler_registered = False
@@ -289,5 +353,5 @@ _fork_handler_registered = False
 def _register_fork_handler() -> None:
     global _fork_handler_registered
     if not _fork_handler_registered:
-        os.register_at_fork(after_in_child=_faults._after_fork_in_child)
+        os.register_at_fork(after_in_child=_after_fork_in_child)
         _fork_handler_registered = True

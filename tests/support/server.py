@@ -196,6 +196,13 @@ class Server:
         lines = self.get("/metrics").body.splitlines()
         return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
 
+    def wait_for_requests(self, count: int) -> None:
+        """Waits until so many requests have been taken."""
+        deadline = time.monotonic() + 20
+        while self.metric("mlx_safe_requests_in_flight") < count:
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.005)
+
     @property
     def log(self) -> str:
         return "".join(self._lines)

@@ -1,8 +1,10 @@
 #include "metal/error.h"
 
+#include <atomic>
 #include <cstring>
 
 #include "async_io.h"
+#include "async_system.h"
 #include "metal/selectors.h"
 
 namespace mlx_safe::metal {
@@ -35,6 +37,26 @@ double seconds(objc::Id buffer, objc::Selector selector) noexcept {
                                           : 0.0;
 }
 
+const char* label_of(objc::Id buffer) noexcept {
+  objc::Selector label = selectors().label;
+  if (!objc::responds(buffer, label)) return nullptr;
+  return objc::utf8(objc::send<objc::Id>(buffer, label));
+}
+
+// The lookup of a method takes the runtime's lock, so it is done once for the
+// class that all command buffers have.
+bool tells_all(objc::Id buffer) noexcept {
+  static std::atomic<objc::Class> known{nullptr};
+  objc::Class own = objc::runtime().object_getClass(buffer);
+  if (known.load(std::memory_order_relaxed) == own) return true;
+  const Selectors& s = selectors();
+  bool all = objc::responds(buffer, s.label) &&
+             objc::responds(buffer, s.GPUStartTime) &&
+             objc::responds(buffer, s.GPUEndTime);
+  if (all) known.store(own, std::memory_order_relaxed);
+  return all;
+}
+
 }  // namespace
 
 std::int32_t code_of(objc::Id error) noexcept {
@@ -56,11 +78,25 @@ void describe(objc::Id buffer, objc::Id error, FaultRecord* fault) noexcept {
   std::memcpy(fault->message, kMessagePrefix, kPrefix);
   copy_text(fault->message + kPrefix, sizeof fault->message - kPrefix,
             text == nullptr ? "unknown error" : text);
-  if (objc::responds(buffer, s.label))
-    copy_text(fault->label, sizeof fault->label,
-              objc::utf8(objc::send<objc::Id>(buffer, s.label)));
+  copy_text(fault->label, sizeof fault->label, label_of(buffer));
   fault->gpu_start_s = seconds(buffer, s.GPUStartTime);
   fault->gpu_end_s = seconds(buffer, s.GPUEndTime);
+}
+
+CommandBufferRecord describe_done(objc::Id buffer,
+                                  std::uint64_t number) noexcept {
+  const Selectors& s = selectors();
+  CommandBufferRecord done{};
+  done.number = number;
+  done.queue = reinterpret_cast<std::uint64_t>(
+      objc::send<objc::Id>(buffer, s.commandQueue));
+  done.time_ns = now_ns();
+  if (!tells_all(buffer)) return done;
+  done.gpu_start_s = objc::send<double>(buffer, s.GPUStartTime);
+  done.gpu_end_s = objc::send<double>(buffer, s.GPUEndTime);
+  copy_text(done.label, sizeof done.label,
+            objc::utf8(objc::send<objc::Id>(buffer, s.label)));
+  return done;
 }
 
 }  // namespace mlx_safe::metal

@@ -1,6 +1,7 @@
 // What a failed command buffer says of its failure.
 #pragma once
 
+#include "breadcrumbs.h"
 #include "fault_log.h"
 #include "objc/runtime.h"
 
@@ -18,5 +19,10 @@ std::int32_t code_of(objc::Id error) noexcept;
 // Fills code, message, label and the GPU's times of a failed buffer. Metal's
 // threads; needs an autorelease pool.
 void describe(objc::Id buffer, objc::Id error, FaultRecord* fault) noexcept;
+
+// What a report tells of a buffer that is done: all but whether it failed.
+// Metal's threads; needs an autorelease pool.
+CommandBufferRecord describe_done(objc::Id buffer,
+                                  std::uint64_t number) noexcept;
 
 }  // namespace mlx_safe::metal

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "async_io.h"
+#include "breadcrumbs.h"
 #include "fault_log.h"
 #include "metal/error.h"
 #include "metal/hook_table.h"
@@ -71,13 +72,15 @@ bool may_throw() {
 
 // ---- on Metal's completion thread ------------------------------------------
 
-FailureRef record_failure(Id buffer, std::uint64_t number) {
+// `done` is what the report's list of command buffers gets.
+FailureRef record_failure(Id buffer, CommandBufferRecord* done) {
   Id error = send<Id>(buffer, selectors().error);
   FaultRecord fault{};
   describe(buffer, error, &fault);
-  fault.buffer = number;
-  fault.queue = reinterpret_cast<std::uint64_t>(
-      send<Id>(buffer, selectors().commandQueue));
+  fault.buffer = done->number;
+  fault.queue = done->queue;
+  done->failed = 1;
+  done->code = fault.code;
   fault_log().record(fault);
   g_counters.failed.fetch_add(1, std::memory_order_relaxed);
   return std::make_shared<Failure>(fault.message,
@@ -116,10 +119,12 @@ struct Completion {
     HandlerScope handler;
     PassThrough pass;
     objc::AutoreleasePool pool;
+    CommandBufferRecord done = describe_done(buffer, number);
     FailureRef own;
     if (send<std::uint64_t>(buffer, selectors().status) == kStatusError)
-      own = record_failure(buffer, number);
+      own = record_failure(buffer, &done);
     bool failed = own != nullptr;
+    command_buffers().store(command_buffers().claim(), done);
     // Before anybody who waits for it can go on.
     g_counters.completed.fetch_add(1, std::memory_order_relaxed);
     if (failed) note_reached(buffer);

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .. import _core
+from .recorder import breadcrumb
 
 __all__ = ["EXIT_REPLACE", "Condition"]
 
@@ -62,6 +63,7 @@ class Condition:
         with self._lock:
             if self._state != "failed":
                 self._state, self._reason = state, reason
+                breadcrumb("server", state)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -90,6 +92,7 @@ class Condition:
             log.error("%d clients could not be answered", self._answering)
         logging.shutdown()
         sys.stdout.flush()
+        _core.remove_run_file()
         if status == EXIT_REPLACE:
             _core.terminate_drained()
         os._exit(status)

@@ -18,13 +18,14 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
-from .. import _core, _faults, errors, testing
+from .. import _core, _faults, _reports, errors, testing
 from . import kv_window
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
 from .overflow import Cut, Overflow
 from .ranks import AllStop
+from .recorder import breadcrumb
 from .replay import REFUSE_FOR_S, Replays, Resumed
 from .replies import (
     BadRequest,
@@ -107,7 +108,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
-            lambda why: self.give_up(Unavailable(f"The server restarts: {why}.")),
+            lambda why: self.give_up(
+                Unavailable(f"The server restarts: {why}."), reported=True
+            ),
         )
         # The ticket that mlx-lm's sequential path works on.
         self._alone: Ticket | None = None
@@ -141,6 +144,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
+        _core.signals_cover_this_thread()
         if not self._load_first_model():
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
@@ -259,6 +263,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         # mlx-lm's loop comes by here between any two pieces of work.
         self._starts_without_work = 0
         self.watchdog.moved()
+        _reports.sample_memory()
         caught, self._caught = self._caught, None
         if caught is not None:
             self._recover(caught)
@@ -295,6 +300,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def _before_put(self, ticket: Ticket) -> None:
         self.watchdog.moved()
+        _reports.sample_memory()
         self._check_epoch()
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.
@@ -367,6 +373,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return
         again, ending = self.replays.sort(fault, exc)
         self._log_failure(exc, fault, again, ending)
+        breadcrumb(
+            "recovery",
+            type(told).__name__,
+            code=None if fault is None else fault.code,
+            again=len(again),
+            ended=len(ending),
+        )
         self.metrics.replays.inc(len(again))
         try:
             # Before the answers: whoever tries again at once finds the memory
@@ -451,11 +464,17 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 return
             queue.put(exc)
 
-    def give_up(self, exc: Exception) -> None:
-        """Answers everyone, then ends the process with status 75. Any thread."""
+    def give_up(self, exc: Exception, *, reported: bool = False) -> None:
+        """Answers everyone, then ends the process with status 75. Any thread.
+
+        Args:
+            reported: there is a crash report of it already.
+        """
         self.condition.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", _one_line(exc))
         self._fail_everyone(exc)
+        if not reported:
+            _reports.write("fault", _one_line(exc), getattr(exc, "code", None))
         self.condition.leave(EXIT_REPLACE, lambda: self._fail_everyone(exc))
 
     def stop(self) -> None:

@@ -11,6 +11,7 @@ from mlx_lm.server import APIHandler
 
 from .generator import Answered, ProtectedResponseGenerator
 from .metrics import CONTENT_TYPE
+from .recorder import name_request
 from .replies import BadRequest, Reply, reply_for
 
 __all__ = ["ProtectedHandler"]
@@ -131,6 +132,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         outcome = "completed"
+        name_request(request, self.request_id, self.path)
         try:
             with self.response_generator.departures.watching(self.connection):
                 super().handle_completion(request, stop_words)

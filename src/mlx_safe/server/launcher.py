@@ -191,22 +191,24 @@ def run(
     overflow = Overflow(
         own.max_prompt_tokens, own.prompt_overflow_policy, own.prompt_keep_tokens
     )
-    install(on_terminate="drain")
+    install(on_terminate="drain", signals=True)
     # MLX must be imported and the classes derived before the thread starts.
     from .condition import EXIT_REPLACE, Condition
     from .generator import ProtectedResponseGenerator
     from .handler import ProtectedHandler
     from .prompt_cache import PromptCache
+    from .recorder import start_sampler
 
     def on_terminate(fault: Fault) -> None:
         if fault.source != "terminate":
             return
         for _ in range(500):  # it may come while the generator is being made
             if generator is not None:
-                generator.give_up(errors.from_faults([fault]))
+                generator.give_up(errors.from_faults([fault]), reported=True)
             time.sleep(0.01)
         os._exit(EXIT_REPLACE)
 
+    start_sampler(dict)
     is_first = server.mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
     generator: Any = None

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from .. import _core
+from .. import _core, _reports
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -75,6 +75,12 @@ class Metrics:
         self._gauge(
             "mlx_safe_faults_dropped", "Faults whose record was lost", _core.dropped
         )
+        for name, value in (
+            ("written", lambda: _core.report_counts()[0]),
+            ("failed", lambda: _core.report_counts()[1]),
+            ("suppressed", _reports.suppressed),
+        ):
+            self._gauge(f"mlx_safe_reports_{name}", f"Crash reports {name}", value)
         self._gauge("mlx_safe_requests_in_flight", "Requests taken", in_flight)
         self._gauge("mlx_safe_ready", "1 while requests can be served", ready)
 

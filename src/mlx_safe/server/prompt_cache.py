@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 )
 
 from .. import _core
+from .recorder import breadcrumb
 
 __all__ = ["PromptCache"]
 
@@ -205,7 +206,9 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         before = self.nbytes
         super().trim_to(n_sequences=len(self) - 1)
         self.events["evictions"] += 1
-        return int(before - self.nbytes)
+        freed = int(before - self.nbytes)
+        breadcrumb("evict", "prompt cache entry", bytes=freed, left=len(self))
+        return freed
 
     def reusable_tokens(self, model: Any, tokens: list[int]) -> int:
         """How many tokens of a prompt need not be read; all but one at most."""

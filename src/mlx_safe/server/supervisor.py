@@ -19,6 +19,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from .. import _core
+
 __all__ = ["LISTEN_FD", "Supervisor", "main", "replace_this_process"]
 
 LISTEN_FD = "MLX_SAFE_LISTEN_FD"
@@ -48,6 +50,7 @@ def replace_this_process(arguments: Sequence[str]) -> None:
     """Becomes the supervisor, in which nothing of mlx_safe is installed."""
     os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
     sys.stdout.flush()
+    _core.remove_run_file()  # its end tells nothing of a server's
     os.execv(sys.executable, [sys.executable, "-m", __name__, *arguments])
 
 

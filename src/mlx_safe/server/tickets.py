@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from .recorder import Place
+
 __all__ = ["ClientLeft", "Flight", "Ticket", "ticket_of"]
 
 _ATTRIBUTE = "_mlx_safe_ticket"
@@ -68,6 +70,7 @@ class Ticket:
         self.headers: dict[str, str] = {}
         # How many tokens of this run the client has already.
         self._repeated = 0
+        self._place = Place(request)
 
     @property
     def stopped(self) -> bool:
@@ -104,6 +107,7 @@ class Ticket:
         if item is None:
             self.complete()
         elif isinstance(item, tuple):
+            self._place.prefilled(*item)
             self._queue.put(item)
         elif hasattr(item, "token") and self._repeated:
             self._repeated -= 1
@@ -111,6 +115,7 @@ class Ticket:
             self.produced.append(item.token)
             self.finished = item.finish_reason is not None
             self._flight.tokens += 1
+            self._place.produced(len(self.produced))
             self._queue.put(item)
         else:
             self._begin(item)
@@ -119,6 +124,7 @@ class Ticket:
         """A handler that is done, or whose client left, stops its context."""
         first = self.context is None
         self.context = context
+        self._place.begun(len(context.prompt))
         if not first:
             if self._stopped:
                 self._stop()
@@ -126,7 +132,7 @@ class Ticket:
 
         def stopped() -> None:
             self._stop()
-            self._flight.land(self)
+            self._land("ended")
 
         context.stop = stopped
         context.mlx_safe_ticket = self
@@ -144,17 +150,23 @@ class Ticket:
 
     def complete(self) -> None:
         """Ends the request as mlx-lm does."""
-        if self._flight.land(self):
+        if self._land("completed"):
             self._queue.put(None)
 
     def fail(self, exc: Exception) -> bool:
         """Ends the request with ``exc``; False when it had ended already."""
-        if not self._flight.land(self):
+        if not self._land(f"failed: {type(exc).__name__}"):
             return False
         self._stop()
         # A copy: each client's thread raises its own.
         self._queue.put(copy.copy(exc))
         return True
+
+    def _land(self, how: str) -> bool:
+        landed = self._flight.land(self)
+        if landed:
+            self._place.ended(len(self.produced), how)
+        return landed
 
 
 class Flight:

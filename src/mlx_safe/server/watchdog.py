@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from .. import _reports
+
 __all__ = ["Watchdog"]
 
 log = logging.getLogger("mlx_safe.server")
@@ -53,5 +55,7 @@ class Watchdog:
                 log.error("no progress for %g s; all stacks follow", self._timeout_s)
                 sys.stderr.flush()
                 faulthandler.dump_traceback(all_threads=True)
-                self._on_stall(f"a step made no progress for {self._timeout_s:g} s")
+                why = f"a step made no progress for {self._timeout_s:g} s"
+                _reports.write("stall", why)
+                self._on_stall(why)
                 return

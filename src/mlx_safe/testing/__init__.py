@@ -25,7 +25,7 @@ import os
 import threading
 import time
 
-from .. import _core, errors
+from .. import _core, _reports, errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -279,6 +279,7 @@ def record_fault(code: int = 8, message: str | None = None) -> int:
         ValueError: ``code`` is not a number of 32 bits.
     """
     _check_code(code)
+    _reports.watch_faults()
     return _core.testing_record_fault(
         code, metal_message(code) if message is None else message
     )

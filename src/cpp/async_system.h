@@ -1,0 +1,24 @@
+// The system's clock, thread ids and sleep, for code that may run anywhere.
+//
+// Everything declared here is async-signal-safe and may be called by any
+// thread, Metal's included.
+#pragma once
+
+#include <cstdint>
+
+namespace mlx_safe {
+
+// Nanoseconds since 1970.
+std::int64_t now_ns() noexcept;
+
+// The system's id of the calling thread: what debuggers and `sample` show.
+std::uint64_t current_thread_id() noexcept;
+
+// The same, remembered: no system call but for a thread's first.
+std::uint64_t remembered_thread_id() noexcept;
+// The forked child's only thread has another id than its parent's.
+void forget_thread_id() noexcept;
+
+void sleep_ms(long ms) noexcept;
+
+}  // namespace mlx_safe

@@ -1,0 +1,77 @@
+// What happened lately: breadcrumbs, and the last command buffers.
+//
+// Two fixed rings in static storage, so that they are still there in the crash
+// path. Recording takes no lock, allocates nothing and never waits: any thread,
+// Metal's included. The cost is in docs/library.md; `make bench` measures it.
+#pragma once
+
+#include <cstdint>
+
+#include "async_io.h"
+#include "ring.h"
+
+namespace mlx_safe {
+
+struct Breadcrumb {
+  std::int64_t time_ns;  // since 1970
+  std::uint64_t thread;  // system id
+  char kind[16];         // "note", "request", "fault", …
+  char text[96];
+  char fields[128];  // members of a JSON object, without its braces
+};
+
+struct CommandBufferRecord {
+  std::uint64_t number;  // command buffers since install
+  std::uint64_t queue;   // address of the command queue
+  std::int64_t time_ns;  // since 1970, when its handlers had run
+  double gpu_start_s;    // GPUStartTime, GPUEndTime (CFTimeInterval);
+  double gpu_end_s;      // 0: not known
+  std::int32_t failed;   // 1: its status was error
+  std::int32_t code;     // IOGPU code; -1: none could be read
+  char label[48];
+};
+
+using Breadcrumbs = Ring<Breadcrumb, 256>;
+using CommandBuffers = Ring<CommandBufferRecord, 64>;
+
+Breadcrumbs& breadcrumbs() noexcept;
+CommandBuffers& command_buffers() noexcept;
+
+// The fields of a breadcrumb: whole members only; one that does not fit is left
+// out. Any thread; async-signal-safe.
+class Fields {
+ public:
+  Fields() noexcept : json_(text_, sizeof text_ - 1) {}
+
+  // `write(json)` writes the value.
+  template <class Write>
+  Fields& add(const char* name, Write write) noexcept {
+    std::size_t before = json_.used();
+    if (!empty_) json_.raw(", ");
+    json_.text(name);
+    json_.raw(": ");
+    write(json_);
+    if (json_.flush()) {
+      empty_ = false;
+    } else {
+      json_.back_to(before);
+    }
+    return *this;
+  }
+  const char* text() noexcept {
+    text_[json_.used()] = '\0';
+    return text_;
+  }
+
+ private:
+  char text_[sizeof Breadcrumb::fields];
+  JsonWriter json_;
+  bool empty_ = true;
+};
+
+// Adds a breadcrumb. `text` and `kind` are cut to their room; `fields` is what
+// `Fields::text` gave, or null. Any thread.
+void breadcrumb(const char* kind, const char* text,
+                const char* fields = nullptr) noexcept;
+
+}  // namespace mlx_safe

@@ -1,0 +1,69 @@
+#include "recrash.h"
+
+#include <setjmp.h>
+#include <signal.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "async_system.h"
+
+namespace mlx_safe {
+namespace {
+
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT};
+constexpr std::size_t kCount = sizeof kSignals / sizeof *kSignals;
+constexpr int kWaitLimitMs = 10'000;
+
+struct Guard {
+  std::atomic<std::uint64_t> thread{0};  // that is in the body; 0: nobody
+  bool crashed = false;
+  void (*on_crash)(int, const void*, void*) = nullptr;
+  void* argument = nullptr;
+  sigjmp_buf back = {};
+  struct sigaction before[kCount] = {};
+};
+constinit Guard g_guard;
+
+void on_signal(int number, siginfo_t* info, void*) {
+  if (g_guard.thread.load() != current_thread_id()) {
+    for (int ms = 0; ms < kWaitLimitMs && g_guard.thread.load() != 0; ms += 10)
+      sleep_ms(10);
+    // What crashed does so again, under the handlers that are back.
+    if (info->si_code <= 0) ::raise(number);
+    return;
+  }
+  // A crash of `on_crash` itself only ends it.
+  if (!g_guard.crashed) {
+    g_guard.crashed = true;
+    g_guard.on_crash(number, info->si_addr, g_guard.argument);
+  }
+  ::siglongjmp(g_guard.back, 1);
+}
+
+}  // namespace
+
+bool run_guarded(void (*body)(void*), void (*on_crash)(int, const void*, void*),
+                 void* argument) noexcept {
+  g_guard.crashed = false;
+  g_guard.on_crash = on_crash;
+  g_guard.argument = argument;
+  g_guard.thread.store(current_thread_id());
+  struct sigaction ours = {};
+  ours.sa_sigaction = &on_signal;
+  // Without SA_NODEFER the system kills a process that crashes in a handler.
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigemptyset(&ours.sa_mask);
+  if (sigsetjmp(g_guard.back, 1) == 0) {
+    for (std::size_t i = 0; i < kCount; ++i)
+      ::sigaction(kSignals[i], &ours, &g_guard.before[i]);
+    body(argument);
+  }
+  for (std::size_t i = 0; i < kCount; ++i)
+    ::sigaction(kSignals[i], &g_guard.before[i], nullptr);
+  g_guard.thread.store(0);
+  return !g_guard.crashed;
+}
+
+}  // namespace mlx_safe

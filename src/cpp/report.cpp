@@ -1,0 +1,313 @@
+#include "report.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+
+#include "async_io.h"
+#include "async_system.h"
+#include "native_stack.h"
+#include "report_sections.h"
+
+namespace mlx_safe {
+namespace {
+
+constexpr int kPrivate = 0600;
+constexpr int kNamesMax = 99;  // reports of one process in one second
+constexpr std::size_t kPathMax = 1024 + 64;
+
+struct State {
+  std::atomic<bool> active{false};
+  char directory[1024] = {};
+  char argv0[64] = {};
+  std::int64_t started_ns = 0;
+  std::atomic<PythonStacks> python_stacks{nullptr};
+  // A file without a name, for Python's stacks on their way into the report.
+  std::atomic<int> stacks_fd{-1};
+  // Given up for the report when no other descriptor is left.
+  std::atomic<int> reserve_fd{-1};
+  std::atomic<bool> run_file_busy{false};
+  std::atomic<std::int64_t> run_file_pid{0};
+  std::atomic<std::uint64_t> written{0}, failed{0};
+  std::atomic<std::uint64_t> terminal_thread{0};
+  std::atomic<bool> terminal_done{false};
+};
+constinit State g_state;
+
+// "<directory>/<prefix><number><suffix>".
+bool path_of(char* path, std::size_t capacity, const char* prefix,
+             std::int64_t number, const char* suffix) noexcept {
+  std::size_t used = 0;
+  return append_text(path, capacity, &used, g_state.directory) &&
+         append_text(path, capacity, &used, "/") &&
+         append_text(path, capacity, &used, prefix) &&
+         append_number(path, capacity, &used,
+                       static_cast<std::uint64_t>(number)) &&
+         append_text(path, capacity, &used, suffix);
+}
+
+bool run_path(char* path, std::size_t capacity) noexcept {
+  return path_of(path, capacity, "run-", ::getpid(), ".json");
+}
+
+int open_new(const char* path) noexcept {
+  constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
+  int fd = ::open(path, kFlags, kPrivate);
+  if (fd < 0 && (errno == EMFILE || errno == ENFILE)) {
+    int reserve = g_state.reserve_fd.exchange(-1);
+    if (reserve >= 0) ::close(reserve);
+    fd = ::open(path, kFlags, kPrivate);
+  }
+  return fd;
+}
+
+// "<seconds>-<pid>[-<n>].json", the first that is free. Async-signal-safe.
+int create_report(const Event& event, char* path,
+                  std::size_t capacity) noexcept {
+  for (int n = 1; n <= kNamesMax; ++n) {
+    if (!path_of(path, capacity, "", event.time_ns / 1'000'000'000, "-"))
+      return -1;
+    std::size_t used = std::strlen(path);
+    append_number(path, capacity, &used,
+                  static_cast<std::uint64_t>(::getpid()));
+    if (n > 1) {
+      append_text(path, capacity, &used, "-");
+      append_number(path, capacity, &used, static_cast<std::uint64_t>(n));
+    }
+    if (!append_text(path, capacity, &used, ".json")) return -1;
+    int fd = open_new(path);
+    if (fd >= 0 || errno != EEXIST) return fd;
+  }
+  return -1;
+}
+
+void dump_python_stacks(JsonWriter& json) noexcept {
+  auto dump = g_state.python_stacks.load();
+  int fd = g_state.stacks_fd.load();
+  json.key("python_stacks");
+  if (dump == nullptr || fd < 0)
+    return json.text("not available: nothing was prepared for them");
+  if (::ftruncate(fd, 0) != 0 || ::lseek(fd, 0, SEEK_SET) != 0)
+    return json.text("not available: their file cannot be used");
+  dump();
+  ::lseek(fd, 0, SEEK_SET);
+  json.text_from(fd);
+}
+
+void stacks_sections(JsonWriter& json, const Event& event) noexcept {
+  if (!event.terminal) {
+    if (event.python_stacks != nullptr)
+      json.member("python_stacks", event.python_stacks);
+    return;
+  }
+  // Last of all: walking stacks is what may crash.
+  sections::native_stack(json, event);
+  json.flush();
+  dump_python_stacks(json);
+}
+
+void write_sections(JsonWriter& json, const Event& event) noexcept {
+  json.begin_object();
+  sections::head(json, event, g_state.argv0);
+  if (!json.flush()) return;
+  // From here on the report tells of the death, and the run file need not.
+  if (event.terminal) remove_run_file();
+  sections::memory(json);
+  json.flush();
+  sections::context(json);
+  json.flush();
+  sections::requests(json, event.time_ns);
+  json.flush();
+  sections::breadcrumbs(json);
+  json.flush();
+  sections::command_buffers(json);
+  json.flush();
+  sections::faults(json);
+  json.flush();
+  stacks_sections(json, event);
+  json.key("complete");
+  json.boolean(true);
+  json.raw("\n");
+  json.end_object();
+  json.raw("\n");
+}
+
+Event completed(const Event& event) noexcept {
+  Event found = event;
+  if (found.time_ns == 0) found.time_ns = now_ns();
+  if (found.thread == 0) found.thread = current_thread_id();
+  return found;
+}
+
+// Keeps the number of a descriptor that there is: Python was told of it.
+void open_stacks_file() noexcept {
+  char path[kPathMax];
+  if (!path_of(path, sizeof path, ".stacks-", ::getpid(), "")) return;
+  int fd = ::open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, kPrivate);
+  if (fd < 0) return;
+  ::unlink(path);
+  int old = g_state.stacks_fd.load();
+  if (old < 0) {
+    g_state.stacks_fd.store(fd);
+    return;
+  }
+  ::dup2(fd, old);
+  ::fcntl(old, F_SETFD, FD_CLOEXEC);
+  ::close(fd);
+}
+
+}  // namespace
+
+int report_prepare(const char* directory, const char* argv0) noexcept {
+  report_stop();
+  copy_text(g_state.directory, sizeof g_state.directory, directory);
+  copy_text(g_state.argv0, sizeof g_state.argv0, argv0);
+  if (g_state.directory[0] == '\0') return -1;
+  g_state.started_ns = now_ns();
+  open_stacks_file();
+  if (g_state.reserve_fd.load() < 0)
+    g_state.reserve_fd.store(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  prime_native_stack();
+  g_state.active.store(true);
+  return g_state.stacks_fd.load();
+}
+
+void report_set_python_stacks(PythonStacks python_stacks) noexcept {
+  g_state.python_stacks.store(python_stacks);
+}
+
+void report_stop() noexcept { g_state.active.store(false); }
+
+bool write_report(const Event& given, char* path,
+                  std::size_t capacity) noexcept {
+  if (path != nullptr && capacity > 0) path[0] = '\0';
+  if (!g_state.active.load()) return false;
+  Event event = completed(given);
+  char own[kPathMax];
+  int fd = create_report(event, own, sizeof own);
+  if (fd < 0) {
+    g_state.failed.fetch_add(1);
+    return false;
+  }
+  JsonWriter json(fd);
+  write_sections(json, event);
+  bool good = json.flush();
+  ::close(fd);
+  (good ? g_state.written : g_state.failed).fetch_add(1);
+  if (path != nullptr) copy_text(path, capacity, own);
+  return good;
+}
+
+void write_second_report(const Event& given, int number,
+                         const void* address) noexcept {
+  if (!g_state.active.load()) return;
+  Event event = completed(given);
+  char path[kPathMax];
+  int fd = create_report(event, path, sizeof path);
+  if (fd < 0) return;
+  // What crashed may be what the first tells: only the signal is new.
+  Event minimal;
+  minimal.why = event.why;
+  minimal.time_ns = event.time_ns;
+  minimal.thread = event.thread;
+  minimal.signal = number;
+  minimal.address = address;
+  JsonWriter json(fd);
+  json.begin_object();
+  sections::head(json, minimal, nullptr);
+  json.key("second");
+  json.boolean(true);
+  json.key("complete");
+  json.boolean(true);
+  json.raw("\n");
+  json.end_object();
+  json.raw("\n");
+  json.flush();
+  ::close(fd);
+}
+
+bool write_run_file() noexcept {
+  if (!g_state.active.load() || g_state.run_file_busy.exchange(true))
+    return false;
+  char temporary[kPathMax];
+  char path[kPathMax];
+  bool good = path_of(temporary, sizeof temporary, ".run-", ::getpid(), "") &&
+              run_path(path, sizeof path);
+  int fd = good ? ::open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC,
+                         kPrivate)
+                : -1;
+  if (fd >= 0) {
+    JsonWriter json(fd);
+    json.begin_object();
+    json.member("schema", 1);
+    json.member("why", "running");
+    json.member("time_ns", now_ns());
+    json.member("pid", static_cast<std::int64_t>(::getpid()));
+    json.member("argv0", g_state.argv0);
+    json.member("started_ns", g_state.started_ns);
+    sections::memory(json);
+    sections::context(json);
+    sections::requests(json, now_ns());
+    json.key("complete");
+    json.boolean(true);
+    json.raw("\n");
+    json.end_object();
+    json.raw("\n");
+    good = json.flush();
+    ::close(fd);
+    // A run file that is cut is worth less than the one before it.
+    good = good && ::rename(temporary, path) == 0;
+    if (good) {
+      g_state.run_file_pid.store(::getpid());
+    } else {
+      ::unlink(temporary);
+    }
+  }
+  g_state.run_file_busy.store(false);
+  return fd >= 0 && good;
+}
+
+void remove_run_file() noexcept {
+  if (g_state.run_file_pid.load() != ::getpid()) return;
+  g_state.run_file_pid.store(0);
+  char path[kPathMax];
+  if (run_path(path, sizeof path)) ::unlink(path);
+}
+
+ReportCounts report_counts() noexcept {
+  return {g_state.written.load(), g_state.failed.load()};
+}
+
+Claim claim_terminal() noexcept {
+  std::uint64_t self = current_thread_id();
+  std::uint64_t first = 0;
+  if (g_state.terminal_thread.compare_exchange_strong(first, self))
+    return Claim::kFirst;
+  return first == self ? Claim::kSameThread : Claim::kOtherThread;
+}
+
+void terminal_written() noexcept { g_state.terminal_done.store(true); }
+
+void wait_for_terminal() noexcept {
+  for (int ms = 0; ms < 10'000 && !g_state.terminal_done.load(); ms += 10)
+    sleep_ms(10);
+}
+
+void release_terminal() noexcept {
+  g_state.terminal_done.store(false);
+  g_state.terminal_thread.store(0);
+}
+
+void report_after_fork_in_child() noexcept {
+  release_terminal();
+  forget_thread_id();
+  g_state.run_file_busy.store(false);
+  if (!g_state.active.load()) return;
+  open_stacks_file();  // the parent's shares its position
+}
+
+}  // namespace mlx_safe

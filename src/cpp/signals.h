@@ -1,0 +1,25 @@
+// Reports for signals that end the process: SIGABRT, SIGSEGV, SIGBUS, SIGILL
+// and SIGFPE.
+#pragma once
+
+namespace mlx_safe {
+
+// Handlers that write a report and go on to the ones that were there before, or
+// let the signal do what it would have done. A signal that is ignored is left
+// alone. The calling thread gets an alternate stack. Idempotent; one thread at
+// a time; not for the crash path.
+void signals_install() noexcept;
+
+// Puts the previous handlers back. Where another library has installed its own
+// on top meanwhile, ours stays below it and only passes on.
+void signals_uninstall() noexcept;
+
+bool signals_installed() noexcept;
+
+// Gives the calling thread an alternate stack, so that running out of the
+// ordinary one leaves a report, too. There are 16 for the whole process; false
+// when they are used up. Threads keep theirs: for threads that live long. Not
+// for the crash path.
+bool signals_cover_this_thread() noexcept;
+
+}  // namespace mlx_safe

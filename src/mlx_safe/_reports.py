@@ -1,0 +1,267 @@
+"""Breadcrumbs, and reports of a process that lives on.
+
+The writer itself is native (`src/cpp/report.cpp`) and the same one that writes
+when the process dies. Everything here may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+from . import _core, _faults
+from ._version import __version__
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "breadcrumb",
+    "refresh_run_file",
+    "sample_memory",
+    "set_system_memory",
+    "start",
+    "stop",
+    "suppressed",
+    "watch_faults",
+    "write",
+]
+
+# A fault that lasts must not fill the disk: the report of the first tells most.
+FAULT_REPORT_EVERY_S = 10.0
+FAULT_REPORTS_MAX = 20
+
+# A tenth of a second old at most, however many steps a second there are.
+SAMPLE_EVERY_S = 0.1
+RUN_FILE_EVERY_S = 5.0
+
+
+def breadcrumb(text: str, /, **fields: str | int | float | bool | None) -> None:
+    """Leaves a note for crash reports: what this process was doing.
+
+    The last 256 are kept, in native memory, and are part of every report; they
+    cost well under a microsecond (figures: docs/library.md). Any thread.
+
+    Args:
+        text: what happens; cut at 95 bytes.
+        fields: figures that belong to it, 127 bytes of JSON in all; one that
+            does not fit is left out. Of any other type than these, only the
+            type's name is kept.
+
+    Do not put in what must not be in a report: text of prompts, keys.
+    """
+    _core.breadcrumb("note", text, fields)
+
+
+class _State:
+    """Of this process; a forked child begins with a new one."""
+
+    def __init__(self) -> None:
+        self.directory: str | None = None
+        self.lock = threading.Lock()
+        self.fault_reports = 0
+        self.suppressed = 0
+        self.last_fault_report = float("-inf")
+        self.told_failure = False
+        self.subscription: _faults.Subscription | None = None
+        self.sampled_at = 0.0
+        self.run_file_at = 0.0
+        self.system_memory = (-1, -1, -1, -1)
+
+
+_state = _State()
+_atexit_registered = False
+
+
+def start(directory: str | None, context: Mapping[str, object]) -> str | None:
+    """Prepares the writer; called by `install`, under its lock.
+
+    Returns why there will be no reports, or None.
+
+    Args:
+        directory: where reports go; None: nowhere.
+        context: JSON-able facts about this process that each report tells.
+    """
+    global _atexit_registered
+    _state.directory = directory
+    _core.report_prepare(directory, os.path.basename(sys.argv[0]) if sys.argv else "")
+    if not _core.set_report_context({**_machine(), **context}):
+        return "crash reports are without versions and hooks: they take over 16 KB"
+    if directory is None:
+        return None
+    if not _atexit_registered:
+        import atexit
+
+        atexit.register(_core.remove_run_file)
+        _atexit_registered = True
+    if not _core.write_run_file():
+        return f"no file in {directory} says that this process runs: cannot write it"
+    return None
+
+
+def stop() -> None:
+    """Ends all of it; called by `uninstall`."""
+    _core.remove_run_file()
+    _core.report_stop()
+    if _state.subscription is not None:
+        _state.subscription.cancel()
+    _state.directory = None
+    _state.subscription = None
+
+
+def after_fork_in_child() -> None:
+    """The run file and the counts are the parent's."""
+    directory = _state.directory
+    _state.__init__()  # type: ignore[misc]
+    _state.directory = directory
+
+
+def suppressed() -> int:
+    """Faults that got no report of their own, as there was one just before."""
+    return _state.suppressed
+
+
+def watch_faults() -> None:
+    """From now on each fault gets a report, on the thread of the callbacks.
+
+    `install` calls this where Metal is hooked; elsewhere there are no faults
+    but those of `mlx_safe.testing`, and no process needs the thread.
+    """
+    with _state.lock:
+        if _state.subscription is None and _state.directory is not None:
+            _state.subscription = _faults.on_fault(_report_fault)
+
+
+def _report_fault(fault: _faults.Fault) -> None:
+    if fault.source == "terminate":
+        return  # the terminate handler has written one
+    now = time.monotonic()
+    with _state.lock:
+        if (
+            now - _state.last_fault_report < FAULT_REPORT_EVERY_S
+            or _state.fault_reports >= FAULT_REPORTS_MAX
+        ):
+            _state.suppressed += 1
+            return
+        _state.last_fault_report = now
+        _state.fault_reports += 1
+    write("fault", fault.message, fault.code)
+
+
+def write(why: str, message: str, code: int | None = None) -> str | None:
+    """Writes a report with the Python stacks of all threads; not rate-limited.
+
+    Args:
+        why: "fault" or "stall".
+        message: one line that says what happened.
+        code: IOGPU code; None where it is about none.
+
+    Returns its path; None when there is none, which is counted and logged.
+    Takes a few milliseconds.
+    """
+    directory = _state.directory
+    if directory is None:
+        return None
+    sample_memory(at_least_s=0.0)
+    with _state.lock:
+        path = _core.write_report(why, message, code, _python_stacks(directory))
+    if path is None:
+        _log_failure(directory)
+    return path
+
+
+def _log_failure(directory: str) -> None:
+    import logging
+
+    # Once is enough; `status().reports_failed` counts on.
+    level = logging.DEBUG if _state.told_failure else logging.ERROR
+    _state.told_failure = True
+    logging.getLogger("mlx_safe").log(
+        level, "a crash report could not be written to %s", directory
+    )
+
+
+def _python_stacks(directory: str) -> str:
+    import faulthandler
+
+    path = os.path.join(directory, f".stacks-{os.getpid()}-python")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as e:
+        return f"not available: {e.strerror}"
+    try:
+        os.unlink(path)
+        faulthandler.dump_traceback(fd, all_threads=True)
+        return os.pread(fd, 1 << 20, 0).decode(errors="replace")
+    except OSError as e:
+        return f"not available: {e.strerror}"
+    finally:
+        os.close(fd)
+
+
+def set_system_memory(
+    *, footprint: int = -1, ceiling: int = -1, total: int = -1, available: int = -1
+) -> None:
+    """Figures for the samples from now on that take longer to read than MLX's.
+
+    Args, in bytes; -1: unknown:
+        footprint: of the process, as the system counts it.
+        ceiling: of what may be in use.
+        total, available: of the system.
+    """
+    _state.system_memory = (footprint, ceiling, total, available)
+
+
+def sample_memory(at_least_s: float = SAMPLE_EVERY_S) -> None:
+    """Keeps MLX's memory figures for reports.
+
+    Cheap enough for every step: it does nothing when the last sample is younger
+    than ``at_least_s`` seconds, or MLX is not imported.
+    """
+    now = time.monotonic()
+    mx = sys.modules.get("mlx.core")
+    if mx is None or now - _state.sampled_at < at_least_s:
+        return
+    _state.sampled_at = now
+    _core.sample_memory(
+        mx.get_active_memory(),
+        mx.get_peak_memory(),
+        mx.get_cache_memory(),
+        *_state.system_memory,
+    )
+
+
+def refresh_run_file() -> None:
+    """Rewrites the run file when it is over `RUN_FILE_EVERY_S` seconds old."""
+    now = time.monotonic()
+    if _state.directory is None or now - _state.run_file_at < RUN_FILE_EVERY_S:
+        return
+    _state.run_file_at = now
+    if not _core.write_run_file():
+        _log_failure(_state.directory)
+
+
+def _machine() -> dict[str, object]:
+    system = os.uname()
+    return {
+        "mlx_safe": __version__,
+        "python": sys.version.split()[0],
+        "os": _macos_version() or f"{system.sysname} {system.release}",
+        "machine": system.machine,
+    }
+
+
+def _macos_version() -> str | None:
+    """Without the module platform, whose import takes milliseconds."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        with open("/System/Library/CoreServices/SystemVersion.plist") as file:
+            _, found, rest = file.read().partition("<key>ProductVersion</key>")
+    except OSError:
+        return None
+    version = rest.partition("<string>")[2].partition("</string>")[0]
+    return f"macOS {version}" if found and version else None

@@ -1,0 +1,91 @@
+"""What of the server's work goes into crash reports: figures, never text.
+
+The native side keeps it (`src/cpp/breadcrumbs.h`, `report_context.h`), so that it
+is still there when the process dies. Any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .. import _core, _reports
+
+__all__ = ["Place", "breadcrumb", "name_request", "start_sampler"]
+
+_NAME = "_mlx_safe_name"
+SAMPLE_EVERY_S = 1.0
+TOKENS_PER_BREADCRUMB = 128
+
+
+def breadcrumb(kind: str, text: str, **fields: str | int | float | bool | None) -> None:
+    """Leaves a note of the server's own for crash reports."""
+    _core.breadcrumb(kind, text, fields)
+
+
+def name_request(request: Any, request_id: str, path: str) -> None:
+    """Notes on mlx-lm's request what its client knows it by."""
+    setattr(request, _NAME, (request_id, path))
+
+
+class Place:
+    """A request in the table of those in flight, which reports show.
+
+    When all 64 places are taken it has none, and only leaves breadcrumbs.
+    """
+
+    def __init__(self, request: Any) -> None:
+        name: tuple[str, str] = getattr(request, _NAME, ("-", "-"))
+        self._id, path = name
+        self._place = _core.request_begin(self._id, path)
+        self._prompt_tokens = -1
+        self._prefilled = 0
+        breadcrumb("request", "taken", id=self._id, path=path)
+
+    def begun(self, prompt_tokens: int) -> None:
+        """mlx-lm has read the prompt."""
+        self._prompt_tokens = prompt_tokens
+        self._update(0)
+        breadcrumb("request", "begun", id=self._id, prompt_tokens=prompt_tokens)
+
+    def prefilled(self, done: int, total: int) -> None:
+        """So many tokens of what is to be read of the prompt have been read."""
+        self._prefilled = done
+        self._update(0)
+        breadcrumb("prefill", "prefill", id=self._id, done=done, total=total)
+
+    def produced(self, tokens: int) -> None:
+        """The client has so many tokens."""
+        self._update(tokens)
+        if tokens % TOKENS_PER_BREADCRUMB == 0:
+            breadcrumb("decode", "decode", id=self._id, tokens=tokens)
+
+    def ended(self, tokens: int, how: str) -> None:
+        """It is in flight no more."""
+        _core.request_end(self._place)
+        self._place = -1
+        breadcrumb("request", how, id=self._id, tokens=tokens)
+
+    def _update(self, tokens: int) -> None:
+        _core.request_progress(
+            self._place, self._prompt_tokens, self._prefilled, tokens
+        )
+
+
+def start_sampler(system_memory: Callable[[], dict[str, int]]) -> None:
+    """Samples memory once a second from now on, and keeps the run file fresh.
+
+    Args:
+        system_memory: arguments of `_reports.set_system_memory`, read each time.
+    """
+
+    def run() -> None:
+        while True:
+            _reports.set_system_memory(**system_memory())
+            _reports.sample_memory(at_least_s=0.0)
+            _reports.refresh_run_file()
+            time.sleep(SAMPLE_EVERY_S)
+
+    threading.Thread(target=run, name="mlx-safe-sampler", daemon=True).start()

@@ -1,0 +1,601 @@
+"""Every way to die, in child processes: what is left, and how the process ended.
+
+None of it depends on the installed mlx; `make test` runs this file once. What
+the simulated Metal models is in tests/metalsim/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import child
+from support.native import Native, in_python
+
+Done = subprocess.CompletedProcess[str]
+
+SIGNALS = """
+    import ctypes, faulthandler, os, signal, sys, threading, time
+    import mlx_safe
+    from mlx_safe import _core, testing
+    {before}
+    mlx_safe.install(signals=True)
+    mlx_safe.breadcrumb("about to die", attempt=1)
+"""
+
+
+def die(code: str, before: str = "", **environment: str) -> Done:
+    """Runs ``code`` in a child that has signals installed."""
+    return child.run(SIGNALS.format(before=before) + code, **environment)
+
+
+def paths(directory: Path) -> list[Path]:
+    """The reports, the first of a process before its second."""
+    found = [p for p in directory.glob("*.json") if not p.name.startswith("run-")]
+    return sorted(found, key=lambda p: (len(p.name), p.name))
+
+
+def only_report(directory: Path) -> dict[str, Any]:
+    (path,) = paths(directory)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    report: dict[str, Any] = json.loads(path.read_bytes())
+    assert report["complete"] is True
+    assert path.name.startswith(f"{report['time_ns'] // 10**9}-{report['pid']}")
+    return report
+
+
+def left_over(directory: Path) -> list[str]:
+    """Whatever else lies there: a report that was written leaves nothing."""
+    return sorted(p.name for p in directory.iterdir() if p not in paths(directory))
+
+
+# ---- signals --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [
+        ("os.abort()", signal.SIGABRT),
+        ("ctypes.string_at(0)", signal.SIGSEGV),
+        ("faulthandler._stack_overflow()", signal.SIGSEGV),
+        ("os.kill(os.getpid(), signal.SIGBUS)", signal.SIGBUS),
+        ("os.kill(os.getpid(), signal.SIGILL)", signal.SIGILL),
+        ("faulthandler._sigfpe()", signal.SIGFPE),
+        (
+            "t = threading.Thread(target=ctypes.string_at, args=(0,))\n"
+            "    t.start(); t.join()",
+            signal.SIGSEGV,
+        ),
+    ],
+)
+def test_signal(private_reports: Path, how: str, number: int) -> None:
+    done = die("    " + how)
+    assert done.returncode == -number, done.stderr
+    report = only_report(private_reports)
+    assert report["why"] == "signal"
+    assert report["signal"]["number"] == number
+    assert report["signal"]["name"] == signal.Signals(number).name
+    assert report["breadcrumbs"][-1]["text"] == "about to die"
+    assert report["breadcrumbs"][-1]["fields"] == {"attempt": 1}
+    assert 'File "<string>"' in report["python_stacks"]
+    frame = report["native_stack"][0]
+    assert frame["address"].startswith("0x") and frame["image"]
+    assert report["context"]["python"] == sys.version.split()[0]
+    assert report["context"]["hooks"]["signals"] is True
+    assert left_over(private_reports) == []
+
+
+def test_without_signals_there_is_none(private_reports: Path) -> None:
+    """The other side: and how it ends is the same."""
+    done = child.run("import ctypes, mlx_safe; ctypes.string_at(0)")
+    assert done.returncode == -signal.SIGSEGV
+    assert paths(private_reports) == []
+    (left,) = left_over(private_reports)
+    assert left.startswith("run-")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_faulthandler_still_speaks(private_reports: Path, first: bool) -> None:
+    enable = "faulthandler.enable()"
+    done = die(
+        f"    {'pass' if first else enable}\n    ctypes.string_at(0)",
+        before=enable if first else "",
+    )
+    assert done.returncode == -signal.SIGSEGV
+    assert done.stderr.count("Fatal Python error: Segmentation fault") == 1
+    assert only_report(private_reports)["why"] == "signal"
+
+
+def test_a_handler_of_the_program_may_live_on(private_reports: Path) -> None:
+    done = die(
+        """
+    os.kill(os.getpid(), signal.SIGABRT)
+    print("alive", flush=True)
+    ctypes.string_at(0)
+    """,
+        before="signal.signal(signal.SIGABRT, lambda *_: print('mine', flush=True))",
+    )
+    assert done.returncode == -signal.SIGSEGV
+    assert done.stdout.split() == ["mine", "alive"]
+    first, second = (json.loads(p.read_bytes()) for p in paths(private_reports))
+    assert first["signal"]["name"] == "SIGABRT"
+    assert second["signal"]["name"] == "SIGSEGV" and "second" not in second
+
+
+def test_an_ignored_signal_is_left_alone(private_reports: Path) -> None:
+    done = die(
+        "    os.kill(os.getpid(), signal.SIGABRT); print('alive')",
+        before="signal.signal(signal.SIGABRT, signal.SIG_IGN)",
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+    assert paths(private_reports) == []
+
+
+def test_uninstall_puts_the_handlers_back(private_reports: Path) -> None:
+    done = die(
+        """
+    assert mlx_safe.status().signals
+    mlx_safe.uninstall()
+    assert not mlx_safe.status().signals
+    ctypes.string_at(0)
+    """
+    )
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    assert paths(private_reports) == []
+    assert left_over(private_reports) == []
+
+
+# ---- terminate ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signals", [True, False])
+def test_terminate_leaves_one_report(private_reports: Path, signals: bool) -> None:
+    """The abort that follows it is the same death."""
+    done = die(
+        f"""
+    mlx_safe.install(signals={signals})
+    testing.throw_on_foreign_thread()
+    time.sleep(20)
+    """
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert "terminate called after throwing" in done.stderr
+    report = only_report(private_reports)
+    assert report["why"] == "terminate" and report["code"] == 8
+    assert report["faults"][-1]["source"] == "terminate"
+    assert "_core" not in report["native_stack"][0]["image"]
+    assert left_over(private_reports) == []
+
+
+# ---- the simulated Metal --------------------------------------------------
+
+
+def test_metal_fault_with_hooks_and_without(
+    native: Native, private_reports: Path
+) -> None:
+    done = in_python(
+        native,
+        """
+    mlx_safe.install(mode="intercept")
+    testing.run_command_buffer()
+    fail_next(8)
+    try:
+        testing.run_command_buffer()
+    except RuntimeError:
+        pass
+    deadline = time.monotonic() + 20
+    while not mlx_safe.status().reports_written:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    """,
+    )
+    assert done.returncode == 0, done.stderr
+    report = only_report(private_reports)
+    assert report["why"] == "fault" and report["code"] == 8
+    assert "kIOGPUCommandBufferCallbackErrorOutOfMemory" in report["exception_message"]
+    fine, failed = report["command_buffers"][-2:]
+    assert (fine["status"], failed["status"]) == ("completed", "error")
+    assert fine["label"] == failed["label"] == "mlx_safe.testing"
+    assert failed["code"] == 8 and failed["number"] == fine["number"] + 1
+    assert 0 < fine["gpu_start_s"] <= fine["gpu_end_s"] <= failed["gpu_end_s"]
+    assert report["context"]["hooks"]["verified"] is True
+    (fault,) = report["faults"]
+    assert fault["buffer"] == failed["number"] and fault["queue"] == failed["queue"]
+    paths(private_reports)[0].unlink()
+
+    done = in_python(
+        native,
+        """
+    mlx_safe.install(mode="intercept")
+    _core.metal_uninstall()
+    fail_next(8)
+    testing.run_command_buffer()
+    time.sleep(20)
+    """,
+    )
+    assert done.returncode == -signal.SIGABRT
+    report = only_report(private_reports)
+    assert report["why"] == "terminate" and report["code"] == 8
+    assert report["exception_type"] == "St13runtime_error"
+
+
+# ---- a crash while the report is written ------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "number", "why"),
+    [
+        ("os.abort()", signal.SIGABRT, "signal"),
+        ("testing.throw_on_foreign_thread(); time.sleep(20)", signal.SIGABRT, None),
+        ("ctypes.string_at(0)", signal.SIGSEGV, "signal"),
+    ],
+)
+def test_crash_inside_the_handler(
+    private_reports: Path, how: str, number: int, why: str | None
+) -> None:
+    done = die(f"    _core.testing_break_reports()\n    {how}")
+    assert done.returncode == -number, done.stderr
+    first, second = paths(private_reports)
+    text = first.read_text()
+    assert '"breadcrumbs"' in text and '"native_stack"' in text
+    assert '"complete"' not in text
+    minimal = json.loads(second.read_bytes())
+    assert minimal["second"] is True and minimal["complete"] is True
+    assert minimal["why"] == (why or "terminate")
+    assert minimal["signal"]["name"] == "SIGSEGV"
+    assert left_over(private_reports) == []
+
+
+def test_two_threads_at_once(private_reports: Path) -> None:
+    done = die(
+        """
+    write = ctypes.CDLL(None).memset  # without the GIL
+    at_once = threading.Barrier(8)
+    def crash():
+        at_once.wait()
+        write(0, 0, 1)
+    for _ in range(8):
+        threading.Thread(target=crash).start()
+    time.sleep(20)
+    """
+    )
+    assert done.returncode == -signal.SIGSEGV
+    assert only_report(private_reports)["why"] == "signal"
+
+
+def test_exception_and_signal_at_once(private_reports: Path) -> None:
+    done = die(
+        """
+    testing.throw_on_foreign_thread()
+    ctypes.string_at(0)
+    """
+    )
+    assert done.returncode in (-signal.SIGSEGV, -signal.SIGABRT)
+    only_report(private_reports)
+
+
+# ---- bad surroundings -------------------------------------------------------
+
+
+def test_disk_full(private_reports: Path) -> None:
+    done = die(
+        """
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+    os.abort()
+    """
+    )
+    assert done.returncode == -signal.SIGABRT
+    (path,) = paths(private_reports)
+    text = path.read_text()
+    assert len(text) == 700
+    assert '"why": "signal"' in text and '"number": 6' in text
+
+
+def test_disk_full_does_not_disturb_the_living(private_reports: Path) -> None:
+    done = child.run(
+        """
+        import logging, resource
+        logging.basicConfig()
+        import mlx_safe
+        from mlx_safe import _reports
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+        assert _reports.write("fault", "one") is None
+        assert _reports.write("fault", "two") is None
+        assert mlx_safe.status().reports_failed == 2
+        assert mlx_safe.install().installed
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("a crash report could not be written to") == 1
+
+
+@pytest.mark.parametrize("gone", ["os.rename(d, d + '-away')", "pass"])
+def test_directory_that_cannot_be_written(private_reports: Path, gone: str) -> None:
+    """Taken away while the process runs, or no directory from the start."""
+    if gone == "pass":
+        private_reports.write_text("a file")
+    done = child.run(
+        f"""
+        import os
+        import mlx_safe
+        from mlx_safe import _reports
+        mlx_safe.install(signals=True)
+        d = os.environ["MLX_SAFE_REPORT_DIR"]
+        {gone}
+        assert _reports.write("fault", "one") is None
+        mlx_safe.breadcrumb("still here")
+        print(mlx_safe.status().reasons, flush=True)
+        os.abort()
+        """
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    if gone == "pass":
+        assert "no crash reports" in done.stdout
+
+
+def test_no_descriptor_is_left(private_reports: Path) -> None:
+    done = die(
+        """
+    import resource
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    try:
+        while True:
+            os.dup(1)
+    except OSError:
+        os.abort()
+    """
+    )
+    assert done.returncode == -signal.SIGABRT
+    assert only_report(private_reports)["why"] == "signal"
+
+
+def test_forked_child(private_reports: Path) -> None:
+    done = die(
+        """
+    pid = os.fork()
+    if pid == 0:
+        ctypes.string_at(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGSEGV, status
+    d = os.environ["MLX_SAFE_REPORT_DIR"]
+    assert f"run-{os.getpid()}.json" in os.listdir(d), os.listdir(d)
+    print(pid)
+    """
+    )
+    assert done.returncode == 0, done.stderr
+    report = only_report(private_reports)
+    assert report["pid"] == report["thread"] == int(done.stdout)
+    assert report["requests"] == []
+    assert left_over(private_reports) == []
+
+
+# ---- of a process that lives on ----------------------------------------------
+
+
+def test_faults_are_reported_at_a_limited_rate(private_reports: Path) -> None:
+    done = child.run(
+        """
+        import time, mlx_safe
+        from mlx_safe import testing
+        for _ in range(5):
+            testing.record_fault(2)
+        deadline = time.monotonic() + 20
+        while True:
+            status = mlx_safe.status()
+            if status.reports_written + status.reports_suppressed == 5:
+                break
+            assert time.monotonic() < deadline, status.as_dict()
+            time.sleep(0.01)
+        assert (status.reports_written, status.reports_suppressed) == (1, 4)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    report = only_report(private_reports)
+    assert report["why"] == "fault" and report["code"] == 2
+    assert report["faults"][0]["source"] == "injected"
+    assert 'File "<string>"' in report["python_stacks"]
+
+
+def test_run_file(private_reports: Path) -> None:
+    done = child.run(
+        """
+        import json, os, signal
+        import mlx_safe
+        from mlx_safe import _core, _reports
+        _core.sample_memory(1, 2, 3, 4, 5, 6, 7)
+        place = _core.request_begin("cmpl-1", "/v1/completions")
+        _core.request_progress(place, 100, 64, 3)
+        _reports.refresh_run_file()
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert done.returncode == -signal.SIGKILL
+    (path,) = private_reports.iterdir()
+    left = json.loads(path.read_bytes())
+    assert path.name == f"run-{left['pid']}.json"
+    assert left["why"] == "running" and left["complete"] is True
+    memory = left["memory"]
+    assert [memory[n] for n in ("active", "peak", "cache")] == [1, 2, 3]
+    assert [memory[n] for n in ("footprint", "ceiling")] == [4, 5]
+    assert left["memory_history"][0][1:] == [1, 5]
+    (request,) = left["requests"]
+    assert request.pop("age_ms") >= 0
+    assert request == {
+        "id": "cmpl-1",
+        "path": "/v1/completions",
+        "prompt_tokens": 100,
+        "prefilled": 64,
+        "tokens": 3,
+    }
+    path.unlink()
+    for ends in ("pass", "raise SystemExit(3)", "raise KeyError", "1/0"):
+        child.run(f"import mlx_safe\n{ends}")
+        assert list(private_reports.iterdir()) == []
+
+
+# ---- breadcrumbs ----------------------------------------------------------
+
+
+def test_breadcrumbs_take_anything(private_reports: Path) -> None:
+    done = child.run(
+        r"""
+        import mlx_safe
+        from mlx_safe import _reports
+        class Odd:
+            def __repr__(self): raise RuntimeError
+            __str__ = __repr__
+        mlx_safe.breadcrumb("x" * 94 + "\u00e4\u00e4")
+        mlx_safe.breadcrumb("values", n=None, t=True, i=-3, f=0.5, s='"\n\0', odd=Odd())
+        mlx_safe.breadcrumb("not", nan=float("nan"), big=1 << 80, lone="\udc80")
+        mlx_safe.breadcrumb("long", kept=1, long="y" * 500, also=2)
+        mlx_safe.breadcrumb("", **{"a \"key\"": 1, "text": 2, "kind": 3})
+        for wrong in (None, 3, b"bytes"):
+            try:
+                mlx_safe.breadcrumb(wrong)
+            except TypeError:
+                continue
+            raise AssertionError(wrong)
+        _reports.write("fault", "")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    a, b, c, d, e = only_report(private_reports)["breadcrumbs"]
+    assert a["text"] == "x" * 94
+    assert b["fields"] == {
+        "n": None,
+        "t": True,
+        "i": -3,
+        "f": 0.5,
+        "s": '"\n',
+        "odd": "__main__.Odd",
+    }
+    assert c["fields"]["nan"] is None and c["fields"]["lone"] is None
+    assert d["fields"] == {"kept": 1, "also": 2}
+    assert e["fields"] == {'a "key"': 1, "text": 2, "kind": 3}
+
+
+def test_breadcrumbs_of_many_threads(private_reports: Path) -> None:
+    done = child.run(
+        """
+        import threading, mlx_safe
+        from mlx_safe import _reports
+        def leave(name):
+            for i in range(1000):
+                mlx_safe.breadcrumb(f"{name}", i=i)
+        threads = [threading.Thread(target=leave, args=(n,)) for n in range(4)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        _reports.write("fault", "")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    crumbs = only_report(private_reports)["breadcrumbs"]
+    assert len(crumbs) == 256
+    by_thread: dict[str, list[int]] = {}
+    for crumb in crumbs:
+        by_thread.setdefault(crumb["text"], []).append(crumb["fields"]["i"])
+    assert all(seen == sorted(seen) for seen in by_thread.values())
+
+
+# ---- what the crash path may call -------------------------------------------
+
+# async-signal-safe by POSIX (signal-safety(7)), or without any state.
+SAFE = {
+    "_exit", "abort", "clock_gettime", "close", "dup2", "fcntl", "ftruncate",
+    "getpid", "lseek", "memcpy", "memmove", "memset", "nanosleep", "open", "pipe",
+    "raise", "read", "strnlen", "rename", "sigaction", "sigaltstack", "sigemptyset",
+    "siglongjmp", "sigsetjmp", "strchr", "strlen", "syscall", "unlink", "write",
+    "pthread_threadid_np",
+}  # fmt: skip
+# Not on that list, each with what makes it bearable.
+BEARABLE = {
+    # after `prime_native_stack`, inside `run_guarded`
+    "_Unwind_Backtrace", "_Unwind_GetIP", "dladdr",
+    # the exception that is on its way already: nothing is allocated
+    "__cxa_begin_catch", "__cxa_current_exception_type", "__cxa_end_catch",
+    "__cxa_rethrow", "_ZTIPKc", "_ZTISt9exception", "_ZTVSt9exception",
+    # install only
+    "_ZSt13get_terminatev", "_ZSt13set_terminatePFvvE",
+    # data, or the compiler's own
+    "__errno_location", "__error", "__gxx_personality_v0", "__stack_chk_fail",
+    "__stack_chk_guard", "_GLOBAL_OFFSET_TABLE_", "_Unwind_Resume",
+    "_ZSt9terminatev", "__clang_call_terminate",
+}  # fmt: skip
+CRASH_PATH = (
+    "async_io",
+    "async_system",
+    "breadcrumbs",
+    "fault_log",
+    "native_stack",
+    "recrash",
+    "report",
+    "report_context",
+    "report_sections",
+    "signals",
+    "terminate",
+)
+
+
+def undefined(path: Path) -> set[str]:
+    out = subprocess.run(
+        ["nm", "-u", str(path)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    names = {line.split()[-1] for line in out.splitlines() if line.strip()}
+    if sys.platform == "darwin":
+        names = {name.removeprefix("_") for name in names}
+    # What a hardened C library calls them.
+    return {name.removeprefix("__").removesuffix("_chk") if name.endswith("_chk")
+            else {"__sigsetjmp": "sigsetjmp", "open64": "open",
+                  "ftruncate64": "ftruncate", "lseek64": "lseek",
+                  "fcntl64": "fcntl"}.get(name, name)
+            for name in names}  # fmt: skip
+
+
+def test_the_crash_path_calls_nothing_unsafe(native: Native) -> None:
+    objects = native.directory / "mlx_safe/CMakeFiles/mlx_safe_native.dir/src/cpp"
+    for name in CRASH_PATH:
+        called = {
+            s for s in undefined(objects / f"{name}.cpp.o") if "8mlx_safe" not in s
+        }
+        assert called <= SAFE | BEARABLE, (name, called - SAFE - BEARABLE)
+    # The test sees what it is to forbid.
+    assert any("Znw" in s for s in undefined(objects / "metal/ledger.cpp.o"))
+
+
+def test_ours_calls_only_ours_in_the_crash_path(native: Native) -> None:
+    """What those call of ours is in those files, too."""
+    objects = native.directory / "mlx_safe/CMakeFiles/mlx_safe_native.dir/src/cpp"
+    defined: set[str] = set()
+    called: set[str] = set()
+    for name in CRASH_PATH:
+        path = objects / f"{name}.cpp.o"
+        out = subprocess.run(
+            ["nm", str(path)], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+        for line in out.splitlines():
+            *_, kind, symbol = line.split()
+            (called if kind == "U" else defined).add(symbol)
+    assert {s for s in called - defined if "8mlx_safe" in s} == set()
+
+
+def test_reports_are_off_where_asked(tmp_path: Path) -> None:
+    environment = {**os.environ, "MLX_SAFE_AUTOINSTALL": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import mlx_safe; mlx_safe.breadcrumb('x')"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "reports").exists()

@@ -1,0 +1,93 @@
+"""What a server that dies, or that fails, leaves for the morning after."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.server import Answer, Server
+
+TEXT = "unmistakable words of a prompt"
+
+
+def only_report(directory: Path) -> dict[str, Any]:
+    """The one report; nothing else is left."""
+    (path,) = directory.iterdir()
+    text = path.read_text()
+    assert "unmistakable" not in text
+    report: dict[str, Any] = json.loads(text)
+    assert report["complete"] is True
+    return report
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
+def test_segfault_in_the_midst_of_an_answer(
+    tiny_model: Path, private_reports: Path, more: dict[str, int]
+) -> None:
+    answers: list[Answer] = []
+    with Server(tiny_model).wait_ready() as server:
+        assert server.chat().status == 200
+        asked = {"text": TEXT, "max_tokens": 100_000, "stream": True, **more}
+        thread = threading.Thread(target=lambda: answers.append(server.chat(**asked)))
+        thread.start()
+        server.wait_for_requests(1)
+        os.kill(server.process.pid, signal.SIGSEGV)
+        assert server.wait() == -signal.SIGSEGV
+        thread.join(30)
+    report = only_report(private_reports)
+    assert report["why"] == "signal" and report["signal"]["name"] == "SIGSEGV"
+    (request,) = report["requests"]
+    assert request["id"].startswith("chatcmpl-")
+    assert request["path"] == "/v1/chat/completions"
+    assert request["prompt_tokens"] > 5 and request["age_ms"] >= 0
+    assert report["memory"]["active"] > 0 and report["memory_history"]
+    assert report["context"]["mlx_lm"] and report["context"]["hooks"]["signals"]
+    assert "mlx_lm" in report["python_stacks"]
+    crumbs = report["breadcrumbs"]
+    assert ("server", "ok") in {(c["kind"], c["text"]) for c in crumbs}
+    told = [c for c in crumbs if c["fields"].get("id") == request["id"]]
+    assert [c["text"] for c in told][:2] == ["taken", "begun"]
+    assert any(c["text"] == "completed" for c in crumbs)  # the first one
+
+
+def test_stall(tiny_model: Path, private_reports: Path) -> None:
+    with Server(
+        tiny_model, "--stall-timeout", "1.5", inject="decode:5:0:once:stall"
+    ).wait_ready() as server:
+        assert server.chat(TEXT, timeout=20).status == 503
+        assert server.wait() == 75
+    report = only_report(private_reports)
+    assert report["why"] == "stall"
+    assert report["exception_message"] == "a step made no progress for 1.5 s"
+    assert len(report["requests"]) == 1
+    assert "in step" in report["python_stacks"]
+
+
+def test_the_gpu_is_lost(tiny_model: Path, private_reports: Path) -> None:
+    with Server(tiny_model, inject="decode:9:4").wait_ready() as server:
+        assert server.chat(TEXT, max_tokens=64).status == 503
+        assert server.wait() == 75
+    report = only_report(private_reports)
+    assert report["why"] == "fault" and report["code"] == 4
+
+
+def test_sigkill_and_sigterm(tiny_model: Path, private_reports: Path) -> None:
+    """The one leaves its run file with the last figures, the other nothing."""
+    with Server(tiny_model).wait_ready() as server:
+        (run_file,) = private_reports.iterdir()
+        assert run_file.name == f"run-{server.process.pid}.json"
+        assert server.stop() == 0
+        assert list(private_reports.iterdir()) == []
+    with Server(tiny_model).wait_ready() as server:
+        assert server.chat(TEXT).status == 200
+        assert "mlx_safe_reports_failed 0.0" in server.get("/metrics").body
+        server.process.kill()
+        assert server.wait() == -signal.SIGKILL
+    left = only_report(private_reports)
+    assert left["why"] == "running" and left["pid"] == server.process.pid
