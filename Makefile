@@ -78,6 +78,8 @@ bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODE
 
 SDIST = dist/mlx_safe-$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/mlx_safe/_version.py).tar.gz
 TRACKED := $(wildcard $(shell git ls-files 2> /dev/null))
+# "available": only for the Pythons that are installed here, and says which not.
+WHEELS ?= all
 WHEELS_PYTHON := $(VENVS)/wheels/bin/python
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null)
 
@@ -88,7 +90,7 @@ macos-wheels: build/macos-wheels.stamp  ## wheels for macOS 14+ arm64, made anyw
 linux-wheels: build/linux-wheels.stamp  ## manylinux wheels for x86-64 and aarch64, in dist/
 
 check-wheels: build/macos-wheels.stamp build/linux-wheels.stamp  ## looks into the wheels without running them
-	$(WHEELS_PYTHON) tools/check_wheel.py --complete dist/*.whl
+	$(WHEELS_PYTHON) tools/check_wheel.py $(if $(filter all,$(WHEELS)),--complete) dist/*.whl
 	$(WHEELS_PYTHON) -m pytest tests/packaging $(ARGS)
 
 contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx.dylib
@@ -119,7 +121,7 @@ build/sdist.stamp: $(TRACKED) | $(VENVS)/wheels.tools
 
 build/%-wheels.stamp: build/sdist.stamp
 	rm -f dist/*$**.whl
-	$(WHEELS_PYTHON) tools/build_wheels.py $* $(SDIST)
+	$(WHEELS_PYTHON) tools/build_wheels.py $(if $(filter available,$(WHEELS)),--available) $* $(SDIST)
 	touch $@
 
 clean:  ## takes everything away that was built or installed here

@@ -13,6 +13,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 def built(pattern: str) -> Path:
     found = sorted((ROOT / "dist").glob(pattern))
+    if not found and any((ROOT / "dist").glob("*.whl")):
+        # `make check-wheels WHEELS=available` has said which Python is missing.
+        pytest.skip(f"dist/{pattern} was left out: a Python is not installed here")
     assert len(found) == 1, f"dist/{pattern}: {found}; run `make check-wheels`"
     return found[0]
 
