@@ -75,6 +75,21 @@ def test_the_gpu_is_lost(tiny_model: Path, private_reports: Path) -> None:
         assert server.wait() == 75
     report = only_report(private_reports)
     assert report["why"] == "fault" and report["code"] == 4
+    assert len(report["requests"]) == 1
+
+
+def test_a_fault_that_the_request_outlives(
+    tiny_model: Path, private_reports: Path
+) -> None:
+    with Server(tiny_model, inject="decode:5:8,decode:9:8").wait_ready() as server:
+        assert server.chat(TEXT, max_tokens=64).status == 200
+        assert server.metric("mlx_safe_reports_written") == 1
+        assert server.metric("mlx_safe_reports_suppressed") == 1
+        (path,) = (p for p in private_reports.iterdir() if p.name[0].isdigit())
+        report = json.loads(path.read_text())
+        assert report["why"] == "fault" and report["code"] == 8
+        assert "Insufficient Memory" in report["exception_message"]
+        assert len(report["requests"]) == 1
 
 
 def test_sigkill_and_sigterm(tiny_model: Path, private_reports: Path) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "suppressed",
     "watch_faults",
     "write",
+    "write_fault",
 ]
 
 # A fault that lasts must not fill the disk: the report of the first tells most.
@@ -136,8 +137,12 @@ def watch_faults() -> None:
 
 
 def _report_fault(fault: _faults.Fault) -> None:
-    if fault.source == "terminate":
-        return  # the terminate handler has written one
+    if fault.source != "terminate":  # the terminate handler has written one
+        write_fault(fault.message, fault.code)
+
+
+def write_fault(message: str, code: int) -> None:
+    """A report of a fault, unless there was one just before; arguments of `write`."""
     now = time.monotonic()
     with _state.lock:
         if (
@@ -148,7 +153,7 @@ def _report_fault(fault: _faults.Fault) -> None:
             return
         _state.last_fault_report = now
         _state.fault_reports += 1
-    write("fault", fault.message, fault.code)
+    write("fault", message, code)
 
 
 def write(why: str, message: str, code: int | None = None) -> str | None:

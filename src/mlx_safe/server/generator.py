@@ -368,6 +368,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if fault is not None and fault.fatal:
             self.give_up(fault)
             return
+        if fault is not None and not fault.faults:
+            # One that is in the log has its report from there (`watch_faults`).
+            _reports.write_fault(str(fault), fault.code)
         if not self._one_rank:
             self._give_up_among_ranks(fault, exc)
             return
@@ -472,9 +475,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """
         self.condition.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", _one_line(exc))
-        self._fail_everyone(exc)
-        if not reported:
+        if not reported:  # first of all: it is to tell who was in flight
             _reports.write("fault", _one_line(exc), getattr(exc, "code", None))
+        self._fail_everyone(exc)
         self.condition.leave(EXIT_REPLACE, lambda: self._fail_everyone(exc))
 
     def stop(self) -> None:
