@@ -1,0 +1,143 @@
+"""How much memory may be active, and where each number comes from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .machine import Machine
+from .sizes import format_size
+
+__all__ = ["Ceiling", "LearnedCeiling", "Limit", "ceiling"]
+
+# Of what Metal recommends: MLX itself gives its pool back from 95 % on
+# (gc_limit, MLX 0.29 to 0.32), and the last command buffers need room as well.
+GPU_SHARE = 0.90
+# Of the RAM, for what MLX holds, when it shares it with everything else.
+CPU_SHARE = 0.75
+# Of the RAM, for the whole process on a machine with a GPU: above, the system
+# swaps or kills (jetsam compares the footprint).
+FOOTPRINT_SHARE = 0.90
+
+# The law of the learned ceiling; see `LearnedCeiling`.
+LOWERED_TO = 0.80
+HOLD_S = 300.0
+RETURN_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One reason for a ceiling: bytes, a short name, and the source in words."""
+
+    name: str
+    size: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """The limits that hold, the smallest first."""
+
+    limits: tuple[Limit, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes that may be active."""
+        return self.limits[0].size
+
+    @property
+    def reason(self) -> Limit:
+        """The limit that decides."""
+        return self.limits[0]
+
+
+def ceiling(
+    machine: Machine,
+    *,
+    explicit: int | None = None,
+    overhead: int = 0,
+    learned: int | None = None,
+) -> Ceiling:
+    """The ceiling of this machine.
+
+    Args:
+        explicit: ``--max-active-memory-bytes``, taken as it is.
+        overhead: what the process holds beside MLX's memory (`Usage.overhead`).
+        learned: the value of a `LearnedCeiling`, if it has one.
+    """
+    limits = []
+    if explicit is not None:
+        limits.append(Limit("flag", explicit, "--max-active-memory-bytes"))
+    for name, size, source in (
+        (
+            "device",
+            machine.recommended,
+            "the working set that Metal recommends (recommendedMaxWorkingSetSize)",
+        ),
+        ("wired", machine.wired_limit, "sysctl iogpu.wired_limit_mb"),
+    ):
+        if size is not None:
+            words = f"{GPU_SHARE:.0%} of {format_size(size)}: {source}"
+            limits.append(Limit(name, int(GPU_SHARE * size), words))
+    share = FOOTPRINT_SHARE if machine.gpu else CPU_SHARE
+    if machine.total:
+        source = f"{share:.0%} of {format_size(machine.total)} of RAM"
+        if overhead:
+            source += f", less {format_size(overhead)} that the process holds besides"
+        limits.append(
+            Limit("ram", max(0, int(share * machine.total) - overhead), source)
+        )
+    if learned is not None:
+        limits.append(
+            Limit("learned", learned, "lowered after the GPU ran out of memory")
+        )
+    if not limits:
+        # Nothing is known about this machine; nothing is limited.
+        limits.append(Limit("none", 2**63 - 1, "nothing is known of this machine"))
+    return Ceiling(tuple(sorted(limits, key=lambda limit: limit.size)))
+
+
+class LearnedCeiling:
+    """What out-of-memory faults have taught. Thread-safe.
+
+    A fault with N bytes active, B of them in use with nothing running (the
+    weights), sets it to B + 0.8 (N - B), or leaves it where it is when that is
+    lower. There it stays for 5 minutes, then goes back to the static ceiling
+    within an hour, evenly; then it is forgotten.
+
+    Args:
+        clock: seconds, monotonic; tests bring their own.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._low: int | None = None
+        self._since = 0.0
+
+    def fault(self, active: int, baseline: int, static: int) -> int:
+        """Lowers it after a fault; returns the new value, below ``active``."""
+        baseline = min(baseline, active)
+        wanted = baseline + int(LOWERED_TO * (active - baseline))
+        wanted = max(0, min(wanted, active - 1))
+        with self._lock:
+            before = self._value(static)
+            self._low = wanted if before is None else min(wanted, before)
+            self._since = self._clock()
+            return self._low
+
+    def value(self, static: int) -> int | None:
+        """The learned ceiling now, at most ``static``; None when it has none."""
+        with self._lock:
+            return self._value(static)
+
+    def _value(self, static: int) -> int | None:
+        if self._low is None:
+            return None
+        returning = (self._clock() - self._since - HOLD_S) / RETURN_S
+        if returning >= 1 or self._low >= static:
+            self._low = None
+            return None
+        return self._low + int((static - self._low) * max(0.0, returning))

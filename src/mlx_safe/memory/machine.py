@@ -1,0 +1,186 @@
+"""What the machine, the process and MLX say about memory, read at call time."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Machine", "Usage", "read_machine", "sysctl", "usage"]
+
+Sysctl = Callable[[str], "int | None"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts that do not change while the process runs. Sizes in bytes.
+
+    Attributes:
+        system: ``sys.platform``.
+        device: name of the device that MLX computes on.
+        gpu: that device is a GPU.
+        total: memory that the process could use at most: RAM, or less in a
+            container.
+        recommended: Metal's recommendedMaxWorkingSetSize; None without Metal.
+        wired_limit: ``iogpu.wired_limit_mb`` in bytes; None when it is 0, the
+            system's own choice, or there is none.
+    """
+
+    system: str
+    device: str
+    gpu: bool
+    total: int
+    recommended: int | None = None
+    wired_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What is used now. Bytes.
+
+    Attributes:
+        active: held by live MLX arrays. peak: the most since the last
+            ``mx.reset_peak_memory``. pool: freed, but kept by MLX for reuse.
+        footprint: the process, as the system counts it (macOS phys_footprint,
+            which jetsam compares; Linux RSS); None where it cannot be read.
+        available: what the system could still give; None where unknown.
+    """
+
+    active: int
+    peak: int
+    pool: int
+    footprint: int | None
+    available: int | None
+
+    @property
+    def overhead(self) -> int:
+        """What the process holds beside MLX's arrays and pool."""
+        if self.footprint is None:
+            return 0
+        return max(0, self.footprint - self.active - self.pool)
+
+
+def sysctl(name: str) -> int | None:
+    """An integer of macOS's sysctl; None where there is no such name."""
+    if sys.platform != "darwin":
+        return None
+    libc: Any = ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
+    # Integers have 4 or 8 bytes; both are little-endian on all that runs MLX.
+    value = ctypes.c_uint64(0)
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    failed = libc.sysctlbyname(
+        name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
+    )
+    return None if failed else int(value.value)
+
+
+def _device_info() -> dict[str, Any]:
+    import mlx.core as mx
+
+    # mx.metal.device_info is deprecated since MLX 0.30 and warns on each call.
+    read = getattr(mx, "device_info", None) or mx.metal.device_info
+    return dict(read())
+
+
+def read_machine(
+    sysctl: Sysctl = sysctl, device_info: Callable[[], dict[str, Any]] = _device_info
+) -> Machine:
+    """The machine of this process. Imports MLX; the arguments are for tests."""
+    info = device_info()
+    recommended = info.get("max_recommended_working_set_size")
+    wired_mb = sysctl("iogpu.wired_limit_mb")
+    return Machine(
+        system=sys.platform,
+        device=str(info.get("device_name") or info.get("architecture") or "unknown"),
+        gpu=recommended is not None,
+        total=sysctl("hw.memsize") or _linux_total(),
+        recommended=int(recommended) if recommended else None,
+        wired_limit=wired_mb * 2**20 if wired_mb else None,
+    )
+
+
+def usage() -> Usage:
+    """What MLX and this process use now. Any thread; some microseconds."""
+    import mlx.core as mx
+
+    return Usage(
+        active=int(mx.get_active_memory()),
+        peak=int(mx.get_peak_memory()),
+        pool=int(mx.get_cache_memory()),
+        footprint=footprint(),
+        available=available(),
+    )
+
+
+def footprint() -> int | None:
+    """Bytes of this process as the system counts them; None where unknown."""
+    if sys.platform == "darwin":
+        return _phys_footprint()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class _RusageInfoV0(ctypes.Structure):
+    """``struct rusage_info_v0`` of macOS's <sys/resource.h>."""
+
+    _fields_ = [
+        ("ri_uuid", ctypes.c_uint8 * 16),
+        ("ri_user_time", ctypes.c_uint64),
+        ("ri_system_time", ctypes.c_uint64),
+        ("ri_pkg_idle_wkups", ctypes.c_uint64),
+        ("ri_interrupt_wkups", ctypes.c_uint64),
+        ("ri_pageins", ctypes.c_uint64),
+        ("ri_wired_size", ctypes.c_uint64),
+        ("ri_resident_size", ctypes.c_uint64),
+        ("ri_phys_footprint", ctypes.c_uint64),
+        ("ri_proc_start_abstime", ctypes.c_uint64),
+        ("ri_proc_exit_abstime", ctypes.c_uint64),
+    ]
+
+
+def _phys_footprint() -> int | None:
+    libc: Any = ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
+    info = _RusageInfoV0()
+    if libc.proc_pid_rusage(os.getpid(), 0, ctypes.byref(info)):
+        return None
+    return int(info.ri_phys_footprint)
+
+
+def available(sysctl: Sysctl = sysctl) -> int | None:
+    """Bytes that the system could still give; None where unknown.
+
+    macOS: its own percentage of free memory (``kern.memorystatus_level``, what
+    memory_pressure(1) shows). Linux: MemAvailable.
+    """
+    if sys.platform == "darwin":
+        level, total = sysctl("kern.memorystatus_level"), sysctl("hw.memsize")
+        return total * level // 100 if level is not None and total else None
+    return _meminfo("MemAvailable")
+
+
+def _meminfo(name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _linux_total() -> int:
+    total = _meminfo("MemTotal") or 0
+    # A container's own limit, of either version of cgroups.
+    for path in (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path(path).read_text()))
+    return total

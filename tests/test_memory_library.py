@@ -1,0 +1,471 @@
+"""The memory room: sizes, ceilings, estimates against real caches, decisions."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlx_lm.models import cache as caches
+
+from mlx_safe.memory import machine as machines
+from mlx_safe.memory.budget import Decision, Option, Situation, decide
+from mlx_safe.memory.ceiling import LearnedCeiling, ceiling
+from mlx_safe.memory.estimate import CacheCost, LayerCost, Transients, measure
+from mlx_safe.memory.machine import Machine, read_machine, usage
+from mlx_safe.memory.sizes import format_size, parse_size
+from mlx_safe.memory.sizing import sizing
+
+GB = 10**9
+
+# No luck: the same cases each time, and however slow the machine is.
+settings.register_profile(
+    "mlx_safe",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("mlx_safe")
+
+
+# -- sizes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("20G", 20 * GB),
+        ("20GB", 20 * GB),
+        ("1.5 gb", 1_500_000_000),
+        ("512M", 512_000_000),
+        ("36GiB", 36 * 2**30),
+        ("1000000", 1_000_000),
+        ("2T", 2 * 10**12),
+        ("7b", 7),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_sizes_are_those_of_mlx_lm() -> None:
+    from mlx_lm.utils import _parse_size
+
+    for text in ("20G", "1.5GB", "512M", "300 MB", "123"):
+        assert parse_size(text) == _parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "20X", "G", "1e9", "20 G B", "nan", "∞", "٣", "9999999T"]
+)
+def test_bad_sizes_are_one_clear_line(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be a size over zero such as 20G"):
+        parse_size(text)
+
+
+@given(st.integers(1, 10**15))
+def test_a_size_shown_is_the_size_meant(size: int) -> None:
+    shown = parse_size(format_size(size))
+    assert abs(shown - size) <= 0.05001 * 1000 ** (len(str(size)) // 3)
+
+
+# -- machine and ceiling ---------------------------------------------------------
+
+
+def mac(**values: int) -> Machine:
+    """A Mac as it would answer."""
+    answers = {"hw.memsize": 48 * 2**30, "iogpu.wired_limit_mb": 0, **values}
+    info = {"device_name": "Apple M4 Pro", "max_recommended_working_set_size": 40 * GB}
+    return read_machine(answers.get, lambda: info)
+
+
+def test_ceiling_of_a_mac() -> None:
+    found = ceiling(mac())
+    assert found.size == 36 * GB
+    assert found.reason.name == "device"
+    assert "recommendedMaxWorkingSetSize" in found.reason.source
+
+
+def test_the_smallest_limit_decides_and_each_says_its_source() -> None:
+    machine = mac(**{"iogpu.wired_limit_mb": 30_000})
+    assert ceiling(machine).reason.name == "wired"
+    found = ceiling(machine, explicit=20 * GB, learned=19 * GB)
+    assert [limit.name for limit in found.limits][:2] == ["learned", "flag"]
+    assert found.size == 19 * GB
+    assert all(limit.source for limit in found.limits)
+
+
+def test_a_wired_limit_of_zero_is_none() -> None:
+    assert mac().wired_limit is None
+
+
+def test_what_the_process_holds_besides_counts_against_the_ram() -> None:
+    crowded = ceiling(mac(**{"hw.memsize": 40 * GB}), overhead=10 * GB)
+    assert crowded.reason.name == "ram"
+    assert crowded.size == 26 * GB
+
+
+def test_without_a_gpu_a_share_of_the_ram() -> None:
+    found = ceiling(Machine("linux", "x86_64", False, 16 * GB))
+    assert (found.size, found.reason.name) == (12 * GB, "ram")
+
+
+def test_this_machine_can_be_read() -> None:
+    here = read_machine()
+    assert here.total > 2**28
+    held = mx.ones((1 << 20,))
+    mx.eval(held)
+    now = usage()
+    assert now.active >= held.nbytes
+    assert now.footprint is not None and now.footprint > 10 * 2**20
+    assert now.available is not None and 0 < now.available <= here.total
+    assert now.overhead > 0
+
+
+def test_the_layout_of_rusage_info_v0() -> None:
+    # <sys/resource.h>: 16 bytes of uuid, then ten 64-bit integers.
+    assert ctypes.sizeof(machines._RusageInfoV0) == 96
+    assert machines._RusageInfoV0.ri_phys_footprint.offset == 72
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    static=st.integers(10 * GB, 100 * GB),
+    faults=st.lists(
+        st.tuples(
+            st.integers(2, 100 * GB), st.integers(0, 40 * GB), st.floats(0, 5000)
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+)
+def test_a_fault_lowers_the_ceiling_and_it_comes_back(
+    static: int, faults: list[tuple[int, int, float]]
+) -> None:
+    clock = Clock()
+    learned = LearnedCeiling(clock)
+    for active, baseline, pause in faults:
+        before = learned.value(static)
+        found = learned.fault(active, baseline, static)
+        assert found < active
+        assert before is None or found <= before
+        values = []
+        for part in range(5):
+            clock.now += pause * part / 10
+            values.append(learned.value(static))
+        known = [v for v in values if v is not None]
+        assert known == sorted(known) and all(v <= static for v in known)
+        assert None not in values or set(values[values.index(None) :]) == {None}
+    clock.now += 10_000
+    assert learned.value(static) is None
+
+
+def test_the_learned_ceiling_stays_before_it_rises() -> None:
+    clock = Clock()
+    learned = LearnedCeiling(clock)
+    assert learned.fault(30 * GB, 10 * GB, 36 * GB) == 26 * GB
+    clock.now = 299
+    assert learned.value(36 * GB) == 26 * GB
+    clock.now = 300 + 1800
+    assert learned.value(36 * GB) == 31 * GB
+    clock.now = 300 + 3600
+    assert learned.value(36 * GB) is None
+
+
+# -- estimates against real caches -------------------------------------------------
+
+HEADS, DIM, LAYERS = 2, 64, 2
+
+
+def feed(cache: Any, length: int, rows: int = 1) -> None:
+    """One layer's step, as an attention layer or a state-space layer does it."""
+    inner = getattr(cache, "caches", None)
+    if inner is not None:
+        for one in inner:
+            feed(one, length, rows)
+    elif hasattr(cache, "update_and_fetch"):
+        if hasattr(cache, "maybe_trim_front"):
+            cache.maybe_trim_front()
+        kv = mx.zeros((rows, HEADS, length, DIM), dtype=mx.float16)
+        cache.update_and_fetch(kv, kv)
+    else:
+        cache[0] = mx.zeros((rows, 3, 48), dtype=mx.float16)
+        cache[1] = mx.zeros((rows, 4, 16, 16), dtype=mx.float32)
+
+
+KINDS = {
+    "full": lambda: [caches.KVCache() for _ in range(LAYERS)],
+    "rotating": lambda: [caches.RotatingKVCache(max_size=300, keep=4)],
+    "chunked": lambda: [caches.ChunkedKVCache(512), caches.KVCache()],
+    "quantized": lambda: [caches.QuantizedKVCache(bits=4)],
+    "state": lambda: [caches.ArraysCache(2)],
+    "mixed": lambda: [
+        caches.CacheList(caches.ArraysCache(2), caches.KVCache()),
+        caches.RotatingKVCache(max_size=64),
+        caches.KVCache(),
+    ],
+}
+
+
+def nbytes(made: list[Any]) -> int:
+    return sum(cache.nbytes for cache in made)
+
+
+def cost_of(kind: str, **quantization: Any) -> CacheCost:
+    made = KINDS[kind]()
+    for cache in made:
+        feed(cache, 64)
+    return measure(made, **quantization)
+
+
+STEPS = st.lists(st.integers(1, 700), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40)
+@given(steps=STEPS, decode=st.integers(0, 40))
+def test_an_estimate_is_enough_and_not_much_more(
+    kind: str, steps: list[int], decode: int
+) -> None:
+    cost, made, tokens = cost_of(kind), KINDS[kind](), 0
+    places = sum(n * layer.per_slot for layer, n in cost.layers)
+    # Each growth from a multiple of 256 may keep a block; one is accounted for.
+    kept = -1
+    for step in [*steps, *[1] * decode]:
+        kept += tokens > 0 and tokens % 256 == 0
+        for cache in made:
+            feed(cache, step)
+        tokens += step
+        estimate = cost.nbytes(tokens, step=max(steps))
+        assert nbytes(made) <= estimate + max(0, kept) * 255 * places
+    # Two blocks for each layer, and the largest step behind a window.
+    windows = any(layer.window for layer, _ in cost.layers)
+    slack = (510 + windows * max(steps)) * places
+    assert estimate <= nbytes(made) + slack
+
+
+@settings(max_examples=25)
+@given(
+    prompts=st.lists(st.integers(2, 400), min_size=1, max_size=4),
+    decode=st.integers(0, 30),
+)
+@pytest.mark.parametrize("kind", ["full", "rotating", "mixed"])
+def test_a_batch_is_padded_to_its_longest_row(
+    kind: str, prompts: list[int], decode: int
+) -> None:
+    cost, rows = cost_of(kind), []
+    for length in prompts:
+        made = KINDS[kind]()
+        for cache in made:
+            feed(cache, length)
+        rows.append(made)
+    kinds = range(len(rows[0]))
+    batch = [rows[0][i].merge([row[i] for row in rows]) for i in kinds]
+    for step in range(decode + 1):
+        longest = max(prompts) + step
+        assert nbytes(batch) <= cost.nbytes(longest, rows=len(rows), step=400)
+        for cache in batch:
+            feed(cache, 1, len(rows))
+
+
+@settings(max_examples=30)
+@given(steps=STEPS, start=st.integers(1, 900), bits=st.sampled_from([4, 8]))
+def test_a_cache_that_is_quantized_on_the_way(
+    steps: list[int], start: int, bits: int
+) -> None:
+    cost = cost_of("full", kv_bits=bits, kv_group_size=64, quantized_kv_start=start)
+    made, tokens = KINDS["full"](), 0
+    for step in steps:
+        for cache in made:
+            feed(cache, step)
+        tokens += step
+        both = 0
+        for i, cache in enumerate(made):
+            if hasattr(cache, "to_quantized") and cache.offset >= start:
+                both += cache.nbytes
+                made[i] = cache.to_quantized(group_size=64, bits=bits)
+        assert nbytes(made) + both <= cost.nbytes(tokens, step=max(steps))
+
+
+@given(st.integers(0, 10**9), st.integers(1, 4096))
+def test_the_tokens_that_fit_do_fit_and_no_more(size: int, step: int) -> None:
+    cost = CacheCost(((LayerCost(per_slot=512), 4), (LayerCost(constant=99), 2)))
+    tokens = cost.tokens_in(size, step=step)
+    assert tokens == 0 or cost.nbytes(tokens, step=step) <= size
+    assert cost.nbytes(tokens + 1, step=step) > size
+
+
+@given(
+    each=st.integers(1, 10**6),
+    scores=st.integers(0, 100),
+    seen=st.lists(
+        st.tuples(st.integers(32, 4096), st.integers(0, 50_000)),
+        min_size=2,
+        max_size=20,
+    ),
+)
+def test_a_transient_seen_is_foreseen(
+    each: int, scores: int, seen: list[tuple[int, int]]
+) -> None:
+    """A cost for each token, and a part that grows with the context."""
+    transients = Transients()
+
+    def true(tokens: int, context: int) -> int:
+        return tokens * (each + scores * context)
+
+    for tokens, before in seen:
+        context = before + tokens
+        transients.observe(tokens, context, true(tokens, context))
+    for tokens, before in seen:
+        assert transients.predict(tokens, before + tokens) >= true(
+            tokens, before + tokens
+        )
+
+
+def test_a_transient_beyond_what_was_seen_is_extrapolated() -> None:
+    transients = Transients()
+    for context in (64, 320):
+        transients.observe(64, context, 64 * (1000 + 8 * context))
+    assert transients.predict(512, 20_000) >= 512 * (1000 + 8 * 20_000)
+    assert transients.predict(512, 20_000) <= 1.2 * 512 * (1000 + 8 * 20_000)
+
+
+def test_an_outlier_is_forgotten_slowly() -> None:
+    transients = Transients()
+    transients.observe(100, 100, 10**9)
+    for _ in range(5):
+        transients.observe(100, 100, 10**6)
+    assert transients.predict(100, 100) > 5 * 10**8
+    for _ in range(200):
+        transients.observe(100, 100, 10**6)
+    assert transients.predict(100, 100) < 2 * 10**6
+
+
+# -- the decision ------------------------------------------------------------------
+
+SIZES = st.integers(0, 1000)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Situation, list[Option]]:
+    later = draw(st.integers(1, 3000))
+    now = Situation(
+        ceiling=draw(st.integers(1, later)),
+        later=later,
+        active=draw(st.integers(0, 3000)),
+        pool=draw(SIZES),
+        evictable=draw(SIZES),
+        reusable=draw(SIZES),
+        baseline=draw(SIZES),
+        running=draw(st.integers(0, 3)),
+        may_wait=draw(st.booleans()),
+        kv_limit=draw(st.none() | SIZES),
+    )
+    growths = sorted(draw(st.lists(SIZES, min_size=1, max_size=4)), reverse=True)
+    alone = draw(st.integers(0, growths[-1]))
+    kv = draw(SIZES)
+    kv_alone = draw(st.integers(0, kv))
+    return now, [
+        Option(2 ** (10 - i), growth, alone, kv, kv_alone)
+        for i, growth in enumerate(growths)
+    ]
+
+
+def growth_of(options: list[Option], found: Decision) -> int:
+    return next(o.growth for o in options if o.step == found.step)
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_what_is_admitted_stays_below_the_ceiling(
+    case: tuple[Situation, list[Option]],
+) -> None:
+    now, options = case
+    found = decide(now, options)
+    if found.verdict != "admit":
+        return
+    active = now.active - found.evict - (now.reusable if found.take_over else 0)
+    pool = 0 if found.free_pool else now.pool
+    assert active + growth_of(options, found) + pool <= now.ceiling
+    assert now.kv_limit is None or options[0].kv <= now.kv_limit
+    assert found.missing == 0
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_nothing_is_refused_that_the_pool_or_the_prompt_cache_could_give(
+    case: tuple[Situation, list[Option]],
+) -> None:
+    now, options = case
+    found = decide(now, options)
+    all_given = now.active - now.evictable - now.reusable
+    fits = any(
+        all_given + o.growth <= now.ceiling
+        and (now.kv_limit is None or o.kv <= now.kv_limit)
+        for o in options
+    )
+    assert (found.verdict == "admit") == fits
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_the_order_is_kept(case: tuple[Situation, list[Option]]) -> None:
+    now, options = case
+    found = decide(now, options)
+    assert 0 <= found.evict <= now.evictable
+    if found.verdict != "admit":
+        assert found.evict == 0 and not found.take_over
+        return
+    missing = now.active + growth_of(options, found) - now.ceiling
+    # No more is evicted than is missing, and nothing before the pool is freed.
+    assert found.evict == min(max(0, missing), now.evictable)
+    assert found.free_pool or found.evict == 0
+    # The entry to be reused goes only when all others are gone.
+    assert not found.take_over or found.evict == now.evictable
+    # A smaller step only where a larger one does not fit with all given.
+    for larger in itertools.takewhile(lambda o: o.step != found.step, options):
+        missing = now.active + larger.growth - now.ceiling
+        assert missing > now.evictable + now.reusable
+
+
+@settings(max_examples=150)
+@given(cases())
+def test_waiting_refusing_and_never(case: tuple[Situation, list[Option]]) -> None:
+    now, options = case
+    found = decide(now, options)
+    last = options[-1]
+    too_big = now.baseline + last.alone > now.later or (
+        now.kv_limit is not None and last.kv_alone > now.kv_limit
+    )
+    if found.verdict == "never":
+        assert too_big
+    elif found.verdict == "wait":
+        assert now.may_wait and now.running > 0 and not too_big
+    elif found.verdict == "refuse":
+        assert not (now.may_wait and now.running > 0) and not too_big
+    if found.verdict != "admit":
+        assert found.missing > 0
+
+
+def test_the_sizing_of_the_examples_in_words() -> None:
+    cost = CacheCost(((LayerCost(per_slot=2500), 36),))
+    found = sizing(model=16 * GB, ceiling=36 * GB, cost=cost, transient=1 * GB)
+    assert found.prompt_cache == 9_500_000_000
+    assert "model 16.0 GB, ceiling 36.0 GB, prompt cache at most 9.5 GB" in str(found)
+    assert "room for 210k tokens" in str(found)
+
+
+def test_a_model_that_does_not_fit_has_no_room() -> None:
+    cost = CacheCost(((LayerCost(per_slot=2500), 36),))
+    found = sizing(model=16 * GB, ceiling=12 * GB, cost=cost, transient=1)
+    assert (found.room, found.prompt_cache, found.room_tokens) == (0, 0, 0)
