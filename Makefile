@@ -71,6 +71,7 @@ bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODE
 	$(VENVS)/observe/bin/python bench/breadcrumb.py
 	$(VENVS)/observe/bin/python bench/import_time.py
 	$(VENVS)/observe/bin/python bench/server_throughput.py --model $(MODEL)
+	$(VENVS)/observe/bin/python bench/memory_ceiling.py
 	$(VENVS)/intercept/bin/python bench/recovery.py --model $(MODEL)
 	$(VENVS)/observe/bin/python bench/recovery.py --model $(MODEL)
 

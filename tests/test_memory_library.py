@@ -157,8 +157,10 @@ def test_a_fault_lowers_the_ceiling_and_it_comes_back(
     for active, baseline, pause in faults:
         before = learned.value(static)
         found = learned.fault(active, baseline, static)
-        assert found < active
+        floor = baseline + (static - baseline) // 4
+        assert found < active or found <= max(floor, baseline)
         assert before is None or found <= before
+        assert found <= static
         values = []
         for part in range(5):
             clock.now += pause * part / 10
@@ -243,8 +245,10 @@ def test_an_estimate_is_enough_and_not_much_more(
     kept = -1
     for step in [*steps, *[1] * decode]:
         kept += tokens > 0 and tokens % 256 == 0
+        before = nbytes(made) if tokens else 0
         for cache in made:
             feed(cache, step)
+        assert nbytes(made) <= before + cost.growth(step)
         tokens += step
         estimate = cost.nbytes(tokens, step=max(steps))
         assert nbytes(made) <= estimate + max(0, kept) * 255 * places
@@ -319,17 +323,12 @@ def test_a_transient_seen_is_foreseen(
 ) -> None:
     """A cost for each token, and a part that grows with the context."""
     transients = Transients()
-
-    def true(tokens: int, context: int) -> int:
-        return tokens * (each + scores * context)
-
-    for tokens, before in seen:
-        context = before + tokens
-        transients.observe(tokens, context, true(tokens, context))
-    for tokens, before in seen:
-        assert transients.predict(tokens, before + tokens) >= true(
-            tokens, before + tokens
-        )
+    steps = [(tokens, tokens + before) for tokens, before in seen]
+    true = [tokens * (each + scores * context) for tokens, context in steps]
+    for (tokens, context), nbytes in zip(steps, true, strict=True):
+        transients.observe(tokens, context, nbytes)
+    for (tokens, context), nbytes in zip(steps, true, strict=True):
+        assert nbytes <= transients.predict(tokens, context) <= 1.2 * nbytes
 
 
 def test_a_transient_beyond_what_was_seen_is_extrapolated() -> None:
@@ -340,13 +339,21 @@ def test_a_transient_beyond_what_was_seen_is_extrapolated() -> None:
     assert transients.predict(512, 20_000) <= 1.2 * 512 * (1000 + 8 * 20_000)
 
 
-def test_an_outlier_is_forgotten_slowly() -> None:
+def test_a_slow_model_is_judged_by_few_tokens() -> None:
+    transients = Transients()
+    transients.observe(2, 4, 100_000)
+    assert 2048 * 50_000 <= transients.predict(2048, 2048) <= 1.2 * 2048 * 50_000
+    transients.observe(64, 68, 640_000)
+    assert transients.predict(2048, 2048) < 1.2 * 2048 * 10_000
+
+
+def test_an_outlier_is_forgotten() -> None:
     transients = Transients()
     transients.observe(100, 100, 10**9)
     for _ in range(5):
         transients.observe(100, 100, 10**6)
-    assert transients.predict(100, 100) > 5 * 10**8
-    for _ in range(200):
+    assert transients.predict(100, 100) > 10**9
+    for _ in range(5):
         transients.observe(100, 100, 10**6)
     assert transients.predict(100, 100) < 2 * 10**6
 
@@ -459,7 +466,7 @@ def test_waiting_refusing_and_never(case: tuple[Situation, list[Option]]) -> Non
 
 def test_the_sizing_of_the_examples_in_words() -> None:
     cost = CacheCost(((LayerCost(per_slot=2500), 36),))
-    found = sizing(model=16 * GB, ceiling=36 * GB, cost=cost, transient=1 * GB)
+    found = sizing(model=16 * GB, ceiling=36 * GB, cost=cost, steps=[(2048, 1 * GB)])
     assert found.prompt_cache == 9_500_000_000
     assert "model 16.0 GB, ceiling 36.0 GB, prompt cache at most 9.5 GB" in str(found)
     assert "room for 210k tokens" in str(found)
@@ -467,5 +474,5 @@ def test_the_sizing_of_the_examples_in_words() -> None:
 
 def test_a_model_that_does_not_fit_has_no_room() -> None:
     cost = CacheCost(((LayerCost(per_slot=2500), 36),))
-    found = sizing(model=16 * GB, ceiling=12 * GB, cost=cost, transient=1)
+    found = sizing(model=16 * GB, ceiling=12 * GB, cost=cost, steps=[(64, 1)])
     assert (found.room, found.prompt_cache, found.room_tokens) == (0, 0, 0)

@@ -17,6 +17,7 @@ usage: mlx-safe [--version] COMMAND ...
 
 commands:
   serve    mlx_lm.server, protected: takes every flag of it
+  doctor   what this machine is, and what fits; --model PATH sizes the flags
   status   what is active on this machine, and for what is not, why
   reports  the crash reports: list, show, export, prune
 """
@@ -26,6 +27,12 @@ def _serve(arguments: Sequence[str]) -> int:
     from .server.launcher import serve
 
     return serve(arguments)
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from .doctor import doctor
+
+    return doctor(arguments)
 
 
 def _status(arguments: Sequence[str]) -> int:
@@ -54,6 +61,7 @@ def _reports(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
+    "doctor": _doctor,
     "status": _status,
     "reports": _reports,
 }

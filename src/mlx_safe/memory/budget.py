@@ -9,7 +9,7 @@ never evicted: taken over, its content lives on in the request.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -86,17 +86,17 @@ class Decision:
     missing: int = 0
 
 
-def decide(now: Situation, options: Sequence[Option]) -> Decision:
+def decide(now: Situation, options: Iterable[Option]) -> Decision:
     """What to do about a request.
 
     Args:
-        options: at least one; the largest step first.
+        options: at least one; the largest step first. Those after the first that
+            fits are not looked at.
     """
-    for option in options:
-        found = _admit(now, option)
+    for last in options:
+        found = _admit(now, last)
         if found is not None:
             return found
-    last = options[-1]
     missing = now.active + last.growth - now.ceiling - now.evictable - now.reusable
     found = Decision(
         free_pool=now.pool > 0,

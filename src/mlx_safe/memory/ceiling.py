@@ -23,6 +23,7 @@ FOOTPRINT_SHARE = 0.90
 
 # The law of the learned ceiling; see `LearnedCeiling`.
 LOWERED_TO = 0.80
+FLOOR = 0.25
 HOLD_S = 300.0
 RETURN_S = 3600.0
 
@@ -63,7 +64,8 @@ def ceiling(
     """The ceiling of this machine.
 
     Args:
-        explicit: ``--max-active-memory-bytes``, taken as it is.
+        explicit: ``--max-active-memory-bytes``. It replaces the shares below, but
+            not what they are shares of.
         overhead: what the process holds beside MLX's memory (`Usage.overhead`).
         learned: the value of a `LearnedCeiling`, if it has one.
     """
@@ -79,9 +81,11 @@ def ceiling(
         ("wired", machine.wired_limit, "sysctl iogpu.wired_limit_mb"),
     ):
         if size is not None:
-            words = f"{GPU_SHARE:.0%} of {format_size(size)}: {source}"
-            limits.append(Limit(name, int(GPU_SHARE * size), words))
+            part = GPU_SHARE if explicit is None else 1.0
+            words = f"{part:.0%} of {format_size(size)}: {source}"
+            limits.append(Limit(name, int(part * size), words))
     share = FOOTPRINT_SHARE if machine.gpu else CPU_SHARE
+    share = share if explicit is None else 1.0
     if machine.total:
         source = f"{share:.0%} of {format_size(machine.total)} of RAM"
         if overhead:
@@ -102,10 +106,12 @@ def ceiling(
 class LearnedCeiling:
     """What out-of-memory faults have taught. Thread-safe.
 
-    A fault with N bytes active, B of them in use with nothing running (the
-    weights), sets it to B + 0.8 (N - B), or leaves it where it is when that is
-    lower. There it stays for 5 minutes, then goes back to the static ceiling
-    within an hour, evenly; then it is forgotten.
+    Of the static ceiling C, B bytes are in use with nothing running (the weights).
+    A fault with N bytes active sets it to B + 0.8 (N - B), or leaves it where it is
+    when that is lower; but never below B + 0.25 (C - B): what fails there fails
+    for what others hold, and to refuse everything would help nobody. There it
+    stays for 5 minutes, then goes back to C within an hour, evenly; then it is
+    forgotten.
 
     Args:
         clock: seconds, monotonic; tests bring their own.
@@ -118,10 +124,10 @@ class LearnedCeiling:
         self._since = 0.0
 
     def fault(self, active: int, baseline: int, static: int) -> int:
-        """Lowers it after a fault; returns the new value, below ``active``."""
-        baseline = min(baseline, active)
+        """Lowers it after a fault with ``active`` bytes; returns the new value."""
+        room = max(0, static - baseline)
         wanted = baseline + int(LOWERED_TO * (active - baseline))
-        wanted = max(0, min(wanted, active - 1))
+        wanted = min(max(wanted, baseline + int(FLOOR * room)), static)
         with self._lock:
             before = self._value(static)
             self._low = wanted if before is None else min(wanted, before)

@@ -10,9 +10,10 @@ without ``keys`` keeps a state whose size does not depend on the tokens.
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["CacheCost", "LayerCost", "Transients", "calibrate", "measure"]
@@ -20,12 +21,14 @@ __all__ = ["CacheCost", "LayerCost", "Transients", "calibrate", "measure"]
 # Caches grow by blocks of 256 slots (`KVCache.step` and its kin), counted from the
 # tokens they have, so up to a block less one is unused. When that number is a
 # multiple of 256, what was unused before is kept as well (mlx-lm 0.31 and 0.32).
-UNUSED = 2 * 255
+BLOCK = 256
+UNUSED = 2 * (BLOCK - 1)
 # Too few tokens tell nothing about the cost of each: constants prevail.
 TOKENS_MIN = 32
 MARGIN = 1.1
-FORGET = 0.1
-CALIBRATION_TOKENS = 64
+REMEMBERED = 8
+CALIBRATION_STEPS = (64, 192, 64)
+CALIBRATION_STEP_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ class LayerCost:
         both = at * (self.per_slot + self.quantized)
         return self.constant + max(both, slots * self.quantized)
 
+    def at_least(self, tokens: int) -> int:
+        """At least so many bytes, without what is allocated ahead."""
+        slots = tokens if self.window is None else min(tokens, self.window)
+        each = self.per_slot
+        if self.quantized is not None and tokens >= self.quantized_from:
+            each = self.quantized
+        return slots * each
+
 
 @dataclass(frozen=True)
 class CacheCost:
@@ -77,6 +88,15 @@ class CacheCost:
         """
         one = sum(n * layer.nbytes(tokens, step) for layer, n in self.layers)
         return rows * one
+
+    def at_least(self, tokens: int) -> int:
+        """At least so many bytes for one sequence."""
+        return sum(n * layer.at_least(tokens) for layer, n in self.layers)
+
+    def growth(self, tokens: int) -> int:
+        """At most so many bytes more for one sequence after one step of ``tokens``."""
+        slots = tokens + BLOCK - 1
+        return sum(n * (x.per_slot * slots + x.constant) for x, n in self.layers)
 
     @property
     def per_token(self) -> int:
@@ -153,57 +173,52 @@ def measure(
     return CacheCost(tuple(kinds.items()))
 
 
-@dataclass
 class Transients:
     """What a step needs besides the caches, learned from peaks. Bytes.
 
     A step of many tokens costs so much for each of them, the more the longer
-    the context is (on a backend that writes the attention's scores out). A step
-    of few tokens costs a constant. The most that was seen holds; where less is
-    seen later, it is forgotten slowly. Not thread-safe.
-
-    Attributes:
-        steps: how many steps were observed.
+    the context is (on a backend that writes the attention's scores out): a line,
+    fitted to the last observations at contexts of each order of magnitude and
+    raised until none is above it. A step of few tokens costs a constant; while no
+    other was seen, one of many costs as much for each token. Not thread-safe.
     """
 
-    steps: int = 0
-    _constant: float = 0.0
-    # For each power of two of the context: (context, bytes for each token).
-    _per_token: dict[int, tuple[int, float]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._constants: deque[int] = deque([0], maxlen=4 * REMEMBERED)
+        # For each power of two of the context: (context, bytes for each token).
+        self._seen: dict[int, deque[tuple[int, float]]] = {}
+        self._base, self._slope = 0.0, 0.0
+        self._is_fitted = False
 
     def observe(self, tokens: int, context: int, nbytes: int) -> None:
         """A step of ``tokens`` (rows times length) had ``nbytes`` beside the caches.
 
         ``context`` is how many tokens the longest row had after it.
         """
-        self.steps += 1
         if tokens < TOKENS_MIN:
-            self._constant = _remember(self._constant, nbytes)
+            self._constants.append(nbytes)
+            if not self._is_fitted and context < TOKENS_MIN:
+                self._base = nbytes / tokens
             return
-        bucket = context.bit_length()
-        _, before = self._per_token.get(bucket, (0, 0.0))
-        self._per_token[bucket] = (context, _remember(before, nbytes / tokens))
+        self._is_fitted = True
+        seen = self._seen.setdefault(context.bit_length(), deque(maxlen=REMEMBERED))
+        seen.append((context, nbytes / tokens))
+        self._fit()
+
+    def _fit(self) -> None:
+        points = [point for seen in self._seen.values() for point in seen]
+        n = len(points)
+        mean_x = sum(x for x, _ in points) / n
+        mean_y = sum(y for _, y in points) / n
+        spread = sum((x - mean_x) ** 2 for x, _ in points)
+        together = sum((x - mean_x) * (y - mean_y) for x, y in points)
+        self._slope = max(0.0, together / spread) if spread else 0.0
+        self._base = max(y - self._slope * x for x, y in points)
 
     def predict(self, tokens: int, context: int) -> int:
         """What a step will need, with some margin."""
-        return int(MARGIN * max(self._constant, tokens * self._for_each(context)))
-
-    def _for_each(self, context: int) -> float:
-        points = sorted(self._per_token.values())
-        if not points:
-            return 0.0
-        near = [cost for at, cost in points if at <= context] or [points[0][1]]
-        (first, cheap), (last, dear) = points[0], points[-1]
-        if context <= last or last == first:
-            # Between two: the one above, since the cost grows between them.
-            above = [cost for at, cost in points if at >= context][:1]
-            return max([*near, *above])
-        slope = max(0.0, (dear - cheap) / (last - first))
-        return max(near) + slope * (context - last)
-
-
-def _remember(before: float, seen: float) -> float:
-    return max(seen, before + FORGET * (seen - before))
+        each = max(0.0, self._base + self._slope * context)
+        return int(MARGIN * max([tokens * each, *self._constants]))
 
 
 def calibrate(
@@ -212,12 +227,15 @@ def calibrate(
     transients: Transients,
     **quantization: Any,
 ) -> CacheCost:
-    """Reads some hundred tokens with ``model`` and looks at what that took.
+    """Reads a few tokens with ``model`` and looks at what that took.
+
+    Eight tokens tell the cost of the caches. Some hundred more tell that of a step,
+    if they are read within seconds; otherwise the first requests will.
 
     Args:
         model: called as ``model(tokens, cache=caches)``, tokens of shape (1, n).
         make_cache: makes the caches of one sequence, empty.
-        transients: is told of two steps, with and without a context.
+        transients: is told of each step.
         quantization: as for `measure`.
 
     Called on the thread, and with the default stream, that the model runs on.
@@ -225,20 +243,31 @@ def calibrate(
     import mlx.core as mx
 
     caches = make_cache()
-    context = 0
-    for length in (CALIBRATION_TOKENS, 3 * CALIBRATION_TOKENS, CALIBRATION_TOKENS):
+    read = 0
+
+    def step(length: int) -> float:
+        nonlocal read
         tokens = mx.zeros((1, length), dtype=mx.int32)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
+        begin = time.perf_counter()
         model(tokens, cache=caches)
         mx.eval([cache.state for cache in caches])
-        context += length
-        after = mx.get_active_memory()
-        if length == CALIBRATION_TOKENS:
-            used = mx.get_peak_memory() - max(before, after)
-            transients.observe(length, context, max(0, used))
+        seconds = time.perf_counter() - begin
+        read += length
+        peak, after = mx.get_peak_memory(), mx.get_active_memory()
+        transients.observe(length, read, max(0, peak - max(before, after)))
         mx.clear_cache()
+        return seconds
+
+    step(2)  # with what the first step ever has to prepare
+    each = min(step(2) for _ in range(3)) / 2
     cost = measure(caches, **quantization)
-    del caches
+    for length in CALIBRATION_STEPS:
+        # Many tokens at once take less time for each.
+        if length * each > CALIBRATION_STEP_S:
+            break
+        step(length)
+    caches.clear()
     mx.clear_cache()
     return cost

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-__all__ = ["format_size", "parse_size"]
+__all__ = ["flag_size", "format_size", "parse_size"]
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -37,3 +37,10 @@ def format_size(size: float) -> str:
         if abs(size) >= 0.99995 * factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size:.0f} B"
+
+
+def flag_size(size: int) -> str:
+    """``size`` as a flag takes it, not more than it: ``"9.5G"`` or ``"512M"``."""
+    if size >= 10**9:
+        return f"{size // 10**8 / 10:g}G"
+    return f"{size // 10**6}M" if size >= 10**6 else str(size)

@@ -17,6 +17,8 @@ _next_request``                                      request passes: its queue i
                                                      failed generation; a replay
                                                      goes on after the tokens that
                                                      its client has
+same, and ``BatchGenerator``     `admission`,        asks for memory, and before
+                                 `batches`           each step
 ``ResponseGenerator.             `replay`            stop words, sampler, text and
 _make_state_machine``,                               prefill step of a replay
 ``_make_sampler``,

@@ -90,6 +90,31 @@ def stops_after(stops: Any, tokens: list[int]) -> Any:
     return _StopsAfter(stops, tokens)
 
 
+def make_cache(model: Any) -> list[Any]:
+    """The caches of one sequence, empty, as every path of mlx-lm makes them."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    made: list[Any] = make_prompt_cache(model)
+    return made
+
+
+def kv_quantization(cli_args: Any) -> dict[str, Any]:
+    """mlx-lm 0.32's ``--kv-bits`` and its kin; empty when there are none."""
+    names = ("kv_bits", "kv_group_size", "quantized_kv_start")
+    return {name: getattr(cli_args, name) for name in names if hasattr(cli_args, name)}
+
+
+def batch_caches(batch: Any) -> tuple[int, list[Any]]:
+    """(bytes of the caches in ``batch``, uids that it has not begun with).
+
+    ``batch`` is a `BatchGenerator`. Its own `prompt_cache_nbytes` counts the
+    caches of those that wait as well, which share the prompt cache's arrays.
+    """
+    begun = (batch._prompt_batch, batch._generation_batch)
+    nbytes = sum(cache.nbytes for part in begun for cache in part.prompt_cache)
+    return int(nbytes), [sequence[0] for sequence in batch._unprocessed_sequences]
+
+
 def missing_seams(server: Any) -> list[str]:
     """One line for each thing that ``server`` does not have as expected."""
     missing = []

@@ -20,10 +20,13 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _faults, _reports, errors, testing
 from . import kv_window
+from .admission import Admission, Held, MemoryFlags
+from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
 from .overflow import Cut, Overflow
+from .prefill import PrefillStep
 from .ranks import AllStop
 from .recorder import breadcrumb
 from .replay import REFUSE_FOR_S, Replays, Resumed
@@ -31,6 +34,7 @@ from .replies import (
     BadRequest,
     ContextTooLong,
     ModelNotFound,
+    NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
     reply_for,
@@ -45,7 +49,7 @@ log = logging.getLogger("mlx_safe.server")
 STOP_TIMEOUT_S = 3.0
 
 # What a request may end with that is no failure of the server.
-EXPECTED = (BadRequest, ContextTooLong, ModelNotFound)
+EXPECTED = (BadRequest, ContextTooLong, ModelNotFound, NotEnoughMemory)
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
@@ -88,6 +92,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         replay_attempts: int,
         stall_timeout_s: float,
         overflow: Overflow,
+        memory: MemoryFlags,
         max_kv_size: int | None = None,
         injections: bool = False,
     ) -> None:
@@ -98,11 +103,14 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
+        prefill = PrefillStep(model_provider.cli_args)
         self.replays = Replays(
-            self.flight,
-            replay_attempts if self._one_rank else 0,
-            model_provider.cli_args,
+            self.flight, replay_attempts if self._one_rank else 0, prefill
         )
+        self.admission = Admission(
+            self.flight, memory, prompt_cache, prefill, enabled=self._one_rank
+        )
+        self._prefill = prefill
         self._resumed = Resumed()
         self.departures = Departures()
         self.watchdog = Watchdog(
@@ -118,6 +126,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             lambda: len(self.flight), lambda: float(condition.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
+        self.metrics.watch_memory(self.admission)
         # The epoch up to which faults have been dealt with.
         self._clean_epoch = _core.epoch()
         # An error that mlx-lm caught itself, until the thread gets round to it.
@@ -193,6 +202,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise ModelNotFound(_one_line(e)) from e
             if self._max_kv_size and provider.draft_model is None:
                 kv_window.limit(model, self._max_kv_size)
+            self.admission.model_loaded(provider)
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
@@ -220,13 +230,24 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if cut is not None and ticket is not None:
             self._note_cut(cut, ticket)
         drafts = self.model_provider.draft_model is not None
-        return self._resumed.prompt(found, ticket, args, drafts)
+        found = self._resumed.prompt(found, ticket, args, drafts)
+        if ticket is not None:
+            # With images the prompt cache has keys of its own (mlx-lm 0.32).
+            tokens = getattr(found[-1], "cache_key", found[0])
+            key = self.model_provider.model_key
+            self.admission.admit(ticket, key, tokens, args.max_tokens)
+        return found
 
     def _note_cut(self, cut: Cut, ticket: Ticket) -> None:
         if ticket.context is None:  # not again when it is run again
             log.info("a prompt was %s (--max-prompt-tokens)", cut)
             self.metrics.truncations.inc()
             ticket.headers["X-Prompt-Truncated"] = str(cut)
+
+    def make_batch(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
+        batch = watched(cls, self.admission)(*args, **kwargs)
+        return self.admission.watch(self._prefill.watch(batch))
 
     def _check_limits(self, args: Any) -> None:
         """mlx-lm writes the biases without a look: out of bounds is a crash."""
@@ -273,6 +294,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return again.work()
         if not self.replays.may_take_new():
             return None
+        held = self.admission.next_held()
+        if held is not None:
+            return held.work()
         taken = super()._next_request(timeout)
         if taken is not None and isinstance(taken[1], AllStop):
             self._stop = True
@@ -298,14 +322,16 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         finally:
             self._alone = None
 
-    def _before_put(self, ticket: Ticket) -> None:
+    def _before_put(self, ticket: Ticket, item: Any) -> None:
         self.watchdog.moved()
         _reports.sample_memory()
         self._check_epoch()
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.
-        if ticket is self._alone and self._has_left(ticket):
-            raise ClientLeft("the client left during the step")
+        if ticket is self._alone:
+            if self._has_left(ticket):
+                raise ClientLeft("the client left during the step")
+            self.admission.between_single_steps(ticket, item)
 
     def _has_left(self, ticket: Ticket) -> bool:
         """Whether the client is gone; with more than one rank, as all ranks see it.
@@ -348,6 +374,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """
         if isinstance(exc, ClientLeft):
             return
+        if isinstance(exc, Held):
+            self.admission.hold(ticket)
+            return
+        if isinstance(exc, NotEnoughMemory | ContextTooLong):
+            log.info("a request is refused: %s", exc)
+            ticket.fail(exc)
+            return
         passing = errors.from_exception(exc) or is_allocation_failure(exc)
         if ticket.context is None and not passing:
             if not isinstance(exc, EXPECTED):
@@ -383,6 +416,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             again=len(again),
             ended=len(ending),
         )
+        if isinstance(fault, errors.MetalOutOfMemoryError) or (
+            fault is None and is_allocation_failure(exc)
+        ):
+            self.admission.out_of_memory()
         self.metrics.replays.inc(len(again))
         try:
             # Before the answers: whoever tries again at once finds the memory

@@ -16,10 +16,11 @@ from typing import Any
 from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError
 from ..forensics import startup
+from ..memory.sizes import parse_size
 from . import compat, ranks, supervisor
 from .overflow import Overflow
 
-__all__ = ["run", "serve"]
+__all__ = ["check_paths", "run", "serve"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -86,6 +87,42 @@ def _own_parser() -> argparse.ArgumentParser:
         "only, and answers get worse beyond them (default: no limit)",
     )
     parser.add_argument(
+        "--max-active-memory-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="how much MLX may hold at any time, such as 20G (default: 90%% of what "
+        "Metal recommends, or 75%% of the RAM without a GPU)",
+    )
+    parser.add_argument(
+        "--max-active-kv-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="how much the KV caches of the requests that run may hold together "
+        "(default: what the ceiling leaves)",
+    )
+    parser.add_argument(
+        "--memory-wait",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a request that does not fit now waits for those that run "
+        "before its client gets a 503; 0: not at all (default: 60)",
+    )
+    parser.add_argument(
+        "--prompt-cache-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="how much the prompt cache may hold (default: half of what the model "
+        "leaves below the ceiling)",
+    )
+    parser.add_argument(
+        "--prefill-step-size",
+        type=_positive,
+        metavar="N",
+        help="how many tokens of a prompt are read at once; less when memory is "
+        "short (default: 2048)",
+    )
+    parser.add_argument(
         "--supervise",
         action="store_true",
         help="start the server again when it ends, in a small parent process that "
@@ -116,6 +153,13 @@ def _window(text: str) -> int:
     return value
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -136,6 +180,10 @@ def serve(arguments: Sequence[str]) -> int:
     """
     parser = _own_parser()
     own, rest = parser.parse_known_args(list(arguments))
+    # mlx-lm's own, read here because a mistake in them is a traceback there.
+    for name in ("prompt_cache_bytes", "prefill_step_size"):
+        if getattr(own, name) is not None:
+            rest += ["--" + name.replace("_", "-"), str(getattr(own, name))]
     try:
         injections = testing.plan_from_environment()
     except ValueError as e:
@@ -186,13 +234,14 @@ def run(
     The port is bound before the model is loaded: a port in use is noticed at
     once, and a client that comes early waits instead of being refused.
     """
-    _check_paths(model_provider.cli_args)
+    check_paths(model_provider.cli_args)
     _check_kv_flags(own, model_provider.cli_args)
     overflow = Overflow(
         own.max_prompt_tokens, own.prompt_overflow_policy, own.prompt_keep_tokens
     )
     install(on_terminate="drain", signals=True)
     # MLX must be imported and the classes derived before the thread starts.
+    from .admission import MemoryFlags
     from .condition import EXIT_REPLACE, Condition
     from .generator import ProtectedResponseGenerator
     from .handler import ProtectedHandler
@@ -229,8 +278,8 @@ def run(
     server._make_logits_processors = lambda args: generator.resume_processors(
         make_processors(args)
     )
-    server.BatchGenerator = lambda *args, **kwargs: generator.replays.batch_made(
-        make_batch(*args, **kwargs)
+    server.BatchGenerator = lambda *args, **kwargs: generator.make_batch(
+        make_batch, *args, **kwargs
     )
     generator = ProtectedResponseGenerator(
         model_provider,
@@ -243,6 +292,11 @@ def run(
         stall_timeout_s=own.stall_timeout,
         overflow=overflow,
         max_kv_size=own.max_kv_size,
+        memory=MemoryFlags(
+            max_active_kv=own.max_active_kv_bytes,
+            max_active_memory=own.max_active_memory_bytes,
+            wait_s=own.memory_wait,
+        ),
         injections=injections,
     )
     with watch:
@@ -314,7 +368,7 @@ def _bind(host: str, port: int, handle: Any) -> _Server:
         ) from e
 
 
-def _check_paths(args: argparse.Namespace) -> None:
+def check_paths(args: argparse.Namespace) -> None:
     """Says at once what would fail in the generation thread minutes later."""
     for flag in ("model", "draft_model", "adapter_path"):
         value = getattr(args, flag, None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from .. import _core, _reports
@@ -26,17 +26,62 @@ PROMPT_CACHE_EVENTS = {
 }
 
 
-class _Events(Collector):
-    """One event of a `collections.Counter` that somebody else counts in."""
+MEMORY_EVENTS = {
+    "held": "Requests that had to wait for memory",
+    "refused": "Requests refused for want of memory that would fit later",
+    "too_long": "Requests refused because they can never fit",
+    "preempted": "Running requests that were put back to wait for memory",
+}
 
-    def __init__(self, events: Mapping[str, int], event: str, text: str) -> None:
+MEMORY_GAUGES = {
+    "active": "Bytes that MLX's arrays hold",
+    "peak": "Most bytes that were active since the start",
+    "pool": "Bytes that MLX keeps for reuse",
+    "footprint": "Bytes of the process as the system counts them",
+    "ceiling": "Bytes that may be active now",
+    "ceiling_static": "Bytes that may be active when faults are forgotten",
+    "model": "Bytes of the model",
+    "prompt_cache_limit": "Bytes that the prompt cache may hold",
+    "held": "Requests that wait for memory now",
+    "running": "Requests that were admitted and run now",
+}
+
+
+class _Events(Collector):
+    """Events of a `collections.Counter` that somebody else counts in."""
+
+    def __init__(
+        self, prefix: str, texts: Mapping[str, str], events: Mapping[str, int]
+    ) -> None:
+        self._prefix = prefix
+        self._texts = texts
         self._events = events
-        self._event = event
-        self._text = text
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        name = f"mlx_safe_prompt_cache_{self._event}"
-        yield CounterMetricFamily(name, self._text, self._events[self._event])
+        for event, text in self._texts.items():
+            name = f"mlx_safe_{self._prefix}_{event}"
+            yield CounterMetricFamily(name, text, self._events[event])
+
+
+class _Gauges(Collector):
+    """Values that are read all at once."""
+
+    def __init__(
+        self,
+        prefix: str,
+        texts: Mapping[str, str],
+        read: Callable[[], Mapping[str, float]],
+    ) -> None:
+        self._prefix = prefix
+        self._texts = texts
+        self._read = read
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        values = self._read()
+        for name, text in self._texts.items():
+            if name in values:
+                full = f"mlx_safe_{self._prefix}_{name}"
+                yield GaugeMetricFamily(full, text, values[name])
 
 
 class Metrics:
@@ -89,11 +134,18 @@ class Metrics:
 
     def watch_prompt_cache(self, cache: Any) -> None:
         """``cache``: a `prompt_cache.PromptCache`; read at each scrape."""
-        for event, text in PROMPT_CACHE_EVENTS.items():
-            self.registry.register(_Events(cache.events, event, text))
+        self.registry.register(
+            _Events("prompt_cache", PROMPT_CACHE_EVENTS, cache.events)
+        )
         name = "mlx_safe_prompt_cache"
         self._gauge(f"{name}_bytes", "Bytes of its entries", lambda: cache.nbytes)
         self._gauge(f"{name}_entries", "Entries in it", lambda: len(cache))
+
+    def watch_memory(self, admission: Any) -> None:
+        """``admission``: an `admission.Admission`; read at each scrape."""
+        events, gauges = MEMORY_EVENTS, MEMORY_GAUGES
+        self.registry.register(_Events("memory", events, admission.events))
+        self.registry.register(_Gauges("memory", gauges, admission.gauges))
 
     def render(self) -> bytes:
         """The registry in Prometheus's text format."""

@@ -10,7 +10,7 @@ known which entries were there before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,12 +112,16 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         events: how often so far: ``hits``, ``misses``, ``evictions``,
             ``too_large`` (not stored), ``dropped`` (after a failure), and
             ``reused_tokens``, which requests did not have to read.
+        may_store: asked before an entry of so many bytes is stored; may evict
+            others. gives_away: the next entry that is used leaves the cache.
     """
 
     def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
         super().__init__(max_size, NO_LIMIT if max_bytes is None else max_bytes)
         self._lru: _Order = _Order()
         self.events: Counter[str] = Counter()
+        self.may_store: Callable[[int], bool] = lambda size: True
+        self.gives_away = False
 
     # -- what mlx-lm calls -----------------------------------------------------
 
@@ -140,7 +144,10 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         self.events["hits"] += 1
         self.events["reused_tokens"] += len(tokens) - len(rest)
         nearest = self._nearest(model, tokens)
-        if nearest is not None:
+        if nearest is not None and self.gives_away:
+            # The copy shares its arrays; now they are the request's own.
+            self._drop(nearest)
+        elif nearest is not None:
             self._lru.touch(nearest)
         return cache, rest
 
@@ -154,12 +161,20 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
     ) -> None:
         """Stores ``prompt_cache``, complete and without what it does not need.
 
-        Changes the objects in ``prompt_cache``, which mlx-lm does not use again.
+        Changes the objects in ``prompt_cache`` and empties it: mlx-lm does not use
+        it again, but its loop's variables refer to it until the next request, and
+        memory that an evicted entry had would not be free.
 
         Raises:
             RuntimeError: MLX could not compute it; nothing is stored.
         """
-        tokens = _held(prompt_cache, tokens)
+        stored = list(prompt_cache)
+        prompt_cache.clear()
+        self._insert(model, _held(stored, tokens), stored, cache_type)
+
+    def _insert(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], cache_type: str
+    ) -> None:
         for cache in _leaves(prompt_cache):
             _trim_to_offset(cache)
         size = sum(cache.nbytes for cache in prompt_cache)
@@ -168,6 +183,9 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
             return
         # Room is made first: not even for a moment is there more than the limit.
         trimmable = can_trim_prompt_cache(prompt_cache)
+        if not self.may_store(size):
+            self.events["too_large"] += 1
+            return
         for old in list(self._lru.entries):
             if old.is_for(model, tokens) or (trimmable and _begins(old, model, tokens)):
                 self._drop(old)
@@ -179,8 +197,8 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         if _core.epoch() != epoch:
             return  # told to the generator by the epoch
         super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
-        stored = self._lru.entries[-1]
-        stored.epoch, stored.trimmable = epoch, trimmable
+        entry = self._lru.entries[-1]
+        entry.epoch, entry.trimmable = epoch, trimmable
 
     def trim_to(
         self, *, n_sequences: int | None = None, n_bytes: int | None = None
@@ -193,6 +211,11 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
                 return
 
     # -- what the server calls ---------------------------------------------------
+
+    @property
+    def is_limited(self) -> bool:
+        """There is a limit in bytes."""
+        return bool(self.max_bytes < NO_LIMIT)
 
     def limit_bytes(self, max_bytes: int) -> None:
         """Sets the limit, and evicts at once what is over it."""
@@ -214,6 +237,13 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         """How many tokens of a prompt need not be read; all but one at most."""
         nearest = self._nearest(model, tokens)
         return 0 if nearest is None else nearest.reusable(model, tokens)
+
+    def reusable_bytes(self, model: Any, tokens: list[int]) -> int:
+        """What the entry holds that this prompt would use; 0 when there is none."""
+        nearest = self._nearest(model, tokens)
+        if nearest is None:
+            return 0
+        return int(self._trie.get(nearest.model, nearest.tokens).nbytes)
 
     @contextmanager
     def protecting(self, model: Any, tokens: list[int]) -> Iterator[None]:

@@ -9,11 +9,11 @@ become part of the prompt, and whatever mlx-lm derives from tokens one by one
 from __future__ import annotations
 
 import time
-import weakref
 from typing import Any
 
 from .. import errors
 from . import compat
+from .prefill import STEP_MIN, PrefillStep
 from .replies import is_allocation_failure
 from .tickets import Flight, Ticket
 
@@ -27,7 +27,6 @@ BACK_OFF_MAX_S = 1.0
 REFUSE_AFTER = 12
 REFUSE_FOR_S = 10.0
 IN_A_ROW_S = 60.0
-PREFILL_STEP_MIN = 64
 
 
 class Replays:
@@ -36,23 +35,16 @@ class Replays:
     Used by the generation thread only.
     """
 
-    def __init__(self, flight: Flight, attempts_max: int, cli_args: Any) -> None:
+    def __init__(self, flight: Flight, attempts_max: int, prefill: PrefillStep) -> None:
         self._flight = flight
         self._attempts_max = attempts_max
-        self._cli_args = cli_args
-        self._prefill_step = cli_args.prefill_step_size
-        self._batch: weakref.ref[Any] | None = None
+        self._prefill = prefill
         self._waiting: list[Ticket] = []
         # How many requests may run at a time; None: as many as mlx-lm likes.
         self._limit: int | None = None
         self._tokens_at_last_fault = -1
         self._last_fault_at = 0.0
         self.faults_without_progress = 0
-
-    def batch_made(self, batch: Any) -> Any:
-        """Remembers mlx-lm's batch generator, whose prefill step is changed."""
-        self._batch = weakref.ref(batch)
-        return batch
 
     def sort(
         self, fault: errors.MetalError | None, exc: BaseException
@@ -63,7 +55,7 @@ class Replays:
         that is no fault: all, one by one, so that only the one that causes it
         ends; and that one when it is alone.
         """
-        tickets = self._flight.tickets()
+        tickets = self._flight.running()
         for ticket in [t for t in tickets if t.finished]:
             ticket.complete()
             tickets.remove(ticket)
@@ -89,11 +81,12 @@ class Replays:
             return
         level = max(ticket.attempts for ticket in again)
         self._limit = 1 if level > 1 else max(1, len(again) // 2)
-        step = max(PREFILL_STEP_MIN, self._prefill_step // 4**level)
-        self._cli_args.prefill_step_size = min(step, self._prefill_step)
+        self._prefill.limit("fault", max(STEP_MIN, self._prefill.full // 4**level))
 
     def line_up(self, tickets: list[Ticket]) -> None:
         """``tickets`` are run again, oldest first."""
+        for ticket in tickets:
+            ticket.claim = None  # it asks anew
         self._waiting = tickets
 
     def next(self) -> Ticket | None:
@@ -109,17 +102,14 @@ class Replays:
             return False
         if self._limit is None:
             return True
-        if len(self._flight) > 0:
+        if self._flight.running():
             return False
         self._limit = None
-        self._cli_args.prefill_step_size = self._prefill_step
-        batch = self._batch() if self._batch is not None else None
-        if batch is not None:
-            batch.prefill_step_size = self._prefill_step
+        self._prefill.limit("fault", None)
         return True
 
     def _has_room(self) -> bool:
-        running = len(self._flight) - len(self._waiting)
+        running = len(self._flight.running()) - len(self._waiting)
         return self._limit is None or running < self._limit
 
     def back_off(self) -> bool:

@@ -15,6 +15,7 @@ __all__ = [
     "BadRequest",
     "ContextTooLong",
     "ModelNotFound",
+    "NotEnoughMemory",
     "Reply",
     "Unavailable",
     "is_allocation_failure",
@@ -34,6 +35,10 @@ class ModelNotFound(Exception):
 
 class ContextTooLong(Exception):
     """The request can never be served here; the message says why."""
+
+
+class NotEnoughMemory(Exception):
+    """The request does not fit now, and would later; the message says why."""
 
 
 class Unavailable(Exception):
@@ -90,6 +95,8 @@ def reply_for(exc: BaseException) -> Reply:
         )
     if isinstance(exc, ContextTooLong):
         return Reply(400, "invalid_request_error", "context_length_exceeded", str(exc))
+    if isinstance(exc, NotEnoughMemory):
+        return _memory_reply(str(exc))
     if isinstance(exc, Unavailable):
         return Reply(
             503, "service_unavailable_error", "unavailable", str(exc), RETRY_AFTER_S
@@ -98,18 +105,24 @@ def reply_for(exc: BaseException) -> Reply:
     if fault is not None and (fault.retryable or fault.fatal):
         return _fault_reply(fault)
     if is_allocation_failure(exc):
-        return Reply(
-            503,
-            "resource_exhausted_error",
-            "insufficient_memory",
-            "There is not enough memory for this request at the moment.",
-            RETRY_AFTER_S,
+        return _memory_reply(
+            "There is not enough memory for this request at the moment."
         )
     return Reply(
         500,
         "internal_server_error",
         "internal_generation_error",
         "The server failed while generating. The request was not completed.",
+    )
+
+
+def _memory_reply(message: str) -> Reply:
+    return Reply(
+        503,
+        "resource_exhausted_error",
+        "insufficient_memory",
+        message,
+        RETRY_AFTER_S,
     )
 
 

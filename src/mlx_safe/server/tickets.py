@@ -18,7 +18,7 @@ from typing import Any
 
 from .recorder import Place
 
-__all__ = ["ClientLeft", "Flight", "Ticket", "ticket_of"]
+__all__ = ["Claim", "ClientLeft", "Flight", "Ticket", "ticket_of"]
 
 _ATTRIBUTE = "_mlx_safe_ticket"
 
@@ -33,6 +33,23 @@ class ClientLeft(ConnectionError):
     """The client of a request closed its connection."""
 
 
+@dataclasses.dataclass
+class Claim:
+    """What a request said of itself when it asked to be admitted.
+
+    Attributes:
+        prompt: tokens of its prompt, those among them that it produced before
+            it was interrupted. total: with those that it may still generate.
+        produced: tokens that its client had by then.
+        deadline: monotonic seconds until which it may wait for memory.
+    """
+
+    prompt: int
+    total: int
+    produced: int
+    deadline: float
+
+
 class Ticket:
     """One request in flight; has the ``put`` of the queue it stands for.
 
@@ -44,13 +61,18 @@ class Ticket:
         finished: its last token was passed on.
         may_be_stopped: False: its context is left alone when it ends early.
         headers: HTTP headers that go with the answer.
+        claim: what it asked to be admitted with; None before.
+        held: it waits for memory, and mlx-lm does not have it.
+        uid: mlx-lm's, in its batch. owned: bytes of the prompt-cache entry that
+            it took over. step_max: its prompt is read in steps of at most so
+            many tokens; None: as may be.
     """
 
     def __init__(
         self,
         flight: Flight,
         taken: tuple[Any, Any, Any],
-        before_put: Callable[[Ticket], None],
+        before_put: Callable[[Ticket, Any], None],
         on_error: Callable[[Ticket, Exception], None],
     ) -> None:
         self._flight = flight
@@ -71,6 +93,23 @@ class Ticket:
         # How many tokens of this run the client has already.
         self._repeated = 0
         self._place = Place(request)
+        self.claim: Claim | None = None
+        self.held = False
+        self.uid: Any = None
+        self.owned = 0
+        self.step_max: int | None = None
+
+    @property
+    def is_reading(self) -> bool:
+        """Its prompt has not been read to the end since it was admitted."""
+        return self.claim is not None and len(self.produced) == self.claim.produced
+
+    @property
+    def length(self) -> int:
+        """Tokens that its caches have, or will have when its prompt is read."""
+        if self.claim is None:
+            return 0
+        return self.claim.prompt + len(self.produced) - self.claim.produced
 
     @property
     def stopped(self) -> bool:
@@ -103,12 +142,13 @@ class Ticket:
             # mlx-lm's sequential path ends a request so.
             self._on_error(self, item)
             return
-        self._before_put(self)
+        self._before_put(self, item)
         if item is None:
             self.complete()
         elif isinstance(item, tuple):
             self._place.prefilled(*item)
-            self._queue.put(item)
+            if not self.held:
+                self._queue.put(item)
         elif hasattr(item, "token") and self._repeated:
             self._repeated -= 1
         elif hasattr(item, "token"):
@@ -143,6 +183,12 @@ class Ticket:
         if self.context is not None and self.may_be_stopped:
             type(self.context).stop(self.context)
 
+    def interrupt(self) -> None:
+        """Makes mlx-lm drop it; it may be given out again by `work`."""
+        self._flight.left += 1
+        if self.context is not None:
+            type(self.context).stop(self.context)
+
     def leave(self) -> None:
         """The client went away: ends the request. Any thread."""
         self._flight.left += 1
@@ -174,7 +220,7 @@ class Flight:
 
     Attributes:
         tokens: tokens passed on to any client so far.
-        left: clients that went away before they had their answer.
+        left: requests that left before they had their answer.
     """
 
     def __init__(self) -> None:
@@ -203,3 +249,7 @@ class Flight:
         """Those open now, oldest first."""
         with self._lock:
             return list(self._open)
+
+    def running(self) -> list[Ticket]:
+        """Those of them that do not wait for memory."""
+        return [ticket for ticket in self.tickets() if not ticket.held]

@@ -1,0 +1,116 @@
+"""What a ceiling costs: growing conversations with one and without.
+
+Prints, for both servers under the same load: the peak of MLX's memory over the
+ceiling, requests completed per minute, and the share of the prompt tokens that the
+prompt cache had. Aims: the peak below the ceiling, and nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from support import tiny_model
+from support.server import Server
+
+TOKENS = 8
+
+
+@dataclass
+class Load:
+    """So many clients, each with so many turns of so many words."""
+
+    clients: int
+    turns: int
+    words: int
+
+
+@dataclass
+class Result:
+    completed: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    peak: float = 0.0
+    reused_tokens: float = 0.0
+
+    @property
+    def per_minute(self) -> float:
+        return 60 * self.completed / self.seconds
+
+    @property
+    def hit_rate(self) -> float:
+        return self.reused_tokens / self.prompt_tokens
+
+
+def converse(server: Server, load: Load, client: int, result: Result) -> None:
+    messages = [{"role": "system", "content": "You are terse."}]
+    for turn in range(load.turns):
+        text = f"client {client} turn {turn} " + "word " * load.words
+        messages.append({"role": "user", "content": text})
+        answer = server.post({"messages": messages, "max_tokens": TOKENS}, timeout=600)
+        if answer.status != 200:
+            result.failed += 1
+            return
+        result.completed += 1
+        result.prompt_tokens += answer.json["usage"]["prompt_tokens"]
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def run(model: Path, load: Load, *flags: str) -> Result:
+    """One server under the load."""
+    result = Result()
+    with Server(model, *flags) as server:
+        server.wait_ready()
+        threads = [
+            threading.Thread(target=converse, args=(server, load, i, result))
+            for i in range(load.clients)
+        ]
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        result.seconds = time.perf_counter() - begin
+        result.peak = server.metric("mlx_safe_memory_peak ")
+        result.reused_tokens = server.metric(
+            "mlx_safe_prompt_cache_reused_tokens_total"
+        )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--words", type=int, default=40)
+    parser.add_argument("--share", type=float, default=1 / 3, help="of the free peak")
+    args = parser.parse_args()
+    load = Load(args.clients, args.turns, args.words)
+    with tempfile.TemporaryDirectory() as directory:
+        model = tiny_model.make(Path(directory) / "model")
+        free = run(model, load)
+        ceiling = int(args.share * free.peak)
+        bound = run(model, load, "--max-active-memory-bytes", str(ceiling))
+    print(f"ceiling {ceiling / 1e6:.1f} MB, {args.share:.2f} of the peak without it")
+    for name, found in (("without", free), ("with", bound)):
+        print(
+            f"{name:8} peak {found.peak / ceiling:.2f} of the ceiling, "
+            f"{found.per_minute:.0f} requests per minute, {found.failed} failed, "
+            f"{found.hit_rate:.0%} of the prompt tokens from the prompt cache"
+        )
+    print(
+        f"ratio    {bound.per_minute / free.per_minute:.2f} of the requests per "
+        f"minute, {bound.hit_rate / free.hit_rate:.2f} of the hit rate"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""``mlx-safe doctor``: what this machine is, what is active, and what fits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from . import install
+from ._command import CommandError
+from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
+from .memory.estimate import Transients, calibrate
+from .memory.machine import Machine, read_machine, usage
+from .memory.sizes import flag_size, format_size
+from .memory.sizing import Sizing, format_tokens, sizing
+
+__all__ = ["doctor", "examine", "render", "wired_limit_advice"]
+
+# mlx_lm.server's default, and the smaller sizes that a server would go down to.
+STEPS = (2048, 1024, 512, 256, 128, 64)
+# For macOS and all that is not MLX, when the wired limit is raised.
+LEFT_TO_SYSTEM = 8 * 2**30
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """The command.
+
+    Raises:
+        CommandError: the model cannot be loaded; the message says why.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mlx-safe doctor",
+        description="What this machine is, what is active on it, and what fits.",
+    )
+    parser.add_argument(
+        "--model", metavar="PATH", help="load this model, measure it, and size flags"
+    )
+    parser.add_argument(
+        "--max-active-memory-bytes", metavar="SIZE", help="as if the server had it"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    asked = parser.parse_args(list(arguments))
+    found = examine(asked.model, _explicit(asked.max_active_memory_bytes))
+    print(json.dumps(found, indent=2) if asked.json else render(found))
+    return 0
+
+
+def _explicit(text: str | None) -> int | None:
+    from .memory.sizes import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as e:
+        raise CommandError(f"--max-active-memory-bytes {e}") from e
+
+
+def examine(model: str | None = None, explicit: int | None = None) -> dict[str, Any]:
+    """All that the command tells, JSON-able. Sizes in bytes.
+
+    Args:
+        model: directory or hub name of a model that is loaded and measured.
+        explicit: ``--max-active-memory-bytes``.
+
+    Raises:
+        CommandError: mlx is missing, or the model cannot be loaded.
+    """
+    status = install().as_dict()
+    if status["mlx_version"] is None:
+        raise CommandError(f"{status['reasons'][0]}")  # type: ignore[index]
+    machine, now = read_machine(), usage()
+    limits = ceiling(machine, explicit=explicit, overhead=now.overhead)
+    found: dict[str, Any] = {
+        "machine": {
+            "system": _system(),
+            "device": machine.device,
+            "gpu": machine.gpu,
+            "memory": machine.total,
+            "available": now.available,
+            "python": platform.python_version(),
+        },
+        "protection": status,
+        "ceiling": {
+            "bytes": limits.size,
+            "limits": [
+                {"name": x.name, "bytes": x.size, "source": x.source}
+                for x in limits.limits
+            ],
+        },
+        "wired_limit": {
+            "bytes": machine.wired_limit,
+            "advice": wired_limit_advice(machine),
+        },
+    }
+    if model is not None:
+        found["model"] = _measure(model, limits.size)
+    return found
+
+
+def _system() -> str:
+    if platform.system() == "Darwin":
+        return f"macOS {platform.mac_ver()[0]} {platform.machine()}"
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
+def wired_limit_advice(machine: Machine) -> str:
+    """What ``iogpu.wired_limit_mb`` is, and what raising it would give and risk."""
+    if machine.recommended is None:
+        return "does not apply: MLX computes on no Metal device here"
+    now = machine.wired_limit or machine.recommended
+    most = machine.total - max(LEFT_TO_SYSTEM, machine.total // 8)
+    state = (
+        "not set: the system's own limit holds"
+        if machine.wired_limit is None
+        else f"set to {machine.wired_limit // 2**20} MB"
+    )
+    if most <= now:
+        return f"{state}; raising it would leave too little to the system"
+    after = min(int(GPU_SHARE * most), int(FOOTPRINT_SHARE * machine.total))
+    return (
+        f"{state}; 'sudo sysctl iogpu.wired_limit_mb={most // 2**20}' would raise the "
+        f"ceiling from {format_size(GPU_SHARE * now)} to {format_size(after)} until "
+        "the machine restarts. The risk: wired memory cannot be paged out, so other "
+        "programs are squeezed, and kernel panics have been reported with it"
+    )
+
+
+def _measure(name: str, ceiling_size: int) -> dict[str, Any]:
+    from .server import compat
+    from .server.launcher import check_paths
+
+    server = compat.import_server()
+    check_paths(argparse.Namespace(model=name))
+    mx = server.mx
+    try:
+        model, _ = server.load(name)
+    except Exception as e:
+        first = (str(e) or type(e).__name__).splitlines()[0]
+        raise CommandError(f"--model {name}: cannot be loaded: {first}") from e
+    transients = Transients()
+    cost = calibrate(model, lambda: compat.make_cache(model), transients)
+    weights = int(mx.get_active_memory())
+    steps = [(n, transients.predict(n, n)) for n in STEPS]
+    fits = sizing(model=weights, ceiling=ceiling_size, cost=cost, steps=steps)
+    return {
+        "name": name,
+        "bytes": weights,
+        "bytes_per_token": cost.per_token,
+        "room_bytes": fits.room,
+        "room_tokens": fits.room_tokens,
+        "prompt_cache_bytes": fits.prompt_cache,
+        "step": fits.step,
+        "step_bytes": fits.transient,
+        "flags": _flags(fits),
+        "summary": str(fits),
+    }
+
+
+def _flags(fits: Sizing) -> list[str]:
+    """Those that the server would choose by itself, to be written down."""
+    if fits.room == 0:
+        return []
+    flags = ["--prompt-cache-bytes", flag_size(fits.prompt_cache)]
+    if fits.step != STEPS[0]:
+        flags += ["--prefill-step-size", str(fits.step)]
+    return flags
+
+
+def render(found: dict[str, Any]) -> str:
+    """What `examine` found, for people."""
+    machine, protection = found["machine"], found["protection"]
+    available = machine["available"]
+    free = "" if available is None else f", {format_size(available)} available"
+    hooks = "hooked and verified" if protection["verified"] else "not hooked"
+    lines = [
+        f"machine     {machine['device']}, {format_size(machine['memory'])}{free}",
+        f"system      {machine['system']}, Python {machine['python']}",
+        f"mlx         {protection['mlx_version']}, regime {protection['mode']}",
+        f"Metal       {hooks}",
+        *(f"            {reason}" for reason in protection["reasons"]),
+        f"ceiling     {format_size(found['ceiling']['bytes'])}, the smallest of",
+        *(
+            f"            {format_size(x['bytes']):>9}  {x['source']}"
+            for x in found["ceiling"]["limits"]
+        ),
+        f"wired limit {found['wired_limit']['advice']}",
+    ]
+    if "model" in found:
+        lines += _render_model(found["model"])
+    return "\n".join(lines)
+
+
+def _render_model(model: dict[str, Any]) -> list[str]:
+    lines = [
+        f"model       {model['name']}: {model['summary']}",
+        f"            {format_size(model['bytes_per_token'])} for each token; a step "
+        f"of {model['step']} tokens takes {format_size(model['step_bytes'])}",
+    ]
+    if model["room_bytes"] == 0:
+        return [*lines, "            it does not fit: take a smaller one"]
+    command = ["mlx-safe serve --model", model["name"], *model["flags"]]
+    return [
+        *lines,
+        f"recommended {' '.join(command)}",
+        f"            room for {format_tokens(model['room_tokens'])} in all; two "
+        "conversations at once have half each",
+    ]

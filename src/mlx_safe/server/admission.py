@@ -1,0 +1,468 @@
+"""Who may run, and with how much: the budget of `mlx_safe.memory` at work.
+
+Asked at two points, the same on the batched and on the sequential path: when a
+request has been tokenized (`Admission.admit`), and before each step of the model
+(`Admission.before_step`). The decision is `memory.budget.decide`; here it is
+carried out. With more than one rank all is admitted: the ranks must agree on what
+they run, and each has a memory of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from .. import errors
+from ..memory.budget import Decision, Option, Situation, decide
+from ..memory.ceiling import Ceiling, LearnedCeiling, ceiling
+from ..memory.estimate import CacheCost, Transients, calibrate
+from ..memory.machine import read_machine, usage
+from ..memory.sizes import format_size
+from ..memory.sizing import Sizing, format_tokens, sizing
+from . import compat
+from .demand import Demand
+from .observer import Observer
+from .prefill import PrefillStep
+from .prompt_cache import PromptCache
+from .replies import ContextTooLong, NotEnoughMemory, is_allocation_failure
+from .tickets import Claim, Flight, Ticket
+
+__all__ = ["Admission", "Held", "MemoryFlags"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# What the process holds besides MLX's memory changes slowly.
+CEILING_MAX_AGE_S = 1.0
+
+
+class Held(Exception):
+    """The request waits for memory; it will be tokenized again."""
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """The server's flags. Bytes; seconds. None: no limit of the user's."""
+
+    max_active_kv: int | None = None
+    max_active_memory: int | None = None
+    wait_s: float = 60.0
+
+
+def _measure(provider: Any, transients: Transients) -> CacheCost:
+    layers: tuple[Any, ...] = ()
+    for model in filter(None, (provider.model, provider.draft_model)):
+        cost = calibrate(
+            model,
+            partial(compat.make_cache, model),
+            transients,
+            **compat.kv_quantization(provider.cli_args),
+        )
+        layers += cost.layers
+    return CacheCost(layers)
+
+
+class Admission:
+    """The budget of one server. Used by the generation thread only.
+
+    Attributes of other threads' interest, read without a lock: ``sizing``,
+    ``peak`` (bytes, the most that was active), ``held`` and ``events``.
+    """
+
+    def __init__(
+        self,
+        flight: Flight,
+        flags: MemoryFlags,
+        prompt_cache: PromptCache,
+        prefill: PrefillStep,
+        enabled: bool = True,
+    ) -> None:
+        self._flight = flight
+        self._flags = flags
+        self._prompt_cache = prompt_cache
+        self._user_limit = prompt_cache.max_bytes if prompt_cache.is_limited else None
+        self._prefill = prefill
+        self._enabled = enabled
+        self._machine = read_machine()
+        self._learned = LearnedCeiling()
+        self._static: Ceiling | None = None
+        self._static_at = 0.0
+        self._measured: Any = None
+        self._baseline = 0
+        self._demand = Demand(CacheCost(), Transients())
+        self._last_admitted: Ticket | None = None
+        # What mlx-lm's sequential path has read and produced.
+        self._single_length = 0
+        # mlx-lm's batch generator; not kept alive by us.
+        self._batch_ref: weakref.ref[Any] | None = None
+        self.observer = Observer(self._demand.transients)
+        self.sizing: Sizing | None = None
+        self.held: list[Ticket] = []
+        self.events: Counter[str] = Counter()
+        prompt_cache.may_store = self._may_store
+
+    # -- the model ---------------------------------------------------------------
+
+    def model_loaded(self, provider: Any) -> None:
+        """Measures the model that ``provider`` has just loaded.
+
+        Raises:
+            RuntimeError: MLX failed while it did, as any step can.
+        """
+        if not self._enabled:
+            return
+        key = provider.model_key
+        if key == self._measured:
+            return
+        transients = Transients()
+        cost = CacheCost()
+        try:
+            cost = _measure(provider, transients)
+        except Exception as e:
+            if errors.from_exception(e) is not None or is_allocation_failure(e):
+                raise
+            # Only what is active can be looked at then, not what will be.
+            log.warning("this model cannot be measured, requests are not: %r", e)
+        self._measured = key
+        self._demand = Demand(cost, transients)
+        self.observer = Observer(transients, self.observer.peak)
+        self._baseline = int(mx.get_active_memory()) - int(self._prompt_cache.nbytes)
+        self._size_up()
+
+    def _size_up(self) -> None:
+        ceiling = self.ceiling(learned=False)
+        predict = self._demand.transients.predict
+        self._prefill.settle(None)
+        self.sizing = sizing(
+            model=self._baseline,
+            ceiling=ceiling.size,
+            cost=self._demand.cost,
+            steps=[(n, predict(n, n)) for n in self._prefill.sizes()],
+            prompt_cache=self._user_limit,
+        )
+        self._prompt_cache.limit_bytes(self.sizing.prompt_cache)
+        # A larger step would cost more prompt-cache entries than it is worth.
+        self._prefill.settle(self.sizing.step)
+        log.info("%s (%s)", self.sizing, ceiling.reason.source)
+        if self.sizing.room > 0:
+            return
+        if self._flags.max_active_memory is not None:
+            raise ValueError(
+                f"--max-active-memory-bytes {self._flags.max_active_memory}: the model "
+                f"and one step of a prompt need {format_size(self.sizing.needed)}"
+            )
+        log.error(
+            "the model leaves no room below the ceiling, and nothing can be served: "
+            "take a smaller model, or set --max-active-memory-bytes"
+        )
+
+    # -- the situation -------------------------------------------------------------
+
+    def ceiling(self, *, learned: bool = True) -> Ceiling:
+        """The ceiling now, or as it will be when what was learned is forgotten."""
+        now = time.monotonic()
+        if self._static is None or now - self._static_at > CEILING_MAX_AGE_S:
+            self._static = self._look(None)
+            self._static_at = now
+        low = self._learned.value(self._static.size) if learned else None
+        return self._static if low is None else self._look(low)
+
+    def _look(self, learned: int | None) -> Ceiling:
+        return ceiling(
+            self._machine,
+            explicit=self._flags.max_active_memory,
+            overhead=usage().overhead,
+            learned=learned,
+        )
+
+    def _situation(
+        self, reusable: int = 0, running: int = 0, may_wait: bool = False
+    ) -> Situation:
+        return Situation(
+            ceiling=self.ceiling().size,
+            later=self.ceiling(learned=False).size,
+            active=int(mx.get_active_memory()),
+            pool=int(mx.get_cache_memory()),
+            evictable=max(0, int(self._prompt_cache.nbytes) - reusable),
+            reusable=reusable,
+            baseline=self._baseline,
+            running=running,
+            may_wait=may_wait,
+            kv_limit=self._flags.max_active_kv,
+        )
+
+    @property
+    def _batch(self) -> Any:
+        return self._batch_ref() if self._batch_ref is not None else None
+
+    def watch(self, batch: Any) -> Any:
+        """Remembers mlx-lm's batch generator; returns it."""
+        self._batch_ref = weakref.ref(batch)
+        return batch
+
+    def inserted(self, uids: Any) -> None:
+        """mlx-lm has put the request that was admitted last into its batch."""
+        if self._last_admitted is not None:
+            (self._last_admitted.uid,) = uids
+
+    def _running(self) -> list[Ticket]:
+        return [t for t in self._flight.running() if t.claim is not None]
+
+    def _held_nbytes(self) -> int:
+        """What the caches of the requests that run hold."""
+        if self._batch is None:
+            return self._demand.cost.at_least(self._single_length)
+        nbytes, waiting = compat.batch_caches(self._batch)
+        # Those that mlx-lm has not begun with have at most what they took over.
+        owned = {t.uid: t.owned for t in self._running()}
+        return nbytes + sum(owned.get(uid, 0) for uid in waiting)
+
+    def lengths(self) -> dict[Any, int]:
+        """Tokens of the prompt of each request that runs, by mlx-lm's uid."""
+        return {t.uid: t.claim.prompt for t in self._running() if t.claim is not None}
+
+    def out_of_memory(self) -> None:
+        """A fault or an allocation failure: lowers the ceiling below what is active."""
+        active = int(mx.get_active_memory())
+        static = self.ceiling(learned=False).size
+        value = self._learned.fault(active, self._baseline, static)
+        log.warning(
+            "out of memory with %s active: the ceiling is %s for now",
+            format_size(active),
+            format_size(value),
+        )
+
+    def gauges(self) -> dict[str, float]:
+        """What `metrics.MEMORY_GAUGES` shows. Any thread."""
+        now = usage()
+        found = {
+            "active": now.active,
+            "peak": max(self.observer.peak, now.peak),
+            "pool": now.pool,
+            "ceiling": self.ceiling().size,
+            "ceiling_static": self.ceiling(learned=False).size,
+            "model": self._baseline,
+            "prompt_cache_limit": self._prompt_cache.max_bytes,
+            "held": len(self.held),
+            "running": len(self._running()),
+        }
+        if now.footprint is not None:
+            found["footprint"] = now.footprint
+        return {name: float(value) for name, value in found.items()}
+
+    # -- requests that come in -------------------------------------------------------
+
+    def admit(
+        self, ticket: Ticket, model: Any, tokens: list[int], max_tokens: int
+    ) -> None:
+        """Lets the request run, or raises.
+
+        Args:
+            model, tokens: as the prompt cache will be asked for them.
+
+        Raises:
+            Held: it waits; `next_held` gives it out again.
+            NotEnoughMemory: it has waited long enough.
+            ContextTooLong: it can never run.
+        """
+        if not self._enabled:
+            return
+        before = ticket.claim
+        claim = Claim(
+            prompt=len(tokens),
+            total=len(tokens) + max_tokens,
+            produced=len(ticket.produced),
+            deadline=time.monotonic() + self._flags.wait_s,
+        )
+        if before is not None and ticket.held:
+            claim.deadline = before.deadline
+        ticket.claim = None  # not among those that run
+        reusable = self._prompt_cache.reusable_bytes(model, tokens)
+        found = self._decide_for(claim, ticket.step_max, reusable)
+        ticket.claim = claim
+        earlier = self.held and self.held[0] is not ticket
+        if found.verdict == "admit" and earlier and time.monotonic() < claim.deadline:
+            raise Held  # those that came first go first
+        self._conclude(found, claim)
+        with self._prompt_cache.protecting(model, tokens):
+            self._carry_out(found)
+        self._prompt_cache.gives_away = found.take_over
+        ticket.owned = reusable if found.take_over else 0
+        self._last_admitted = ticket
+        self._single_length = 0
+        if ticket in self.held:
+            self.held.remove(ticket)
+        ticket.held = False
+        ticket.uid = None
+
+    def _decide_for(
+        self, claim: Claim, step_max: int | None, reusable: int = 0
+    ) -> Decision:
+        running = self._running()
+
+        def sizes(rows: int) -> list[int]:
+            found = self._prefill.sizes(rows)
+            return [n for n in found if step_max is None or n <= step_max] or found[-1:]
+
+        options = self._demand.to_the_end(running, self._held_nbytes(), sizes, claim)
+        may_wait = time.monotonic() < claim.deadline
+        # Those that are held come before this one, and will run before it.
+        ahead = len(running) + len(self.held)
+        return decide(self._situation(reusable, ahead, may_wait), options)
+
+    def _conclude(self, found: Decision, claim: Claim) -> None:
+        """Raises what a verdict other than an admission means."""
+        if found.verdict == "wait":
+            raise Held
+        if found.verdict == "refuse":
+            self.events["refused"] += 1
+            raise NotEnoughMemory(
+                "There is not enough memory for this request at the moment: "
+                f"{format_size(found.missing)} are missing for its "
+                f"{claim.prompt} tokens and {claim.total - claim.prompt} more."
+            )
+        if found.verdict == "never":
+            self.events["too_long"] += 1
+            raise ContextTooLong(
+                f"The request needs memory for {claim.total} tokens "
+                f"({claim.prompt} of the prompt, {claim.total - claim.prompt} to "
+                f"generate); this server has room for {self._room_in_words()}."
+            )
+
+    def _room_in_words(self) -> str:
+        room = self.ceiling(learned=False).size - self._baseline
+        step = self._prefill.sizes()[-1]
+        tokens = self._demand.longest(room, step, self._flags.max_active_kv)
+        return f"about {format_tokens(tokens)}"
+
+    def hold(self, ticket: Ticket) -> None:
+        """``ticket`` waits until `next_held` gives it out."""
+        if not ticket.held:
+            ticket.held = True
+            self.held.append(ticket)
+            self.events["held"] += 1
+            log.info("a request waits for memory; %d wait", len(self.held))
+
+    def next_held(self) -> Ticket | None:
+        """The request whose turn it is: it fits now, or has waited long enough."""
+        self.held = [t for t in self.held if not t.stopped and t.claim is not None]
+        now = time.monotonic()
+        for ticket in self.held:
+            assert ticket.claim is not None
+            if now >= ticket.claim.deadline:
+                return ticket
+        if not self.held:
+            return None
+        first = self.held[0]
+        assert first.claim is not None
+        # What it would reuse is not known here; as if it were to be evicted.
+        claim, first.claim = first.claim, None
+        found = self._decide_for(claim, first.step_max)
+        first.claim = claim
+        return None if found.verdict == "wait" else first
+
+    # -- steps ---------------------------------------------------------------------
+
+    def before_step(self) -> list[Ticket]:
+        """Makes room for the next step of the batch.
+
+        Returns the requests that must leave the batch for it: they wait, or have
+        been answered.
+        """
+        running = self._running() if self._enabled else []
+        if not running or self._make_room(self._prefill.sizes):
+            return []
+        # The one that came last goes first; what it has so far is not lost. Its
+        # memory is free only when mlx-lm has dropped it, so it is one at a time.
+        last = running[-1]
+        if len(running) > 1:
+            self._preempt(last)
+        else:
+            self._end(last)
+        return [last]
+
+    def between_single_steps(self, ticket: Ticket, item: Any) -> None:
+        """The sequential path has done a step and puts ``item`` for the client.
+
+        Raises:
+            Held: it goes on with smaller steps; mlx-lm has fixed their size.
+            NotEnoughMemory: it cannot go on; the client has been told.
+        """
+        if ticket.claim is None or not self._enabled:
+            return
+        before = self._single_length
+        if isinstance(item, tuple):
+            done, total = item
+            self._single_length = ticket.claim.prompt - total + done
+        elif hasattr(item, "token"):
+            self._single_length = ticket.length + 1
+        else:
+            return
+        if before:
+            self.observer.end(self._single_length - before, self._single_length)
+        if not self._make_room(lambda rows: [self._prefill.size]):
+            smaller = [n for n in self._prefill.sizes() if n < self._prefill.size]
+            if not smaller or not self._make_room(lambda rows: smaller):
+                self._end(ticket)
+                raise NotEnoughMemory("there is no memory for the next step")
+            ticket.step_max = self._prefill.size
+            raise Held
+        self.observer.begin()
+
+    def _make_room(self, sizes: Callable[[int], list[int]]) -> bool:
+        """Whether the next step fits, with prompts read in one of these sizes."""
+        options = self._demand.next_step(self._running(), self._held_nbytes(), sizes)
+        found = decide(self._situation(), options)
+        if found.verdict == "admit":
+            self._carry_out(found)
+        return found.verdict == "admit"
+
+    def _preempt(self, ticket: Ticket) -> None:
+        assert ticket.claim is not None
+        ticket.claim.deadline = time.monotonic() + self._flags.wait_s
+        self.events["preempted"] += 1
+        ticket.interrupt()
+        self.hold(ticket)
+
+    def _end(self, ticket: Ticket) -> None:
+        self.events["refused"] += 1
+        log.warning("a request alone does not fit any more and is ended")
+        ticket.interrupt()
+        ticket.fail(
+            NotEnoughMemory("There is not enough memory to go on with this request.")
+        )
+
+    def _carry_out(self, found: Decision) -> None:
+        # A pool in use saves allocations; it goes only when it is in the way.
+        if found.free_pool and mx.get_cache_memory() > 0:
+            mx.clear_cache()
+        evicted = 0
+        while evicted < found.evict:
+            size = self._prompt_cache.evict_oldest()
+            if size == 0:
+                break
+            evicted += size
+        if evicted:
+            self.events["evictions"] += 1
+            mx.clear_cache()
+        self._prefill.limit("memory", found.step)
+
+    def _may_store(self, size: int) -> bool:
+        """Whether the prompt cache may have so many bytes more; evicts for them."""
+        if not self._enabled:
+            return True
+        (step,) = self._demand.next_step(
+            self._running(), self._held_nbytes(), lambda rows: [self._prefill.size]
+        )
+        wanted = Option(step.step, step.growth + size, alone=0)
+        found = decide(self._situation(), [wanted])
+        if found.verdict == "admit":
+            self._carry_out(found)
+        return found.verdict == "admit"

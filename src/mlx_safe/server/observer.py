@@ -1,0 +1,73 @@
+"""Learns from each step of the model what it takes, by MLX's own counters.
+
+Used by the generation thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+
+from ..memory.estimate import Transients
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """The windows between two readings of MLX's peak, which each resets.
+
+    Attributes:
+        peak: bytes, the most that was active since the server started.
+    """
+
+    def __init__(self, transients: Transients, peak: int = 0) -> None:
+        self.transients = transients
+        self.peak = peak
+        self._before = 0
+        # What the last step of a batch read and how far: {uid: tokens}.
+        self._read: dict[Any, int] = {}
+        self._steady = False
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.peak = max(self.peak, int(mx.get_peak_memory()))
+        self._before = int(mx.get_active_memory())
+        mx.reset_peak_memory()
+
+    def end(self, tokens: int, context: int) -> None:
+        """It has ended, and had ``tokens`` tokens (rows times length)."""
+        peak, after = int(mx.get_peak_memory()), int(mx.get_active_memory())
+        self.peak = max(self.peak, peak)
+        used = max(0, peak - max(self._before, after))
+        self.transients.observe(tokens, context, used)
+
+    def end_of_batch_step(
+        self, prompts: Iterable[Any], generated: list[Any], lengths: dict[Any, int]
+    ) -> None:
+        """A step of mlx-lm's `BatchGenerator` has ended with these responses.
+
+        Only of steps between which the batch did not change: what joins or
+        leaves is copied (merge, extend, filter, split), lazily in the next step,
+        and would be taken for the cost of tokens.
+
+        Args:
+            lengths: tokens of each row's prompt, those of the prompt cache
+                included, by uid.
+        """
+        prompts = list(prompts)
+        reading = {r.uid: int(r.progress[0]) for r in prompts if not r.end_of_prompt}
+        steady = len(reading) == len(prompts) and reading.keys() == self._read.keys()
+        steady = steady and all(r.finish_reason is None for r in generated)
+        if steady and self._steady and (reading or generated):
+            chunk = max((reading[u] - self._read[u] for u in reading), default=1)
+            cached = [lengths.get(r.uid, 0) - int(r.progress[1]) for r in prompts]
+            context = max(
+                (c + reading[r.uid] for c, r in zip(cached, prompts, strict=True)),
+                default=max(lengths.values(), default=1),
+            )
+            self.end(max(len(reading), 1) * max(chunk, 1), max(context, 1))
+        else:
+            self.peak = max(self.peak, int(mx.get_peak_memory()))
+        self._read, self._steady = reading, steady

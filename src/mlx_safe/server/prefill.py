@@ -1,0 +1,68 @@
+"""How many tokens of a prompt mlx-lm reads in one step: one setting, one place."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+__all__ = ["STEP_MIN", "PrefillStep"]
+
+# Below so many tokens a step is dominated by what it costs in any case.
+STEP_MIN = 64
+# Prompts that mlx-lm reads together (--prompt-concurrency), at most.
+ROWS = 8
+
+
+class PrefillStep:
+    """``--prefill-step-size``, and the smaller ones that others ask for meanwhile.
+
+    Used by the generation thread only. mlx-lm's sequential path reads the setting
+    when a request begins, the batched one at each step.
+    """
+
+    def __init__(self, cli_args: Any) -> None:
+        self.full = max(1, int(cli_args.prefill_step_size))
+        self._cli_args = cli_args
+        self._comfortable = self.full
+        self._limits: dict[str, int] = {}
+        self._batch: weakref.ref[Any] | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens, for each row of a batch."""
+        return int(self._cli_args.prefill_step_size)
+
+    def sizes(self, rows: int = 1) -> list[int]:
+        """What can be asked for: the full size and its halves, largest first.
+
+        Args:
+            rows: prompts that are read together; a step reads so many tokens of
+                each, and has no more in all than suits the memory.
+        """
+        rows = min(max(rows, 1), ROWS)
+        found = [self.full]
+        while found[-1] // 2 * rows >= STEP_MIN:
+            found.append(found[-1] // 2)
+        if self._comfortable == self.full:
+            return found
+        return [n for n in found if n * rows <= self._comfortable] or found[-1:]
+
+    def settle(self, size: int | None) -> None:
+        """The largest size from now on; None: the full one."""
+        self._comfortable = self.full if size is None else size
+        self.limit("memory", size)
+
+    def limit(self, who: str, size: int | None) -> None:
+        """``who`` asks for steps of at most ``size`` tokens; None: does not mind."""
+        self._limits.pop(who, None)
+        if size is not None:
+            self._limits[who] = size
+        self._cli_args.prefill_step_size = min([self.full, *self._limits.values()])
+        batch = self._batch() if self._batch is not None else None
+        if batch is not None:
+            batch.prefill_step_size = self.size
+
+    def watch(self, batch: Any) -> Any:
+        """Remembers mlx-lm's batch generator, whose steps follow; returns it."""
+        self._batch = weakref.ref(batch)
+        return batch

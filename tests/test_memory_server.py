@@ -1,0 +1,327 @@
+"""Memory that does not have to fail: the real server below a real ceiling.
+
+The counters are MLX's own, on the CPU backend; the ceiling is
+``--max-active-memory-bytes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_safe.cli import main
+from support import child
+from support.server import CONTROLLED, Answer, Server
+
+CEILING = 6_000_000
+# Ten conversations of tens of thousands of tokens on a machine of 48 GB, scaled
+# to a model of 363 kB with 512 bytes for each token.
+CLIENTS, TURNS, GROWTH, TOKENS = 10, 3, 40, 8
+
+# The protected server, which also holds so many bytes of MLX's memory as it is
+# told to, until a request had to be put back for it.
+BALLOON = """
+import os, sys, threading
+import mlx.core as mx
+from mlx_safe.cli import main
+from mlx_safe.server.admission import Admission
+held = []
+preempt = Admission._preempt
+def preempt_and_let_go(self, ticket):
+    preempt(self, ticket)
+    held.clear()
+    mx.clear_cache()
+Admission._preempt = preempt_and_let_go
+def listen():
+    for line in sys.stdin:
+        # From a buffer: nothing is computed on this thread.
+        held.append(mx.array(memoryview(bytearray(int(line)))))
+        os.write(1, f"planned {line}".encode())
+threading.Thread(target=listen, daemon=True).start()
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def gauges(server: Server) -> dict[str, float]:
+    """The samples of /metrics that have no labels, without their prefix."""
+    found = {}
+    for line in server.get("/metrics").body.splitlines():
+        name, _, value = line.rpartition(" ")
+        if name.startswith("mlx_safe_memory_") and "{" not in name:
+            found[name.removeprefix("mlx_safe_memory_")] = float(value)
+    return found
+
+
+@contextlib.contextmanager
+def sampling(server: Server) -> Iterator[list[float]]:
+    """What is active, again and again while the block runs."""
+    samples: list[float] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.02):
+            samples.append(gauges(server)["active"])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join(30)
+
+
+def converse(server: Server, client: int, answers: list[Answer]) -> None:
+    """One conversation, each turn of which sends all that was said before."""
+    messages = [{"role": "system", "content": "You are terse."}]
+    # Every third client takes the sequential path, every other one streams.
+    more: dict[str, Any] = {"seed": client} if client % 3 == 2 else {}
+    more["stream"] = client % 2 == 0
+    for turn in range(TURNS):
+        text = f"client {client} turn {turn} " + "word " * GROWTH
+        messages.append({"role": "user", "content": text})
+        answer = server.post(
+            {"messages": messages, "max_tokens": TOKENS, **more}, timeout=120
+        )
+        answers.append(answer)
+        if answer.status != 200 or answer.error:
+            return
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def growing_conversations(server: Server) -> list[Answer]:
+    answers: list[Answer] = []
+    threads = [
+        threading.Thread(target=converse, args=(server, i, answers))
+        for i in range(CLIENTS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(150)
+    return answers
+
+
+def test_ten_growing_conversations(tiny_model: Path) -> None:
+    """Without a ceiling they take three times as much as with it, and all end well."""
+    with Server(tiny_model) as free:
+        free.wait_ready()
+        assert all(a.status == 200 for a in growing_conversations(free))
+        needed = gauges(free)["peak"]
+    assert needed > 3 * CEILING
+    with Server(tiny_model, "--max-active-memory-bytes", str(CEILING)) as server:
+        server.wait_ready()
+        with sampling(server) as samples:
+            answers = growing_conversations(server)
+        found = gauges(server)
+    failures = [(a.status, a.body, a.broken) for a in answers if a.status != 200]
+    assert not failures
+    assert not any(a.error or a.broken for a in answers)
+    assert len(answers) == CLIENTS * TURNS
+    assert samples and max(samples) <= CEILING
+    # Not only at the samples: MLX's own counter of the peak.
+    assert found["peak"] <= CEILING
+    assert found["refused_total"] == found["too_long_total"] == 0
+    assert "Traceback" not in server.log
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Path) -> Iterator[Server]:
+    """A server with little room and little patience."""
+    arguments = ["--max-active-memory-bytes", str(CEILING), "--memory-wait", "0.2"]
+    with Server(tiny_model, *arguments) as server:
+        yield server.wait_ready()
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_what_can_never_fit_is_told_so(
+    small: Server, more: dict[str, Any], stream: bool
+) -> None:
+    # A cold prompt: nothing is in the caches that could be projected from.
+    answer = small.chat("x" * 30_000, stream=stream, **more)
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+    assert answer.error["code"] == "context_length_exceeded"
+    assert "room for about" in answer.error["message"]
+    assert "retry-after" not in answer.headers
+    # So is a prompt that fits with more to generate than does.
+    assert small.chat(max_tokens=30_000, **more).status == 400
+    assert small.chat(**more).status == 200
+
+
+def test_the_prompt_cache_makes_room(small: Server) -> None:
+    """Nothing is refused that old entries of the prompt cache could give."""
+    for i in range(6):
+        assert small.chat(f"{i} " + "entry " * 150).status == 200
+    before = small.metric("mlx_safe_prompt_cache_bytes")
+    assert before > 10**6
+    evictions = small.metric("mlx_safe_prompt_cache_evictions_total")
+    refused = gauges(small)["refused_total"]
+    assert small.chat("large " * 350).status == 200
+    assert small.metric("mlx_safe_prompt_cache_evictions_total") > evictions
+    assert gauges(small)["refused_total"] == refused
+    assert gauges(small)["peak"] <= CEILING
+
+
+@contextlib.contextmanager
+def long_request(server: Server, **more: Any) -> Iterator[list[Answer]]:
+    """One that generates for seconds; it runs when the block begins."""
+    answers: list[Answer] = []
+    body = {"prompt": "long " * 60, "max_tokens": 1500, **more}
+    before = gauges(server)["running"]
+
+    def run() -> None:
+        answers.append(server.post(body, "/v1/completions", timeout=120))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while gauges(server)["running"] == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    yield answers
+    thread.join(120)
+    assert answers and answers[0].status == 200
+
+
+def test_what_does_not_fit_in_time_is_told_to_come_again(tiny_model: Path) -> None:
+    arguments = ["--max-active-kv-bytes", "1500K", "--memory-wait", "0"]
+    with Server(tiny_model, *arguments) as server:
+        server.wait_ready()
+        with long_request(server):
+            answer = server.chat()
+            # Padded to the long one's length, it would take as much as that.
+            assert answer.status == 503
+            assert answer.error["code"] == "insufficient_memory"
+            assert answer.error["type"] == "resource_exhausted_error"
+            assert int(answer.headers["retry-after"]) > 0
+        assert server.chat().status == 200
+
+
+def test_what_does_not_fit_yet_waits(tiny_model: Path) -> None:
+    with Server(tiny_model, "--max-active-kv-bytes", "1500K") as server:
+        server.wait_ready()
+        with long_request(server, max_tokens=800):
+            assert [a.status for a in server.chats(3)] == [200] * 3
+        assert gauges(server)["held_total"] >= 3
+        assert gauges(server)["held"] == 0
+
+
+def test_memory_that_others_take_costs_a_pause_and_no_request(
+    tiny_model: Path,
+) -> None:
+    """The request that came last is put back and goes on later."""
+    arguments = ["--max-active-memory-bytes", str(CEILING), "--prompt-cache-size", "0"]
+    with Server(tiny_model, *arguments, program=BALLOON) as server:
+        server.wait_ready()
+        with (
+            long_request(server, max_tokens=2500) as first,
+            long_request(server, max_tokens=2500) as second,
+        ):
+            # Until there is room for the next block of one request and not of two.
+            server.plan("4000000")
+            while not first and not second and not gauges(server)["preempted_total"]:
+                server.plan("100000")
+        assert gauges(server)["preempted_total"] == 1
+        for answers in (first, second):
+            assert answers[0].json["usage"]["completion_tokens"] == 2500
+        assert "Traceback" not in server.log
+
+
+def test_a_fault_lowers_the_ceiling(tiny_model: Path) -> None:
+    arguments = ["--max-active-memory-bytes", str(CEILING)]
+    with Server(
+        tiny_model, *arguments, program=CONTROLLED, inject="any:1000000000"
+    ) as server:
+        server.wait_ready()
+        before = gauges(server)
+        assert before["ceiling"] == before["ceiling_static"] == CEILING
+        server.plan("prefill:1:8")
+        assert server.chat("some prompt of some length").status == 200
+        after = gauges(server)
+        assert after["ceiling"] < after["ceiling_static"] == CEILING
+        assert "out of memory with" in server.log
+
+
+def test_the_start_says_what_fits(small: Server) -> None:
+    line = next(x for x in small.log.splitlines() if "ceiling" in x)
+    assert "model 363.3 kB, ceiling 6.0 MB, prompt cache at most" in line
+    assert "room for" in line and "tokens (--max-active-memory-bytes)" in line
+    found = gauges(small)
+    assert found["model"] // 1000 == 363
+    assert found["prompt_cache_limit"] < CEILING / 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-active-memory-bytes", "20X"],
+        ["--max-active-kv-bytes", "0"],
+        ["--prompt-cache-bytes", "much"],
+        ["--prefill-step-size", "0"],
+        ["--memory-wait", "-1"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_bad_value_is_one_clear_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as e:
+        main(["serve", "--model", "m", *arguments])
+    assert e.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert arguments[0] in last and "must be" in last and arguments[1] in last
+
+
+def test_a_ceiling_below_the_model_is_told_at_the_start(tiny_model: Path) -> None:
+    with Server(tiny_model, "--max-active-memory-bytes", "300K") as server:
+        assert server.wait(60) == 2
+        assert "--max-active-memory-bytes 300000: the model and one step" in server.log
+        assert "Traceback" not in server.log
+
+
+def test_the_doctor(tiny_model: Path) -> None:
+    code = f"""
+    from mlx_safe.cli import main
+    main(["doctor", "--json", "--model", {str(tiny_model)!r}])
+    """
+    done = child.run(code)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["machine"]["memory"] > 0
+    assert found["protection"]["mode"] in ("intercept", "observe")
+    assert found["ceiling"]["bytes"] == found["ceiling"]["limits"][0]["bytes"]
+    assert all(limit["source"] for limit in found["ceiling"]["limits"])
+    assert found["model"]["bytes"] // 1000 == 363
+    # 2 layers, keys and values, 2 heads of 16 numbers of 4 bytes.
+    assert found["model"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    assert "--prompt-cache-bytes" in found["model"]["flags"]
+
+
+def test_the_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("machine", "mlx", "ceiling", "of RAM", "wired limit"):
+        assert word in shown
+    assert main(["doctor", "--model", "/no/such/model"]) == 2
+    assert "there is no such directory" in capsys.readouterr().err
+
+
+def test_the_doctor_on_a_mac() -> None:
+    from mlx_safe.doctor import wired_limit_advice
+    from mlx_safe.memory.machine import Machine
+
+    mac = Machine("darwin", "Apple M4 Pro", True, 48 * 2**30, 40 * 10**9)
+    advice = wired_limit_advice(mac)
+    assert "sysctl iogpu.wired_limit_mb=40960" in advice
+    assert "from 36.0 GB to 38.7 GB" in advice and "risk" in advice
+    mac = Machine("darwin", "Apple M1", True, 16 * 2**30, 12 * 10**9, 14 * 2**30)
+    assert "set to 14336 MB" in wired_limit_advice(mac)
