@@ -46,7 +46,10 @@ def test_segfault_in_the_midst_of_an_answer(
     assert request["id"].startswith("chatcmpl-")
     assert request["path"] == "/v1/chat/completions"
     assert request["prompt_tokens"] > 5 and request["age_ms"] >= 0
-    assert report["memory"]["active"] > 0 and report["memory_history"]
+    memory = report["memory"]
+    assert 0 < memory["active"] <= memory["peak"] < memory["footprint"]
+    assert memory["footprint"] < memory["ceiling"] < memory["system_total"]
+    assert report["memory_history"]
     assert report["context"]["mlx_lm"] and report["context"]["hooks"]["signals"]
     assert "mlx_lm" in report["python_stacks"]
     crumbs = report["breadcrumbs"]

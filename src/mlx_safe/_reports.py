@@ -70,6 +70,7 @@ class _State:
         self.subscription: _faults.Subscription | None = None
         self.sampled_at = 0.0
         self.run_file_at = 0.0
+        self.peak = -1
         self.system_memory = (-1, -1, -1, -1)
 
 
@@ -208,15 +209,22 @@ def _python_stacks(directory: str) -> str:
 
 
 def set_system_memory(
-    *, footprint: int = -1, ceiling: int = -1, total: int = -1, available: int = -1
+    *,
+    peak: int = -1,
+    footprint: int = -1,
+    ceiling: int = -1,
+    total: int = -1,
+    available: int = -1,
 ) -> None:
-    """Figures for the samples from now on that take longer to read than MLX's.
+    """Figures for the samples from now on that MLX does not have, or is slow with.
 
     Args, in bytes; -1: unknown:
+        peak: the most that was active, for a process that resets MLX's.
         footprint: of the process, as the system counts it.
         ceiling: of what may be in use.
         total, available: of the system.
     """
+    _state.peak = peak
     _state.system_memory = (footprint, ceiling, total, available)
 
 
@@ -233,7 +241,7 @@ def sample_memory(at_least_s: float = SAMPLE_EVERY_S) -> None:
     _state.sampled_at = now
     _core.sample_memory(
         mx.get_active_memory(),
-        mx.get_peak_memory(),
+        max(_state.peak, mx.get_peak_memory()),
         mx.get_cache_memory(),
         *_state.system_memory,
     )

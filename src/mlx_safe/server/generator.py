@@ -508,11 +508,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """Answers everyone, then ends the process with status 75. Any thread.
 
         Args:
-            reported: there is a crash report of it already.
+            reported: there is a crash report of it already, as there is of an
+                exception that reached terminate.
         """
         self.condition.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", _one_line(exc))
-        if not reported:  # first of all: it is to tell who was in flight
+        # First of all: it is to tell who was in flight.
+        if not (reported or _core.terminate_reached()):
             _reports.write("fault", _one_line(exc), getattr(exc, "code", None))
         self._fail_everyone(exc)
         self.condition.leave(EXIT_REPLACE, lambda: self._fail_everyone(exc))

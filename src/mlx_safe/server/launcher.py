@@ -253,11 +253,10 @@ def run(
             return
         for _ in range(500):  # it may come while the generator is being made
             if generator is not None:
-                generator.give_up(errors.from_faults([fault]), reported=True)
+                generator.give_up(errors.from_faults([fault]))
             time.sleep(0.01)
         os._exit(EXIT_REPLACE)
 
-    start_sampler(dict)
     is_first = server.mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
     generator: Any = None
@@ -299,6 +298,7 @@ def run(
         ),
         injections=injections,
     )
+    start_sampler(generator.admission.figures)
     with watch:
         if httpd is None:
             _follow_the_first(generator)
