@@ -43,7 +43,7 @@ def listen():
     for line in sys.stdin:
         # From a buffer: nothing is computed on this thread.
         held.append(mx.array(memoryview(bytearray(int(line)))))
-        os.write(1, f"planned {line}".encode())
+        os.write(1, f"planned: {line}".encode())
 threading.Thread(target=listen, daemon=True).start()
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
