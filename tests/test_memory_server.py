@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pytest
 
 from mlx_safe.cli import main
 from support import child
-from support.server import CONTROLLED, Answer, Server
+from support.server import CONTROLLED, Answer, Server, eventually
 
 CEILING = 6_000_000
 # Ten conversations of tens of thousands of tokens on a machine of 48 GB, scaled
@@ -213,6 +214,24 @@ def test_what_does_not_fit_yet_waits(tiny_model: Path) -> None:
             assert [a.status for a in server.chats(3)] == [200] * 3
         assert gauges(server)["held_total"] >= 3
         assert gauges(server)["held"] == 0
+
+
+def test_who_leaves_while_waiting_for_memory_is_noticed(tiny_model: Path) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}"
+    with Server(tiny_model, "--max-active-kv-bytes", "1500K") as server:
+        server.wait_ready()
+        with long_request(server) as running:
+            address = ("127.0.0.1", server.port)
+            with socket.create_connection(address, timeout=10) as s:
+                s.sendall(head.encode() + b"\r\n\r\n" + body)
+                assert eventually(lambda: gauges(server)["held"] == 1)
+            assert eventually(lambda: "went away" in server.log)
+            assert eventually(lambda: gauges(server)["held"] == 0)
+            assert not running, "it was noticed only when its turn came"
+        assert server.metric("mlx_safe_requests_in_flight") == 0
+        assert server.chat().status == 200
+        assert "Traceback" not in server.log
 
 
 def test_memory_that_others_take_costs_a_pause_and_no_request(

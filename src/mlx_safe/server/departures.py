@@ -23,58 +23,56 @@ LOOK_EVERY_S = 0.02
 
 
 class Departures:
-    """The connections that are watched. Thread-safe."""
+    """The connections that are watched, by the id of their request. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._watched: dict[socket.socket, Ticket | None] = {}
-        self._here = threading.local()
+        self._connections: dict[str, socket.socket] = {}
+        self._tickets: dict[str, Ticket] = {}
         self._wake = threading.Event()
         threading.Thread(
             target=self._run, name="mlx-safe-departures", daemon=True
         ).start()
 
     @contextmanager
-    def watching(self, connection: socket.socket) -> Iterator[None]:
-        """Held by a handler, on its thread, while its client waits."""
-        self._here.connection = connection
+    def watching(self, request_id: str, connection: socket.socket) -> Iterator[None]:
+        """Held by a handler while its client waits."""
         with self._lock:
-            self._watched[connection] = None
+            self._connections[request_id] = connection
         try:
             yield
         finally:
-            self._here.connection = None
             with self._lock:
-                self._watched.pop(connection, None)
+                self._connections.pop(request_id, None)
+                self._tickets.pop(request_id, None)
 
-    def bind(self, ticket: Ticket | None) -> None:
-        """Names the request of this thread's client; from now on it is watched."""
-        connection = getattr(self._here, "connection", None)
-        if connection is None or ticket is None:
-            return
+    def bind(self, request_id: str, ticket: Ticket) -> None:
+        """The generation thread has taken the request; its client is watched now."""
         with self._lock:
-            if connection in self._watched:
-                self._watched[connection] = ticket
+            if request_id in self._connections:
+                self._tickets[request_id] = ticket
         self._wake.set()
 
-    def ticket(self, connection: socket.socket) -> Ticket | None:
-        """The request that was named for ``connection``."""
+    def ticket(self, request_id: str | None) -> Ticket | None:
+        """What the request was taken as; None before, and when its client left."""
         with self._lock:
-            return self._watched.get(connection)
+            return self._tickets.get(request_id) if request_id else None
 
     def _run(self) -> None:
         while True:
             with self._lock:
-                watched = {c: t for c, t in self._watched.items() if t is not None}
+                watched = [
+                    (n, self._connections[n], t) for n, t in self._tickets.items()
+                ]
             if not watched:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            for connection, ticket in watched.items():
+            for request_id, connection, ticket in watched:
                 if _has_left(connection):
                     ticket.leave()
                     with self._lock:
-                        self._watched.pop(connection, None)
+                        self._tickets.pop(request_id, None)
             time.sleep(LOOK_EVERY_S)
 
 

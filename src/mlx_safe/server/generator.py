@@ -28,7 +28,7 @@ from .metrics import Metrics
 from .overflow import Cut, Overflow
 from .prefill import PrefillStep
 from .ranks import AllStop
-from .recorder import breadcrumb
+from .recorder import breadcrumb, request_id
 from .replay import REFUSE_FOR_S, Replays, Resumed
 from .replies import (
     BadRequest,
@@ -147,7 +147,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             context, responses = super().generate(*args, **kwargs)
         except Exception as e:
             raise Answered(e) from e
-        self.departures.bind(getattr(context, "mlx_safe_ticket", None))
         return context, responses
 
     # -- the generation thread ----------------------------------------------
@@ -310,6 +309,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
             self.flight.board(ticket)
+            self.departures.bind(request_id(taken[1]), ticket)
         return ticket.work()
 
     def _serve_single(self, request: Any, *args: Any) -> None:

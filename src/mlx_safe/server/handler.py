@@ -69,7 +69,9 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     def _set_cors_headers(self) -> None:
         """The last that mlx-lm does before it ends the headers of any answer."""
         super()._set_cors_headers()
-        ticket = self.response_generator.departures.ticket(self.connection)
+        ticket = self.response_generator.departures.ticket(
+            getattr(self, "request_id", None)
+        )
         for name, value in ticket.headers.items() if ticket else ():
             self.send_header(name, value)
 
@@ -134,13 +136,18 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         outcome = "completed"
         name_request(request, self.request_id, self.path)
         try:
-            with self.response_generator.departures.watching(self.connection):
+            departures = self.response_generator.departures
+            with departures.watching(self.request_id, self.connection):
                 super().handle_completion(request, stop_words)
         except ConnectionError:
             outcome = "client_left"
             self._note_departure()
         except Answered as e:
-            outcome = self._send_failure(e.error)
+            if isinstance(e.error, ConnectionError):  # it left before it was begun
+                outcome = "client_left"
+                self._note_departure()
+            else:
+                outcome = self._send_failure(e.error)
         except Exception as e:
             outcome = self._send_failure(e)
         self.response_generator.metrics.requests.labels(outcome).inc()

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import _core, _reports
 
-__all__ = ["Place", "breadcrumb", "name_request", "start_sampler"]
+__all__ = ["Place", "breadcrumb", "name_request", "request_id", "start_sampler"]
 
 _NAME = "_mlx_safe_name"
 SAMPLE_EVERY_S = 1.0
@@ -28,6 +28,12 @@ def breadcrumb(kind: str, text: str, **fields: str | int | float | bool | None) 
 def name_request(request: Any, request_id: str, path: str) -> None:
     """Notes on mlx-lm's request what its client knows it by."""
     setattr(request, _NAME, (request_id, path))
+
+
+def request_id(request: Any) -> str:
+    """The id that was noted on mlx-lm's request; kept when ranks share it."""
+    name: tuple[str, str] = getattr(request, _NAME, ("-", "-"))
+    return name[0]
 
 
 class Place:

@@ -165,9 +165,9 @@ class Ticket:
         first = self.context is None
         self.context = context
         self._place.begun(len(context.prompt))
+        if self._stopped:  # its client left while the prompt was tokenized
+            self._stop()
         if not first:
-            if self._stopped:
-                self._stop()
             return
 
         def stopped() -> None:
@@ -175,7 +175,6 @@ class Ticket:
             self._land("ended")
 
         context.stop = stopped
-        context.mlx_safe_ticket = self
         self._queue.put(context)
 
     def _stop(self) -> None:
