@@ -7,8 +7,8 @@ mlx_lm.server                    here                why
 ===============================  ==================  ==========================
 ``run`` (module attribute)       `launcher.run`      binds the port first, builds
                                                      the two classes below
-``ResponseGenerator._generate``  `generator`         a step that fails must not
-                                                     end the generation thread
+``ResponseGenerator._generate``  `generator`,        a step that fails must not
+                                 `recovery`          end the generation thread
 ``ResponseGenerator.             `generator`         the one place that every
 _next_request``                                      request passes: its queue is
                                                      replaced by a `Ticket`

@@ -9,16 +9,14 @@ MLX 0.32).
 from __future__ import annotations
 
 import copy
-import gc
 import logging
-import traceback
-from queue import Empty, Queue
+from queue import Queue
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
-from .. import _core, _faults, _reports, errors, testing
+from .. import _core, _reports, errors, testing
 from . import kv_window
 from .admission import Admission, Held, MemoryFlags
 from .batches import watched
@@ -28,9 +26,11 @@ from .metrics import Metrics
 from .overflow import Cut, Overflow
 from .prefill import PrefillStep
 from .ranks import AllStop
-from .recorder import breadcrumb, request_id
-from .replay import REFUSE_FOR_S, Replays, Resumed
+from .recorder import request_id
+from .recovery import Recovery, one_line, portable
+from .replay import Replays, Resumed
 from .replies import (
+    EXPECTED,
     BadRequest,
     ContextTooLong,
     ModelNotFound,
@@ -42,24 +42,17 @@ from .replies import (
 from .tickets import ClientLeft, Flight, Ticket, ticket_of
 from .watchdog import Watchdog
 
-__all__ = ["Answered", "GenerationFailed", "ProtectedResponseGenerator"]
+__all__ = ["Answered", "ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
 
 STOP_TIMEOUT_S = 3.0
-
-# What a request may end with that is no failure of the server.
-EXPECTED = (BadRequest, ContextTooLong, ModelNotFound, NotEnoughMemory)
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
 
 # How often ranks agree whether the client of the sequential path is still there.
 SHARE_EVERY_TOKENS = 16
-
-# Errors still pending on MLX's streams are raised by the next waits, each once
-# (MLX 0.32); this many are fetched before the state is taken for clean.
-PENDING_ERRORS_MAX = 8
 
 
 class Answered(BaseException):
@@ -72,13 +65,6 @@ class Answered(BaseException):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-class GenerationFailed(Exception):
-    """Stands, in another thread, for an exception of the generation thread.
-
-    Without its traceback, which would keep the failed arrays alive.
-    """
 
 
 class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
@@ -116,7 +102,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
-            lambda why: self.give_up(
+            lambda why: self.recovery.give_up(
                 Unavailable(f"The server restarts: {why}."), reported=True
             ),
         )
@@ -127,8 +113,16 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         )
         self.metrics.watch_prompt_cache(prompt_cache)
         self.metrics.watch_memory(self.admission)
-        # The epoch up to which faults have been dealt with.
-        self._clean_epoch = _core.epoch()
+        self.recovery = Recovery(
+            lambda: self.requests,
+            self.flight,
+            condition,
+            self.replays,
+            self.admission,
+            prompt_cache,
+            self.metrics,
+            one_rank=self._one_rank,
+        )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
         # How often mlx-lm's loop has failed before it asked for work.
@@ -168,21 +162,21 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         try:
             if self._starts_without_work > STARTS_WITHOUT_WORK_MAX:
                 raise exc
-            self._recover(exc)
+            self.recovery.recover(exc)
         except Exception as e:
             log.exception("there is no recovery from this")
-            self.give_up(_portable(e))
+            self.recovery.give_up(portable(e))
 
     def _load_first_model(self) -> bool:
         try:
             self.model_provider.load_default()
         except Exception as e:
             fault = errors.from_exception(e.__cause__ or e)
-            log.error("the model cannot be loaded: %s", _one_line(e))
+            log.error("the model cannot be loaded: %s", one_line(e))
             status = 2 if fault is None else EXIT_REPLACE
             self.condition.enter("failed", "the model cannot be loaded")
             why = Unavailable("The model cannot be loaded.")
-            self.condition.leave(status, lambda: self._fail_everyone(why))
+            self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
             return False
         self.condition.enter("ok")
         log.info("ready: %s", _status_line())
@@ -197,8 +191,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             except Exception as e:
                 if errors.from_exception(e) is not None:
                     raise
-                log.info("a model cannot be loaded: %s", _one_line(e))
-                raise ModelNotFound(_one_line(e)) from e
+                log.info("a model cannot be loaded: %s", one_line(e))
+                raise ModelNotFound(one_line(e)) from e
             if self._max_kv_size and provider.draft_model is None:
                 kv_window.limit(model, self._max_kv_size)
             self.admission.model_loaded(provider)
@@ -220,7 +214,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         except EXPECTED:
             raise
         except Exception as e:
-            raise BadRequest(f"The prompt cannot be read: {_one_line(e)}") from e
+            raise BadRequest(f"The prompt cannot be read: {one_line(e)}") from e
         # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
         # fail is this request's own.
         for word in args.stop_words:
@@ -286,8 +280,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         _reports.sample_memory()
         caught, self._caught = self._caught, None
         if caught is not None:
-            self._recover(caught)
-        self._check_epoch()
+            self.recovery.recover(caught)
+        self.recovery.check_epoch()
         again = self.replays.next()
         if again is not None:
             return again.work()
@@ -325,7 +319,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def _before_put(self, ticket: Ticket, item: Any) -> None:
         self.watchdog.moved()
         _reports.sample_memory()
-        self._check_epoch()
+        self.recovery.check_epoch()
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.
         if ticket is self._alone:
@@ -363,9 +357,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         idle_turns = not self._one_rank and self.condition.state != "loading"
         return len(self.flight) > 0 or idle_turns
 
-    def _check_epoch(self) -> None:
-        _faults.check(self._clean_epoch)
-
     def _on_caught(self, ticket: Ticket, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
 
@@ -385,179 +376,23 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if ticket.context is None and not passing:
             if not isinstance(exc, EXPECTED):
                 log.error("a request could not be begun", exc_info=exc)
-            ticket.fail(_portable(exc))
+            ticket.fail(portable(exc))
             self.metrics.failures.labels(reply_for(exc).code).inc()
         else:
             self._caught = exc
-
-    # -- after a failure ------------------------------------------------------
-
-    def _recover(self, exc: Exception) -> None:
-        """Answers everyone in flight and makes the thread fit for the next."""
-        self.condition.enter("recovering", "the state is being reset after a failure")
-        fault = self._as_fault(exc)
-        told = fault or _portable(exc)
-        self.metrics.failures.labels(reply_for(told).code).inc()
-        if fault is not None and fault.fatal:
-            self.give_up(fault)
-            return
-        if fault is not None and not fault.faults:
-            # One that is in the log has its report from there (`watch_faults`).
-            _reports.write_fault(str(fault), fault.code)
-        if not self._one_rank:
-            self._give_up_among_ranks(fault, exc)
-            return
-        again, ending = self.replays.sort(fault, exc)
-        self._log_failure(exc, fault, again, ending)
-        breadcrumb(
-            "recovery",
-            type(told).__name__,
-            code=None if fault is None else fault.code,
-            again=len(again),
-            ended=len(ending),
-        )
-        if isinstance(fault, errors.MetalOutOfMemoryError) or (
-            fault is None and is_allocation_failure(exc)
-        ):
-            self.admission.out_of_memory()
-        self.metrics.replays.inc(len(again))
-        try:
-            # Before the answers: whoever tries again at once finds the memory
-            # free and /health telling so.
-            self._reset(exc, fault)
-            late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
-            if late:
-                self.give_up(errors.from_faults(late))
-            self._clean_epoch = _core.epoch()
-            if fault is not None and self.replays.back_off():
-                self._refuse_for_a_while()
-            else:
-                self.condition.enter("ok")
-        finally:
-            self.replays.line_up(again)
-            for ticket in ending:
-                ticket.fail(told)
-
-    def _give_up_among_ranks(
-        self, fault: errors.MetalError | None, exc: Exception
-    ) -> None:
-        """No rank can go on: the others are in a step that this one has left."""
-        if fault is not None or is_allocation_failure(exc):
-            self.give_up(fault or _portable(exc))
-            return
-        # MLX's own errors are RuntimeErrors; that a peer was lost is one of them.
-        unexpected = None if isinstance(exc, RuntimeError) else exc
-        log.error("a step of all ranks failed: %s", exc, exc_info=unexpected)
-        self.give_up(Unavailable("The server restarts: a step of all ranks failed."))
-
-    def _refuse_for_a_while(self) -> None:
-        count = self.replays.faults_without_progress
-        log.error(
-            "%d faults in a row: new requests are refused for %d s",
-            count,
-            REFUSE_FOR_S,
-        )
-        self.condition.refuse_for(
-            REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
-        )
-
-    def _as_fault(self, exc: Exception) -> errors.MetalError | None:
-        """The fault behind ``exc``, those of the log included."""
-        fault = errors.from_exception(exc)
-        logged = _faults.faults(self._clean_epoch)
-        if logged:
-            worst = errors.from_faults(logged)
-            # An error may name an earlier, milder fault than the log does.
-            if fault is None or worst.fatal:
-                return worst
-            fault.faults = tuple(logged)
-        if fault is None:
-            return None
-        # A new object: it goes to other threads, without a traceback.
-        return type(fault)(str(fault), code=fault.code, faults=fault.faults)
-
-    def _log_failure(
-        self,
-        exc: Exception,
-        fault: errors.MetalError | None,
-        again: list[Ticket],
-        ending: list[Ticket],
-    ) -> None:
-        fate = f"requests run again: {len(again)}, ended: {len(ending)}"
-        if fault is None:
-            log.error("a generation step failed; %s", fate, exc_info=exc)
-            return
-        kind = errors.kind_of(fault.code)
-        log.warning("fault of the GPU: %s; %s. %s", fault, fate, kind.advice)
-
-    def _fail_flight(self, exc: Exception) -> None:
-        for ticket in self.flight.tickets():
-            ticket.fail(exc)
-
-    def _fail_everyone(self, exc: Exception) -> None:
-        """Also those that are still in the queue."""
-        self._fail_flight(exc)
-        while True:
-            try:
-                queue, *_ = self.requests.get_nowait()
-            except Empty:
-                return
-            queue.put(exc)
-
-    def give_up(self, exc: Exception, *, reported: bool = False) -> None:
-        """Answers everyone, then ends the process with status 75. Any thread.
-
-        Args:
-            reported: there is a crash report of it already, as there is of an
-                exception that reached terminate.
-        """
-        self.condition.enter("failed", "the GPU is lost; the server is restarting")
-        log.error("the process must be replaced: %s", _one_line(exc))
-        # First of all: it is to tell who was in flight.
-        if not (reported or _core.terminate_reached()):
-            _reports.write("fault", _one_line(exc), getattr(exc, "code", None))
-        self._fail_everyone(exc)
-        self.condition.leave(EXIT_REPLACE, lambda: self._fail_everyone(exc))
 
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
         why = Unavailable("The server is stopping.")
         self.condition.enter("failed", "the server is stopping")
-        self._fail_everyone(why)
+        self.recovery.fail_everyone(why)
         if self._one_rank:
             self._stop = True
         else:
             self.requests.put((Queue(), AllStop(), None))
         # A step that is under way may take its time, or never end.
         self._generation_thread.join(STOP_TIMEOUT_S)
-        self.condition.leave(0, lambda: self._fail_everyone(why))
-
-    def _reset(self, exc: Exception, fault: errors.MetalError | None) -> None:
-        """Drops whatever the failure may have left unwritten, or may be due to.
-
-        Arrays of a failed evaluation read as valid afterwards (both regimes), so
-        the batch goes, whose only owners are the frames of the traceback. Entries
-        of the prompt cache that were complete before the fault may stay.
-        """
-        _clear_frames(exc)
-        if _leaves_memory_alone(fault) and _epoch_is_exact():
-            self.prompt_cache.keep_clean(self._clean_epoch)
-        else:
-            # In place: a replaced cache would live on in mlx-lm's frames.
-            self.prompt_cache.clear()
-        self._fetch_pending_errors()
-        gc.collect()
-        mx.clear_cache()
-        self.metrics.resets.inc()
-
-    def _fetch_pending_errors(self) -> None:
-        for _ in range(PENDING_ERRORS_MAX):
-            try:
-                mx.synchronize()
-                return
-            except RuntimeError as e:
-                log.info("an error was still pending: %s", _one_line(e))
-        log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
+        self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
 
 
 class _UntilSomebodyLeaves:
@@ -573,55 +408,6 @@ class _UntilSomebodyLeaves:
             yield tick
             if self._flight.left != left:
                 return
-
-
-def _leaves_memory_alone(fault: errors.MetalError | None) -> bool:
-    """Whether what was complete before ``fault`` may be trusted, and afforded.
-
-    Not after out of memory: the replay is to have what the prompt cache had. Not
-    after a kernel went astray (9, 0xa, 0xb, …), which may have written anywhere.
-    Not after an exception that is no fault: an entry may be what caused it.
-    """
-    if fault is None or isinstance(fault, errors.MetalOutOfMemoryError):
-        return False
-    return fault.retryable
-
-
-def _epoch_is_exact() -> bool:
-    """Whether no fault can have passed uncounted.
-
-    On Metal only the hooks see them all (MLX 0.32.0 forgets some). MLX's other
-    backends have no command buffers.
-    """
-    return not mx.metal.is_available() or _core.metal_status()["verified"]
-
-
-def _portable(exc: Exception) -> Exception:
-    """``exc`` as it may be given to another thread: without its traceback."""
-    if isinstance(exc, (*EXPECTED, MemoryError)):
-        return type(exc)(str(exc))
-    if isinstance(exc, RuntimeError):
-        return RuntimeError(str(exc))  # `reply_for` reads the allocators' messages
-    return GenerationFailed(f"{type(exc).__name__}: {exc}")
-
-
-def _clear_frames(exc: BaseException) -> None:
-    """Frees the locals of every frame that ``exc`` and its causes hold."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [exc]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        pending += [current.__cause__, current.__context__]
-        traceback.clear_frames(current.__traceback__)
-        current.__traceback__ = None
-
-
-def _one_line(exc: BaseException) -> str:
-    text = str(exc).strip() or type(exc).__name__
-    return text.splitlines()[0]
 
 
 def _status_line() -> str:

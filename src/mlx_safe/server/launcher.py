@@ -253,7 +253,7 @@ def run(
             return
         for _ in range(500):  # it may come while the generator is being made
             if generator is not None:
-                generator.give_up(errors.from_faults([fault]))
+                generator.recovery.give_up(errors.from_faults([fault]))
             time.sleep(0.01)
         os._exit(EXIT_REPLACE)
 

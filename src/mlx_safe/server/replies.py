@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from .. import errors
 
 __all__ = [
+    "EXPECTED",
     "BadRequest",
     "ContextTooLong",
     "ModelNotFound",
@@ -43,6 +44,10 @@ class NotEnoughMemory(Exception):
 
 class Unavailable(Exception):
     """The server refuses work for now; the message says why."""
+
+
+# What a request may end with that is no failure of the server.
+EXPECTED = (BadRequest, ContextTooLong, ModelNotFound, NotEnoughMemory)
 
 
 class Reply(NamedTuple):

@@ -1,0 +1,278 @@
+"""What follows a failure: who is told what, and what may not be used again."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import traceback
+from collections.abc import Callable
+from queue import Empty
+from typing import Any
+
+import mlx.core as mx
+
+from .. import _core, _faults, _reports, errors
+from .admission import Admission
+from .condition import EXIT_REPLACE, Condition
+from .metrics import Metrics
+from .prompt_cache import PromptCache
+from .recorder import breadcrumb
+from .replay import REFUSE_FOR_S, Replays
+from .replies import EXPECTED, Unavailable, is_allocation_failure, reply_for
+from .tickets import Flight, Ticket
+
+__all__ = ["GenerationFailed", "Recovery", "one_line", "portable"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# Errors still pending on MLX's streams are raised by the next waits, each once
+# (MLX 0.32); this many are fetched before the state is taken for clean.
+PENDING_ERRORS_MAX = 8
+
+
+class GenerationFailed(Exception):
+    """Stands, in another thread, for an exception of the generation thread.
+
+    Without its traceback, which would keep the failed arrays alive.
+    """
+
+
+class Recovery:
+    """The state of one server after its failures.
+
+    Used by the generation thread; `give_up` and `fail_everyone` by any.
+
+    Args:
+        requests: the queue of those that the generation thread has not taken.
+        one_rank: False: nothing is run again, any failure ends the process.
+    """
+
+    def __init__(
+        self,
+        requests: Callable[[], Any],
+        flight: Flight,
+        condition: Condition,
+        replays: Replays,
+        admission: Admission,
+        prompt_cache: PromptCache,
+        metrics: Metrics,
+        *,
+        one_rank: bool,
+    ) -> None:
+        self._requests = requests
+        self._flight = flight
+        self._condition = condition
+        self._replays = replays
+        self._admission = admission
+        self._prompt_cache = prompt_cache
+        self._metrics = metrics
+        self._one_rank = one_rank
+        # The epoch up to which faults have been dealt with.
+        self._clean_epoch = _core.epoch()
+
+    def check_epoch(self) -> None:
+        """Raises the error of the faults that have not been dealt with, if any."""
+        _faults.check(self._clean_epoch)
+
+    def recover(self, exc: Exception) -> None:
+        """Answers everyone in flight and makes the thread fit for the next."""
+        self._condition.enter("recovering", "the state is being reset after a failure")
+        fault = self._as_fault(exc)
+        told = fault or portable(exc)
+        self._metrics.failures.labels(reply_for(told).code).inc()
+        if fault is not None and fault.fatal:
+            self.give_up(fault)
+            return
+        if fault is not None and not fault.faults:
+            # One that is in the log has its report from there (`watch_faults`).
+            _reports.write_fault(str(fault), fault.code)
+        if not self._one_rank:
+            self._give_up_among_ranks(fault, exc)
+            return
+        again, ending = self._replays.sort(fault, exc)
+        self._log_failure(exc, fault, again, ending)
+        breadcrumb(
+            "recovery",
+            type(told).__name__,
+            code=None if fault is None else fault.code,
+            again=len(again),
+            ended=len(ending),
+        )
+        if isinstance(fault, errors.MetalOutOfMemoryError) or (
+            fault is None and is_allocation_failure(exc)
+        ):
+            self._admission.out_of_memory()
+        self._metrics.replays.inc(len(again))
+        try:
+            # Before the answers: whoever tries again at once finds the memory
+            # free and /health telling so.
+            self._reset(exc, fault)
+            late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
+            if late:
+                self.give_up(errors.from_faults(late))
+            self._clean_epoch = _core.epoch()
+            if fault is not None and self._replays.back_off():
+                self._refuse_for_a_while()
+            else:
+                self._condition.enter("ok")
+        finally:
+            self._replays.line_up(again)
+            for ticket in ending:
+                ticket.fail(told)
+
+    def _give_up_among_ranks(
+        self, fault: errors.MetalError | None, exc: Exception
+    ) -> None:
+        """No rank can go on: the others are in a step that this one has left."""
+        if fault is not None or is_allocation_failure(exc):
+            self.give_up(fault or portable(exc))
+            return
+        # MLX's own errors are RuntimeErrors; that a peer was lost is one of them.
+        unexpected = None if isinstance(exc, RuntimeError) else exc
+        log.error("a step of all ranks failed: %s", exc, exc_info=unexpected)
+        self.give_up(Unavailable("The server restarts: a step of all ranks failed."))
+
+    def _refuse_for_a_while(self) -> None:
+        count = self._replays.faults_without_progress
+        log.error(
+            "%d faults in a row: new requests are refused for %d s",
+            count,
+            REFUSE_FOR_S,
+        )
+        self._condition.refuse_for(
+            REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
+        )
+
+    def _as_fault(self, exc: Exception) -> errors.MetalError | None:
+        """The fault behind ``exc``, those of the log included."""
+        fault = errors.from_exception(exc)
+        logged = _faults.faults(self._clean_epoch)
+        if logged:
+            worst = errors.from_faults(logged)
+            # An error may name an earlier, milder fault than the log does.
+            if fault is None or worst.fatal:
+                return worst
+            fault.faults = tuple(logged)
+        if fault is None:
+            return None
+        # A new object: it goes to other threads, without a traceback.
+        return type(fault)(str(fault), code=fault.code, faults=fault.faults)
+
+    def _log_failure(
+        self,
+        exc: Exception,
+        fault: errors.MetalError | None,
+        again: list[Ticket],
+        ending: list[Ticket],
+    ) -> None:
+        fate = f"requests run again: {len(again)}, ended: {len(ending)}"
+        if fault is None:
+            log.error("a generation step failed; %s", fate, exc_info=exc)
+            return
+        kind = errors.kind_of(fault.code)
+        log.warning("fault of the GPU: %s; %s. %s", fault, fate, kind.advice)
+
+    def _fail_flight(self, exc: Exception) -> None:
+        for ticket in self._flight.tickets():
+            ticket.fail(exc)
+
+    def fail_everyone(self, exc: Exception) -> None:
+        """Also those that are still in the queue."""
+        self._fail_flight(exc)
+        while True:
+            try:
+                queue, *_ = self._requests().get_nowait()
+            except Empty:
+                return
+            queue.put(exc)
+
+    def give_up(self, exc: Exception, *, reported: bool = False) -> None:
+        """Answers everyone, then ends the process with status 75. Any thread.
+
+        Args:
+            reported: there is a crash report of it already, as there is of an
+                exception that reached terminate.
+        """
+        self._condition.enter("failed", "the GPU is lost; the server is restarting")
+        log.error("the process must be replaced: %s", one_line(exc))
+        # First of all: it is to tell who was in flight.
+        if not (reported or _core.terminate_reached()):
+            _reports.write("fault", one_line(exc), getattr(exc, "code", None))
+        self.fail_everyone(exc)
+        self._condition.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
+
+    def _reset(self, exc: Exception, fault: errors.MetalError | None) -> None:
+        """Drops whatever the failure may have left unwritten, or may be due to.
+
+        Arrays of a failed evaluation read as valid afterwards (both regimes), so
+        the batch goes, whose only owners are the frames of the traceback. Entries
+        of the prompt cache that were complete before the fault may stay.
+        """
+        _clear_frames(exc)
+        if _leaves_memory_alone(fault) and _epoch_is_exact():
+            self._prompt_cache.keep_clean(self._clean_epoch)
+        else:
+            # In place: a replaced cache would live on in mlx-lm's frames.
+            self._prompt_cache.clear()
+        self._fetch_pending_errors()
+        gc.collect()
+        mx.clear_cache()
+        self._metrics.resets.inc()
+
+    def _fetch_pending_errors(self) -> None:
+        for _ in range(PENDING_ERRORS_MAX):
+            try:
+                mx.synchronize()
+                return
+            except RuntimeError as e:
+                log.info("an error was still pending: %s", one_line(e))
+        log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
+
+
+def _leaves_memory_alone(fault: errors.MetalError | None) -> bool:
+    """Whether what was complete before ``fault`` may be trusted, and afforded.
+
+    Not after out of memory: the replay is to have what the prompt cache had. Not
+    after a kernel went astray (9, 0xa, 0xb, …), which may have written anywhere.
+    Not after an exception that is no fault: an entry may be what caused it.
+    """
+    if fault is None or isinstance(fault, errors.MetalOutOfMemoryError):
+        return False
+    return fault.retryable
+
+
+def _epoch_is_exact() -> bool:
+    """Whether no fault can have passed uncounted.
+
+    On Metal only the hooks see them all (MLX 0.32.0 forgets some). MLX's other
+    backends have no command buffers.
+    """
+    return not mx.metal.is_available() or _core.metal_status()["verified"]
+
+
+def portable(exc: Exception) -> Exception:
+    """``exc`` as it may be given to another thread: without its traceback."""
+    if isinstance(exc, (*EXPECTED, MemoryError)):
+        return type(exc)(str(exc))
+    if isinstance(exc, RuntimeError):
+        return RuntimeError(str(exc))  # `reply_for` reads the allocators' messages
+    return GenerationFailed(f"{type(exc).__name__}: {exc}")
+
+
+def _clear_frames(exc: BaseException) -> None:
+    """Frees the locals of every frame that ``exc`` and its causes hold."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [exc]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        pending += [current.__cause__, current.__context__]
+        traceback.clear_frames(current.__traceback__)
+        current.__traceback__ = None
+
+
+def one_line(exc: BaseException) -> str:
+    text = str(exc).strip() or type(exc).__name__
+    return text.splitlines()[0]
