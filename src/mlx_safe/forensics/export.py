@@ -47,7 +47,7 @@ def exported(report: Report, *, with_fields: bool = False) -> dict[str, Any]:
         kept["context"] = {n: v for n, v in context.items() if n in _CONTEXT}
     if report.other:
         left_out.append(f"members that are not known: {len(report.other)}")
-    if any(request.pop("id", None) for request in kept.get("requests", ())):
+    if _drop_ids(kept):
         left_out.append("the ids of the requests")
     if not with_fields and _drop_fields(kept.get("breadcrumbs", ())):
         left_out.append("the fields of the program's own breadcrumbs (--with-fields)")
@@ -57,6 +57,14 @@ def exported(report: Report, *, with_fields: bool = False) -> dict[str, Any]:
     # Last is ``complete``, which says that nothing is missing behind it.
     complete = kept.pop("complete", False)
     return {**kept, "left_out": left_out, "complete": complete}
+
+
+def _drop_ids(kept: dict[str, Any]) -> bool:
+    """Of the requests in flight, and in our own breadcrumbs of any request."""
+    ours = [c for c in kept.get("breadcrumbs", ()) if c["kind"] not in (None, _NOTE)]
+    places = [*kept.get("requests", ()), *(crumb["fields"] for crumb in ours)]
+    found = [place.pop("id", None) for place in places]
+    return any(found)
 
 
 def _drop_fields(breadcrumbs: list[dict[str, Any]]) -> bool:
