@@ -21,6 +21,12 @@ constinit Handled g_handled[] = {
     {SIGABRT}, {SIGSEGV}, {SIGBUS}, {SIGILL}, {SIGFPE}};
 constinit std::atomic<bool> g_active{false};
 
+// Of signals that the process has survived. A handler in Python returns to the
+// instruction that crashed, which crashes again, for ever: the disk must not
+// fill.
+constexpr int kSurvivedMax = 20;
+constinit std::atomic<int> g_survived{0};
+
 // What a report needs is below 16 KB; the signal's own frame is up to 11 KB
 // where the processor has AMX, and the program's own handlers run here, too.
 constexpr std::size_t kStackSize = 128 * 1024;
@@ -66,7 +72,7 @@ bool pass_on(Handled& h, siginfo_t* info, void* context) noexcept {
 void on_signal(int number, siginfo_t* info, void* context) {
   int saved_errno = errno;
   Handled* h = handled(number);
-  if (g_active.load()) {
+  if (g_active.load() && g_survived.load() < kSurvivedMax) {
     Claim claim = claim_terminal();
     if (claim == Claim::kFirst) {
       Event event;
@@ -83,12 +89,18 @@ void on_signal(int number, siginfo_t* info, void* context) {
     }
     errno = saved_errno;
     // Where the process lives on, its next crash is another one.
-    if (pass_on(*h, info, context) && claim == Claim::kFirst)
+    if (pass_on(*h, info, context) && claim == Claim::kFirst) {
+      g_survived.fetch_add(1);
       release_terminal();
+    }
   } else {
     pass_on(*h, info, context);
   }
   errno = saved_errno;
+}
+
+bool is_default(const struct sigaction& action) noexcept {
+  return (action.sa_flags & SA_SIGINFO) == 0 && action.sa_handler == SIG_DFL;
 }
 
 bool is_ours(const struct sigaction& action) noexcept {
@@ -107,8 +119,9 @@ void signals_install() noexcept {
   sigemptyset(&ours.sa_mask);
   for (Handled& h : g_handled) {
     struct sigaction now = {};
-    if (h.in_chain.load() || ::sigaction(h.number, nullptr, &now) != 0)
-      continue;
+    if (::sigaction(h.number, nullptr, &now) != 0) continue;
+    // By default nothing of ours is below it: what was on top took us out.
+    if (h.in_chain.load() && !is_default(now)) continue;
     if ((now.sa_flags & SA_SIGINFO) == 0 && now.sa_handler == SIG_IGN) continue;
     h.previous = now;
     if (::sigaction(h.number, &ours, nullptr) == 0) h.in_chain.store(true);
@@ -128,7 +141,16 @@ void signals_uninstall() noexcept {
   }
 }
 
-bool signals_installed() noexcept { return g_active.load(); }
+bool signals_installed() noexcept {
+  if (!g_active.load()) return false;
+  for (Handled& h : g_handled) {
+    struct sigaction now = {};
+    if (h.in_chain.load() && ::sigaction(h.number, nullptr, &now) == 0 &&
+        is_default(now))
+      return false;
+  }
+  return true;
+}
 
 bool signals_cover_this_thread() noexcept {
   stack_t now = {};
