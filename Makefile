@@ -33,7 +33,7 @@ test: test-metal test-intercept test-observe  ## the whole suite, on both pairs 
 
 # The simulated Metal's hosts are their own, and processes die alike: which mlx is
 # installed makes no difference to them.
-ONCE := tests/test_metal.py tests/test_reports_written.py
+ONCE := tests/test_metal.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest $(ONCE) $(ARGS)

@@ -9,53 +9,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support import child
+from support.deaths import die, left_over, only_report, paths
 from support.native import Native, in_python
-
-Done = subprocess.CompletedProcess[str]
-
-SIGNALS = """
-    import ctypes, faulthandler, os, signal, sys, threading, time
-    import mlx_safe
-    from mlx_safe import _core, testing
-    {before}
-    mlx_safe.install(signals=True)
-    mlx_safe.breadcrumb("about to die", attempt=1)
-"""
-
-
-def die(code: str, before: str = "", **environment: str) -> Done:
-    """Runs ``code`` in a child that has signals installed."""
-    return child.run(SIGNALS.format(before=before) + code, **environment)
-
-
-def paths(directory: Path) -> list[Path]:
-    """The reports, the first of a process before its second."""
-    found = [p for p in directory.glob("*.json") if not p.name.startswith("run-")]
-    return sorted(found, key=lambda p: (len(p.name), p.name))
-
-
-def only_report(directory: Path) -> dict[str, Any]:
-    (path,) = paths(directory)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    report: dict[str, Any] = json.loads(path.read_bytes())
-    assert report["complete"] is True
-    assert path.name.startswith(f"{report['time_ns'] // 10**9}-{report['pid']}")
-    return report
-
-
-def left_over(directory: Path) -> list[str]:
-    """Whatever else lies there: a report that was written leaves nothing."""
-    return sorted(p.name for p in directory.iterdir() if p not in paths(directory))
-
 
 # ---- signals --------------------------------------------------------------
 
@@ -510,7 +472,7 @@ def test_breadcrumbs_of_many_threads(private_reports: Path) -> None:
 
 # async-signal-safe by POSIX (signal-safety(7)), or without any state.
 SAFE = {
-    "_exit", "abort", "clock_gettime", "close", "dup2", "fcntl", "ftruncate",
+    "_exit", "abort", "clock_gettime", "close", "dup2", "fcntl", "fstat", "ftruncate",
     "getpid", "lseek", "memcpy", "memmove", "memset", "nanosleep", "open", "pipe",
     "raise", "read", "strnlen", "rename", "sigaction", "sigaltstack", "sigemptyset",
     "siglongjmp", "sigsetjmp", "strchr", "strlen", "syscall", "unlink", "write",
@@ -556,7 +518,7 @@ def undefined(path: Path) -> set[str]:
     return {name.removeprefix("__").removesuffix("_chk") if name.endswith("_chk")
             else {"__sigsetjmp": "sigsetjmp", "open64": "open",
                   "ftruncate64": "ftruncate", "lseek64": "lseek",
-                  "fcntl64": "fcntl"}.get(name, name)
+                  "fcntl64": "fcntl", "fstat64": "fstat"}.get(name, name)
             for name in names}  # fmt: skip
 
 

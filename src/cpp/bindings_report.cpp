@@ -76,7 +76,18 @@ void render(JsonWriter& json, nb::handle value, int depth = 0) {
   json.text(utf8(name));
 }
 
-void record_breadcrumb(const char* kind, const char* text, nb::dict values) {
+// As `utf8`, but what is not UTF-8 (names of files, say) becomes "?". `held` is
+// what the text belongs to then.
+const char* utf8_or_similar(nb::str text, nb::object& held) {
+  if (const char* found = utf8(text)) return found;
+  held = nb::steal(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "replace"));
+  if (!held.is_valid()) nb::raise_python_error();
+  return PyBytes_AsString(held.ptr());
+}
+
+void record_breadcrumb(const char* kind, nb::str said, nb::dict values) {
+  nb::object held;
+  const char* text = utf8_or_similar(said, held);
   if (values.size() == 0) return breadcrumb(kind, text);
   Fields fields;
   for (auto [key, value] : values) {
@@ -120,27 +131,31 @@ void adopt_faulthandler(int fd) {
     report_set_python_stacks([] { g_faulthandler(SIGURG); });
 }
 
-void prepare(const std::optional<std::string>& directory,
-             const std::string& argv0) {
+// Paths are bytes: not all of them are text.
+void prepare(std::optional<nb::bytes> directory, nb::bytes argv0) {
   adopt_faulthandler(
       report_prepare(directory ? directory->c_str() : nullptr, argv0.c_str()));
 }
 
 // The path of the report; None when it could not be written.
-std::optional<std::string> write(const std::string& why,
-                                 const std::string& message,
-                                 std::optional<int> code,
-                                 const std::string& python_stacks) {
+std::optional<nb::bytes> write(const std::string& why, nb::str said,
+                               std::optional<int> code,
+                               const std::string& python_stacks) {
+  nb::object held;
   Event event;
   event.why = why.c_str();
-  event.exception_message = message.c_str();
+  event.exception_message = utf8_or_similar(said, held);
   event.has_code = code.has_value();
   event.code = code.value_or(-1);
   event.python_stacks = python_stacks.c_str();
   char path[2048];
-  nb::gil_scoped_release release;
-  if (!write_report(event, path, sizeof path)) return std::nullopt;
-  return path;
+  bool good;
+  {
+    nb::gil_scoped_release release;
+    good = write_report(event, path, sizeof path);
+  }
+  if (!good) return std::nullopt;
+  return nb::bytes(path);
 }
 
 void bind_recording(nb::module_& m) {
@@ -166,6 +181,7 @@ void bind_recording(nb::module_& m) {
 
 void bind_reports(nb::module_& m) {
   bind_recording(m);
+  m.def("report_directory_max", [] { return kDirectoryMax; });
   m.def("report_prepare", &prepare, "directory"_a.none(), "argv0"_a);
   m.def("report_stop", &report_stop);
   m.def("write_report", &write, "why"_a, "message"_a, "code"_a.none(),

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <stdio.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -17,19 +18,44 @@ namespace mlx_safe {
 namespace {
 
 constexpr int kPrivate = 0600;
+// Where others may write to the directory, a link could be in its place.
+constexpr int kOwnFile = O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC;
 constexpr int kNamesMax = 99;  // reports of one process in one second
-constexpr std::size_t kPathMax = 1024 + 64;
+constexpr std::size_t kPathMax = kDirectoryMax + 64;
+
+// A descriptor and the file that was opened under it. A program that closes
+// what it has not opened (daemons do) gets the number again for a file of its
+// own.
+struct Descriptor {
+  std::atomic<int> fd{-1};
+  struct stat file = {};
+
+  // Async-signal-safe.
+  void hold(int opened) noexcept {
+    if (::fstat(opened, &file) == 0) fd.store(opened);
+  }
+  // -1: there is none, or it is another file by now. Async-signal-safe.
+  int get() const noexcept {
+    int held = fd.load();
+    struct stat now = {};
+    if (held < 0 || ::fstat(held, &now) != 0) return -1;
+    // Numbers of files are used again, but not by one without a name.
+    bool same = now.st_dev == file.st_dev && now.st_ino == file.st_ino &&
+                now.st_mode == file.st_mode && now.st_nlink == file.st_nlink;
+    return same ? held : -1;
+  }
+};
 
 struct State {
   std::atomic<bool> active{false};
-  char directory[1024] = {};
+  char directory[kDirectoryMax + 1] = {};
   char argv0[64] = {};
   std::int64_t started_ns = 0;
   std::atomic<PythonStacks> python_stacks{nullptr};
   // A file without a name, for Python's stacks on their way into the report.
-  std::atomic<int> stacks_fd{-1};
+  Descriptor stacks;
   // Given up for the report when no other descriptor is left.
-  std::atomic<int> reserve_fd{-1};
+  Descriptor reserve;
   std::atomic<bool> run_file_busy{false};
   std::atomic<std::int64_t> run_file_pid{0};
   std::atomic<std::uint64_t> written{0}, failed{0};
@@ -58,7 +84,8 @@ int open_new(const char* path) noexcept {
   constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
   int fd = ::open(path, kFlags, kPrivate);
   if (fd < 0 && (errno == EMFILE || errno == ENFILE)) {
-    int reserve = g_state.reserve_fd.exchange(-1);
+    int reserve = g_state.reserve.get();
+    g_state.reserve.fd.store(-1);
     if (reserve >= 0) ::close(reserve);
     fd = ::open(path, kFlags, kPrivate);
   }
@@ -87,7 +114,7 @@ int create_report(const Event& event, char* path,
 
 void dump_python_stacks(JsonWriter& json) noexcept {
   auto dump = g_state.python_stacks.load();
-  int fd = g_state.stacks_fd.load();
+  int fd = g_state.stacks.get();
   json.key("python_stacks");
   if (dump == nullptr || fd < 0)
     return json.text("not available: nothing was prepared for them");
@@ -147,33 +174,33 @@ Event completed(const Event& event) noexcept {
 void open_stacks_file() noexcept {
   char path[kPathMax];
   if (!path_of(path, sizeof path, ".stacks-", ::getpid(), "")) return;
-  int fd = ::open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, kPrivate);
+  int fd = ::open(path, kOwnFile | O_RDWR, kPrivate);
   if (fd < 0) return;
   ::unlink(path);
-  int old = g_state.stacks_fd.load();
-  if (old < 0) {
-    g_state.stacks_fd.store(fd);
-    return;
-  }
+  int old = g_state.stacks.get();
+  if (old < 0) return g_state.stacks.hold(fd);
   ::dup2(fd, old);
   ::fcntl(old, F_SETFD, FD_CLOEXEC);
   ::close(fd);
+  g_state.stacks.hold(old);
 }
 
 }  // namespace
 
 int report_prepare(const char* directory, const char* argv0) noexcept {
   report_stop();
-  copy_text(g_state.directory, sizeof g_state.directory, directory);
+  bool fits = directory != nullptr && std::strlen(directory) <= kDirectoryMax;
+  copy_text(g_state.directory, sizeof g_state.directory,
+            fits ? directory : nullptr);
   copy_text(g_state.argv0, sizeof g_state.argv0, argv0);
   if (g_state.directory[0] == '\0') return -1;
   g_state.started_ns = now_ns();
   open_stacks_file();
-  if (g_state.reserve_fd.load() < 0)
-    g_state.reserve_fd.store(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  if (g_state.reserve.get() < 0)
+    g_state.reserve.hold(::open("/dev/null", O_RDONLY | O_CLOEXEC));
   prime_native_stack();
   g_state.active.store(true);
-  return g_state.stacks_fd.load();
+  return g_state.stacks.get();
 }
 
 void report_set_python_stacks(PythonStacks python_stacks) noexcept {
@@ -237,9 +264,7 @@ bool write_run_file() noexcept {
   char path[kPathMax];
   bool good = path_of(temporary, sizeof temporary, ".run-", ::getpid(), "") &&
               run_path(path, sizeof path);
-  int fd = good ? ::open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC,
-                         kPrivate)
-                : -1;
+  int fd = good ? ::open(temporary, kOwnFile | O_WRONLY, kPrivate) : -1;
   if (fd >= 0) {
     JsonWriter json(fd);
     json.begin_object();
@@ -307,7 +332,13 @@ void report_after_fork_in_child() noexcept {
   forget_thread_id();
   g_state.run_file_busy.store(false);
   if (!g_state.active.load()) return;
-  open_stacks_file();  // the parent's shares its position
+  // The parent's shares its position. Python knows it by its number: where that
+  // is something else's by now, there is none until the next `report_prepare`.
+  if (g_state.stacks.get() >= 0) {
+    open_stacks_file();
+  } else {
+    g_state.stacks.fd.store(-1);
+  }
 }
 
 }  // namespace mlx_safe

@@ -9,11 +9,14 @@
 
 namespace mlx_safe {
 
+// Bytes of the directory's path; a longer one is as none.
+inline constexpr std::size_t kDirectoryMax = 1023;
+
 // Prepares the crash path: the directory (null or empty: no reports), what is
 // in it of ours beforehand, the unwinder. Returns the descriptor of a file
 // without a name, for Python's stacks on their way into a report; -1: none.
-// Callable again; the descriptor stays the same. Not for the crash path; one
-// thread at a time.
+// Callable again; the descriptor stays the same as long as it is ours. Not for
+// the crash path; one thread at a time.
 int report_prepare(const char* directory, const char* argv0) noexcept;
 // What writes the Python stacks of all threads to that descriptor.
 using PythonStacks = void (*)();

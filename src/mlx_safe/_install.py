@@ -171,6 +171,9 @@ def _regime(mode: str, version: str | None) -> str:
 def _report_dir() -> tuple[str | None, str | None]:
     """(directory of the crash reports, made if need be; or None and why)."""
     wanted = _paths.report_dir()
+    longest = _core.report_directory_max()
+    if len(os.fsencode(wanted)) > longest:
+        return None, f"no crash reports: its path is longer than {longest}: {wanted}"
     try:
         os.makedirs(wanted, mode=0o700, exist_ok=True)
     except OSError as e:

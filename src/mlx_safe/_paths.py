@@ -20,11 +20,19 @@ TOLD = ".told"
 
 
 def report_dir() -> str:
-    """``MLX_SAFE_REPORT_DIR``, or ``reports`` in the user's state directory."""
+    """``MLX_SAFE_REPORT_DIR``, or ``reports`` in the user's state directory.
+
+    Absolute: a process that changes its working directory writes where it began.
+    """
     wanted = os.environ.get("MLX_SAFE_REPORT_DIR")
-    if wanted:
+    if not wanted:
+        wanted = os.path.join(_state_dir(), "mlx-safe", "reports")
+    if os.path.isabs(wanted):
         return wanted
-    return os.path.join(_state_dir(), "mlx-safe", "reports")
+    try:
+        return os.path.join(os.getcwd(), wanted)
+    except OSError:  # it was removed: whoever writes there will say so
+        return wanted
 
 
 def has_news(directory: str) -> bool:

@@ -75,7 +75,7 @@ class _State:
 
 
 _state = _State()
-_atexit_registered = False
+_removed_by = -1  # the process whose end removes its run file
 
 
 def start(directory: str | None, context: Mapping[str, object]) -> str | None:
@@ -87,21 +87,33 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
         directory: where reports go; None: nowhere.
         context: JSON-able facts about this process that each report tells.
     """
-    global _atexit_registered
     _state.directory = directory
-    _core.report_prepare(directory, os.path.basename(sys.argv[0]) if sys.argv else "")
+    _core.report_prepare(
+        None if directory is None else os.fsencode(directory),
+        os.path.basename(sys.argv[0] if sys.argv else "").encode(errors="replace"),
+    )
     if not _core.set_report_context({**_machine(), **context}):
         return "crash reports are without versions and hooks: they take over 16 KB"
     if directory is None:
         return None
-    if not _atexit_registered:
-        import atexit
-
-        atexit.register(_core.remove_run_file)
-        _atexit_registered = True
+    _remove_run_file_at_the_end()
     if not _core.write_run_file():
         return f"no file in {directory} says that this process runs: cannot write it"
     return None
+
+
+def _remove_run_file_at_the_end() -> None:
+    global _removed_by
+    if _removed_by == os.getpid():
+        return
+    _removed_by = os.getpid()
+    import atexit
+
+    atexit.register(_core.remove_run_file)
+    # multiprocessing ends its forked workers with os._exit, without atexit.
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.Finalize(None, _core.remove_run_file, exitpriority=0)
 
 
 def stop() -> None:
@@ -176,7 +188,8 @@ def write(why: str, message: str, code: int | None = None) -> str | None:
         path = _core.write_report(why, message, code, _python_stacks(directory))
     if path is None:
         _log_failure(directory)
-    return path
+        return None
+    return os.fsdecode(path)
 
 
 def _log_failure(directory: str) -> None:
@@ -195,7 +208,8 @@ def _python_stacks(directory: str) -> str:
 
     path = os.path.join(directory, f".stacks-{os.getpid()}-python")
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        fd = os.open(path, flags, 0o600)
     except OSError as e:
         return f"not available: {e.strerror}"
     try:

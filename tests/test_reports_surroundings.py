@@ -1,0 +1,220 @@
+"""Crash reports where the program or the system around them is odd.
+
+Nothing of it depends on the installed mlx; `make test` runs this file once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import child
+from support.deaths import die, left_over, only_report, paths
+
+# ---- the program's descriptors ------------------------------------------------
+
+
+@pytest.mark.parametrize("in_child", [False, True])
+def test_descriptors_that_the_program_has_closed(
+    private_reports: Path, tmp_path: Path, in_child: bool
+) -> None:
+    """A daemon closes all it has not opened: the numbers then are its own files'."""
+    done = die(
+        f"""
+    os.closerange(3, 64)
+    files = [open(f"{tmp_path}/{{i}}", "w+") for i in range(20)]
+    for file in files:
+        file.write("precious"); file.flush()
+    if {in_child}:
+        pid = os.fork()
+        if pid > 0:
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) + 100)
+        for file in files:
+            file.write("!"); file.flush()
+    os.abort()
+    """
+    )
+    expected = 100 - signal.SIGABRT if in_child else -signal.SIGABRT
+    assert done.returncode == expected, done.stderr
+    held = {(tmp_path / str(i)).read_text() for i in range(20)}
+    assert held == {"precious!" if in_child else "precious"}
+    report = only_report(private_reports)
+    assert report["why"] == "signal" and "not available" in report["python_stacks"]
+
+
+# ---- names ----------------------------------------------------------------------
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    if sys.platform == "darwin":
+        return  # its file systems have no such names
+    script = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.py"))
+    script.write_text(
+        "import mlx_safe\n"
+        "from mlx_safe import _reports\n"
+        "print(ascii(_reports.write('fault', 'caf\\udce9')))\n"
+    )
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xfe"))
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "MLX_SAFE_REPORT_DIR": str(directory)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = directory.iterdir()
+    assert done.stdout.strip() == ascii(str(path))
+    report = only_report(directory)
+    assert report["argv0"] == "?.py"
+    assert report["exception_message"] == "caf?"
+
+
+def test_a_breadcrumb_with_a_name_that_is_not_utf8(private_reports: Path) -> None:
+    done = child.run(
+        r"""
+        import mlx_safe
+        from mlx_safe import _reports
+        mlx_safe.breadcrumb("read caf\udce9")
+        mlx_safe.breadcrumb("read caf\udce9", n=1)
+        _reports.write("fault", "")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    for crumb in only_report(private_reports)["breadcrumbs"]:
+        assert crumb["text"] == "read caf?"
+
+
+def test_a_directory_too_long_for_the_crash_path(tmp_path: Path) -> None:
+    directory = tmp_path.joinpath(*["d" * 200] * 6)
+    done = die(
+        """
+    print(mlx_safe.status().report_dir, mlx_safe.status().reasons, flush=True)
+    os.abort()
+    """,
+        MLX_SAFE_REPORT_DIR=str(directory),
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    assert done.stdout.startswith("None ") and "its path is longer than" in done.stdout
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_relative_directory_stays_where_it_was(tmp_path: Path) -> None:
+    done = child.run(
+        f"""
+        import os
+        os.chdir({str(tmp_path)!r})
+        import mlx_safe
+        mlx_safe.install(signals=True)
+        os.chdir("/")
+        os.abort()
+        """,
+        MLX_SAFE_REPORT_DIR="here",
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    only_report(tmp_path / "here")
+    assert left_over(tmp_path / "here") == []
+
+
+def test_links_are_not_followed(private_reports: Path, tmp_path: Path) -> None:
+    """Somebody who may write to the directory must not choose what we overwrite."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    done = child.run(
+        f"""
+        import os
+        d = os.environ["MLX_SAFE_REPORT_DIR"]
+        os.makedirs(d)
+        for name in (".stacks-{{}}", ".stacks-{{}}-python", ".run-{{}}"):
+            os.symlink({str(victim)!r}, os.path.join(d, name.format(os.getpid())))
+        import mlx_safe
+        from mlx_safe import _reports
+        mlx_safe.install(signals=True)
+        assert _reports.write("fault", "")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert victim.read_text() == "precious"
+
+
+# ---- handlers -------------------------------------------------------------------
+
+
+def test_a_crash_that_is_survived_for_ever_does_not_fill_the_disk(
+    private_reports: Path,
+) -> None:
+    """A handler in Python returns to the instruction that crashes again."""
+    done = die(
+        """
+    signal.setitimer(signal.ITIMER_REAL, 30)  # a limit
+    for _ in range(200):
+        os.kill(os.getpid(), signal.SIGBUS)
+    print("alive", flush=True)
+    testing.throw_on_foreign_thread()
+    time.sleep(20)
+    """,
+        before="signal.signal(signal.SIGBUS, lambda *_: None)",
+    )
+    assert done.stdout == "alive\n", done.stderr
+    assert done.returncode == -signal.SIGABRT
+    found = [json.loads(p.read_bytes())["why"] for p in paths(private_reports)]
+    assert found.count("signal") == 20
+    assert found.count("terminate") == 1
+
+
+def test_a_second_install_takes_back_what_was_taken_away(
+    private_reports: Path,
+) -> None:
+    """faulthandler.disable() puts back what was before it, and us out."""
+    done = die(
+        """
+    assert mlx_safe.status().signals
+    faulthandler.disable()
+    assert not mlx_safe.status().signals
+    assert mlx_safe.install(signals=True).signals
+    ctypes.string_at(0)
+    """,
+        before="faulthandler.enable()",
+    )
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    assert "Fatal Python error" not in done.stderr
+    assert only_report(private_reports)["why"] == "signal"
+
+
+# ---- how a process ends -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_that_ended_was_not_killed(
+    private_reports: Path, tmp_path: Path, method: str
+) -> None:
+    """multiprocessing ends its forked workers without atexit."""
+    script = tmp_path / "workers.py"
+    script.write_text(
+        "import multiprocessing, os\n"
+        "def work():\n"
+        "    import mlx_safe\n"
+        "    d = os.environ['MLX_SAFE_REPORT_DIR']\n"
+        "    assert os.listdir(d) == [f'run-{os.getpid()}.json']\n"
+        "if __name__ == '__main__':\n"
+        f"    context = multiprocessing.get_context({method!r})\n"
+        "    worker = context.Process(target=work)\n"
+        "    worker.start(); worker.join()\n"
+        "    raise SystemExit(worker.exitcode)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(private_reports.iterdir()) == []
