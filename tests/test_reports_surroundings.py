@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_safe.forensics import reader, words
 from support import child
 from support.deaths import die, left_over, only_report, paths
+from support.native import Native
 
 # ---- the program's descriptors ------------------------------------------------
 
@@ -218,3 +220,54 @@ def test_a_worker_that_ended_was_not_killed(
     )
     assert done.returncode == 0, done.stderr
     assert list(private_reports.iterdir()) == []
+
+
+# ---- what the report is about ---------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["reads", "aborts", "terminates"])
+def test_an_exception_that_cannot_be_asked(
+    native: Native, private_reports: Path, how: str
+) -> None:
+    """what() is the program's code; all that is not its answer is in the report."""
+    private_reports.mkdir()
+    done = native.run("what_crashes", str(private_reports), how)
+    assert done.returncode in (-signal.SIGSEGV, -signal.SIGABRT), done
+    report = only_report(private_reports)
+    assert report["why"] == "terminate"
+    assert "Broken" in report["exception_type"]
+    assert report["exception_message"] == "not known: its what() crashed"
+    assert report["breadcrumbs"][-1]["text"] == "about to die"
+    assert report["native_stack"]
+    assert left_over(private_reports) == []
+
+
+def test_who_sent_the_signal(private_reports: Path) -> None:
+    done = die(
+        """
+    if os.fork() == 0:
+        os.kill(os.getppid(), signal.SIGSEGV)
+        os._exit(0)
+    time.sleep(20)
+    """
+    )
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    report = only_report(private_reports)
+    sender = report["signal"]["sent_by"]
+    assert sender != report["pid"] and "address" not in report["signal"]
+    headline = words.headline(reader.read(paths(private_reports)[0]))
+    assert headline == f"the process crashed: SIGSEGV, sent by process {sender}"
+
+
+def test_a_crash_after_python(private_reports: Path) -> None:
+    """C's own atexit runs later; faulthandler's memory is freed by then."""
+    done = die(
+        """
+    libc = ctypes.CDLL(None)
+    libc.__cxa_atexit(libc.abort, None, None)
+    """
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    report = only_report(private_reports)
+    assert report["signal"]["name"] == "SIGABRT"
+    assert report["python_stacks"].startswith("not available")

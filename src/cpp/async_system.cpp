@@ -42,6 +42,10 @@ std::uint64_t remembered_thread_id() noexcept {
 
 void forget_thread_id() noexcept { t_id = 0; }
 
+bool was_sent(const siginfo_t& info) noexcept {
+  return info.si_code <= 0 || info.si_code == SI_USER;  // 0x10001 on macOS
+}
+
 void sleep_ms(long ms) noexcept {
   timespec t{ms / 1000, (ms % 1000) * 1'000'000};
   ::nanosleep(&t, nullptr);

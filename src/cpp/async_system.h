@@ -4,6 +4,8 @@
 // thread, Metal's included.
 #pragma once
 
+#include <signal.h>
+
 #include <cstdint>
 
 namespace mlx_safe {
@@ -18,6 +20,10 @@ std::uint64_t current_thread_id() noexcept;
 std::uint64_t remembered_thread_id() noexcept;
 // The forked child's only thread has another id than its parent's.
 void forget_thread_id() noexcept;
+
+// Whether a process has sent the signal, and nothing that the thread did caused
+// it. Then `si_pid` is set, and `si_addr` is not.
+bool was_sent(const siginfo_t& info) noexcept;
 
 void sleep_ms(long ms) noexcept;
 

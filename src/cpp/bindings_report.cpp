@@ -127,7 +127,10 @@ void adopt_faulthandler(int fd) {
   // At a second time faulthandler has only noted the descriptor.
   if (g_faulthandler == nullptr && found.sa_handler != before.sa_handler)
     g_faulthandler = found.sa_handler;
-  if (g_faulthandler != nullptr)
+  // What it keeps is freed at Python's end; the process ends somewhat later.
+  static const bool told =
+      Py_AtExit([] { report_set_python_stacks(nullptr); }) == 0;
+  if (g_faulthandler != nullptr && told)
     report_set_python_stacks([] { g_faulthandler(SIGURG); });
 }
 

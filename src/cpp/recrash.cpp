@@ -31,13 +31,14 @@ void on_signal(int number, siginfo_t* info, void*) {
     for (int ms = 0; ms < kWaitLimitMs && g_guard.thread.load() != 0; ms += 10)
       sleep_ms(10);
     // What crashed does so again, under the handlers that are back.
-    if (info->si_code <= 0) ::raise(number);
+    if (was_sent(*info)) ::raise(number);
     return;
   }
   // A crash of `on_crash` itself only ends it.
   if (!g_guard.crashed) {
     g_guard.crashed = true;
-    g_guard.on_crash(number, info->si_addr, g_guard.argument);
+    g_guard.on_crash(number, was_sent(*info) ? nullptr : info->si_addr,
+                     g_guard.argument);
   }
   ::siglongjmp(g_guard.back, 1);
 }

@@ -117,7 +117,7 @@ void dump_python_stacks(JsonWriter& json) noexcept {
   int fd = g_state.stacks.get();
   json.key("python_stacks");
   if (dump == nullptr || fd < 0)
-    return json.text("not available: nothing was prepared for them");
+    return json.text("not available: Python has ended, or was not asked");
   if (::ftruncate(fd, 0) != 0 || ::lseek(fd, 0, SEEK_SET) != 0)
     return json.text("not available: their file cannot be used");
   dump();

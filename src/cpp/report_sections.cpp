@@ -66,8 +66,12 @@ void head(JsonWriter& json, const Event& event, const char* argv0) noexcept {
     json.begin_object();
     json.member("number", event.signal);
     json.member("name", signal_name(event.signal));
-    address_member(json, "address",
-                   reinterpret_cast<std::uintptr_t>(event.address));
+    if (event.sender != 0) {
+      json.member("sent_by", event.sender);
+    } else {
+      address_member(json, "address",
+                     reinterpret_cast<std::uintptr_t>(event.address));
+    }
     json.end_object();
   }
   optional_member(json, "exception_type", event.exception_type);

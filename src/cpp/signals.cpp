@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstddef>
 
+#include "async_system.h"
 #include "recrash.h"
 #include "report.h"
 
@@ -65,7 +66,7 @@ bool pass_on(Handled& h, siginfo_t* info, void* context) noexcept {
   ::sigaction(h.number, &previous, nullptr);
   // A fault of the processor comes again when the instruction is run again,
   // with the right stack for a debugger; what was sent is sent again.
-  if (info->si_code <= 0 || h.number == SIGABRT) ::raise(h.number);
+  if (was_sent(*info) || h.number == SIGABRT) ::raise(h.number);
   return false;
 }
 
@@ -78,8 +79,11 @@ void on_signal(int number, siginfo_t* info, void* context) {
       Event event;
       event.why = "signal";
       event.signal = number;
-      // Of a signal that was sent, the sender's number is in its place.
-      if (info->si_code > 0) event.address = info->si_addr;
+      if (was_sent(*info)) {
+        event.sender = info->si_pid;
+      } else {
+        event.address = info->si_addr;
+      }
       event.signal_context = context;
       event.terminal = true;
       run_guarded(&write_body, &write_second, &event);

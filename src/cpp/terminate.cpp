@@ -82,9 +82,16 @@ void record_fault(Death& death) noexcept {
   death.recorded = true;
 }
 
+void describe(void*) { describe_current_exception(); }
+
+// `what()` is the program's own code, and may be what is broken.
+void describe_no_further(int, const void*, void*) {
+  copy_text(g_thrown.message, sizeof g_thrown.message,
+            "not known: its what() crashed");
+}
+
 void tell(void* argument) {
   Death& death = *static_cast<Death*>(argument);
-  describe_current_exception();
   record_fault(death);
   death.event.exception_type = g_thrown.type;
   death.event.exception_message = g_thrown.message;
@@ -137,6 +144,7 @@ void say(const char* text) noexcept {
   death.event.policy = drain ? "drain" : "report";
   death.event.time_ns = now_ns();
   death.event.terminal = true;
+  run_guarded(&describe, &describe_no_further, nullptr);
   run_guarded(&tell, &tell_of_crash, &death);
   // Whoever answers the clients must be woken whatever happened.
   if (!death.recorded) record_fault(death);

@@ -26,7 +26,12 @@ def sample(**changes: Any) -> dict[str, Any]:
         "thread": 4250,
         "argv0": "mlx-safe",
         "started_ns": NOW_NS - 3725 * second,
-        "signal": {"number": 11, "name": "SIGSEGV", "address": "0x10"},
+        "signal": {
+            "number": 11,
+            "name": "SIGSEGV",
+            "sent_by": 4242,
+            "address": "0x10",
+        },
         "exception_type": "St13runtime_error",
         "exception_message": 'a "quoted" message, é\n and a second line',
         "code": 8,

@@ -54,10 +54,11 @@ class Frame:
 
 @dataclass(slots=True)
 class Signal:
-    """The signal that ended the process."""
+    """The signal that ended the process. sent_by: a process; None: none did."""
 
     number: int | None = None
     name: str | None = None
+    sent_by: int | None = None
     address: str | None = None
 
 

@@ -148,6 +148,8 @@ def _signal(report: Report) -> str:
         return "by a signal"
     name = number.name or f"signal {number.number}"
     meaning = f", {_SIGNALS[name]}" if name in _SIGNALS else ""
+    if number.sent_by is not None and number.sent_by != report.pid:
+        return _one_line(f"{name}, sent by process {number.sent_by}")
     address = f" at {number.address}" if number.address else ""
     return _one_line(f"{name}{meaning}{address}")
 
