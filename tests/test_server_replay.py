@@ -9,10 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mlx_safe.errors import MetalOutOfMemoryError
+from mlx_safe.server.prefill import PrefillStep
+from mlx_safe.server.replay import Replays
+from mlx_safe.server.tickets import Flight, Ticket
 from support.server import CONTROLLED, Answer, Server
 
 TOKENS = 10
@@ -195,3 +201,23 @@ def test_the_real_model_goes_on_where_it_was(real_model: Path) -> None:
             server.plan(f"decode:{n}:8")
             assert server.chat(question, **ask).text == undisturbed, f"step {n}"
         assert server.metric("mlx_safe_replays_total") == 2
+
+
+def test_those_that_wait_for_their_turn_lose_no_attempt() -> None:
+    """One request fails again and again; it alone is told so."""
+    flight = Flight()
+    taken = (Queue(), SimpleNamespace(), None)
+    tickets = [Ticket(flight, taken, lambda *_: None, lambda *_: None) for _ in "abc"]
+    for ticket in tickets:
+        flight.board(ticket)
+    step = PrefillStep(SimpleNamespace(prefill_step_size=2048))
+    replays = Replays(flight, 2, step)
+    fault = MetalOutOfMemoryError("Insufficient Memory", code=8)
+    again, ending = replays.sort(fault, fault)
+    for _ in range(2):
+        assert (again, ending) == (tickets, [])
+        replays.line_up(again)
+        assert replays.next() is tickets[0]
+        assert replays.next() is None
+        again, ending = replays.sort(fault, fault)
+    assert (again, ending) == (tickets[1:], [tickets[0]])

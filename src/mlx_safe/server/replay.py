@@ -51,9 +51,10 @@ class Replays:
     ) -> tuple[list[Ticket], list[Ticket]]:
         """(those to be run again, those that end) of the requests in flight.
 
-        With a fault that may pass: all with attempts left. With an exception
-        that is no fault: all, one by one, so that only the one that causes it
-        ends; and that one when it is alone.
+        With a fault that may pass: all with attempts left; those that still wait
+        for their turn had no part in it, and lose none. With an exception that is
+        no fault: all, one by one, so that only the one that causes it ends; and
+        that one when it is alone.
         """
         tickets = self._flight.running()
         for ticket in [t for t in tickets if t.finished]:
@@ -61,17 +62,21 @@ class Replays:
             tickets.remove(ticket)
         if self._attempts_max == 0:
             return [], tickets
+        running = [t for t in tickets if t not in self._waiting]
         memory = isinstance(fault, errors.MetalOutOfMemoryError)
         memory = memory or (fault is None and is_allocation_failure(exc))
         if fault is not None or memory:
             if fault is not None and not fault.retryable:
                 return [], tickets
-            again = [t for t in tickets if t.attempts < self._attempts_max]
+            again = [
+                t
+                for t in tickets
+                if t.attempts < self._attempts_max or t in self._waiting
+            ]
             for ticket in again:
-                ticket.attempts += 1
+                ticket.attempts += ticket not in self._waiting
             self._be_careful(again, memory)
         else:
-            running = [t for t in tickets if t not in self._waiting]
             again = [t for t in tickets if len(running) > 1 or t in self._waiting]
             self._limit = 1
         return again, [t for t in tickets if t not in again]
