@@ -76,6 +76,12 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of several times that size."""
+    return make_model("tiny_model.py", tmp_path_factory.mktemp("wide"), "0", "256")
+
+
+@pytest.fixture(scope="session")
 def scripted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of the model that thinks and calls a tool."""
     return make_model("scripted_model.py", tmp_path_factory.mktemp("scripted-model"))

@@ -279,6 +279,28 @@ def test_the_start_says_what_fits(small: Server) -> None:
     assert found["prompt_cache_limit"] < CEILING / 2
 
 
+def test_another_model_takes_the_place_of_the_first(
+    tiny_model: Path, draft_model: Path, wide_model: Path
+) -> None:
+    """Only one is in memory at a time; one that has no room is not served."""
+    with Server(tiny_model, "--max-active-memory-bytes", "1200K") as server:
+        server.wait_ready()
+        first, model = server.chat().text, gauges(server)["model"]
+        for _ in range(2):
+            second = server.chat(model=str(draft_model))
+            assert second.status == 200 and second.text != first
+            assert gauges(server)["model"] < 1.1 * model
+            assert server.chat().text == first
+            assert gauges(server)["model"] < 1.1 * model
+        for _ in range(2):
+            refused = server.chat(model=str(wide_model))
+            assert refused.status == 404
+            assert refused.error["code"] == "model_not_found"
+        assert "the model and one step of a prompt need" in server.log
+        assert server.chat().text == first
+        assert "Traceback" not in server.log
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -1,8 +1,8 @@
 """A tiny random llama model with a byte tokenizer, made on the spot.
 
-Run as a program: ``python tiny_model.py DIRECTORY [SEED]``. It is small enough
-that a whole server test takes a second, and random: its text means nothing, but
-with greedy sampling it is always the same.
+Run as a program: ``python tiny_model.py DIRECTORY [SEED [HIDDEN_SIZE]]``. It is
+small enough that a whole server test takes a second, and random: its text means
+nothing, but with greedy sampling it is always the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def make_tokenizer(
     return tokenizer
 
 
-def make(directory: Path, seed: int = 0) -> Path:
+def make(directory: Path, seed: int = 0, hidden_size: int = 64) -> Path:
     """Writes config, weights and tokenizer into ``directory``; returns it."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -61,7 +61,7 @@ def make(directory: Path, seed: int = 0) -> Path:
     vocabulary = len(make_tokenizer(directory).get_vocab())
     config = {
         "model_type": "llama",
-        "hidden_size": 64,
+        "hidden_size": hidden_size,
         "num_hidden_layers": 2,
         "intermediate_size": 128,
         "num_attention_heads": 4,
@@ -89,4 +89,4 @@ def make(directory: Path, seed: int = 0) -> Path:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    make(Path(sys.argv[1]), *map(int, sys.argv[2:]))

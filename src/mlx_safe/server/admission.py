@@ -35,7 +35,7 @@ from .prompt_cache import PromptCache
 from .replies import ContextTooLong, NotEnoughMemory, is_allocation_failure
 from .tickets import Claim, Flight, Ticket
 
-__all__ = ["Admission", "Held", "MemoryFlags"]
+__all__ = ["Admission", "Held", "MemoryFlags", "NoRoom"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -45,6 +45,10 @@ CEILING_MAX_AGE_S = 1.0
 
 class Held(Exception):
     """The request waits for memory; it will be tokenized again."""
+
+
+class NoRoom(ValueError):
+    """The model leaves no room below the user's ceiling."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class Admission:
 
         Raises:
             RuntimeError: MLX failed while it did, as any step can.
+            NoRoom: nothing could be served with it.
         """
         if not self._enabled:
             return
@@ -154,7 +159,8 @@ class Admission:
         if self.sizing.room > 0:
             return
         if self._flags.max_active_memory is not None:
-            raise ValueError(
+            self._measured = None
+            raise NoRoom(
                 f"--max-active-memory-bytes {self._flags.max_active_memory}: the model "
                 f"and one step of a prompt need {format_size(self.sizing.needed)}"
             )

@@ -47,6 +47,7 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("APIHandler", "_set_stream_headers", ("self",)),
     ("APIHandler", "_set_cors_headers", ("self",)),
     ("ModelProvider", "load", ("self", "model_path")),
+    ("ModelProvider", "_load", ("self", "model_path")),
     ("ModelProvider", "load_default", ("self",)),
     ("LRUPromptCache", "__init__", ("self", "max_size", "max_bytes")),
     ("LRUPromptCache", "fetch_nearest_cache", ("self", "model", "tokens")),

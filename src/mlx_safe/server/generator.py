@@ -9,6 +9,7 @@ MLX 0.32).
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from queue import Queue
 from typing import Any
@@ -18,7 +19,7 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors, testing
 from . import kv_window
-from .admission import Admission, Held, MemoryFlags
+from .admission import Admission, Held, MemoryFlags, NoRoom
 from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
@@ -183,7 +184,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         return True
 
     def _wrap_load(self, provider: Any, injections: bool) -> None:
-        load = provider.load
+        load, load_anew = provider.load, provider._load
+
+        def unload_and_load(*args: Any, **kwargs: Any) -> Any:
+            _unload(provider)
+            return load_anew(*args, **kwargs)
+
+        provider._load = unload_and_load
 
         def load_or_say_why(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -195,7 +202,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise ModelNotFound(one_line(e)) from e
             if self._max_kv_size and provider.draft_model is None:
                 kv_window.limit(model, self._max_kv_size)
-            self.admission.model_loaded(provider)
+            self._measure(provider)
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
@@ -203,6 +210,16 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return model, tokenizer
 
         provider.load = load_or_say_why
+
+    def _measure(self, provider: Any) -> None:
+        try:
+            self.admission.model_loaded(provider)
+        except NoRoom as e:
+            if self.condition.state == "loading":
+                raise
+            # Not the one that the server was started with.
+            log.warning("a model cannot be served: %s", e)
+            raise ModelNotFound(str(e)) from e
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         try:
@@ -408,6 +425,18 @@ class _UntilSomebodyLeaves:
             yield tick
             if self._flight.left != left:
                 return
+
+
+def _unload(provider: Any) -> None:
+    """Gives the memory of the model back that ``provider`` is about to replace.
+
+    mlx-lm drops its own reference, but its loop's variables have another until the
+    next model is there (0.31.3 and 0.32.2): both would have to fit.
+    """
+    for model in filter(None, (provider.model, provider.draft_model)):
+        model.clear()  # a module is the dictionary of its parts
+    gc.collect()
+    mx.clear_cache()
 
 
 def _status_line() -> str:
