@@ -30,6 +30,7 @@ def assert_one_clear_line(
 ) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+    assert "usage:" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     for text in contains:
         assert text in last
@@ -65,6 +66,7 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
         (("--adapter-path", "/no/adapter"), "--adapter-path /no/adapter"),
         (("--no-such-flag",), "--no-such-flag"),
+        (("--max-active-memory-bytes", "5X"), "not '5X'"),
     ],
 )
 def test_bad_flags(tiny_model: Path, arguments: tuple[str, ...], contains: str) -> None:

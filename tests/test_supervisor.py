@@ -110,10 +110,13 @@ def test_it_gives_up_on_a_crash_loop(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--model", "/no/such/model"], "there is no such directory")],
+    [
+        (["--model", "/no/such/model"], "there is no such directory"),
+        (["--port", "99999"], "--port 99999: must be from 0 to 65535"),
+    ],
 )
 def test_a_users_mistake_is_not_tried_again(arguments: list[str], said: str) -> None:
-    done = serve_supervised(*arguments, "--port", "0")
+    done = serve_supervised("--port", "0", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr

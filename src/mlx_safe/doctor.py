@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import install
-from ._command import CommandError
+from ._command import CommandError, Parser
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.estimate import Transients, calibrate
 from .memory.machine import Machine, read_machine, usage
@@ -30,8 +30,9 @@ def doctor(arguments: Sequence[str]) -> int:
     Raises:
         CommandError: the model cannot be loaded; the message says why.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx-safe doctor",
+        allow_abbrev=False,
         description="What this machine is, what is active on it, and what fits.",
     )
     parser.add_argument(
@@ -94,7 +95,7 @@ def examine(model: str | None = None, explicit: int | None = None) -> dict[str, 
         },
     }
     if model is not None:
-        found["model"] = _measure(model, limits.size)
+        found["model"] = _measure(model, limits.size, explicit)
     return found
 
 
@@ -126,7 +127,7 @@ def wired_limit_advice(machine: Machine) -> str:
     )
 
 
-def _measure(name: str, ceiling_size: int) -> dict[str, Any]:
+def _measure(name: str, ceiling_size: int, explicit: int | None) -> dict[str, Any]:
     from .server import compat
     from .server.launcher import check_paths
 
@@ -152,16 +153,18 @@ def _measure(name: str, ceiling_size: int) -> dict[str, Any]:
         "prompt_cache_bytes": fits.prompt_cache,
         "step": fits.step,
         "step_bytes": fits.transient,
-        "flags": _flags(fits),
+        "flags": _flags(fits, explicit),
         "summary": str(fits),
     }
 
 
-def _flags(fits: Sizing) -> list[str]:
+def _flags(fits: Sizing, explicit: int | None) -> list[str]:
     """Those that the server would choose by itself, to be written down."""
     if fits.room == 0:
         return []
-    flags = ["--prompt-cache-bytes", flag_size(fits.prompt_cache)]
+    # Without it the others would stand below another ceiling.
+    flags = [] if explicit is None else ["--max-active-memory-bytes", str(explicit)]
+    flags += ["--prompt-cache-bytes", flag_size(fits.prompt_cache)]
     if fits.step != STEPS[0]:
         flags += ["--prefill-step-size", str(fits.step)]
     return flags

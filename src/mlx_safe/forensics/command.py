@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import _paths
-from .._command import CommandError
+from .._command import CommandError, Parser
 from . import export, reader, render, store, words
 from .records import Report
 from .words import Section
@@ -21,13 +21,8 @@ __all__ = ["reports"]
 LATEST = "latest"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="mlx-safe reports",
         allow_abbrev=False,
         description="Reads the crash reports of this machine. Without a verb: list.",

@@ -239,7 +239,8 @@ class Admission:
         active = int(mx.get_active_memory())
         static = self.ceiling(learned=False).size
         value = self._learned.fault(active, self._baseline, static)
-        log.warning(
+        # The failure has its own line, a warning; this is what follows from it.
+        log.info(
             "out of memory with %s active: the ceiling is %s for now",
             format_size(active),
             format_size(value),

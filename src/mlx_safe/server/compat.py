@@ -5,11 +5,13 @@ All knowledge about versions of mlx-lm is in this module.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import inspect
+import types
 from typing import Any
 
-from .._command import CommandError
+from .._command import CommandError, Parser
 from .._install import parse_version
 
 __all__ = ["SUPPORTED", "import_server", "missing_seams"]
@@ -114,6 +116,16 @@ def batch_caches(batch: Any) -> tuple[int, list[Any]]:
     begun = (batch._prompt_batch, batch._generation_batch)
     nbytes = sum(cache.nbytes for part in begun for cache in part.prompt_cache)
     return int(nbytes), [sequence[0] for sequence in batch._unprocessed_sequences]
+
+
+def tell_mistakes_in_one_line(server: Any) -> None:
+    """Lets ``server.main`` parse with our `Parser` (it makes its own, of argparse).
+
+    Without effect where a later mlx-lm makes it in another way.
+    """
+    server.argparse = types.SimpleNamespace(
+        **{**vars(argparse), "ArgumentParser": Parser}
+    )
 
 
 def missing_seams(server: Any) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import Fault, errors, install, on_fault, testing
-from .._command import CommandError
+from .._command import CommandError, Parser
 from ..forensics import startup
 from ..memory.sizes import parse_size
 from . import compat, ranks, supervisor
@@ -28,8 +28,8 @@ log = logging.getLogger("mlx_safe.server")
 KV_WINDOW_MIN = 32
 
 
-def _own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _own_parser() -> Parser:
+    parser = Parser(
         prog="mlx-safe serve",
         add_help=False,
         allow_abbrev=False,
@@ -200,6 +200,7 @@ def serve(arguments: Sequence[str]) -> int:
             )
         supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
     server = compat.import_server(allow_untested=own.allow_untested_mlx_lm)
+    compat.tell_mistakes_in_one_line(server)
     server.run = lambda host, port, model_provider, **_: run(
         server, host, port, model_provider, own, bool(injections)
     )
@@ -349,23 +350,13 @@ def _bind(host: str, port: int, handle: Any) -> _Server:
         server.socket.close()
         server.socket = listener
         return server
-    if not 0 <= port <= 65535:
-        raise CommandError(f"--port {port}: must be from 0 to 65535")
+    family, address = supervisor.find_address(host, port)
     try:
-        infos = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, _, _, _, address = infos[0]
         kind = type("_Server", (_Server,), {"address_family": family})
         bound: _Server = kind(address, handle)
         return bound
-    except socket.gaierror as e:
-        raise CommandError(f"--host {host}: {e.strerror}") from e
     except OSError as e:
-        raise CommandError(
-            f"cannot listen on {host}:{port}: {e.strerror}; choose another --port, or "
-            "stop what listens there"
-        ) from e
+        raise supervisor.cannot_listen(host, port, e) from e
 
 
 def check_paths(args: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ client is ever refused a connection.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import select
@@ -18,10 +17,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from .. import _core
+from .._command import CommandError, Parser
 
-__all__ = ["LISTEN_FD", "Supervisor", "main", "replace_this_process"]
+__all__ = [
+    "LISTEN_FD",
+    "Supervisor",
+    "cannot_listen",
+    "find_address",
+    "main",
+    "replace_this_process",
+]
 
 LISTEN_FD = "MLX_SAFE_LISTEN_FD"
 
@@ -135,25 +143,52 @@ class Supervisor:
                 pass
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Opens the socket and runs servers with ``arguments`` on it."""
-    parser = argparse.ArgumentParser(add_help=False)
+def find_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The family and the address to listen on.
+
+    Raises:
+        CommandError: there is none.
+    """
+    # getaddrinfo takes any number, and only its last 16 bits count.
+    if not 0 <= port <= 65535:
+        raise CommandError(f"--port {port}: must be from 0 to 65535")
+    try:
+        infos = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as e:
+        raise CommandError(f"--host {host}: {e.strerror}") from e
+    return infos[0][0], infos[0][4]
+
+
+def cannot_listen(host: str, port: int, error: OSError) -> CommandError:
+    """What to say of an address that cannot be bound."""
+    # Not the error's own text: socket.create_server adds the address to it.
+    why = os.strerror(error.errno) if error.errno else str(error)
+    return CommandError(
+        f"cannot listen on {host}:{port}: {why}; choose another --port, or stop what "
+        "listens there"
+    )
+
+
+def _listen(arguments: Sequence[str]) -> socket.socket:
+    parser = Parser(prog="mlx-safe serve", add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     known, _ = parser.parse_known_args(list(arguments))
+    family, address = find_address(known.host, known.port)
     try:
-        infos = socket.getaddrinfo(
-            known.host, known.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        listener = socket.create_server(
-            infos[0][4][:2], family=infos[0][0], backlog=512
-        )
-    except (OSError, OverflowError) as e:
-        print(
-            f"mlx-safe: cannot listen on {known.host}:{known.port}: {e}; choose "
-            "another --port, or stop what listens there",
-            file=sys.stderr,
-        )
+        return socket.create_server(address[:2], family=family, backlog=512)
+    except OSError as e:
+        raise cannot_listen(known.host, known.port, e) from e
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Opens the socket and runs servers with ``arguments`` on it."""
+    try:
+        listener = _listen(arguments)
+    except CommandError as e:
+        print(f"mlx-safe: {e}", file=sys.stderr)
         return USER_MISTAKE
     command = [sys.executable, "-m", "mlx_safe", "serve", *arguments]
     supervisor = Supervisor(listener, command)
