@@ -228,6 +228,29 @@ class TestCallbacks:
             assert wait_for(lambda: seen)
         assert "a fault callback failed" in caplog.text
 
+    def test_the_interpreter_may_end_while_a_callback_runs(self) -> None:
+        """Python up to 3.13 aborted: it unwound through our native code."""
+        done = child.run(
+            """
+            import threading, time
+            import mlx_safe
+            from mlx_safe import _core, testing
+
+            begun = threading.Event()
+
+            def work(fault):
+                begun.set()
+                until = time.monotonic() + 0.5
+                while time.monotonic() < until:
+                    _core.write_run_file()  # releases the GIL
+
+            mlx_safe.on_fault(work)
+            testing.record_fault(8)
+            assert begun.wait(20)
+            """
+        )
+        assert done.returncode == 0, done.stderr
+
     def test_needs_a_callable(self) -> None:
         with pytest.raises(TypeError, match="callable"):
             mlx_safe.on_fault(3)  # type: ignore[arg-type]

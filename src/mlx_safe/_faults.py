@@ -196,6 +196,10 @@ class Subscription:
         self.cancel()
 
 
+# For a callback that hangs; a report takes milliseconds.
+END_WAIT_S = 2.0
+
+
 class _Dispatcher:
     """The thread that calls the callbacks; started by the first of them.
 
@@ -208,6 +212,9 @@ class _Dispatcher:
         self._subscriptions: list[Subscription] = []
         self._thread: threading.Thread | None = None
         self._told = 0
+        # Held while callbacks run.
+        self._telling = threading.Lock()
+        self._ended = False
 
     def add(self, subscription: Subscription) -> None:
         with self._lock:
@@ -223,6 +230,9 @@ class _Dispatcher:
                     target=self._run, args=(fd,), name="mlx-safe-faults", daemon=True
                 )
                 self._thread.start()
+                import atexit
+
+                atexit.register(self._end)
 
     def remove(self, subscription: Subscription) -> None:
         with self._lock:
@@ -240,15 +250,32 @@ class _Dispatcher:
         poller.register(fd, select.POLLIN)
         while True:
             poller.poll()
-            _core.drain_notifications()
-            new = faults(self._told)
-            if new:
-                self._told = new[-1].number
-            for fault in new:
-                with self._lock:
-                    current = list(self._subscriptions)
-                for subscription in current:
-                    self._call(subscription, fault)
+            with self._telling:
+                if self._ended:
+                    return
+                self._tell()
+
+    def _tell(self) -> None:
+        _core.drain_notifications()
+        new = faults(self._told)
+        if new:
+            self._told = new[-1].number
+        for fault in new:
+            with self._lock:
+                current = list(self._subscriptions)
+            for subscription in current:
+                self._call(subscription, fault)
+
+    def _end(self) -> None:
+        """At the interpreter's end: waits for the callbacks that run.
+
+        Python up to 3.13 unwinds a daemon thread that asks for the GIL after the
+        end. In a native function that released it (the report's writer, most of
+        MLX) the unwinding meets nanobind's ``noexcept``, and the process aborts.
+        """
+        self._ended = True
+        if self._telling.acquire(timeout=END_WAIT_S):
+            self._telling.release()
 
     def _call(self, subscription: Subscription, fault: Fault) -> None:
         if subscription._cancelled or fault.number <= subscription._since:
