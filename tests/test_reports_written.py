@@ -203,17 +203,28 @@ def test_metal_fault_with_hooks_and_without(
 def test_crash_inside_the_handler(
     private_reports: Path, how: str, number: int, why: str | None
 ) -> None:
-    done = die(f"    _core.testing_break_reports()\n    {how}")
+    done = die(f"    _core.testing_break_reports(False)\n    {how}")
     assert done.returncode == -number, done.stderr
     first, second = paths(private_reports)
     text = first.read_text()
-    assert '"breadcrumbs"' in text and '"native_stack"' in text
-    assert '"complete"' not in text
+    assert '"epoch"' in text
+    assert '"context"' not in text and '"complete"' not in text
     minimal = json.loads(second.read_bytes())
     assert minimal["second"] is True and minimal["complete"] is True
     assert minimal["why"] == (why or "terminate")
     assert minimal["signal"]["name"] == "SIGSEGV"
     assert left_over(private_reports) == []
+
+
+def test_a_crash_while_pythons_stacks_are_read_costs_only_them(
+    private_reports: Path,
+) -> None:
+    """Where the thread that died has no GIL, the others run on meanwhile."""
+    done = die("    _core.testing_break_reports(True)\n    ctypes.string_at(0)")
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    report = only_report(private_reports)
+    assert report["complete"] is True and report["native_stack"]
+    assert "cut: a thread went on" in report["python_stacks"]
 
 
 def test_two_threads_at_once(private_reports: Path) -> None:

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "async_system.h"
 
@@ -65,6 +66,24 @@ bool run_guarded(void (*body)(void*), void (*on_crash)(int, const void*, void*),
     ::sigaction(kSignals[i], &g_guard.before[i], nullptr);
   g_guard.thread.store(0);
   return !g_guard.crashed;
+}
+
+bool run_part(void (*body)()) noexcept {
+  if (g_guard.thread.load() != current_thread_id()) {
+    body();
+    return true;
+  }
+  sigjmp_buf outer;
+  std::memcpy(&outer, &g_guard.back, sizeof outer);
+  auto on_crash = g_guard.on_crash;
+  g_guard.on_crash = [](int, const void*, void*) {};
+  // Not a variable of ours that changes: it might be lost in the jump.
+  if (sigsetjmp(g_guard.back, 1) == 0) body();
+  bool good = !g_guard.crashed;
+  g_guard.crashed = false;
+  g_guard.on_crash = on_crash;
+  std::memcpy(&g_guard.back, &outer, sizeof outer);
+  return good;
 }
 
 }  // namespace mlx_safe

@@ -10,6 +10,7 @@
 #include "metal/selectors.h"
 #include "objc/block.h"
 #include "report.h"
+#include "report_context.h"
 
 namespace mlx_safe {
 namespace {
@@ -83,7 +84,8 @@ void testing_throw_on_foreign_thread(const std::string& message) {
   std::thread([message] { throw std::runtime_error(message); }).detach();
 }
 
-void testing_break_reports() noexcept {
+void testing_break_reports(bool only_python_stacks) noexcept {
+  if (!only_python_stacks) return break_report_context();
   report_set_python_stacks([] { *static_cast<volatile char*>(nullptr) = 1; });
 }
 
