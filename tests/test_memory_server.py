@@ -270,6 +270,26 @@ def test_a_fault_lowers_the_ceiling(tiny_model: Path) -> None:
         assert "out of memory with" in server.log
 
 
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
+def test_what_a_fault_has_taught_refuses_no_replay(
+    tiny_model: Path, more: dict[str, Any]
+) -> None:
+    """Run again by itself it is tried, though it needs more than was learned."""
+    arguments = ["--max-active-memory-bytes", "2M", "--prompt-cache-size", "0"]
+    with Server(tiny_model, *arguments, program=CONTROLLED) as server:
+        server.wait_ready()
+        ask = {"max_tokens": 400, **more}
+        undisturbed = server.chat(**ask).text
+        server.plan("decode:300:8,decode:301:8")
+        answer = server.chat(**ask)
+        assert answer.status == 200 and answer.text == undisturbed
+        assert gauges(server)["ceiling"] < 1_000_000
+        assert server.metric("mlx_safe_replays_total") == 2
+        # Those that come later are told to come again.
+        refused = server.chat(**ask)
+        assert refused.error["code"] == "insufficient_memory"
+
+
 def test_the_start_says_what_fits(small: Server) -> None:
     line = next(x for x in small.log.splitlines() if "ceiling" in x)
     assert "model 363.3 kB, ceiling 6.0 MB, prompt cache at most" in line

@@ -189,10 +189,17 @@ class Admission:
         )
 
     def _situation(
-        self, reusable: int = 0, running: int = 0, may_wait: bool = False
+        self,
+        requests: list[Ticket],
+        reusable: int = 0,
+        running: int = 0,
+        may_wait: bool = False,
     ) -> Situation:
+        # A request that is run again by itself is tried: what a fault has taught is
+        # not to be refused for, as long as it has attempts left.
+        tried = len(requests) == 1 and requests[0].attempts > 0
         return Situation(
-            ceiling=self.ceiling().size,
+            ceiling=self.ceiling(learned=not tried).size,
             later=self.ceiling(learned=False).size,
             active=int(mx.get_active_memory()),
             pool=int(mx.get_cache_memory()),
@@ -303,7 +310,7 @@ class Admission:
             claim.deadline = before.deadline
         ticket.claim = None  # not among those that run
         reusable = self._prompt_cache.reusable_bytes(model, tokens)
-        found = self._decide_for(claim, ticket.step_max, reusable)
+        found = self._decide_for(ticket, claim, reusable)
         ticket.claim = claim
         earlier = self.held and self.held[0] is not ticket
         if found.verdict == "admit" and earlier and time.monotonic() < claim.deadline:
@@ -321,9 +328,10 @@ class Admission:
         ticket.uid = None
 
     def _decide_for(
-        self, claim: Claim, step_max: int | None, reusable: int = 0
+        self, ticket: Ticket, claim: Claim, reusable: int = 0
     ) -> Decision:
         running = self._running()
+        step_max = ticket.step_max
 
         def sizes(rows: int) -> list[int]:
             found = self._prefill.sizes(rows)
@@ -333,7 +341,8 @@ class Admission:
         may_wait = time.monotonic() < claim.deadline
         # Those that are held come before this one, and will run before it.
         ahead = len(running) + len(self.held)
-        return decide(self._situation(reusable, ahead, may_wait), options)
+        now = self._situation([*running, ticket], reusable, ahead, may_wait)
+        return decide(now, options)
 
     def _conclude(self, found: Decision, claim: Claim) -> None:
         """Raises what a verdict other than an admission means."""
@@ -382,7 +391,7 @@ class Admission:
         assert first.claim is not None
         # What it would reuse is not known here; as if it were to be evicted.
         claim, first.claim = first.claim, None
-        found = self._decide_for(claim, first.step_max)
+        found = self._decide_for(first, claim)
         first.claim = claim
         return None if found.verdict == "wait" else first
 
@@ -436,8 +445,9 @@ class Admission:
 
     def _make_room(self, sizes: Callable[[int], list[int]]) -> bool:
         """Whether the next step fits, with prompts read in one of these sizes."""
-        options = self._demand.next_step(self._running(), self._held_nbytes(), sizes)
-        found = decide(self._situation(), options)
+        running = self._running()
+        options = self._demand.next_step(running, self._held_nbytes(), sizes)
+        found = decide(self._situation(running), options)
         if found.verdict == "admit":
             self._carry_out(found)
         return found.verdict == "admit"
@@ -476,11 +486,12 @@ class Admission:
         """Whether the prompt cache may have so many bytes more; evicts for them."""
         if not self._enabled:
             return True
+        running = self._running()
         (step,) = self._demand.next_step(
-            self._running(), self._held_nbytes(), lambda rows: [self._prefill.size]
+            running, self._held_nbytes(), lambda rows: [self._prefill.size]
         )
         wanted = Option(step.step, step.growth + size, alone=0)
-        found = decide(self._situation(), [wanted])
+        found = decide(self._situation(running), [wanted])
         if found.verdict == "admit":
             self._carry_out(found)
         return found.verdict == "admit"
