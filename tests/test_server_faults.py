@@ -287,6 +287,26 @@ class TestHostileRequests:
         assert "there is no token" in answer.error["message"]
         assert shared_server.chat().status == 200
 
+    @pytest.mark.parametrize("path", PATHS)
+    @pytest.mark.parametrize("prompt", ["", ["one", "two"], [1, 2], None])
+    def test_a_prompt_that_is_none(
+        self, shared_server: Server, prompt: object, path: str
+    ) -> None:
+        """It is told so, and nobody else's state is reset for it."""
+        resets = shared_server.metric("mlx_safe_resets_total")
+        body = {"prompt": prompt, "max_tokens": 4, **PATHS[path]}
+        answer = shared_server.post(body, "/v1/completions")
+        assert answer.status == 400
+        assert answer.error["code"] == "invalid_request"
+        assert shared_server.metric("mlx_safe_resets_total") == resets
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_no_tokens_wanted(self, shared_server: Server, path: str) -> None:
+        resets = shared_server.metric("mlx_safe_resets_total")
+        answer = shared_server.chat(max_tokens=0, **PATHS[path])
+        assert answer.status in (200, 400)  # mlx-lm 0.32 refuses it
+        assert shared_server.metric("mlx_safe_resets_total") == resets
+
     def test_deep_nesting(self, shared_server: Server) -> None:
         deep = "[" * 700 + "]" * 700
         body = f'{{"messages": [{{"role": "user", "content": "x", "y": {deep}}}]}}'

@@ -223,7 +223,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         try:
-            self._check_limits(args)
+            self._check_limits(request, args)
             read = super()._tokenize
             found, cut = self._overflow.fit(
                 request, lambda request: read(tokenizer, request, args)
@@ -232,6 +232,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             raise
         except Exception as e:
             raise BadRequest(f"The prompt cannot be read: {one_line(e)}") from e
+        if not found[0]:
+            raise BadRequest("The prompt is empty.")
         # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
         # fail is this request's own.
         for word in args.stop_words:
@@ -259,8 +261,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         batch = watched(cls, self.admission)(*args, **kwargs)
         return self.admission.watch(self._prefill.watch(batch))
 
-    def _check_limits(self, args: Any) -> None:
-        """mlx-lm writes the biases without a look: out of bounds is a crash."""
+    def _check_limits(self, request: Any, args: Any) -> None:
+        """What mlx-lm takes without a look, and fails on in the midst of its work."""
+        if request.request_type == "text" and not isinstance(request.prompt, str):
+            raise BadRequest("The prompt must be one string.")
+        # Its batches answer with one token then; its sequential path has none.
+        args.max_tokens = max(1, args.max_tokens)
+        # Biases that are out of bounds are written all the same.
         model = self.model_provider.model
         size = getattr(getattr(model, "args", None), "vocab_size", None)
         for token in args.logits.logit_bias or {}:
