@@ -72,15 +72,21 @@ bool may_throw() {
 
 // ---- on Metal's completion thread ------------------------------------------
 
-// `done` is what the report's list of command buffers gets.
-FailureRef record_failure(Id buffer, CommandBufferRecord* done) {
+// For the report's list of command buffers.
+void record_done(const CommandBufferRecord& done) {
+  command_buffers().store(command_buffers().claim(), done);
+}
+
+FailureRef record_failure(Id buffer, CommandBufferRecord done) {
   Id error = send<Id>(buffer, selectors().error);
   FaultRecord fault{};
   describe(buffer, error, &fault);
-  fault.buffer = done->number;
-  fault.queue = done->queue;
-  done->failed = 1;
-  done->code = fault.code;
+  fault.buffer = done.number;
+  fault.queue = done.queue;
+  done.failed = 1;
+  done.code = fault.code;
+  // Before the fault, of which a report is written as soon as it is known.
+  record_done(done);
   fault_log().record(fault);
   g_counters.failed.fetch_add(1, std::memory_order_relaxed);
   return std::make_shared<Failure>(fault.message,
@@ -121,10 +127,12 @@ struct Completion {
     objc::AutoreleasePool pool;
     CommandBufferRecord done = describe_done(buffer, number);
     FailureRef own;
-    if (send<std::uint64_t>(buffer, selectors().status) == kStatusError)
-      own = record_failure(buffer, &done);
+    if (send<std::uint64_t>(buffer, selectors().status) == kStatusError) {
+      own = record_failure(buffer, done);
+    } else {
+      record_done(done);
+    }
     bool failed = own != nullptr;
-    command_buffers().store(command_buffers().claim(), done);
     // Before anybody who waits for it can go on.
     g_counters.completed.fetch_add(1, std::memory_order_relaxed);
     if (failed) note_reached(buffer);
