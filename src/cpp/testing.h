@@ -21,8 +21,8 @@ void testing_throw_on_foreign_thread(const std::string& message);
 // or when there is no Metal. Not for Metal's threads.
 void testing_run_command_buffer();
 
-// From now on a report of a dying process crashes while it is written: where its
-// context is copied, or where the stacks of Python are read.
+// From now on a report of a dying process crashes while it is written: where
+// its context is copied, or where the stacks of Python are read.
 void testing_break_reports(bool only_python_stacks) noexcept;
 
 }  // namespace mlx_safe

@@ -327,9 +327,7 @@ class Admission:
         ticket.held = False
         ticket.uid = None
 
-    def _decide_for(
-        self, ticket: Ticket, claim: Claim, reusable: int = 0
-    ) -> Decision:
+    def _decide_for(self, ticket: Ticket, claim: Claim, reusable: int = 0) -> Decision:
         running = self._running()
         step_max = ticket.step_max
 
