@@ -54,6 +54,8 @@ def test_segfault_in_the_midst_of_an_answer(
     assert "mlx_lm" in report["python_stacks"]
     crumbs = report["breadcrumbs"]
     assert ("server", "ok") in {(c["kind"], c["text"]) for c in crumbs}
+    ceilings = [c["fields"]["bytes"] for c in crumbs if c["kind"] == "ceiling"]
+    assert len(ceilings) == 1
     told = [c for c in crumbs if c["fields"].get("id") == request["id"]]
     assert [c["text"] for c in told][:2] == ["taken", "begun"]
     assert any(c["text"] == "completed" for c in crumbs)  # the first one

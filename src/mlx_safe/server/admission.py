@@ -32,6 +32,7 @@ from .demand import Demand
 from .observer import Observer
 from .prefill import PrefillStep
 from .prompt_cache import PromptCache
+from .recorder import breadcrumb
 from .replies import ContextTooLong, NotEnoughMemory, is_allocation_failure
 from .tickets import Claim, Flight, Ticket
 
@@ -156,6 +157,7 @@ class Admission:
         # A larger step would cost more prompt-cache entries than it is worth.
         self._prefill.settle(self.sizing.step)
         log.info("%s (%s)", self.sizing, ceiling.reason.source)
+        breadcrumb("ceiling", ceiling.reason.source, bytes=ceiling.size)
         if self.sizing.room > 0:
             return
         if self._flags.max_active_memory is not None:
@@ -246,6 +248,7 @@ class Admission:
         active = int(mx.get_active_memory())
         static = self.ceiling(learned=False).size
         value = self._learned.fault(active, self._baseline, static)
+        breadcrumb("ceiling", "out of memory", active=active, bytes=value)
         # The failure has its own line, a warning; this is what follows from it.
         log.info(
             "out of memory with %s active: the ceiling is %s for now",
