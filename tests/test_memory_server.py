@@ -237,8 +237,9 @@ def test_who_leaves_while_waiting_for_memory_is_noticed(tiny_model: Path) -> Non
 def test_memory_that_others_take_costs_a_pause_and_no_request(
     tiny_model: Path,
 ) -> None:
-    """The request that came last is put back and goes on later."""
+    """The request that came last is put back and goes on later, however long it is."""
     arguments = ["--max-active-memory-bytes", str(CEILING), "--prompt-cache-size", "0"]
+    arguments += ["--memory-wait", "0"]  # for those that have not begun
     with Server(tiny_model, *arguments, program=BALLOON) as server:
         server.wait_ready()
         with (

@@ -43,6 +43,9 @@ log = logging.getLogger("mlx_safe.server")
 # What the process holds besides MLX's memory changes slowly.
 CEILING_MAX_AGE_S = 1.0
 
+# How long a request that had begun may wait to go on, whatever --memory-wait says.
+BEGUN_WAIT_S = 60.0
+
 
 class Held(Exception):
     """The request waits for memory; it will be tokenized again."""
@@ -307,7 +310,7 @@ class Admission:
             prompt=len(tokens),
             total=len(tokens) + max_tokens,
             produced=len(ticket.produced),
-            deadline=time.monotonic() + self._flags.wait_s,
+            deadline=time.monotonic() + self._patience(ticket),
         )
         if before is not None and ticket.held:
             claim.deadline = before.deadline
@@ -329,6 +332,11 @@ class Admission:
             self.held.remove(ticket)
         ticket.held = False
         ticket.uid = None
+
+    def _patience(self, ticket: Ticket) -> float:
+        """Seconds that it may wait: what was begun is not given up for a short flag."""
+        begun = ticket.context is not None
+        return max(self._flags.wait_s, BEGUN_WAIT_S if begun else 0.0)
 
     def _decide_for(self, ticket: Ticket, claim: Claim, reusable: int = 0) -> Decision:
         running = self._running()
@@ -455,7 +463,7 @@ class Admission:
 
     def _preempt(self, ticket: Ticket) -> None:
         assert ticket.claim is not None
-        ticket.claim.deadline = time.monotonic() + self._flags.wait_s
+        ticket.claim.deadline = time.monotonic() + self._patience(ticket)
         self.events["preempted"] += 1
         ticket.interrupt()
         self.hold(ticket)

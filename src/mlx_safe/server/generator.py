@@ -251,7 +251,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         return found
 
     def _note_cut(self, cut: Cut, ticket: Ticket) -> None:
-        if ticket.context is None:  # not again when it is run again
+        if "X-Prompt-Truncated" not in ticket.headers:  # it may be tokenized again
             log.info("a prompt was %s (--max-prompt-tokens)", cut)
             self.metrics.truncations.inc()
             ticket.headers["X-Prompt-Truncated"] = str(cut)
