@@ -136,12 +136,16 @@ def build_environment(version: str, program: str, build: Path) -> Path:
     """A virtual environment with the build back end, hashes checked."""
     directory = build / f"python-{version}"
     wanted = ROOT / "requirements" / "build.txt"
-    uv = [sys.executable, "-m", "uv", "--quiet"]
     python = directory / "bin" / "python"
+    # With pip, as all that is installed here: it knows the machine's settings.
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    commands = [[*pip, "install", "--require-hashes", "-r", str(wanted)]]
     if not python.exists():
-        subprocess.run([*uv, "venv", "--python", program, str(directory)], check=True)
-    install = ["pip", "install", "--python", str(python), "--require-hashes"]
-    subprocess.run([*uv, *install, "-r", str(wanted)], check=True)
+        commands.insert(0, [program, "-m", "venv", str(directory)])
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BuildError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
     return python
 
 
