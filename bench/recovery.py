@@ -132,7 +132,7 @@ def load(running: list[Server], clients: int, requests: int, tokens: int) -> Cou
             left -= 1
             if answer.done and not answer.error:
                 outcomes["answered"] += 1
-            elif answer.error and answer.status == 503:
+            elif answer.status == 503:
                 outcomes["told to come again"] += 1
             else:
                 outcomes["lost"] += 1
