@@ -113,7 +113,6 @@ NB_MODULE(_core, m) {
   m.def("read_fault", &read_fault, "number"_a);
   m.def("notify_fd", [] { return fault_log().notify_fd(); });
   m.def("drain_notifications", [] { fault_log().drain_notifications(); });
-  m.def("notify", [] { fault_log().notify(); });
   m.def(
       "code_in_message",
       [](const std::string& text) { return code_in_message(text.c_str()); },

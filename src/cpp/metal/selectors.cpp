@@ -8,7 +8,6 @@ const Selectors& selectors() noexcept {
     return Selectors{
         .addCompletedHandler = s("addCompletedHandler:"),
         .code = s("code"),
-        .commandBuffer = s("commandBuffer"),
         .commandBufferWithUnretainedReferences =
             s("commandBufferWithUnretainedReferences"),
         .commandQueue = s("commandQueue"),

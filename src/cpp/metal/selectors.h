@@ -6,7 +6,7 @@
 namespace mlx_safe::metal {
 
 struct Selectors {
-  objc::Selector addCompletedHandler, code, commandBuffer,
+  objc::Selector addCompletedHandler, code,
       commandBufferWithUnretainedReferences, commandQueue, commit,
       encodeSignalEvent, error, GPUEndTime, GPUStartTime, label,
       localizedDescription, newCommandQueue, newSharedEvent, objectForKey,

@@ -32,8 +32,12 @@ def name_request(request: Any, request_id: str, path: str) -> None:
 
 def request_id(request: Any) -> str:
     """The id that was noted on mlx-lm's request; kept when ranks share it."""
-    name: tuple[str, str] = getattr(request, _NAME, ("-", "-"))
-    return name[0]
+    return _name(request)[0]
+
+
+def _name(request: Any) -> tuple[str, str]:
+    found: tuple[str, str] = getattr(request, _NAME, ("-", "-"))
+    return found
 
 
 class Place:
@@ -43,8 +47,7 @@ class Place:
     """
 
     def __init__(self, request: Any) -> None:
-        name: tuple[str, str] = getattr(request, _NAME, ("-", "-"))
-        self._id, path = name
+        self._id, path = _name(request)
         self._place = _core.request_begin(self._id, path)
         self._prompt_tokens = -1
         self._prefilled = 0

@@ -172,13 +172,10 @@ class Recovery:
         kind = errors.kind_of(fault.code)
         log.warning("fault of the GPU: %s; %s. %s", fault, fate, kind.advice)
 
-    def _fail_flight(self, exc: Exception) -> None:
-        for ticket in self._flight.tickets():
-            ticket.fail(exc)
-
     def fail_everyone(self, exc: Exception) -> None:
         """Also those that are still in the queue."""
-        self._fail_flight(exc)
+        for ticket in self._flight.tickets():
+            ticket.fail(exc)
         while True:
             try:
                 queue, *_ = self._requests().get_nowait()
