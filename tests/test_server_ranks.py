@@ -7,9 +7,7 @@ ends by itself, with the launcher and without it.
 from __future__ import annotations
 
 import json
-import random
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from support.server import Answer, Server
+from support.server import Answer, Server, free_port
 
 # Ranks that get no error from a lost peer (MLX up to 0.32.0) end after this time.
 STALL_TIMEOUT = ("--stall-timeout", "3")
-END_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 90.0
 
 # mlx-lm 0.31.3 serves a request with a seed on a stream of its own. On the CPU
 # backend that is a second thread that talks to the same sockets; with a GPU all
@@ -36,30 +34,12 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 
-def two_free_ports() -> int:
-    """The first of two in a row: mlx.launch gives each rank the next one.
-
-    From below the range that systems give to outgoing connections: the ring listens
-    seconds later.
-    """
-    for _ in range(100):
-        port = random.randrange(10_000, 30_000)
-        with socket.socket() as first, socket.socket() as second:
-            try:
-                first.bind(("127.0.0.1", port))
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-        return port
-    raise AssertionError("no two free ports in a row")
-
-
 @contextmanager
 def two_ranks(
     model: Path, directory: Path, *arguments: str, inject: tuple[str, str], **more: Any
 ) -> Iterator[list[Server]]:
     """Both ranks, ready; ``inject`` has the fault plan of each."""
-    port = two_free_ports()
+    port = free_port(2)
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in (0, 1)]))
     if not more.get("stock"):
@@ -175,7 +155,7 @@ def test_mlx_launch_ends_the_other_ranks(tiny_model: Path, tmp_path: Path) -> No
     program = tmp_path / "rank.py"
     program.write_text(f"#!{sys.executable}\n{LAUNCHED}")
     program.chmod(0o755)  # MLX 0.31 gives it to Python, 0.32 executes it
-    launcher = LAUNCHER.format(program=program, port=two_free_ports())
+    launcher = LAUNCHER.format(program=program, port=free_port(2))
     with Server(tiny_model, program=launcher) as server:
         server.wait_ready()
         assert_503(server.chat(), "unavailable")

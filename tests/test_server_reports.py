@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.server import Answer, Server
+from support.server import Server
 
 TEXT = "unmistakable words of a prompt"
 
@@ -30,22 +29,21 @@ def only_report(directory: Path) -> dict[str, Any]:
 def test_segfault_in_the_midst_of_an_answer(
     tiny_model: Path, private_reports: Path, more: dict[str, int]
 ) -> None:
-    answers: list[Answer] = []
+    messages = [{"role": "user", "content": TEXT}]
+    asked = {"messages": messages, "max_tokens": 100_000, "stream": True, **more}
     with Server(tiny_model).wait_ready() as server:
         assert server.chat().status == 200
-        asked = {"text": TEXT, "max_tokens": 100_000, "stream": True, **more}
-        thread = threading.Thread(target=lambda: answers.append(server.chat(**asked)))
-        thread.start()
-        server.wait_for_requests(1)
-        os.kill(server.process.pid, signal.SIGSEGV)
-        assert server.wait() == -signal.SIGSEGV
-        thread.join(30)
+        with server.stream(asked) as lines:
+            assert next(line for line in lines if line.startswith(b"data: "))
+            os.kill(server.process.pid, signal.SIGSEGV)
+            assert server.wait() == -signal.SIGSEGV
     report = only_report(private_reports)
     assert report["why"] == "signal" and report["signal"]["name"] == "SIGSEGV"
     (request,) = report["requests"]
     assert request["id"].startswith("chatcmpl-")
     assert request["path"] == "/v1/chat/completions"
-    assert request["prompt_tokens"] > 5 and request["age_ms"] >= 0
+    assert request["prompt_tokens"] > 5 and request["tokens"] > 0
+    assert request["age_ms"] >= 0
     memory = report["memory"]
     assert 0 < memory["active"] <= memory["peak"] < memory["footprint"]
     assert memory["footprint"] < memory["ceiling"] < memory["system_total"]

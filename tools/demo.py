@@ -16,6 +16,7 @@ import argparse
 import http.client
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -25,7 +26,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -57,6 +58,7 @@ WIDTH = 78
 # mlx-lm's own server. All it takes from mlx-safe is the fault.
 STOCK_PROGRAM = """\
 import os
+import random
 os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
 
 import mlx_safe
@@ -258,10 +260,12 @@ def running(program: Sequence[str], model: Path, log: Path) -> Iterator[Server]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, from below those of outgoing connections."""
+    for port in random.sample(range(10_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port between 10000 and 30000")
 
 
 # -- the protected server ------------------------------------------------------------

@@ -10,19 +10,20 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-START_TIMEOUT_S = 60.0
-REQUEST_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
+REQUEST_TIMEOUT_S = 90.0
 
 # mlx_lm.server as it is, with nothing of ours but the injected fault.
 STOCK = """
@@ -70,10 +71,23 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 """.replace("NEVER", str(NEVER))
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def free_port(count: int = 1) -> int:
+    """The first of ``count`` ports in a row that nobody has.
+
+    From below the range that systems give to outgoing connections: a server listens
+    seconds later, and another suite's clients connect meanwhile.
+    """
+    for _ in range(100):
+        port = random.randrange(10_000, 30_000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for i in range(count):
+                    s = stack.enter_context(socket.socket())
+                    s.bind(("127.0.0.1", port + i))
+            except OSError:
+                continue
+            return port
+    raise AssertionError(f"no {count} free ports in a row")
 
 
 @dataclass
@@ -119,7 +133,7 @@ class Answer:
         return self.body.rstrip().endswith("data: [DONE]")
 
 
-def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> bool:
+def eventually(condition: Callable[[], bool], timeout: float = 60.0) -> bool:
     """Whether ``condition`` becomes true: an answer is sent before it is stored."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -183,7 +197,7 @@ class Server:
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while True:
             for answer in self._lines[seen:]:
                 if receipt in answer:
@@ -198,7 +212,7 @@ class Server:
 
     def wait_for_requests(self, count: int) -> None:
         """Waits until so many requests have been taken."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while self.metric("mlx_safe_requests_in_flight") < count:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.005)
@@ -218,7 +232,7 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(10)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         status = self.process.wait(10)
@@ -228,7 +242,7 @@ class Server:
                 pipe.close()
         return status
 
-    def wait(self, timeout: float = 20.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         """Waits for the child to end by itself; its exit status."""
         status = self.process.wait(timeout)
         self._reader.join(5)
@@ -284,6 +298,13 @@ class Server:
             except (OSError, http.client.HTTPException) as e:
                 answer.broken = f"{type(e).__name__}: {e}"
         return answer.with_events()
+
+    @contextlib.contextmanager
+    def stream(self, body: Any) -> Iterator[Iterator[bytes]]:
+        """The lines of a chat's answer, as they come."""
+        with contextlib.closing(self._connect(REQUEST_TIMEOUT_S)) as connection:
+            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            yield iter(connection.getresponse())
 
     def chat(
         self, text: str = "hello there", timeout: float = REQUEST_TIMEOUT_S, **more: Any
