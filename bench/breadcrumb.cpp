@@ -38,7 +38,7 @@ void leave_with_fields(int i) {
   Fields fields;
   fields.add("tokens", [=](JsonWriter& json) { json.integer(i); });
   fields.add("id", [](JsonWriter& json) { json.text("cmpl-0123456789"); });
-  breadcrumb("bench", "a text of the usual length", fields.text());
+  breadcrumb("bench", "a text of the usual length", fields);
 }
 
 void record_buffer(int i) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,30 @@ def test_an_exception_that_cannot_be_asked(
     assert report["breadcrumbs"][-1]["text"] == "about to die"
     assert report["native_stack"]
     assert left_over(private_reports) == []
+
+
+def test_a_writer_that_hangs_does_not_keep_the_process_from_dying(
+    native: Native, private_reports: Path
+) -> None:
+    """what() of an exception never returns; another thread crashes."""
+    private_reports.mkdir()
+    done = native.run("what_crashes", str(private_reports), "hangs")
+    assert done.returncode == -signal.SIGSEGV, done
+    report = only_report(private_reports)
+    assert report["second"] is True and report["signal"]["name"] == "SIGSEGV"
+
+
+def test_a_directory_that_was_taken_away(private_reports: Path) -> None:
+    done = die(
+        f"""
+    import shutil
+    shutil.rmtree({str(private_reports)!r})
+    os.abort()
+    """
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    assert only_report(private_reports)["signal"]["name"] == "SIGABRT"
+    assert stat.S_IMODE(private_reports.stat().st_mode) == 0o700
 
 
 def test_who_sent_the_signal(private_reports: Path) -> None:

@@ -94,19 +94,15 @@ void JsonWriter::byte(char c) noexcept {
 }
 
 void JsonWriter::bytes(const char* at, std::size_t size) noexcept {
-  while (size > 0) {
-    std::size_t room = capacity_ - used_;
-    if (room == 0) {
-      byte(*at++);  // makes room, or there is none
-      --size;
-      continue;
-    }
-    std::size_t n = size < room ? size : room;
-    std::memcpy(into_ + used_, at, n);
-    used_ += n;
-    at += n;
-    size -= n;
+  for (std::size_t room; size > (room = capacity_ - used_);) {
+    std::memcpy(into_ + used_, at, room);
+    used_ += room;
+    byte(at[room]);  // makes room, or there is none
+    at += room + 1;
+    size -= room + 1;
   }
+  std::memcpy(into_ + used_, at, size);
+  used_ += size;
 }
 
 void JsonWriter::raw(const char* s) noexcept { bytes(s, std::strlen(s)); }
@@ -217,15 +213,17 @@ void JsonWriter::text_from(int from) noexcept {
 }
 
 void JsonWriter::integer(std::int64_t value) noexcept {
-  char digits[32];
-  std::size_t n = 0;
   auto rest = static_cast<std::uint64_t>(value);
   if (value < 0) {
     byte('-');
     rest = 0 - rest;
   }
-  append_number(digits, sizeof digits, &n, rest);
-  raw(digits);
+  char digits[20];  // the last one first
+  std::size_t n = 0;
+  do {
+    digits[n++] = static_cast<char>('0' + rest % 10);
+  } while ((rest /= 10) != 0);
+  while (n > 0) byte(digits[--n]);
 }
 
 void JsonWriter::address(std::uint64_t value) noexcept {

@@ -95,7 +95,7 @@ void record_breadcrumb(const char* kind, nb::str said, nb::dict values) {
     if (name == nullptr) continue;
     fields.add(name, [&](JsonWriter& json) { render(json, value, kDepthMax); });
   }
-  breadcrumb(kind, text, fields.text());
+  breadcrumb(kind, text, fields);
 }
 
 // False: too long.

@@ -14,15 +14,19 @@ Breadcrumbs& breadcrumbs() noexcept { return g_breadcrumbs; }
 
 CommandBuffers& command_buffers() noexcept { return g_command_buffers; }
 
-void breadcrumb(const char* kind, const char* text,
-                const char* fields) noexcept {
-  Breadcrumb crumb;
+void breadcrumb(const char* kind, const char* text, Fields& fields) noexcept {
+  Breadcrumb& crumb = fields.crumb_;
+  crumb.fields[fields.json_.used()] = '\0';
   crumb.time_ns = now_ns();
   crumb.thread = remembered_thread_id();
   copy_text(crumb.kind, sizeof crumb.kind, kind);
   copy_text(crumb.text, sizeof crumb.text, text);
-  copy_text(crumb.fields, sizeof crumb.fields, fields);
   g_breadcrumbs.store(g_breadcrumbs.claim(), crumb);
+}
+
+void breadcrumb(const char* kind, const char* text) noexcept {
+  Fields none;
+  breadcrumb(kind, text, none);
 }
 
 }  // namespace mlx_safe

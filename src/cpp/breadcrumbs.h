@@ -37,11 +37,12 @@ using CommandBuffers = Ring<CommandBufferRecord, 64>;
 Breadcrumbs& breadcrumbs() noexcept;
 CommandBuffers& command_buffers() noexcept;
 
-// The fields of a breadcrumb: whole members only; one that does not fit is left
-// out. Any thread; async-signal-safe.
+// A breadcrumb's fields: whole members only; one that does not fit is left out.
+// Written where they stay: to read a copy's bytes right after they were written
+// takes longer than to write them. Any thread; async-signal-safe.
 class Fields {
  public:
-  Fields() noexcept : json_(text_, sizeof text_ - 1) {}
+  Fields() noexcept : json_(crumb_.fields, sizeof crumb_.fields - 1) {}
 
   // `write(json)` writes the value.
   template <class Write>
@@ -58,20 +59,18 @@ class Fields {
     }
     return *this;
   }
-  const char* text() noexcept {
-    text_[json_.used()] = '\0';
-    return text_;
-  }
 
  private:
-  char text_[sizeof Breadcrumb::fields];
+  friend void breadcrumb(const char*, const char*, Fields&) noexcept;
+
+  Breadcrumb crumb_;
   JsonWriter json_;
   bool empty_ = true;
 };
 
-// Adds a breadcrumb. `text` and `kind` are cut to their room; `fields` is what
-// `Fields::text` gave, or null. Any thread.
-void breadcrumb(const char* kind, const char* text,
-                const char* fields = nullptr) noexcept;
+// Adds a breadcrumb; `fields` are used up. `text` and `kind` are cut to their
+// room. Any thread; async-signal-safe.
+void breadcrumb(const char* kind, const char* text, Fields& fields) noexcept;
+void breadcrumb(const char* kind, const char* text) noexcept;
 
 }  // namespace mlx_safe

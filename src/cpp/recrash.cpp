@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT};
 constexpr std::size_t kCount = sizeof kSignals / sizeof *kSignals;
-constexpr int kWaitLimitMs = 10'000;
+constexpr int kWaitLimitMs = 5'000;
 
 struct Guard {
   std::atomic<std::uint64_t> thread{0};  // that is in the body; 0: nobody
@@ -27,14 +27,25 @@ struct Guard {
 };
 constinit Guard g_guard;
 
+void put_back(std::size_t i) noexcept {
+  ::sigaction(kSignals[i], &g_guard.before[i], nullptr);
+}
+
+// Of a thread that is not in the body. What crashed does so again afterwards,
+// under the handlers that are back.
+void wait_for_body(int number, const siginfo_t& info) noexcept {
+  for (int ms = 0; ms < kWaitLimitMs && g_guard.thread.load() != 0; ms += 10)
+    sleep_ms(10);
+  // The body hangs. It must not keep the process from dying.
+  if (g_guard.thread.load() != 0)
+    for (std::size_t i = 0; i < kCount; ++i)
+      if (kSignals[i] == number) put_back(i);
+  if (was_sent(info)) ::raise(number);
+}
+
 void on_signal(int number, siginfo_t* info, void*) {
-  if (g_guard.thread.load() != current_thread_id()) {
-    for (int ms = 0; ms < kWaitLimitMs && g_guard.thread.load() != 0; ms += 10)
-      sleep_ms(10);
-    // What crashed does so again, under the handlers that are back.
-    if (was_sent(*info)) ::raise(number);
-    return;
-  }
+  if (g_guard.thread.load() != current_thread_id())
+    return wait_for_body(number, *info);
   // A crash of `on_crash` itself only ends it.
   if (!g_guard.crashed) {
     g_guard.crashed = true;
@@ -62,8 +73,7 @@ bool run_guarded(void (*body)(void*), void (*on_crash)(int, const void*, void*),
       ::sigaction(kSignals[i], &ours, &g_guard.before[i]);
     body(argument);
   }
-  for (std::size_t i = 0; i < kCount; ++i)
-    ::sigaction(kSignals[i], &g_guard.before[i], nullptr);
+  for (std::size_t i = 0; i < kCount; ++i) put_back(i);
   g_guard.thread.store(0);
   return !g_guard.crashed;
 }

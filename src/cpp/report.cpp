@@ -19,6 +19,7 @@ namespace mlx_safe {
 namespace {
 
 constexpr int kPrivate = 0600;
+constexpr int kPrivateDirectory = 0700;
 // Where others may write to the directory, a link could be in its place.
 constexpr int kOwnFile = O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC;
 constexpr int kNamesMax = 99;  // reports of one process in one second
@@ -90,6 +91,10 @@ int open_new(const char* path) noexcept {
     if (reserve >= 0) ::close(reserve);
     fd = ::open(path, kFlags, kPrivate);
   }
+  // Somebody took the whole directory away while the process ran.
+  if (fd < 0 && errno == ENOENT &&
+      ::mkdir(g_state.directory, kPrivateDirectory) == 0)
+    fd = ::open(path, kFlags, kPrivate);
   return fd;
 }
 
@@ -322,9 +327,10 @@ Claim claim_terminal() noexcept {
 
 void terminal_written() noexcept { g_state.terminal_done.store(true); }
 
-void wait_for_terminal() noexcept {
-  for (int ms = 0; ms < 10'000 && !g_state.terminal_done.load(); ms += 10)
+bool wait_for_terminal() noexcept {
+  for (int ms = 0; ms < 5'000 && !g_state.terminal_done.load(); ms += 10)
     sleep_ms(10);
+  return g_state.terminal_done.load();
 }
 
 void release_terminal() noexcept {

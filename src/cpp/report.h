@@ -77,8 +77,9 @@ enum class Claim { kFirst, kSameThread, kOtherThread };
 Claim claim_terminal() noexcept;
 // It has written: others need not wait any longer.
 void terminal_written() noexcept;
-// Waits until then, at most ten seconds. Async-signal-safe.
-void wait_for_terminal() noexcept;
+// Waits until then, at most five seconds; false: whoever writes hangs.
+// Async-signal-safe.
+bool wait_for_terminal() noexcept;
 // The process lives on after all (a handler of the program's own took it).
 void release_terminal() noexcept;
 

@@ -70,27 +70,36 @@ bool pass_on(Handled& h, siginfo_t* info, void* context) noexcept {
   return false;
 }
 
+Event event_of(int number, const siginfo_t& info, void* context) noexcept {
+  Event event;
+  event.why = "signal";
+  event.signal = number;
+  if (was_sent(info)) {
+    event.sender = info.si_pid;
+  } else {
+    event.address = info.si_addr;
+  }
+  event.signal_context = context;
+  event.terminal = true;
+  return event;
+}
+
+void report(Claim claim, Event event) noexcept {
+  if (claim == Claim::kFirst) {
+    run_guarded(&write_body, &write_second, &event);
+    terminal_written();
+  } else if (claim == Claim::kOtherThread && !wait_for_terminal()) {
+    // The other one hangs, in what() of an exception, say.
+    write_second_report(event, event.signal, event.address);
+  }
+}
+
 void on_signal(int number, siginfo_t* info, void* context) {
   int saved_errno = errno;
   Handled* h = handled(number);
   if (g_active.load() && g_survived.load() < kSurvivedMax) {
     Claim claim = claim_terminal();
-    if (claim == Claim::kFirst) {
-      Event event;
-      event.why = "signal";
-      event.signal = number;
-      if (was_sent(*info)) {
-        event.sender = info->si_pid;
-      } else {
-        event.address = info->si_addr;
-      }
-      event.signal_context = context;
-      event.terminal = true;
-      run_guarded(&write_body, &write_second, &event);
-      terminal_written();
-    } else if (claim == Claim::kOtherThread) {
-      wait_for_terminal();
-    }
+    report(claim, event_of(number, *info, context));
     errno = saved_errno;
     // Where the process lives on, its next crash is another one.
     if (pass_on(*h, info, context) && claim == Claim::kFirst) {

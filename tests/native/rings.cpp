@@ -30,7 +30,9 @@ constexpr int kEach = 20'000;
 void write_all(int writer) {
   for (int i = 0; i < kEach; ++i) {
     std::string text = std::to_string(writer) + "." + std::to_string(i);
-    breadcrumb(text.c_str(), text.c_str(), text.c_str());
+    Fields fields;
+    fields.add("", [&](JsonWriter& json) { json.raw(text.c_str()); });
+    breadcrumb(text.c_str(), text.c_str(), fields);
     FaultRecord fault{};
     fault.code = i;
     fault.buffer = static_cast<std::uint64_t>(i);
@@ -45,7 +47,7 @@ void write_all(int writer) {
 void read_all() {
   breadcrumbs().each([](const Breadcrumb& crumb) {
     if (std::strcmp(crumb.kind, crumb.text) != 0 ||
-        std::strcmp(crumb.text, crumb.fields) != 0)
+        crumb.fields != "\"\": " + std::string(crumb.text))
       fail("half a breadcrumb");
   });
   std::uint64_t last = 0;
