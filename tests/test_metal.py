@@ -327,6 +327,52 @@ def test_python_without_a_device_stands_aside(native: Native) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("mode", ["intercept", "observe"])
+@pytest.mark.parametrize(
+    "plan, why",
+    [
+        ("fail_next()", "a trivial command buffer failed"),
+        ("fail_next(4)", "a trivial command buffer failed"),
+        ("sim.metalsim_hold_handlers(1)", "did not complete in 5 s"),
+    ],
+)
+def test_python_a_failed_verification_breaks_nothing(
+    native: Native, mode: str, plan: str, why: str
+) -> None:
+    """The hooks are taken out, a warning says so, and the next install works."""
+    done = in_python(
+        native,
+        f"""
+    import warnings
+    {plan}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        status = mlx_safe.install(mode={mode!r})
+    assert not status.verified and not status.hooked, status
+    assert {why!r} in status.reasons[-1], status.reasons
+    assert len(told) == 1 and {why!r} in str(told[0].message), told
+    assert sim.metalsim_modified_methods() == 0
+    assert status.terminate_handler and mlx_safe.status().installed
+    sim.metalsim_hold_handlers(0)
+    sim.metalsim_reset()
+    assert mlx_safe.install(mode={mode!r}).verified
+    testing.run_command_buffer()
+    """,
+        MLX_SAFE_AUTOINSTALL="0",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_imports_while_the_device_fails(native: Native) -> None:
+    done = in_python(
+        native,
+        "\n    print(status.reasons[-1])",
+        before="sim.metalsim_plan_fail(1, 8, 1, 0); import warnings; "
+        "warnings.simplefilter('ignore')",
+    )
+    assert "a trivial command buffer failed" in done.stdout, done.stderr
+
+
 def test_python_threads_all_learn_of_their_failures(native: Native) -> None:
     done = in_python(
         native,
