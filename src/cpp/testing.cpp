@@ -1,5 +1,7 @@
 #include "testing.h"
 
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -7,6 +9,7 @@
 #include "async_io.h"
 #include "fault_log.h"
 #include "metal/error.h"
+#include "metal/hook_table.h"
 #include "metal/selectors.h"
 #include "objc/block.h"
 #include "report.h"
@@ -15,20 +18,43 @@
 namespace mlx_safe {
 namespace {
 
-// MLX 0.31.2's check_error. Holds the event, as MLX's handlers do: a command
-// buffer with unretained references does not.
+// What MLX 0.32 keeps of a failed buffer, to raise it from the evaluation.
+struct Stored {
+  std::mutex mutex;
+  std::string error;
+
+  void put(std::string text) {
+    std::lock_guard lock(mutex);
+    error = std::move(text);
+  }
+  std::string get() {
+    std::lock_guard lock(mutex);
+    return error;
+  }
+};
+
+// MLX's check_error: 0.31.2 throws, 0.32 stores. Holds the event, as MLX's
+// handlers do: a command buffer with unretained references does not.
 struct CheckError {
   objc::Id event;
+  const std::shared_ptr<Stored>* stored;  // null: throw
 
-  void retain() const { objc::runtime().objc_retain(event); }
-  void release() const { objc::runtime().objc_release(event); }
+  void retain() {
+    objc::runtime().objc_retain(event);
+    if (stored != nullptr) stored = new std::shared_ptr<Stored>(*stored);
+  }
+  void release() const {
+    objc::runtime().objc_release(event);
+    delete stored;
+  }
   void invoke(objc::Id buffer) const {
     const auto& s = metal::selectors();
     if (objc::send<std::uint64_t>(buffer, s.status) != 5) return;
     auto error = objc::send<objc::Id>(buffer, s.error);
     auto text = objc::send<objc::Id>(error, s.localizedDescription);
-    throw std::runtime_error(std::string(metal::kMessagePrefix) +
-                             objc::utf8(text));
+    std::string message = std::string(metal::kMessagePrefix) + objc::utf8(text);
+    if (stored == nullptr) throw std::runtime_error(message);
+    (*stored)->put(std::move(message));
   }
 };
 
@@ -56,7 +82,10 @@ void testing_run_command_buffer() {
   auto buffer =
       objc::send<objc::Id>(queue, s.commandBufferWithUnretainedReferences);
   set_label(buffer, "mlx_safe.testing");
-  objc::StackBlock<CheckError> check({event.get()});
+  auto stored = std::make_shared<Stored>();
+  bool stores =
+      metal::hooks_active() && metal::hook_mode() == metal::Mode::kObserve;
+  objc::StackBlock<CheckError> check({event.get(), stores ? &stored : nullptr});
   objc::send<void>(buffer, s.encodeSignalEvent, event.get(), std::uint64_t{1});
   objc::send<void>(buffer, s.addCompletedHandler,
                    static_cast<const void*>(&check));
@@ -64,6 +93,8 @@ void testing_run_command_buffer() {
   if (!objc::send<bool>(event.get(), s.waitUntilSignaledValue, std::uint64_t{1},
                         std::uint64_t{20000}))
     throw std::runtime_error("the command buffer did not complete in 20 s");
+  if (std::string error = stored->get(); !error.empty())
+    throw std::runtime_error(error);
 }
 
 std::uint64_t testing_record_fault(std::int32_t code,

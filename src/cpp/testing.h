@@ -15,10 +15,12 @@ std::uint64_t testing_record_fault(std::int32_t code,
 // catches, as MLX 0.31.2 does on Metal's completion thread.
 void testing_throw_on_foreign_thread(const std::string& message);
 
-// Runs one empty command buffer on the real (or simulated) device as MLX 0.31.2
-// does: with a completion handler that throws when the buffer has failed, and
-// an event that is waited for. Throws std::runtime_error when the wait raises,
-// or when there is no Metal. Not for Metal's threads.
+// Runs one empty command buffer on the real (or simulated) device as MLX does
+// in the regime that is installed: with an event that is waited for, and a
+// completion handler that, when the buffer has failed, stores the error for the
+// waiter to raise (observe, MLX 0.32) or throws it (otherwise, MLX 0.31.2).
+// Throws std::runtime_error for a failure, or when there is no Metal. Not for
+// Metal's threads.
 void testing_run_command_buffer();
 
 // From now on a report of a dying process crashes while it is written: where

@@ -70,6 +70,23 @@ bool may_throw() {
   throw std::runtime_error(failure->message);
 }
 
+// A wait is let go although handlers have not run: it is not known whether what
+// it waited for is good, so it counts as failed. Raises where that may be.
+void give_up_waiting() {
+  g_counters.gate_limit.fetch_add(1);
+  FaultRecord fault{};
+  fault.code = -1;
+  copy_text(
+      fault.message, sizeof fault.message,
+      "[METAL] Command buffer execution failed: not known, its completion "
+      "handlers did not run in 10 s");
+  fault_log().record(fault);
+  if (hook_mode() != Mode::kIntercept) return;
+  auto failure = std::make_shared<Failure>(fault.message, objc::Owned());
+  if (may_throw()) raise(failure);
+  consume(std::move(failure));
+}
+
 // ---- on Metal's completion thread ------------------------------------------
 
 // For the report's list of command buffers.
@@ -221,8 +238,7 @@ void hook_waitUntilCompleted(void (*original)(Id, Selector), Id self,
     return original(self, selector);
   BufferRef record = ledger().find(self);
   original(self, selector);
-  if (record && !ledger().settle_buffer(record, kGateLimit))
-    g_counters.gate_limit.fetch_add(1);
+  if (record && !ledger().settle_buffer(record, kGateLimit)) give_up_waiting();
 }
 
 // MLX 0.31.2's synchronize looks at the status of its own, empty buffer; a
@@ -294,7 +310,7 @@ bool hook_waitUntilSignaledValue(
   auto limit = rest_of(timeout_ms, begin);
   if (!ledger().settle_event(self, value, real, limit)) {
     if (limit < kGateLimit) return false;  // the caller's own time is up
-    g_counters.gate_limit.fetch_add(1);
+    give_up_waiting();
   }
   if (hook_mode() != Mode::kIntercept) return reached;  // MLX raises by itself
   FailureRef failure = ledger().failure_of(self, value);

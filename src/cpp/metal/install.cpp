@@ -187,8 +187,9 @@ bool patch_all(Installation& in, const Probe& probe, Mode mode,
   return true;
 }
 
-// Whether it came to `value` in time. When its buffer fails, the hook of the wait
-// raises on this thread, as it does for MLX; the counters tell of it as well.
+// Whether it came to `value` in time. When its buffer fails, the hook of the
+// wait raises on this thread, as it does for MLX; the counters tell of it as
+// well.
 bool wait_for(Id event, std::uint64_t value, std::uint64_t limit_ms) {
   try {
     return send<bool>(event, selectors().waitUntilSignaledValue, value,

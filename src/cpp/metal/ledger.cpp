@@ -11,6 +11,18 @@ namespace {
 // evaluation, so it takes a fence with this many failures.
 constexpr std::size_t kPoisonsMax = 64;
 
+// Waits until `good()`, in slices: while the process is stopped or the machine
+// sleeps the handlers do not run either, and that costs one slice only.
+template <class Good>
+bool wait_in_slices(std::condition_variable& changed,
+                    std::unique_lock<std::mutex>& lock,
+                    std::chrono::milliseconds limit, Good good) {
+  constexpr std::chrono::milliseconds kSlice{100};
+  for (; limit > kSlice; limit -= kSlice)
+    if (changed.wait_for(lock, kSlice, good)) return true;
+  return changed.wait_for(lock, limit, good);
+}
+
 }  // namespace
 
 void Ledger::forget_buffer(Id buffer) {
@@ -243,7 +255,7 @@ bool Ledger::settle_event(Id event, std::uint64_t value, std::uint64_t real,
                           std::chrono::milliseconds limit) {
   if (event_count_.load() == 0) return true;
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, limit, [&] {
+  return wait_in_slices(changed_, lock, limit, [&] {
     auto it = events_.find(event);
     return it == events_.end() || !is_closed(it->second, value, real);
   });
@@ -252,7 +264,7 @@ bool Ledger::settle_event(Id event, std::uint64_t value, std::uint64_t real,
 bool Ledger::settle_buffer(const BufferRef& buffer,
                            std::chrono::milliseconds limit) {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, limit, [&] { return buffer->settled; });
+  return wait_in_slices(changed_, lock, limit, [&] { return buffer->settled; });
 }
 
 std::uint64_t Ledger::visible(Id event, std::uint64_t real) {
