@@ -67,6 +67,7 @@ format: $(VENVS)/lint.ready  ## puts the sources into shape
 
 bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODEL)/complete  ## measures and prints ratios
 	MLX_SAFE_METAL_RUNTIME=build/native/metalsim/libmetalsim.so build/native/hook_overhead build/native/libmlx_safe_hooks.so
+	MLX_SAFE_METAL_RUNTIME=build/native/metalsim/libmetalsim.so build/native/hook_overhead build/native/libmlx_safe_hooks.so --many 10000000
 	build/native/breadcrumb_cost
 	$(VENVS)/observe/bin/python bench/breadcrumb.py
 	$(VENVS)/observe/bin/python bench/import_time.py
