@@ -7,13 +7,17 @@ the wheels must be all that a release has.
 from __future__ import annotations
 
 import argparse
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from elftools.common.exceptions import ELFError
 from wheelcheck import archive, elf, macho
 
+# What the readers of object files raise on one that is cut or makes no sense.
+DAMAGED = (AttributeError, LookupError, ValueError, ELFError, struct.error)
 PYTHONS = ("cp310-cp310", "cp311-cp311", "cp312-abi3")
 
 
@@ -22,6 +26,9 @@ def problems(wheel: Path) -> Iterator[str]:
     tags = archive.Tags.of(wheel.name)
     if tags is None:
         yield "not the name of a wheel that we make"
+        return
+    if not wheel.is_file():
+        yield "there is no such file"
         return
     if not zipfile.is_zipfile(wheel):
         yield "not a zip archive"
@@ -34,10 +41,13 @@ def problems(wheel: Path) -> Iterator[str]:
         if tags.extension not in opened.namelist():
             return
         raw = opened.read(tags.extension)
-    if tags.platform.startswith("macosx"):
-        yield from macho.check(raw, tags.python)
-    else:
-        yield from elf.check(raw, tags.python, tags.platform)
+    try:
+        if tags.platform.startswith("macosx"):
+            yield from macho.check(raw, tags.python)
+        else:
+            yield from elf.check(raw, tags.python, tags.platform)
+    except DAMAGED as e:
+        yield f"{tags.extension} is damaged: {type(e).__name__}: {e}"
 
 
 def missing(wheels: list[Path]) -> Iterator[str]:

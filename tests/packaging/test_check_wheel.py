@@ -100,6 +100,20 @@ def wrong_record(files: Contents) -> None:
     files[record] = files[record].replace(b"sha256=", b"sha256=A", 1)
 
 
+def cut(size: int) -> Callable[[Contents], None]:
+    def change(files: Contents) -> None:
+        files[extension(files)] = files[extension(files)][:size]
+
+    return change
+
+
+def emptied(suffix: str) -> Callable[[Contents], None]:
+    def change(files: Contents) -> None:
+        files[next(name for name in files if name.endswith(suffix))] = b""
+
+    return change
+
+
 def wrong_tag(files: Contents) -> None:
     name = next(name for name in files if name.endswith("/WHEEL"))
     files[name] = files[name].replace(b"Tag: cp312-abi3-", b"Tag: cp313-abi3-")
@@ -107,6 +121,12 @@ def wrong_tag(files: Contents) -> None:
 
 ANY = {
     "a file too many": (adding("mlx_safe/x.dylib", b"x"), "does not belong here"),
+    "a module too few": (without("server/launcher.py"), "launcher.py is missing"),
+    "no requirements": (emptied("/METADATA"), "METADATA requires [] for server"),
+    "no command": (emptied("/entry_points.txt"), "has no command mlx-safe"),
+    "cut at once": (cut(100), "_core"),
+    "cut in the middle": (cut(60_000), "_core"),
+    "an empty extension": (cut(0), "not a"),
     "no extension": (without(".so"), "is missing"),
     "wrong RECORD": (wrong_record, "is not what RECORD says"),
     "wrong tag": (wrong_tag, "WHEEL has the tags"),
@@ -133,6 +153,10 @@ MACOS = {
     "a name outside the stable ABI": (
         replacing(b"_PyErr_Clear\0", b"_PyErr_Cleax\0"),
         "PyErr_Cleax is not in Python's stable ABI",
+    ),
+    "a name of a later macOS": (
+        replacing(b"_sigaction\0", b"_strchrnul\0"),
+        "_strchrnul is not known to be in the /usr/lib/libSystem.B.dylib",
     ),
     "no unwind table": (patching(section("__unwind_info"), 9), "has version 9"),
     "no signature": (
@@ -179,11 +203,14 @@ def test_a_changed_wheel_for_macos_is_refused(
     assert any(complaint in line for line in found), found
 
 
-@pytest.mark.parametrize("case", LINUX)
+CUT = {name: change for name, change in ANY.items() if "cut" in name}
+
+
+@pytest.mark.parametrize("case", [*CUT, *LINUX])
 def test_a_changed_wheel_for_linux_is_refused(
     case: str, linux_wheel: Path, tmp_path: Path
 ) -> None:
-    change, complaint = LINUX[case]
+    change, complaint = {**CUT, **LINUX}[case]
     found = list(check_wheel.problems(changed(linux_wheel, tmp_path, change)))
     assert any(complaint in line for line in found), found
 
@@ -197,6 +224,15 @@ def test_a_wheel_of_another_name_is_refused(macos_wheel: Path, tmp_path: Path) -
     other = tmp_path / macos_wheel.name.replace("macosx_14", "macosx_11")
     other.write_bytes(macos_wheel.read_bytes())
     assert list(check_wheel.problems(other)) == ["not the name of a wheel that we make"]
+
+
+def test_a_wheel_that_is_not_there_is_refused(
+    macos_wheel: Path, tmp_path: Path
+) -> None:
+    gone = tmp_path / macos_wheel.name
+    assert list(check_wheel.problems(gone)) == ["there is no such file"]
+    gone.write_bytes(macos_wheel.read_bytes()[:20_000])
+    assert list(check_wheel.problems(gone)) == ["not a zip archive"]
 
 
 def test_a_release_is_complete(macos_wheel: Path) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.parser import HeaderParser
+from pathlib import Path
 
 NAME = re.compile(
     r"mlx_safe-(?P<version>[^-]+)-(?P<python>cp310-cp310|cp311-cp311|cp312-abi3)-"
@@ -19,6 +20,14 @@ EXTENSION = {
     "macosx_14_0_arm64": "darwin",
     "manylinux_2_35_x86_64": "x86_64-linux-gnu",
     "manylinux_2_35_aarch64": "aarch64-linux-gnu",
+}
+SOURCE = Path(__file__).parents[2] / "src" / "mlx_safe"
+COMMAND = "mlx-safe = mlx_safe.cli:main"
+# Distributions that are needed, by the extra that needs them (None: always).
+NEEDED = {
+    None: {"mlx"},
+    "server": {"mlx-lm", "prometheus-client", "rich"},
+    "cli": {"rich"},
 }
 METADATA_FILES = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
 
@@ -62,14 +71,20 @@ def _names(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
     if len(names) != len(set(names)):
         yield "a name is there twice"
     known = {f"{_info(tags)}/{name}" for name in METADATA_FILES}
-    missing = {*known, tags.extension, "mlx_safe/py.typed", "mlx_safe/_core.pyi"}
-    for name in sorted(missing - {*names}):
+    known |= {tags.extension, *_sources()}
+    for name in sorted(known - {*names}):
         yield f"{name} is missing"
-    known |= {tags.extension, "mlx_safe/py.typed"}
-    for name in names:
-        python = re.fullmatch(r"mlx_safe/([a-z_]+/)*\w+\.pyi?", name)
-        if name not in known and not python:
-            yield f"{name} does not belong here"
+    for name in sorted({*names} - known):
+        yield f"{name} does not belong here"
+
+
+def _sources() -> set[str]:
+    """What lies in the source tree beside this tool, as it lies in a wheel."""
+    return {
+        path.relative_to(SOURCE.parent).as_posix()
+        for path in SOURCE.rglob("*")
+        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+    }
 
 
 def _record(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
@@ -108,7 +123,25 @@ def _metadata(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
         metadata = HeaderParser().parsestr(text)
         if metadata["Version"] != tags.version:
             yield f"METADATA has the version {metadata['Version']}"
+        yield from _needed(metadata.get_all("Requires-Dist", []))
+    commands = f"{_info(tags)}/entry_points.txt"
+    if commands in names and COMMAND not in archive.read(commands).decode():
+        yield f"entry_points.txt has no command {COMMAND}"
     if "mlx_safe/_version.py" in names:
         source = archive.read("mlx_safe/_version.py").decode()
         if f'__version__ = "{tags.version}"' not in source:
             yield f"mlx_safe/_version.py is not of version {tags.version}"
+
+
+def _needed(requirements: list[str]) -> Iterator[str]:
+    """PEP 508: ``name[extras]specifiers; markers``."""
+    found: dict[str | None, set[str]] = {extra: set() for extra in NEEDED}
+    for requirement in requirements:
+        name, _, marker = requirement.partition(";")
+        extra = re.search(r"""extra == ["'](\w+)["']""", marker)
+        distribution = re.match(r"[\w.-]+", name)
+        if distribution is not None:
+            found.setdefault(extra and extra[1], set()).add(distribution[0])
+    for extra, names in found.items():
+        if names != NEEDED.get(extra):
+            yield f"METADATA requires {sorted(names)} for {extra or 'all'}"
