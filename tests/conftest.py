@@ -24,6 +24,19 @@ os.environ["MLX_SAFE_REPORT_DIR"] = _reports_of_this_process.name
 READS_WHEELS = importlib.util.find_spec("lief") is not None
 collect_ignore = [] if READS_WHEELS else ["contract", "packaging"]
 
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # No luck: the same cases each time, and however slow the machine is. Here, as
+    # `@given` takes what holds when its file is read.
+    settings.register_profile(
+        "mlx_safe",
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("mlx_safe")
+
 
 def pytest_report_header() -> list[str]:
     if READS_WHEELS:

@@ -136,7 +136,8 @@ def test_install_from_many_threads() -> None:
     for t in threads:
         t.start()
     for t in threads:
-        t.join(30)
+        t.join(300)
+    assert not any(t.is_alive() for t in threads)
     assert mlx_safe.install().installed
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import cache as caches
 
@@ -21,16 +21,6 @@ from mlx_safe.memory.sizes import format_size, parse_size
 from mlx_safe.memory.sizing import sizing
 
 GB = 10**9
-
-# No luck: the same cases each time, and however slow the machine is.
-settings.register_profile(
-    "mlx_safe",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("mlx_safe")
-
 
 # -- sizes ---------------------------------------------------------------------
 

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from support.server import Server
+from support.server import NEVER, Server
+
+# The protected server; each step of its model takes a hundredth of a second or more.
+SLOW = """
+import sys, time
+from mlx_safe import testing
+from mlx_safe.cli import main
+count = testing.step
+def step(phase):
+    time.sleep(0.01)
+    count(phase)
+testing.step = step
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
 def test_a_stall_is_fatal_and_told(tiny_model: Path, more: dict[str, int]) -> None:
     with Server(
-        tiny_model, "--stall-timeout", "1.5", inject="decode:5:0:once:stall"
+        tiny_model, "--stall-timeout", "3", inject="decode:5:0:once:stall"
     ).wait_ready() as server:
-        answer = server.chat(timeout=20, **more)
+        answer = server.chat(**more)
         assert answer.status == 503
         assert answer.error["code"] == "unavailable"
-        assert "no progress for 1.5 s" in answer.error["message"]
+        assert "no progress for 3 s" in answer.error["message"]
         assert server.wait() == 75
         assert "all stacks follow" in server.log
         assert "in step" in server.log  # where it hangs, by name
 
 
 def test_a_long_answer_is_no_stall(tiny_model: Path) -> None:
-    with Server(tiny_model, "--stall-timeout", "0.5").wait_ready() as server:
-        assert server.chat(max_tokens=1500).status == 200
+    with Server(
+        tiny_model, "--stall-timeout", "2", program=SLOW, inject=f"any:{NEVER}"
+    ).wait_ready() as server:
+        began = time.monotonic()
+        assert server.chat(max_tokens=300).status == 200
+        assert time.monotonic() - began > 2, "it had no time to be taken for a stall"
         assert server.process.poll() is None
 
 
@@ -33,5 +51,5 @@ def test_without_it_nothing_is_noticed(tiny_model: Path) -> None:
     with Server(
         tiny_model, "--stall-timeout", "0", inject="decode:5:0:once:stall"
     ).wait_ready() as server:
-        assert server.chat(timeout=4).broken
+        assert server.chat(timeout=2).broken
         assert server.process.poll() is None

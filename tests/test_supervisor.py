@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import Answer, Server
+from support.server import Answer, Server, eventually
 
 
 def pids_of_children(pid: int) -> list[int]:
@@ -36,16 +36,13 @@ def serve_supervised(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "mlx_safe", "serve", "--supervise", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
 
 
-def wait_for_log(server: Server, text: str, timeout: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout
-    while text not in server.log:
-        assert time.monotonic() < deadline, server.log
-        time.sleep(0.05)
+def wait_for_log(server: Server, text: str) -> None:
+    assert eventually(lambda: text in server.log, 120), server.log
 
 
 def test_no_client_is_refused_over_a_fatal_fault(tiny_model: Path) -> None:
@@ -58,7 +55,7 @@ def test_no_client_is_refused_over_a_fatal_fault(tiny_model: Path) -> None:
 
         def ask() -> None:
             while not stop.is_set():
-                answers.append(server.chat(max_tokens=4, timeout=40))
+                answers.append(server.chat(max_tokens=4))
 
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for t in threads:
@@ -67,19 +64,17 @@ def test_no_client_is_refused_over_a_fatal_fault(tiny_model: Path) -> None:
             wait_for_log(server, "ended with status 75")
             # The new server counts its steps anew, and lives as long again.
             count = len(answers)
-            deadline = time.monotonic() + 40
-            while time.monotonic() < deadline and not any(
-                a.status == 200 for a in answers[count + 3 :]
-            ):
-                time.sleep(0.05)
+            served = eventually(
+                lambda: any(a.status == 200 for a in answers[count + 3 :]), 180
+            )
         finally:
             stop.set()
             for t in threads:
-                t.join(60)
+                t.join(120)
         refused = [a.broken for a in answers if a.broken and "Refused" in a.broken]
         assert refused == []
         assert {a.status for a in answers if not a.broken} <= {200, 503}
-        assert any(a.status == 200 for a in answers[count:])
+        assert served
         assert any(a.status == 503 for a in answers)
 
 
@@ -88,8 +83,8 @@ def test_a_killed_server_comes_back(tiny_model: Path) -> None:
         server.wait_ready()
         (child,) = pids_of_children(server.process.pid)
         os.kill(child, signal.SIGKILL)
-        assert server.chat(timeout=40).status == 200
-        assert "ended with status -9" in server.log
+        assert server.chat().status == 200
+        wait_for_log(server, "ended with status -9")
         assert pids_of_children(server.process.pid) != [child]
     assert server.process.returncode == 0
 
@@ -98,10 +93,9 @@ def test_it_gives_up_on_a_crash_loop(tiny_model: Path) -> None:
     with Server(tiny_model, "--supervise", inject="prefill:1:4:persistent") as server:
         server.wait_ready()
         seen = []
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 400
         while server.process.poll() is None and time.monotonic() < deadline:
-            answer = server.chat(timeout=30)
-            seen.append(answer.status)
+            seen.append(server.chat().status)
         assert server.wait() == 1
         assert "giving up" in server.log
         assert 503 in seen
@@ -142,7 +136,7 @@ def test_the_parent_never_imports_mlx() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=True,
         env={**os.environ, "MLX_SAFE_AUTOINSTALL": "0"},
     )

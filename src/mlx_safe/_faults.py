@@ -196,8 +196,10 @@ class Subscription:
         self.cancel()
 
 
-# For a callback that hangs; a report takes milliseconds.
+# For a callback that hangs; a report takes milliseconds. In turns: while the process
+# is stopped, no callback goes on either.
 END_WAIT_S = 2.0
+END_TURNS = 20
 
 
 class _Dispatcher:
@@ -274,8 +276,10 @@ class _Dispatcher:
         MLX) the unwinding meets nanobind's ``noexcept``, and the process aborts.
         """
         self._ended = True
-        if self._telling.acquire(timeout=END_WAIT_S):
-            self._telling.release()
+        for _ in range(END_TURNS):
+            if self._telling.acquire(timeout=END_WAIT_S / END_TURNS):
+                self._telling.release()
+                return
 
     def _call(self, subscription: Subscription, fault: Fault) -> None:
         if subscription._cancelled or fault.number <= subscription._since:

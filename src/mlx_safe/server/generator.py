@@ -48,6 +48,9 @@ __all__ = ["Answered", "ProtectedResponseGenerator"]
 log = logging.getLogger("mlx_safe.server")
 
 STOP_TIMEOUT_S = 3.0
+# With more than one rank: until all have met once more, when the slowest comes.
+# One that is left without it ends as after a failure.
+STOP_TIMEOUT_OF_RANKS_S = 8.0
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
@@ -415,7 +418,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         else:
             self.requests.put((Queue(), AllStop(), None))
         # A step that is under way may take its time, or never end.
-        self._generation_thread.join(STOP_TIMEOUT_S)
+        self._generation_thread.join(
+            STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
+        )
         self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
 
 
