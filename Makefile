@@ -18,6 +18,9 @@ WHEEL := build/wheel.stamp
 MODEL := models/SmolLM2-135M-Instruct
 CMAKE := $(VENVS)/observe/bin/cmake
 PIP := -m pip install --quiet --disable-pip-version-check
+# A network that stumbles is tried again, also by the programs that call pip.
+export PIP_RETRIES ?= 10
+export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-metal test-intercept test-observe sanitize lint format bench clean \
@@ -36,15 +39,17 @@ test: test-metal test-intercept test-observe  ## the whole suite, on both pairs 
 ONCE := tests/test_metal.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest $(ONCE) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE) $(ARGS)
 
+# Without the cache, which they would share: the suites run at the same time.
+PYTEST := -m pytest -p no:cacheprovider
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
 test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
-	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python -m pytest $(ONCE:%=--ignore %) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
 
 test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python -m pytest $(ONCE:%=--ignore %) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
 
 sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan

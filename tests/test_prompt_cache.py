@@ -311,7 +311,7 @@ def test_borrowed_arrays_are_not_written_to() -> None:
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path) -> Iterator[Server]:
-    with Server(tiny_model, program=CONTROLLED, inject="any:1000000000") as server:
+    with Server(tiny_model, program=CONTROLLED) as server:
         yield server.wait_ready()
 
 
