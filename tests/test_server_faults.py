@@ -8,15 +8,13 @@ stock server's fate under the same fault stands beside it.
 from __future__ import annotations
 
 import json
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from support.server import CONTROLLED, Answer, Server
+from support.server import CONTROLLED, REFUSING, Answer, Server, eventually
 
 # What clients get when a request is not run again; test_server_replay.py has
 # the rest.
@@ -100,22 +98,25 @@ def test_fault(
             assert len(failed) == 1
         assert_serves(server, undisturbed)
         assert "Traceback" not in server.log
+        server.wait_for_log("fault of the GPU")
         assert server.log.count("fault of the GPU") == 1
 
 
 @pytest.mark.parametrize("path", ["batched", "sequential"])
 def test_stock_server_without_us(tiny_model: Path, path: str) -> None:
     """The other side of the proof: the same fault, and nothing of ours."""
-    more = PATHS[path]
-    with Server(tiny_model, inject="decode:9:8", stock=True).wait_ready() as server:
-        answer = server.chat(max_tokens=TOKENS, stream=True, timeout=4, **more)
-        assert answer.error is None
-        assert not answer.done
-        following = server.chat(timeout=4)
+    ask = {"max_tokens": TOKENS, "stream": True, **PATHS[path]}
+    server = Server(tiny_model, inject="decode:9:8", stock=True).wait_ready()
+    # Where the first client waits for ever, its answer ends with the server.
+    with server.chatting(1, **ask) as answers, server:
+        server.wait_for_log("Insufficient Memory")
         if path == "batched":
-            assert following.status != 200
+            assert server.chat(timeout=4).status != 200
         else:
-            assert following.status == 200
+            assert server.chat().status == 200
+    (answer,) = answers
+    assert answer.error is None
+    assert not answer.done
 
 
 def test_a_fault_that_mlx_swallowed(tiny_model: Path, undisturbed: Texts) -> None:
@@ -155,7 +156,7 @@ def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
 
 def test_a_lasting_fault_kills_nothing(tiny_model: Path) -> None:
     with Server(
-        tiny_model, *NO_REPLAY, inject="decode:1:8:persistent"
+        tiny_model, *NO_REPLAY, inject="decode:1:8:persistent", program=REFUSING
     ).wait_ready() as server:
         codes = []
         for stream in (False, True) * 4:
@@ -218,6 +219,7 @@ class TestOtherFailures:
     def test_bad_stop_kills_the_stock_server(self, tiny_model: Path) -> None:
         with Server(tiny_model, stock=True).wait_ready() as server:
             assert server.chat(stop=[1], timeout=4).status != 200
+            server.wait_for_log("Traceback")
             assert server.chat(timeout=4).status != 200
 
     @pytest.mark.parametrize(
@@ -268,13 +270,10 @@ class TestStopping:
         self, tiny_model: Path, path: str, stream: bool
     ) -> None:
         server = Server(tiny_model).wait_ready()
-        answers: list[Answer] = []
         ask = {"max_tokens": 100_000, "stream": stream, **PATHS[path]}
-        thread = threading.Thread(target=lambda: answers.append(server.chat(**ask)))
-        thread.start()
-        server.wait_for_requests(1)
-        assert server.stop() == 0
-        thread.join(20)
+        with server.chatting(1, **ask) as answers:
+            server.wait_for_requests(1)
+            assert server.stop() == 0
         assert_told(answers[0], "unavailable")
         assert "ERROR" not in server.log
         assert "Traceback" not in server.log
@@ -310,7 +309,7 @@ class TestHostileRequests:
     def test_deep_nesting(self, shared_server: Server) -> None:
         deep = "[" * 700 + "]" * 700
         body = f'{{"messages": [{{"role": "user", "content": "x", "y": {deep}}}]}}'
-        answer = shared_server.post(body.encode(), timeout=10)
+        answer = shared_server.post(body.encode())
         assert answer.broken is None
         assert shared_server.chat().status == 200
 
@@ -335,17 +334,28 @@ class TestHostileRequests:
 
 
 class TestFatalFaults:
-    @pytest.mark.parametrize("more", [{}, SEQUENTIAL], ids=["batched", "sequential"])
+    def struck(
+        self, server: Server, plan: str, clients: int, **more: Any
+    ) -> list[Answer]:
+        """The answers of so many clients, whose generation ``plan`` strikes."""
+        with server.chatting(clients, max_tokens=100_000, **more) as answers:
+            # The sequential path takes them one by one.
+            server.wait_for_requests(1 if "seed" in more else clients)
+            server.wait_for_clients(clients)
+            # The server may be gone before it could say that it has the plan.
+            server.hold(1)
+            server.wait_held()
+            server.plan(plan)
+            server.go()
+        return answers
+
+    @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("clients", [1, 3])
     def test_code_4_answers_everyone_and_leaves(
-        self, tiny_model: Path, more: dict[str, int], clients: int
+        self, tiny_model: Path, path: str, clients: int
     ) -> None:
-        with Server(tiny_model, inject="decode:9:4").wait_ready() as server:
-            answers = server.chats(clients, max_tokens=64, **more)
-            told = [a for a in answers if a.status == 503]
-            assert told
-            assert told == [a for a in answers if a.status != 200]
-            for answer in told:
+        with Server(tiny_model, program=CONTROLLED).wait_ready() as server:
+            for answer in self.struck(server, "any:1:4", clients, **PATHS[path]):
                 assert_told(answer, "metal_device_lost")
             assert server.wait() == 75
 
@@ -353,12 +363,11 @@ class TestFatalFaults:
     def test_terminate_answers_everyone_and_leaves(
         self, tiny_model: Path, private_reports: Path, stream: bool
     ) -> None:
-        with Server(tiny_model, inject="decode:9:8:once:terminate").wait_ready() as s:
-            answers = s.chats(3, max_tokens=4000, stream=stream)
-            assert len(answers) == 3
-            for answer in answers:
+        with Server(tiny_model, program=CONTROLLED).wait_ready() as server:
+            plan = "any:1:8:once:terminate"
+            for answer in self.struck(server, plan, 3, stream=stream):
                 assert_told(answer, answer.error["code"])
-            assert s.wait() == 75
+            assert server.wait() == 75
         (report,) = private_reports.glob("*.json")
         assert json.loads(report.read_text())["why"] == "terminate"
 
@@ -367,22 +376,13 @@ def test_a_client_that_leaves_is_one_quiet_line(
     tiny_model: Path, undisturbed: Texts
 ) -> None:
     with Server(tiny_model).wait_ready() as server:
-        body = json.dumps(
-            {
-                "messages": [{"role": "user", "content": "x"}],
-                "max_tokens": 100000,
-                "stream": True,
-            }
-        ).encode()
-        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
-            head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}"
-            s.sendall(head.encode() + b"\r\n\r\n" + body)
+        messages = [{"role": "user", "content": "x"}]
+        body = {"messages": messages, "max_tokens": 100_000, "stream": True}
+        with server.connected(body) as s:
             assert s.recv(100)
-        deadline = time.monotonic() + 10
-        while "went away" not in server.log and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert server.log.count("went away") == 1
+        server.wait_for_log("went away")
         assert_serves(server, undisturbed)
+        assert server.log.count("went away") == 1
         assert "Traceback" not in server.log
         assert "mlx_safe_requests_in_flight 0.0\n" in server.get("/metrics").body
 
@@ -393,6 +393,8 @@ def test_metrics_speak_prometheus(tiny_model: Path) -> None:
     with Server(tiny_model, *NO_REPLAY, inject="decode:1:8").wait_ready() as server:
         server.chat()
         server.chat()
+        # An answer is counted when it has been sent.
+        assert eventually(lambda: server.metric("mlx_safe_requests_total") == 2)
         answer = server.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
     values = {

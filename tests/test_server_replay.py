@@ -6,6 +6,7 @@ failure names the step that was failed.
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,15 @@ from mlx_safe.errors import MetalOutOfMemoryError
 from mlx_safe.server.prefill import PrefillStep
 from mlx_safe.server.replay import Replays
 from mlx_safe.server.tickets import Flight, Ticket
-from support.server import CONTROLLED, Answer, Server
+from support.server import (
+    BATCH_RUNS_S,
+    CONTROLLED,
+    REFUSING,
+    REQUEST_TIMEOUT_S,
+    Answer,
+    Server,
+    eventually,
+)
 
 TOKENS = 10
 CLIENTS = 3
@@ -67,7 +76,8 @@ def conversations(server: Server, **more: Any) -> list[list[Answer]]:
     for t in threads:
         t.start()
     for t in threads:
-        t.join(60)
+        t.join(3 * REQUEST_TIMEOUT_S)
+    assert not any(t.is_alive() for t in threads), server.log
     return results
 
 
@@ -136,26 +146,26 @@ def test_attempts_used_up(server: Server, stream: bool) -> None:
 
 def test_one_bad_request_ends_alone(server: Server) -> None:
     """The others of its batch go on, with the text that they would have had."""
-    undisturbed = [server.chat(f"number {i}", max_tokens=400).text for i in range(2)]
-    answers: dict[int, Answer] = {}
-
-    def one(i: int) -> None:
-        answers[i] = server.chat(f"number {i}", max_tokens=400)
-
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(2)]
-    for t in threads:
-        t.start()
-    bad = server.chat("bad", stop=[1])
-    for t in threads:
-        t.join(60)
-    assert bad.status == 500
-    assert bad.error["code"] == "internal_generation_error"
-    assert [answers[i].text for i in range(2)] == undisturbed
+    undisturbed = server.chats(2, max_tokens=400)
+    server.hold(100)
+    bad: list[Answer] = []
+    thread = threading.Thread(
+        target=lambda: bad.append(server.chat("bad", stop=[1])), daemon=True
+    )
+    with server.chatting(2, max_tokens=400) as answers:
+        server.wait_held(BATCH_RUNS_S)
+        thread.start()
+        server.wait_for_clients(3)
+        server.go()
+    thread.join(REQUEST_TIMEOUT_S)
+    assert bad[0].status == 500
+    assert bad[0].error["code"] == "internal_generation_error"
+    assert texts([answers]) == texts([undisturbed])
 
 
 def test_it_refuses_for_a_while_and_recovers_by_itself(tiny_model: Path) -> None:
     plan = ",".join(f"decode:{i}:8" for i in range(1, 13))
-    with Server(tiny_model, inject=plan).wait_ready() as server:
+    with Server(tiny_model, inject=plan, program=REFUSING).wait_ready() as server:
         # Three faults for each of four requests, with nothing in between.
         for _ in range(4):
             assert server.chat().error["code"] == "metal_out_of_memory"
@@ -163,30 +173,23 @@ def test_it_refuses_for_a_while_and_recovers_by_itself(tiny_model: Path) -> None
         assert refused.status == 503
         assert refused.error["code"] == "unavailable"
         assert server.get("/health").status == 503
-        for _ in range(150):
-            if server.get("/health").status == 200:
-                break
-            threading.Event().wait(0.1)
+        server.process.send_signal(signal.SIGUSR1)
+        assert eventually(lambda: server.get("/health").status == 200)
         assert server.chat().status == 200
 
 
 def test_a_client_that_leaves_is_not_run_again(server: Server) -> None:
-    import socket
-
-    server.plan("decode:30:8")
-    body = (
-        b'{"messages":[{"role":"user","content":"x"}],"max_tokens":9999,"stream":true}'
-    )
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
-        head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(body)}"
-        s.sendall(head.encode() + b"\r\n\r\n" + body)
-        assert s.recv(100)
-    for _ in range(100):
-        if "went away" in server.log:
-            break
-        threading.Event().wait(0.1)
+    server.hold(30)
+    messages = [{"role": "user", "content": "x"}]
+    with server.connected({"messages": messages, "max_tokens": 9999, "stream": True}):
+        server.wait_held()
+    server.wait_for_log("went away")
+    server.plan("any:1:8")
+    server.go()
     assert server.chat().status == 200
-    assert "mlx_safe_requests_in_flight 0.0\n" in server.get("/metrics").body
+    assert server.metric("mlx_safe_generation_failures_total") == 1
+    assert server.metric("mlx_safe_replays_total") == 0
+    assert server.metric("mlx_safe_requests_in_flight") == 0
 
 
 @pytest.mark.real_model

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "breadcrumb",
     "refresh_run_file",
+    "remove_run_file",
     "sample_memory",
     "set_system_memory",
     "start",
@@ -69,6 +70,7 @@ class _State:
         self.told_failure = False
         self.subscription: _faults.Subscription | None = None
         self.sampled_at = 0.0
+        self.run_file_lock = threading.Lock()
         self.run_file_at = 0.0
         self.peak = -1
         self.system_memory = (-1, -1, -1, -1)
@@ -253,9 +255,11 @@ def sample_memory(at_least_s: float = SAMPLE_EVERY_S) -> None:
     if mx is None or now - _state.sampled_at < at_least_s:
         return
     _state.sampled_at = now
+    active = mx.get_active_memory()
     _core.sample_memory(
-        mx.get_active_memory(),
-        max(_state.peak, mx.get_peak_memory()),
+        active,
+        # The server resets MLX's, which then is 0 until something is allocated.
+        max(_state.peak, active, mx.get_peak_memory()),
         mx.get_cache_memory(),
         *_state.system_memory,
     )
@@ -264,11 +268,23 @@ def sample_memory(at_least_s: float = SAMPLE_EVERY_S) -> None:
 def refresh_run_file() -> None:
     """Rewrites the run file when it is over `RUN_FILE_EVERY_S` seconds old."""
     now = time.monotonic()
-    if _state.directory is None or now - _state.run_file_at < RUN_FILE_EVERY_S:
-        return
-    _state.run_file_at = now
-    if not _core.write_run_file():
+    with _state.run_file_lock:
+        if _state.directory is None or now - _state.run_file_at < RUN_FILE_EVERY_S:
+            return
+        _state.run_file_at = now
+        written = _core.write_run_file()
+    if not written:
         _log_failure(_state.directory)
+
+
+def remove_run_file() -> None:
+    """The process ends well: its run file goes, and no `refresh_run_file` remakes it."""
+    # A disk that hangs must not keep the process from ending.
+    locked = _state.run_file_lock.acquire(timeout=2.0)
+    _state.run_file_at = float("inf")
+    _core.remove_run_file()
+    if locked:
+        _state.run_file_lock.release()
 
 
 def _machine() -> dict[str, object]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from support.server import Answer, Server
 
-LIMIT_S = 60
+LIMIT_S = 120
 
 
 @dataclass

@@ -13,10 +13,12 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,20 +47,54 @@ NEVER = 10**9  # a step that no test comes to
 
 # The protected server, told by lines of its standard input. A fault plan counts
 # steps from when it is read and takes the place of the one before; "memory" asks
-# for the bytes of MLX's arrays, "steps" for the number of steps so far.
+# for the bytes of MLX's arrays, "steps" for the number of steps so far, "clients" for
+# that of the handlers whose request is in the generator's hands. "hold N": the Nth
+# step from now waits, before anything of it is done, for "go"; "hold" asks how many
+# it is away.
 CONTROLLED = """
 import os, sys, threading
 import mlx.core as mx
 from mlx_safe import testing
 from mlx_safe.cli import main
 counter = testing.inject("any", NEVER)
+count, going, away = testing.step, threading.Event(), NEVER
+def step(phase):
+    global away
+    if away == 1:
+        going.clear()
+        away = 0
+        going.wait()
+        if away == 0:
+            away = NEVER
+    elif away < NEVER:
+        away -= 1
+    count(phase)
+testing.step = step
+def functions(frame):
+    while frame is not None:
+        yield frame.f_code.co_name
+        frame = frame.f_back
+def clients():
+    stacks = [set(functions(f)) for f in sys._current_frames().values()]
+    return sum({"handle_completion", "get"} <= stack for stack in stacks)
 def listen():
+    global away
     planned = []
     for line in sys.stdin:
         if line == "memory\\n":
             answer = f"memory: {mx.get_active_memory()}\\n"
         elif line == "steps\\n":
             answer = f"steps: {counter.seen}\\n"
+        elif line == "clients\\n":
+            answer = f"clients: {clients()}\\n"
+        elif line == "hold\\n":
+            answer = f"hold: {away}\\n"
+        elif line.startswith("hold "):
+            away = int(line.split()[1])
+            answer = f"holds: {line}"
+        elif line == "go\\n":
+            going.set()
+            continue
         else:
             for plan in planned:
                 plan.cancel()
@@ -70,23 +106,55 @@ threading.Thread(target=listen, daemon=True).start()
 sys.exit(main(["serve", *sys.argv[1:]]))
 """.replace("NEVER", str(NEVER))
 
+# The protected server, which after too many faults refuses for an hour. SIGUSR1: the
+# hour has passed.
+REFUSING = """
+import signal, sys, time
+from types import SimpleNamespace
+from mlx_safe.cli import main
+from mlx_safe.server import condition, recovery
+recovery.REFUSE_FOR_S = 3600.0
+passed = 0.0
+def pass_the_hour(*_):
+    global passed
+    passed = 3600.0
+signal.signal(signal.SIGUSR1, pass_the_hour)
+condition.time = SimpleNamespace(
+    sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
+)
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+# mlx-lm looks for new requests when a batch has run for half a second.
+BATCH_RUNS_S = 0.6
+
+# Of the ports given out last: nobody else who asks here is given them.
+_reserved: deque[contextlib.ExitStack] = deque()
+RESERVED_MAX = 16
+
 
 def free_port(count: int = 1) -> int:
     """The first of ``count`` ports in a row that nobody has.
 
     From below the range that systems give to outgoing connections: a server listens
-    seconds later, and another suite's clients connect meanwhile.
+    seconds later, and another suite's clients connect meanwhile. Until then their
+    numbers stay taken for datagrams, which keeps other suites from choosing them.
     """
     for _ in range(100):
         port = random.randrange(10_000, 30_000)
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, contextlib.ExitStack() as kept:
             try:
-                for i in range(count):
-                    s = stack.enter_context(socket.socket())
-                    s.bind(("127.0.0.1", port + i))
+                for i in range(port, port + count):
+                    reserved = socket.socket(type=socket.SOCK_DGRAM)
+                    kept.enter_context(reserved).bind(("127.0.0.1", i))
+                    tried = stack.enter_context(socket.socket())
+                    tried.bind(("127.0.0.1", i))
             except OSError:
                 continue
-            return port
+            _reserved.append(kept.pop_all())
+        while len(_reserved) > RESERVED_MAX:
+            _reserved.popleft().close()
+        return port
     raise AssertionError(f"no {count} free ports in a row")
 
 
@@ -188,15 +256,33 @@ class Server:
         self._tell(text, "planned: ")
 
     def ask(self, what: str) -> int:
-        """``"memory"`` or ``"steps"`` of a server that runs `CONTROLLED`."""
+        """One of the figures of a server that runs `CONTROLLED`."""
         return int(self._tell(what, f"{what}: "))
+
+    def hold(self, step: int) -> None:
+        """Lets a server that runs `CONTROLLED` wait in the step so many from now."""
+        self._tell(f"hold {step}", "holds: ")
+
+    def wait_held(self, seconds: float = 0.0) -> None:
+        """Waits until it does, and so much longer."""
+        assert eventually(lambda: self.ask("hold") == 0), self.log
+        time.sleep(seconds)
+
+    def go(self) -> None:
+        """Ends the wait; the server may end at once, so nothing is asked of it."""
+        self.tell("go")
+
+    def wait_for_clients(self, count: int) -> None:
+        """Waits until the requests of so many are in the generator's hands.
+
+        They may be in its queue still; `wait_for_requests` are those it has taken.
+        """
+        assert eventually(lambda: self.ask("clients") >= count), self.log
 
     def _tell(self, line: str, receipt: str) -> str:
         """Writes a line to the server; what it answers after ``receipt``."""
         seen = len(self._lines)
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        self.tell(line)
         deadline = time.monotonic() + 60
         while True:
             for answer in self._lines[seen:]:
@@ -205,6 +291,12 @@ class Server:
             assert time.monotonic() < deadline, self.log
             time.sleep(0.002)
 
+    def tell(self, line: str) -> None:
+        """Writes a line to the server's standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""
         lines = self.get("/metrics").body.splitlines()
@@ -212,10 +304,17 @@ class Server:
 
     def wait_for_requests(self, count: int) -> None:
         """Waits until so many requests have been taken."""
-        deadline = time.monotonic() + 60
-        while self.metric("mlx_safe_requests_in_flight") < count:
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.005)
+        taken = "mlx_safe_requests_in_flight"
+        assert eventually(lambda: self.metric(taken) >= count), self.log
+
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        """Waits for a line, which comes on a way of its own: after an answer, say."""
+        assert eventually(lambda: self.log.count(text) >= times), self.log
+
+    @property
+    def departures(self) -> int:
+        """How many clients the log says went away before they had their answer."""
+        return self.log.count("went away; its request is cancelled")
 
     @property
     def log(self) -> str:
@@ -235,8 +334,7 @@ class Server:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-        status = self.process.wait(10)
-        self._reader.join(5)
+        status = self.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -245,16 +343,27 @@ class Server:
     def wait(self, timeout: float = 60.0) -> int:
         """Waits for the child to end by itself; its exit status."""
         status = self.process.wait(timeout)
-        self._reader.join(5)
+        self._reader.join(60)
+        assert not self._reader.is_alive(), "somebody still has the server's output"
         return status
 
     def wait_ready(self) -> Server:
+        """Waits until it serves, and returns it; one that does not is ended."""
+        try:
+            self._wait_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait_healthy(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server ended:\n{self.log}"
             with contextlib.suppress(OSError, AssertionError):
-                assert self.get("/health", timeout=2).status == 200
-                return self
+                # A client that gave up early would be a line in the log.
+                assert self.get("/health", START_TIMEOUT_S).status == 200
+                return
             time.sleep(0.05)
         raise AssertionError(f"not ready in {START_TIMEOUT_S} s:\n{self.log}")
 
@@ -287,6 +396,7 @@ class Server:
         """Sends a request; a broken or hanging answer is noted, not raised."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         answer = Answer(None)
+        lines = []
         with contextlib.closing(self._connect(timeout)) as connection:
             try:
                 connection.request("POST", path, raw)
@@ -294,9 +404,10 @@ class Server:
                 answer.status = response.status
                 answer.headers = {k.lower(): v for k, v in response.getheaders()}
                 for line in response:
-                    answer.body += line.decode()
+                    lines.append(line)
             except (OSError, http.client.HTTPException) as e:
                 answer.broken = f"{type(e).__name__}: {e}"
+        answer.body = b"".join(lines).decode()
         return answer.with_events()
 
     @contextlib.contextmanager
@@ -304,7 +415,25 @@ class Server:
         """The lines of a chat's answer, as they come."""
         with contextlib.closing(self._connect(REQUEST_TIMEOUT_S)) as connection:
             connection.request("POST", "/v1/chat/completions", json.dumps(body))
-            yield iter(connection.getresponse())
+            with connection.getresponse() as response:
+                yield iter(response)
+
+    @contextlib.contextmanager
+    def connected(self, body: Any, reset: bool = False) -> Iterator[socket.socket]:
+        """A plain socket that has sent a chat; at the end its client goes.
+
+        Args:
+            reset: it ends the connection with a RST.
+        """
+        raw = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: {len(raw)}"
+        address = ("127.0.0.1", self.port)
+        with socket.create_connection(address, REQUEST_TIMEOUT_S) as s:
+            s.sendall(head.encode() + b"\r\n\r\n" + raw)
+            yield s
+            if reset:
+                linger = struct.pack("ii", 1, 0)
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     def chat(
         self, text: str = "hello there", timeout: float = REQUEST_TIMEOUT_S, **more: Any
@@ -314,16 +443,31 @@ class Server:
             {"messages": messages, "max_tokens": 8, **more}, timeout=timeout
         )
 
-    def chats(self, count: int, **more: Any) -> list[Answer]:
-        """``count`` chats at once, each with a text of its own."""
-        answers: list[Answer | None] = [None] * count
+    @contextlib.contextmanager
+    def chatting(self, count: int, **more: Any) -> Iterator[list[Answer]]:
+        """``count`` chats at once, each with a text of its own.
+
+        The list is filled, in the order of the texts, when the block has ended.
+        """
+        found: dict[int, Answer] = {}
+        answers: list[Answer] = []
 
         def one(i: int) -> None:
-            answers[i] = self.chat(f"hello from client {i}", **more)
+            found[i] = self.chat(f"hello from client {i}", **more)
 
-        threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+        threads = [
+            threading.Thread(target=one, args=(i,), daemon=True) for i in range(count)
+        ]
         for t in threads:
             t.start()
+        yield answers
         for t in threads:
-            t.join(REQUEST_TIMEOUT_S + 5)
-        return [a for a in answers if a is not None]
+            t.join(2 * REQUEST_TIMEOUT_S)
+        assert len(found) == count, f"a client waits for ever:\n{self.log}"
+        answers += [found[i] for i in range(count)]
+
+    def chats(self, count: int, **more: Any) -> list[Answer]:
+        """The answers of `chatting`."""
+        with self.chatting(count, **more) as answers:
+            pass
+        return answers

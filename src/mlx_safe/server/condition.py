@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .. import _core
+from .. import _core, _reports
 from .recorder import breadcrumb
 
 __all__ = ["EXIT_REPLACE", "Condition"]
@@ -23,8 +23,10 @@ log = logging.getLogger("mlx_safe.server")
 
 # EX_TEMPFAIL: whoever started the process should start it again.
 EXIT_REPLACE = 75
-# How long the process waits for handlers that are writing their answers.
+# How long the process waits for handlers that are writing their answers. Turns are
+# counted, not seconds: while the process was stopped they could not write either.
 ANSWER_TIMEOUT_S = 5.0
+ANSWER_TURN_S = 0.01
 
 
 class Condition:
@@ -84,15 +86,16 @@ class Condition:
         seconds are spent on waiting. Not by ``sys.exit``: the interpreter would
         wait for MLX, whose threads may be lost.
         """
-        deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        while self._answering > 0 and time.monotonic() < deadline:
+        for _ in range(round(ANSWER_TIMEOUT_S / ANSWER_TURN_S)):
+            if not self._answering:
+                break
             answer_rest()
-            time.sleep(0.01)
+            time.sleep(ANSWER_TURN_S)
         if self._answering:
             log.error("%d clients could not be answered", self._answering)
         logging.shutdown()
         sys.stdout.flush()
-        _core.remove_run_file()
+        _reports.remove_run_file()
         if status == EXIT_REPLACE:
             _core.terminate_drained()
         os._exit(status)

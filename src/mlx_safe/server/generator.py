@@ -403,8 +403,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if ticket.context is None and not passing:
             if not isinstance(exc, EXPECTED):
                 log.error("a request could not be begun", exc_info=exc)
-            ticket.fail(portable(exc))
             self.metrics.failures.labels(reply_for(exc).code).inc()
+            ticket.fail(portable(exc))
         else:
             self._caught = exc
 

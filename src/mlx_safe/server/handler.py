@@ -133,23 +133,28 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
                 self._send_failure(BadRequest(str(e) or "The request is invalid."))
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
-        outcome = "completed"
         name_request(request, self.request_id, self.path)
         try:
             departures = self.response_generator.departures
             with departures.watching(self.request_id, self.connection):
                 super().handle_completion(request, stop_words)
-        except ConnectionError:
-            outcome = "client_left"
-            self._note_departure()
         except Answered as e:
-            if isinstance(e.error, ConnectionError):  # it left before it was begun
-                outcome = "client_left"
-                self._note_departure()
-            else:
-                outcome = self._send_failure(e.error)
+            self._end(e.error)
         except Exception as e:
-            outcome = self._send_failure(e)
+            self._end(e)
+        else:
+            self._count("completed")
+
+    def _end(self, exc: Exception) -> None:
+        """The request has ended with ``exc``: counts it, then tells the client."""
+        if isinstance(exc, ConnectionError):
+            self._count("client_left")
+            self._note_departure()
+        else:
+            self._count(reply_for(exc).code)
+            self._send_failure(exc)
+
+    def _count(self, outcome: str) -> None:
         self.response_generator.metrics.requests.labels(outcome).inc()
 
     # -- answers ------------------------------------------------------------------
@@ -160,8 +165,8 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         request_id = getattr(self, "request_id", "-")
         log.info("the client of %s went away; its request is cancelled", request_id)
 
-    def _send_failure(self, exc: Exception) -> str:
-        """Tells the client of ``exc``; returns the outcome for the metrics."""
+    def _send_failure(self, exc: Exception) -> None:
+        """Tells the client of ``exc``."""
         reply = reply_for(exc)
         try:
             if self.bytes_sent:
@@ -170,7 +175,6 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
                 self._send_error_body(reply)
         except ConnectionError:
             self._note_departure()
-        return reply.code
 
     def _send_error_body(self, reply: Reply) -> None:
         self._headers_buffer = []  # of the 200 that mlx-lm had begun

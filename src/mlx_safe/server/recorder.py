@@ -84,17 +84,21 @@ class Place:
 
 
 def start_sampler(system_memory: Callable[[], dict[str, int]]) -> None:
-    """Samples memory once a second from now on, and keeps the run file fresh.
+    """Samples memory now and once a second, and keeps the run file fresh.
 
     Args:
         system_memory: arguments of `_reports.set_system_memory`, read each time.
     """
 
+    def sample() -> None:
+        _reports.set_system_memory(**system_memory())
+        _reports.sample_memory(at_least_s=0.0)
+        _reports.refresh_run_file()
+
     def run() -> None:
         while True:
-            _reports.set_system_memory(**system_memory())
-            _reports.sample_memory(at_least_s=0.0)
-            _reports.refresh_run_file()
             time.sleep(SAMPLE_EVERY_S)
+            sample()
 
+    sample()
     threading.Thread(target=run, name="mlx-safe-sampler", daemon=True).start()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import sys
 import threading
 import time
@@ -36,7 +37,7 @@ class Watchdog:
         self._timeout_s = timeout_s
         self._is_working = is_working
         self._on_stall = on_stall
-        self._moved_at = time.monotonic()
+        self._moves = 0
         if timeout_s > 0:
             threading.Thread(
                 target=self._run, name="mlx-safe-watchdog", daemon=True
@@ -44,14 +45,21 @@ class Watchdog:
 
     def moved(self) -> None:
         """There was progress, or there is nothing to do."""
-        self._moved_at = time.monotonic()
+        self._moves += 1
 
     def _run(self) -> None:
+        # Looks are counted, not seconds: a process that was stopped itself, or a
+        # machine that slept, did not let the step go on either.
+        every_s = min(1.0, self._timeout_s / 4)
+        looks_max = math.ceil(self._timeout_s / every_s)
+        looks, moves = 0, self._moves
         while True:
-            time.sleep(min(1.0, self._timeout_s / 4))
-            if not self._is_working():
-                self.moved()
-            elif time.monotonic() - self._moved_at > self._timeout_s:
+            time.sleep(every_s)
+            if self._moves != moves or not self._is_working():
+                looks, moves = 0, self._moves
+                continue
+            looks += 1
+            if looks > looks_max:
                 log.error("no progress for %g s; all stacks follow", self._timeout_s)
                 sys.stderr.flush()
                 faulthandler.dump_traceback(all_threads=True)
