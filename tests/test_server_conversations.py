@@ -91,13 +91,17 @@ def converse_at_once(server: Server, what: str, **more: Any) -> list[Conversatio
     for t in threads:
         t.start()
     for t in threads:
-        t.join(LIMIT_S)
+        t.join(3 * LIMIT_S)
     assert not any(t.is_alive() for t in threads), f"{what}: a client waits for ever"
     return results
 
 
-def undisturbed(server: Server, **more: Any) -> tuple[list[Conversation], int]:
-    """The conversations without a fault, and how many steps they take."""
+def undisturbed(server: Server, **more: Any) -> tuple[list[Conversation], int, int]:
+    """The conversations without a fault, and how many steps they took.
+
+    How many they take depends on which clients meet in a batch, but never less than
+    the last figure: one for each token of the longest.
+    """
     before = server.ask("steps")
     expected = converse_at_once(server, "no fault", **more)
     for turns in expected:
@@ -106,7 +110,9 @@ def undisturbed(server: Server, **more: Any) -> tuple[list[Conversation], int]:
         assert all(turn.content and turn.reasoning for turn in turns)
         assert all(turn.usage for turn in turns)
     assert len({str(turns) for turns in expected}) == len(CLIENTS)
-    return expected, server.ask("steps") - before
+    steps = server.ask("steps") - before
+    tokens = (sum(t.usage[1] for t in turns if t.usage) for turns in expected)
+    return expected, steps, max(tokens)
 
 
 def counted(server: Server) -> tuple[int, int]:
@@ -134,12 +140,13 @@ def test_sweep_with_a_draft_model(
 def sweep(server: Server, twice: bool = False, most: bool = False, **more: Any) -> None:
     """Fails step n, and the next if ``twice``, for n that are drawn, and for none.
 
-    How many steps a run takes depends on which clients meet in a batch, so each run
-    says itself whether it came to step n.
+    Each run says itself whether it came to step n.
     """
-    expected, steps = undisturbed(server, **more)
+    expected, steps, least = undisturbed(server, **more)
     drawn = random.Random(f"{SEED} {twice} {more}")
-    sample = drawn.sample(range(2, steps), len(range(2, steps, 3)) if most else SAMPLES)
+    # A draft of two gives up to three tokens in a step.
+    sample = [drawn.randrange(2, least // 3)]
+    sample += drawn.sample(range(2, steps), steps // 3 if most else SAMPLES - 1)
     failed = 0
     for n in [*(range(1, steps) if EVERY_STEP else [1, *sample]), NEVER]:
         plan = f"any:{n}:8" + (f",any:{n + 1}:2" if twice else "")
@@ -156,10 +163,10 @@ def sweep(server: Server, twice: bool = False, most: bool = False, **more: Any) 
 
 def test_attempts_used_up(server: Server) -> None:
     """Three faults in a row: the contract's error, for those it struck alone."""
-    expected, steps = undisturbed(server, stream=True)
-    for n in random.Random(SEED).sample(range(1, steps // 2), 4):
+    expected, _, least = undisturbed(server, stream=True)
+    for n in random.Random(SEED).sample(range(1, least - 2), 4):
         plan = ",".join(f"any:{n + i}:8" for i in range(3))
-        where = f"seed {SEED}, {plan}, of {steps} steps"
+        where = f"seed {SEED}, {plan}, of {least} steps or more"
         server.plan(plan)
         found = converse_at_once(server, where, stream=True)
         assert any(turns[-1].error for turns in found), where

@@ -278,7 +278,7 @@ def refresh_run_file() -> None:
 
 
 def remove_run_file() -> None:
-    """The process ends well: its run file goes, and no `refresh_run_file` remakes it."""
+    """The process ends well: its run file goes, and is not written anew."""
     # A disk that hangs must not keep the process from ending.
     locked = _state.run_file_lock.acquire(timeout=2.0)
     _state.run_file_at = float("inf")
