@@ -196,7 +196,8 @@ def test_a_client_that_leaves_is_not_run_again(server: Server) -> None:
 def test_the_real_model_goes_on_where_it_was(real_model: Path) -> None:
     with Server(real_model, program=CONTROLLED) as server:
         server.wait_ready()
-        ask = {"max_tokens": 16, "stream": True}
+        # Seconds of work on a machine to itself, a minute and more on a busy one.
+        ask: dict[str, Any] = {"max_tokens": 16, "stream": True, "timeout": 300.0}
         question = "Name three colours."
         undisturbed = server.chat(question, **ask).text
         assert undisturbed
