@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -56,17 +55,16 @@ def test_without_hooks_mlx_0_31_dies(native: Native) -> None:
 
 def test_without_hooks_mlx_0_32_tells_the_wrong_one_or_nobody(native: Native) -> None:
     """Why the hooks stay on the newer MLX: some failures reach nobody in time."""
-    more = ("--fail-nth=6", "--code=8", "--late-us=3000")
-    bare = [
-        report_of(native.host("observe", w, *more, hooks=False))
-        for w in ("midgraph", "two_queues", "decode", "tls")
-    ]
-    hooked = [
-        report_of(native.host("observe", w, *more))
-        for w in ("midgraph", "two_queues", "decode", "tls")
-    ]
-    assert sum(r["silent_garbage"] for r in bare) > 0
-    assert sum(r["silent_garbage"] for r in hooked) == 0
+    fault = ("--fail-nth=2", "--code=8", "--rounds=3")
+    # The handlers of the first round run when it has been judged.
+    bare = report_of(
+        native.host("observe", "midgraph", *fault, "--hold-first", hooks=False)
+    )
+    assert bare["silent_garbage"] > 0
+    assert bare["told"] == 1  # the second round, which was none of it
+    hooked = report_of(native.host("observe", "midgraph", *fault, "--late-us=3000"))
+    assert hooked["silent_garbage"] == 0
+    assert hooked["told"] == 1
 
 
 # ---- the sweep --------------------
@@ -165,7 +163,7 @@ def test_sweep_of_every_code(native: Native, workload: str, regime: str) -> None
 
 @pytest.mark.parametrize("regime", ["intercept", "observe"])
 def test_random_delays(native: Native, regime: str) -> None:
-    """Two GPU streams and the CPU with random delays; the seed is printed."""
+    """Two GPU streams and the CPU with random delays, from many seeds."""
 
     def run(seed: int) -> str | None:
         workload = WORKLOADS[seed % len(WORKLOADS)]
@@ -194,9 +192,8 @@ def test_surroundings(native: Native, case: str) -> None:
 
 
 def test_fuzzed_messages(native: Native) -> None:
-    seed = os.getpid()
-    done = native.run("fuzz_errors", str(seed), "4000")
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    done = native.run("fuzz_errors", "1", "4000")  # a seed
+    assert done.returncode == 0, done.stderr
 
 
 # ---- from Python --------------------
@@ -249,7 +246,7 @@ def test_python(native: Native, mode: str) -> None:
             raise AssertionError("the guard did not see what was swallowed")
         with mlx_safe.guard():
             testing.run_command_buffer()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200
     while len(seen) < 4 and time.monotonic() < until:
         time.sleep(0.01)
     assert [f.code for f in seen] == [8, 2, 8, 2]
@@ -283,13 +280,12 @@ def test_python_sees_every_code(native: Native, mode: str) -> None:
 
 
 def test_python_decodes_any_code(native: Native) -> None:
-    """Numbers of all sizes through NSError's userInfo; the seed is printed."""
-    seed = os.getpid()
+    """Numbers of all sizes through NSError's userInfo."""
     done = in_python(
         native,
-        f"""
+        """
     import random
-    random.seed({seed})
+    random.seed(1)
     mlx_safe.install(mode="intercept")
     for _ in range(100):
         code = random.choice((random.randrange(1, 64), random.randrange(1, 2**31)))
@@ -303,7 +299,7 @@ def test_python_decodes_any_code(native: Native) -> None:
         assert mlx_safe.faults()[-1].label == "mlx_safe.testing"
     """,
     )
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_dies_without_the_hooks(native: Native) -> None:
@@ -312,7 +308,7 @@ def test_python_dies_without_the_hooks(native: Native) -> None:
         """
     fail_next()
     testing.run_command_buffer()
-    time.sleep(10)
+    time.sleep(200)
     """,
         MLX_SAFE_AUTOINSTALL="0",
     )

@@ -168,7 +168,7 @@ def test_a_terminal_that_knows_ascii_only(private_reports: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mlx_safe", "reports", "show"],
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=False,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )

@@ -105,7 +105,7 @@ def test_the_next_start_says_so_once(private_reports: Path) -> None:
         import time, mlx_safe
         from mlx_safe import testing
         testing.throw_on_foreign_thread()
-        time.sleep(20)
+        time.sleep(200)
         """
     )
     assert NOTICE not in done.stderr
@@ -137,7 +137,7 @@ def test_of_several_that_start_at_once_one_says_so(
     barrier = threading.Barrier(8)
 
     def start() -> None:
-        barrier.wait(10)
+        barrier.wait(200)
         startup.tend(str(private_reports))
 
     run_in_threads(start, 8)
@@ -151,7 +151,8 @@ def run_in_threads(target: Any, count: int) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_the_command_leaves_the_line_to_the_server(
@@ -166,7 +167,7 @@ def test_the_command_leaves_the_line_to_the_server(
             [*command, *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
 
@@ -241,7 +242,7 @@ def test_of_two_that_start_at_once_one_makes_the_report(private_reports: Path) -
         )
         for _ in range(2)
     ]
-    said = [starter.communicate(timeout=60)[1] for starter in starters]
+    said = [starter.communicate(timeout=300)[1] for starter in starters]
     assert [starter.returncode for starter in starters] == [0, 0]
     (entry,) = store.entries(private_reports)
     assert reader.read(entry.path).why == "died"
@@ -256,7 +257,7 @@ def test_of_many_threads_one_adopts(private_reports: Path) -> None:
     barrier = threading.Barrier(8)
 
     def start() -> None:
-        barrier.wait(10)
+        barrier.wait(200)
         made.extend(orphans.adopt(private_reports))
 
     run_in_threads(start, 8)

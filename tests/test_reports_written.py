@@ -125,7 +125,7 @@ def test_terminate_leaves_one_report(private_reports: Path, signals: bool) -> No
         f"""
     mlx_safe.install(signals={signals})
     testing.throw_on_foreign_thread()
-    time.sleep(20)
+    time.sleep(200)
     """
     )
     assert done.returncode == -signal.SIGABRT
@@ -153,7 +153,7 @@ def test_metal_fault_with_hooks_and_without(
         testing.run_command_buffer()
     except RuntimeError:
         pass
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 200
     while not mlx_safe.status().reports_written:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -180,7 +180,7 @@ def test_metal_fault_with_hooks_and_without(
     _core.metal_uninstall()
     fail_next(8)
     testing.run_command_buffer()
-    time.sleep(20)
+    time.sleep(200)
     """,
     )
     assert done.returncode == -signal.SIGABRT
@@ -196,7 +196,7 @@ def test_metal_fault_with_hooks_and_without(
     ("how", "number", "why"),
     [
         ("os.abort()", signal.SIGABRT, "signal"),
-        ("testing.throw_on_foreign_thread(); time.sleep(20)", signal.SIGABRT, None),
+        ("testing.throw_on_foreign_thread(); time.sleep(200)", signal.SIGABRT, None),
         ("ctypes.string_at(0)", signal.SIGSEGV, "signal"),
     ],
 )
@@ -237,7 +237,7 @@ def test_two_threads_at_once(private_reports: Path) -> None:
         write(0, 0, 1)
     for _ in range(8):
         threading.Thread(target=crash).start()
-    time.sleep(20)
+    time.sleep(200)
     """
     )
     assert done.returncode == -signal.SIGSEGV
@@ -358,10 +358,11 @@ def test_faults_are_reported_at_a_limited_rate(private_reports: Path) -> None:
     done = child.run(
         """
         import time, mlx_safe
-        from mlx_safe import testing
+        from mlx_safe import _reports, testing
+        _reports.FAULT_REPORT_EVERY_S *= 1000  # however slow this machine is
         for _ in range(5):
             testing.record_fault(2)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while True:
             status = mlx_safe.status()
             if status.reports_written + status.reports_suppressed == 5:
@@ -567,7 +568,7 @@ def test_reports_are_off_where_asked(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -19,12 +19,12 @@ extern "C" {
 
 // ---- life of the simulation ------------------------------------------------
 
-// Waits (at most 10 s) until nothing is in flight, then puts every setting,
+// Waits (at most 100 s) until nothing is in flight, then puts every setting,
 // plan, counter, the ban of code 4 and every removed selector back to the
 // state after loading. Waits that the GPU is stuck in are abandoned and fail
 // their buffer with code 2. Method implementations that a hook has replaced
 // are left alone: taking them out is the hook's duty. Returns 0, or -1 if
-// something was still in flight after 10 s (the settings are reset anyway).
+// something was still in flight after 100 s (the settings are reset anyway).
 METALSIM_API int metalsim_reset(void);
 
 // 1 as soon as no committed buffer is unfinished (its handlers have run and

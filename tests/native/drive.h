@@ -21,6 +21,7 @@ struct Hooks {
   void (*uninstall)() = nullptr;
   std::uint64_t (*epoch)() = nullptr;
   void (*mark_thread)(int) = nullptr;
+  void (*set_gate_limit)(std::uint32_t ms) = nullptr;
   void (*counters)(mlx_safe::metal::HookCounters*) = nullptr;
 
   mlx_safe::metal::HookCounters count() const {
@@ -44,6 +45,7 @@ struct Hooks {
     find("mlx_safe_sim_take_out", h.uninstall);
     find("mlx_safe_sim_epoch", h.epoch);
     find("mlx_safe_sim_mark_thread", h.mark_thread);
+    find("mlx_safe_sim_set_gate_limit", h.set_gate_limit);
     find("mlx_safe_sim_counters", h.counters);
     h.mark_thread(1);
     return h;
@@ -61,7 +63,8 @@ inline host::id queue() {
   return one->get();
 }
 
-inline std::uint64_t g_handlers_run = 0;
+// In what must come about, at any speed: only a hang takes longer.
+constexpr std::uint64_t kLongMs = 600'000;
 
 // One buffer with a throwing handler, signalling an event that is waited for.
 // Throws what the wait throws.
@@ -76,7 +79,6 @@ inline void run_buffer() {
   // The handler keeps the event alive, as MLX's do: buffers with unretained
   // references do not.
   host::Block check([event](host::id completed) {
-    ++g_handlers_run;
     if (host::send<std::uint64_t>(completed, host::selector("status")) == 5)
       throw std::runtime_error("check_error: " + host::message_of(completed));
   });
@@ -84,7 +86,7 @@ inline void run_buffer() {
   host::send(buffer, host::selector("commit"));
   if (!host::send<bool>(event.get(),
                         host::selector("waitUntilSignaledValue:timeoutMS:"),
-                        std::uint64_t{1}, std::uint64_t{10000}))
+                        std::uint64_t{1}, kLongMs))
     throw std::runtime_error("timed out");
 }
 

@@ -26,6 +26,10 @@ EXPORT void mlx_safe_sim_mark_thread(int client) {
   metal::this_thread_may_throw(client != 0);
 }
 
+EXPORT void mlx_safe_sim_set_gate_limit(std::uint32_t ms) {
+  metal::set_gate_limit(std::chrono::milliseconds(ms));
+}
+
 // While work goes on, too.
 EXPORT void mlx_safe_sim_take_out() { metal::uninstall(); }
 

@@ -1,6 +1,7 @@
 // The hooks in bad surroundings, one case for each run:
 //   surroundings CASE HOOKS [TWIN]
 // Exit status 0 when it went as it should; the reason on stderr otherwise.
+#include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -56,6 +57,16 @@ void missing_selector() {
 // ---- another library that replaces a method
 // ------------------------------------
 
+// Replaces the method of the object's class; returns what was there.
+host::IMP replace(host::id object, const char* name, host::IMP with) {
+  auto get_class = host::function<host::Class(host::id)>("object_getClass");
+  auto method_of = host::function<host::Method(host::Class, host::SEL)>(
+      "class_getInstanceMethod");
+  auto set = host::function<host::IMP(host::Method, host::IMP)>(
+      "method_setImplementation");
+  return set(method_of(get_class(object), selector(name)), with);
+}
+
 using Commit = void (*)(host::id, host::SEL);
 Commit g_foreign_original;
 std::atomic<int> g_foreign_calls{0};
@@ -66,16 +77,10 @@ void foreign_commit(host::id self, host::SEL cmd) {
 }
 
 void replace_commit() {
-  auto get_class = host::function<host::Class(host::id)>("object_getClass");
-  auto method_of = host::function<host::Method(host::Class, host::SEL)>(
-      "class_getInstanceMethod");
-  auto set = host::function<host::IMP(host::Method, host::IMP)>(
-      "method_setImplementation");
   host::ScopedPool pool;
   auto buffer = host::send<host::id>(drive::queue(), selector("commandBuffer"));
-  auto method = method_of(get_class(buffer), selector("commit"));
   g_foreign_original = reinterpret_cast<Commit>(
-      set(method, reinterpret_cast<host::IMP>(&foreign_commit)));
+      replace(buffer, "commit", reinterpret_cast<host::IMP>(&foreign_commit)));
 }
 
 void replaced_before() {
@@ -143,6 +148,7 @@ void install_during_work() {
         ++ran;
       }
     });
+  while (ran == 0) std::this_thread::yield();
   for (int i = 0; i < 200; ++i) {
     CHECK(hooks.install(i % 2 ? "observe" : "intercept") == 0);
     std::this_thread::yield();
@@ -150,33 +156,59 @@ void install_during_work() {
   }
   stop = true;
   for (auto& t : threads) t.join();
-  CHECK(ran > 0);
   CHECK(bad == 0);
   CHECK(hooks.install("intercept") == 0);
   check_protected(hooks);
 }
 
+using WaitForEvent = bool (*)(host::id, host::SEL, std::uint64_t,
+                              std::uint64_t);
+WaitForEvent g_wait_original;
+std::atomic<bool> g_waiting{false};
+
+bool noted_wait(host::id self, host::SEL cmd, std::uint64_t value,
+                std::uint64_t timeout_ms) {
+  g_waiting = true;
+  return g_wait_original(self, cmd, value, timeout_ms);
+}
+
+// From now on `g_waiting` says that somebody waits. Before an install: then
+// whoever waits is inside the hook.
+void note_waits() {
+  host::Ref event = host::Ref::take(
+      host::send<host::id>(drive::device(), selector("newSharedEvent")));
+  g_wait_original = reinterpret_cast<WaitForEvent>(
+      replace(event.get(), "waitUntilSignaledValue:timeoutMS:",
+              reinterpret_cast<host::IMP>(&noted_wait)));
+}
+
 void uninstall_in_flight() {
+  note_waits();
   Hooks hooks = Hooks::open(g_hooks_path);
   CHECK(hooks.install("intercept") == 0);
-  METALSIM(metalsim_set_handler_delay_us)(20000);
+  METALSIM(metalsim_hold_handlers)(1);
   std::string said = "not run";
   fail_next();
+  g_waiting = false;
   std::thread waiting([&] {
     hooks.mark_thread(1);
     said = try_buffer();
   });
-  usleep(5000);
+  while (!g_waiting) std::this_thread::yield();
   hooks.uninstall();  // its handlers are still wrapped: nothing may terminate
+  METALSIM(metalsim_hold_handlers)(0);
   waiting.join();
   CHECK(told_of_memory(said));  // it was protected when it began
-  CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
 }
 
 void forked() {
   Hooks hooks = Hooks::open(g_hooks_path);
   CHECK(hooks.install("intercept") == 0);
   check_protected(hooks);
+  // The simulation's thread may hold one of its locks, which nobody in the
+  // child would give back.
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
   pid_t child = fork();
   if (child == 0) {
     // Metal is of no use here, but nothing of ours may hang or crash.
@@ -223,7 +255,7 @@ void address_reuse() {
     check_protected(hooks);
   }
   // Nothing is remembered of buffers and events that are gone, failed or not.
-  CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
   CHECK(hooks.count().buffer_records == 0);
   CHECK(hooks.count().event_records == 0);
 }
@@ -272,7 +304,7 @@ void observe_counts() {
     host::send(last, selector("commit"));
     CHECK(host::send<bool>(event.get(),
                            selector("waitUntilSignaledValue:timeoutMS:"),
-                           std::uint64_t{1}, std::uint64_t{5000}));
+                           std::uint64_t{1}, drive::kLongMs));
     CHECK(hooks.epoch() == before + 1);
   }
 }
@@ -324,7 +356,7 @@ void set_value(const host::Ref& event, std::uint64_t value) {
 
 // "reached", "timed out", or what was thrown.
 std::string wait_for(const host::Ref& event, std::uint64_t value,
-                     std::uint64_t timeout_ms = 8000) {
+                     std::uint64_t timeout_ms = drive::kLongMs) {
   try {
     return host::send<bool>(event.get(),
                             selector("waitUntilSignaledValue:timeoutMS:"),
@@ -382,7 +414,7 @@ void cpu_thread_told_late() {
     host::Ref failed = new_event(), result = new_event(), beside = new_event();
     fail_next();
     Work(queue).signals(failed, 1).commit();
-    CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+    CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
     std::atomic<bool> waited{false}, told{false};
     std::thread cpu([&] {
       hooks.mark_thread(0);
@@ -467,6 +499,87 @@ void caller_has_less_time() {
   CHECK(hooks.count().gate_limit == 0);
 }
 
+// A wait that is let go does not pass for one that went well.
+void handlers_never_run() {
+  Hooks hooks = intercepted();
+  hooks.set_gate_limit(100);
+  METALSIM(metalsim_hold_handlers)(1);
+  for (bool raises : {true, false}) {
+    host::Ref queue = new_queue(), event = new_event(), result = new_event();
+    std::uint64_t before = hooks.epoch();
+    Work(queue).signals(event, 1).commit();
+    hooks.mark_thread(raises);
+    std::string said = wait_for(event, 1);
+    CHECK(hooks.epoch() == before + 1);
+    if (raises) {
+      CHECK(said.find("handlers did not run in") != std::string::npos);
+    } else {
+      CHECK(said == "reached");
+      set_value(result, 1);  // as MLX's CPU thread, from the data it waited for
+      hooks.mark_thread(1);
+      CHECK(wait_for(result, 1) != "reached");
+    }
+  }
+  CHECK(hooks.count().gate_limit == 2);
+  METALSIM(metalsim_hold_handlers)(0);
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
+}
+
+// Another process, which lets this one go on some seconds after it is told.
+// Made before there are threads.
+class Waker {
+ public:
+  explicit Waker(unsigned seconds) {
+    CHECK(pipe(ends_) == 0);
+    pid_t sleeper = getpid();
+    child_ = fork();
+    if (child_ != 0) return;
+    char told;
+    if (read(ends_[0], &told, 1) == 1) sleep(seconds);
+    // More than once: it may not have fallen asleep yet.
+    for (; getppid() == sleeper; sleep(1)) kill(sleeper, SIGCONT);
+    _exit(0);
+  }
+  void stop_this_process() {
+    CHECK(write(ends_[1], "!", 1) == 1);
+    kill(getpid(), SIGSTOP);
+  }
+  ~Waker() {
+    kill(child_, SIGKILL);
+    waitpid(child_, nullptr, 0);
+  }
+
+ private:
+  int ends_[2];
+  pid_t child_;
+};
+
+// The clocks go on while a process is stopped; Metal's handlers do not.
+void stopped_meanwhile() {
+  Waker waker(5);
+  note_waits();
+  Hooks hooks = intercepted();
+  hooks.set_gate_limit(4000);
+  host::Ref queue = new_queue(), event = new_event();
+  METALSIM(metalsim_hold_handlers)(1);
+  fail_next();
+  Work(queue).commit();
+  Work(queue).signals(event, 1).commit();
+  g_waiting = false;
+  std::string said;
+  std::thread waiting([&] {
+    hooks.mark_thread(1);
+    said = wait_for(event, 1);
+  });
+  while (!g_waiting) std::this_thread::yield();
+  usleep(50'000);  // by now it is most likely held back
+  waker.stop_this_process();
+  METALSIM(metalsim_hold_handlers)(0);
+  waiting.join();
+  CHECK(told_of_memory(said));
+  CHECK(hooks.count().gate_limit == 0);
+}
+
 void reinstalled_clean() {
   Hooks hooks = intercepted();
   host::Ref queue = new_queue();
@@ -474,7 +587,7 @@ void reinstalled_clean() {
     host::Ref event = new_event();
     fail_next();
     Work(queue).signals(event, 1).commit();
-    CHECK(METALSIM(metalsim_wait_idle)(5000) == 1);
+    CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
     hooks.uninstall();
   }
   host::Ref event = new_event();  // most likely at the same address
@@ -521,6 +634,8 @@ const std::map<std::string, std::function<void()>> kCases = {
     {"waited_event_dies", waited_event_dies},
     {"counters", counters},
     {"caller_has_less_time", caller_has_less_time},
+    {"handlers_never_run", handlers_never_run},
+    {"stopped_meanwhile", stopped_meanwhile},
     {"reinstalled_clean", reinstalled_clean},
     {"two_installs_at_once", two_installs_at_once},
 };
@@ -536,7 +651,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: surroundings CASE HOOKS TWIN | --list\n");
     return 2;
   }
-  alarm(60);
+  alarm(300);
   g_hooks_path = argv[2];
   g_twin_path = argv[3];
   kCases.at(argv[1])();

@@ -33,7 +33,7 @@ class Native:
             [str(self.directory / command[0]), *command[1:]],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=400,
             check=False,
             env={**os.environ, "MLX_SAFE_METAL_RUNTIME": self.runtime},
         )
@@ -44,7 +44,7 @@ class Native:
         command = [f"metalsim/host_{regime}", f"--workload={workload}", *more]
         if hooks:
             command.append(f"--hooks={self.hooks}")
-        return self.run(*command, "--time-limit=30")
+        return self.run(*command, "--time-limit=300")
 
 
 PYTHON = """

@@ -144,7 +144,7 @@ def names(directory: Path) -> list[str]:
 
 def a_pid_that_is_gone() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait(30)
+    process.wait(300)
     return process.pid
 
 

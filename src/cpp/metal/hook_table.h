@@ -1,6 +1,7 @@
 // Between the hooks (hooks.cpp) and their installation (install.cpp).
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "metal/hooks.h"
@@ -11,6 +12,10 @@ namespace mlx_safe::metal {
 
 enum class Kind { kDevice, kQueue, kBuffer, kEvent };
 inline constexpr std::size_t kKinds = 4;
+
+// MTLCommandBufferStatus.
+inline constexpr std::uint64_t kStatusCompleted = 4;
+inline constexpr std::uint64_t kStatusError = 5;
 
 enum class When { kAlways, kIntercept };
 enum class Need { kRequired, kOptional };

@@ -35,11 +35,9 @@ using objc::send;
 
 namespace {
 
-constexpr std::uint64_t kStatusCompleted = 4;  // MTLCommandBufferStatus
-constexpr std::uint64_t kStatusError = 5;
-
 // A handler that never runs must not become a hang of ours.
-constexpr std::chrono::milliseconds kGateLimit{10'000};
+constinit std::atomic<std::chrono::milliseconds> g_gate_limit{
+    std::chrono::milliseconds(10'000)};
 
 struct Counters {
   std::atomic<std::uint64_t> buffers{0}, completed{0}, failed{0}, swallowed{0},
@@ -238,7 +236,7 @@ void hook_waitUntilCompleted(void (*original)(Id, Selector), Id self,
     return original(self, selector);
   BufferRef record = ledger().find(self);
   original(self, selector);
-  if (record && !ledger().settle_buffer(record, kGateLimit)) give_up_waiting();
+  if (record && !ledger().settle_buffer(record, g_gate_limit.load())) give_up_waiting();
 }
 
 // MLX 0.31.2's synchronize looks at the status of its own, empty buffer; a
@@ -284,9 +282,10 @@ std::chrono::milliseconds rest_of(std::uint64_t timeout_ms,
   using std::chrono::milliseconds;
   auto spent = std::chrono::duration_cast<milliseconds>(
       std::chrono::steady_clock::now() - begin);
-  if (timeout_ms > 1'000'000'000) return kGateLimit;  // MLX waits for ever
+  auto limit = g_gate_limit.load();
+  if (timeout_ms > 1'000'000'000) return limit;  // MLX waits for ever
   milliseconds given(static_cast<std::int64_t>(timeout_ms));
-  return std::min(kGateLimit, std::max(given - spent, milliseconds(0)));
+  return std::min(limit, std::max(given - spent, milliseconds(0)));
 }
 
 bool hook_waitUntilSignaledValue(
@@ -309,7 +308,8 @@ bool hook_waitUntilSignaledValue(
   auto real = send<std::uint64_t>(self, selectors().signaledValue);
   auto limit = rest_of(timeout_ms, begin);
   if (!ledger().settle_event(self, value, real, limit)) {
-    if (limit < kGateLimit) return false;  // the caller's own time is up
+    // The caller's own time is up.
+    if (limit < g_gate_limit.load()) return false;
     give_up_waiting();
   }
   if (hook_mode() != Mode::kIntercept) return reached;  // MLX raises by itself
@@ -462,6 +462,10 @@ HookCounters counters() {
 void hooks_forget_failures() { ledger().forget_failures(); }
 
 void this_thread_may_throw(bool may) { t_state.may_throw = may; }
+
+void set_gate_limit(std::chrono::milliseconds limit) {
+  g_gate_limit.store(limit);
+}
 
 void hooks_after_fork_in_child() noexcept { ledger().reset_after_fork(); }
 

@@ -2,6 +2,7 @@
 // The list of them is `kHooks` in hooks.cpp.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -43,6 +44,9 @@ HookCounters counters();
 // Lets waits on this thread raise in a process without Python. With Python, the
 // threads that it knows may raise, and no others.
 void this_thread_may_throw(bool may);
+
+// How long a wait is held back for handlers that do not run; for tests.
+void set_gate_limit(std::chrono::milliseconds limit);
 
 void after_fork_in_child() noexcept;
 

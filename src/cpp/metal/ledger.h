@@ -101,7 +101,8 @@ class Ledger {
   BufferRef completed(Id buffer, FailureRef own);
 
   // Waits until what makes `event` reach `value` has settled, `real` being the
-  // value that the event shows. False when that took longer than `limit`.
+  // value that the event shows. False when that took longer than `limit`, of
+  // which time in which this process did not run is no part.
   bool settle_event(Id event, std::uint64_t value, std::uint64_t real,
                     std::chrono::milliseconds limit);
   bool settle_buffer(const BufferRef& buffer, std::chrono::milliseconds limit);

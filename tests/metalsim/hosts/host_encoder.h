@@ -27,8 +27,8 @@ struct Options {
   uint64_t fail_nth = 0, seed = 0;
   int code = 8, rounds = 20, debug_layer = 0, family = 0;
   uint32_t after_commands = 0, late_us = 0;
-  bool persistent = false;
-  unsigned time_limit = 60;
+  bool persistent = false, hold_first = false;
+  unsigned time_limit = 300;
   int ops_per_buffer = 40;
 };
 

@@ -145,6 +145,7 @@ bool take(const std::string& argument, const char* name, Number& into) {
 inline bool read_option(const std::string& argument) {
   Options& o = options();
   if (argument == "--persistent") return o.persistent = true;
+  if (argument == "--hold-first") return o.hold_first = true;
   return take(argument, "workload", o.workload) ||
          take(argument, "hooks", o.hooks) ||
          take(argument, "expect", o.expect) ||

@@ -8,6 +8,9 @@
 
 namespace host {
 
+// Only for what hangs.
+constexpr uint64_t kIdleLimitMs = 120'000;
+
 constexpr Stream kGpu{0, true}, kOtherGpu{1, true}, kCpu{2, false};
 
 template <class Regime>
@@ -107,8 +110,15 @@ class Workloads {
   }
 
   static bool each_round(Results (*body)(int)) {
+    auto* hold_handlers = METALSIM(metalsim_hold_handlers);
     for (int round = 0; round < options().rounds; ++round) {
+      // Late as they may be, and as long as it takes to judge the round.
+      bool hold = options().hold_first && round == 0;
+      if (hold) hold_handlers(1);
       attempt([=] { return body(round); });
+      if (!hold) continue;
+      hold_handlers(0);
+      METALSIM(metalsim_wait_idle)(kIdleLimitMs);
     }
     return true;
   }
@@ -342,12 +352,12 @@ int main_program(int argc, char** argv) {
     return 2;
   }
   Report& r = report();
-  r.idle = METALSIM(metalsim_wait_idle)(10000) != 0;
+  r.idle = METALSIM(metalsim_wait_idle)(kIdleLimitMs) != 0;
   METALSIM(metalsim_get_totals)(&r.after);
   if (!options().persistent && options().code != 4) {
     if (hooks() && epoch() != 0) Workloads<Regime>::recover();
     r.independent = Workloads<Regime>::independent_work() ? "true" : "false";
-    r.idle = r.idle && METALSIM(metalsim_wait_idle)(10000);
+    r.idle = r.idle && METALSIM(metalsim_wait_idle)(kIdleLimitMs);
   }
   uint64_t last_epoch = epoch();
   if (hooks()) hooks().uninstall();
