@@ -29,6 +29,33 @@ def test_the_newest_is_last(private_reports: Path) -> None:
     assert store.entries(private_reports / "none") == []
 
 
+def test_one_that_goes_meanwhile_hides_no_other(
+    private_reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others write and prune here, too."""
+    reports.write(private_reports, reports.sample(), "1-1.json")
+    names = [*reports.names(private_reports), "2-1.json", ".run-17"]
+    monkeypatch.setattr(os, "listdir", lambda directory: names)
+    assert [entry.id for entry in store.entries(private_reports)] == ["1-1"]
+
+
+def test_one_that_comes_while_others_are_pruned_stays_told(
+    private_reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports.write(private_reports, reports.sample(), "1-1.json")
+    entries = store.entries
+
+    def entries_then_another(directory: Path) -> list[store.Entry]:
+        found = entries(directory)
+        reports.write(private_reports, reports.sample(), "2-1.json")
+        assert store.mark_told(entries(directory)[-1])
+        return found
+
+    monkeypatch.setattr(store, "entries", entries_then_another)
+    store.prune(private_reports)
+    assert reports.names(private_reports) == ["1-1.json", "2-1.json", "2-1.json.told"]
+
+
 FOREIGN = ("notes.txt", "a.json", "12-ab.json", "1-2.json.bak", ".told", "x.told")
 
 

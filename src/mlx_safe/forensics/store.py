@@ -61,15 +61,12 @@ def entries(directory: str | os.PathLike[str]) -> list[Entry]:
     Raises:
         OSError: the directory cannot be read.
     """
-    try:
-        with os.scandir(directory) as found:
-            sizes = {e.name: e.stat(follow_symlinks=False).st_size for e in found}
-    except FileNotFoundError:
-        return []
+    names = _names(directory)
     listed = []
-    for name, size in sizes.items():
+    for name in names:
         match = _NAME.fullmatch(name)
-        if match is None:
+        size = None if match is None else _size(os.path.join(directory, name))
+        if match is None or size is None:
             continue
         listed.append(
             Entry(
@@ -79,11 +76,26 @@ def entries(directory: str | os.PathLike[str]) -> list[Entry]:
                 pid=int(match[2]),
                 number=int(match[3] or 1),
                 size=size,
-                told=name + TOLD in sizes or name + SEEN in sizes,
-                seen=name + SEEN in sizes,
+                told=name + TOLD in names or name + SEEN in names,
+                seen=name + SEEN in names,
             )
         )
     return sorted(listed, key=lambda e: (e.seconds, e.pid, e.number))
+
+
+def _names(directory: str | os.PathLike[str]) -> set[str]:
+    try:
+        return set(os.listdir(directory))
+    except FileNotFoundError:
+        return set()
+
+
+def _size(path: str) -> int | None:
+    """None: another process has removed it since it was listed."""
+    try:
+        return os.lstat(path).st_size
+    except FileNotFoundError:
+        return None
 
 
 def name_for(directory: Path, seconds: int, pid: int) -> Path:
@@ -152,6 +164,8 @@ def prune(directory: str | os.PathLike[str]) -> list[Entry]:
         OSError: the directory cannot be read.
     """
     keep, keep_bytes = limits()
+    # Before the reports: whoever makes one now may mark it at once.
+    markers = [m for m in map(_MARKER.fullmatch, _names(directory)) if m is not None]
     listed = entries(directory)
     kept = listed[len(listed) - keep :] if keep < len(listed) else list(listed)
     while len(kept) > 1 and sum(e.size for e in kept) > keep_bytes:
@@ -159,10 +173,9 @@ def prune(directory: str | os.PathLike[str]) -> list[Entry]:
     gone = listed[: len(listed) - len(kept)]
     removed = [entry for entry in gone if _remove(entry.path)]
     names = {entry.path.name for entry in kept}
-    for path in Path(directory).iterdir() if listed else ():
-        marker = _MARKER.fullmatch(path.name)
-        if marker is not None and marker[1] not in names:
-            _remove(path)
+    for marker in markers:
+        if marker[1] not in names:
+            _remove(Path(directory, marker[0]))
     return removed
 
 
