@@ -34,8 +34,8 @@ def test_one_that_goes_meanwhile_hides_no_other(
 ) -> None:
     """Others write and prune here, too."""
     reports.write(private_reports, reports.sample(), "1-1.json")
-    names = [*reports.names(private_reports), "2-1.json", ".run-17"]
-    monkeypatch.setattr(os, "listdir", lambda directory: names)
+    names = {*reports.names(private_reports), "2-1.json", ".run-17"}
+    monkeypatch.setattr(store, "_names", lambda directory: names)
     assert [entry.id for entry in store.entries(private_reports)] == ["1-1"]
 
 

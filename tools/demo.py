@@ -61,7 +61,6 @@ WIDTH = 78
 # mlx-lm's own server. All it takes from mlx-safe is the fault.
 STOCK_PROGRAM = """\
 import os
-import random
 os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
 
 import mlx_safe

@@ -65,12 +65,12 @@ def entries(directory: str | os.PathLike[str]) -> list[Entry]:
     listed = []
     for name in names:
         match = _NAME.fullmatch(name)
-        size = None if match is None else _size(os.path.join(directory, name))
-        if match is None or size is None:
+        path = Path(directory, name)
+        if match is None or (size := _size(path)) is None:
             continue
         listed.append(
             Entry(
-                path=Path(directory, name),
+                path=path,
                 id=name.removesuffix(".json"),
                 seconds=int(match[1]),
                 pid=int(match[2]),
@@ -85,15 +85,15 @@ def entries(directory: str | os.PathLike[str]) -> list[Entry]:
 
 def _names(directory: str | os.PathLike[str]) -> set[str]:
     try:
-        return set(os.listdir(directory))
+        return {path.name for path in Path(directory).iterdir()}
     except FileNotFoundError:
         return set()
 
 
-def _size(path: str) -> int | None:
+def _size(path: Path) -> int | None:
     """None: another process has removed it since it was listed."""
     try:
-        return os.lstat(path).st_size
+        return path.lstat().st_size
     except FileNotFoundError:
         return None
 
