@@ -20,11 +20,11 @@ struct HookStatus {
 };
 
 struct HookCounters {
-  std::uint64_t buffers;     // committed since the first install
-  std::uint64_t completed;   // of them, those whose handlers have run
-  std::uint64_t failed;      // of them, those with status error
-  std::uint64_t swallowed;   // exceptions kept from std::terminate
-  std::uint64_t thrown;      // waits that raised
+  std::uint64_t buffers;    // committed since the first install
+  std::uint64_t completed;  // of them, those whose handlers have run
+  std::uint64_t failed;     // of them, those with status error
+  std::uint64_t swallowed;  // exceptions kept from std::terminate
+  std::uint64_t thrown;     // waits that raised
   // Waits let go although handlers had not run; a fault in the log for each.
   std::uint64_t gate_limit;
   std::uint64_t buffer_records, event_records;
