@@ -236,7 +236,8 @@ void hook_waitUntilCompleted(void (*original)(Id, Selector), Id self,
     return original(self, selector);
   BufferRef record = ledger().find(self);
   original(self, selector);
-  if (record && !ledger().settle_buffer(record, g_gate_limit.load())) give_up_waiting();
+  if (record && !ledger().settle_buffer(record, g_gate_limit.load()))
+    give_up_waiting();
 }
 
 // MLX 0.31.2's synchronize looks at the status of its own, empty buffer; a
