@@ -44,13 +44,8 @@ def wheel_of(version: str, system: str) -> Path:
     wanted = "mlx-metal" if version == "newest" else f"mlx-metal=={version}"
     report = CACHE / "report.txt"
     command = [sys.executable, "-m", "pip", "download", "--log", str(report)]
-<<<<<<< HEAD
     command += ["--platform", platform, "--only-binary=:all:", "--no-deps"]
     command += ["--retries", "10", "--timeout", "60", "--dest", str(CACHE), wanted]
-=======
-    command += [*PLATFORM, "--retries", "10", "--timeout", "60"]
-    command += ["--dest", str(CACHE), wanted]
->>>>>>> 8119fea (docs/metal.md: a wait that is let go is a fault; more patience with the registry in make contract)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"no {wanted} to be had:\n{done.stderr}"
     name = re.search(rf"mlx_metal-[\w.]+-py3-none-{platform}\.whl", done.stdout)
