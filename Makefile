@@ -1,5 +1,5 @@
 # Everything sets itself up: a fresh machine needs Python 3.10 or later, a C++
-# compiler, make, git and (for the tests) curl. See `make help`.
+# compiler, make and git. See `make help`.
 
 PYTHON ?= python3
 VENVS := .venvs
@@ -23,7 +23,7 @@ export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-metal test-intercept test-observe sanitize lint format bench clean \
+.PHONY: help demo test test-metal test-intercept test-observe test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract requirements hardware-report
 
 help:  ## what can be made
@@ -45,11 +45,23 @@ test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simul
 PYTEST := -m pytest -p no:cacheprovider
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
-test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
+# One of the tests' clients.
+.PHONY: curl
+curl:
+	@command -v curl > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
+	  apt-get -o Acquire::Retries=5 update && \
+	  apt-get -o Acquire::Retries=5 install --yes --no-install-recommends curl; } || \
+	  { echo 'curl is one of the clients of the tests: please install it' >&2; exit 2; }
+
+test-intercept: curl $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
 	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
 
-test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
+test-observe: curl $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
+
+# On a Mac, where the simulated Metal is not built: signals, stacks, the run file.
+test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Metal
+	MLX_SAFE_TEST_NATIVE=none $(VENVS)/observe/bin/python -m pytest $(filter-out tests/test_metal.py,$(ONCE)) $(ARGS)
 
 sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan

@@ -56,24 +56,34 @@ def why_no_hardware() -> str | None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Leaves out what needs Metal where it cannot run, and says so."""
-    hardware = [item for item in items if item.get_closest_marker("requires_metal")]
-    reason = why_no_hardware()
-    if not hardware or reason is None:
-        return
-    items[:] = [item for item in items if item not in hardware]
-    config.hook.pytest_deselected(items=hardware)
-    config.stash[left_out] = f"{len(hardware)} tests of tests/hardware: {reason}"
+    """Leaves out what needs Metal, or what is not built, and says so."""
+    told = config.stash[left_out] = []
+    if reason := why_no_hardware():
+        hardware = [item for item in items if item.get_closest_marker("requires_metal")]
+        leave_out(config, items, hardware)
+        if hardware:
+            told.append(f"{len(hardware)} tests of tests/hardware: {reason}")
+    if os.environ.get("MLX_SAFE_TEST_NATIVE") == "none":
+        native = [i for i in items if "native" in getattr(i, "fixturenames", ())]
+        leave_out(config, items, native)
+        told.append(f"{len(native)} tests that need tests/native: it is not built")
 
 
-left_out = pytest.StashKey[str]()
+def leave_out(
+    config: pytest.Config, items: list[pytest.Item], which: list[pytest.Item]
+) -> None:
+    items[:] = [item for item in items if item not in which]
+    config.hook.pytest_deselected(items=which)
+
+
+left_out = pytest.StashKey[list[str]]()
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    if left_out in config.stash:
-        terminalreporter.write_line(f"did not run: {config.stash[left_out]}")
+    for line in config.stash.get(left_out, []):
+        terminalreporter.write_line(f"did not run: {line}")
 
 
 @pytest.fixture(scope="session")
