@@ -9,12 +9,25 @@ from typing import Any
 
 import pytest
 
-from support.server import BATCH_RUNS_S, CONTROLLED, Server
+from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 STEP_SIZE = 64
+BYTES_PER_TOKEN = 512  # of the tiny model's KV cache
 # The step in which the client leaves, of some 300 of the prompt or of its answer.
 LEAVES_IN = {"prefill": (5, 300 * STEP_SIZE), "decode": (20, 5)}
+
+# Nobody looks at sockets: that a client is gone shows when it is written to. And what
+# ends mlx-lm's turn of its batch after half a second never does.
+ONLY_WRITES = (
+    """
+import mlx_lm.server
+from mlx_safe.server import departures
+departures.LOOK_EVERY_S = 3600.0
+mlx_lm.server.TimeBudget.__init__.__defaults__ = (3600.0, 25, 10)
+"""
+    + CONTROLLED
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +64,31 @@ def test_leaving(
     assert server.departures == seen + 1
     assert "Traceback" not in server.log
     assert server.metric("mlx_safe_resets_total") == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_leaving_is_noticed_by_a_write(tiny_model: Path, path: str) -> None:
+    """Before anybody has looked; the request's memory is free afterwards."""
+    messages = [{"role": "user", "content": "x" * 2000}]
+    body = {"messages": messages, "max_tokens": 5000, "stream": True, **PATHS[path]}
+    cacheless = ("--prompt-cache-size", "0")
+    with Server(
+        tiny_model, *cacheless, inject=f"any:{NEVER}", program=ONLY_WRITES
+    ).wait_ready() as server:
+        assert server.chat(**PATHS[path]).status == 200
+        memory = server.ask("memory")
+        server.hold(30)
+        with server.connected(body, reset=True):
+            server.wait_held()
+        assert server.ask("memory") > memory + 2000 * BYTES_PER_TOKEN
+        server.go()
+        server.wait_for_log("went away")
+        before = server.ask("steps")
+        assert server.chat(**PATHS[path]).status == 200
+        steps = server.ask("steps") - before
+        assert steps <= 12  # the one under way, and those for eight tokens
+        most = memory + 500 * BYTES_PER_TOKEN
+        assert eventually(lambda: server.ask("memory") < most)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -25,8 +25,7 @@ _make_state_machine``,                               prefill step of a replay
 ``BatchGenerator``,
 ``tokenizer.detokenizer``
 ``ResponseGenerator.             `generator`         a client that left ends its
-_serve_single``,                                     request within a step
-``._time_budget``
+_serve_single``                                      request within a step
 ``ResponseGenerator.             `ranks`, and in     with more than one rank
 _share_request``,                `generator`         all take the same steps
 ``._share_object``

@@ -225,10 +225,11 @@ class Admission:
         self._batch_ref = weakref.ref(batch)
         return batch
 
-    def inserted(self, uids: Any) -> None:
+    def inserted(self, uids: Any) -> Ticket | None:
         """mlx-lm has put the request that was admitted last into its batch."""
         if self._last_admitted is not None:
             (self._last_admitted.uid,) = uids
+        return self._last_admitted
 
     def _running(self) -> list[Ticket]:
         return [t for t in self._flight.running() if t.claim is not None]

@@ -9,27 +9,52 @@ from types import SimpleNamespace
 from typing import Any
 
 from .admission import Admission
+from .tickets import Ticket
 
 __all__ = ["watched"]
 
 
 def watched(cls: Any, admission: Admission) -> Any:
-    """The class ``cls`` (mlx-lm's `BatchGenerator`), asking before each step."""
+    """The class ``cls`` (mlx-lm's `BatchGenerator`), asking before each step.
+
+    Between two steps it also looks for requests that have been stopped. mlx-lm takes
+    those out only when it has a response for them and its turn of half a second is
+    over (`TimeBudget`, 0.31 to 0.32): so it gets a sign of them instead of a step, and
+    then nothing, which ends its turn.
+    """
 
     class Watched(cls):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._tickets: dict[Any, Ticket] = {}  # of what is in the batch, by uid
+            self._leaving = False
+            super().__init__(*args, **kwargs)
+
         def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
             uids = super().insert_segments(*args, **kwargs)
-            admission.inserted(uids)
+            ticket = admission.inserted(uids)
+            if ticket is not None:
+                self._tickets[ticket.uid] = ticket
             return uids
 
+        def remove(self, uids: Any, *args: Any, **kwargs: Any) -> Any:
+            for uid in uids:
+                self._tickets.pop(uid, None)
+            return super().remove(uids, *args, **kwargs)
+
         def next(self) -> Any:
-            leaving = admission.before_step()
+            if self._leaving:
+                self._leaving = False
+                return [], []
+            leaving = [uid for uid, t in self._tickets.items() if t.stopped]
+            leaving = leaving or [t.uid for t in admission.before_step()]
             if leaving:
-                # No step is run; mlx-lm takes out of the batch what has been
-                # stopped when it gets a sign of it.
-                return [_sign_of(ticket.uid) for ticket in leaving], []
+                self._leaving = True
+                return [_sign_of(uid) for uid in leaving], []
             admission.observer.begin()
             prompts, generated = super().next()
+            for response in generated:
+                if response.finish_reason is not None:
+                    self._tickets.pop(response.uid, None)
             admission.observer.end_of_batch_step(
                 prompts, generated, admission.lengths()
             )

@@ -366,18 +366,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return False
         return bool(self._share_object(ticket.stopped or None))
 
-    @property
-    def _time_budget(self) -> Any:
-        return self._budget
-
-    @_time_budget.setter
-    def _time_budget(self, budget: Any) -> None:
-        # mlx-lm removes requests from a batch when its budget of half a second
-        # is used up; a client that left ends it at once.
-        if self._one_rank:
-            budget = _UntilSomebodyLeaves(budget, self.flight)
-        self._budget = budget
-
     def _is_working(self) -> bool:
         # Ranks meet in every turn of the loop, with and without work; one that is
         # gone shows only in a turn that does not end.
@@ -422,21 +410,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
         self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
-
-
-class _UntilSomebodyLeaves:
-    """mlx-lm's `TimeBudget`, cut short when a client of the batch has left."""
-
-    def __init__(self, budget: Any, flight: Flight) -> None:
-        self._budget = budget
-        self._flight = flight
-
-    def __iter__(self) -> Any:
-        for tick in self._budget:
-            left = self._flight.left
-            yield tick
-            if self._flight.left != left:
-                return
 
 
 def _unload(provider: Any) -> None:

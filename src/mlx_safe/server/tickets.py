@@ -184,13 +184,11 @@ class Ticket:
 
     def interrupt(self) -> None:
         """Makes mlx-lm drop it; it may be given out again by `work`."""
-        self._flight.left += 1
         if self.context is not None:
             type(self.context).stop(self.context)
 
     def leave(self) -> None:
         """The client went away: ends the request. Any thread."""
-        self._flight.left += 1
         self.fail(ClientLeft("the client closed the connection"))
 
     def complete(self) -> None:
@@ -200,9 +198,9 @@ class Ticket:
 
     def fail(self, exc: Exception) -> bool:
         """Ends the request with ``exc``; False when it had ended already."""
+        self._stop()  # first: one that is in flight no more makes no more steps
         if not self._land(f"failed: {type(exc).__name__}"):
             return False
-        self._stop()
         # A copy: each client's thread raises its own.
         self._queue.put(copy.copy(exc))
         return True
@@ -219,14 +217,12 @@ class Flight:
 
     Attributes:
         tokens: tokens passed on to any client so far.
-        left: requests that left before they had their answer.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[Ticket] = []
         self.tokens = 0
-        self.left = 0
 
     def __len__(self) -> int:
         return len(self._open)
