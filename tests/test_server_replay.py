@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mlx_safe.errors import MetalOutOfMemoryError
+from mlx_safe.errors import MetalError, MetalOutOfMemoryError, MetalTimeoutError
 from mlx_safe.server.prefill import PrefillStep
 from mlx_safe.server.replay import Replays
 from mlx_safe.server.tickets import Flight, Ticket
@@ -207,13 +207,82 @@ def test_the_real_model_goes_on_where_it_was(real_model: Path) -> None:
         assert server.metric("mlx_safe_replays_total") == 2
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_out_of_memory_makes_smaller_steps_until_it_is_over(
+    tiny_model: Path, path: str
+) -> None:
+    """Counts the steps of the model; each reads one piece of the prompt."""
+    sizes = ("--prefill-step-size", "256", "--prompt-cache-size", "0")
+    with Server(tiny_model, *sizes, program=CONTROLLED).wait_ready() as server:
+
+        def steps() -> int:
+            before = server.ask("steps")
+            assert server.chat("x" * 2000, **PATHS[path]).status == 200
+            return server.ask("steps") - before
+
+        undisturbed = steps()
+        server.plan("decode:3:2")
+        as_before = steps()
+        server.plan("decode:3:8")
+        smaller = steps()
+        assert server.metric("mlx_safe_replays_total") == 2
+        # Those for the prompt, and for the tokens up to the fault, once more.
+        assert undisturbed + 2000 // 256 <= as_before <= undisturbed + 2000 // 256 + 4
+        assert smaller - as_before >= 2000 // 64 - 2000 // 256 - 1
+        assert steps() == undisturbed
+
+
+def boarded(count: int, flight: Flight) -> list[Ticket]:
+    taken = (Queue(), SimpleNamespace(), None)
+    tickets = [
+        Ticket(flight, taken, lambda *_: None, lambda *_: None) for _ in range(count)
+    ]
+    for ticket in tickets:
+        flight.board(ticket)
+    return tickets
+
+
+def given_out(replays: Replays) -> list[Ticket]:
+    """All that may run now."""
+    return list(iter(replays.next, None))
+
+
+def test_out_of_memory_lets_fewer_run_until_it_is_over() -> None:
+    flight = Flight()
+    tickets = boarded(4, flight)
+    settings = SimpleNamespace(prefill_step_size=2048)
+    replays = Replays(flight, 2, PrefillStep(settings))
+    memory = MetalOutOfMemoryError("Insufficient Memory", code=8)
+    timeout = MetalTimeoutError("Caused GPU Timeout Error", code=2)
+
+    def fail(fault: MetalError) -> list[Ticket]:
+        again, ending = replays.sort(fault, fault)
+        assert not ending
+        replays.line_up(again)
+        return given_out(replays)
+
+    assert fail(memory) == tickets[:2]
+    assert settings.prefill_step_size == 512
+    running = fail(memory)
+    for ticket in tickets:
+        assert running == [ticket]
+        assert settings.prefill_step_size == 128
+        assert not replays.may_take_new()
+        ticket.complete()
+        running = given_out(replays)
+    assert running == []
+    # Everything is as before.
+    assert replays.may_take_new()
+    assert settings.prefill_step_size == 2048
+    tickets = boarded(4, flight)
+    assert fail(timeout) == tickets
+    assert settings.prefill_step_size == 2048
+
+
 def test_those_that_wait_for_their_turn_lose_no_attempt() -> None:
     """One request fails again and again; it alone is told so."""
     flight = Flight()
-    taken = (Queue(), SimpleNamespace(), None)
-    tickets = [Ticket(flight, taken, lambda *_: None, lambda *_: None) for _ in "abc"]
-    for ticket in tickets:
-        flight.board(ticket)
+    tickets = boarded(3, flight)
     step = PrefillStep(SimpleNamespace(prefill_step_size=2048))
     replays = Replays(flight, 2, step)
     fault = MetalOutOfMemoryError("Insufficient Memory", code=8)

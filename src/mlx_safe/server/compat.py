@@ -118,6 +118,15 @@ def batch_caches(batch: Any) -> tuple[int, list[Any]]:
     return int(nbytes), [sequence[0] for sequence in batch._unprocessed_sequences]
 
 
+def set_prefill_step(batch: Any, size: int) -> None:
+    """``batch``, a `BatchGenerator`, reads prompts in steps of ``size`` from now on.
+
+    It takes so many tokens at a time, and the part of it that reads them cuts them
+    once more, by the size that was set when the batch was made (0.31 to 0.32).
+    """
+    batch.prefill_step_size = batch._prompt_batch.prefill_step_size = size
+
+
 def tell_mistakes_in_one_line(server: Any) -> None:
     """Lets ``server.main`` parse with our `Parser` (it makes its own, of argparse).
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from . import compat
+
 __all__ = ["STEP_MIN", "PrefillStep"]
 
 # Below so many tokens a step is dominated by what it costs in any case.
@@ -60,7 +62,7 @@ class PrefillStep:
         self._cli_args.prefill_step_size = min([self.full, *self._limits.values()])
         batch = self._batch() if self._batch is not None else None
         if batch is not None:
-            batch.prefill_step_size = self.size
+            compat.set_prefill_step(batch, self.size)
 
     def watch(self, batch: Any) -> Any:
         """Remembers mlx-lm's batch generator, whose steps follow; returns it."""
