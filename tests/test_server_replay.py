@@ -197,14 +197,17 @@ def test_the_real_model_goes_on_where_it_was(real_model: Path) -> None:
     with Server(real_model, program=CONTROLLED) as server:
         server.wait_ready()
         # Seconds of work on a machine to itself, a minute and more on a busy one.
-        ask: dict[str, Any] = {"max_tokens": 16, "stream": True, "timeout": 300.0}
+        calm: dict[str, Any] = {"max_tokens": 16, "stream": True, "timeout": 300.0}
         question = "Name three colours."
-        undisturbed = server.chat(question, **ask).text
-        assert undisturbed
-        for n in (2, 9):
-            server.plan(f"decode:{n}:8")
-            assert server.chat(question, **ask).text == undisturbed, f"step {n}"
-        assert server.metric("mlx_safe_replays_total") == 2
+        for path, cuts in (("batched", (2, 9)), ("sequential", (6,))):
+            ask = {**calm, **PATHS[path]}
+            undisturbed = server.chat(question, **ask).text
+            assert undisturbed
+            for n in cuts:
+                server.plan(f"decode:{n}:8")
+                found = server.chat(question, **ask).text
+                assert found == undisturbed, f"{path}, step {n}"
+        assert server.metric("mlx_safe_replays_total") == 3
 
 
 @pytest.mark.parametrize("path", PATHS)
