@@ -7,7 +7,9 @@ stock server's fate under the same fault stands beside it.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -333,6 +335,22 @@ class TestHostileRequests:
             assert server.chat(**other).status == 200
 
 
+# The protected server, which gives its clients as long as a slow machine may take,
+# and has a line in its output for each time that it looks whether they are served.
+PATIENT = """
+import sys, time
+from types import SimpleNamespace
+from mlx_safe.cli import main
+from mlx_safe.server import condition
+def sleep(seconds):
+    print("it waits for its clients", flush=True)
+    time.sleep(seconds)
+condition.ANSWER_TIMEOUT_S = 600.0
+condition.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
 class TestFatalFaults:
     def struck(
         self, server: Server, plan: str, clients: int, **more: Any
@@ -348,6 +366,30 @@ class TestFatalFaults:
             server.plan(plan)
             server.go()
         return answers
+
+    def test_who_was_accepted_is_answered_and_nobody_else_is_accepted(
+        self, tiny_model: Path
+    ) -> None:
+        ask = ("POST", "/v1/chat/completions")
+        body = json.dumps({"messages": [{"role": "user", "content": "x"}]})
+        with (
+            Server(tiny_model, inject="decode:1:4", program=PATIENT) as server,
+            contextlib.closing(server.wait_ready().connect()) as slow,
+        ):
+            # It is accepted by now: the next one is.
+            assert server.get("/health").status == 200
+            assert_told(server.chat(), "metal_device_lost")
+            with contextlib.closing(server.connect()) as late:
+                late.request(*ask, body)
+                waits = server.log.count("it waits")
+                server.wait_for_log("it waits", waits + 30)
+                # With a supervisor the next server has it.
+                assert select.select([late.sock], [], [], 0)[0] == []
+            slow.request(*ask, body)
+            answer = slow.getresponse()
+            assert answer.status == 503
+            assert answer.headers["Retry-After"] == "5"
+            assert server.wait() == 75
 
     @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("clients", [1, 3])

@@ -71,9 +71,8 @@ def test_no_client_is_refused_over_a_fatal_fault(tiny_model: Path) -> None:
             stop.set()
             for t in threads:
                 t.join(120)
-        refused = [a.broken for a in answers if a.broken and "Refused" in a.broken]
-        assert refused == []
-        assert {a.status for a in answers if not a.broken} <= {200, 503}
+        assert [a.broken for a in answers if a.broken] == []
+        assert {a.status for a in answers} <= {200, 503}
         assert served
         assert any(a.status == 503 for a in answers)
 

@@ -380,6 +380,12 @@ class Server:
     def _connect(self, timeout: float) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
 
+    def connect(self, timeout: float = REQUEST_TIMEOUT_S) -> http.client.HTTPConnection:
+        """A connection on which nothing has been sent."""
+        connection = self._connect(timeout)
+        connection.connect()
+        return connection
+
     def get(self, path: str, timeout: float = REQUEST_TIMEOUT_S) -> Answer:
         with contextlib.closing(self._connect(timeout)) as connection:
             connection.request("GET", path)

@@ -11,8 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from .. import _core, _reports
 from .recorder import breadcrumb
@@ -23,7 +22,7 @@ log = logging.getLogger("mlx_safe.server")
 
 # EX_TEMPFAIL: whoever started the process should start it again.
 EXIT_REPLACE = 75
-# How long the process waits for handlers that are writing their answers. Turns are
+# How long the process waits for clients that send their requests or get answers. Turns are
 # counted, not seconds: while the process was stopped they could not write either.
 ANSWER_TIMEOUT_S = 5.0
 ANSWER_TURN_S = 0.01
@@ -41,6 +40,7 @@ class Condition:
         self._state = "loading"
         self._reason = "the model is being loaded"
         self._answering = 0
+        self._leaving = False
         self._refuse_until = 0.0
 
     @property
@@ -67,25 +67,30 @@ class Condition:
                 self._state, self._reason = state, reason
                 breadcrumb("server", state)
 
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Held by a handler while its client waits for an answer."""
+    def arrive(self) -> bool:
+        """A client is about to be accepted; False: not any more, the process leaves."""
         with self._lock:
-            self._answering += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._answering -= 1
+            self._answering += not self._leaving
+            return not self._leaving
+
+    def depart(self) -> None:
+        """A client that arrived has been served, its connection is closed."""
+        with self._lock:
+            self._answering -= 1
 
     def leave(self, status: int, answer_rest: Callable[[], None]) -> None:
         """Ends the process with ``status`` once the clients have their answers.
+
+        No other is accepted from now on: under a supervisor, who has the socket as
+        well, it waits for the next server.
 
         ``answer_rest`` is called again and again meanwhile, for requests that
         come in late. Called on any thread but a handler's. At most `ANSWER_TIMEOUT_S`
         seconds are spent on waiting. Not by ``sys.exit``: the interpreter would
         wait for MLX, whose threads may be lost.
         """
+        with self._lock:
+            self._leaving = True
         for _ in range(round(ANSWER_TIMEOUT_S / ANSWER_TURN_S)):
             if not self._answering:
                 break

@@ -120,17 +120,15 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
             )
 
     def do_POST(self) -> None:
-        condition = self.response_generator.condition
-        with condition.answering():
-            try:
-                super().do_POST()
-            except ConnectionError:
-                self._note_departure()
-            except Exception as e:
-                # handle_completion deals with its own, so mlx-lm was still
-                # reading the body (0.31.3 raises there, 0.32 answers).
-                log.info("a request could not be read: %s", e)
-                self._send_failure(BadRequest(str(e) or "The request is invalid."))
+        try:
+            super().do_POST()
+        except ConnectionError:
+            self._note_departure()
+        except Exception as e:
+            # handle_completion deals with its own, so mlx-lm was still
+            # reading the body (0.31.3 raises there, 0.32 answers).
+            log.info("a request could not be read: %s", e)
+            self._send_failure(BadRequest(str(e) or "The request is invalid."))
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         name_request(request, self.request_id, self.path)

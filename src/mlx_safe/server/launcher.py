@@ -22,6 +22,10 @@ from .overflow import Overflow
 
 __all__ = ["check_paths", "run", "serve"]
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .condition import Condition
+
 log = logging.getLogger("mlx_safe.server")
 
 # Fewer tokens than a model's templates take are of no use to anyone.
@@ -213,6 +217,30 @@ class _Server(ThreadingHTTPServer):
     # The default of 5 refuses connections when clients come all at once.
     request_queue_size = 128
     daemon_threads = True
+    # Set before `serve_forever`. told: by a signal that it shall end.
+    condition: Condition
+    told = False
+
+    # A client counts from before it is accepted until its connection is closed.
+
+    def get_request(self) -> Any:
+        if not self.condition.arrive():
+            time.sleep(0.05)  # it waits in the socket's queue, which stays readable
+            raise ConnectionAbortedError("the server is leaving")
+        try:
+            return super().get_request()
+        except OSError:
+            self.condition.depart()
+            raise
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self.condition.depart()
+
+    def service_actions(self) -> None:
+        """Between two connections: not in the midst of accepting one."""
+        if self.told:
+            raise KeyboardInterrupt
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
@@ -325,10 +353,11 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
         # of a signal that is ignored when it has arrived already.
         for n in told_by:
             signal.signal(n, lambda *_: None)
-        raise KeyboardInterrupt
+        httpd.told = True
 
     for n in told_by:
         signal.signal(n, stop)
+    httpd.condition = generator.condition
     try:
         httpd.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
