@@ -11,12 +11,21 @@ import contextlib
 import json
 import select
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.server import CONTROLLED, REFUSING, Answer, Server, eventually
+from mlx_safe._install import parse_version
+from support.server import (
+    CONTROLLED,
+    REFUSING,
+    REQUEST_TIMEOUT_S,
+    Answer,
+    Server,
+    eventually,
+)
 
 # What clients get when a request is not run again; test_server_replay.py has
 # the rest.
@@ -73,6 +82,20 @@ def assert_serves(server: Server, undisturbed: Texts) -> None:
     assert server.process.poll() is None
 
 
+def struck(server: Server, plan: str, clients: int, **more: Any) -> list[Answer]:
+    """The answers of so many clients, whose generation ``plan`` strikes."""
+    with server.chatting(clients, max_tokens=100_000, **more) as answers:
+        # The sequential path takes them one by one.
+        server.wait_for_requests(1 if "seed" in more else clients)
+        server.wait_for_clients(clients)
+        # The server may be gone before it could say that it has the plan.
+        server.hold(1)
+        server.wait_held()
+        server.plan(plan)
+        server.go()
+    return answers
+
+
 @pytest.mark.parametrize("clients", [1, 3])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("phase", ["prefill:1", "decode:9"])
@@ -102,6 +125,22 @@ def test_fault(
         assert "Traceback" not in server.log
         server.wait_for_log("fault of the GPU")
         assert server.log.count("fault of the GPU") == 1
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "status"),
+    [
+        ("any:1:8", "metal_out_of_memory", 503),
+        ("any:1:0:once:bug", "internal_generation_error", 500),
+    ],
+)
+def test_all_of_a_batch_are_told(
+    tiny_model: Path, undisturbed: Texts, plan: str, code: str, status: int
+) -> None:
+    with Server(tiny_model, *NO_REPLAY, program=CONTROLLED).wait_ready() as server:
+        for answer in struck(server, plan, 3):
+            assert_told(answer, code, status)
+        assert_serves(server, undisturbed)
 
 
 @pytest.mark.parametrize("path", ["batched", "sequential"])
@@ -174,19 +213,53 @@ def test_a_lasting_fault_kills_nothing(tiny_model: Path) -> None:
         assert server.process.poll() is None
 
 
+def bad_stop(server: Server, timeout: float) -> Answer:
+    return server.chat(stop=[1], timeout=timeout)
+
+
+def cached_prompt(server: Server, timeout: float) -> Answer:
+    """Asks for an earlier prompt with its whole answer, token by token the same."""
+    path = "/v1/completions"
+    for i in range(100):
+        prompt = f"abc {i}"
+        first = server.post({"prompt": prompt, "max_tokens": 3}, path)
+        text = first.json["choices"][0]["text"]
+        if len(text) == 3 and text.isascii():
+            break
+    return server.post({"prompt": prompt + text, "max_tokens": 3}, path, timeout)
+
+
+def xtc(server: Server, timeout: float) -> Answer:
+    more = {"xtc_probability": 1.0, "xtc_threshold": 0.01, "temperature": 1.0}
+    return server.chat(timeout=timeout, **more)
+
+
+# Requests, the status of our answer, and whether the stock server dies of them.
+OLD = parse_version(version("mlx-lm")) < (0, 32)
+KILLERS = {
+    "bad-stop": (bad_stop, 500, True),
+    "cached-prompt": (cached_prompt, 200, True),
+    "xtc": (xtc, 500 if OLD else 200, OLD),
+}
+
+
 class TestOtherFailures:
     """Failures that have nothing to do with the GPU."""
 
     @pytest.mark.parametrize("more", [{}, SEQUENTIAL], ids=["batched", "sequential"])
-    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    @pytest.mark.parametrize(
+        ("step", "stream"),
+        [("prefill:1", False), ("decode:9", False), ("decode:9", True)],
+    )
     def test_a_bug(
         self,
         tiny_model: Path,
         undisturbed: Texts,
         more: dict[str, int],
+        step: str,
         stream: bool,
     ) -> None:
-        inject = "decode:9:0:once:bug"
+        inject = f"{step}:0:once:bug"
         with Server(tiny_model, *NO_REPLAY, inject=inject).wait_ready() as server:
             answer = server.chat(max_tokens=TOKENS, stream=stream, **more)
             assert_told(answer, "internal_generation_error", 500)
@@ -194,33 +267,22 @@ class TestOtherFailures:
             assert "injected" not in answer.body
             assert_serves(server, undisturbed)
 
+    @pytest.mark.parametrize("name", KILLERS)
     def test_what_kills_the_stock_server_without_any_fault(
-        self, tiny_model: Path, undisturbed: Texts
+        self, tiny_model: Path, undisturbed: Texts, name: str
     ) -> None:
+        ask, status, _ = KILLERS[name]
         with Server(tiny_model).wait_ready() as server:
-            bad_stop = server.chat(stop=[1])
-            assert_told(bad_stop, "internal_generation_error", 500)
+            answer = ask(server, REQUEST_TIMEOUT_S)
+            assert answer.status == status
+            if status != 200:
+                assert_told(answer, "internal_generation_error", status)
             assert_serves(server, undisturbed)
 
-            # A prompt that is an earlier prompt with its whole answer.
-            first = server.post(
-                {"prompt": "abc", "max_tokens": 3}, path="/v1/completions"
-            )
-            again = server.post(
-                {"prompt": "abc" + first.text, "max_tokens": 3}, path="/v1/completions"
-            )
-            assert again.status == 200 or again.error["code"] == (
-                "internal_generation_error"
-            )
-            assert_serves(server, undisturbed)
-
-            xtc = server.chat(xtc_probability=0.5, temperature=1.0)
-            assert xtc.status == 200 or xtc.error["code"] == "internal_generation_error"
-            assert_serves(server, undisturbed)
-
-    def test_bad_stop_kills_the_stock_server(self, tiny_model: Path) -> None:
+    @pytest.mark.parametrize("name", [name for name in KILLERS if KILLERS[name][2]])
+    def test_it_kills_the_stock_server(self, tiny_model: Path, name: str) -> None:
         with Server(tiny_model, stock=True).wait_ready() as server:
-            assert server.chat(stop=[1], timeout=4).status != 200
+            assert KILLERS[name][0](server, 4).status != 200
             server.wait_for_log("Traceback")
             assert server.chat(timeout=4).status != 200
 
@@ -352,21 +414,6 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 
 class TestFatalFaults:
-    def struck(
-        self, server: Server, plan: str, clients: int, **more: Any
-    ) -> list[Answer]:
-        """The answers of so many clients, whose generation ``plan`` strikes."""
-        with server.chatting(clients, max_tokens=100_000, **more) as answers:
-            # The sequential path takes them one by one.
-            server.wait_for_requests(1 if "seed" in more else clients)
-            server.wait_for_clients(clients)
-            # The server may be gone before it could say that it has the plan.
-            server.hold(1)
-            server.wait_held()
-            server.plan(plan)
-            server.go()
-        return answers
-
     def test_who_was_accepted_is_answered_and_nobody_else_is_accepted(
         self, tiny_model: Path
     ) -> None:
@@ -397,7 +444,7 @@ class TestFatalFaults:
         self, tiny_model: Path, path: str, clients: int
     ) -> None:
         with Server(tiny_model, program=CONTROLLED).wait_ready() as server:
-            for answer in self.struck(server, "any:1:4", clients, **PATHS[path]):
+            for answer in struck(server, "any:1:4", clients, **PATHS[path]):
                 assert_told(answer, "metal_device_lost")
             assert server.wait() == 75
 
@@ -407,7 +454,7 @@ class TestFatalFaults:
     ) -> None:
         with Server(tiny_model, program=CONTROLLED).wait_ready() as server:
             plan = "any:1:8:once:terminate"
-            for answer in self.struck(server, plan, 3, stream=stream):
+            for answer in struck(server, plan, 3, stream=stream):
                 assert_told(answer, answer.error["code"])
             assert server.wait() == 75
         (report,) = private_reports.glob("*.json")

@@ -22,8 +22,9 @@ log = logging.getLogger("mlx_safe.server")
 
 # EX_TEMPFAIL: whoever started the process should start it again.
 EXIT_REPLACE = 75
-# How long the process waits for clients that send their requests or get answers. Turns are
-# counted, not seconds: while the process was stopped they could not write either.
+# How long the process waits for clients that send their requests or get their
+# answers. Turns are counted, not seconds: while the process was stopped they could
+# not write either.
 ANSWER_TIMEOUT_S = 5.0
 ANSWER_TURN_S = 0.01
 
