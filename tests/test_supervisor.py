@@ -7,6 +7,7 @@ import contextlib
 import os
 import plistlib
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,36 @@ from pathlib import Path
 
 import pytest
 
+from mlx_safe.server import supervisor
 from support.server import Answer, Server, eventually
+
+# The supervisor of a server that loads no model: it listens once the file is there
+# whose path it is given as its model.
+SUPERVISED = '''
+import sys
+from mlx_safe.server import supervisor
+SERVER = """
+import os, socket, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from mlx_safe.server import supervisor
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.01)
+server = HTTPServer(("", 0), Handler, bind_and_activate=False)
+server.socket = socket.socket(fileno=int(os.environ[supervisor.LISTEN_FD]))
+supervisor.tell_that_it_listens()
+server.serve_forever()
+"""
+supervisor.ANSWER_TIMEOUT_S = 60.0
+kind = supervisor.Supervisor
+supervisor.Supervisor = lambda listener, command: kind(
+    listener, [sys.executable, "-c", SERVER, *command[4:]]
+)
+sys.exit(supervisor.main(sys.argv[1:]))
+'''
 
 
 def pids_of_children(pid: int) -> list[int]:
@@ -56,6 +86,7 @@ def test_no_client_is_refused_over_a_fatal_fault(tiny_model: Path) -> None:
         def ask() -> None:
             while not stop.is_set():
                 answers.append(server.chat(max_tokens=4))
+                time.sleep(0.05)
 
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for t in threads:
@@ -82,10 +113,83 @@ def test_a_killed_server_comes_back(tiny_model: Path) -> None:
         server.wait_ready()
         (child,) = pids_of_children(server.process.pid)
         os.kill(child, signal.SIGKILL)
-        assert server.chat().status == 200
         wait_for_log(server, "ended with status -9")
+        server.wait_ready()
+        assert server.chat().status == 200
+        said = "SUPERVISOR - the server listens"
+        assert eventually(lambda: server.log.count(said) == 2)
         assert pids_of_children(server.process.pid) != [child]
     assert server.process.returncode == 0
+
+
+def assert_told_to_come_again(answer: Answer) -> None:
+    assert answer.broken is None
+    assert answer.status == 503
+    assert answer.headers["retry-after"] == "5"
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json == {
+        "error": {
+            "message": "The server is starting.",
+            "type": "service_unavailable_error",
+            "param": None,
+            "code": "unavailable",
+            "retry_after": 5,
+        }
+    }
+
+
+def test_the_parent_answers_until_the_server_listens(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    with Server(go, program=SUPERVISED) as server:
+        server.wait_listening()
+        assert_told_to_come_again(server.get("/health"))
+        assert_told_to_come_again(server.chat("long " * 200_000))
+        go.touch()
+        assert eventually(lambda: server.get("/health").status == 200)
+        wait_for_log(server, "SUPERVISOR - the server listens")
+        go.unlink()
+        (child,) = pids_of_children(server.process.pid)
+        os.kill(child, signal.SIGKILL)
+        # The next one is started at once, and does not listen yet.
+        wait_for_log(server, "ended with status -9; starting it again in 0 s")
+        assert_told_to_come_again(server.get("/health"))
+        assert_told_to_come_again(server.chat())
+        go.touch()
+        assert eventually(lambda: server.get("/health").status == 200)
+        assert server.stop() == 0
+
+
+def drip(connection: socket.socket) -> None:
+    """Sends a byte now and then, as long as it is let."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.05)
+
+
+def test_slow_clients_keep_nobody_waiting(tmp_path: Path) -> None:
+    with Server(tmp_path / "never", program=SUPERVISED) as server:
+        server.wait_listening()
+        address = ("127.0.0.1", server.port)
+        with socket.create_connection(address), socket.create_connection(address) as s:
+            dripping = threading.Thread(target=drip, args=(s,))
+            dripping.start()
+            assert_told_to_come_again(server.get("/health"))
+            assert server.stop() == 0
+        dripping.join(60)
+        assert not dripping.is_alive()
+
+
+def test_an_answer_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the client goes on sending."""
+    monkeypatch.setattr(supervisor, "ANSWER_TIMEOUT_S", 0.2)
+    ours, theirs = socket.socketpair()
+    answering = threading.Thread(target=supervisor._answer, args=(ours,), daemon=True)
+    with theirs:
+        answering.start()
+        drip(theirs)
+        answering.join(60)
+        assert not answering.is_alive()
 
 
 def test_it_gives_up_on_a_crash_loop(tiny_model: Path) -> None:
@@ -95,6 +199,7 @@ def test_it_gives_up_on_a_crash_loop(tiny_model: Path) -> None:
         deadline = time.monotonic() + 400
         while server.process.poll() is None and time.monotonic() < deadline:
             seen.append(server.chat().status)
+            time.sleep(0.05)
         assert server.wait() == 1
         assert "giving up" in server.log
         assert 503 in seen

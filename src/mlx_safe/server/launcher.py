@@ -359,6 +359,7 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
         signal.signal(n, stop)
     httpd.condition = generator.condition
     try:
+        supervisor.tell_that_it_listens()
         httpd.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
         log.info("stopping")

@@ -1,23 +1,25 @@
 """``mlx-safe serve --supervise``: the port stays open while the server dies.
 
 A small parent that never imports MLX. It opens the listening socket and gives it
-to the server, a child process, so the kernel keeps clients waiting while a new
-server starts; while it waits before a restart, the parent answers 503 itself. No
-client is ever refused a connection.
+to the server, a child process. Until the server says that it listens, the parent
+answers 503 itself, each client on a thread of its own: none is refused a
+connection, none waits in silence, and a slow one keeps nobody waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 from .. import _core
 from .._command import CommandError, Parser
@@ -29,9 +31,13 @@ __all__ = [
     "find_address",
     "main",
     "replace_this_process",
+    "tell_that_it_listens",
 ]
 
 LISTEN_FD = "MLX_SAFE_LISTEN_FD"
+# The writing end of a pipe: a byte says that the server listens, and its end that
+# there is no such server any more.
+LISTENS_FD = "MLX_SAFE_LISTENS_FD"
 
 USER_MISTAKE = 2
 # A server that lived so long had a life of its own; what came before is
@@ -40,10 +46,13 @@ HEALTHY_AFTER_S = 60.0
 CRASHES_MAX = 5
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0)
 RETRY_AFTER_S = 5
-ANSWER_TIMEOUT_S = 2.0
+# For one client, from its connection to its end; beyond so many at a time, the
+# others wait in the socket's queue.
+ANSWER_TIMEOUT_S = 10.0
+ANSWERED_AT_ONCE_MAX = 64
 
 BODY = (
-    b'{"error": {"message": "The server is being restarted.", '
+    b'{"error": {"message": "The server is starting.", '
     b'"type": "service_unavailable_error", "param": null, "code": "unavailable", '
     b'"retry_after": %d}}' % RETRY_AFTER_S
 )
@@ -62,6 +71,17 @@ def replace_this_process(arguments: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", __name__, *arguments])
 
 
+def tell_that_it_listens() -> None:
+    """Called by the server: from now on it accepts connections itself.
+
+    Without effect when there is no supervisor.
+    """
+    fd = os.environ.pop(LISTENS_FD, None)
+    if fd is not None:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(int(fd), "wb") as pipe:
+            pipe.write(b"1")  # broken: the supervisor was killed
+
+
 def say(text: str) -> None:
     """One line on stderr, where the server logs."""
     now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -72,6 +92,9 @@ class Supervisor:
     """Runs one server after another on one socket."""
 
     def __init__(self, listener: socket.socket, command: Sequence[str]) -> None:
+        # For good, as its mode is the server's as well: each may find that the
+        # other was quicker.
+        listener.setblocking(False)
         self._listener = listener
         self._command = list(command)
         self._child: subprocess.Popen[bytes] | None = None
@@ -106,41 +129,62 @@ class Supervisor:
                 f"the server has ended with status {status}; starting it again "
                 f"in {delay:.0f} s"
             )
-            self._answer_for(delay)
+            self._answer_until(time.monotonic() + delay)
+            if self._stopping:
+                return 0
 
     def _run_child(self) -> int:
         fd = self._listener.fileno()
-        environment = {**os.environ, LISTEN_FD: str(fd)}
+        listens, told = os.pipe()
+        environment = {**os.environ, LISTEN_FD: str(fd), LISTENS_FD: str(told)}
         del environment["MLX_SAFE_AUTOINSTALL"]
-        self._child = subprocess.Popen(
-            self._command, env=environment, pass_fds=(fd,), stdin=subprocess.DEVNULL
-        )
-        if self._stopping:
-            self._child.terminate()
+        with os.fdopen(listens, "rb", buffering=0) as pipe:
+            with os.fdopen(told, "wb"):  # closed here once the child has it
+                self._child = subprocess.Popen(
+                    self._command,
+                    env=environment,
+                    pass_fds=(fd, told),
+                    stdin=subprocess.DEVNULL,
+                )
+            if self._stopping:
+                self._child.terminate()
+            if self._answer_until(math.inf, pipe) and pipe.read(1):
+                say("the server listens")
         return self._child.wait()
 
-    def _answer_for(self, seconds: float) -> None:
-        """Answers 503 to whoever comes in the next ``seconds``."""
-        self._listener.setblocking(False)
-        deadline = time.monotonic() + seconds
+    def _answer_until(self, deadline: float, *pipes: IO[bytes]) -> bool:
+        """Answers 503 to whoever comes; True when one of ``pipes`` ended it."""
         while not self._stopping and (left := deadline - time.monotonic()) > 0:
-            ready, _, _ = select.select([self._listener], [], [], min(left, 0.2))
+            may_accept = threading.active_count() <= ANSWERED_AT_ONCE_MAX
+            wanted: list[IO[bytes] | socket.socket] = [*pipes]
+            wanted += [self._listener] if may_accept else []
+            ready, _, _ = select.select(wanted, [], [], min(left, 0.2))
+            if any(pipe in ready for pipe in pipes):
+                return True
             if ready:
                 with contextlib.suppress(OSError):  # the client left again
                     connection, _ = self._listener.accept()
-                    self._answer(connection)
-        self._listener.setblocking(True)
+                    threading.Thread(
+                        target=_answer, args=(connection,), daemon=True
+                    ).start()
+        return False
 
-    def _answer(self, connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(ANSWER_TIMEOUT_S)
-            # What was sent is read: closing over unread data resets the
-            # connection, and the client would not see the answer.
-            connection.recv(1 << 16)
-            connection.sendall(ANSWER)
-            connection.shutdown(socket.SHUT_WR)
-            while connection.recv(1 << 16):
-                pass
+
+def _answer(connection: socket.socket) -> None:
+    """Sends the 503 once the client has begun to ask."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    asked = False
+    with connection, contextlib.suppress(OSError):
+        while (left := deadline - time.monotonic()) > 0:
+            connection.settimeout(left)
+            # What was sent is read to its end: closing over unread data resets
+            # the connection, and the client would not see the answer.
+            if not connection.recv(1 << 16):
+                return
+            if not asked:
+                connection.sendall(ANSWER)
+                connection.shutdown(socket.SHUT_WR)
+                asked = True
 
 
 def find_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
