@@ -53,6 +53,33 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert_one_clear_line(done, "the model cannot be loaded")
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[metal::malloc] Attempting to allocate 17179869184 bytes which is greater "
+        "than the maximum allowed buffer size of 9534832640 bytes.",
+        "[METAL] Command buffer execution failed: Insufficient Memory "
+        "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+    ],
+)
+def test_no_memory_for_the_model_is_no_mistake(tiny_model: Path, message: str) -> None:
+    """What died before may not have given its memory back yet: try again."""
+    done = child.run(
+        f"""
+        import sys
+        import mlx_lm.server as server
+        from mlx_safe.cli import main
+        def load(self, model_path, *args, **kwargs):
+            raise RuntimeError({message!r})
+        server.ModelProvider._load = load
+        sys.exit(main(["serve", "--model", {str(tiny_model)!r}, "--port", "0"]))
+        """
+    )
+    assert done.returncode == 75, done.stderr
+    assert "the model cannot be loaded: " + message[:15] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_port_in_use(tiny_model: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as s:
         port = str(s.getsockname()[1])

@@ -175,9 +175,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         try:
             self.model_provider.load_default()
         except Exception as e:
-            fault = errors.from_exception(e.__cause__ or e)
+            cause = e.__cause__ or e
             log.error("the model cannot be loaded: %s", one_line(e))
-            status = 2 if fault is None else EXIT_REPLACE
+            # What died here before may not have given its memory back yet.
+            passing = errors.from_exception(cause) or is_allocation_failure(cause)
+            status = EXIT_REPLACE if passing else 2
             self.condition.enter("failed", "the model cannot be loaded")
             why = Unavailable("The model cannot be loaded.")
             self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
