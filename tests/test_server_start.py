@@ -145,8 +145,16 @@ def test_the_installed_mlx_lm_has_every_seam() -> None:
     assert compat.missing_seams(mlx_lm.server) == []
 
 
-@pytest.mark.parametrize("missing", ["mlx", "mlx_lm"])
-def test_without_mlx(missing: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "package"),
+    [
+        ("mlx", "mlx"),
+        ("mlx_lm", "mlx-lm>=0.31.3,<0.33"),
+        ("prometheus_client", "prometheus-client>=0.20"),
+    ],
+)
+def test_without_a_package(missing: str, package: str) -> None:
+    """What it says to install is what is missing: mlx-safe is on no index."""
     done = child.run(
         f"""
         import importlib.util, sys
@@ -158,7 +166,7 @@ def test_without_mlx(missing: str) -> None:
         sys.exit(main(["serve"]))
         """
     )
-    assert_one_clear_line(done, "is not installed", "pip install 'mlx-safe[server]'")
+    assert_one_clear_line(done, "is not installed", f"pip install '{package}")
 
 
 def test_every_flag_of_mlx_lm_is_taken() -> None:

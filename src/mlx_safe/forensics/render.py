@@ -1,6 +1,6 @@
 """Sections on a terminal.
 
-With rich (``pip install 'mlx-safe[cli]'``) titles and names are coloured and long
+With rich (the extra ``cli``) titles and names are coloured and long
 cells are wrapped within their column; without it the same text is printed plainly.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import sys
 import types
 from typing import Any
 
@@ -20,6 +21,12 @@ __all__ = ["SUPPORTED", "import_server", "missing_seams"]
 SUPPORTED = ((0, 31, 3), (0, 33, 0))
 REQUIREMENT = "mlx-lm>=0.31.3,<0.33"
 INSTALL = f"pip install '{REQUIREMENT}'"
+# Module, and the package that has it: what the extra "server" stands for.
+NEEDED = {
+    "mlx": "mlx[cpu]" if sys.platform == "linux" else "mlx",
+    "mlx_lm": REQUIREMENT,
+    "prometheus_client": "prometheus-client>=0.20",
+}
 
 # What the patch relies on: (class or None, name, leading parameters).
 SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
@@ -173,22 +180,16 @@ def import_server(*, allow_untested: bool = False) -> Any:
         CommandError: mlx or mlx-lm is missing, too old or too new; the one
             line says what to install.
     """
-    needed = (
-        ("mlx", "mlx"),
-        ("mlx_lm", "mlx-lm"),
-        ("prometheus_client", "prometheus-client"),
-    )
-    for module, package in needed:
+    for module, package in NEEDED.items():
         if importlib.util.find_spec(module) is None:
-            raise CommandError(
-                f"{package} is not installed: pip install 'mlx-safe[server]'"
-            )
+            name = module.replace("_", "-")
+            raise CommandError(f"{name} is not installed: pip install '{package}'")
     try:
         import mlx.core  # noqa: F401
     except ImportError as e:
         raise CommandError(
             f"mlx cannot be imported ({_first_line(e)}): pip install --upgrade "
-            "mlx (on Linux 'mlx[cpu]')"
+            f"'{NEEDED['mlx']}'"
         ) from e
     found = _version()
     oldest, too_new = SUPPORTED
