@@ -42,6 +42,19 @@ def test_a_model_that_does_not_exist() -> None:
     assert_one_clear_line(done, "/no/such/model", "there is no such directory")
 
 
+@pytest.mark.parametrize("flag", ["--model", "--draft-model"])
+def test_a_mistyped_path_that_might_be_a_name_of_the_hub(
+    tiny_model: Path, flag: str
+) -> None:
+    """The hub's libraries do not say what they were looking for."""
+    models = {"--model": str(tiny_model), flag: "models/nosuch"}
+    arguments = [word for pair in models.items() for word in pair]
+    done = serve(*arguments, "--port", str(free_port()), HF_HUB_OFFLINE="1")
+    said = f"there is no directory models/nosuch here ({flag}), and on the hub: "
+    assert_one_clear_line(done, "the model cannot be loaded: ", said)
+    assert done.stderr.count("cannot be loaded") == 1
+
+
 def test_a_directory_without_a_model(tmp_path: Path) -> None:
     done = serve("--model", str(tmp_path), "--port", str(free_port()))
     assert_one_clear_line(done, "there is no config.json")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+from pathlib import Path
 from queue import Queue
 from typing import Any
 
@@ -176,10 +177,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.model_provider.load_default()
         except Exception as e:
             cause = e.__cause__ or e
-            log.error("the model cannot be loaded: %s", one_line(e))
             # What died here before may not have given its memory back yet.
             passing = errors.from_exception(cause) or is_allocation_failure(cause)
             status = EXIT_REPLACE if passing else 2
+            where = "" if passing else _not_here(self.cli_args)
+            log.error("the model cannot be loaded: %s%s", where, one_line(e))
             self.condition.enter("failed", "the model cannot be loaded")
             why = Unavailable("The model cannot be loaded.")
             self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
@@ -203,7 +205,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             except Exception as e:
                 if errors.from_exception(e) is not None:
                     raise
-                log.info("a model cannot be loaded: %s", one_line(e))
+                if self.condition.state != "loading":
+                    log.info("a model cannot be loaded: %s", one_line(e))
                 raise ModelNotFound(one_line(e)) from e
             if self._max_kv_size and provider.draft_model is None:
                 kv_window.limit(model, self._max_kv_size)
@@ -424,6 +427,17 @@ def _unload(provider: Any) -> None:
         model.clear()  # a module is the dictionary of its parts
     gc.collect()
     mx.clear_cache()
+
+
+def _not_here(cli_args: Any) -> str:
+    """Names the flags whose models are no directories; "" when there are none."""
+    flags = ("model", "draft_model")
+    absent = [
+        f"there is no directory {name} here (--{flag.replace('_', '-')}), "
+        for flag in flags
+        if (name := getattr(cli_args, flag)) and not Path(name).expanduser().exists()
+    ]
+    return "".join([*absent, "and on the hub: "]) if absent else ""
 
 
 def _status_line() -> str:
