@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -156,6 +159,70 @@ def test_the_installed_mlx_lm_has_every_seam() -> None:
     from mlx_safe.server import compat
 
     assert compat.missing_seams(mlx_lm.server) == []
+
+
+@pytest.mark.parametrize(
+    ("seam", "gone"),
+    [
+        ("get_system_fingerprint", "mlx_lm.server.get_system_fingerprint"),
+        ("APIHandler.handle_models_request", "APIHandler.handle_models_request"),
+        ("BatchGenerator.next", "BatchGenerator.next"),
+        ("GenerationContext", "GenerationContext.prompt"),
+        ("LRUPromptCache.nbytes", "LRUPromptCache.nbytes"),
+    ],
+)
+def test_a_seam_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, seam: str, gone: str
+) -> None:
+    import mlx_lm.server
+
+    from mlx_safe.server import compat
+
+    monkeypatch.delattr(f"mlx_lm.server.{seam}")
+    assert f"{gone} is gone" in "; ".join(compat.missing_seams(mlx_lm.server))
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        ("BatchGenerator", "_unprocessed_sequences"),
+        ("BatchGenerator", "_prompt_batch"),
+        ("ResponseGenerator", "requests"),
+        ("LRUPromptCache", "_trie"),
+    ],
+)
+def test_an_attribute_that_has_another_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, attribute: str
+) -> None:
+    """Nothing but an object that was made can tell."""
+    import mlx_lm.server
+
+    from mlx_safe.server import compat
+
+    cls = getattr(mlx_lm.server, name)
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        setattr(self, f"{attribute}_", self.__dict__.pop(attribute))
+
+    monkeypatch.setattr(cls, "__init__", renamed)
+    missing = "; ".join(compat.missing_seams(mlx_lm.server))
+    assert f"{name}.{attribute}" in missing and "is gone" in missing
+
+
+def test_a_flag_of_mlx_lm_that_is_gone() -> None:
+    from mlx_safe._command import CommandError
+    from mlx_safe.server import compat
+
+    flags = ("model", "draft_model", "num_draft_tokens", "prefill_step_size")
+    cli_args = SimpleNamespace(**dict.fromkeys(flags), prompt_cache_size=1)
+    provider = SimpleNamespace(
+        model=None, draft_model=None, model_key=None, cli_args=cli_args
+    )
+    with pytest.raises(CommandError, match=r"\.prompt_cache_bytes is gone"):
+        compat.check_provider(provider)
 
 
 @pytest.mark.parametrize(

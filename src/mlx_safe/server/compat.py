@@ -1,6 +1,6 @@
 """Which mlx-lm this patch fits, and the check that it does.
 
-All knowledge about versions of mlx-lm is in this module.
+What differs between versions of mlx-lm is told apart in this module only.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import operator
 import sys
 import types
 from typing import Any
@@ -32,6 +33,7 @@ NEEDED = {
 SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     (None, "main", ()),
     (None, "run", ("host", "port", "model_provider")),
+    (None, "get_system_fingerprint", ()),
     ("ResponseGenerator", "__init__", ("self", "model_provider", "prompt_cache")),
     ("ResponseGenerator", "_generate", ("self",)),
     ("ResponseGenerator", "_next_request", ("self", "timeout")),
@@ -44,11 +46,17 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     (None, "_make_sampler", ("args", "tokenizer")),
     (None, "_make_logits_processors", ("args",)),
     (None, "BatchGenerator", ("model",)),
+    ("BatchGenerator", "insert_segments", ("self", "segments")),
+    ("BatchGenerator", "next", ("self",)),
+    ("GenerationContext", "stop", ("self",)),
+    ("ResponseGenerator", "join", ("self",)),
     ("ResponseGenerator", "generate", ("self", "request", "generation_args")),
     ("ResponseGenerator", "_serve_single", ("self", "request")),
     ("ResponseGenerator", "_share_request", ("self", "request")),
     ("ResponseGenerator", "_share_object", ("self", "obj")),
     ("ResponseGenerator", "stop_and_join", ("self",)),
+    ("APIHandler", "__init__", ("self", "response_generator")),
+    ("APIHandler", "handle_models_request", ("self",)),
     ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
     ("APIHandler", "handle_health_check", ("self",)),
     ("APIHandler", "do_GET", ("self",)),
@@ -65,6 +73,36 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("LRUPromptCache.CacheOrder", "push", ("self", "model", "tokens", "cache_type")),
     ("LRUPromptCache.CacheOrder", "remove", ("self", "model", "tokens")),
     ("LRUPromptCache.CacheOrder", "pop", ("self",)),
+)
+# Fields of its dataclasses.
+FIELDS = {
+    "CompletionRequest": ("request_type", "prompt", "messages"),
+    "GenerationArguments": ("max_tokens", "stop_words", "logits", "sampling", "seed"),
+    "LogitsProcessorArguments": ("logit_bias",),
+    "GenerationContext": ("prompt",),
+    "Response": ("token", "finish_reason"),
+}
+# What objects have once they are made (`_made`, and mlx-lm's own `ModelProvider`).
+ATTRIBUTES = {
+    "ResponseGenerator": (
+        *("requests", "model_provider", "cli_args", "_time_budget.__iter__"),
+        *("_stop", "_rank", "_generation_thread"),
+    ),
+    "BatchGenerator": (
+        *("_prompt_batch.prompt_cache", "_generation_batch.prompt_cache"),
+        *("_unprocessed_sequences", "prefill_step_size"),
+    ),
+    "LRUPromptCache": ("_lru", "_trie.get", "nbytes"),
+    "ModelProvider": (
+        *("model", "draft_model", "model_key"),
+        *("cli_args.model", "cli_args.draft_model"),
+        *("cli_args.num_draft_tokens", "cli_args.prefill_step_size"),
+        *("cli_args.prompt_cache_size", "cli_args.prompt_cache_bytes"),
+    ),
+}
+CACHE_NAMES = (
+    *("CacheList", "KVCache", "QuantizedKVCache", "RotatingKVCache"),
+    *("can_trim_prompt_cache", "make_prompt_cache", "trim_prompt_cache"),
 )
 
 
@@ -106,6 +144,15 @@ def make_cache(model: Any) -> list[Any]:
 
     made: list[Any] = make_prompt_cache(model)
     return made
+
+
+def cache_keys(found: Any) -> list[Any]:
+    """What the prompt cache knows a prompt by, of what `_tokenize` found.
+
+    Its tokens; with images (mlx-lm 0.32) a list of its own.
+    """
+    keys: list[Any] = getattr(found[-1], "cache_key", found[0])
+    return keys
 
 
 def kv_quantization(cli_args: Any) -> dict[str, Any]:
@@ -159,7 +206,62 @@ def missing_seams(server: Any) -> list[str]:
         has = tuple(inspect.signature(found).parameters)[: len(parameters)]
         if has != parameters:
             missing.append(f"{label} takes ({', '.join(has)}), not {parameters}")
+    for owner, fields in FIELDS.items():
+        found = getattr(server, owner, None)
+        has = tuple(inspect.signature(found).parameters) if found else ()
+        missing += [f"{owner}.{name} is gone" for name in fields if name not in has]
+    from mlx_lm.models import cache
+
+    missing += [
+        f"mlx_lm.models.cache.{name} is gone"
+        for name in CACHE_NAMES
+        if not hasattr(cache, name)
+    ]
+    return missing or _missing_of_made(server)
+
+
+def _missing_of_made(server: Any) -> list[str]:
+    class Idle(server.ResponseGenerator):  # type: ignore[misc]
+        def _generate(self) -> None:
+            """Nothing, so that its thread ends."""
+
+    try:
+        return [
+            *_missing_attributes(
+                "ResponseGenerator", Idle(types.SimpleNamespace(cli_args=None), None)
+            ),
+            *_missing_attributes("BatchGenerator", server.BatchGenerator(None)),
+            *_missing_attributes("LRUPromptCache", server.LRUPromptCache()),
+        ]
+    except Exception as e:
+        return [f"an object cannot be made: {_first_line(e)}"]
+
+
+def _missing_attributes(name: str, made: Any) -> list[str]:
+    missing = []
+    for path in ATTRIBUTES[name]:
+        try:
+            operator.attrgetter(path)(made)
+        except AttributeError:
+            missing.append(f"{name}.{path} is gone")
     return missing
+
+
+def check_provider(provider: Any) -> None:
+    """Looks at mlx-lm's `ModelProvider`, which only its ``main`` can make.
+
+    Raises:
+        CommandError: it does not have what the patch needs.
+    """
+    _refuse(_missing_attributes("ModelProvider", provider))
+
+
+def _refuse(missing: list[str]) -> None:
+    if missing:
+        raise CommandError(
+            f"mlx-lm {_version()} does not fit this mlx-safe ({'; '.join(missing)}): "
+            f"{INSTALL}"
+        )
 
 
 def _version() -> str:
@@ -206,12 +308,7 @@ def import_server(*, allow_untested: bool = False) -> Any:
         raise CommandError(
             f"mlx-lm {found} cannot be imported ({_first_line(e)}): {INSTALL}"
         ) from e
-    missing = missing_seams(server)
-    if missing:
-        raise CommandError(
-            f"mlx-lm {found} does not fit this mlx-safe ({'; '.join(missing)}): "
-            f"{INSTALL}"
-        )
+    _refuse(missing_seams(server))
     return server
 
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors, testing
-from . import kv_window
+from . import compat, kv_window
 from .admission import Admission, Held, MemoryFlags, NoRoom
 from .batches import watched
 from .condition import EXIT_REPLACE, Condition
@@ -252,10 +252,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         drafts = self.model_provider.draft_model is not None
         found = self._resumed.prompt(found, ticket, args, drafts)
         if ticket is not None:
-            # With images the prompt cache has keys of its own (mlx-lm 0.32).
-            tokens = getattr(found[-1], "cache_key", found[0])
-            key = self.model_provider.model_key
-            self.admission.admit(ticket, key, tokens, args.max_tokens)
+            keys = compat.cache_keys(found)
+            model = self.model_provider.model_key
+            self.admission.admit(ticket, model, keys, args.max_tokens)
         return found
 
     def _note_cut(self, cut: Cut, ticket: Ticket) -> None:

@@ -263,6 +263,7 @@ def run(
     The port is bound before the model is loaded: a port in use is noticed at
     once, and a client that comes early waits instead of being refused.
     """
+    compat.check_provider(model_provider)
     check_paths(model_provider.cli_args)
     _check_kv_flags(own, model_provider.cli_args)
     overflow = Overflow(
@@ -270,6 +271,8 @@ def run(
     )
     install(on_terminate="drain", signals=True)
     # MLX must be imported and the classes derived before the thread starts.
+    import mlx.core as mx
+
     from .admission import MemoryFlags
     from .condition import EXIT_REPLACE, Condition
     from .generator import ProtectedResponseGenerator
@@ -286,7 +289,7 @@ def run(
             time.sleep(0.01)
         os._exit(EXIT_REPLACE)
 
-    is_first = server.mx.distributed.init().rank() == 0
+    is_first = mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
     generator: Any = None
 

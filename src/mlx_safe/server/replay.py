@@ -168,9 +168,9 @@ class Resumed:
             return found
         prompt, segments, *rest = found
         segments = [*segments[:-1], [*segments[-1], *self.tokens]]
-        vision = rest[-1]
-        if hasattr(vision, "cache_key"):
-            vision.cache_key.extend(self.tokens)
+        keys = compat.cache_keys(found)
+        if keys is not prompt:
+            keys.extend(self.tokens)
         return ([*prompt, *self.tokens], segments, *rest)
 
     def state_machine(self, made: Any) -> Any:
