@@ -190,7 +190,10 @@ def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
         server.wait_ready()
         for number, status, code in expected:
             server.plan(f"decode:1:{number}")
-            assert_told(server.chat(), code, status)
+            answer = server.chat()
+            assert_told(answer, code, status)
+            kind = {503: "resource_exhausted_error", 500: "internal_server_error"}
+            assert answer.error["type"] == kind[status]
             assert server.chat().status == 200
         assert_serves(server, undisturbed)
 
@@ -305,7 +308,13 @@ class TestOtherFailures:
         answer = shared_server.post(body)
         assert answer.broken is None
         assert answer.status == status
-        assert answer.json["error"]
+        error = answer.error
+        assert error.pop("message")
+        assert error == {
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "invalid_request",
+        }
         assert shared_server.chat().status == 200
         assert "Traceback" not in shared_server.log
 

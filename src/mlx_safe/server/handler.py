@@ -29,10 +29,19 @@ class _BodyWriter:
     def write(self, data: bytes) -> int:
         self._handler.release_headers()
         self._handler.bytes_sent += len(data)
+        # What mlx-lm itself refuses; it writes the body in one go.
+        if data.startswith(b'{"error": "'):
+            data = _in_our_form(data)
         return int(self._raw.write(data))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._raw, name)
+
+
+def _in_our_form(data: bytes) -> bytes:
+    """``{"error": "text"}`` of mlx-lm, as the body that all other refusals have."""
+    reply = reply_for(BadRequest(json.loads(data)["error"]))
+    return json.dumps({"error": reply.error()}).encode()
 
 
 class ProtectedHandler(APIHandler):  # type: ignore[misc]

@@ -132,21 +132,15 @@ def _memory_reply(message: str) -> Reply:
 
 
 def _fault_reply(fault: errors.MetalError) -> Reply:
-    kind = errors.kind_of(fault.code)
+    # What can be retried has one type; the code tells which fault it was.
+    kind = "resource_exhausted_error" if fault.retryable else "service_unavailable_error"
+    what = f"failed during generation ({fault.name})"
     if isinstance(fault, errors.MetalOutOfMemoryError):
-        return Reply(
-            503,
-            "resource_exhausted_error",
-            kind.slug,
-            "The GPU ran out of memory during generation. The request was not "
-            "completed.",
-            RETRY_AFTER_S,
-        )
+        what = "ran out of memory during generation"
     return Reply(
         503,
-        "service_unavailable_error",
-        kind.slug,
-        f"The GPU failed during generation ({fault.name}). The request was not "
-        "completed.",
+        kind,
+        errors.kind_of(fault.code).slug,
+        f"The GPU {what}. The request was not completed.",
         RETRY_AFTER_S,
     )
