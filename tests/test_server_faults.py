@@ -168,7 +168,7 @@ def test_a_fault_that_mlx_swallowed(tiny_model: Path, undisturbed: Texts) -> Non
             server.chat(max_tokens=TOKENS, stream=True, **SEQUENTIAL), "metal_timeout"
         )
         assert_serves(server, undisturbed)
-        assert "mlx_safe_faults 2.0" in server.get("/metrics").body
+        assert "mlx_safe_faults_total 2.0" in server.get("/metrics").body
 
 
 def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
@@ -495,16 +495,22 @@ def test_metrics_speak_prometheus(tiny_model: Path) -> None:
         assert eventually(lambda: server.metric("mlx_safe_requests_total") == 2)
         answer = server.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
+    families = list(text_string_to_metric_families(answer.body))
     values = {
-        (s.name, *s.labels.values()): s.value
-        for family in text_string_to_metric_families(answer.body)
-        for s in family.samples
+        (s.name, *s.labels.values()): s.value for f in families for s in f.samples
     }
     assert values["mlx_safe_requests_total", "completed"] == 1
     assert values["mlx_safe_requests_total", "metal_out_of_memory"] == 1
     assert values["mlx_safe_generation_failures_total", "metal_out_of_memory"] == 1
     assert values["mlx_safe_resets_total",] == 1
     assert values["mlx_safe_ready",] == 1
+    types = {f.name: f.type for f in families}
+    assert types["mlx_safe_ready"] == "gauge"
+    assert types["mlx_safe_prompt_cache_bytes"] == "gauge"
+    for name in ("faults", "faults_dropped", "memory_refused", "resets"):
+        assert types[f"mlx_safe_{name}"] == "counter"
+    for how in ("written", "failed", "suppressed"):
+        assert types[f"mlx_safe_reports_{how}"] == "counter"
 
 
 @pytest.mark.real_model

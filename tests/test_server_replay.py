@@ -91,7 +91,7 @@ def test_swallowed_faults_are_replayed_too(server: Server) -> None:
     for n in (1, 4, 9, 17):
         server.plan(f"any:{n}:8:once:record")
         assert texts(conversations(server)) == undisturbed, f"at step {n}"
-    assert "mlx_safe_faults 4.0" in server.get("/metrics").body
+    assert "mlx_safe_faults_total 4.0" in server.get("/metrics").body
 
 
 def test_usage_and_logprobs_do_not_show_it(server: Server) -> None:

@@ -99,8 +99,8 @@ def test_a_fault_that_the_request_outlives(
     inject = "decode:5:8,decode:9:8"
     with Server(tiny_model, inject=inject, program=RARELY).wait_ready() as server:
         assert server.chat(TEXT, max_tokens=64).status == 200
-        assert server.metric("mlx_safe_reports_written") == 1
-        assert server.metric("mlx_safe_reports_suppressed") == 1
+        assert server.metric("mlx_safe_reports_written_total") == 1
+        assert server.metric("mlx_safe_reports_suppressed_total") == 1
         (path,) = (p for p in private_reports.iterdir() if p.name[0].isdigit())
         report = json.loads(path.read_text())
         assert report["why"] == "fault" and report["code"] == 8
@@ -120,7 +120,7 @@ def test_sigkill_and_sigterm(tiny_model: Path, private_reports: Path) -> None:
         assert list(private_reports.iterdir()) == []
     with Server(tiny_model).wait_ready() as server:
         assert server.chat(TEXT).status == 200
-        assert "mlx_safe_reports_failed 0.0" in server.get("/metrics").body
+        assert "mlx_safe_reports_failed_total 0.0" in server.get("/metrics").body
         server.process.kill()
         assert server.wait() == -signal.SIGKILL
     # It may have been about to write it anew.

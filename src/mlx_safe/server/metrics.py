@@ -47,41 +47,46 @@ MEMORY_GAUGES = {
 }
 
 
-class _Events(Collector):
-    """Events of a `collections.Counter` that somebody else counts in."""
-
-    def __init__(
-        self, prefix: str, texts: Mapping[str, str], events: Mapping[str, int]
-    ) -> None:
-        self._prefix = prefix
-        self._texts = texts
-        self._events = events
-
-    def collect(self) -> Iterable[CounterMetricFamily]:
-        for event, text in self._texts.items():
-            name = f"mlx_safe_{self._prefix}_{event}"
-            yield CounterMetricFamily(name, text, self._events[event])
+PROCESS_EVENTS = {
+    "faults": "Faults of the GPU",
+    "faults_dropped": "Faults whose record was lost",
+    "reports_written": "Crash reports written",
+    "reports_failed": "Crash reports that could not be written",
+    "reports_suppressed": "Crash reports not written, as there were enough",
+}
 
 
-class _Gauges(Collector):
-    """Values that are read all at once."""
+class _Values(Collector):
+    """Values that somebody else keeps, read all at once when they are asked for."""
 
     def __init__(
         self,
+        family: type[CounterMetricFamily] | type[GaugeMetricFamily],
         prefix: str,
         texts: Mapping[str, str],
         read: Callable[[], Mapping[str, float]],
     ) -> None:
+        self._family = family
         self._prefix = prefix
         self._texts = texts
         self._read = read
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[CounterMetricFamily | GaugeMetricFamily]:
         values = self._read()
         for name, text in self._texts.items():
             if name in values:
-                full = f"mlx_safe_{self._prefix}_{name}"
-                yield GaugeMetricFamily(full, text, values[name])
+                yield self._family(f"{self._prefix}_{name}", text, values[name])
+
+
+def _process_events() -> dict[str, float]:
+    written, failed = _core.report_counts()
+    return {
+        "faults": _core.epoch(),
+        "faults_dropped": _core.dropped(),
+        "reports_written": written,
+        "reports_failed": failed,
+        "reports_suppressed": _reports.suppressed(),
+    }
 
 
 class Metrics:
@@ -116,36 +121,38 @@ class Metrics:
             "Prompts that were cut to --max-prompt-tokens",
             registry=self.registry,
         )
-        self._gauge("mlx_safe_faults", "Faults of the GPU so far", _core.epoch)
-        self._gauge(
-            "mlx_safe_faults_dropped", "Faults whose record was lost", _core.dropped
-        )
-        for name, value in (
-            ("written", lambda: _core.report_counts()[0]),
-            ("failed", lambda: _core.report_counts()[1]),
-            ("suppressed", _reports.suppressed),
-        ):
-            self._gauge(f"mlx_safe_reports_{name}", f"Crash reports {name}", value)
+        self._count("mlx_safe", PROCESS_EVENTS, _process_events)
         self._gauge("mlx_safe_requests_in_flight", "Requests taken", in_flight)
         self._gauge("mlx_safe_ready", "1 while requests can be served", ready)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(name, text, registry=self.registry).set_function(value)
 
+    def _count(
+        self,
+        prefix: str,
+        texts: Mapping[str, str],
+        read: Callable[[], Mapping[str, float]],
+    ) -> None:
+        def counts() -> Mapping[str, float]:
+            return {**dict.fromkeys(texts, 0), **read()}  # what never happened is 0
+
+        self.registry.register(_Values(CounterMetricFamily, prefix, texts, counts))
+
     def watch_prompt_cache(self, cache: Any) -> None:
         """``cache``: a `prompt_cache.PromptCache`; read at each scrape."""
-        self.registry.register(
-            _Events("prompt_cache", PROMPT_CACHE_EVENTS, cache.events)
-        )
         name = "mlx_safe_prompt_cache"
+        self._count(name, PROMPT_CACHE_EVENTS, lambda: cache.events)
         self._gauge(f"{name}_bytes", "Bytes of its entries", lambda: cache.nbytes)
         self._gauge(f"{name}_entries", "Entries in it", lambda: len(cache))
 
     def watch_memory(self, admission: Any) -> None:
         """``admission``: an `admission.Admission`; read at each scrape."""
-        events, gauges = MEMORY_EVENTS, MEMORY_GAUGES
-        self.registry.register(_Events("memory", events, admission.events))
-        self.registry.register(_Gauges("memory", gauges, admission.gauges))
+        name, gauges = "mlx_safe_memory", MEMORY_GAUGES
+        self._count(name, MEMORY_EVENTS, lambda: admission.events)
+        self.registry.register(
+            _Values(GaugeMetricFamily, name, gauges, admission.gauges)
+        )
 
     def render(self) -> bytes:
         """The registry in Prometheus's text format."""

@@ -133,13 +133,13 @@ def _memory_reply(message: str) -> Reply:
 
 def _fault_reply(fault: errors.MetalError) -> Reply:
     # What can be retried has one type; the code tells which fault it was.
-    kind = "resource_exhausted_error" if fault.retryable else "service_unavailable_error"
+    kind = "resource_exhausted" if fault.retryable else "service_unavailable"
     what = f"failed during generation ({fault.name})"
     if isinstance(fault, errors.MetalOutOfMemoryError):
         what = "ran out of memory during generation"
     return Reply(
         503,
-        kind,
+        f"{kind}_error",
         errors.kind_of(fault.code).slug,
         f"The GPU {what}. The request was not completed.",
         RETRY_AFTER_S,
