@@ -48,6 +48,7 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     (None, "BatchGenerator", ("model",)),
     ("BatchGenerator", "insert_segments", ("self", "segments")),
     ("BatchGenerator", "next", ("self",)),
+    ("BatchGenerator", "remove", ("self", "uids")),
     ("GenerationContext", "stop", ("self",)),
     ("ResponseGenerator", "join", ("self",)),
     ("ResponseGenerator", "generate", ("self", "request", "generation_args")),
@@ -91,6 +92,7 @@ ATTRIBUTES = {
     "BatchGenerator": (
         *("_prompt_batch.prompt_cache", "_generation_batch.prompt_cache"),
         *("_unprocessed_sequences", "prefill_step_size"),
+        "_prompt_batch.prefill_step_size",
     ),
     "LRUPromptCache": ("_lru", "_trie.get", "nbytes"),
     "ModelProvider": (

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,13 @@ def _own_parser() -> Parser:
         description="mlx_lm.server, protected. Takes these options, and every "
         "option of mlx_lm.server, listed below.",
     )
+    _add_recovery_flags(parser)
+    _add_prompt_flags(parser)
+    _add_memory_flags(parser)
+    return parser
+
+
+def _add_recovery_flags(parser: Parser) -> None:
     parser.add_argument(
         "--allow-untested-mlx-lm",
         action="store_true",
@@ -62,6 +69,15 @@ def _own_parser() -> Parser:
         help="a generation step that makes no progress for so long is fatal: clients "
         "get a 503, the process leaves with status 75; 0: never (default: 600)",
     )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the server again when it ends, in a small parent process that "
+        "keeps the port open meanwhile",
+    )
+
+
+def _add_prompt_flags(parser: Parser) -> None:
     parser.add_argument(
         "--max-prompt-tokens",
         type=_positive,
@@ -90,6 +106,9 @@ def _own_parser() -> Parser:
         help="tokens that a request's KV cache holds: the model sees the last N "
         "only, and answers get worse beyond them (default: no limit)",
     )
+
+
+def _add_memory_flags(parser: Parser) -> None:
     parser.add_argument(
         "--max-active-memory-bytes",
         type=_size,
@@ -126,13 +145,6 @@ def _own_parser() -> Parser:
         help="how many tokens of a prompt are read at once; less when memory is "
         "short (default: 2048)",
     )
-    parser.add_argument(
-        "--supervise",
-        action="store_true",
-        help="start the server again when it ends, in a small parent process that "
-        "keeps the port open meanwhile",
-    )
-    return parser
 
 
 def _count(text: str) -> int:
@@ -273,21 +285,8 @@ def run(
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
-    from .admission import MemoryFlags
-    from .condition import EXIT_REPLACE, Condition
-    from .generator import ProtectedResponseGenerator
     from .handler import ProtectedHandler
-    from .prompt_cache import PromptCache
     from .recorder import start_sampler
-
-    def on_terminate(fault: Fault) -> None:
-        if fault.source != "terminate":
-            return
-        for _ in range(500):  # it may come while the generator is being made
-            if generator is not None:
-                generator.recovery.give_up(errors.from_faults([fault]))
-            time.sleep(0.01)
-        os._exit(EXIT_REPLACE)
 
     is_first = mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
@@ -297,22 +296,57 @@ def run(
         ProtectedHandler(generator, *args, system_fingerprint=fingerprint)
 
     startup.tell()  # the log is set up by now
-    watch = on_fault(on_terminate)
+    watch = on_fault(lambda fault: _leave_on_terminate(fault, lambda: generator))
     httpd = _bind(host, port, handle) if is_first else None
     if is_first:
         log.info("listening at http://%s:%s; loading the model", host, port)
+    _patch(server, lambda: generator)
+    generator = _make_generator(own, overflow, model_provider, injections)
+    start_sampler(generator.admission.figures)
+    with watch:
+        if httpd is None:
+            _follow_the_first(generator)
+        else:
+            _serve_until_told(httpd, generator)
+
+
+def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
+    from .condition import EXIT_REPLACE
+
+    if fault.source != "terminate":
+        return
+    for _ in range(500):  # it may come while the generator is being made
+        if generator() is not None:
+            generator().recovery.give_up(errors.from_faults([fault]))
+        time.sleep(0.01)
+    os._exit(EXIT_REPLACE)
+
+
+def _patch(server: Any, generator: Callable[[], Any]) -> None:
+    """Has mlx-lm's functions pass by ``generator``, which need not be made yet."""
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
-    server._make_sampler = lambda args, tokenizer: generator.resume_sampler(
+    make_processors = server._make_logits_processors
+    server._make_sampler = lambda args, tokenizer: generator().resume_sampler(
         make_sampler(args, tokenizer), args, tokenizer
     )
-    make_processors = server._make_logits_processors
-    server._make_logits_processors = lambda args: generator.resume_processors(
+    server._make_logits_processors = lambda args: generator().resume_processors(
         make_processors(args)
     )
-    server.BatchGenerator = lambda *args, **kwargs: generator.make_batch(
+    server.BatchGenerator = lambda *args, **kwargs: generator().make_batch(
         make_batch, *args, **kwargs
     )
-    generator = ProtectedResponseGenerator(
+
+
+def _make_generator(
+    own: argparse.Namespace, overflow: Overflow, model_provider: Any, injections: bool
+) -> Any:
+    """Starts the generation thread, which loads the model."""
+    from .admission import MemoryFlags
+    from .condition import Condition
+    from .generator import ProtectedResponseGenerator
+    from .prompt_cache import PromptCache
+
+    return ProtectedResponseGenerator(
         model_provider,
         PromptCache(
             model_provider.cli_args.prompt_cache_size,
@@ -330,12 +364,6 @@ def run(
         ),
         injections=injections,
     )
-    start_sampler(generator.admission.figures)
-    with watch:
-        if httpd is None:
-            _follow_the_first(generator)
-        else:
-            _serve_until_told(httpd, generator)
 
 
 def _follow_the_first(generator: Any) -> None:
