@@ -86,7 +86,7 @@ FIELDS = {
 # What objects have once they are made (`_made`, and mlx-lm's own `ModelProvider`).
 ATTRIBUTES = {
     "ResponseGenerator": (
-        *("requests", "model_provider", "cli_args", "_time_budget.__iter__"),
+        *("requests", "model_provider", "cli_args"),
         *("_stop", "_rank", "_generation_thread"),
     ),
     "BatchGenerator": (
