@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from typing import Any
 
@@ -12,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import cache as caches
 
-from mlx_safe.memory import machine as machines
 from mlx_safe.memory.budget import Decision, Option, Situation, decide
 from mlx_safe.memory.ceiling import LearnedCeiling, ceiling
 from mlx_safe.memory.estimate import CacheCost, LayerCost, Transients, measure
@@ -114,12 +112,6 @@ def test_this_machine_can_be_read() -> None:
     assert now.footprint is not None and now.footprint > 10 * 2**20
     assert now.available is not None and 0 < now.available <= here.total
     assert now.overhead > 0
-
-
-def test_the_layout_of_rusage_info_v0() -> None:
-    # <sys/resource.h>: 16 bytes of uuid, then ten 64-bit integers.
-    assert ctypes.sizeof(machines._RusageInfoV0) == 96
-    assert machines._RusageInfoV0.ri_phys_footprint.offset == 72
 
 
 class Clock:

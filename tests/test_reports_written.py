@@ -385,7 +385,7 @@ def test_run_file(private_reports: Path) -> None:
         import json, os, signal
         import mlx_safe
         from mlx_safe import _core, _reports
-        _core.sample_memory(1, 2, 3, 4, 5, 6, 7)
+        _core.sample_memory(1, 2, 3, 5)
         place = _core.request_begin("cmpl-1", "/v1/completions")
         _core.request_progress(place, 100, 64, 3)
         _reports.refresh_run_file()
@@ -399,7 +399,7 @@ def test_run_file(private_reports: Path) -> None:
     assert left["why"] == "running" and left["complete"] is True
     memory = left["memory"]
     assert [memory[n] for n in ("active", "peak", "cache")] == [1, 2, 3]
-    assert [memory[n] for n in ("footprint", "ceiling")] == [4, 5]
+    assert memory["ceiling"] == 5
     assert left["memory_history"][0][1:] == [1, 5]
     (request,) = left["requests"]
     assert request.pop("age_ms") >= 0
@@ -414,6 +414,99 @@ def test_run_file(private_reports: Path) -> None:
     for ends in ("pass", "raise SystemExit(3)", "raise KeyError", "1/0"):
         child.run(f"import mlx_safe\n{ends}")
         assert list(private_reports.iterdir()) == []
+
+
+# ---- the memory of a process that has nothing but the library -----------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "os.abort()",
+        "testing.throw_on_foreign_thread(); time.sleep(60)",
+        "_reports.write('fault', 'one')",
+    ],
+    ids=["killed", "signal", "terminate", "fault"],
+)
+@pytest.mark.parametrize("block", ["with mlx_safe.guard(): pass", "mlx_safe.check(0)"])
+def test_memory_in_a_library_process(
+    private_reports: Path, how: str, block: str
+) -> None:
+    done = die(
+        f"""
+    import mlx.core as mx
+    from mlx_safe import _reports
+    held = mx.ones((1 << 20,)); mx.eval(held)
+    {block}
+    {how}
+    """
+    )
+    assert done.returncode in (0, -signal.SIGKILL, -signal.SIGABRT), done.stderr
+    (path,) = private_reports.iterdir()  # a report, or a run file
+    memory = json.loads(path.read_bytes())["memory"]
+    assert 1 << 22 <= memory["active"] <= memory["peak"]
+    assert 10 << 20 < memory["footprint"] < memory["system_total"]
+    assert 0 < memory["system_available"] <= memory["system_total"]
+    assert memory["ceiling"] == -1  # that is the server's
+
+
+def test_memory_before_mlx_is_imported(private_reports: Path) -> None:
+    done = die("    os.abort()")
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    memory = only_report(private_reports)["memory"]
+    assert memory["active"] == -1 and memory["footprint"] > 0
+
+
+def test_the_thread_of_the_callbacks_keeps_the_run_file_fresh(
+    private_reports: Path,
+) -> None:
+    """Where Metal is hooked there is such a thread, and no guard is needed."""
+    done = child.run(
+        """
+        import json, os, time
+        import mlx.core as mx
+        import mlx_safe
+        from mlx_safe import _faults, _reports
+        _faults.LOOK_EVERY_S = _reports.RUN_FILE_EVERY_S = 0.01
+        held = mx.ones((1 << 20,)); mx.eval(held)
+        _reports.watch_faults()
+        path = f"{mlx_safe.status().report_dir}/run-{os.getpid()}.json"
+        deadline = time.monotonic() + 50
+        while json.load(open(path))["memory"]["active"] < held.nbytes:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(private_reports.iterdir()) == []
+
+
+def test_no_run_file_after_the_end_or_in_a_forked_child(private_reports: Path) -> None:
+    """Threads may leave guards until the very end; a child may do so, too."""
+    done = child.run(
+        """
+        import atexit, os
+        def late():
+            _reports.refresh_run_file()
+            assert os.listdir(d) == [], os.listdir(d)
+            print("late")
+        atexit.register(late)  # before ours, so it runs after it
+        import mlx_safe
+        from mlx_safe import _reports
+        _reports.RUN_FILE_EVERY_S = 0.0
+        d = mlx_safe.status().report_dir
+        (own,) = os.listdir(d)
+        pid = os.fork()
+        with mlx_safe.guard():
+            pass
+        if pid == 0:
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert os.listdir(d) == [own], os.listdir(d)
+        """
+    )
+    assert (done.returncode, done.stdout) == (0, "late\n"), done.stderr
 
 
 # ---- breadcrumbs ----------------------------------------------------------

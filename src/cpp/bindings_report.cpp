@@ -12,6 +12,7 @@
 #include "report.h"
 #include "report_context.h"
 #include "signals.h"
+#include "system_memory.h"
 #include "testing.h"
 
 namespace nb = nanobind;
@@ -167,13 +168,16 @@ void bind_recording(nb::module_& m) {
   m.def(
       "sample_memory",
       [](std::int64_t active, std::int64_t peak, std::int64_t cache,
-         std::int64_t footprint, std::int64_t ceiling,
-         std::int64_t system_total, std::int64_t system_available) {
-        sample_memory({0, active, peak, cache, footprint, ceiling, system_total,
-                       system_available});
+         std::int64_t ceiling) {
+        SystemMemory found = read_system_memory();
+        sample_memory({0, active, peak, cache, found.footprint, ceiling,
+                       found.total, found.available});
       },
-      "active"_a, "peak"_a, "cache"_a, "footprint"_a = -1, "ceiling"_a = -1,
-      "system_total"_a = -1, "system_available"_a = -1);
+      "active"_a, "peak"_a, "cache"_a, "ceiling"_a);
+  m.def("system_memory", [] {
+    SystemMemory found = read_system_memory();
+    return nb::make_tuple(found.footprint, found.total, found.available);
+  });
   m.def("request_begin", &request_begin, "id"_a, "path"_a);
   m.def("request_progress", &request_progress, "place"_a, "prompt_tokens"_a,
         "prefilled"_a, "tokens"_a);

@@ -63,6 +63,8 @@ struct State {
   std::atomic<std::uint64_t> written{0}, failed{0};
   std::atomic<std::uint64_t> terminal_thread{0};
   std::atomic<bool> terminal_done{false};
+  // A report tells of the death: there is to be no run file.
+  std::atomic<bool> death_told{false};
 };
 constinit State g_state;
 
@@ -152,7 +154,10 @@ void write_sections(JsonWriter& json, const Event& event) noexcept {
   sections::head(json, event, g_state.argv0);
   if (!json.flush()) return;
   // From here on the report tells of the death, and the run file need not.
-  if (event.terminal) remove_run_file();
+  if (event.terminal) {
+    g_state.death_told.store(true);
+    remove_run_file();
+  }
   sections::memory(json);
   json.flush();
   sections::context(json);
@@ -298,6 +303,8 @@ bool write_run_file() noexcept {
     good = good && ::rename(temporary, path) == 0;
     if (good) {
       g_state.run_file_pid.store(::getpid());
+      // Another thread, which dies, may have removed the one before just now.
+      if (g_state.death_told.load()) remove_run_file();
     } else {
       ::unlink(temporary);
     }
@@ -334,6 +341,7 @@ bool wait_for_terminal() noexcept {
 }
 
 void release_terminal() noexcept {
+  g_state.death_told.store(false);
   g_state.terminal_done.store(false);
   g_state.terminal_thread.store(0);
 }

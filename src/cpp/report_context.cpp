@@ -37,6 +37,7 @@ RequestPlace* place_at(int place) noexcept {
 void sample_memory(MemorySample sample) noexcept {
   sample.time_ns = now_ns();
   g_memory.store(sample);
+  if (sample.active < 0) return;  // MLX is not there yet
   std::int64_t last = g_history_at.load();
   if (sample.time_ns - last >= kHistoryStepNs &&
       g_history_at.compare_exchange_strong(last, sample.time_ns))

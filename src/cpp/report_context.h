@@ -23,7 +23,7 @@ struct MemorySample {
 using MemoryHistory = Ring<MemorySample, 64>;
 
 // Keeps it as the last sample; and in the history, unless that has one of the
-// last two seconds. `time_ns` is filled in.
+// last two seconds, or `active` is not known. `time_ns` is filled in.
 void sample_memory(MemorySample sample) noexcept;
 // False when there is none.
 bool last_memory(MemorySample* out) noexcept;

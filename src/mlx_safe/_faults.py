@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Fault", "Subscription", "check", "epoch", "faults", "on_fault"]
+__all__ = ["Fault", "Subscription", "check", "epoch", "faults", "on_fault", "watch"]
 
 _SOURCES = ("metal", "terminate", "injected")
 # A writer has claimed its place but not filled it: a few microseconds, unless
@@ -23,6 +23,8 @@ _SOURCES = ("metal", "terminate", "injected")
 # process is stopped.
 _WRITER_WAITS = 500
 _WRITER_WAIT_S = 0.0005
+# How often the thread of the callbacks looks around without a fault.
+LOOK_EVERY_S = 5.0
 
 
 class Fault:
@@ -163,11 +165,7 @@ def faults(since: int = 0) -> list[Fault]:
 
 
 def check(since: int) -> None:
-    """Raises the `MetalError` for the faults after epoch ``since``, if any.
-
-    The error's class is that of the worst fault; all of them are in its
-    ``faults``.
-    """
+    """Raises the `MetalError` for the faults after epoch ``since``, if any."""
     now = _core.epoch()
     if now <= since:
         return
@@ -182,8 +180,13 @@ class Subscription:
     already under way is not waited for.
     """
 
-    def __init__(self, callback: Callable[[Fault], object]) -> None:
+    def __init__(
+        self,
+        callback: Callable[[Fault], object],
+        meanwhile: Callable[[], object] | None = None,
+    ) -> None:
         self._callback = callback
+        self._meanwhile = meanwhile
         self._cancelled = False
         # Earlier faults, of which others are still being told, are not for it.
         self._since = _core.epoch()
@@ -254,11 +257,12 @@ class _Dispatcher:
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         while True:
-            poller.poll()
+            poller.poll(LOOK_EVERY_S * 1000)
             with self._telling:
                 if self._ended:
                     return
                 self._tell()
+                self._look()
 
     def _tell(self) -> None:
         _core.drain_notifications()
@@ -270,6 +274,13 @@ class _Dispatcher:
                 current = list(self._subscriptions)
             for subscription in current:
                 self._call(subscription, fault)
+
+    def _look(self) -> None:
+        with self._lock:
+            current = list(self._subscriptions)
+        for subscription in current:
+            if subscription._meanwhile is not None:
+                subscription._meanwhile()
 
     def _end(self) -> None:
         """At the interpreter's end: waits for the callbacks that run.
@@ -314,7 +325,18 @@ def on_fault(callback: Callable[[Fault], object]) -> Subscription:
     """
     if not callable(callback):
         raise TypeError(f"on_fault needs a callable, not {type(callback).__name__}")
-    subscription = Subscription(callback)
+    return watch(callback)
+
+
+def watch(
+    callback: Callable[[Fault], object],
+    meanwhile: Callable[[], object] | None = None,
+) -> Subscription:
+    """As `on_fault`; ``meanwhile``, of our own, is called on that thread as well.
+
+    That is after faults, and every `LOOK_EVERY_S` seconds; it must not raise.
+    """
+    subscription = Subscription(callback, meanwhile)
     _dispatcher.add(subscription)
     return subscription
 

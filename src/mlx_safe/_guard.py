@@ -1,8 +1,8 @@
-"""`guard`: no fault in a block goes unnoticed."""
+"""`guard` and `check`: no fault in a block goes unnoticed."""
 
 from __future__ import annotations
 
-from . import _core, _faults, errors
+from . import _core, _faults, _reports, errors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,7 +12,17 @@ if TYPE_CHECKING:
 
     F = TypeVar("F", bound=Callable[..., Any])
 
-__all__ = ["guard"]
+__all__ = ["check", "guard"]
+
+
+def check(since: int) -> None:
+    """Raises the `MetalError` for the faults after epoch ``since``, if any.
+
+    The error's class is that of the worst fault; all of them are in its
+    ``faults``.
+    """
+    _reports.keep_fresh()
+    _faults.check(since)
 
 
 class guard:
@@ -60,6 +70,7 @@ class guard:
     ) -> None:
         since, self._since = self._since, None
         if since is not None:
+            _reports.keep_fresh()
             _settle(since, exc)
 
     async def __aenter__(self) -> guard:

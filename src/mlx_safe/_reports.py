@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "breadcrumb",
+    "keep_fresh",
     "refresh_run_file",
     "remove_run_file",
     "sample_memory",
-    "set_system_memory",
+    "set_memory_limits",
     "start",
     "stop",
     "suppressed",
@@ -69,11 +70,11 @@ class _State:
         self.last_fault_report = float("-inf")
         self.told_failure = False
         self.subscription: _faults.Subscription | None = None
-        self.sampled_at = 0.0
+        self.sampled_at = float("-inf")
         self.run_file_lock = threading.Lock()
-        self.run_file_at = 0.0
+        self.run_file_at = float("-inf")
         self.peak = -1
-        self.system_memory = (-1, -1, -1, -1)
+        self.ceiling = -1
 
 
 _state = _State()
@@ -99,7 +100,10 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
     if directory is None:
         return None
     _remove_run_file_at_the_end()
-    if not _core.write_run_file():
+    _sample()  # whatever comes next is not too soon after it
+    with _state.run_file_lock:
+        written = _core.write_run_file()
+    if not written:
         return f"no file in {directory} says that this process runs: cannot write it"
     return None
 
@@ -111,20 +115,21 @@ def _remove_run_file_at_the_end() -> None:
     _removed_by = os.getpid()
     import atexit
 
-    atexit.register(_core.remove_run_file)
+    atexit.register(remove_run_file)
     # multiprocessing ends its forked workers with os._exit, without atexit.
     util = sys.modules.get("multiprocessing.util")
     if util is not None:
-        util.Finalize(None, _core.remove_run_file, exitpriority=0)
+        util.Finalize(None, remove_run_file, exitpriority=0)
 
 
 def stop() -> None:
     """Ends all of it; called by `uninstall`."""
-    _core.remove_run_file()
-    _core.report_stop()
+    with _state.run_file_lock:
+        _core.remove_run_file()
+        _core.report_stop()
+        _state.directory = None
     if _state.subscription is not None:
         _state.subscription.cancel()
-    _state.directory = None
     _state.subscription = None
 
 
@@ -148,7 +153,7 @@ def watch_faults() -> None:
     """
     with _state.lock:
         if _state.subscription is None and _state.directory is not None:
-            _state.subscription = _faults.on_fault(_report_fault)
+            _state.subscription = _faults.watch(_report_fault, _look)
 
 
 def _report_fault(fault: _faults.Fault) -> None:
@@ -224,57 +229,84 @@ def _python_stacks(directory: str) -> str:
         os.close(fd)
 
 
-def set_system_memory(
-    *,
-    peak: int = -1,
-    footprint: int = -1,
-    ceiling: int = -1,
-    total: int = -1,
-    available: int = -1,
-) -> None:
-    """Figures for the samples from now on that MLX does not have, or is slow with.
+def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:
+    """Figures for the samples from now on that neither MLX nor the system has.
 
     Args, in bytes; -1: unknown:
         peak: the most that was active, for a process that resets MLX's.
-        footprint: of the process, as the system counts it.
-        ceiling: of what may be in use.
-        total, available: of the system.
+        ceiling: of what may be active.
     """
     _state.peak = peak
-    _state.system_memory = (footprint, ceiling, total, available)
+    _state.ceiling = ceiling
 
 
-def sample_memory(at_least_s: float = SAMPLE_EVERY_S) -> None:
-    """Keeps MLX's memory figures for reports.
+def keep_fresh() -> None:
+    """Keeps what is told of this process if it is killed: cheap, for every step.
 
-    Cheap enough for every step: it does nothing when the last sample is younger
-    than ``at_least_s`` seconds, or MLX is not imported.
+    A sample of memory, at most one in `SAMPLE_EVERY_S`; and the run file, where
+    the thread of the callbacks does not see to it.
+    """
+    if sample_memory() and _state.subscription is None:
+        refresh_run_file()
+
+
+def _look() -> None:
+    """What that thread does every few seconds."""
+    sample_memory()
+    refresh_run_file()
+
+
+def sample_memory(at_least_s: float = SAMPLE_EVERY_S) -> bool:
+    """Keeps the memory figures of MLX and the system for reports.
+
+    Cheap enough for every step: it does nothing, and returns False, when the last
+    sample is younger than ``at_least_s`` seconds. One takes some 30 µs.
     """
     now = time.monotonic()
-    mx = sys.modules.get("mlx.core")
-    if mx is None or now - _state.sampled_at < at_least_s:
-        return
+    if now - _state.sampled_at < at_least_s:
+        return False
     _state.sampled_at = now
-    active = mx.get_active_memory()
-    _core.sample_memory(
-        active,
+    _sample()
+    return True
+
+
+def _sample() -> None:
+    mx = sys.modules.get("mlx.core")
+    if mx is not None and hasattr(mx, "get_active_memory"):  # may be on its way
+        active = mx.get_active_memory()
         # The server resets MLX's, which then is 0 until something is allocated.
-        max(_state.peak, active, mx.get_peak_memory()),
-        mx.get_cache_memory(),
-        *_state.system_memory,
-    )
+        peak = max(_state.peak, active, mx.get_peak_memory())
+        _core.sample_memory(active, peak, mx.get_cache_memory(), _state.ceiling)
+    else:
+        _core.sample_memory(-1, -1, -1, _state.ceiling)
 
 
 def refresh_run_file() -> None:
-    """Rewrites the run file when it is over `RUN_FILE_EVERY_S` seconds old."""
+    """Rewrites the run file when it is over `RUN_FILE_EVERY_S` seconds old.
+
+    Any thread; not after the end has removed it, nor in a forked child, which has
+    none.
+    """
     now = time.monotonic()
-    with _state.run_file_lock:
-        if _state.directory is None or now - _state.run_file_at < RUN_FILE_EVERY_S:
+    if now - _state.run_file_at < RUN_FILE_EVERY_S:
+        return
+    # Whoever has it writes just now. A guard must not wait for a disk.
+    if not _state.run_file_lock.acquire(blocking=False):
+        return
+    try:
+        directory = _state.directory
+        if (
+            directory is None
+            or _removed_by != os.getpid()
+            or now - _state.run_file_at < RUN_FILE_EVERY_S
+        ):
             return
         _state.run_file_at = now
         written = _core.write_run_file()
+    finally:
+        _state.run_file_lock.release()
     if not written:
-        _log_failure(_state.directory)
+        _log_failure(directory)
 
 
 def remove_run_file() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from .. import _core
 
 __all__ = ["Machine", "Usage", "read_machine", "sysctl", "usage"]
 
@@ -98,7 +97,7 @@ def read_machine(
         system=sys.platform,
         device=str(info.get("device_name") or info.get("architecture") or "unknown"),
         gpu=recommended is not None,
-        total=sysctl("hw.memsize") or _linux_total(),
+        total=sysctl("hw.memsize") or max(0, _core.system_memory()[1]),
         recommended=int(recommended) if recommended else None,
         wired_limit=wired_mb * 2**20 if wired_mb else None,
     )
@@ -108,79 +107,11 @@ def usage() -> Usage:
     """What MLX and this process use now. Any thread; some microseconds."""
     import mlx.core as mx
 
+    footprint, _, available = _core.system_memory()
     return Usage(
         active=int(mx.get_active_memory()),
         peak=int(mx.get_peak_memory()),
         pool=int(mx.get_cache_memory()),
-        footprint=footprint(),
-        available=available(),
+        footprint=footprint if footprint >= 0 else None,
+        available=available if available >= 0 else None,
     )
-
-
-def footprint() -> int | None:
-    """Bytes of this process as the system counts them; None where unknown."""
-    if sys.platform == "darwin":
-        return _phys_footprint()
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-class _RusageInfoV0(ctypes.Structure):
-    """``struct rusage_info_v0`` of macOS's <sys/resource.h>."""
-
-    _fields_ = [
-        ("ri_uuid", ctypes.c_uint8 * 16),
-        ("ri_user_time", ctypes.c_uint64),
-        ("ri_system_time", ctypes.c_uint64),
-        ("ri_pkg_idle_wkups", ctypes.c_uint64),
-        ("ri_interrupt_wkups", ctypes.c_uint64),
-        ("ri_pageins", ctypes.c_uint64),
-        ("ri_wired_size", ctypes.c_uint64),
-        ("ri_resident_size", ctypes.c_uint64),
-        ("ri_phys_footprint", ctypes.c_uint64),
-        ("ri_proc_start_abstime", ctypes.c_uint64),
-        ("ri_proc_exit_abstime", ctypes.c_uint64),
-    ]
-
-
-def _phys_footprint() -> int | None:
-    libc: Any = ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
-    info = _RusageInfoV0()
-    if libc.proc_pid_rusage(os.getpid(), 0, ctypes.byref(info)):
-        return None
-    return int(info.ri_phys_footprint)
-
-
-def available(sysctl: Sysctl = sysctl) -> int | None:
-    """Bytes that the system could still give; None where unknown.
-
-    macOS: its own percentage of free memory (``kern.memorystatus_level``, what
-    memory_pressure(1) shows). Linux: MemAvailable.
-    """
-    if sys.platform == "darwin":
-        level, total = sysctl("kern.memorystatus_level"), sysctl("hw.memsize")
-        return total * level // 100 if level is not None and total else None
-    return _meminfo("MemAvailable")
-
-
-def _meminfo(name: str) -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def _linux_total() -> int:
-    total = _meminfo("MemTotal") or 0
-    # A container's own limit, of either version of cgroups.
-    for path in (
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            total = min(total, int(Path(path).read_text()))
-    return total

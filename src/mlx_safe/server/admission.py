@@ -279,15 +279,8 @@ class Admission:
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> dict[str, int]:
-        """What crash reports tell besides MLX's counters. Any thread."""
-        now = usage()
-        return {
-            "peak": max(self.observer.peak, now.peak),
-            "footprint": -1 if now.footprint is None else now.footprint,
-            "ceiling": self.ceiling().size,
-            "total": self._machine.total,
-            "available": -1 if now.available is None else now.available,
-        }
+        """What crash reports tell besides MLX's and the system's. Any thread."""
+        return {"peak": self.observer.peak, "ceiling": self.ceiling().size}
 
     # -- requests that come in -------------------------------------------------------
 

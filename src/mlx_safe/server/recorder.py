@@ -83,15 +83,15 @@ class Place:
         )
 
 
-def start_sampler(system_memory: Callable[[], dict[str, int]]) -> None:
+def start_sampler(memory_limits: Callable[[], dict[str, int]]) -> None:
     """Samples memory now and once a second, and keeps the run file fresh.
 
     Args:
-        system_memory: arguments of `_reports.set_system_memory`, read each time.
+        memory_limits: arguments of `_reports.set_memory_limits`, read each time.
     """
 
     def sample() -> None:
-        _reports.set_system_memory(**system_memory())
+        _reports.set_memory_limits(**memory_limits())
         _reports.sample_memory(at_least_s=0.0)
         _reports.refresh_run_file()
 
