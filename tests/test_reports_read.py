@@ -244,12 +244,44 @@ def test_advice_is_that_of_the_table_or_of_the_memory() -> None:
 
     with_code = reader.parse(WHOLE)
     assert "iogpu.wired_limit_mb" in words.advice(with_code)
-    assert "nearly full" in advice()
+    assert advice().startswith("It was near its own limit")  # 17 of 18 GiB
     low = {"active": 1, "ceiling": 100, "system_total": 100, "system_available": 5}
-    assert advice(memory=low).startswith("Memory was nearly full")
+    assert advice(memory=low).startswith("The machine's memory was nearly full")
     low["system_available"] = 50
     assert "memory was not nearly full" in advice(memory=low)
+    low["footprint"] = 95
+    assert advice(memory=low).startswith("The machine's memory was nearly full")
     assert advice(memory={"active": 5}).endswith("who ended the process.")
+
+
+def test_the_process_is_not_held_against_the_limit_of_the_arrays() -> None:
+    """230 MiB for the arrays, an idle server of 267 MiB, and the machine has room."""
+    mib = 1 << 20
+    memory = {
+        "active": 115 * mib,
+        "peak": 116 * mib,
+        "cache": 5 * mib,
+        "footprint": 267 * mib,
+        "ceiling": 230 * mib,
+        "system_total": 24064 * mib,
+        "system_available": 22528 * mib,
+    }
+    report = reports.sample(why="died", code=None, memory=memory)
+    read = reader.parse(json.dumps(report).encode())
+    assert words.advice(read) == (
+        "Look in the system's log for who ended the process: the machine's memory "
+        "was not nearly full."
+    )
+    rows = {row[0]: row[1] for s in words.sections(read) for row in s.rows
+            if s.title == "Memory"}  # fmt: skip
+    assert rows == {
+        "active": "115.0 MiB, 50% of the ceiling",
+        "peak": "116.0 MiB, 50% of the ceiling",
+        "cache": "5.0 MiB",
+        "footprint": "267.0 MiB, 1% of the machine's memory",
+        "ceiling": "230.0 MiB",
+        "system": "23.5 GiB, 22.0 GiB available",
+    }
 
 
 def test_the_time_line_is_in_order_and_relative() -> None:

@@ -243,7 +243,7 @@ def test_one_that_was_killed_becomes_a_report(private_reports: Path) -> None:
     assert (report.why, report.pid, report.time_ns) == ("died", pid, reports.NOW_NS)
     assert report.memory is not None
     assert report.memory.active == 17 * reports.GIB
-    assert "nearly full" in words.advice(report)
+    assert "near its own limit" in words.advice(report)
     assert [entry.path for entry in store.entries(private_reports)] == [path]
     assert orphans.adopt(private_reports) == []
 

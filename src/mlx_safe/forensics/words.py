@@ -25,8 +25,9 @@ _SIGNALS = {
 _LINE_MAX = 160
 _TIMELINE_MAX = 60
 _CHART_ROWS = 6
-# Above this share of the ceiling, memory is what one looks at first.
+# Above this share, memory is what one looks at first.
 _NEARLY_FULL = 0.9
+_LESS = "less prompt cache, shorter prompts, or fewer requests at a time."
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +82,23 @@ def advice(report: Report) -> str:
     """What to do about it, in a sentence or two."""
     if _has_code(report):
         return errors.kind_of(report.code or 0).advice
-    full = _is_nearly_full(report)
+    full = _machine_is_full(report)
+    memory = ""
     if full:
-        return (
-            "Memory was nearly full: less prompt cache, shorter prompts, or fewer "
-            "requests at a time."
-        )
-    return {
-        "terminate": "The stacks show where it was thrown; please report it.",
-        "signal": "A defect of native code: the stacks show where. Please report it.",
-        "stall": "The Python stacks show where it stood.",
-        "died": "Look in the system's log for who ended the process"
-        + ("." if full is None else ": memory was not nearly full before."),
-    }.get(report.why or "", "")
+        memory = f"The machine's memory was nearly full: {_LESS} "
+    elif _is_near_its_limit(report):
+        memory = f"It was near its own limit for active memory: {_LESS} "
+    return (
+        memory
+        + {
+            "terminate": "The stacks show where it was thrown; please report it.",
+            "signal": "A defect of native code: the stacks show where. "
+            "Please report it.",
+            "stall": "The Python stacks show where it stood.",
+            "died": "Look in the system's log for who ended the process"
+            + (": the machine's memory was not nearly full." if full is False else "."),
+        }.get(report.why or "", "")
+    ).strip()
 
 
 def when(seconds: float | None) -> str:
@@ -215,18 +220,27 @@ def _ran_for(report: Report) -> str:
     return f"{minutes // 60} h {minutes % 60} min {seconds} s"
 
 
-def _is_nearly_full(report: Report) -> bool | None:
-    """None when that cannot be told."""
+def _is_near_its_limit(report: Report) -> bool:
+    """The ceiling is for MLX's live arrays, not for the rest of the process."""
     memory = report.memory
-    if memory is None:
+    share = None if memory is None else _share(memory.active, memory.ceiling)
+    return share is not None and share > _NEARLY_FULL
+
+
+def _machine_is_full(report: Report) -> bool | None:
+    """By this process or by all of them; None when that cannot be told."""
+    memory = report.memory
+    if memory is None or not memory.system_total:
         return None
-    shares = []
-    if memory.ceiling:
-        used = max(memory.active or 0, memory.footprint or 0)
-        shares.append(used / memory.ceiling)
-    if memory.system_total and memory.system_available is not None:
+    shares = [_share(memory.footprint, memory.system_total)]
+    if memory.system_available is not None:
         shares.append(1 - memory.system_available / memory.system_total)
-    return max(shares) > _NEARLY_FULL if shares else None
+    known = [share for share in shares if share is not None]
+    return max(known) > _NEARLY_FULL if known else None
+
+
+def _share(part: int | None, whole: int | None) -> float | None:
+    return part / whole if part is not None and whole else None
 
 
 def _memory(report: Report) -> list[tuple[str, ...]]:
@@ -234,13 +248,20 @@ def _memory(report: Report) -> list[tuple[str, ...]]:
     if memory is None:
         return []
     rows: list[tuple[str, ...]] = []
-    for name in ("active", "peak", "cache", "footprint"):
+    # What MLX keeps for reuse it gives back before it goes over the ceiling.
+    for name, whole, of in (
+        ("active", memory.ceiling, "the ceiling"),
+        ("peak", memory.ceiling, "the ceiling"),
+        ("cache", None, ""),
+        ("footprint", memory.system_total, "the machine's memory"),
+    ):
         value = getattr(memory, name)
+        share = _share(value, whole)
         if value is not None:
-            share = f", {value / memory.ceiling:.0%}" if memory.ceiling else ""
-            rows.append((name, size(value) + share))
+            told = "" if share is None else f", {share:.0%} of {of}"
+            rows.append((name, size(value) + told))
     if memory.ceiling:
-        rows.append(("ceiling", f"{size(memory.ceiling)}, 100%"))
+        rows.append(("ceiling", size(memory.ceiling)))
     if memory.system_total:
         free = size(memory.system_available)
         rows.append(("system", f"{size(memory.system_total)}, {free} available"))
