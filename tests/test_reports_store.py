@@ -248,6 +248,19 @@ def test_one_that_was_killed_becomes_a_report(private_reports: Path) -> None:
     assert orphans.adopt(private_reports) == []
 
 
+def test_an_empty_report_and_its_run_file_are_one_death(private_reports: Path) -> None:
+    pid = reports.a_pid_that_is_gone()
+    left = reports.run_file(private_reports, pid)
+    written = int(left.stat().st_mtime)
+    before = reports.write(private_reports, b"", f"{written - 5}-{pid}.json")
+    empty = reports.write(private_reports, b"", f"{written}-{pid}.json")
+    assert orphans.adopt(private_reports) == [empty]
+    assert sorted(private_reports.iterdir()) == [before, empty]
+    report = reader.read(empty)
+    assert report.unwritten and report.complete and report.problems == []
+    assert report.memory is not None and report.memory.active == 17 * reports.GIB
+
+
 def test_a_damaged_run_file_becomes_a_report_too(private_reports: Path) -> None:
     pid = reports.a_pid_that_is_gone()
     cut = json.dumps({"why": "running", "memory": {"active": 5}, "requests": []})

@@ -135,7 +135,8 @@ def test_links_are_not_followed(private_reports: Path, tmp_path: Path) -> None:
         import os
         d = os.environ["MLX_SAFE_REPORT_DIR"]
         os.makedirs(d)
-        for name in (".stacks-{{}}", ".stacks-{{}}-python", ".run-{{}}"):
+        for name in (".stacks-{{}}", ".stacks-{{}}-python", ".run-{{}}",
+                     ".reserve-{{}}"):
             os.symlink({str(victim)!r}, os.path.join(d, name.format(os.getpid())))
         import mlx_safe
         from mlx_safe import _reports

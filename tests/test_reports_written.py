@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_safe.forensics import orphans, reader, words
 from support import child
 from support.deaths import die, left_over, only_report, paths
 from support.native import Native, in_python
@@ -289,6 +290,74 @@ def test_disk_full_does_not_disturb_the_living(private_reports: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("a crash report could not be written to") == 1
+
+
+def test_a_full_disk_has_room_for_the_report_of_a_death(
+    native: Native, private_reports: Path
+) -> None:
+    done = die(
+        """
+    from mlx_safe import _reports
+    for i in range(300):
+        mlx_safe.breadcrumb("x" * 90, i=i)
+    ctypes.CDLL(None).full_disk(0)
+    assert _reports.write("fault", "one") is None
+    assert _reports.write("fault", "two") is None
+    run_file = f"run-{os.getpid()}.json"
+    assert os.listdir(mlx_safe.status().report_dir) == [run_file]
+    os.abort()
+    """,
+        LD_PRELOAD=native.full_disk,
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    report = only_report(private_reports)
+    assert report["signal"]["name"] == "SIGABRT"
+    assert len(report["breadcrumbs"]) == 256
+    assert 'File "<string>"' in report["python_stacks"]
+    assert left_over(private_reports) == []
+
+
+def test_a_forked_child_has_room_of_its_own(private_reports: Path) -> None:
+    """What two processes hold, neither of them can give up."""
+    if sys.platform == "darwin":
+        return  # it does not say what a descriptor without a name was called
+    done = die(
+        """
+    def reserves():
+        found = []
+        for fd in os.listdir("/proc/self/fd"):
+            try:
+                name = os.readlink(f"/proc/self/fd/{fd}")
+                found += [(name, os.fstat(int(fd)))] if ".reserve-" in name else []
+            except OSError:
+                pass  # that of the listing itself
+        return found
+    pid = os.fork()
+    ((name, held),) = reserves()
+    assert f"/.reserve-{os.getpid()} " in name and held.st_size >= 1 << 17, (
+        name, held)
+    if pid == 0:
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_where_others_take_the_room(
+    native: Native, private_reports: Path
+) -> None:
+    done = die(
+        "    ctypes.CDLL(None).full_disk(1)\n    os.abort()",
+        LD_PRELOAD=native.full_disk,
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    assert [path.stat().st_size for path in paths(private_reports)] == [0]
+    (path,) = orphans.adopt(private_reports)
+    assert list(private_reports.iterdir()) == [path]
+    report = reader.read(path)
+    assert (report.why, report.unwritten, report.problems) == ("died", True, [])
+    assert "crashed, and could not write its report" in words.headline(report)
 
 
 @pytest.mark.parametrize("gone", ["os.rename(d, d + '-away'); open(d, 'w')", "pass"])

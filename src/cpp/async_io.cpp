@@ -7,11 +7,14 @@
 
 namespace mlx_safe {
 
-bool write_all(int fd, const char* data, std::size_t size) noexcept {
+bool write_all(int fd, const char* data, std::size_t size,
+               MakeRoom make_room) noexcept {
   while (size > 0) {
     ssize_t n = ::write(fd, data, size);
     if (n < 0) {
       if (errno == EINTR) continue;
+      bool full = errno == ENOSPC || errno == EDQUOT;
+      if (full && make_room != nullptr && make_room()) continue;
       return false;
     }
     data += n;
@@ -262,7 +265,8 @@ void JsonWriter::member(const char* name, std::int64_t value) noexcept {
 
 bool JsonWriter::flush() noexcept {
   if (fd_ < 0) return good_;
-  if (used_ > 0 && good_ && !write_all(fd_, into_, used_)) good_ = false;
+  if (used_ > 0 && good_ && !write_all(fd_, into_, used_, make_room_))
+    good_ = false;
   used_ = 0;
   return good_;
 }

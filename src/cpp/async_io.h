@@ -9,9 +9,13 @@
 
 namespace mlx_safe {
 
+// What to do when the disk is full: true if there is room now.
+using MakeRoom = bool (*)();
+
 // Writes all of `size` bytes, going on after EINTR and short writes.
 // Returns false when the descriptor takes no more (disk full, closed pipe).
-bool write_all(int fd, const char* data, std::size_t size) noexcept;
+bool write_all(int fd, const char* data, std::size_t size,
+               MakeRoom make_room = nullptr) noexcept;
 
 // Copies at most `capacity` - 1 bytes of `from` (null: the empty string) and
 // always terminates `to`. Never cuts a UTF-8 character in two.
@@ -30,7 +34,8 @@ bool append_number(char* to, std::size_t capacity, std::size_t* used,
 // disk. Members of the outermost object go on lines of their own.
 class JsonWriter {
  public:
-  explicit JsonWriter(int fd) noexcept : fd_(fd) {}
+  explicit JsonWriter(int fd, MakeRoom make_room = nullptr) noexcept
+      : fd_(fd), make_room_(make_room) {}
   // Into memory; once it is full `flush` returns false. Not terminated.
   JsonWriter(char* into, std::size_t capacity) noexcept
       : fd_(-1), into_(into), capacity_(capacity) {}
@@ -75,6 +80,7 @@ class JsonWriter {
   std::size_t character(const char* at, std::size_t left) noexcept;
 
   int fd_;
+  MakeRoom make_room_ = nullptr;
   char* into_ = buffer_;
   std::size_t capacity_ = sizeof buffer_;
   std::size_t used_ = 0;

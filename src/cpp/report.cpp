@@ -24,6 +24,8 @@ constexpr int kPrivateDirectory = 0700;
 constexpr int kOwnFile = O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC;
 constexpr int kNamesMax = 99;  // reports of one process in one second
 constexpr std::size_t kPathMax = kDirectoryMax + 64;
+// What the report of a server takes whose rings and threads are many.
+constexpr std::size_t kReserveBytes = 128 * 1024;
 
 // A descriptor and the file that was opened under it. A program that closes
 // what it has not opened (daemons do) gets the number again for a file of its
@@ -56,7 +58,8 @@ struct State {
   std::atomic<PythonStacks> python_stacks{nullptr};
   // A file without a name, for Python's stacks on their way into the report.
   Descriptor stacks;
-  // Given up for the report when no other descriptor is left.
+  // A file without a name that holds `kReserveBytes`; given up for the report
+  // of a death when no other descriptor is left, or the disk is full.
   Descriptor reserve;
   std::atomic<bool> run_file_busy{false};
   std::atomic<std::int64_t> run_file_pid{0};
@@ -84,15 +87,18 @@ bool run_path(char* path, std::size_t capacity) noexcept {
   return path_of(path, capacity, "run-", ::getpid(), ".json");
 }
 
+// True if there was one. Async-signal-safe.
+bool give_up_reserve() noexcept {
+  int reserve = g_state.reserve.get();
+  g_state.reserve.fd.store(-1);
+  return reserve >= 0 && ::close(reserve) == 0;
+}
+
 int open_new(const char* path) noexcept {
   constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
   int fd = ::open(path, kFlags, kPrivate);
-  if (fd < 0 && (errno == EMFILE || errno == ENFILE)) {
-    int reserve = g_state.reserve.get();
-    g_state.reserve.fd.store(-1);
-    if (reserve >= 0) ::close(reserve);
+  if (fd < 0 && (errno == EMFILE || errno == ENFILE) && give_up_reserve())
     fd = ::open(path, kFlags, kPrivate);
-  }
   // Somebody took the whole directory away while the process ran.
   if (fd < 0 && errno == ENOENT &&
       ::mkdir(g_state.directory, kPrivateDirectory) == 0)
@@ -185,19 +191,46 @@ Event completed(const Event& event) noexcept {
   return found;
 }
 
+int open_without_a_name(const char* prefix) noexcept {
+  char path[kPathMax];
+  if (!path_of(path, sizeof path, prefix, ::getpid(), "")) return -1;
+  int fd = ::open(path, kOwnFile | O_RDWR, kPrivate);
+  if (fd >= 0) ::unlink(path);
+  return fd;
+}
+
 // Keeps the number of a descriptor that there is: Python was told of it.
 void open_stacks_file() noexcept {
-  char path[kPathMax];
-  if (!path_of(path, sizeof path, ".stacks-", ::getpid(), "")) return;
-  int fd = ::open(path, kOwnFile | O_RDWR, kPrivate);
+  int fd = open_without_a_name(".stacks-");
   if (fd < 0) return;
-  ::unlink(path);
   int old = g_state.stacks.get();
   if (old < 0) return g_state.stacks.hold(fd);
   ::dup2(fd, old);
   ::fcntl(old, F_SETFD, FD_CLOEXEC);
   ::close(fd);
   g_state.stacks.hold(old);
+}
+
+// Written, not only sized: a hole takes no room.
+void open_reserve() noexcept {
+  int fd = open_without_a_name(".reserve-");
+  if (fd < 0) return;
+  static const char kZeros[4096] = {};
+  std::size_t size = 0;
+  while (size < kReserveBytes && write_all(fd, kZeros, sizeof kZeros))
+    size += sizeof kZeros;
+  // Of the last room on a disk, half is for the run file.
+  if (size < kReserveBytes &&
+      ::ftruncate(fd, static_cast<off_t>(size / 2)) != 0)
+    ::ftruncate(fd, 0);
+  g_state.reserve.hold(fd);
+}
+
+// Of an ordinary report that nothing was written of; one of a death says at
+// least that there was one.
+void remove_empty(int fd, const char* path) noexcept {
+  struct stat now = {};
+  if (::fstat(fd, &now) == 0 && now.st_size == 0) ::unlink(path);
 }
 
 }  // namespace
@@ -211,8 +244,7 @@ int report_prepare(const char* directory, const char* argv0) noexcept {
   if (g_state.directory[0] == '\0') return -1;
   g_state.started_ns = now_ns();
   open_stacks_file();
-  if (g_state.reserve.get() < 0)
-    g_state.reserve.hold(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  if (g_state.reserve.get() < 0) open_reserve();
   prime_native_stack();
   g_state.active.store(true);
   return g_state.stacks.get();
@@ -235,9 +267,10 @@ bool write_report(const Event& given, char* path,
     g_state.failed.fetch_add(1);
     return false;
   }
-  JsonWriter json(fd);
+  JsonWriter json(fd, event.terminal ? &give_up_reserve : nullptr);
   write_sections(json, event);
   bool good = json.flush();
+  if (!good && !event.terminal) remove_empty(fd, own);
   ::close(fd);
   (good ? g_state.written : g_state.failed).fetch_add(1);
   if (path != nullptr) copy_text(path, capacity, own);
@@ -258,7 +291,7 @@ void write_second_report(const Event& given, int number,
   minimal.thread = event.thread;
   minimal.signal = number;
   minimal.address = address;
-  JsonWriter json(fd);
+  JsonWriter json(fd, &give_up_reserve);
   json.begin_object();
   sections::head(json, minimal, nullptr);
   json.key("second");
@@ -268,7 +301,7 @@ void write_second_report(const Event& given, int number,
   json.raw("\n");
   json.end_object();
   json.raw("\n");
-  json.flush();
+  if (!json.flush()) remove_empty(fd, path);
   ::close(fd);
 }
 
@@ -351,6 +384,8 @@ void report_after_fork_in_child() noexcept {
   forget_thread_id();
   g_state.run_file_busy.store(false);
   if (!g_state.active.load()) return;
+  // What two processes hold, neither of them can give up.
+  if (give_up_reserve()) open_reserve();
   // The parent's shares its position. Python knows it by its number: where that
   // is something else's by now, there is none until the next `report_prepare`.
   if (g_state.stacks.get() >= 0) {

@@ -28,6 +28,10 @@ class Native:
     def twin(self) -> str:
         return str(self.directory / "libmlx_safe_hooks_twin.so")
 
+    @property
+    def full_disk(self) -> str:
+        return str(self.directory / "libfull_disk.so")
+
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.directory / command[0]), *command[1:]],

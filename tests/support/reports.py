@@ -39,6 +39,7 @@ def sample(**changes: Any) -> dict[str, Any]:
         "policy": "drain",
         "epoch": 3,
         "second": False,
+        "unwritten": False,
         "memory": {
             "time_ns": NOW_NS - second,
             "active": 17 * GIB,

@@ -5,6 +5,9 @@ last memory figures. A clean end removes it, and so does a written report. One t
 is left over, its process gone, becomes the report ``why: "died"``.
 
 Renaming it is the claim: of several processes that start at once, one succeeds.
+
+A process that crashed while the disk was full leaves an empty report beside it:
+then the run file takes the place of that.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ def _adopt(run_file: Path, pid: int) -> Path | None:
     try:
         written = run_file.stat().st_mtime
         run = reader.read(run_file)
-        report = store.name_for(run_file.parent, int(written), pid)
+        report = _empty_report(run_file.parent, int(written), pid)
+        run.unwritten = report is not None
+        report = report or store.name_for(run_file.parent, int(written), pid)
         run_file.rename(report)
     except FileNotFoundError:
         return None  # another process was faster
@@ -65,19 +70,24 @@ def _adopt(run_file: Path, pid: int) -> Path | None:
     return report
 
 
+def _empty_report(directory: Path, since: int, pid: int) -> Path | None:
+    """That of the death of ``pid``, not of one who had the number before."""
+    for entry in store.entries(directory):
+        if entry.pid == pid and entry.size == 0 and entry.seconds >= since:
+            return entry.path
+    return None
+
+
 def _complete(path: Path, run: Report) -> None:
     """Makes a report of the run file that is now called ``path``.
 
-    Nobody else does: the renaming was the claim. If it fails, the last figures
-    can still be read.
+    Nobody else does: the renaming was the claim. It is written in its place, which
+    goes on a full disk, too. If it fails, the last figures can still be read.
     """
     run.schema, run.why, run.complete = records.SCHEMA, "died", True
-    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(run.members(), separators=(",", ":")) + "\n"
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(fd, "w", encoding="utf-8") as file:
-            json.dump(run.members(), file)
-            file.write("\n")
-        temporary.replace(path)
+        with path.open("r+b", buffering=0) as file:
+            file.truncate(file.write(text.encode()))
     except OSError as e:
         log.warning("cannot complete %s: %s", path, e.strerror)

@@ -162,6 +162,7 @@ class Report:
         other: members that this version does not know.
         complete: the writer reached the end.
         second: written after a crash while the first report was being written.
+        unwritten: it crashed and could not write its report.
 
     The rest are the members of the file, in its order.
     """
@@ -181,6 +182,7 @@ class Report:
     policy: str | None = None
     epoch: int | None = None
     second: bool = False
+    unwritten: bool = False
     memory: Memory | None = None
     memory_history: list[MemoryPoint] = field(default_factory=list)
     context: dict[str, Any] = field(default_factory=dict)

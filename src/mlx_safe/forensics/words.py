@@ -69,6 +69,8 @@ def headline(report: Report) -> str:
         return f"the process crashed: {_signal(report)}"
     if report.why == "stall":
         return "a generation step made no progress, and the process was given up"
+    if report.why == "died" and report.unwritten:
+        return "the process crashed, and could not write its report: the disk was full"
     if report.why == "died":
         return "the process was killed, or the machine stopped: it left no report"
     if report.why == "running":
@@ -80,6 +82,8 @@ def headline(report: Report) -> str:
 
 def advice(report: Report) -> str:
     """What to do about it, in a sentence or two."""
+    if report.unwritten:
+        return "Make room where the reports go; the next crash can tell more then."
     if _has_code(report):
         return errors.kind_of(report.code or 0).advice
     full = _machine_is_full(report)
