@@ -11,12 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlx_safe.forensics import orphans, reader, words
-from support import child
+from mlx_safe.forensics import export, orphans, reader, records, words
+from support import child, reports
 from support.deaths import die, left_over, only_report, paths
 from support.native import Native, in_python
 
@@ -454,7 +456,7 @@ def test_run_file(private_reports: Path) -> None:
         import json, os, signal
         import mlx_safe
         from mlx_safe import _core, _reports
-        _core.sample_memory(1, 2, 3, 5)
+        _core.sample_memory(2, 1, 3, 5)
         place = _core.request_begin("cmpl-1", "/v1/completions")
         _core.request_progress(place, 100, 64, 3)
         _reports.refresh_run_file()
@@ -467,9 +469,9 @@ def test_run_file(private_reports: Path) -> None:
     assert path.name == f"run-{left['pid']}.json"
     assert left["why"] == "running" and left["complete"] is True
     memory = left["memory"]
-    assert [memory[n] for n in ("active", "peak", "cache")] == [1, 2, 3]
+    assert [memory[n] for n in ("active", "peak", "cache")] == [2, 2, 3]
     assert memory["ceiling"] == 5
-    assert left["memory_history"][0][1:] == [1, 5]
+    assert left["memory_history"][0][1:] == [2, 5]
     (request,) = left["requests"]
     assert request.pop("age_ms") >= 0
     assert request == {
@@ -640,6 +642,98 @@ def test_breadcrumbs_of_many_threads(private_reports: Path) -> None:
     for crumb in crumbs:
         by_thread.setdefault(crumb["text"], []).append(crumb["fields"]["i"])
     assert all(seen == sorted(seen) for seen in by_thread.values())
+
+
+# ---- the schema ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def every_kind(
+    native: Native, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """Reports of every way to be written, with all there is to tell."""
+
+    def found(
+        run: Callable[..., Any], *arguments: Any, cut: int = 0, **environment: str
+    ) -> None:
+        directory = tmp_path_factory.mktemp("kind")
+        run(*arguments, **environment, MLX_SAFE_REPORT_DIR=str(directory))
+        orphans.adopt(directory)
+        whole = paths(directory)[cut:]
+        collected.extend(json.loads(path.read_bytes()) for path in whole)
+
+    collected: list[dict[str, Any]] = []
+    found(
+        in_python,
+        native,
+        """
+    import mlx.core as mx
+    from mlx_safe import _reports
+    mlx_safe.install(mode="intercept")
+    mlx_safe.check(0)
+    _core.request_begin("cmpl-1", "/v1/completions")
+    mlx_safe.breadcrumb("one", n=1)
+    fail_next(8)
+    try:
+        testing.run_command_buffer()
+    except RuntimeError:
+        pass
+    deadline = time.monotonic() + 50
+    while not mlx_safe.status().reports_written:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert _reports.write("stall", "no progress")
+    testing.throw_on_foreign_thread()
+    time.sleep(50)
+    """,
+    )
+    found(die, "    ctypes.string_at(0)")
+    found(die, "    os.kill(os.getpid(), signal.SIGKILL)")
+    found(die, "    os.kill(os.getpid(), signal.SIGBUS)")
+    found(die, "    _core.testing_break_reports(False); os.abort()", cut=1)
+    found(
+        die,
+        "    ctypes.CDLL(None).full_disk(1); os.abort()",
+        LD_PRELOAD=native.full_disk,
+    )
+    return collected
+
+
+def test_what_is_written_is_what_the_schema_says(
+    every_kind: list[dict[str, Any]],
+) -> None:
+    table = reports.documented()
+    order = list(table)
+    seen = set()
+    for report in every_kind:
+        for name, value in reports.members_of(report):
+            assert name in table, (report["why"], name)
+            assert type(value) is reports.TYPES[table[name]], (name, value)
+            seen.add(name)
+        places = [order.index(name) for name in report]
+        assert places == sorted(places), list(report)
+        assert report["started_ns"] <= report["time_ns"]
+        memory = report.get("memory", {})
+        assert memory.get("peak", -1) >= memory.get("active", -1)
+        assert all(len(point) == 3 for point in report.get("memory_history", ()))
+        for name, value in reports.members_of(export.exported(records.decode(report))):
+            if name != "left_out":
+                assert type(value) is reports.TYPES[table[name]], (name, value)
+    assert {report["why"] for report in every_kind} == set(records.WHY) - {"running"}
+    assert table.keys() - seen == {"name"}  # which the reader adds
+
+
+def test_the_hooks_are_told_as_they_were_set_up(
+    every_kind: list[dict[str, Any]],
+) -> None:
+    """What counts would be that of the install, beside a fault that it denies."""
+    fault = next(report for report in every_kind if report["why"] == "fault")
+    assert fault["epoch"] == 1
+    assert fault["context"]["hooks"].keys() == {
+        "hooked", "installed", "metal_hooks", "mode", "on_terminate", "report_dir",
+        "runtime", "signals", "terminate_handler", "verified",
+    }  # fmt: skip
+    assert words.sections(records.decode(fault))
 
 
 # ---- what the crash path may call -------------------------------------------

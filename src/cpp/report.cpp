@@ -157,7 +157,7 @@ void stacks_sections(JsonWriter& json, const Event& event) noexcept {
 
 void write_sections(JsonWriter& json, const Event& event) noexcept {
   json.begin_object();
-  sections::head(json, event, g_state.argv0);
+  sections::head(json, event, g_state.argv0, g_state.started_ns);
   if (!json.flush()) return;
   // From here on the report tells of the death, and the run file need not.
   if (event.terminal) {
@@ -293,7 +293,7 @@ void write_second_report(const Event& given, int number,
   minimal.address = address;
   JsonWriter json(fd, &give_up_reserve);
   json.begin_object();
-  sections::head(json, minimal, nullptr);
+  sections::head(json, minimal, nullptr, g_state.started_ns);
   json.key("second");
   json.boolean(true);
   json.key("complete");

@@ -36,6 +36,9 @@ RequestPlace* place_at(int place) noexcept {
 
 void sample_memory(MemorySample sample) noexcept {
   sample.time_ns = now_ns();
+  // MLX raises the one before the other; and the server resets MLX's peak,
+  // which then is 0 until something is allocated.
+  if (sample.peak < sample.active) sample.peak = sample.active;
   g_memory.store(sample);
   if (sample.active < 0) return;  // MLX is not there yet
   std::int64_t last = g_history_at.load();

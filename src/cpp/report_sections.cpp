@@ -54,18 +54,20 @@ constexpr const char* kSources[] = {"metal", "terminate", "injected"};
 
 }  // namespace
 
-void head(JsonWriter& json, const Event& event, const char* argv0) noexcept {
+void head(JsonWriter& json, const Event& event, const char* argv0,
+          std::int64_t started_ns) noexcept {
   json.member("schema", 1);
   json.member("why", event.why);
   json.member("time_ns", event.time_ns);
   json.member("pid", static_cast<std::int64_t>(::getpid()));
   json.member("thread", as_signed(event.thread));
   optional_member(json, "argv0", argv0);
+  json.member("started_ns", started_ns);
   if (event.signal != 0) {
     json.key("signal");
     json.begin_object();
     json.member("number", event.signal);
-    json.member("name", signal_name(event.signal));
+    optional_member(json, "name", signal_name(event.signal));
     if (event.sender != 0) {
       json.member("sent_by", event.sender);
     } else {
@@ -110,6 +112,7 @@ void memory(JsonWriter& json) noexcept {
 }
 
 void context(JsonWriter& json) noexcept {
+  if (report_context()[0] == '\0') return;
   json.key("context");
   json.json(report_context());
 }
@@ -180,9 +183,8 @@ void faults(JsonWriter& json) noexcept {
     json.member("number", as_signed(fault.number));
     json.member("code", fault.code);
     json.member("message", fault.message);
-    json.member("source", fault.source >= 0 && fault.source < 3
-                              ? kSources[fault.source]
-                              : nullptr);
+    if (fault.source >= 0 && fault.source < 3)
+      json.member("source", kSources[fault.source]);
     json.member("time_ns", fault.time_ns);
     json.member("thread", as_signed(fault.thread));
     json.member("buffer", as_signed(fault.buffer));
@@ -215,9 +217,10 @@ void native_stack(JsonWriter& json, const Event& event) noexcept {
     json.item();
     json.begin_object();
     address_member(json, "address", frames[i]);
-    json.member("image", symbol.image);
-    address_member(json, "offset", symbol.offset + back);
-    json.member("symbol", symbol.name);
+    optional_member(json, "image", symbol.image);
+    if (symbol.image != nullptr)
+      address_member(json, "offset", symbol.offset + back);
+    optional_member(json, "symbol", symbol.name);
     json.end_object();
   }
   json.end_array();

@@ -7,7 +7,9 @@
 
 namespace mlx_safe::sections {
 
-void head(JsonWriter& json, const Event& event, const char* argv0) noexcept;
+// `argv0` null: not told. `started_ns`: when the library was installed.
+void head(JsonWriter& json, const Event& event, const char* argv0,
+          std::int64_t started_ns) noexcept;
 void memory(JsonWriter& json) noexcept;
 void context(JsonWriter& json) noexcept;
 void requests(JsonWriter& json, std::int64_t now) noexcept;

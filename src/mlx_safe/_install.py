@@ -290,8 +290,24 @@ def _set_signals(wanted: bool) -> None:
         _core.signals_uninstall()
 
 
+# Of `Status`, what is no setting but a count, or told elsewhere in a report.
+_NOT_OF_THE_HOOKS = (
+    "dropped",
+    "epoch",
+    "mlx_version",
+    "reports_failed",
+    "reports_suppressed",
+    "reports_written",
+)
+
+
 def _start_reports(report_dir: str | None, versions: dict[str, str | None]) -> None:
-    hooks = status().as_dict()
+    hooks = {
+        name: value
+        for name, value in status().as_dict().items()
+        if name not in _NOT_OF_THE_HOOKS and value is not None and value != []
+    }
+    versions = {name: v for name, v in versions.items() if v is not None}
     why_not = _reports.start(report_dir, {**versions, "hooks": hooks})
     if why_not:
         _state.reasons.append(why_not)

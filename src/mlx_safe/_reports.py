@@ -274,8 +274,7 @@ def _sample() -> None:
     mx = sys.modules.get("mlx.core")
     if mx is not None and hasattr(mx, "get_active_memory"):  # may be on its way
         active = mx.get_active_memory()
-        # The server resets MLX's, which then is 0 until something is allocated.
-        peak = max(_state.peak, active, mx.get_peak_memory())
+        peak = max(_state.peak, mx.get_peak_memory())
         _core.sample_memory(active, peak, mx.get_cache_memory(), _state.ceiling)
     else:
         _core.sample_memory(-1, -1, -1, _state.ceiling)

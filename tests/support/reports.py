@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,34 @@ def write(directory: Path, report: Any, name: str = "1795245857-4242.json") -> P
     with os.fdopen(fd, "wb") as file:
         file.write(data)
     return path
+
+
+DOCS = Path(__file__).parent.parent.parent / "docs" / "reports.md"
+TYPES: dict[str, type] = {
+    "int": int,
+    "text": str,
+    "float": float,
+    "bool": bool,
+    "object": dict,
+    "list": list,
+}
+
+
+def documented() -> dict[str, str]:
+    """The members of the table in docs/reports.md, with their types."""
+    row = re.compile(r"^\| `([a-z0-9_.\[\]]+)` \| (\w+) \|", re.M)
+    return dict(row.findall(DOCS.read_text()))
+
+
+def members_of(report: dict[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    """All members of a report as the table names them; not what is free-form."""
+    for name, value in report.items():
+        yield where + name, value
+        if isinstance(value, dict) and name not in ("context", "fields"):
+            yield from members_of(value, f"{where}{name}.")
+        if isinstance(value, list) and name not in ("memory_history", "left_out"):
+            for row in value:
+                yield from members_of(row, f"{where}{name}[].")
 
 
 def names(directory: Path) -> list[str]:

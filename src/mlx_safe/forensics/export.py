@@ -61,7 +61,8 @@ def exported(report: Report, *, with_fields: bool = False) -> dict[str, Any]:
 
 def _drop_ids(kept: dict[str, Any]) -> bool:
     """Of the requests in flight, and in our own breadcrumbs of any request."""
-    ours = [c for c in kept.get("breadcrumbs", ()) if c["kind"] not in (None, _NOTE)]
+    crumbs = kept.get("breadcrumbs", ())
+    ours = [c for c in crumbs if c.get("kind", _NOTE) != _NOTE]
     places = [*kept.get("requests", ()), *(crumb["fields"] for crumb in ours)]
     found = [place.pop("id", None) for place in places]
     return any(found)
@@ -70,7 +71,7 @@ def _drop_ids(kept: dict[str, Any]) -> bool:
 def _drop_fields(breadcrumbs: list[dict[str, Any]]) -> bool:
     dropped = False
     for crumb in breadcrumbs:
-        if crumb["kind"] in (None, _NOTE) and crumb.pop("fields", None):
+        if crumb.get("kind", _NOTE) == _NOTE and crumb.pop("fields", None):
             dropped = True
     return dropped
 

@@ -202,13 +202,21 @@ class Report:
 
     def members(self) -> dict[str, Any]:
         """Those of `as_dict` that a file has, without what is not known."""
-        found = self.as_dict()
+        found = dataclasses.asdict(self, dict_factory=_without_unknown)
         del found["other"], found["problems"]
+        found["memory_history"] = [
+            [-1 if value is None else value for value in dataclasses.astuple(point)]
+            for point in self.memory_history
+        ]
         return {
             name: value
             for name, value in found.items()
             if value is not None and value is not False and value not in ([], {})
         }
+
+
+def _without_unknown(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in members if value is not None}
 
 
 _NOT_IN_THE_FILE = ("other", "problems")
