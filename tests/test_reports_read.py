@@ -284,6 +284,26 @@ def test_the_process_is_not_held_against_the_limit_of_the_arrays() -> None:
     }
 
 
+def test_native_frames_are_for_people() -> None:
+    symbols = (
+        ("_ZSt9terminatev", "std::terminate()"),
+        ("_ZN3mlx4core4evalESt6vectorINS0_5arrayESaIS2_EE", "mlx::core::eval("),
+        ("f", "f"),  # of C; as a type it were a float
+        ("_ZNot a name", "_ZNot a name"),
+        ("_Z" + "1a" * 1000, "_Z1a1a"),
+        (None, ""),
+    )
+    frames = [
+        {"address": "0x1", "image": "/usr/lib/libx.so", "offset": "0x1", "symbol": s}
+        for s, _ in symbols
+    ]
+    report = reader.parse(json.dumps(reports.sample(native_stack=frames)).encode())
+    (rows,) = (s.rows for s in words.sections(report) if s.title == "Native stack")
+    for (_, expected), row in zip(symbols, rows, strict=True):
+        assert row[1].startswith(expected) and len(row[1]) <= 160
+        assert row[2] == "libx.so + 0x1"
+
+
 def test_the_time_line_is_in_order_and_relative() -> None:
     sections = {s.title: s.rows for s in words.sections(reader.parse(WHOLE))}
     rows = sections["Time line (seconds before and after)"]

@@ -1,9 +1,11 @@
 #include "bindings_report.h"
 
+#include <cxxabi.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <signal.h>
 
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
@@ -162,6 +164,16 @@ std::optional<nb::bytes> write(const std::string& why, nb::str said,
   return nb::bytes(path);
 }
 
+// A name of C++ (Itanium ABI) as it is written; None: it is no such name. For
+// readers of reports: it allocates.
+std::optional<std::string> demangle(const std::string& name) {
+  int status = 0;
+  std::unique_ptr<char, decltype(&std::free)> found(
+      abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status), &std::free);
+  if (status != 0 || !found) return std::nullopt;
+  return found.get();
+}
+
 void bind_recording(nb::module_& m) {
   m.def("breadcrumb", &record_breadcrumb, "kind"_a, "text"_a, "fields"_a);
   m.def("set_report_context", &set_context, "context"_a);
@@ -200,6 +212,7 @@ void bind_reports(nb::module_& m) {
     ReportCounts counts = report_counts();
     return nb::make_tuple(counts.written, counts.failed);
   });
+  m.def("demangle", &demangle, "name"_a);
   m.def("signals_install", &signals_install);
   m.def("signals_uninstall", &signals_uninstall);
   m.def("signals_installed", &signals_installed);

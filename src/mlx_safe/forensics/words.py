@@ -6,11 +6,10 @@ Text only; `render` brings it to a terminal.
 from __future__ import annotations
 
 import datetime
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from .. import errors
+from .. import _core, errors
 from .records import CommandBuffer, Report
 
 __all__ = ["Section", "advice", "headline", "sections", "size", "when"]
@@ -23,6 +22,7 @@ _SIGNALS = {
     "SIGSEGV": "a bad memory access",
 }
 _LINE_MAX = 160
+_MANGLED_MAX = 1024
 _TIMELINE_MAX = 60
 _CHART_ROWS = 6
 # Above this share, memory is what one looks at first.
@@ -164,22 +164,10 @@ def _signal(report: Report) -> str:
 
 
 def _demangled(name: str) -> str:
-    """``St13runtime_error`` and ``N3mlx4core5ErrorE`` as C++ writes them.
-
-    Itanium C++ ABI, 5.1.2, the names without templates; others stay as they are.
-    """
-    match = re.fullmatch(r"N?(St)?([1-9][0-9]?\D.*?)E?", name)
-    if match is None:
-        return name
-    parts, rest = ["std"] if match[1] else [], match[2]
-    while rest:
-        length = re.match(r"[1-9][0-9]?", rest)
-        if length is None:
-            return name
-        rest = rest[length.end() :]
-        parts.append(rest[: int(length[0])])
-        rest = rest[int(length[0]) :]
-    return "::".join(parts)
+    """A type or function of C++ as it is written; other names as they are."""
+    # Longer ones are of no use to a reader, and may become longer still.
+    found = _core.demangle(name) if len(name) <= _MANGLED_MAX else None
+    return found or name
 
 
 def _one_line(text: str) -> str:
@@ -365,7 +353,10 @@ def _native_stack(report: Report) -> list[tuple[str, ...]]:
     for i, frame in enumerate(report.native_stack):
         image = (frame.image or "?").rpartition("/")[2]
         place = f"{image} + {frame.offset or frame.address or '?'}"
-        rows.append((str(i), frame.symbol or "", place))
+        # Without the prefix it is C's: "f" is a function, and no float.
+        symbol = frame.symbol or ""
+        name = _demangled(symbol) if symbol.startswith("_Z") else symbol
+        rows.append((str(i), _one_line(name), place))
     return rows
 
 
