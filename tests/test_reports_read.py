@@ -304,6 +304,34 @@ def test_native_frames_are_for_people() -> None:
         assert row[2] == "libx.so + 0x1"
 
 
+def test_what_follows_from_a_fault_stands_after_it() -> None:
+    """The writer takes its time first, then the fault's; both are one millisecond."""
+    later = [{"time_ns": reports.NOW_NS + 40_000, "code": 8, "source": "terminate"}]
+    report = reports.sample(why="terminate", faults=later)
+    read = reader.parse(json.dumps(report).encode())
+    (rows,) = (s.rows for s in words.sections(read) if s.title.startswith("Time"))
+    assert [row[:2] for row in rows[-2:]] == [
+        ("+0.000", "fault"),
+        ("+0.000", "terminate"),
+    ]
+
+
+def test_versions_and_settings_are_few_lines() -> None:
+    hooked = [f"-[AGXG16XFamilyCommandBuffer method{i}:]" for i in range(12)]
+    hooks = {"hooked": hooked, "installed": True, "mode": "observe", "signals": True,
+             "verified": False}  # fmt: skip
+    context = {"mlx": "0.32.4", "hooks": hooks}
+    read = reader.parse(json.dumps(reports.sample(context=context)).encode())
+    (rows,) = (s.rows for s in words.sections(read) if s.title == "Versions")
+    assert rows == [
+        ("mlx", "0.32.4"),
+        ("hooks", "installed, signals"),
+        ("hooks: not", "verified"),
+        *(("hooks.hooked", name) for name in hooked),
+        ("hooks.mode", "observe"),
+    ]
+
+
 def test_the_time_line_is_in_order_and_relative() -> None:
     sections = {s.title: s.rows for s in words.sections(reader.parse(WHOLE))}
     rows = sections["Time line (seconds before and after)"]

@@ -50,7 +50,10 @@ def test_signal(private_reports: Path, how: str, number: int) -> None:
     assert report["signal"]["name"] == signal.Signals(number).name
     assert report["breadcrumbs"][-1]["text"] == "about to die"
     assert report["breadcrumbs"][-1]["fields"] == {"attempt": 1}
-    assert 'File "<string>"' in report["python_stacks"]
+    stacks = report["python_stacks"]
+    assert 'File "<string>"' in stacks
+    # Whoever died is found in both.
+    assert f"Current thread {int(report['python_thread'], 16):#018x}" in stacks
     frame = report["native_stack"][0]
     assert frame["address"].startswith("0x") and frame["image"]
     assert report["context"]["python"] == sys.version.split()[0]
@@ -447,7 +450,13 @@ def test_faults_are_reported_at_a_limited_rate(private_reports: Path) -> None:
     report = only_report(private_reports)
     assert report["why"] == "fault" and report["code"] == 2
     assert report["faults"][0]["source"] == "injected"
-    assert 'File "<string>"' in report["python_stacks"]
+    assert "_report_fault" in report["python_stacks"]
+    *others, own = report["python_stacks"].split("\n\n")
+    assert len(others) == 1 and "'MainThread'" in others[0]
+    assert 'File "<string>"' in others[0]
+    ident = f"{int(report['python_thread'], 16):#018x}"
+    who = f"The thread that reports, {report['thread']} 'mlx-safe-faults', {ident} ("
+    assert own.startswith(who) and "_report_fault" in own
 
 
 def test_run_file(private_reports: Path) -> None:
@@ -742,8 +751,9 @@ def test_the_hooks_are_told_as_they_were_set_up(
 SAFE = {
     "_exit", "abort", "clock_gettime", "close", "dup2", "fcntl", "fstat", "ftruncate",
     "getpid", "lseek", "memcpy", "memmove", "memset", "mkdir", "nanosleep", "open",
-    "pipe", "raise", "read", "strnlen", "rename", "sigaction", "sigaltstack",
-    "sigemptyset", "siglongjmp", "sigsetjmp", "strchr", "strlen", "syscall", "unlink",
+    "pipe", "pthread_self", "raise", "read", "strnlen", "rename", "sigaction",
+    "sigaltstack", "sigemptyset", "siglongjmp", "sigsetjmp", "strchr", "strlen",
+    "syscall", "unlink",
     "write", "pthread_threadid_np",
 }  # fmt: skip
 # Not on that list, each with what makes it bearable.

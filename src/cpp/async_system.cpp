@@ -35,6 +35,11 @@ std::uint64_t current_thread_id() noexcept {
 #endif
 }
 
+std::uint64_t current_python_thread() noexcept {
+  // A number on Linux, a pointer on macOS.
+  return (std::uint64_t)::pthread_self();
+}
+
 std::uint64_t remembered_thread_id() noexcept {
   if (t_id == 0) t_id = current_thread_id();
   return t_id;

@@ -16,7 +16,10 @@ std::int64_t now_ns() noexcept;
 // The system's id of the calling thread: what debuggers and `sample` show.
 std::uint64_t current_thread_id() noexcept;
 
-// The same, remembered: no system call but for a thread's first.
+// What Python calls the calling thread (threading.get_ident): its pthread_t.
+std::uint64_t current_python_thread() noexcept;
+
+// The id of the system, remembered: no system call but for a thread's first.
 std::uint64_t remembered_thread_id() noexcept;
 // The forked child's only thread has another id than its parent's.
 void forget_thread_id() noexcept;

@@ -187,7 +187,6 @@ void write_sections(JsonWriter& json, const Event& event) noexcept {
 Event completed(const Event& event) noexcept {
   Event found = event;
   if (found.time_ns == 0) found.time_ns = now_ns();
-  if (found.thread == 0) found.thread = current_thread_id();
   return found;
 }
 
@@ -288,7 +287,6 @@ void write_second_report(const Event& given, int number,
   Event minimal;
   minimal.why = event.why;
   minimal.time_ns = event.time_ns;
-  minimal.thread = event.thread;
   minimal.signal = number;
   minimal.address = address;
   JsonWriter json(fd, &give_up_reserve);

@@ -27,7 +27,6 @@ void report_stop() noexcept;
 struct Event {
   const char* why = "";
   std::int64_t time_ns = 0;  // 0: now
-  std::uint64_t thread = 0;  // 0: the calling one
   int signal = 0;            // 0: none
   std::int64_t sender = 0;   // process that sent the signal; 0: nobody did
   const void* address = nullptr;

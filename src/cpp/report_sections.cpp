@@ -5,6 +5,7 @@
 
 #include <initializer_list>
 
+#include "async_system.h"
 #include "breadcrumbs.h"
 #include "fault_log.h"
 #include "native_stack.h"
@@ -60,7 +61,8 @@ void head(JsonWriter& json, const Event& event, const char* argv0,
   json.member("why", event.why);
   json.member("time_ns", event.time_ns);
   json.member("pid", static_cast<std::int64_t>(::getpid()));
-  json.member("thread", as_signed(event.thread));
+  json.member("thread", as_signed(current_thread_id()));
+  address_member(json, "python_thread", current_python_thread());
   optional_member(json, "argv0", argv0);
   json.member("started_ns", started_ns);
   if (event.signal != 0) {

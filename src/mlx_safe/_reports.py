@@ -222,11 +222,35 @@ def _python_stacks(directory: str) -> str:
     try:
         os.unlink(path)
         faulthandler.dump_traceback(fd, all_threads=True)
-        return os.pread(fd, 1 << 20, 0).decode(errors="replace")
+        return _with_names(os.pread(fd, 1 << 20, 0).decode(errors="replace"))
     except OSError as e:
         return f"not available: {e.strerror}"
     finally:
         os.close(fd)
+
+
+def _with_names(stacks: str) -> str:
+    """faulthandler's text with what it does not tell: who the threads are.
+
+    The current thread is the one that reports, which is of least interest.
+    """
+    known = {
+        f"0x{thread.ident or 0:016x}": f"{thread.native_id} {thread.name!r}"
+        for thread in threading.enumerate()
+    }
+    others, own = [], []
+    for block in stacks.rstrip("\n").split("\n\n"):
+        header, newline, frames = block.partition("\n")
+        whose, _, rest = header.partition(" 0x")
+        ident, _, rest = f"0x{rest}".partition(" ")
+        told = f"{known[ident]}, {ident}" if ident in known else ident
+        if whose == "Current thread":
+            own.append(f"The thread that reports, {told} {rest}{newline}{frames}")
+        elif whose == "Thread":
+            others.append(f"Thread {told} {rest}{newline}{frames}")
+        else:
+            others.append(block)
+    return "\n\n".join(others + own) + "\n"
 
 
 def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:

@@ -26,6 +26,7 @@ def sample(**changes: Any) -> dict[str, Any]:
         "time_ns": NOW_NS,
         "pid": 4242,
         "thread": 4250,
+        "python_thread": "0x7f51a2bc6700",
         "argv0": "mlx-safe",
         "started_ns": NOW_NS - 3725 * second,
         "signal": {

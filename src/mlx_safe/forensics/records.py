@@ -172,6 +172,7 @@ class Report:
     time_ns: int | None = None
     pid: int | None = None
     thread: int | None = None
+    python_thread: str | None = None
     argv0: str | None = None
     started_ns: int | None = None
     signal: Signal | None = None

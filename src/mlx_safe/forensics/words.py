@@ -202,7 +202,14 @@ def _process(report: Report) -> str:
         return ""
     name = f" ({report.argv0})" if report.argv0 else ""
     thread = f", thread {report.thread}" if report.thread is not None else ""
+    if thread and report.python_thread:
+        thread += f" (in Python {_as_in_stacks(report.python_thread)})"
     return f"{report.pid}{name}{thread}"
+
+
+def _as_in_stacks(thread: str) -> str:
+    """faulthandler writes sixteen digits."""
+    return f"0x{thread.removeprefix('0x'):0>16}"
 
 
 def _ran_for(report: Report) -> str:
@@ -320,7 +327,8 @@ def _timeline(report: Report) -> list[tuple[str, ...]]:
         return []
     event = report.time_ns if report.time_ns is not None else max(p[0] for p in placed)
     placed.append((event, report.why or "report", headline(report)))
-    placed.sort(key=lambda p: p[0])
+    outcome = placed[-1]  # of what is shown at the same millisecond
+    placed.sort(key=lambda p: (round((p[0] - event) / 1e6), p is outcome, p[0]))
     rows: list[tuple[str, ...]]
     rows = [(f"{(t - event) / 1e9:+.3f}", kind, text) for t, kind, text in placed]
     left = len(rows) - _TIMELINE_MAX
@@ -361,14 +369,23 @@ def _native_stack(report: Report) -> list[tuple[str, ...]]:
 
 
 def _versions(report: Report) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, Any]] = []
+    rows: list[tuple[str, str]] = []
     for name, value in report.context.items():
         if isinstance(value, dict):
-            rows += [(f"{name}.{key}", v) for key, v in value.items()]
+            rows += _settings(name, value)
         elif value is not None:
-            rows.append((name, value))
-    return [(name, _one_line(_joined(value))) for name, value in rows]
+            rows.append((name, _one_line(str(value))))
+    return [*rows]
 
 
-def _joined(value: Any) -> str:
-    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _settings(title: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """What is on and what is off in a line each, then what has a value."""
+    on = [name for name, value in settings.items() if value is True]
+    off = [name for name, value in settings.items() if value is False]
+    rows = [(title, ", ".join(on)), (f"{title}: not", ", ".join(off))]
+    for name, value in settings.items():
+        if isinstance(value, list):
+            rows += [(f"{title}.{name}", str(entry)) for entry in value]
+        elif not isinstance(value, bool) and value is not None:
+            rows.append((f"{title}.{name}", str(value)))
+    return [(name, _one_line(told)) for name, told in rows if told]
