@@ -88,6 +88,14 @@ def say(text: str) -> None:
     print(f"{now} - SUPERVISOR - {text}", file=sys.stderr, flush=True)
 
 
+def _how(status: int) -> str:
+    """A process ended: subprocess says by which signal with a negative number."""
+    try:
+        return f"by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"with status {status}"
+
+
 class Supervisor:
     """Runs one server after another on one socket."""
 
@@ -120,13 +128,13 @@ class Supervisor:
             if crashes > CRASHES_MAX:
                 say(
                     f"the server has ended {crashes} times in a row, the last time "
-                    f"with status {status}: giving up. Its log above says why, and "
+                    f"{_how(status)}: giving up. Its log above says why, and "
                     "`mlx-safe reports` lists the crash reports"
                 )
                 return 1
             delay = BACK_OFF_S[min(crashes, len(BACK_OFF_S)) - 1]
             say(
-                f"the server has ended with status {status}; starting it again "
+                f"the server has ended {_how(status)}; starting it again "
                 f"in {delay:.0f} s"
             )
             self._answer_until(time.monotonic() + delay)
