@@ -179,16 +179,26 @@ def test_random_delays(native: Native, regime: str) -> None:
 # ---- bad surroundings --------------------
 
 
-def cases() -> list[str]:
-    source = Path(__file__).parent / "native" / "surroundings.cpp"
+def cases(program: str) -> list[str]:
+    source = Path(__file__).parent / "native" / f"{program}.cpp"
     table = source.read_text().split("kCases = {")[1].split("};")[0]
     return [line.split('"')[1] for line in table.splitlines() if '"' in line]
 
 
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", cases("surroundings"))
 def test_surroundings(native: Native, case: str) -> None:
     done = native.run("surroundings", case, native.hooks, native.twin)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", cases("after_failure"))
+def test_after_a_failure(native: Native, case: str) -> None:
+    """What MLX's own code does around a failed buffer; each hangs, or goes on
+    too early, without the rule of the hooks that is named."""
+    modes = ["intercept"] if case == "who_polls_is_let_go" else ["intercept", "observe"]
+    for mode in modes:
+        done = native.run("after_failure", case, native.hooks, mode)
+        assert done.returncode == 0, (mode, done.returncode, done.stderr)
 
 
 def test_fuzzed_messages(native: Native) -> None:

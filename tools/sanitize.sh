@@ -26,6 +26,9 @@ for case in $("$build/surroundings" --list); do
   [[ $case == forked && $build == *tsan ]] && continue
   run "$build/surroundings" "$case" "$hooks" "$build/libmlx_safe_hooks_twin.so"
 done
+for case in $("$build/after_failure" --list); do
+  run "$build/after_failure" "$case" "$hooks" intercept
+done
 for regime in intercept observe; do
   for workload in basic midgraph two_queues gpu_cpu_gpu fences sync decode tls; do
     for nth in 1 4 9; do

@@ -129,6 +129,8 @@ NB_MODULE(_core, m) {
         nb::call_guard<nb::gil_scoped_release>());
   m.def("metal_status", [] { return metal_status_dict(metal::status()); });
   m.def("metal_counters", &metal_counters);
+  m.def("metal_wait_for_skipped", &metal::wait_for_skipped,
+        nb::call_guard<nb::gil_scoped_release>());
 
   m.def("after_fork_in_child", [] {
     metal::after_fork_in_child();

@@ -124,6 +124,9 @@ def _settle(since: int, exc: BaseException | None) -> None:
     if exc is not None:
         typed = errors.from_exception(exc)
         if typed is not None:
+            # MLX 0.32 raises a stored error without a wait, and the memory of
+            # what has failed may still be written to.
+            _core.metal_wait_for_skipped()
             logged = _faults.faults(since)
             if logged and not typed.fatal:
                 # MLX may name a milder fault than the worst there was.

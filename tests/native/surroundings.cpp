@@ -11,12 +11,18 @@
 #include <thread>
 #include <vector>
 
+#include "by_hand.h"
 #include "drive.h"
 
 namespace {
 
 using drive::Hooks;
+using drive::new_event;
+using drive::new_queue;
+using drive::set_value;
 using drive::try_buffer;
+using drive::wait_for;
+using drive::Work;
 using host::selector;
 
 const char* g_hooks_path;
@@ -52,6 +58,15 @@ void missing_selector() {
   Hooks hooks = Hooks::open(g_hooks_path);
   CHECK(hooks.install("intercept") != 0);
   CHECK(try_buffer().empty());  // the host goes on
+}
+
+// What the hooks send and do not replace can be missing as well.
+void missing_queue() {
+  drive::device();
+  CHECK(METALSIM(metalsim_remove_selector)("commandQueue") > 0);
+  Hooks hooks = Hooks::open(g_hooks_path);
+  CHECK(hooks.install("intercept") != 0);
+  CHECK(try_buffer().empty());
 }
 
 // ---- another library that replaces a method
@@ -312,62 +327,6 @@ void observe_counts() {
 // ---- events and buffers by hand
 // -----------------------------------------------
 
-host::Ref new_event() {
-  return host::Ref::take(
-      host::send<host::id>(drive::device(), selector("newSharedEvent")));
-}
-
-host::Ref new_queue() {
-  return host::Ref::take(
-      host::send<host::id>(drive::device(), selector("newCommandQueue")));
-}
-
-// A buffer that waits and signals; its handlers hold the events, as MLX's do.
-struct Work {
-  explicit Work(const host::Ref& queue) {
-    host::ScopedPool pool;
-    buffer = host::Ref::share(host::send<host::id>(
-        queue.get(), selector("commandBufferWithUnretainedReferences")));
-  }
-  Work& waits(const host::Ref& event, std::uint64_t value) {
-    host::send(buffer.get(), selector("encodeWaitForEvent:value:"), event.get(),
-               value);
-    return hold(event);
-  }
-  Work& signals(const host::Ref& event, std::uint64_t value) {
-    host::send(buffer.get(), selector("encodeSignalEvent:value:"), event.get(),
-               value);
-    return hold(event);
-  }
-  void commit() { host::send(buffer.get(), selector("commit")); }
-
- private:
-  Work& hold(const host::Ref& event) {
-    host::Block holder([event](host::id) {});
-    host::send(buffer.get(), selector("addCompletedHandler:"), holder.get());
-    return *this;
-  }
-  host::Ref buffer;
-};
-
-void set_value(const host::Ref& event, std::uint64_t value) {
-  host::send(event.get(), selector("setSignaledValue:"), value);
-}
-
-// "reached", "timed out", or what was thrown.
-std::string wait_for(const host::Ref& event, std::uint64_t value,
-                     std::uint64_t timeout_ms = drive::kLongMs) {
-  try {
-    return host::send<bool>(event.get(),
-                            selector("waitUntilSignaledValue:timeoutMS:"),
-                            value, timeout_ms)
-               ? "reached"
-               : "timed out";
-  } catch (const std::exception& e) {
-    return e.what();
-  }
-}
-
 Hooks intercepted() {
   Hooks hooks = Hooks::open(g_hooks_path);
   CHECK(hooks.install("intercept") == 0);
@@ -617,6 +576,7 @@ void two_installs_at_once() {
 const std::map<std::string, std::function<void()>> kCases = {
     {"no_device", no_device},
     {"missing_selector", missing_selector},
+    {"missing_queue", missing_queue},
     {"replaced_before", replaced_before},
     {"replaced_after", replaced_after},
     {"twin", twin},

@@ -18,7 +18,9 @@ objc::Id underlying_error(objc::Id error) noexcept {
   objc::Id info = objc::send<objc::Id>(error, s.userInfo);
   if (!objc::responds(info, s.objectForKey)) return nullptr;
   static objc::Class string_class = objc::runtime().objc_getClass("NSString");
-  if (string_class == nullptr) return nullptr;
+  if (!objc::responds(reinterpret_cast<objc::Id>(string_class),
+                      s.stringWithUTF8String))
+    return nullptr;
   objc::Id key =
       objc::send<objc::Id>(reinterpret_cast<objc::Id>(string_class),
                            s.stringWithUTF8String, "NSUnderlyingError");

@@ -8,6 +8,8 @@
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
+#include <vector>
 
 #include "async_io.h"
 #include "breadcrumbs.h"
@@ -44,6 +46,10 @@ struct Counters {
       thrown{0}, gate_limit{0};
 };
 constinit Counters g_counters;
+
+bool any_failed() {
+  return g_counters.failed.load(std::memory_order_relaxed) > 0;
+}
 
 // Never destroyed: Metal's threads may still complete buffers at exit.
 Ledger& ledger() {
@@ -108,25 +114,46 @@ FailureRef record_failure(Id buffer, CommandBufferRecord done) {
                                    objc::Owned::retaining(error));
 }
 
+std::uint64_t value_of(const objc::Owned& event) {
+  return send<std::uint64_t>(event.get(), selectors().signaledValue);
+}
+
 // How far the GPU got with the events of a failed buffer: the values after that
-// are the ones that depend on the failure.
+// are the ones that depend on the failure. And which of its waits it left out.
 void note_reached(Id buffer) {
   BufferRef record = ledger().find(buffer);
   if (!record) return;
   for (Signal& signal : record->signals)
-    signal.reached =
-        send<std::uint64_t>(signal.event.get(), selectors().signaledValue);
+    signal.reached = value_of(signal.event);
+  for (const Wait& wait : record->waits)
+    if (value_of(wait.event) < wait.value)
+      ledger().wait_skipped(wait.event.get(), wait.value);
+}
+
+// A failed buffer's signal is done for it while the GPU may be about to do a
+// later one's of the same event, for which others wait: to set the lower value
+// after it would undo it. The GPU gets a moment to come to where it must wait.
+bool would_lower(Id event, std::uint64_t value) {
+  using namespace std::chrono_literals;
+  if (!ledger().is_pending_beyond(event, value)) return false;
+  for (int i = 0; i < 10; ++i) {
+    if (send<std::uint64_t>(event, selectors().signaledValue) > value)
+      return true;
+    std::this_thread::sleep_for(100us);
+  }
+  return false;
 }
 
 // The GPU withholds the signals of a failed buffer; whoever waits for one would
-// wait for ever. They are marked failed already.
-void signal_withheld(const Buffer& buffer) {
-  const Selectors& s = selectors();
-  for (const Signal& signal : buffer.signals) {
-    Id event = signal.event.get();
-    if (send<std::uint64_t>(event, s.signaledValue) < signal.value)
-      send<void>(event, s.setSignaledValue, signal.value);
-  }
+// wait for ever. They are marked failed already. MLX 0.32 does them too, and
+// may come later than the GPU with the next buffer's signal of the same event,
+// which is lowered then: that is put right when the next buffer completes.
+void signal_missing(const Buffer& buffer) {
+  for (const Signal& signal : buffer.signals)
+    if (value_of(signal.event) < signal.value &&
+        !would_lower(signal.event.get(), signal.value))
+      send<void>(signal.event.get(), selectors().setSignaledValue,
+                 signal.value);
 }
 
 // The last handler of every command buffer.
@@ -152,7 +179,7 @@ struct Completion {
     g_counters.completed.fetch_add(1, std::memory_order_relaxed);
     if (failed) note_reached(buffer);
     BufferRef record = ledger().completed(buffer, std::move(own));
-    if (failed && record) signal_withheld(*record);
+    if (record && any_failed()) signal_missing(*record);
   }
 };
 
@@ -229,15 +256,55 @@ void hook_encodeWait(void (*original)(Id, Selector, Id, std::uint64_t), Id self,
   original(self, selector, event, value);
 }
 
+// The GPU leaves out the waits of a failed buffer, so MLX's handlers let go of
+// its arrays while other queues or the CPU may still be writing to them, which
+// the GPU's waits prevent otherwise: the memory would be used again, or
+// unmapped, under that work. MLX's thread waits for it before it goes on; not
+// while it has encoded signals that this work may be waiting for.
+void await_skipped(std::chrono::milliseconds limit) {
+  std::vector<Ledger::WaitRef> waits = ledger().skipped_waits();
+  if (waits.empty() || !may_throw() || ledger().is_encoding_here()) return;
+  auto end = std::chrono::steady_clock::now() + limit;
+  for (const Ledger::WaitRef& wait : waits) {
+    while (value_of(wait->event) < wait->value) {
+      if (std::chrono::steady_clock::now() < end) {
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        continue;
+      }
+      if (limit == g_gate_limit.load()) g_counters.gate_limit.fetch_add(1);
+      break;
+    }
+    ledger().forget_skipped(wait);
+  }
+}
+
+// When MLX 0.32 raises a stored failure in the midst of an evaluation, it waits
+// for each stream in turn, and the first may be waiting for what this very
+// thread has encoded for the next and not committed. Nobody else can commit it:
+// what is waited for is signalled, as that evaluation has failed.
+void let_go_of_own_signals(const BufferRef& waited_for) {
+  using namespace std::chrono_literals;
+  while (!ledger().settle_buffer(waited_for, 50ms)) {
+    if (!any_failed()) continue;  // MLX knows before our handler has run
+    for (const Ledger::WaitRef& held : ledger().awaited_from_here())
+      if (value_of(held->event) < held->value)
+        send<void>(held->event.get(), selectors().setSignaledValue,
+                   held->value);
+    if (!ledger().is_encoding_here()) return;
+  }
+}
+
 void hook_waitUntilCompleted(void (*original)(Id, Selector), Id self,
                              Selector selector) {
   PassThrough pass;
   if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
     return original(self, selector);
   BufferRef record = ledger().find(self);
+  if (record && ledger().is_encoding_here()) let_go_of_own_signals(record);
   original(self, selector);
   if (record && !ledger().settle_buffer(record, g_gate_limit.load()))
     give_up_waiting();
+  await_skipped(g_gate_limit.load());
 }
 
 // MLX 0.31.2's synchronize looks at the status of its own, empty buffer; a
@@ -277,6 +344,8 @@ void hook_buffer_dealloc(void (*original)(Id, Selector), Id self,
 // ---- shared events
 // --------------------------------------------------------------
 
+constexpr std::uint64_t kForever_ms = 1'000'000'000;  // MLX: 2^64 - 1
+
 // How long a wait may be held back, of the time that its caller gave it.
 std::chrono::milliseconds rest_of(std::uint64_t timeout_ms,
                                   std::chrono::steady_clock::time_point begin) {
@@ -284,9 +353,25 @@ std::chrono::milliseconds rest_of(std::uint64_t timeout_ms,
   auto spent = std::chrono::duration_cast<milliseconds>(
       std::chrono::steady_clock::now() - begin);
   auto limit = g_gate_limit.load();
-  if (timeout_ms > 1'000'000'000) return limit;  // MLX waits for ever
+  if (timeout_ms > kForever_ms) return limit;
   milliseconds given(static_cast<std::int64_t>(timeout_ms));
   return std::min(limit, std::max(given - spent, milliseconds(0)));
+}
+
+// The same when it is a thread of the CPU stream that MLX waits for while it
+// holds back what that thread is waiting for: such a wait ends after a failure
+// and when nothing was committed for as long as any wait of ours may take.
+bool wait_on_cpu_stream(bool (*original)(Id, Selector, std::uint64_t,
+                                         std::uint64_t),
+                        Id self, Selector selector, std::uint64_t value) {
+  constexpr std::uint64_t kLookEvery_ms = 500;
+  while (!original(self, selector, value, kLookEvery_ms)) {
+    if (!any_failed() || !ledger().is_held_up(self, value, g_gate_limit.load()))
+      continue;
+    give_up_waiting();
+    send<void>(self, selectors().setSignaledValue, value);
+  }
+  return true;
 }
 
 bool hook_waitUntilSignaledValue(
@@ -298,7 +383,9 @@ bool hook_waitUntilSignaledValue(
   auto begin = std::chrono::steady_clock::now();
   bool reached;
   try {
-    reached = original(self, selector, value, timeout_ms);
+    reached = timeout_ms > kForever_ms && !may_throw()
+                  ? wait_on_cpu_stream(original, self, selector, value)
+                  : original(self, selector, value, timeout_ms);
   } catch (...) {
     // A second copy of this library, below us, has told of the failure.
     if (FailureRef failure = ledger().failure_of(self, value))
@@ -313,6 +400,7 @@ bool hook_waitUntilSignaledValue(
     if (limit < g_gate_limit.load()) return false;
     give_up_waiting();
   }
+  await_skipped(rest_of(timeout_ms, begin));
   if (hook_mode() != Mode::kIntercept) return reached;  // MLX raises by itself
   FailureRef failure = ledger().failure_of(self, value);
   if (!failure) return reached;
@@ -327,7 +415,12 @@ std::uint64_t hook_signaledValue(std::uint64_t (*original)(Id, Selector),
   std::uint64_t real = original(self, selector);
   if (pass.was_inside() || !hooks_active() || t_state.in_handler > 0)
     return real;
-  return ledger().visible(self, real);
+  if (may_throw()) return ledger().visible(self, real);
+  // Whoever may not be told would poll for ever: it is let go, and what it
+  // signals next is marked failed.
+  if (FailureRef failure = ledger().failure_of(self, real))
+    consume(std::move(failure));
+  return ledger().settled_value(self, real);
 }
 
 void hook_setSignaledValue(void (*original)(Id, Selector, std::uint64_t),
@@ -338,6 +431,7 @@ void hook_setSignaledValue(void (*original)(Id, Selector, std::uint64_t),
     ledger().signalled_by_cpu(self, value, failure);
     if (failure) t_state.consumed_passed_on = true;
   }
+  if (!pass.was_inside() && hooks_active() && would_lower(self, value)) return;
   original(self, selector, value);
 }
 
@@ -397,7 +491,12 @@ Id hook_newSharedEvent(Id (*original)(Id, Selector), Id self,
   Id event = original(self, selector);
   if (event != nullptr && !pass.was_inside()) {
     ledger().forget_event(event);
-    if (hooks_active()) see_class(Kind::kEvent, event);
+    if (hooks_active()) {
+      see_class(Kind::kEvent, event);
+      // MLX makes one at the start of every evaluation: those that found their
+      // error stored already, and waited for nothing, come by here.
+      await_skipped(g_gate_limit.load());
+    }
   }
   return event;
 }
@@ -461,6 +560,11 @@ HookCounters counters() {
 }
 
 void hooks_forget_failures() { ledger().forget_failures(); }
+
+void wait_for_skipped() {
+  PassThrough pass;
+  await_skipped(g_gate_limit.load());
+}
 
 void this_thread_may_throw(bool may) { t_state.may_throw = may; }
 

@@ -42,6 +42,11 @@ void uninstall();
 HookStatus status();
 HookCounters counters();
 
+// Waits (10 s at most) for the work that failed buffers should have waited for:
+// it may still be writing to memory that MLX has let go of. On Python's threads
+// only, without the GIL; elsewhere it does nothing.
+void wait_for_skipped();
+
 // Lets waits on this thread raise in a process without Python. With Python, the
 // threads that it knows may raise, and no others.
 void this_thread_may_throw(bool may);

@@ -172,6 +172,13 @@ bool make_probe(Probe* probe, std::string* why_not) {
   return false;
 }
 
+// What the hooks send to a buffer besides what they replace.
+bool can_be_asked(Id buffer, std::string* why_not) {
+  if (objc::responds(buffer, selectors().commandQueue)) return true;
+  *why_not = "Metal is not hooked: a command buffer has no method commandQueue";
+  return false;
+}
+
 bool patch_all(Installation& in, const Probe& probe, Mode mode,
                std::string* why_not) {
   for (const HookSpec& spec : hook_list()) {
@@ -297,7 +304,8 @@ HookStatus install(Mode mode) {
     hooks_forget_failures();
     hooks_prepare(mode);
     g_mode.store(mode);
-    good = good && patch_all(in, probe, mode, &why_not);
+    good = good && can_be_asked(probe.buffer, &why_not) &&
+           patch_all(in, probe, mode, &why_not);
     if (good) g_active.store(true);
   }
   // Without the lock: the hooks themselves may want it for a new class.

@@ -58,7 +58,11 @@ void Ledger::forget_event(Id event) {
 
 BufferRef& Ledger::open(Id buffer) {
   BufferRef& record = buffers_[buffer];
-  if (!record) record = std::make_shared<Buffer>();
+  if (!record) {
+    record = std::make_shared<Buffer>();
+    record->encoder = std::this_thread::get_id();
+    record->opened = std::chrono::steady_clock::now();
+  }
   return record;
 }
 
@@ -267,15 +271,105 @@ bool Ledger::settle_buffer(const BufferRef& buffer,
   return wait_in_slices(changed_, lock, limit, [&] { return buffer->settled; });
 }
 
+void Ledger::wait_skipped(Id event, std::uint64_t value) {
+  auto wait =
+      std::make_shared<const Wait>(Wait{objc::Owned::retaining(event), value});
+  std::lock_guard lock(mutex_);
+  skipped_.push_back(std::move(wait));
+  any_skipped_ = true;
+}
+
+std::vector<Ledger::WaitRef> Ledger::skipped_waits() {
+  if (!any_skipped_.load()) return {};
+  std::lock_guard lock(mutex_);
+  return skipped_;
+}
+
+void Ledger::forget_skipped(const WaitRef& wait) {
+  std::lock_guard lock(mutex_);
+  std::erase(skipped_, wait);
+  any_skipped_ = !skipped_.empty();
+}
+
+bool Ledger::is_encoding_here() {
+  std::lock_guard lock(mutex_);
+  return std::any_of(buffers_.begin(), buffers_.end(), [](const auto& entry) {
+    const Buffer& buffer = *entry.second;
+    return buffer.sequence == 0 && !buffer.signals.empty() &&
+           buffer.encoder == std::this_thread::get_id();
+  });
+}
+
+bool Ledger::is_awaited(Id event, std::uint64_t value) {
+  return std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& entry) {
+    const Buffer& buffer = *entry.second;
+    return buffer.sequence != 0 &&
+           std::any_of(
+               buffer.waits.begin(), buffer.waits.end(), [&](const Wait& wait) {
+                 return wait.event.get() == event && wait.value <= value;
+               });
+  });
+}
+
+std::vector<Ledger::WaitRef> Ledger::awaited_from_here() {
+  std::vector<WaitRef> found;
+  std::lock_guard lock(mutex_);
+  for (const auto& [address, buffer] : buffers_) {
+    if (buffer->sequence != 0 || buffer->encoder != std::this_thread::get_id())
+      continue;
+    for (const Signal& signal : buffer->signals)
+      if (is_awaited(signal.event.get(), signal.value))
+        found.push_back(std::make_shared<const Wait>(
+            Wait{objc::Owned::retaining(signal.event.get()), signal.value}));
+  }
+  return found;
+}
+
+bool Ledger::is_held_up(Id event, std::uint64_t value,
+                        std::chrono::milliseconds age) {
+  auto before = std::chrono::steady_clock::now() - age;
+  std::lock_guard lock(mutex_);
+  bool held_up = false;
+  for (const auto& [address, buffer] : buffers_) {
+    for (const Signal& signal : buffer->signals) {
+      if (signal.event.get() != event || signal.value < value) continue;
+      if (buffer->sequence != 0 || buffer->opened > before) return false;
+      held_up = true;
+    }
+  }
+  return held_up;
+}
+
+bool Ledger::is_pending_beyond(Id event, std::uint64_t value) {
+  if (event_count_.load() == 0) return false;
+  std::lock_guard lock(mutex_);
+  auto it = events_.find(event);
+  return it != events_.end() &&
+         std::any_of(it->second.pending.begin(), it->second.pending.end(),
+                     [&](const Pending& p) { return p.value > value; });
+}
+
+std::uint64_t Ledger::settled_value(const Event& event, std::uint64_t real) {
+  std::uint64_t shown = real;
+  for (const Pending& p : event.pending)
+    if (p.value <= real && p.value > event.settled && !is_settled(p))
+      shown = std::min(shown, p.value - 1);
+  return shown;
+}
+
+std::uint64_t Ledger::settled_value(Id event, std::uint64_t real) {
+  if (real == 0 || event_count_.load() == 0) return real;
+  std::lock_guard lock(mutex_);
+  auto it = events_.find(event);
+  return it == events_.end() ? real : settled_value(it->second, real);
+}
+
 std::uint64_t Ledger::visible(Id event, std::uint64_t real) {
   if (real == 0 || event_count_.load() == 0) return real;
   std::lock_guard lock(mutex_);
   auto it = events_.find(event);
   if (it == events_.end()) return real;
-  std::uint64_t shown = real;
-  for (const Pending& p : it->second.pending)
-    if (p.value <= real && p.value > it->second.settled && !is_settled(p))
-      shown = std::min(shown, p.value - 1);
+  std::uint64_t shown = settled_value(it->second, real);
   for (const Poison& p : it->second.poisons)
     if (p.from <= shown) shown = p.from - 1;
   return shown;
@@ -356,6 +450,10 @@ void Ledger::forget_failures() {
     it = it->second.pending.empty() ? events_.erase(it) : std::next(it);
   }
   event_count_.store(events_.size());
+  for (WaitRef& wait : skipped_)
+    trash.push_back(std::const_pointer_cast<Wait>(std::move(wait)));
+  skipped_.clear();
+  any_skipped_ = false;
 }
 
 std::pair<std::size_t, std::size_t> Ledger::sizes() {

@@ -29,6 +29,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -65,6 +66,9 @@ struct Wait {
 struct Queue;
 
 struct Buffer {
+  // MLX encodes a buffer and commits it on one thread.
+  std::thread::id encoder;
+  std::chrono::steady_clock::time_point opened;  // its first wait or signal
   std::shared_ptr<Queue> queue;
   std::uint64_t sequence = 0;  // on its queue, from 1, in order of commit
   std::vector<Signal> signals;
@@ -107,8 +111,26 @@ class Ledger {
                     std::chrono::milliseconds limit);
   bool settle_buffer(const BufferRef& buffer, std::chrono::milliseconds limit);
 
+  // Waits of failed buffers that the GPU left out, and whose values have not
+  // come yet: the work that signals them is still going on.
+  using WaitRef = std::shared_ptr<const Wait>;
+  void wait_skipped(Id event, std::uint64_t value);
+  std::vector<WaitRef> skipped_waits();
+  void forget_skipped(const WaitRef& wait);
+  // Whether this thread has encoded a signal and not committed it yet.
+  bool is_encoding_here();
+  // Of the signals that this thread has encoded and not committed: those that
+  // a buffer in flight waits for.
+  std::vector<WaitRef> awaited_from_here();
+  // Whether `event` can reach `value` only by a buffer that was opened longer
+  // than `age` ago and is not committed.
+  bool is_held_up(Id event, std::uint64_t value, std::chrono::milliseconds age);
+  // Whether a buffer in flight signals `event` beyond `value`.
+  bool is_pending_beyond(Id event, std::uint64_t value);
+
   // The value of `event` that may be shown when it is `real`: never one that
-  // an unsettled or failed buffer has signalled.
+  // an unsettled buffer has signalled, and (`visible`) never a failed one.
+  std::uint64_t settled_value(Id event, std::uint64_t real);
   std::uint64_t visible(Id event, std::uint64_t real);
 
   // The failure on which `event` having reached `value` depends; null: none.
@@ -152,6 +174,7 @@ class Ledger {
   using Trash = std::vector<std::shared_ptr<void>>;
 
   BufferRef& open(Id buffer);
+  bool is_awaited(Id event, std::uint64_t value);
   void advance(Trash* trash);
   bool advance(Queue& queue, Trash* trash);
   bool may_settle(const Buffer& buffer);
@@ -160,6 +183,7 @@ class Ledger {
   void mark(Id event, std::uint64_t from, std::uint64_t to,
             const FailureRef& failure);
   void drop_if_idle(Id event);
+  static std::uint64_t settled_value(const Event& event, std::uint64_t real);
   static bool is_settled(const Pending& pending);
   static bool is_closed(const Event& event, std::uint64_t value,
                         std::uint64_t real);
@@ -173,6 +197,8 @@ class Ledger {
   std::unordered_map<Id, BufferRef> buffers_;
   std::unordered_map<Id, std::shared_ptr<Queue>> queues_;
   std::unordered_map<Id, Event> events_;
+  std::vector<WaitRef> skipped_;
+  std::atomic<bool> any_skipped_{false};
   // Queues that are gone but for buffers in flight.
   std::vector<std::shared_ptr<Queue>> leaving_;
 };
