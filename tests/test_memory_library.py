@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,14 @@ from mlx_lm.models import cache as caches
 
 from mlx_safe.memory.budget import Decision, Option, Situation, decide
 from mlx_safe.memory.ceiling import LearnedCeiling, ceiling
-from mlx_safe.memory.estimate import CacheCost, LayerCost, Transients, measure
+from mlx_safe.memory.demand import Demand, Row, step_sizes
+from mlx_safe.memory.estimate import (
+    MARGIN,
+    CacheCost,
+    LayerCost,
+    Transients,
+    measure,
+)
 from mlx_safe.memory.machine import Machine, read_machine, usage
 from mlx_safe.memory.sizes import format_size, parse_size
 from mlx_safe.memory.sizing import sizing
@@ -283,12 +291,29 @@ def test_a_cache_that_is_quantized_on_the_way(
         assert nbytes(made) + both <= cost.nbytes(tokens, step=max(steps))
 
 
-@given(st.integers(0, 10**9), st.integers(1, 4096))
-def test_the_tokens_that_fit_do_fit_and_no_more(size: int, step: int) -> None:
+@given(
+    room=st.integers(0, 10**9),
+    full=st.sampled_from((64, 512, 2048)),
+    rows=st.integers(1, 3),
+    scores=st.integers(0, 20),
+    kv_limit=st.none() | st.integers(0, 10**9),
+)
+def test_as_many_tokens_as_are_told_are_admitted_and_no_more(
+    room: int, full: int, rows: int, scores: int, kv_limit: int | None
+) -> None:
+    """What is told of the room is what the decision would be, one after another."""
     cost = CacheCost(((LayerCost(per_slot=512), 4), (LayerCost(constant=99), 2)))
-    tokens = cost.tokens_in(size, step=step)
-    assert tokens == 0 or cost.nbytes(tokens, step=step) <= size
-    assert cost.nbytes(tokens + 1, step=step) > size
+    transients = Transients()
+    for context in (64, 1024):
+        transients.observe(64, context, 64 * (5000 + scores * context))
+    demand = Demand(cost, transients)
+    steps = partial(step_sizes, full)
+    found = demand.longest(room, steps, kv_limit, rows)
+    now = Situation(ceiling=room, later=room, active=0, kv_limit=kv_limit)
+    for tokens, fits in ((found, True), (found + 1, False)):
+        asked = [Row(tokens, tokens)] * rows
+        verdict = decide(now, demand.to_the_end(asked, 0, steps)).verdict
+        assert (verdict == "admit") == fits or tokens == 0
 
 
 @given(
@@ -446,15 +471,32 @@ def test_waiting_refusing_and_never(case: tuple[Situation, list[Option]]) -> Non
         assert found.missing > 0
 
 
+def demand_of(per_token: int, transient: int) -> Demand:
+    """Caches of so many bytes for each token, and the step of 2048 tokens."""
+    transients = Transients()
+    transients.observe(2048, 2048, int(transient / MARGIN))
+    return Demand(CacheCost(((LayerCost(per_slot=per_token // 36), 36),)), transients)
+
+
 def test_the_sizing_of_the_examples_in_words() -> None:
-    cost = CacheCost(((LayerCost(per_slot=2500), 36),))
-    found = sizing(model=16 * GB, ceiling=36 * GB, cost=cost, steps=[(2048, 1 * GB)])
-    assert found.prompt_cache == 9_500_000_000
+    demand = demand_of(94_700, 1 * GB)
+    found = sizing(
+        model=16 * GB, ceiling=36 * GB, demand=demand, steps=partial(step_sizes, 2048)
+    )
+    assert found.prompt_cache // 10**7 == 950
     assert "model 16.0 GB, ceiling 36.0 GB, prompt cache at most 9.5 GB" in str(found)
     assert "room for 210k tokens" in str(found)
+    # Each of two is copied once, beside what both of them have.
+    assert 3 * found.two_tokens <= found.room_tokens
+    assert found.prompt_tokens == (found.two_tokens - 512) // 1000 * 1000
 
 
 def test_a_model_that_does_not_fit_has_no_room() -> None:
-    cost = CacheCost(((LayerCost(per_slot=2500), 36),))
-    found = sizing(model=16 * GB, ceiling=12 * GB, cost=cost, steps=[(64, 1)])
-    assert (found.room, found.prompt_cache, found.room_tokens) == (0, 0, 0)
+    found = sizing(
+        model=16 * GB,
+        ceiling=12 * GB,
+        demand=demand_of(90_000, 1 * GB),
+        steps=partial(step_sizes, 64),
+    )
+    assert (found.room, found.prompt_cache) == (0, 0)
+    assert (found.room_tokens, found.two_tokens, found.prompt_tokens) == (0, 0, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -71,6 +72,13 @@ def gauges(server: Server) -> dict[str, float]:
         if name.startswith("mlx_safe_memory_") and "{" not in name:
             found[name.removeprefix("mlx_safe_memory_")] = float(value)
     return found
+
+
+def room_told(server: Server) -> str:
+    """What the log said at the start, such as ``"2500 tokens"``."""
+    found = re.search(r"room for (.*) \(", server.log)
+    assert found
+    return found[1]
 
 
 @contextlib.contextmanager
@@ -166,7 +174,7 @@ def test_what_can_never_fit_is_told_so(
     assert answer.status == 400
     assert answer.error["type"] == "invalid_request_error"
     assert answer.error["code"] == "context_length_exceeded"
-    assert "room for about" in answer.error["message"]
+    assert f"room for {room_told(small)}." in answer.error["message"]
     assert "retry-after" not in answer.headers
     # So is a prompt that fits with more to generate than does.
     assert small.chat(max_tokens=30_000, **more).status == 400
@@ -354,10 +362,19 @@ def test_a_bad_value_is_one_clear_line(
     assert arguments[0] in last and "must be" in last and arguments[1] in last
 
 
-def test_a_ceiling_below_the_model_is_told_at_the_start(tiny_model: Path) -> None:
-    with Server(tiny_model, "--max-active-memory-bytes", "300K") as server:
+@pytest.mark.parametrize(
+    ("flag", "size", "why"),
+    [
+        ("--max-active-memory-bytes", 300_000, "the model and one step"),
+        ("--max-active-kv-bytes", 1000, "the cache of the shortest prompt needs"),
+    ],
+)
+def test_a_limit_that_leaves_no_room_is_told_at_the_start(
+    tiny_model: Path, flag: str, size: int, why: str
+) -> None:
+    with Server(tiny_model, flag, str(size)) as server:
         assert server.wait(120) == 2
-        assert "--max-active-memory-bytes 300000: the model and one step" in server.log
+        assert f"{flag} {size}: {why}" in server.log
         assert "Traceback" not in server.log
 
 
@@ -377,6 +394,26 @@ def test_the_doctor(tiny_model: Path) -> None:
     # 2 layers, keys and values, 2 heads of 16 numbers of 4 bytes.
     assert found["model"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 4
     assert "--prompt-cache-bytes" in found["model"]["flags"]
+
+
+def test_the_log_and_the_doctor_tell_the_same_room(tiny_model: Path) -> None:
+    """One that costs nothing to answer by memory: --max-active-kv-bytes decides."""
+    limits = ["--max-active-kv-bytes", "1500K"]
+    with Server(tiny_model, *limits) as server:
+        server.wait_ready()
+        told = room_told(server)
+        refused = server.chat("x" * 3000)
+        assert refused.status == 400
+        assert f"room for {told}." in refused.error["message"]
+    # 1.5 MB in places of 512 bytes each, less what is allocated ahead.
+    assert told == f"{1_500_000 // 512 - 510} tokens"
+    code = f"""
+    from mlx_safe.cli import main
+    main(["doctor", "--json", "--model", {str(tiny_model)!r}, *{limits}])
+    """
+    done = child.run(code)
+    assert done.returncode == 0, done.stderr
+    assert f"{json.loads(done.stdout)['model']['room_tokens']} tokens" == told
 
 
 def test_the_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,13 @@ import argparse
 import json
 import platform
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from . import install
 from ._command import CommandError, Parser
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
+from .memory.demand import Demand, step_sizes
 from .memory.estimate import Transients, calibrate
 from .memory.machine import Machine, read_machine, usage
 from .memory.sizes import flag_size, format_size
@@ -18,8 +20,8 @@ from .memory.sizing import Sizing, format_tokens, sizing
 
 __all__ = ["doctor", "examine", "render", "wired_limit_advice"]
 
-# mlx_lm.server's default, and the smaller sizes that a server would go down to.
-STEPS = (2048, 1024, 512, 256, 128, 64)
+# mlx_lm.server's default.
+STEP = 2048
 # For macOS and all that is not MLX, when the wired limit is raised.
 LEFT_TO_SYSTEM = 8 * 2**30
 
@@ -41,28 +43,37 @@ def doctor(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--max-active-memory-bytes", metavar="SIZE", help="as if the server had it"
     )
+    parser.add_argument("--max-active-kv-bytes", metavar="SIZE", help="likewise")
     parser.add_argument("--json", action="store_true", help="for programs")
     asked = parser.parse_args(list(arguments))
-    found = examine(asked.model, _explicit(asked.max_active_memory_bytes))
+    found = examine(
+        asked.model,
+        _size("--max-active-memory-bytes", asked.max_active_memory_bytes),
+        _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
+    )
     print(json.dumps(found, indent=2) if asked.json else render(found))
     return 0
 
 
-def _explicit(text: str | None) -> int | None:
+def _size(flag: str, text: str | None) -> int | None:
     from .memory.sizes import parse_size
 
     try:
         return None if text is None else parse_size(text)
     except ValueError as e:
-        raise CommandError(f"--max-active-memory-bytes {e}") from e
+        raise CommandError(f"{flag} {e}") from e
 
 
-def examine(model: str | None = None, explicit: int | None = None) -> dict[str, Any]:
+def examine(
+    model: str | None = None,
+    explicit: int | None = None,
+    kv_limit: int | None = None,
+) -> dict[str, Any]:
     """All that the command tells, JSON-able. Sizes in bytes.
 
     Args:
         model: directory or hub name of a model that is loaded and measured.
-        explicit: ``--max-active-memory-bytes``.
+        explicit: ``--max-active-memory-bytes``. kv_limit: ``--max-active-kv-bytes``.
 
     Raises:
         CommandError: mlx is missing, or the model cannot be loaded.
@@ -95,7 +106,7 @@ def examine(model: str | None = None, explicit: int | None = None) -> dict[str, 
         },
     }
     if model is not None:
-        found["model"] = _measure(model, limits.size, explicit)
+        found["model"] = _measure(model, limits.size, explicit, kv_limit)
     return found
 
 
@@ -127,7 +138,9 @@ def wired_limit_advice(machine: Machine) -> str:
     )
 
 
-def _measure(name: str, ceiling_size: int, explicit: int | None) -> dict[str, Any]:
+def _measure(
+    name: str, ceiling_size: int, explicit: int | None, kv_limit: int | None
+) -> dict[str, Any]:
     from .server import compat
     from .server.launcher import check_paths
 
@@ -142,30 +155,40 @@ def _measure(name: str, ceiling_size: int, explicit: int | None) -> dict[str, An
     transients = Transients()
     cost = calibrate(model, lambda: compat.make_cache(model), transients)
     weights = int(mx.get_active_memory())
-    steps = [(n, transients.predict(n, n)) for n in STEPS]
-    fits = sizing(model=weights, ceiling=ceiling_size, cost=cost, steps=steps)
+    fits = sizing(
+        model=weights,
+        ceiling=ceiling_size,
+        demand=Demand(cost, transients),
+        steps=partial(step_sizes, STEP),
+        kv_limit=kv_limit,
+    )
     return {
         "name": name,
         "bytes": weights,
         "bytes_per_token": cost.per_token,
         "room_bytes": fits.room,
         "room_tokens": fits.room_tokens,
+        "two_tokens": fits.two_tokens,
         "prompt_cache_bytes": fits.prompt_cache,
         "step": fits.step,
         "step_bytes": fits.transient,
-        "flags": _flags(fits, explicit),
+        "flags": _flags(fits, explicit, kv_limit),
         "summary": str(fits),
     }
 
 
-def _flags(fits: Sizing, explicit: int | None) -> list[str]:
+def _flags(fits: Sizing, explicit: int | None, kv_limit: int | None) -> list[str]:
     """Those that the server would choose by itself, to be written down."""
-    if fits.room == 0:
+    if fits.room_tokens == 0:
         return []
-    # Without it the others would stand below another ceiling.
-    flags = [] if explicit is None else ["--max-active-memory-bytes", str(explicit)]
+    # Without these the others would stand below other limits.
+    given = {
+        "--max-active-memory-bytes": explicit,
+        "--max-active-kv-bytes": kv_limit,
+    }
+    flags = [x for k, v in given.items() if v is not None for x in (k, str(v))]
     flags += ["--prompt-cache-bytes", flag_size(fits.prompt_cache)]
-    if fits.step != STEPS[0]:
+    if fits.step != STEP:
         flags += ["--prefill-step-size", str(fits.step)]
     return flags
 
@@ -200,12 +223,13 @@ def _render_model(model: dict[str, Any]) -> list[str]:
         f"            {format_size(model['bytes_per_token'])} for each token; a step "
         f"of {model['step']} tokens takes {format_size(model['step_bytes'])}",
     ]
-    if model["room_bytes"] == 0:
+    if model["room_tokens"] == 0:
         return [*lines, "            it does not fit: take a smaller one"]
     command = ["mlx-safe serve --model", model["name"], *model["flags"]]
     return [
         *lines,
         f"recommended {' '.join(command)}",
-        f"            room for {format_tokens(model['room_tokens'])} in all; two "
-        "conversations at once have half each",
+        f"            room for {format_tokens(model['room_tokens'])} of one request, "
+        f"prompt and answer; {format_tokens(model['two_tokens'])} of each of two at "
+        "once",
     ]

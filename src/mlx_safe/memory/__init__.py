@@ -6,6 +6,7 @@
 `ceiling`      how much may be active, and where that number comes from
 `estimate`     what a request will need: caches, and one step's transient
 `budget`       fits, fits if …, wait, or refuse: a pure function
+`demand`       what a batch of requests takes, and how long they may be
 `sizing`       from a ceiling and a model to limits and recommended flags
 =============  ===========================================================
 

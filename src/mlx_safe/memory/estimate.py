@@ -4,8 +4,9 @@ Nothing is computed from a model's configuration: the cache objects of the loade
 model are filled with a few tokens and looked at (`calibrate`). What is looked at
 are the attributes that all caches of mlx-lm 0.31 and 0.32 share: ``nbytes``,
 ``keys`` with its slots on axis 2 (quantized: a tuple of arrays), ``max_size`` or
-``chunk_size`` of those with a window, ``caches`` of those made of others. A cache
-without ``keys`` keeps a state whose size does not depend on the tokens.
+``chunk_size`` of those with a window, ``caches`` of those made of others, and
+``update_and_fetch``. A cache without ``keys`` keeps a state whose size does not
+depend on the tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ UNUSED = 2 * (BLOCK - 1)
 TOKENS_MIN = 32
 MARGIN = 1.1
 REMEMBERED = 8
-CALIBRATION_STEPS = (64, 192, 64)
+# `calibrate`: steps of so many tokens, or of so few where that would take longer, and
+# the context of one of them: behind it there is room for few tokens, and many make
+# the caches grow, which copies them. That is part of what a step of many takes.
+CALIBRATION_STEPS = (64, 2)
 CALIBRATION_STEP_S = 2.0
+CALIBRATION_CONTEXT = 4 * BLOCK - 16
 
 
 @dataclass(frozen=True)
@@ -106,20 +111,6 @@ class CacheCost:
             for layer, n in self.layers
         )
 
-    def tokens_in(self, size: int, *, step: int = 2048) -> int:
-        """How many tokens of one sequence fit into ``size`` bytes.
-
-        2**31 - 1 when there is no end to it (all layers have windows).
-        """
-        low, high = 0, 2**31 - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.nbytes(middle, step=step) <= size:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
 
 def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
     for cache in caches:
@@ -188,7 +179,7 @@ class Transients:
         # For each power of two of the context: (context, bytes for each token).
         self._seen: dict[int, deque[tuple[int, float]]] = {}
         self._base, self._slope = 0.0, 0.0
-        self._is_fitted = False
+        self._has_seen_many = False
 
     def observe(self, tokens: int, context: int, nbytes: int) -> None:
         """A step of ``tokens`` (rows times length) had ``nbytes`` beside the caches.
@@ -197,10 +188,11 @@ class Transients:
         """
         if tokens < TOKENS_MIN:
             self._constants.append(nbytes)
-            if not self._is_fitted and context < TOKENS_MIN:
-                self._base = nbytes / tokens
-            return
-        self._is_fitted = True
+            if self._has_seen_many:
+                return
+        elif not self._has_seen_many:
+            self._has_seen_many = True
+            self._seen.clear()
         seen = self._seen.setdefault(context.bit_length(), deque(maxlen=REMEMBERED))
         seen.append((context, nbytes / tokens))
         self._fit()
@@ -229,8 +221,9 @@ def calibrate(
 ) -> CacheCost:
     """Reads a few tokens with ``model`` and looks at what that took.
 
-    Eight tokens tell the cost of the caches. Some hundred more tell that of a step,
-    if they are read within seconds; otherwise the first requests will.
+    Eight tokens tell the cost of the caches. The cost of a step is read off two of
+    them, one behind a long context: that is of zeros, put into the caches, since to
+    read it would take a slow model minutes.
 
     Args:
         model: called as ``model(tokens, cache=caches)``, tokens of shape (1, n).
@@ -260,14 +253,32 @@ def calibrate(
         mx.clear_cache()
         return seconds
 
-    step(2)  # with what the first step ever has to prepare
-    each = min(step(2) for _ in range(3)) / 2
+    few = CALIBRATION_STEPS[-1]
+    step(few)  # with what the first step ever has to prepare
+    each = min(step(few) for _ in range(3)) / few
     cost = measure(caches, **quantization)
-    for length in CALIBRATION_STEPS:
-        # Many tokens at once take less time for each.
-        if length * each > CALIBRATION_STEP_S:
-            break
-        step(length)
+    # Many tokens at once take less time for each.
+    length = next((n for n in CALIBRATION_STEPS if n * each <= CALIBRATION_STEP_S), few)
+    step(length)
+    for cache in _leaves(caches):
+        _lengthen(cache, CALIBRATION_CONTEXT)
+    mx.eval([cache.state for cache in caches])
+    read += CALIBRATION_CONTEXT
+    step(length)
     caches.clear()
     mx.clear_cache()
     return cost
+
+
+def _lengthen(cache: Any, tokens: int) -> None:
+    """Puts ``tokens`` zeros into a cache, unless its size does not depend on them."""
+    import mlx.core as mx
+
+    if getattr(getattr(cache, "keys", None), "ndim", None) != 4:
+        return
+    cache.update_and_fetch(
+        *(
+            mx.zeros((*x.shape[:2], tokens, x.shape[3]), x.dtype)
+            for x in (cache.keys, cache.values)
+        )
+    )

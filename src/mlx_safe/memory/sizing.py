@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .estimate import CacheCost
+from .demand import Demand, Steps
 from .sizes import format_size
 
-__all__ = ["Sizing", "sizing"]
+__all__ = ["ANSWER", "Sizing", "sizing"]
 
 # Of what is left beside the model and one step: the rest is for running requests.
 PROMPT_CACHE_SHARE = 0.5
 # Of what is left beside the model, for the transient of one step.
 STEP_SHARE = 0.25
+# Tokens of an answer for which its request asks for no number (mlx-lm's default).
+ANSWER = 512
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class Sizing:
     Attributes:
         model: the weights. ceiling: what may be active. step: tokens of a prompt
             that can well be read at once, and transient: what that takes.
-            prompt_cache: its limit. room_tokens: tokens of all running requests
-            together while the prompt cache is empty.
+            prompt_cache: its limit.
+        room_tokens: the longest request that is served, prompt and answer
+            together, while nothing else runs. two_tokens: the same for each of
+            two that come at once.
     """
 
     model: int
@@ -33,16 +36,23 @@ class Sizing:
     transient: int
     prompt_cache: int
     room_tokens: int
-
-    @property
-    def needed(self) -> int:
-        """What the model and one step take."""
-        return self.model + self.transient
+    two_tokens: int
 
     @property
     def room(self) -> int:
         """What is left for caches, those of the prompt cache included."""
-        return max(0, self.ceiling - self.needed)
+        return max(0, self.ceiling - self.model - self.transient)
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """A ``--max-prompt-tokens`` with which two fit at once; None: none would.
+
+        Round, and with room for answers of `ANSWER` tokens.
+        """
+        tokens = self.two_tokens - ANSWER
+        if tokens < ANSWER:
+            return None
+        return tokens // 1000 * 1000 if tokens >= 10_000 else tokens // 100 * 100
 
     def __str__(self) -> str:
         return (
@@ -63,20 +73,22 @@ def sizing(
     *,
     model: int,
     ceiling: int,
-    cost: CacheCost,
-    steps: Sequence[tuple[int, int]],
+    demand: Demand,
+    steps: Steps,
     prompt_cache: int | None = None,
+    kv_limit: int | None = None,
 ) -> Sizing:
     """The limits for a model of ``model`` bytes under ``ceiling`` bytes.
 
     Args:
-        steps: (tokens, bytes of the transient) of the steps that a prompt could
-            be read in, the largest first, at least one.
+        steps: the sizes of the steps that prompts could be read in.
         prompt_cache: the user's own limit; None: half of the room.
+        kv_limit: ``--max-active-kv-bytes``; None: none.
     """
     left = max(0, ceiling - model)
+    sizes = [(n, demand.transients.predict(n, n)) for n in steps(1)]
     step, transient = next(
-        ((n, size) for n, size in steps if size <= STEP_SHARE * left), steps[-1]
+        ((n, size) for n, size in sizes if size <= STEP_SHARE * left), sizes[-1]
     )
     room = max(0, left - transient)
     if prompt_cache is None:
@@ -87,5 +99,6 @@ def sizing(
         step=step,
         transient=transient,
         prompt_cache=min(prompt_cache, room),
-        room_tokens=cost.tokens_in(room, step=step),
+        room_tokens=demand.longest(left, steps, kv_limit),
+        two_tokens=demand.longest(left, steps, kv_limit, rows=2),
     )

@@ -23,12 +23,12 @@ import mlx.core as mx
 from .. import errors
 from ..memory.budget import Decision, Option, Situation, decide
 from ..memory.ceiling import Ceiling, LearnedCeiling, ceiling
+from ..memory.demand import Demand, Row
 from ..memory.estimate import CacheCost, Transients, calibrate
 from ..memory.machine import read_machine, usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
 from . import compat
-from .demand import Demand
 from .observer import Observer
 from .prefill import PrefillStep
 from .prompt_cache import PromptCache
@@ -147,32 +147,51 @@ class Admission:
 
     def _size_up(self) -> None:
         ceiling = self.ceiling(learned=False)
-        predict = self._demand.transients.predict
         self._prefill.settle(None)
         self.sizing = sizing(
             model=self._baseline,
             ceiling=ceiling.size,
-            cost=self._demand.cost,
-            steps=[(n, predict(n, n)) for n in self._prefill.sizes()],
+            demand=self._demand,
+            steps=self._prefill.sizes,
             prompt_cache=self._user_limit,
+            kv_limit=self._flags.max_active_kv,
         )
         self._prompt_cache.limit_bytes(self.sizing.prompt_cache)
         # A larger step would cost more prompt-cache entries than it is worth.
         self._prefill.settle(self.sizing.step)
         log.info("%s (%s)", self.sizing, ceiling.reason.source)
         breadcrumb("ceiling", ceiling.reason.source, bytes=ceiling.size)
-        if self.sizing.room > 0:
+        if self.sizing.room_tokens > 0:
             return
-        if self._flags.max_active_memory is not None:
+        flag = self._flag_without_room()
+        if flag is not None:
             self._measured = None
-            raise NoRoom(
-                f"--max-active-memory-bytes {self._flags.max_active_memory}: the model "
-                f"and one step of a prompt need {format_size(self.sizing.needed)}"
-            )
+            raise NoRoom(flag)
         log.error(
             "the model leaves no room below the ceiling, and nothing can be served: "
             "take a smaller model, or set --max-active-memory-bytes"
         )
+
+    def _flag_without_room(self) -> str | None:
+        """Which flag leaves no room for even one token, and what it would have to."""
+        least = self._demand.option([Row(1, 1)], 0, self._prefill.sizes()[-1])
+        kv, memory = self._flags.max_active_kv, self._flags.max_active_memory
+        if kv is not None and kv < least.kv:
+            return (
+                f"--max-active-kv-bytes {kv}: the cache of the shortest prompt needs "
+                f"{format_size(least.kv)}"
+            )
+        if memory is None:
+            return None
+        needed = format_size(self._baseline + least.growth)
+        return (
+            f"--max-active-memory-bytes {memory}: the model and one step of a prompt "
+            f"need {needed}"
+        )
+
+    @property
+    def _room_tokens(self) -> int:
+        return 0 if self.sizing is None else self.sizing.room_tokens
 
     # -- the situation -------------------------------------------------------------
 
@@ -233,6 +252,10 @@ class Admission:
 
     def _running(self) -> list[Ticket]:
         return [t for t in self._flight.running() if t.claim is not None]
+
+    def _rows(self) -> list[Row]:
+        claims = [(t.claim, t.is_reading) for t in self._running()]
+        return [Row(c.prompt, c.total, reading) for c, reading in claims if c]
 
     def _held_nbytes(self) -> int:
         """What the caches of the requests that run hold."""
@@ -340,7 +363,8 @@ class Admission:
             found = self._prefill.sizes(rows)
             return [n for n in found if step_max is None or n <= step_max] or found[-1:]
 
-        options = self._demand.to_the_end(running, self._held_nbytes(), sizes, claim)
+        rows = [*self._rows(), Row(claim.prompt, claim.total)]
+        options = self._demand.to_the_end(rows, self._held_nbytes(), sizes)
         may_wait = time.monotonic() < claim.deadline
         # Those that are held come before this one, and will run before it.
         ahead = len(running) + len(self.held)
@@ -363,14 +387,9 @@ class Admission:
             raise ContextTooLong(
                 f"The request needs memory for {claim.total} tokens "
                 f"({claim.prompt} of the prompt, {claim.total - claim.prompt} to "
-                f"generate); this server has room for {self._room_in_words()}."
+                "generate); this server has room for "
+                f"{format_tokens(self._room_tokens)}."
             )
-
-    def _room_in_words(self) -> str:
-        room = self.ceiling(learned=False).size - self._baseline
-        step = self._prefill.sizes()[-1]
-        tokens = self._demand.longest(room, step, self._flags.max_active_kv)
-        return f"about {format_tokens(tokens)}"
 
     def hold(self, ticket: Ticket) -> None:
         """``ticket`` waits until `next_held` gives it out."""
@@ -449,7 +468,7 @@ class Admission:
     def _make_room(self, sizes: Callable[[int], list[int]]) -> bool:
         """Whether the next step fits, with prompts read in one of these sizes."""
         running = self._running()
-        options = self._demand.next_step(running, self._held_nbytes(), sizes)
+        options = self._demand.next_step(self._rows(), self._held_nbytes(), sizes)
         found = decide(self._situation(running), options)
         if found.verdict == "admit":
             self._carry_out(found)
@@ -491,7 +510,7 @@ class Admission:
             return True
         running = self._running()
         (step,) = self._demand.next_step(
-            running, self._held_nbytes(), lambda rows: [self._prefill.size]
+            self._rows(), self._held_nbytes(), lambda rows: [self._prefill.size]
         )
         wanted = Option(step.step, step.growth + size, alone=0)
         found = decide(self._situation(running), [wanted])

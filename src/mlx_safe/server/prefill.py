@@ -5,14 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from ..memory.demand import step_sizes
 from . import compat
 
-__all__ = ["STEP_MIN", "PrefillStep"]
-
-# Below so many tokens a step is dominated by what it costs in any case.
-STEP_MIN = 64
-# Prompts that mlx-lm reads together (--prompt-concurrency), at most.
-ROWS = 8
+__all__ = ["PrefillStep"]
 
 
 class PrefillStep:
@@ -41,10 +37,8 @@ class PrefillStep:
             rows: prompts that are read together; a step reads so many tokens of
                 each, and has no more in all than suits the memory.
         """
-        rows = min(max(rows, 1), ROWS)
-        found = [self.full]
-        while found[-1] // 2 * rows >= STEP_MIN:
-            found.append(found[-1] // 2)
+        rows = max(rows, 1)
+        found = step_sizes(self.full, rows)
         if self._comfortable == self.full:
             return found
         return [n for n in found if n * rows <= self._comfortable] or found[-1:]

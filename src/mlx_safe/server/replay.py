@@ -12,8 +12,9 @@ import time
 from typing import Any
 
 from .. import errors
+from ..memory.demand import STEP_MIN
 from . import compat
-from .prefill import STEP_MIN, PrefillStep
+from .prefill import PrefillStep
 from .replies import is_allocation_failure
 from .tickets import Flight, Ticket
 
