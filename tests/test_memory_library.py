@@ -382,21 +382,41 @@ def cases(draw: st.DrawFn) -> tuple[Situation, list[Option]]:
         reusable=draw(SIZES),
         baseline=draw(SIZES),
         running=draw(st.integers(0, 3)),
+        promised=draw(st.booleans()),
+        alone=draw(st.booleans()),
         may_wait=draw(st.booleans()),
         kv_limit=draw(st.none() | SIZES),
     )
     growths = sorted(draw(st.lists(SIZES, min_size=1, max_size=4)), reverse=True)
     alone = draw(st.integers(0, growths[-1]))
+    least = draw(st.integers(0, alone))
     kv = draw(SIZES)
     kv_alone = draw(st.integers(0, kv))
     return now, [
-        Option(2 ** (10 - i), growth, alone, kv, kv_alone)
+        Option(2 ** (10 - i), growth, alone, least, kv, kv_alone)
         for i, growth in enumerate(growths)
     ]
 
 
 def growth_of(options: list[Option], found: Decision) -> int:
     return next(o.growth for o in options if o.step == found.step)
+
+
+def is_below_the_ceiling(now: Situation, options: list[Option]) -> bool:
+    all_given = now.active - now.evictable - now.reusable
+    return any(
+        all_given + o.growth <= now.ceiling
+        and (now.kv_limit is None or o.kv <= now.kv_limit)
+        for o in options
+    )
+
+
+def is_tried(now: Situation, options: list[Option]) -> bool:
+    """It was promised a place, is alone, and only estimates or faults are against it."""
+    all_given = now.active - now.evictable - now.reusable
+    may_fit = all_given + options[-1].least <= now.later
+    tried = now.promised and now.alone and may_fit
+    return tried and not is_below_the_ceiling(now, options)
 
 
 @settings(max_examples=150)
@@ -410,9 +430,12 @@ def test_what_is_admitted_stays_below_the_ceiling(
         return
     active = now.active - found.evict - (now.reusable if found.take_over else 0)
     pool = 0 if found.free_pool else now.pool
+    assert found.missing == 0
+    if is_tried(now, options):
+        assert active + options[-1].least + pool <= now.later
+        return
     assert active + growth_of(options, found) + pool <= now.ceiling
     assert now.kv_limit is None or options[0].kv <= now.kv_limit
-    assert found.missing == 0
 
 
 @settings(max_examples=150)
@@ -422,12 +445,7 @@ def test_nothing_is_refused_that_the_pool_or_the_prompt_cache_could_give(
 ) -> None:
     now, options = case
     found = decide(now, options)
-    all_given = now.active - now.evictable - now.reusable
-    fits = any(
-        all_given + o.growth <= now.ceiling
-        and (now.kv_limit is None or o.kv <= now.kv_limit)
-        for o in options
-    )
+    fits = is_below_the_ceiling(now, options) or is_tried(now, options)
     assert (found.verdict == "admit") == fits
 
 
@@ -439,6 +457,10 @@ def test_the_order_is_kept(case: tuple[Situation, list[Option]]) -> None:
     assert 0 <= found.evict <= now.evictable
     if found.verdict != "admit":
         assert found.evict == 0 and not found.take_over
+        return
+    if is_tried(now, options):
+        assert (found.evict, found.free_pool) == (now.evictable, now.pool > 0)
+        assert found.step == options[-1].step
         return
     missing = now.active + growth_of(options, found) - now.ceiling
     # No more is evicted than is missing, and nothing before the pool is freed.
@@ -461,6 +483,7 @@ def test_waiting_refusing_and_never(case: tuple[Situation, list[Option]]) -> Non
     too_big = now.baseline + last.alone > now.later or (
         now.kv_limit is not None and last.kv_alone > now.kv_limit
     )
+    too_big = too_big and not now.promised
     if found.verdict == "never":
         assert too_big
     elif found.verdict == "wait":

@@ -63,6 +63,24 @@ Admission.before_step, Admission._preempt = inflate, preempt_and_let_go
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
+# The protected server, to which each step seems to have taken five times as much
+# besides, once the model is loaded.
+DEAR = """
+import sys
+from mlx_safe.cli import main
+from mlx_safe.memory.estimate import Transients
+from mlx_safe.server.admission import Admission
+observe, loaded = Transients.observe, Admission.model_loaded
+def observe_dear(self, tokens, context, nbytes):
+    observe(self, tokens, context, 5 * nbytes)
+    observe(self, tokens, context, nbytes)
+def loaded_then_dear(self, provider):
+    loaded(self, provider)
+    Transients.observe = observe_dear
+Admission.model_loaded = loaded_then_dear
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
 
 def gauges(server: Server) -> dict[str, float]:
     """The samples of /metrics that have no labels, without their prefix."""
@@ -181,6 +199,30 @@ def test_what_can_never_fit_is_told_so(
     assert small.chat(**more).status == 200
 
 
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
+def test_what_was_told_to_fit_is_not_ended_by_an_estimate(
+    tiny_model: Path, more: dict[str, Any]
+) -> None:
+    """Alone, up to the last token that the log had room for, whatever was learned."""
+    arguments = ["--max-active-memory-bytes", str(CEILING)]
+    with Server(tiny_model, *arguments, program=DEAR) as server:
+        server.wait_ready()
+        room = int(room_told(server).split()[0])
+        for i, share in enumerate((0.8, 0.9, 1.0)):
+            tokens = int(share * room) - 8
+            # Nothing of the one before is in the prompt cache.
+            body = {"prompt": "abc"[i] * tokens, "max_tokens": 8, **more}
+            answer = server.post(body, "/v1/completions", timeout=300)
+            assert answer.status == 200, (share, answer.body)
+            assert answer.json["usage"]["prompt_tokens"] == tokens
+        assert gauges(server)["refused_total"] == 0
+        # The estimate was against it: one token more, and it is believed.
+        body = {"prompt": "d" * (room + 1), "max_tokens": 8, **more}
+        refused = server.post(body, "/v1/completions", timeout=300)
+        assert refused.error["code"] == "context_length_exceeded"
+        assert f"room for {room} tokens." in refused.error["message"]
+
+
 def test_the_prompt_cache_makes_room(small: Server) -> None:
     """Nothing is refused that old entries of the prompt cache could give."""
     for i in range(6):
@@ -291,10 +333,10 @@ def test_a_fault_lowers_the_ceiling(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
-def test_what_a_fault_has_taught_refuses_no_replay(
+def test_what_a_fault_has_taught_refuses_nothing_that_is_alone(
     tiny_model: Path, more: dict[str, Any]
 ) -> None:
-    """Run again by itself it is tried, though it needs more than was learned."""
+    """It is tried, though it needs more than was learned, again or for the first time."""
     arguments = ["--max-active-memory-bytes", "2M", "--prompt-cache-size", "0"]
     with Server(tiny_model, *arguments, program=CONTROLLED) as server:
         server.wait_ready()
@@ -305,9 +347,9 @@ def test_what_a_fault_has_taught_refuses_no_replay(
         assert answer.status == 200 and answer.text == undisturbed
         assert gauges(server)["ceiling"] < 1_000_000
         assert server.metric("mlx_safe_replays_total") == 2
-        # Those that come later are told to come again.
-        refused = server.chat(**ask)
-        assert refused.error["code"] == "insufficient_memory"
+        # Nor is one that comes later and is alone: to refuse it would help nobody.
+        assert server.chat(**ask).text == undisturbed
+        assert gauges(server)["refused_total"] == 0
 
 
 def test_the_start_says_what_fits(small: Server) -> None:

@@ -5,6 +5,10 @@ entry that the request is about to reuse, instead of copying it; read the prompt
 in smaller steps; wait for those that run; refuse. So nothing is refused while the
 pool or the prompt cache holds what is missing, and the entry to be reused is
 never evicted: taken over, its content lives on in the request.
+
+Estimates, and what faults have taught, decide on what runs together. A request that
+has been promised a place and is alone is tried in the smallest step in any case, as
+long as its caches have room: whether a step has, MLX tells.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ class Situation:
             does not reuse. reusable: what the entry holds that it does.
         baseline: what is active when nothing runs and the prompt cache is empty.
         running: requests that will end and give memory back.
+        promised: the request has a place, once it is alone. alone: it is.
         may_wait: the request has time left.
         kv_limit: what the caches of all running requests may hold
             (``--max-active-kv-bytes``); None: no limit.
@@ -43,6 +48,8 @@ class Situation:
     reusable: int = 0
     baseline: int = 0
     running: int = 0
+    promised: bool = False
+    alone: bool = False
     may_wait: bool = True
     kv_limit: int | None = None
 
@@ -54,13 +61,15 @@ class Option:
     Attributes:
         growth: bytes that all running requests, this one among them, will still
             grow by, with the transient of a step.
-        alone: bytes that it would grow by if it ran alone, likewise.
+        alone: bytes that it would grow by if it ran alone, likewise. least: of
+            them, what its caches take in any case.
         kv: bytes of the caches of all of them at the end. kv_alone: of its own.
     """
 
     step: int
     growth: int
-    alone: int
+    alone: int = 0
+    least: int = 0
     kv: int = 0
     kv_alone: int = 0
 
@@ -106,8 +115,13 @@ def decide(now: Situation, options: Iterable[Option]) -> Decision:
         verdict="refuse",
         missing=max(1, missing),
     )
+    given = now.evictable + now.reusable
+    if now.promised and now.alone and now.active + last.least <= now.later + given:
+        take_over = now.reusable > 0
+        return replace(found, verdict="admit", take_over=take_over, missing=0)
     too_much_kv = now.kv_limit is not None and last.kv_alone > now.kv_limit
-    if too_much_kv or now.baseline + last.alone > now.later:
+    too_long = too_much_kv or now.baseline + last.alone > now.later
+    if too_long and not now.promised:
         # No reason to throw anything away.
         return replace(found, verdict="never", free_pool=False, evict=0)
     if now.running > 0 and now.may_wait:

@@ -76,7 +76,7 @@ class Demand:
             grown = len(rows) * self.cost.growth(chunk)
             caches = min(grown, max(0, self._most(rows, chunk) - held))
             growth = caches + self._transient(rows, chunk)
-            yield Option(step, growth, alone=caches)
+            yield Option(step, growth, least=caches)
 
     def longest(
         self, room: int, steps: Steps, kv_limit: int | None = None, rows: int = 1
@@ -106,16 +106,18 @@ class Demand:
         chunk = _chunk(rows, step)
         longest = max((row.total for row in rows), default=0)
         growth = max(0, self._most(rows, chunk) - held)
-        alone = kv_alone = 0
+        alone = least = kv_alone = 0
         if rows:
             new = rows[-1]
             kv_alone = self.cost.nbytes(new.total, step=chunk)
             own = min(step, new.prompt)
             alone = kv_alone + self.transients.predict(own, new.prompt)
+            least = self.cost.at_least(new.total)
         return Option(
             step=step,
             growth=growth + self._transient(rows, chunk),
             alone=alone,
+            least=least,
             kv=self.cost.nbytes(longest, rows=len(rows), step=chunk),
             kv_alone=kv_alone,
         )

@@ -214,16 +214,14 @@ class Admission:
 
     def _situation(
         self,
-        requests: list[Ticket],
         reusable: int = 0,
         running: int = 0,
         may_wait: bool = False,
+        promised: bool = False,
+        alone: bool = False,
     ) -> Situation:
-        # A request that is run again by itself is tried: what a fault has taught is
-        # not to be refused for, as long as it has attempts left.
-        tried = len(requests) == 1 and requests[0].attempts > 0
         return Situation(
-            ceiling=self.ceiling(learned=not tried).size,
+            ceiling=self.ceiling().size,
             later=self.ceiling(learned=False).size,
             active=int(mx.get_active_memory()),
             pool=int(mx.get_cache_memory()),
@@ -231,6 +229,8 @@ class Admission:
             reusable=reusable,
             baseline=self._baseline,
             running=running,
+            promised=promised,
+            alone=alone,
             may_wait=may_wait,
             kv_limit=self._flags.max_active_kv,
         )
@@ -368,7 +368,9 @@ class Admission:
         may_wait = time.monotonic() < claim.deadline
         # Those that are held come before this one, and will run before it.
         ahead = len(running) + len(self.held)
-        now = self._situation([*running, ticket], reusable, ahead, may_wait)
+        # What had begun, and what the log said there is room for.
+        promised = ticket.context is not None or claim.total <= self._room_tokens
+        now = self._situation(reusable, ahead, may_wait, promised, not running)
         return decide(now, options)
 
     def _conclude(self, found: Decision, claim: Claim) -> None:
@@ -426,7 +428,7 @@ class Admission:
         been answered.
         """
         running = self._running() if self._enabled else []
-        if not running or self._make_room(self._prefill.sizes):
+        if not running or self._make_room(self._prefill.sizes, len(running) == 1):
             return []
         # The one that came last goes first; what it has so far is not lost. Its
         # memory is free only when mlx-lm has dropped it, so it is one at a time.
@@ -456,20 +458,30 @@ class Admission:
             return
         if before:
             self.observer.end(self._single_length - before, self._single_length)
-        if not self._make_room(lambda rows: [self._prefill.size]):
-            smaller = [n for n in self._prefill.sizes() if n < self._prefill.size]
-            if not smaller or not self._make_room(lambda rows: smaller):
+        size = self._prefill.size
+        if not self._make_room(lambda rows: [size]):
+            # Only of a prompt: an answer has steps of one token.
+            smaller = [n for n in self._prefill.sizes() if n < size]
+            smaller = smaller if ticket.is_reading else []
+            if not self._make_room(lambda rows: smaller or [size], alone=True):
                 self._end(ticket)
                 raise NotEnoughMemory("there is no memory for the next step")
-            ticket.step_max = self._prefill.size
-            raise Held
+            if smaller:
+                ticket.step_max = self._prefill.size
+                raise Held
         self.observer.begin()
 
-    def _make_room(self, sizes: Callable[[int], list[int]]) -> bool:
-        """Whether the next step fits, with prompts read in one of these sizes."""
-        running = self._running()
+    def _make_room(
+        self, sizes: Callable[[int], list[int]], alone: bool = False
+    ) -> bool:
+        """Whether the next step fits, with prompts read in one of these sizes.
+
+        Args:
+            alone: one request runs. It was let in, and goes on as long as there is
+                room for what it holds; an estimate does not end it.
+        """
         options = self._demand.next_step(self._rows(), self._held_nbytes(), sizes)
-        found = decide(self._situation(running), options)
+        found = decide(self._situation(promised=alone, alone=alone), options)
         if found.verdict == "admit":
             self._carry_out(found)
         return found.verdict == "admit"
@@ -508,12 +520,11 @@ class Admission:
         """Whether the prompt cache may have so many bytes more; evicts for them."""
         if not self._enabled:
             return True
-        running = self._running()
         (step,) = self._demand.next_step(
             self._rows(), self._held_nbytes(), lambda rows: [self._prefill.size]
         )
         wanted = Option(step.step, step.growth + size, alone=0)
-        found = decide(self._situation(running), [wanted])
+        found = decide(self._situation(), [wanted])
         if found.verdict == "admit":
             self._carry_out(found)
         return found.verdict == "admit"
