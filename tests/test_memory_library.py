@@ -170,8 +170,10 @@ def test_the_learned_ceiling_stays_before_it_rises() -> None:
     assert learned.value(36 * GB) == 26 * GB
     clock.now = 300 + 1800
     assert learned.value(36 * GB) == 31 * GB
+    assert learned.remaining == 1800
     clock.now = 300 + 3600
     assert learned.value(36 * GB) is None
+    assert learned.remaining == 0
 
 
 # -- estimates against real caches -------------------------------------------------
@@ -411,12 +413,20 @@ def is_below_the_ceiling(now: Situation, options: list[Option]) -> bool:
     )
 
 
+def is_too_long(now: Situation, options: list[Option]) -> bool:
+    last = options[-1]
+    too_big = now.baseline + last.alone > now.later or (
+        now.kv_limit is not None and last.kv_alone > now.kv_limit
+    )
+    return too_big and not now.promised
+
+
 def is_tried(now: Situation, options: list[Option]) -> bool:
-    """It was promised a place, is alone, and only estimates or faults are against it."""
+    """It is alone, and only estimates or faults are against it."""
+    if is_below_the_ceiling(now, options) or is_too_long(now, options):
+        return False
     all_given = now.active - now.evictable - now.reusable
-    may_fit = all_given + options[-1].least <= now.later
-    tried = now.promised and now.alone and may_fit
-    return tried and not is_below_the_ceiling(now, options)
+    return now.alone and all_given + options[-1].least <= now.later
 
 
 @settings(max_examples=150)
@@ -479,11 +489,7 @@ def test_the_order_is_kept(case: tuple[Situation, list[Option]]) -> None:
 def test_waiting_refusing_and_never(case: tuple[Situation, list[Option]]) -> None:
     now, options = case
     found = decide(now, options)
-    last = options[-1]
-    too_big = now.baseline + last.alone > now.later or (
-        now.kv_limit is not None and last.kv_alone > now.kv_limit
-    )
-    too_big = too_big and not now.promised
+    too_big = is_too_long(now, options)
     if found.verdict == "never":
         assert too_big
     elif found.verdict == "wait":

@@ -94,9 +94,9 @@ def gauges(server: Server) -> dict[str, float]:
 
 def room_told(server: Server) -> str:
     """What the log said at the start, such as ``"2500 tokens"``."""
-    found = re.search(r"room for (.*) \(", server.log)
-    assert found
-    return found[1]
+    told = re.compile(r"room for (.*) \(")
+    assert eventually(lambda: bool(told.search(server.log)))
+    return told.findall(server.log)[0]
 
 
 @contextlib.contextmanager
@@ -320,23 +320,36 @@ def test_memory_that_others_take_costs_a_pause_and_no_request(
 
 
 def test_a_fault_lowers_the_ceiling(tiny_model: Path) -> None:
-    arguments = ["--max-active-memory-bytes", str(CEILING)]
+    """For what runs together: one is served alone, the next is told why it is not."""
+    arguments = ["--max-active-memory-bytes", "200M", "--memory-wait", "0"]
     with Server(tiny_model, *arguments, program=CONTROLLED) as server:
         server.wait_ready()
         before = gauges(server)
-        assert before["ceiling"] == before["ceiling_static"] == CEILING
+        assert before["ceiling"] == before["ceiling_static"] == 200e6
+        assert server.get("/health").json == {"status": "ok"}
         server.plan("prefill:1:8")
         assert server.chat("some prompt of some length").status == 200
         after = gauges(server)
-        assert after["ceiling"] < after["ceiling_static"] == CEILING
-        assert eventually(lambda: "out of memory with" in server.log)
+        assert after["ceiling"] < after["ceiling_static"] == 200e6
+        assert "out of memory with" in server.log
+        # More than the ceiling is now, by itself.
+        assert after["ceiling"] < 512 * ENDLESS
+        with endless_request(server):
+            refused = server.chat()
+            assert refused.error["code"] == "insufficient_memory"
+            for told in (
+                refused.error["message"],
+                server.get("/health").json["memory"],
+            ):
+                assert "the GPU ran out of memory" in told
+                assert "instead of 200.0 MB" in told and "min" in told
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
 def test_what_a_fault_has_taught_refuses_nothing_that_is_alone(
     tiny_model: Path, more: dict[str, Any]
 ) -> None:
-    """It is tried, though it needs more than was learned, again or for the first time."""
+    """It is tried, though it needs more than was learned, run again or new."""
     arguments = ["--max-active-memory-bytes", "2M", "--prompt-cache-size", "0"]
     with Server(tiny_model, *arguments, program=CONTROLLED) as server:
         server.wait_ready()

@@ -6,9 +6,9 @@ in smaller steps; wait for those that run; refuse. So nothing is refused while t
 pool or the prompt cache holds what is missing, and the entry to be reused is
 never evicted: taken over, its content lives on in the request.
 
-Estimates, and what faults have taught, decide on what runs together. A request that
-has been promised a place and is alone is tried in the smallest step in any case, as
-long as its caches have room: whether a step has, MLX tells.
+What faults have taught, and estimates of what is active besides, decide on what runs
+together. A request that is alone and not too long is tried in the smallest step in
+any case, as long as its caches have room: whether a step has, MLX tells.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Situation:
             does not reuse. reusable: what the entry holds that it does.
         baseline: what is active when nothing runs and the prompt cache is empty.
         running: requests that will end and give memory back.
-        promised: the request has a place, once it is alone. alone: it is.
+        promised: it is not too long, whatever an estimate says now. alone: nothing
+            else runs.
         may_wait: the request has time left.
         kv_limit: what the caches of all running requests may hold
             (``--max-active-kv-bytes``); None: no limit.
@@ -115,15 +116,15 @@ def decide(now: Situation, options: Iterable[Option]) -> Decision:
         verdict="refuse",
         missing=max(1, missing),
     )
-    given = now.evictable + now.reusable
-    if now.promised and now.alone and now.active + last.least <= now.later + given:
-        take_over = now.reusable > 0
-        return replace(found, verdict="admit", take_over=take_over, missing=0)
     too_much_kv = now.kv_limit is not None and last.kv_alone > now.kv_limit
     too_long = too_much_kv or now.baseline + last.alone > now.later
     if too_long and not now.promised:
         # No reason to throw anything away.
         return replace(found, verdict="never", free_pool=False, evict=0)
+    given = now.evictable + now.reusable
+    if now.alone and now.active + last.least <= now.later + given:
+        take_over = now.reusable > 0
+        return replace(found, verdict="admit", take_over=take_over, missing=0)
     if now.running > 0 and now.may_wait:
         # Entries stay while it waits: what runs may end and make room.
         return replace(found, verdict="wait", evict=0)

@@ -139,6 +139,14 @@ class LearnedCeiling:
         with self._lock:
             return self._value(static)
 
+    @property
+    def remaining(self) -> float:
+        """Seconds until what was learned is forgotten; 0 when nothing is known."""
+        with self._lock:
+            if self._low is None:
+                return 0.0
+            return max(0.0, self._since + HOLD_S + RETURN_S - self._clock())
+
     def _value(self, static: int) -> int | None:
         if self._low is None:
             return None

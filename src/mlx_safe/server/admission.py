@@ -22,13 +22,13 @@ import mlx.core as mx
 
 from .. import errors
 from ..memory.budget import Decision, Option, Situation, decide
-from ..memory.ceiling import Ceiling, LearnedCeiling, ceiling
 from ..memory.demand import Demand, Row
 from ..memory.estimate import CacheCost, Transients, calibrate
-from ..memory.machine import read_machine, usage
+from ..memory.machine import usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
 from . import compat
+from .limits import Limits
 from .observer import Observer
 from .prefill import PrefillStep
 from .prompt_cache import PromptCache
@@ -39,9 +39,6 @@ from .tickets import Claim, Flight, Ticket
 __all__ = ["Admission", "Held", "MemoryFlags", "NoRoom"]
 
 log = logging.getLogger("mlx_safe.server")
-
-# What the process holds besides MLX's memory changes slowly.
-CEILING_MAX_AGE_S = 1.0
 
 # How long a request that had begun may wait to go on, whatever --memory-wait says.
 BEGUN_WAIT_S = 60.0
@@ -81,7 +78,7 @@ class Admission:
     """The budget of one server. Used by the generation thread only.
 
     Attributes of other threads' interest, read without a lock: ``sizing``,
-    ``peak`` (bytes, the most that was active), ``held`` and ``events``.
+    ``limits``, ``held`` and ``events``.
     """
 
     def __init__(
@@ -98,10 +95,7 @@ class Admission:
         self._user_limit = prompt_cache.max_bytes if prompt_cache.is_limited else None
         self._prefill = prefill
         self._enabled = enabled
-        self._machine = read_machine()
-        self._learned = LearnedCeiling()
-        self._static: Ceiling | None = None
-        self._static_at = 0.0
+        self.limits = Limits(flags.max_active_memory)
         self._measured: Any = None
         self._baseline = 0
         self._demand = Demand(CacheCost(), Transients())
@@ -146,7 +140,7 @@ class Admission:
         self._size_up()
 
     def _size_up(self) -> None:
-        ceiling = self.ceiling(learned=False)
+        ceiling = self.limits.static()
         self._prefill.settle(None)
         self.sizing = sizing(
             model=self._baseline,
@@ -195,23 +189,6 @@ class Admission:
 
     # -- the situation -------------------------------------------------------------
 
-    def ceiling(self, *, learned: bool = True) -> Ceiling:
-        """The ceiling now, or as it will be when what was learned is forgotten."""
-        now = time.monotonic()
-        if self._static is None or now - self._static_at > CEILING_MAX_AGE_S:
-            self._static = self._look(None)
-            self._static_at = now
-        low = self._learned.value(self._static.size) if learned else None
-        return self._static if low is None else self._look(low)
-
-    def _look(self, learned: int | None) -> Ceiling:
-        return ceiling(
-            self._machine,
-            explicit=self._flags.max_active_memory,
-            overhead=usage().overhead,
-            learned=learned,
-        )
-
     def _situation(
         self,
         reusable: int = 0,
@@ -221,8 +198,8 @@ class Admission:
         alone: bool = False,
     ) -> Situation:
         return Situation(
-            ceiling=self.ceiling().size,
-            later=self.ceiling(learned=False).size,
+            ceiling=self.limits.now().size,
+            later=self.limits.static().size,
             active=int(mx.get_active_memory()),
             pool=int(mx.get_cache_memory()),
             evictable=max(0, int(self._prompt_cache.nbytes) - reusable),
@@ -272,16 +249,7 @@ class Admission:
 
     def out_of_memory(self) -> None:
         """A fault or an allocation failure: lowers the ceiling below what is active."""
-        active = int(mx.get_active_memory())
-        static = self.ceiling(learned=False).size
-        value = self._learned.fault(active, self._baseline, static)
-        breadcrumb("ceiling", "out of memory", active=active, bytes=value)
-        # The failure has its own line, a warning; this is what follows from it.
-        log.info(
-            "out of memory with %s active: the ceiling is %s for now",
-            format_size(active),
-            format_size(value),
-        )
+        self.limits.out_of_memory(int(mx.get_active_memory()), self._baseline)
 
     def gauges(self) -> dict[str, float]:
         """What `metrics.MEMORY_GAUGES` shows. Any thread."""
@@ -290,8 +258,8 @@ class Admission:
             "active": now.active,
             "peak": max(self.observer.peak, now.peak),
             "pool": now.pool,
-            "ceiling": self.ceiling().size,
-            "ceiling_static": self.ceiling(learned=False).size,
+            "ceiling": self.limits.now().size,
+            "ceiling_static": self.limits.static().size,
             "model": self._baseline,
             "prompt_cache_limit": self._prompt_cache.max_bytes,
             "held": len(self.held),
@@ -303,7 +271,7 @@ class Admission:
 
     def figures(self) -> dict[str, int]:
         """What crash reports tell besides MLX's and the system's. Any thread."""
-        return {"peak": self.observer.peak, "ceiling": self.ceiling().size}
+        return {"peak": self.observer.peak, "ceiling": self.limits.now().size}
 
     # -- requests that come in -------------------------------------------------------
 
@@ -379,10 +347,12 @@ class Admission:
             raise Held
         if found.verdict == "refuse":
             self.events["refused"] += 1
+            why = self.limits.lowered
             raise NotEnoughMemory(
                 "There is not enough memory for this request at the moment: "
                 f"{format_size(found.missing)} are missing for its "
-                f"{claim.prompt} tokens and {claim.total - claim.prompt} more."
+                f"{claim.prompt} tokens and {claim.total - claim.prompt} more"
+                f"{f' ({why})' if why else ''}."
             )
         if found.verdict == "never":
             self.events["too_long"] += 1

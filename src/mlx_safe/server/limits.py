@@ -1,0 +1,83 @@
+"""The ceiling of one server: the machine, the flag, and what faults have taught."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ..memory.ceiling import Ceiling, LearnedCeiling, ceiling
+from ..memory.machine import read_machine, usage
+from ..memory.sizes import format_size
+from .recorder import breadcrumb
+
+__all__ = ["Limits"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# What the process holds besides MLX's memory changes slowly.
+MAX_AGE_S = 1.0
+
+
+class Limits:
+    """How much may be active. `out_of_memory` is the generation thread's.
+
+    Args:
+        explicit: ``--max-active-memory-bytes``; None: not given.
+    """
+
+    def __init__(self, explicit: int | None) -> None:
+        self.machine = read_machine()
+        self._explicit = explicit
+        self._learned = LearnedCeiling()
+        self._static: Ceiling | None = None
+        self._static_at = 0.0
+
+    def static(self) -> Ceiling:
+        """The ceiling as it will be when what was learned is forgotten."""
+        now = time.monotonic()
+        if self._static is None or now - self._static_at > MAX_AGE_S:
+            self._static = self._look(None)
+            self._static_at = now
+        return self._static
+
+    def now(self) -> Ceiling:
+        """The ceiling that holds now."""
+        static = self.static()
+        low = self._learned.value(static.size)
+        return static if low is None else self._look(low)
+
+    def _look(self, learned: int | None) -> Ceiling:
+        return ceiling(
+            self.machine,
+            explicit=self._explicit,
+            overhead=usage().overhead,
+            learned=learned,
+        )
+
+    @property
+    def lowered(self) -> str | None:
+        """What clients are told of a ceiling that a fault has lowered; else None."""
+        static = self.static().size
+        low = self._learned.value(static)
+        if low is None:
+            return None
+        return (
+            "the GPU ran out of memory: requests that run together may have "
+            f"{format_size(low)} instead of {format_size(static)}, and all of it again "
+            f"in {-(-self._learned.remaining // 60):.0f} min"
+        )
+
+    def out_of_memory(self, active: int, baseline: int) -> None:
+        """A fault or an allocation failure with ``active`` bytes.
+
+        Args:
+            baseline: of them, what is active when nothing runs.
+        """
+        value = self._learned.fault(active, baseline, self.static().size)
+        breadcrumb("ceiling", "out of memory", active=active, bytes=value)
+        # The failure has its own line, a warning; this is what follows from it.
+        log.info(
+            "out of memory with %s active: the ceiling is %s for now",
+            format_size(active),
+            format_size(value),
+        )
