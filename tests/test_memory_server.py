@@ -433,6 +433,17 @@ def test_a_limit_that_leaves_no_room_is_told_at_the_start(
         assert "Traceback" not in server.log
 
 
+def test_a_ceiling_beyond_the_machine_is_warned_of(tiny_model: Path) -> None:
+    with Server(tiny_model, "--max-active-memory-bytes", "30T") as server:
+        server.wait_ready()
+        warned = (
+            "--max-active-memory-bytes 30000000000000 is more than this machine has"
+        )
+        assert eventually(lambda: warned in server.log)
+        assert "with no margin; without the flag it is" in server.log
+        assert gauges(server)["ceiling"] < 30e12
+
+
 def test_the_doctor(tiny_model: Path) -> None:
     code = f"""
     from mlx_safe.cli import main

@@ -195,6 +195,9 @@ def test_bad_values_are_one_clear_line(tiny_model: Path) -> None:
         ("--prompt-keep-tokens", "9", "--max-prompt-tokens", "9", *truncate),
         ("--max-kv-size", "64", "--draft-model", str(tiny_model)),
         ("--prompt-cache-size", "-1"),
+        # mlx-lm would take requests and never begin with them.
+        ("--prompt-concurrency", "0"),
+        ("--decode-concurrency", "0"),
     ]
     ran = child.run(
         f"""

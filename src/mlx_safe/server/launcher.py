@@ -444,6 +444,11 @@ def check_paths(args: argparse.Namespace) -> None:
 def _check_kv_flags(own: argparse.Namespace, args: argparse.Namespace) -> None:
     if args.prompt_cache_size < 0:
         raise CommandError("--prompt-cache-size: must be 0 or more")
+    # With 0 mlx-lm takes requests and never begins with them.
+    for flag in ("prompt_concurrency", "decode_concurrency"):
+        if getattr(args, flag) < 1:
+            option = "--" + flag.replace("_", "-")
+            raise CommandError(f"{option} {getattr(args, flag)}: must be at least 1")
     if own.max_kv_size is None:
         return
     # mlx-lm cannot rewind or quantize the rotating caches that it needs.

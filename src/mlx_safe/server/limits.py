@@ -31,6 +31,21 @@ class Limits:
         self._learned = LearnedCeiling()
         self._static: Ceiling | None = None
         self._static_at = 0.0
+        self._warn_of_too_large_a_flag()
+
+    def _warn_of_too_large_a_flag(self) -> None:
+        found = self.static()
+        if self._explicit is None or found.reason.name == "flag":
+            return
+        usual = ceiling(self.machine, overhead=usage().overhead)
+        log.warning(
+            "--max-active-memory-bytes %d is more than this machine has: the ceiling "
+            "is %s (%s), with no margin; without the flag it is %s",
+            self._explicit,
+            format_size(found.size),
+            found.reason.source,
+            format_size(usual.size),
+        )
 
     def static(self) -> Ceiling:
         """The ceiling as it will be when what was learned is forgotten."""
