@@ -36,6 +36,11 @@ def read(request: Any) -> tuple[list[int], list[list[int]], str]:
     return prompt, [prompt], "normal"
 
 
+def encode(text: str) -> list[int]:
+    """A tokenizer that puts 98 before every text and 99 behind it."""
+    return [98, *map(ord, text), 99]
+
+
 def said(role: str, length: int = 3, **more: Any) -> Message:
     return {"role": role, "length": length, **more}
 
@@ -86,7 +91,7 @@ def test_what_stays_is_whole(chat: list[Message], limit: int, keep: int) -> None
     overflow = Overflow(limit, "truncate", min(keep, limit - 1))
     before = [dict(m) for m in chat]
     try:
-        found, cut = overflow.fit(request([dict(m) for m in chat]), read)
+        found, cut = overflow.fit(request([dict(m) for m in chat]), read, encode)
     except ContextTooLong:
         # Not even the shortest way fits.
         ways = shortenings(before, 0)
@@ -125,7 +130,7 @@ def test_the_oldest_turns_go_and_the_beginning_is_steady() -> None:
     for turn in range(60):
         chat += [said("user"), said("assistant")]
         asked = [{**m, "number": i} for i, m in enumerate([*chat, said("user")])]
-        found, cut = Overflow(200, "truncate").fit(request(asked), read)
+        found, cut = Overflow(200, "truncate").fit(request(asked), read, encode)
         assert len(found[0]) > 150 or cut is None
         assert found[0][0] == 0 and found[0][5] % 2 == 1  # system, then a user
         begins.append(found[0][5])
@@ -143,7 +148,7 @@ def test_the_steps_of_the_last_turn_go_when_nothing_else_is_left() -> None:
         call = said("assistant", 1, tool_calls=[{"id": f"c{i}"}])
         chat += [call, said("tool", 5, tool_call_id=f"c{i}")]
     chat = [{**m, "number": i} for i, m in enumerate(chat)]
-    found, cut = Overflow(100, "truncate").fit(request(chat), read)
+    found, cut = Overflow(100, "truncate").fit(request(chat), read, encode)
     kept = sorted(set(found[0]))
     assert kept[:2] == [0, 3]
     assert kept[2:] == list(range(kept[2], len(chat)))
@@ -154,7 +159,7 @@ def test_the_steps_of_the_last_turn_go_when_nothing_else_is_left() -> None:
 def test_messages_of_the_beginning_stay_if_asked_for() -> None:
     chat = [said("system"), *[said("user"), said("assistant")] * 20, said("user")]
     chat = [{**m, "number": i} for i, m in enumerate(chat)]
-    found, _ = Overflow(100, "truncate", 27).fit(request(chat), read)
+    found, _ = Overflow(100, "truncate", 27).fit(request(chat), read, encode)
     kept = sorted(set(found[0]))
     assert kept[:6] == [0, 1, 2, 3, 4, kept[5]]  # 5 + 4 * 5 = 25 tokens
     assert kept[5] > 5 and chat[kept[5]]["role"] == "user"
@@ -162,11 +167,20 @@ def test_messages_of_the_beginning_stay_if_asked_for() -> None:
 
 def test_a_text_is_cut_by_tokens() -> None:
     text = SimpleNamespace(request_type="text", messages=None, prompt=range(100))
-    found, cut = Overflow(30, "truncate", 10).fit(text, read)
+    found, cut = Overflow(30, "truncate", 10).fit(text, read, encode)
     assert found[0] == [*range(10), *range(80, 100)]
     assert found[1:] == ([found[0]], "normal")
     assert str(cut) == "cut from 100 to 30 tokens"
-    assert Overflow(30, "truncate").fit(text, read)[0][0] == list(range(70, 100))
+    cut_at_once = Overflow(30, "truncate").fit(text, read, encode)
+    assert cut_at_once[0][0] == list(range(70, 100))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 10])
+def test_a_text_keeps_what_the_tokenizer_puts_before_it(keep: int) -> None:
+    text = SimpleNamespace(request_type="text", messages=None, prompt=[98, *range(90)])
+    found, _ = Overflow(30, "truncate", keep).fit(text, read, encode)
+    kept = max(1, keep)
+    assert found[0] == [98, *range(kept - 1), *range(60 + kept, 90)]
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self._check_limits(request, args)
             read = super()._tokenize
             found, cut = self._overflow.fit(
-                request, lambda request: read(tokenizer, request, args)
+                request,
+                lambda request: read(tokenizer, request, args),
+                tokenizer.encode,
             )
         except EXPECTED:
             raise

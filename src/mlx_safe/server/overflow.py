@@ -46,9 +46,9 @@ class Overflow:
         max_tokens: tokens of a prompt at most; None: no limit.
         policy: ``"error"`` or ``"truncate"``.
         keep_tokens: how many tokens of the beginning stay when a text prompt is
-            cut. Of a chat: after the system prompt also as many of the oldest
-            messages as have their place in so many tokens, if the others can make
-            room.
+            cut; what the tokenizer puts before every text does in any case. Of a
+            chat: after the system prompt also as many of the oldest messages as have
+            their place in so many tokens, if the others can make room.
 
     Raises:
         CommandError: they do not go together; one line that says why.
@@ -76,7 +76,10 @@ class Overflow:
         self._keep_tokens = keep_tokens
 
     def fit(
-        self, request: Any, read: Callable[[Any], tuple[Any, ...]]
+        self,
+        request: Any,
+        read: Callable[[Any], tuple[Any, ...]],
+        encode: Callable[[str], Sequence[int]],
     ) -> tuple[tuple[Any, ...], Cut | None]:
         """What ``read`` makes of ``request``, cut if need be, and how it was cut.
 
@@ -84,6 +87,7 @@ class Overflow:
             request: mlx-lm's ``CompletionRequest``.
             read: mlx-lm's ``_tokenize``: the prompt, a list of tokens, comes first
                 in what it returns, then its segments. It changes the messages.
+            encode: the tokens of a text, as ``read`` makes them.
 
         Raises:
             ContextTooLong: the prompt is too long and may not, or cannot, be cut.
@@ -103,14 +107,21 @@ class Overflow:
                 f"{self._max_tokens}."
             )
         if request.request_type != "chat":
-            prompt = self._cut_tokens(found[0])
+            prompt = self._cut_tokens(found[0], encode(""))
             return (prompt, [prompt], *found[2:]), Cut(tokens, len(prompt), 0)
         return self._cut_messages(whole, tokens, read)
 
-    def _cut_tokens(self, prompt: list[int]) -> list[int]:
+    def _cut_tokens(self, prompt: list[int], empty: Sequence[int]) -> list[int]:
+        """``empty``: the tokens of an empty text.
+
+        They begin with those that models were trained to see before every text (the
+        beginning of a sequence), without which answers get worse.
+        """
         assert self._max_tokens is not None
-        end = self._max_tokens - self._keep_tokens
-        return [*prompt[: self._keep_tokens], *prompt[-end:]]
+        alike = [a == b for a, b in zip(prompt, empty, strict=False)]
+        special = [*alike, False].index(False)
+        keep = min(max(special, self._keep_tokens), self._max_tokens - 1)
+        return [*prompt[:keep], *prompt[-(self._max_tokens - keep) :]]
 
     def _cut_messages(
         self, whole: Any, tokens: int, read: Callable[[Any], tuple[Any, ...]]
