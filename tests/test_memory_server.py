@@ -24,7 +24,10 @@ from support.server import CONTROLLED, Answer, Server, eventually
 CEILING = 6_000_000
 # Ten conversations of tens of thousands of tokens on a machine of 48 GB, scaled
 # to a model of 363 kB with 512 bytes for each token.
-CLIENTS, TURNS, GROWTH, TOKENS = 10, 3, 40, 8
+CLIENTS, TURNS, GROWTH, TOKENS = 10, 6, 20, 8
+# Prompts that come in their midst, as shares of the room, and what they are told. What
+# is closer to 1 has a test of its own, without others.
+STRANGERS = ((0.5, 200), (0.7, 200), (1.5, 400), (3.0, 400))
 
 # An answer that takes minutes, and room for one such request and not for two.
 ENDLESS = 100_000
@@ -149,6 +152,31 @@ def growing_conversations(server: Server) -> list[Answer]:
     return answers
 
 
+@contextlib.contextmanager
+def strangers(server: Server, room: int) -> Iterator[list[tuple[int, int | None]]]:
+    """Cold prompts of all lengths, on both paths, while the block runs.
+
+    Has what each was to be told, and was.
+    """
+    found: list[tuple[int, int | None]] = []
+
+    def ask(share: float, wanted: int, more: dict[str, Any]) -> None:
+        prompt = f"{more}".ljust(int(share * room) - TOKENS, "x")
+        body = {"prompt": prompt, "max_tokens": TOKENS, **more}
+        answer = server.post(body, "/v1/completions", timeout=400)
+        found.append((wanted, answer.status))
+
+    threads = [
+        threading.Thread(target=ask, args=(*stranger, more), daemon=True)
+        for stranger, more in zip(STRANGERS, 2 * [{}, {"seed": 1}], strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    yield found
+    for thread in threads:
+        thread.join(400)
+
+
 def test_ten_growing_conversations(tiny_model: Path) -> None:
     """Without a ceiling they take twice as much as with it, and all end well."""
     with Server(tiny_model) as free:
@@ -160,7 +188,8 @@ def test_ten_growing_conversations(tiny_model: Path) -> None:
     arguments = ["--max-active-memory-bytes", str(CEILING), "--memory-wait", "600"]
     with Server(tiny_model, *arguments) as server:
         server.wait_ready()
-        with sampling(server) as samples:
+        room = int(room_told(server).split()[0])
+        with sampling(server) as samples, strangers(server, room) as told:
             answers = growing_conversations(server)
         found = gauges(server)
     failures = [(a.status, a.body, a.broken) for a in answers if a.status != 200]
@@ -170,7 +199,10 @@ def test_ten_growing_conversations(tiny_model: Path) -> None:
     assert samples and max(samples) <= CEILING
     # Not only at the samples: MLX's own counter of the peak.
     assert found["peak"] <= CEILING
-    assert found["refused_total"] == found["too_long_total"] == 0
+    assert len(told) == len(STRANGERS)
+    assert all(wanted == status for wanted, status in told), told
+    assert found["refused_total"] == 0
+    assert found["too_long_total"] == sum(wanted == 400 for wanted, _ in told)
     assert "Traceback" not in server.log
 
 
