@@ -50,7 +50,7 @@ def examples() -> Iterator[tuple[str, Sizing, Demand]]:
         row = (
             f"| {ram} GB | {name}, {model} GB | {format_size(fits.ceiling)} "
             f"| {format_size(fits.prompt_cache)} | {format_tokens(fits.room_tokens)} "
-            f"| {fits.prompt_tokens} |"
+            f"| {fits.prompt_tokens()} |"
         )
         yield row, fits, demand
 
@@ -65,7 +65,7 @@ def test_the_worked_example() -> None:
 def test_two_at_once_are_admitted(is_reading: bool) -> None:
     """The second one, while the prompt of the first is read, and afterwards."""
     for _, fits, demand in examples():
-        prompt = fits.prompt_tokens
+        prompt = fits.prompt_tokens()
         assert prompt is not None
         first = Row(prompt, prompt + ANSWER, is_reading)
         second = Row(prompt, prompt + ANSWER)

@@ -23,7 +23,7 @@ from mlx_safe.memory.estimate import (
     measure,
 )
 from mlx_safe.memory.machine import Machine, read_machine, usage
-from mlx_safe.memory.sizes import format_size, parse_size
+from mlx_safe.memory.sizes import flag_size, format_size, parse_size
 from mlx_safe.memory.sizing import sizing
 
 GB = 10**9
@@ -67,6 +67,12 @@ def test_bad_sizes_are_one_clear_line(text: str) -> None:
 def test_a_size_shown_is_the_size_meant(size: int) -> None:
     shown = parse_size(format_size(size))
     assert abs(shown - size) <= 0.05001 * 1000 ** (len(str(size)) // 3)
+
+
+@given(st.integers(1, 10**15))
+def test_a_flag_is_told_not_more_than_the_size_and_not_much_less(size: int) -> None:
+    told = parse_size(flag_size(size))
+    assert told <= size <= told + 0.1 * 10 ** (9 if size >= 10**9 else 6)
 
 
 # -- machine and ceiling ---------------------------------------------------------
@@ -517,7 +523,7 @@ def test_the_sizing_of_the_examples_in_words() -> None:
     assert "room for 210k tokens" in str(found)
     # Each of two is copied once, beside what both of them have.
     assert 3 * found.two_tokens <= found.room_tokens
-    assert found.prompt_tokens == (found.two_tokens - 512) // 1000 * 1000
+    assert found.prompt_tokens() == (found.two_tokens - 512) // 1000 * 1000
 
 
 def test_a_model_that_does_not_fit_has_no_room() -> None:
@@ -528,4 +534,4 @@ def test_a_model_that_does_not_fit_has_no_room() -> None:
         steps=partial(step_sizes, 64),
     )
     assert (found.room, found.prompt_cache) == (0, 0)
-    assert (found.room_tokens, found.two_tokens, found.prompt_tokens) == (0, 0, None)
+    assert (found.room_tokens, found.two_tokens, found.prompt_tokens()) == (0, 0, None)

@@ -491,7 +491,12 @@ def test_the_doctor(tiny_model: Path) -> None:
     assert found["model"]["bytes"] // 1000 == 363
     # 2 layers, keys and values, 2 heads of 16 numbers of 4 bytes.
     assert found["model"]["bytes_per_token"] == 2 * 2 * 2 * 16 * 4
-    assert "--prompt-cache-bytes" in found["model"]["flags"]
+    flags = found["model"]["flags"]
+    assert "--prompt-cache-bytes" in flags
+    # What the model was made for is less than what there is room for here.
+    assert found["model"]["context_tokens"] == 131_072
+    prompt = int(flags[flags.index("--max-prompt-tokens") + 1])
+    assert 0 < prompt <= min(131_072, found["model"]["two_tokens"]) - 512
 
 
 def test_the_log_and_the_doctor_tell_the_same_room(tiny_model: Path) -> None:
@@ -512,6 +517,20 @@ def test_the_log_and_the_doctor_tell_the_same_room(tiny_model: Path) -> None:
     done = child.run(code)
     assert done.returncode == 0, done.stderr
     assert f"{json.loads(done.stdout)['model']['room_tokens']} tokens" == told
+
+
+def test_the_doctor_counts_a_draft_model(tiny_model: Path, draft_model: Path) -> None:
+    code = f"""
+    from mlx_safe.doctor import examine
+    alone = examine({str(tiny_model)!r})["model"]
+    both = examine({str(tiny_model)!r}, draft={str(draft_model)!r})["model"]
+    for name in ("bytes", "bytes_per_token"):
+        print(both[name] > alone[name])
+    print(both["flags"][:2])
+    """
+    done = child.run(code)
+    assert done.stdout.split("\n")[:2] == ["True", "True"], done.stderr
+    assert str(["--draft-model", str(draft_model)]) in done.stdout
 
 
 def test_the_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from . import install
 from ._command import CommandError, Parser
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.demand import Demand, step_sizes
-from .memory.estimate import Transients, calibrate
+from .memory.estimate import CacheCost, Transients, calibrate
 from .memory.machine import Machine, read_machine, usage
 from .memory.sizes import flag_size, format_size
 from .memory.sizing import Sizing, format_tokens, sizing
@@ -44,12 +44,18 @@ def doctor(arguments: Sequence[str]) -> int:
         "--max-active-memory-bytes", metavar="SIZE", help="as if the server had it"
     )
     parser.add_argument("--max-active-kv-bytes", metavar="SIZE", help="likewise")
+    for flag in ("--adapter-path", "--draft-model"):
+        parser.add_argument(flag, metavar="PATH", help="likewise")
     parser.add_argument("--json", action="store_true", help="for programs")
     asked = parser.parse_args(list(arguments))
+    if asked.model is None and (asked.adapter_path or asked.draft_model):
+        raise CommandError("--adapter-path and --draft-model need --model")
     found = examine(
         asked.model,
         _size("--max-active-memory-bytes", asked.max_active_memory_bytes),
         _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
+        adapter=asked.adapter_path,
+        draft=asked.draft_model,
     )
     print(json.dumps(found, indent=2) if asked.json else render(found))
     return 0
@@ -68,12 +74,16 @@ def examine(
     model: str | None = None,
     explicit: int | None = None,
     kv_limit: int | None = None,
+    *,
+    adapter: str | None = None,
+    draft: str | None = None,
 ) -> dict[str, Any]:
     """All that the command tells, JSON-able. Sizes in bytes.
 
     Args:
         model: directory or hub name of a model that is loaded and measured.
         explicit: ``--max-active-memory-bytes``. kv_limit: ``--max-active-kv-bytes``.
+        adapter, draft: ``--adapter-path`` and ``--draft-model`` of the server.
 
     Raises:
         CommandError: mlx is missing, or the model cannot be loaded.
@@ -106,7 +116,11 @@ def examine(
         },
     }
     if model is not None:
-        found["model"] = _measure(model, limits.size, explicit, kv_limit)
+        loaded = _load(model, adapter, draft)
+        found["model"] = _measure(model, loaded, limits.size, explicit, kv_limit)
+        for flag, value in (("--draft-model", draft), ("--adapter-path", adapter)):
+            if value is not None:
+                found["model"]["flags"][:0] = [flag, value]
     return found
 
 
@@ -138,23 +152,47 @@ def wired_limit_advice(machine: Machine) -> str:
     )
 
 
-def _measure(
-    name: str, ceiling_size: int, explicit: int | None, kv_limit: int | None
-) -> dict[str, Any]:
+def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
+    """The model, and the draft model if there is one.
+
+    Raises:
+        CommandError: one cannot be loaded.
+    """
     from .server import compat
     from .server.launcher import check_paths
 
     server = compat.import_server()
-    check_paths(argparse.Namespace(model=name))
-    mx = server.mx
-    try:
-        model, _ = server.load(name)
-    except Exception as e:
-        first = (str(e) or type(e).__name__).splitlines()[0]
-        raise CommandError(f"--model {name}: cannot be loaded: {first}") from e
+    check_paths(argparse.Namespace(model=name, adapter_path=adapter, draft_model=draft))
+    loaded = []
+    for flag, path, options in (
+        ("--model", name, {"adapter_path": adapter}),
+        ("--draft-model", draft, {}),
+    ):
+        if path is None:
+            continue
+        try:
+            loaded.append(server.load(path, **options)[0])
+        except Exception as e:
+            first = (str(e) or type(e).__name__).splitlines()[0]
+            raise CommandError(f"{flag} {path}: cannot be loaded: {first}") from e
+    return loaded
+
+
+def _measure(
+    name: str,
+    models: list[Any],
+    ceiling_size: int,
+    explicit: int | None,
+    kv_limit: int | None,
+) -> dict[str, Any]:
+    from .server import compat
+
     transients = Transients()
-    cost = calibrate(model, lambda: compat.make_cache(model), transients)
-    weights = int(mx.get_active_memory())
+    layers: tuple[Any, ...] = ()
+    for model in models:
+        layers += calibrate(model, partial(compat.make_cache, model), transients).layers
+    cost = CacheCost(layers)
+    weights = usage().active
     fits = sizing(
         model=weights,
         ceiling=ceiling_size,
@@ -162,6 +200,7 @@ def _measure(
         steps=partial(step_sizes, STEP),
         kv_limit=kv_limit,
     )
+    context = getattr(getattr(models[0], "args", None), "max_position_embeddings", None)
     return {
         "name": name,
         "bytes": weights,
@@ -170,15 +209,18 @@ def _measure(
         "room_tokens": fits.room_tokens,
         "two_tokens": fits.two_tokens,
         "prompt_cache_bytes": fits.prompt_cache,
+        "context_tokens": context,
         "step": fits.step,
         "step_bytes": fits.transient,
-        "flags": _flags(fits, explicit, kv_limit),
+        "flags": _flags(fits, explicit, kv_limit, context),
         "summary": str(fits),
     }
 
 
-def _flags(fits: Sizing, explicit: int | None, kv_limit: int | None) -> list[str]:
-    """Those that the server would choose by itself, to be written down."""
+def _flags(
+    fits: Sizing, explicit: int | None, kv_limit: int | None, context: int | None
+) -> list[str]:
+    """The limit of a prompt, and what the server would choose by itself."""
     if fits.room_tokens == 0:
         return []
     # Without these the others would stand below other limits.
@@ -187,6 +229,9 @@ def _flags(fits: Sizing, explicit: int | None, kv_limit: int | None) -> list[str
         "--max-active-kv-bytes": kv_limit,
     }
     flags = [x for k, v in given.items() if v is not None for x in (k, str(v))]
+    prompt_tokens = fits.prompt_tokens(context)
+    if prompt_tokens is not None:
+        flags += ["--max-prompt-tokens", str(prompt_tokens)]
     flags += ["--prompt-cache-bytes", flag_size(fits.prompt_cache)]
     if fits.step != STEP:
         flags += ["--prefill-step-size", str(fits.step)]
@@ -223,6 +268,8 @@ def _render_model(model: dict[str, Any]) -> list[str]:
         f"            {format_size(model['bytes_per_token'])} for each token; a step "
         f"of {model['step']} tokens takes {format_size(model['step_bytes'])}",
     ]
+    if model["context_tokens"] is not None:
+        lines.append(f"            made for {model['context_tokens']} tokens at most")
     if model["room_tokens"] == 0:
         return [*lines, "            it does not fit: take a smaller one"]
     command = ["mlx-safe serve --model", model["name"], *model["flags"]]

@@ -40,7 +40,8 @@ def format_size(size: float) -> str:
 
 
 def flag_size(size: int) -> str:
-    """``size`` as a flag takes it, not more than it: ``"9.5G"`` or ``"512M"``."""
-    if size >= 10**9:
-        return f"{size // 10**8 / 10:g}G"
-    return f"{size // 10**6}M" if size >= 10**6 else str(size)
+    """``size`` as a flag takes it, not more than it: ``"9.5G"`` or ``"2.3M"``."""
+    for unit, factor in (("G", 10**9), ("M", 10**6)):
+        if size >= factor:
+            return f"{size * 10 // factor / 10:g}{unit}"
+    return str(size)

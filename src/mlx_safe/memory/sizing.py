@@ -43,13 +43,15 @@ class Sizing:
         """What is left for caches, those of the prompt cache included."""
         return max(0, self.ceiling - self.model - self.transient)
 
-    @property
-    def prompt_tokens(self) -> int | None:
+    def prompt_tokens(self, context: int | None = None) -> int | None:
         """A ``--max-prompt-tokens`` with which two fit at once; None: none would.
 
         Round, and with room for answers of `ANSWER` tokens.
+
+        Args:
+            context: tokens that the model was made for; None: not known.
         """
-        tokens = self.two_tokens - ANSWER
+        tokens = min(self.two_tokens, context or self.two_tokens) - ANSWER
         if tokens < ANSWER:
             return None
         return tokens // 1000 * 1000 if tokens >= 10_000 else tokens // 100 * 100
