@@ -219,9 +219,12 @@ void open_reserve() noexcept {
   while (size < kReserveBytes && write_all(fd, kZeros, sizeof kZeros))
     size += sizeof kZeros;
   // Of the last room on a disk, half is for the run file.
-  if (size < kReserveBytes &&
-      ::ftruncate(fd, static_cast<off_t>(size / 2)) != 0)
-    ::ftruncate(fd, 0);
+  bool fits = size >= kReserveBytes ||
+              ::ftruncate(fd, static_cast<off_t>(size / 2)) == 0;
+  if (!fits) {
+    ::close(fd);
+    return;
+  }
   g_state.reserve.hold(fd);
 }
 
