@@ -210,6 +210,9 @@ def test_ten_growing_conversations(tiny_model: Path) -> None:
 def small(tiny_model: Path) -> Iterator[Server]:
     """A server with little room and little patience."""
     arguments = ["--max-active-memory-bytes", str(CEILING), "--memory-wait", "0.2"]
+    # Or entries of the prompt cache go for larger steps, as far as these are thought
+    # to fit, and how many are left depends on that.
+    arguments += ["--prefill-step-size", "64"]
     with Server(tiny_model, *arguments) as server:
         yield server.wait_ready()
 
