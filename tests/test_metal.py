@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -179,19 +180,31 @@ def test_random_delays(native: Native, regime: str) -> None:
 # ---- bad surroundings --------------------
 
 
-def cases(program: str) -> list[str]:
+def table_of(program: str) -> str:
     source = Path(__file__).parent / "native" / f"{program}.cpp"
-    table = source.read_text().split("kCases = {")[1].split("};")[0]
-    return [line.split('"')[1] for line in table.splitlines() if '"' in line]
+    return source.read_text().split("kCases = {")[1].split("};")[0]
 
 
-@pytest.mark.parametrize("case", cases("surroundings"))
-def test_surroundings(native: Native, case: str) -> None:
-    done = native.run("surroundings", case, native.hooks, native.twin)
+def surroundings() -> list[tuple[str, str]]:
+    """Every case of the table with every regime that it runs in."""
+    table = table_of("surroundings")
+    regimes = {
+        "kBoth": ("intercept", "observe"),
+        "kIntercept": ("intercept",),
+        "kObserve": ("observe",),
+    }
+    found = re.findall(r'\{"(\w+)", \{\w+, (\w+)\}\}', table)
+    assert len(found) == table.count('"') // 2
+    return [(case, regime) for case, where in found for regime in regimes[where]]
+
+
+@pytest.mark.parametrize("case, regime", surroundings())
+def test_surroundings(native: Native, case: str, regime: str) -> None:
+    done = native.run("surroundings", case, native.hooks, native.twin, regime)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("case", cases("after_failure"))
+@pytest.mark.parametrize("case", re.findall(r'\{"(\w+)"', table_of("after_failure")))
 def test_after_a_failure(native: Native, case: str) -> None:
     """What MLX's own code does around a failed buffer; each hangs, or goes on
     too early, without the rule of the hooks that is named."""
@@ -338,6 +351,84 @@ def test_python_without_a_device_stands_aside(native: Native) -> None:
     """,
         before="sim.metalsim_set_no_device(1); import warnings; "
         "warnings.simplefilter('ignore')",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_python_without_a_selector_stands_aside(native: Native, mode: str) -> None:
+    done = in_python(
+        native,
+        f"""
+    mlx_safe.install(mode={mode!r})
+    status = mlx_safe.status()
+    assert not status.metal_hooks and not status.verified and not status.hooked
+    (why,) = [r for r in status.reasons if "Metal" in r]
+    assert "is not hooked" in why, status.reasons
+    assert why.endswith("CommandBuffer has no method encodeWaitForEvent:value:"), why
+    assert sim.metalsim_modified_methods() == 0
+    assert status.installed and status.terminate_handler
+    with mlx_safe.guard():
+        testing.run_command_buffer()
+    """,
+        # The first device registers the classes.
+        before="sim.MTLCreateSystemDefaultDevice(); "
+        "assert sim.metalsim_remove_selector(b'encodeWaitForEvent:value:') > 0; "
+        "import warnings; warnings.simplefilter('ignore')",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_python_beside_another_library(native: Native, mode: str) -> None:
+    """It replaces a method of ours: faults are seen, and what stays is said."""
+    done = in_python(
+        native,
+        f"""
+    P = ctypes.c_void_p
+    Method = ctypes.CFUNCTYPE(None, P, P)  # void (*)(id, SEL)
+    def of_runtime(name, *types):
+        function = getattr(sim, name)
+        function.restype, function.argtypes = P, types
+        return function
+    owner = of_runtime("objc_getClass", ctypes.c_char_p)(b"_MTLCommandBuffer")
+    commit = of_runtime("sel_registerName", ctypes.c_char_p)(b"commit")
+    method = of_runtime("class_getInstanceMethod", P, P)(owner, commit)
+    replace = of_runtime("method_setImplementation", P, P)
+    calls = []
+    @Method
+    def theirs(self, selector):
+        calls.append(self)
+        original(self, selector)
+
+    status = mlx_safe.install(mode={mode!r})
+    assert status.verified and not any("Metal" in r for r in status.reasons)
+    original = Method(replace(method, ctypes.cast(theirs, P)))
+    fail_next()
+    try:
+        with mlx_safe.guard():
+            testing.run_command_buffer()
+    except mlx_safe.errors.MetalOutOfMemoryError as e:
+        assert len(e.faults) == 1 and calls
+    else:
+        raise AssertionError("nothing was raised")
+
+    mlx_safe.uninstall()
+    status = mlx_safe.status()
+    assert not status.installed and not status.metal_hooks
+    assert "another library has replaced" in status.reasons[-1], status.reasons
+    assert status.hooked == ("-[_MTLCommandBuffer commit]",), status.hooked
+    del calls[:]
+    testing.run_command_buffer()
+    assert calls
+
+    status = mlx_safe.install(mode={mode!r})
+    assert status.verified and not any("Metal" in r for r in status.reasons)
+    replace(method, ctypes.cast(original, P))
+    mlx_safe.uninstall()
+    assert mlx_safe.status().hooked == ()
+    assert mlx_safe.status().reasons == ("not installed: call install()",)
+    """,
     )
     assert done.returncode == 0, done.stderr
 

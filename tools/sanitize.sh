@@ -6,8 +6,10 @@ build=$(cd "$1" && pwd)
 export MLX_SAFE_METAL_RUNTIME=$build/metalsim/libmetalsim.so
 hooks=$build/libmlx_safe_hooks.so
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+cases=$(mktemp)
+trap 'rm -f "$log" "$cases"' EXIT
 count=0
+left_out=()
 
 run() {
   count=$((count + 1))
@@ -21,11 +23,14 @@ run() {
 run "$build/metalsim/metalsim_selftest"
 run "$build/fuzz_errors" 2 2000
 run "$build/rings"
-for case in $("$build/surroundings" --list); do
-  # ThreadSanitizer cannot follow a fork of a process with threads.
-  [[ $case == forked && $build == *tsan ]] && continue
-  run "$build/surroundings" "$case" "$hooks" "$build/libmlx_safe_hooks_twin.so"
-done
+"$build/surroundings" --list > "$cases"
+while read -r case regime; do
+  if [[ $case == forked && $build == *tsan ]]; then
+    left_out+=("forked ($regime): ThreadSanitizer cannot follow a fork of a process with threads")
+    continue
+  fi
+  run "$build/surroundings" "$case" "$hooks" "$build/libmlx_safe_hooks_twin.so" "$regime"
+done < "$cases"
 for case in $("$build/after_failure" --list); do
   run "$build/after_failure" "$case" "$hooks" intercept
 done
@@ -38,3 +43,4 @@ for regime in intercept observe; do
   done
 done
 echo "$count native runs under the sanitizers of $(basename "$build"), no reports"
+for what in "${left_out[@]}"; do echo "left out: $what"; done

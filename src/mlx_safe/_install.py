@@ -337,8 +337,12 @@ def status() -> Status:
     """What is active, and for what is not, why."""
     with _lock:
         installed = _state.installed
-        reasons = _state.reasons if installed else ["not installed: call install()"]
         metal = _core.metal_status()
+        reasons = _state.reasons
+        if not installed:
+            # What could not be taken out has its reason, too.
+            left = metal["reasons"] if metal["hooked"] else []
+            reasons = ["not installed: call install()", *left]
         reports_written, reports_failed = _core.report_counts()
         return Status(
             installed=installed,

@@ -1,5 +1,5 @@
 // Small pieces that the native test programs share: the hooks as a library, and
-// one command buffer driven as MLX 0.31.2 drives it.
+// one command buffer driven as MLX drives it.
 #pragma once
 
 #include <dlfcn.h>
@@ -8,8 +8,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "hosts/host_common.h"
 #include "metal/hooks.h"
@@ -66,9 +69,35 @@ inline host::id queue() {
 // In what must come about, at any speed: only a hang takes longer.
 constexpr std::uint64_t kLongMs = 600'000;
 
-// One buffer with a throwing handler, signalling an event that is waited for.
-// Throws what the wait throws.
-inline void run_buffer() {
+// What the MLX that is driven does with a failed buffer: 0.31.2 throws in the
+// completion handler, 0.32 stores the error there, signals the event itself and
+// throws where it is waited for.
+enum class Regime { kIntercept, kObserve };
+
+inline const char* name_of(Regime regime) {
+  return regime == Regime::kIntercept ? "intercept" : "observe";
+}
+
+// The error of one buffer, on its way from its handler to who waits for it.
+class Stored {
+ public:
+  void put(std::string error) {
+    std::lock_guard lock(mutex_);
+    error_ = std::move(error);
+  }
+  std::string get() {
+    std::lock_guard lock(mutex_);
+    return error_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::string error_;
+};
+
+// One buffer that signals an event, which is waited for. Throws what MLX of the
+// regime does.
+inline void run_buffer(Regime regime) {
   host::ScopedPool pool;
   host::Ref event = host::Ref::take(
       host::send<host::id>(device(), host::selector("newSharedEvent")));
@@ -76,11 +105,16 @@ inline void run_buffer() {
       queue(), host::selector("commandBufferWithUnretainedReferences"));
   host::send(buffer, host::selector("encodeSignalEvent:value:"), event.get(),
              std::uint64_t{1});
+  auto stored = std::make_shared<Stored>();
   // The handler keeps the event alive, as MLX's do: buffers with unretained
   // references do not.
-  host::Block check([event](host::id completed) {
-    if (host::send<std::uint64_t>(completed, host::selector("status")) == 5)
-      throw std::runtime_error("check_error: " + host::message_of(completed));
+  host::Block check([event, stored, regime](host::id completed) {
+    if (!host::has_failed(completed)) return;
+    std::string error = "check_error: " + host::message_of(completed);
+    if (regime == Regime::kIntercept) throw std::runtime_error(error);
+    stored->put(std::move(error));
+    host::send(event.get(), host::selector("setSignaledValue:"),
+               std::uint64_t{1});
   });
   host::send(buffer, host::selector("addCompletedHandler:"), check.get());
   host::send(buffer, host::selector("commit"));
@@ -88,12 +122,14 @@ inline void run_buffer() {
                         host::selector("waitUntilSignaledValue:timeoutMS:"),
                         std::uint64_t{1}, kLongMs))
     throw std::runtime_error("timed out");
+  if (std::string error = stored->get(); !error.empty())
+    throw std::runtime_error(error);
 }
 
 // "" when the buffer ran, else what the wait said.
-inline std::string try_buffer() {
+inline std::string try_buffer(Regime regime) {
   try {
-    run_buffer();
+    run_buffer(regime);
     return {};
   } catch (const std::exception& e) {
     return e.what();
