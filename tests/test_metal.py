@@ -219,6 +219,13 @@ def test_fuzzed_messages(native: Native) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("regime", ["intercept", "observe"])
+def test_fuzzed_errors(native: Native, regime: str) -> None:
+    """NSErrors without a number, a text or a userInfo, or with odd ones."""
+    done = native.run("fuzz_nserror", "1", "3000", regime)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- from Python --------------------
 
 

@@ -22,6 +22,7 @@ run() {
 
 run "$build/metalsim/metalsim_selftest"
 run "$build/fuzz_errors" 2 2000
+for regime in intercept observe; do run "$build/fuzz_nserror" 2 1000 $regime; done
 run "$build/rings"
 "$build/surroundings" --list > "$cases"
 while read -r case regime; do

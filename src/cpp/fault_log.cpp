@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 
 #include "async_system.h"
@@ -32,7 +33,7 @@ std::int32_t code_in_message(const char* message) noexcept {
     int i = 1;
     for (int digit; i <= 8 && (digit = hex_digit(open[i])) >= 0; ++i)
       code = code * 16 + static_cast<std::uint32_t>(digit);
-    if (i == 9 && (open[9] == ':' || open[9] == ')'))
+    if (i == 9 && (open[9] == ':' || open[9] == ')') && code <= INT32_MAX)
       return static_cast<std::int32_t>(code);
   }
   return -1;

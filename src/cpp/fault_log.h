@@ -88,8 +88,8 @@ FaultLog& fault_log() noexcept;
 
 // The IOGPU code in a message such as "Insufficient Memory (00000008:kIOGPU…)"
 // or "Internal Error (0000000e)": eight hex digits after a bracket, since the
-// wording differs between systems and drivers. -1 when there is none.
-// Async-signal-safe.
+// wording differs between systems and drivers. -1 when there is none below
+// 2^31. Async-signal-safe.
 std::int32_t code_in_message(const char* message) noexcept;
 
 }  // namespace mlx_safe

@@ -51,8 +51,9 @@ struct CheckError {
     const auto& s = metal::selectors();
     if (objc::send<std::uint64_t>(buffer, s.status) != 5) return;
     auto error = objc::send<objc::Id>(buffer, s.error);
-    auto text = objc::send<objc::Id>(error, s.localizedDescription);
-    std::string message = std::string(metal::kMessagePrefix) + objc::utf8(text);
+    auto text = objc::utf8(objc::send<objc::Id>(error, s.localizedDescription));
+    std::string message = metal::kMessagePrefix;
+    if (text != nullptr) message += text;
     if (stored == nullptr) throw std::runtime_error(message);
     (*stored)->put(std::move(message));
   }

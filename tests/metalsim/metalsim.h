@@ -46,7 +46,18 @@ typedef struct metalsim_plan {
                               // still take effect before the buffer fails
   uint32_t handler_delay_us;  // the handlers of a failed buffer come so late
   uint32_t gpu_delay_us;      // and it occupies the GPU so much longer
+  uint32_t error_shape;       // METALSIM_ERROR_…, or-ed; 0: as Metal makes it
+  int64_t error_number;       // code of the underlying error; 0: as `code`
+  const char* error_text;     // the description, not copied; NULL: Metal's
 } metalsim_plan;
+
+// What a failed buffer's error lacks, or has instead.
+#define METALSIM_ERROR_NIL 1                 // `error` itself
+#define METALSIM_ERROR_NO_DESCRIPTION 2      // localizedDescription is nil
+#define METALSIM_ERROR_NO_USER_INFO 4        // userInfo is nil
+#define METALSIM_ERROR_USER_INFO_STRING 8    // or no dictionary
+#define METALSIM_ERROR_NO_UNDERLYING 16      // NSUnderlyingErrorKey: nothing
+#define METALSIM_ERROR_UNDERLYING_STRING 32  // or no error
 
 // Up to 64 plans live side by side; the first that applies decides. Returns
 // the plan's number, or -1 if there is no room.

@@ -412,6 +412,59 @@ void test_codes() {
   CHECK(run_one(queue).text == "Internal Error (00000077:Internal Error)");
 }
 
+// The error of a buffer that fails as planned, and what stands in its userInfo
+// under NSUnderlyingErrorKey; judged by `look` while they live.
+template <class Look>
+void with_error(const metalsim_plan& plan, Look look) {
+  METALSIM(metalsim_plan_clear)();
+  METALSIM(metalsim_plan_add)(&plan);
+  ScopedPool pool;
+  Ref buffer = new_buffer(new_queue());
+  commit(buffer);
+  finish(buffer);
+  CHECK(status(buffer) == 5);
+  look(send<id>(buffer.get(), SEL_(error)));
+}
+
+void test_error_shapes() {
+  id string_class = function<id(const char*)>("objc_getClass")("NSString");
+  auto is_string = [&](id object) {
+    return send<bool>(object, selector("isKindOfClass:"), string_class);
+  };
+  auto info = [](id error) { return send<id>(error, SEL_(userInfo)); };
+  auto cause = [&](id error) {
+    id key = send<id>(string_class, selector("stringWithUTF8String:"),
+                      "NSUnderlyingError");
+    return send<id>(info(error), selector("objectForKey:"), key);
+  };
+  metalsim_plan plan{};
+  plan.nth = 1;
+  plan.code = 8;
+  auto with_shape = [&](uint32_t shape, auto look) {
+    plan.error_shape = shape;
+    with_error(plan, look);
+  };
+  with_shape(METALSIM_ERROR_NIL, [](id error) { CHECK(error == nullptr); });
+  with_shape(METALSIM_ERROR_NO_DESCRIPTION, [&](id error) {
+    CHECK(send<id>(error, SEL_(localizedDescription)) == nullptr);
+    CHECK(cause(error) != nullptr);
+  });
+  with_shape(METALSIM_ERROR_NO_USER_INFO,
+             [&](id error) { CHECK(info(error) == nullptr); });
+  with_shape(METALSIM_ERROR_USER_INFO_STRING,
+             [&](id error) { CHECK(is_string(info(error))); });
+  with_shape(METALSIM_ERROR_NO_UNDERLYING,
+             [&](id error) { CHECK(cause(error) == nullptr); });
+  with_shape(METALSIM_ERROR_UNDERLYING_STRING,
+             [&](id error) { CHECK(is_string(cause(error))); });
+  plan.error_number = INT64_MIN;
+  plan.error_text = "as told";
+  with_shape(0, [&](id error) {
+    CHECK(send<int64_t>(cause(error), SEL_(code)) == INT64_MIN);
+    CHECK(text_of(send<id>(error, SEL_(localizedDescription))) == "as told");
+  });
+}
+
 void test_ban() {
   Ref queue = new_queue();
   METALSIM(metalsim_plan_fail)(1, 4, 0, 0);
@@ -647,6 +700,7 @@ constexpr Case kCases[] = {
     {"waits and signals", &test_waits_and_signals},
     {"late handlers", &test_late_handlers},
     {"codes", &test_codes},
+    {"error shapes", &test_error_shapes},
     {"ban", &test_ban},
     {"plans", &test_plans},
     {"withheld signals", &test_withheld_signals},

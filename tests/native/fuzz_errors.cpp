@@ -35,9 +35,9 @@ std::string random_text(std::mt19937& random) {
 void decode(std::mt19937& random) {
   std::string text = random_text(random);
   std::int32_t code = mlx_safe::code_in_message(text.c_str());
-  (void)code;
+  CHECK(code >= -1);
   // A code that is there is found, whatever stands around it.
-  auto wanted = static_cast<std::uint32_t>(random() & 0x7fffffff);
+  auto wanted = static_cast<std::uint32_t>(random());
   char number[12];
   std::snprintf(number, sizeof number, "(%08x:", wanted);
   std::string clean;
@@ -45,8 +45,9 @@ void decode(std::mt19937& random) {
     if (c != '(') clean += c;
   clean += number;
   clean += text;
+  // No code of Metal's is as large as that: it is passed over.
   CHECK(mlx_safe::code_in_message(clean.c_str()) ==
-        static_cast<std::int32_t>(wanted));
+        (wanted <= INT32_MAX ? static_cast<std::int32_t>(wanted) : code));
 }
 
 void copy(std::mt19937& random) {

@@ -2,6 +2,9 @@
 
 #include <cstdio>
 #include <mutex>
+#include <utility>
+
+#include "../metalsim.h"
 
 namespace metalsim {
 namespace {
@@ -202,6 +205,16 @@ void put(id dictionary, const char* key, id value) {
   entries.emplace_back(make_string(key), value);
 }
 
+// What stands under NSUnderlyingErrorKey.
+id make_cause(int code, const std::string& text, const ErrorShape& shape) {
+  if (shape.flags & METALSIM_ERROR_NO_UNDERLYING) return nullptr;
+  if (shape.flags & METALSIM_ERROR_UNDERLYING_STRING) return make_string(text);
+  int64_t number = shape.number ? shape.number : code;
+  Error* cause = make_error("IOGPUCommandQueueErrorDomain", number, text);
+  put(cause->user_info, "NSLocalizedDescription", make_string(text));
+  return cause;
+}
+
 // Strings, errors and so on must be known by name before one exists.
 [[maybe_unused]] const bool classes_ready = [] {
   string_class();
@@ -229,18 +242,27 @@ String* make_string(std::string text) {
   return string;
 }
 
-id make_command_buffer_error(int code) {
+id make_command_buffer_error(int code, const ErrorShape& shape) {
+  if (shape.flags & METALSIM_ERROR_NIL) return nullptr;
   const KnownCode* known = nullptr;
   for (const KnownCode& entry : kKnownCodes) {
     if (entry.code == code) known = &entry;
   }
-  std::string text = describe(code, known);
-  Error* cause = make_error("IOGPUCommandQueueErrorDomain", code, text);
-  put(cause->user_info, "NSLocalizedDescription", make_string(text));
+  std::string text = shape.text ? shape.text : describe(code, known);
   int metal_code = known ? known->metal_code : 1;
   Error* error = make_error("MTLCommandBufferErrorDomain", metal_code, text);
   put(error->user_info, "NSLocalizedDescription", make_string(text));
-  put(error->user_info, "NSUnderlyingError", cause);
+  if (id cause = make_cause(code, text, shape)) {
+    put(error->user_info, "NSUnderlyingError", cause);
+  }
+  if (shape.flags & METALSIM_ERROR_NO_DESCRIPTION) {
+    objc_release(std::exchange(error->description, nullptr));
+  }
+  if (shape.flags & METALSIM_ERROR_NO_USER_INFO) {
+    objc_release(std::exchange(error->user_info, nullptr));
+  } else if (shape.flags & METALSIM_ERROR_USER_INFO_STRING) {
+    objc_release(std::exchange(error->user_info, make_string("no dictionary")));
+  }
   return error;
 }
 

@@ -26,9 +26,16 @@ struct Error : Object {
 // Returned with one reference that is the caller's.
 String* make_string(std::string text);
 
+// The last three members of metalsim_plan.
+struct ErrorShape {
+  uint32_t flags = 0;
+  int64_t number = 0;
+  const char* text = nullptr;
+};
+
 // The error that Metal reports for a command buffer that the GPU failed with
-// this IOGPU code; the caller's reference.
-id make_command_buffer_error(int code);
+// this IOGPU code, in the shape that is asked for; the caller's reference.
+id make_command_buffer_error(int code, const ErrorShape& shape);
 
 inline std::string text_of(id string) {
   return string ? static_cast<String*>(string)->text : std::string();

@@ -153,7 +153,9 @@ void finish(CommandBuffer* buffer) {
   buffer->gpu_end = seconds_now();
   buffer->record.code = code;
   buffer->record.status = code ? kError : kCompleted;
-  if (code != 0) buffer->error = make_command_buffer_error(code);
+  if (code != 0) {
+    buffer->error = make_command_buffer_error(code, buffer->fate.error);
+  }
   count(code ? totals().buffers_failed : totals().buffers_completed);
   buffer->status.store(code ? kError : kCompleted, std::memory_order_release);
 }

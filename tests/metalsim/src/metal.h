@@ -68,6 +68,7 @@ struct Fate {
   uint32_t after_commands = 0;
   uint64_t gpu_delay_us = 0;
   uint64_t handler_delay_us = 0;
+  ErrorShape error;
 };
 
 struct CommandQueue;

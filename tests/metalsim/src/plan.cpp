@@ -43,6 +43,7 @@ void apply_plans(const CommandQueue* queue, Fate& fate) {
     if (!struck || fate.code != 0) continue;
     fate.code = wanted.code;
     fate.after_commands = wanted.after_commands;
+    fate.error = {wanted.error_shape, wanted.error_number, wanted.error_text};
     fate.gpu_delay_us += wanted.gpu_delay_us;
     fate.handler_delay_us += wanted.handler_delay_us;
   }
