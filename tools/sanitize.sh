@@ -34,14 +34,25 @@ while read -r case regime; do
 done < "$cases"
 for case in $("$build/after_failure" --list); do
   run "$build/after_failure" "$case" "$hooks" intercept
+  # In observe the hooks mark nothing, so nobody's poll is held back for good.
+  [[ $case == who_polls_is_let_go ]] || run "$build/after_failure" "$case" "$hooks" observe
 done
+# The sweep, thinned out: each n with one code, one lateness, once or lasting.
+codes=(8 2 3 5 6 9 10 11 14 16 17 7)
 for regime in intercept observe; do
   for workload in basic midgraph two_queues gpu_cpu_gpu fences sync decode tls; do
-    for nth in 1 4 9; do
+    for nth in 1 2 3 4 5 7 9 12; do
+      lasting=()
+      ((nth % 3 != 0)) || lasting=(--persistent)
       run "$build/metalsim/host_$regime" "--workload=$workload" --rounds=5 \
-        "--fail-nth=$nth" --late-us=500 "--seed=$nth" "--hooks=$hooks"
+        "--fail-nth=$nth" "--code=${codes[nth % 12]}" "${lasting[@]}" \
+        "--late-us=$((nth % 2 * 500))" "--seed=$nth" --expect=sound "--hooks=$hooks"
     done
+    run "$build/metalsim/host_$regime" "--workload=$workload" --rounds=5 \
+      --fail-nth=3 --code=4 --expect=sound "--hooks=$hooks"
   done
 done
+left_out+=("of the sweep: n beyond 12, and each n with every code, lasting and late; \
+tests/test_metal.py runs all of them, without sanitizers, which make them too slow")
 echo "$count native runs under the sanitizers of $(basename "$build"), no reports"
 for what in "${left_out[@]}"; do echo "left out: $what"; done
