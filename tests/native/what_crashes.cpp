@@ -25,7 +25,7 @@ const char* hang() noexcept {
 }
 
 struct Broken : std::exception {
-  explicit Broken(const char* how) : how(how) {}
+  explicit Broken(const char* way) : how(way) {}
   const char* what() const noexcept override {
     if (std::strcmp(how, "aborts") == 0) std::abort();
     if (std::strcmp(how, "terminates") == 0) std::terminate();
