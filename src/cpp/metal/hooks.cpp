@@ -28,6 +28,9 @@
 // were added, that nobody else reads `status` in one, and that MLX throws for
 // no other reason. A wrapped handler is called whatever happens, sees the
 // truth, and nothing that it throws gets out. Figures: docs/metal.md.
+//
+// Nothing in this file is for the crash path: it sends messages, and the ledger
+// locks and allocates. Which threads each group is for stands above it.
 
 namespace mlx_safe::metal {
 
@@ -47,11 +50,13 @@ struct Counters {
 };
 constinit Counters g_counters;
 
+// Any thread.
 bool any_failed() {
   return g_counters.failed.load(std::memory_order_relaxed) > 0;
 }
 
-// Never destroyed: Metal's threads may still complete buffers at exit.
+// Any thread. Never destroyed: Metal's threads may still complete buffers at
+// exit.
 Ledger& ledger() {
   static auto* found = new Ledger;
   return *found;
@@ -60,14 +65,15 @@ Ledger& ledger() {
 int (*g_python_initialized)() = nullptr;
 void* (*g_python_thread_state)() = nullptr;
 
-// MLX's CPU stream threads terminate on an exception; Python's threads surface
-// it as RuntimeError.
+// Any thread; takes no GIL. MLX's CPU stream threads terminate on an exception;
+// Python's threads surface it as RuntimeError.
 bool may_throw() {
   if (t_state.in_handler > 0) return false;
   if (g_python_thread_state == nullptr) return t_state.may_throw;
   return g_python_initialized() != 0 && g_python_thread_state() != nullptr;
 }
 
+// Only where `may_throw()`, so never on Metal's threads.
 [[noreturn]] void raise(const FailureRef& failure) {
   ledger().tell(failure);
   g_counters.thrown.fetch_add(1, std::memory_order_relaxed);
@@ -75,7 +81,8 @@ bool may_throw() {
 }
 
 // A wait is let go although handlers have not run: it is not known whether what
-// it waited for is good, so it counts as failed. Raises where that may be.
+// it waited for is good, so it counts as failed. Raises where that may be. Any
+// thread but Metal's, which never wait.
 void give_up_waiting() {
   g_counters.gate_limit.fetch_add(1);
   FaultRecord fault{};
@@ -92,6 +99,10 @@ void give_up_waiting() {
 }
 
 // ---- on Metal's completion thread ------------------------------------------
+// Or, with a device that completes at once, on the thread that commits. Nothing
+// here throws, and only `would_lower` waits, a millisecond at most; the
+// ledger's lock is taken, Python's never. A Block of ours is copied and let go
+// of on any thread.
 
 // For the report's list of command buffers.
 void record_done(const CommandBufferRecord& done) {
@@ -215,6 +226,12 @@ struct Wrapped {
 
 // ---- command buffers
 // ---------------------------------------------------------
+
+// On whatever thread sends the message; for MLX one that encodes, and for
+// `dealloc`, which always forgets, also Metal's completion thread. Nested in
+// another hook the others only pass on, and in a completion handler those that
+// could wait or tell. `waitUntilCompleted` alone waits here; what waits for it,
+// or for work beside it, is for the waiting thread, never for Metal's.
 
 void hook_addCompletedHandler(void (*original)(Id, Selector, const void*),
                               Id self, Selector selector, const void* block) {
@@ -344,6 +361,11 @@ void hook_buffer_dealloc(void (*original)(Id, Selector), Id self,
 // ---- shared events
 // --------------------------------------------------------------
 
+// On whatever thread sends the message, in MLX Python's and its CPU streams';
+// in a completion handler all but `dealloc` and `setSignaledValue:`, which may
+// take a millisecond, only pass on. `waitUntilSignaledValue:` waits, and alone
+// raises, where `may_throw()`.
+
 constexpr std::uint64_t kForever_ms = 1'000'000'000;  // MLX: 2^64 - 1
 
 // How long a wait may be held back, of the time that its caller gave it.
@@ -444,6 +466,10 @@ void hook_event_dealloc(void (*original)(Id, Selector), Id self,
 // ---- new objects: an address may be used again, a class be seen first
 // -----------
 
+// On whatever thread makes the object. Takes the ledger's lock, and
+// install.cpp's for a class that was not seen before. `newSharedEvent` alone
+// may wait, after a failure, where `may_throw()`.
+
 Id new_buffer(Id buffer, const PassThrough& pass) {
   if (buffer != nullptr && !pass.was_inside()) {
     ledger().forget_buffer(buffer);
@@ -506,6 +532,7 @@ Id hook_newSharedEvent(Id (*original)(Id, Selector), Id self,
 // ---- the list
 // ---------------------------------------------------------------------
 
+// Any thread: made once, by the first install.
 const std::vector<HookSpec>& hook_list() {
   static const auto* list = new std::vector<HookSpec>{
 #define MLX_SAFE_HOOK(kind, selector, function, when, need)         \
@@ -536,6 +563,7 @@ const std::vector<HookSpec>& hook_list() {
   return *list;
 }
 
+// The thread that installs.
 void hooks_prepare(Mode mode) {
   // Not linked: the stable ABI has the first only from 3.10 on, and a native
   // host has neither.
@@ -547,6 +575,7 @@ void hooks_prepare(Mode mode) {
   ledger().track_failures(mode == Mode::kIntercept);
 }
 
+// Any thread; takes the ledger's lock.
 HookCounters counters() {
   auto [buffers, events] = ledger().sizes();
   return {g_counters.buffers.load(),
@@ -559,19 +588,23 @@ HookCounters counters() {
           events};
 }
 
+// The thread that installs or uninstalls.
 void hooks_forget_failures() { ledger().forget_failures(); }
 
+// Python's threads, without the GIL; elsewhere nothing.
 void wait_for_skipped() {
   PassThrough pass;
   await_skipped(g_gate_limit.load());
 }
 
+// For the calling thread; no lock. The next: any thread.
 void this_thread_may_throw(bool may) { t_state.may_throw = may; }
 
 void set_gate_limit(std::chrono::milliseconds limit) {
   g_gate_limit.store(limit);
 }
 
+// The one thread of a forked child.
 void hooks_after_fork_in_child() noexcept { ledger().reset_after_fork(); }
 
 }  // namespace mlx_safe::metal

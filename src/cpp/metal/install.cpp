@@ -1,4 +1,7 @@
 // Discovery, install, verification and undoing of the hooks.
+//
+// Nothing here is for the crash path: it locks, allocates and sends messages.
+// Each function says, or its group does, which threads it is for.
 
 #include <atomic>
 #include <cstdlib>
@@ -20,6 +23,10 @@ using objc::Selector;
 using objc::send;
 
 namespace {
+
+// Down to `take_out`: any thread that holds `Installation::mutex` (install's,
+// or whichever meets a new class, as a rule one of MLX's that encodes). The
+// runtime's own lock is taken, memory is allocated.
 
 // One method of one class that leads to a trampoline of ours.
 struct Patch {
@@ -126,6 +133,8 @@ void take_out(Installation& in) {
     patch.in_place = false;
   }
 }
+
+// Down to `stand_aside`: only the thread that installs or uninstalls.
 
 // Live objects of every kind: their classes are what is hooked, under whatever
 // name this GPU and this system have them.
@@ -265,12 +274,14 @@ void stand_aside(Installation& in, std::string why_not) {
 
 }  // namespace
 
+// Any thread, Metal's included; no lock.
 bool hooks_active() noexcept {
   return g_active.load(std::memory_order_relaxed);
 }
 
 Mode hook_mode() noexcept { return g_mode.load(std::memory_order_relaxed); }
 
+// Any thread. A look without a lock when the class is the last one seen.
 void see_class(Kind kind, Id object) {
   Class leaf = objc::runtime().object_getClass(object);
   auto& last = g_last_class[static_cast<std::size_t>(kind)];
@@ -284,6 +295,7 @@ void see_class(Kind kind, Id object) {
   last.store(leaf);
 }
 
+// This, `uninstall` and `status`: any thread but Metal's.
 HookStatus install(Mode mode) {
   Installation& in = installation();
   std::lock_guard one_at_a_time(in.whole);
@@ -343,6 +355,7 @@ HookStatus status() {
   return in.status;
 }
 
+// The one thread of a forked child; no lock.
 void after_fork_in_child() noexcept {
   // Metal does not work in a forked child, and the parent's other threads may
   // have held any lock.

@@ -11,8 +11,10 @@ namespace {
 // evaluation, so it takes a fence with this many failures.
 constexpr std::size_t kPoisonsMax = 64;
 
-// Waits until `good()`, in slices: while the process is stopped or the machine
-// sleeps the handlers do not run either, and that costs one slice only.
+// Not on Metal's threads, which it would hold up; gives the lock back
+// meanwhile. Waits until `good()`, in slices: while the process is stopped or
+// the machine sleeps the handlers do not run either, and that costs one slice
+// only.
 template <class Good>
 bool wait_in_slices(std::condition_variable& changed,
                     std::unique_lock<std::mutex>& lock,
@@ -24,6 +26,10 @@ bool wait_in_slices(std::condition_variable& changed,
 }
 
 }  // namespace
+
+// Unless it is said below, each function may be called on any thread, Metal's
+// included, takes the lock (the private ones want it held by their caller), and
+// is not for the crash path.
 
 void Ledger::forget_buffer(Id buffer) {
   BufferRef old;
@@ -102,6 +108,8 @@ BufferRef Ledger::find(Id buffer) {
   return it->second;
 }
 
+// Metal's completion thread, or the one that commits when the device completes
+// at once.
 BufferRef Ledger::completed(Id buffer, FailureRef own) {
   Trash trash;
   BufferRef record;
@@ -255,6 +263,7 @@ bool Ledger::is_closed(const Event& event, std::uint64_t value,
   return false;
 }
 
+// This and the next wait: not for Metal's threads.
 bool Ledger::settle_event(Id event, std::uint64_t value, std::uint64_t real,
                           std::chrono::milliseconds limit) {
   if (event_count_.load() == 0) return true;
@@ -428,6 +437,7 @@ void Ledger::signalled_by_cpu(Id event, std::uint64_t value,
   changed_.notify_all();
 }
 
+// The thread that installs or uninstalls.
 void Ledger::forget_failures() {
   Trash trash;
   std::lock_guard lock(mutex_);
@@ -461,6 +471,7 @@ std::pair<std::size_t, std::size_t> Ledger::sizes() {
   return {buffers_.size(), events_.size()};
 }
 
+// The one thread of a forked child; takes no lock, allocates nothing.
 void Ledger::reset_after_fork() noexcept {
   // Another thread of the parent may have held the lock, and what it guards may
   // be half changed: left where it is, and begun anew.

@@ -3,10 +3,16 @@
 //
 // It knows no Objective-C but the addresses of objects, sends no messages while
 // it holds its lock, and never calls out. Everything may be called on any
-// thread, Metal's included: the lock is held for a look-up or two. Bounded: a
-// buffer's record goes when its handlers have run, an event's when nothing is
-// pending or failed on it, and both when the object dies or its address is used
-// again.
+// thread, Metal's included, and nothing in the crash path: it locks and
+// allocates. The lock is held for a look-up or two, or for a pass over one
+// event's entries or the buffers that are encoded or in flight; when a buffer
+// completes, while the queues' first buffers in flight, and what they wait for,
+// are looked at until no more of them settles: that grows with the queues and
+// with what is in flight, not with what has run. Bounded: a buffer's record
+// goes when its handlers have run, an event's when nothing is pending or failed
+// on it, and both when the object dies or its address is used again. A queue's
+// stays when the queue dies, until its address is another's or the process
+// ends: MLX makes one for each stream and keeps it.
 //
 // Rules, and what forces them (MLX 0.31.2 and 0.32, see docs/metal.md):
 // - An event is signalled by the GPU before the completion handlers of the

@@ -2,6 +2,10 @@
 // may override what its base class has and call it through super, so that one
 // call runs through the same replacement twice, with the same object. Hence one
 // C function for each replaced method, made from one hook.
+//
+// `call` runs on whatever thread sends the message, Metal's included; it takes
+// no lock and allocates nothing, but what the hook does. `slots` is for the
+// list of hooks. Neither is for the crash path.
 #pragma once
 
 #include <array>

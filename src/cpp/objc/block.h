@@ -1,5 +1,8 @@
 // Blocks made by hand after the published Block ABI, so that a compiler without
 // -fblocks builds them: https://clang.llvm.org/docs/Block-ABI-Apple.html
+//
+// A Block may be made, copied and called on any thread, Metal's included, once
+// the runtime is loaded; nothing here is for the crash path.
 #pragma once
 
 #include "objc/runtime.h"
@@ -24,7 +27,8 @@ struct BlockDescriptor {
 
 inline constexpr std::int32_t kBlockHasCopyDispose = 1 << 25;
 
-// Calls a completion handler `block` with `argument`.
+// Calls a completion handler `block` with `argument`. Metal's completion
+// thread; whatever the handler throws comes through.
 inline void call_block(const void* block, Id argument) {
   auto* head = static_cast<const BlockHead*>(block);
   head->invoke(const_cast<void*>(block), argument);
@@ -32,9 +36,10 @@ inline void call_block(const void* block, Id argument) {
 
 // A Block `void (^)(id)` on the stack that holds one `Capture`: a trivially
 // copyable struct with
-//   void invoke(Id argument) const   what the Block does
+//   void invoke(Id argument) const   what the Block does; Metal's threads
 //   void retain() const              called when the runtime copies the Block
 //   void release() const             called when a copy is disposed of
+// The last two: any thread.
 // Pass `&block` where a Block is taken; the callee copies it.
 template <class Capture>
 struct StackBlock {
