@@ -121,9 +121,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         if reason is None and not thread.is_alive():
             reason = "the generation thread has ended"
         if reason is None:
-            lowered = self.response_generator.admission.limits.lowered
-            more = {} if lowered is None else {"memory": lowered}
-            self._send_json(200, {"status": "ok", **more})
+            self._send_json(200, {"status": "ok"})
         else:
             self._send_json(
                 503,
