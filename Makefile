@@ -74,8 +74,8 @@ lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, w
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
 	git ls-files -co --exclude-standard '*.cpp' '*.h' | xargs $(VENVS)/lint/bin/clang-format --dry-run --Werror
-	$(CMAKE) -S tests/native -B build/warnings -DCMAKE_BUILD_TYPE=None -DMLX_SAFE_WERROR=ON > /dev/null
-	$(CMAKE) --build build/warnings --parallel 2
+	$(CMAKE) -S tests/native -B build/native-warnings -DCMAKE_BUILD_TYPE=None -DMLX_SAFE_WERROR=ON > /dev/null
+	$(CMAKE) --build build/native-warnings --parallel 2
 
 format: $(VENVS)/lint.ready  ## puts the sources into shape
 	$(VENVS)/lint/bin/ruff check --fix .
