@@ -70,6 +70,48 @@ def test_import_works_without_mlx() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("version", "regime"), [("0.31.2", "intercept"), ("0.32.4", "observe")]
+)
+def test_the_regime_of_an_mlx_without_metadata(
+    tmp_path: Path, version: str, regime: str
+) -> None:
+    """A build tree on PYTHONPATH, and an editable install, have none beside them."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text(f'__version__ = "{version}"\n')
+    done = child.run(
+        f"""
+        import os, sys
+        sys.path = [p for p in sys.path if not p.endswith("site-packages")]
+        sys.path += [os.environ["ONLY_MLX_SAFE"], {str(tmp_path)!r}]
+        import mlx_safe
+        status = mlx_safe.status()
+        assert (status.mlx_version, status.mode) == ({version!r}, {regime!r})
+        assert not any("mlx is not" in r for r in status.reasons), status.reasons
+        """,
+        ONLY_MLX_SAFE=_only_mlx_safe(),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("failure", ["ImportError('no libmlx')", "OSError('no disk')"])
+def test_import_works_with_a_broken_mlx(tmp_path: Path, failure: str) -> None:
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text(f"raise {failure}\n")
+    done = child.run(
+        f"""
+        import os, sys
+        sys.path = [p for p in sys.path if not p.endswith("site-packages")]
+        sys.path += [os.environ["ONLY_MLX_SAFE"], {str(tmp_path)!r}]
+        import mlx_safe
+        reasons = mlx_safe.status().reasons
+        assert any("mlx cannot be imported: no " in r for r in reasons), reasons
+        """,
+        ONLY_MLX_SAFE=_only_mlx_safe(),
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def _only_mlx_safe() -> str:
     """A directory in which mlx_safe is the one package."""
     import tempfile

@@ -123,6 +123,24 @@ def _loaded_mlx() -> str | None:
     return str(getattr(loaded, "__version__", "")) or None
 
 
+def _version_by_import() -> tuple[str | None, str]:
+    """(version of an mlx with no metadata beside it; or None and why there is none).
+
+    So it is with a build tree on PYTHONPATH and with an editable install. Its import
+    takes tens of milliseconds, but a regime that is guessed wrong is an abort.
+    """
+    package = "mlx[cpu]" if sys.platform == "linux" else "mlx"
+    try:
+        import mlx.core
+    except ModuleNotFoundError as e:
+        if e.name in ("mlx", "mlx.core"):
+            return None, f"mlx is not installed: pip install '{package}'"
+        return None, f"mlx cannot be imported: {e}"
+    except Exception as e:
+        return None, f"mlx cannot be imported: {e}"
+    return str(mlx.core.__version__), ""
+
+
 def installed_versions(*packages: str) -> dict[str, str | None]:
     """Versions of what ``import package`` would find; None: nothing.
 
@@ -252,11 +270,12 @@ def install(
         )
     with _lock:
         versions = installed_versions("mlx", "mlx_lm")
-        version = versions["mlx"] = _loaded_mlx() or versions["mlx"]
+        version = _loaded_mlx() or versions["mlx"]
         reasons = []
         if version is None:
-            package = "mlx[cpu]" if sys.platform == "linux" else "mlx"
-            reasons.append(f"mlx is not installed: pip install '{package}'")
+            version, no_mlx = _version_by_import()
+            reasons += [no_mlx] if no_mlx else []
+        versions["mlx"] = version
         report_dir, why_not = _report_dir()
         if why_not:
             reasons.append(why_not)
