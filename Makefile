@@ -32,7 +32,7 @@ help:  ## what can be made
 demo: $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault of the GPU
 	$(VENVS)/observe/bin/python tools/demo.py --model $(MODEL)
 
-test: test-metal test-intercept test-observe  ## the whole suite, on both pairs of versions
+test: test-intercept test-observe test-metal  ## the whole suite, on both pairs of versions
 
 # The simulated Metal's hosts are their own, and processes die alike: which mlx is
 # installed makes no difference to them.
