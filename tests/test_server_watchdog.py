@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server import NEVER, Server
+from support.server import CONTROLLED, NEVER, Server
 
 # The protected server; each step of its model takes a hundredth of a second or more.
 SLOW = """
@@ -35,6 +35,19 @@ def test_a_stall_is_fatal_and_told(tiny_model: Path, more: dict[str, int]) -> No
         assert server.wait() == 75
         assert "all stacks follow" in server.log
         assert "in step" in server.log  # where it hangs, by name
+
+
+def test_a_stall_is_noticed_when_its_client_has_left(tiny_model: Path) -> None:
+    """Nobody waits for the step any more, but nobody else would be served."""
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 50}
+    stalls = ("--stall-timeout", "4")
+    with Server(tiny_model, *stalls, program=CONTROLLED).wait_ready() as server:
+        server.hold(5)
+        with server.connected(body):
+            server.wait_held()
+        assert server.wait() == 75
+        assert server.departures == 1
+        assert "no progress for 4 s" in server.log
 
 
 def test_a_long_answer_is_no_stall(tiny_model: Path) -> None:

@@ -373,10 +373,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         return bool(self._share_object(ticket.stopped or None))
 
     def _is_working(self) -> bool:
-        # Ranks meet in every turn of the loop, with and without work; one that is
-        # gone shows only in a turn that does not end.
-        idle_turns = not self._one_rank and self.condition.state != "loading"
-        return len(self.flight) > 0 or idle_turns
+        # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
+        # nothing to do, so a thread that does not move is in a step that hangs; also
+        # when its clients have left, and those that come later wait in the queue.
+        # With more than one rank the step may be the meeting in such a turn.
+        return self.condition.state not in ("loading", "failed")
 
     def _on_caught(self, ticket: Ticket, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
