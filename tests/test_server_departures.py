@@ -29,6 +29,24 @@ mlx_lm.server.TimeBudget.__init__.__defaults__ = (3600.0, 25, 10)
     + CONTROLLED
 )
 
+# A write waits a second for a client that does not read, and not for what the
+# system would keep for it.
+IMPATIENT = """
+import socket, sys
+from mlx_safe.cli import main
+from mlx_safe.server import launcher
+kind = launcher._Server
+class Small(kind):
+    def get_request(self):
+        from mlx_safe.server.handler import ProtectedHandler
+        ProtectedHandler.timeout = 1
+        connection, address = super().get_request()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return connection, address
+launcher._Server = Small
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path) -> Iterator[Server]:
@@ -116,6 +134,21 @@ def test_keep_alive_comments_cannot_kill_the_handler(server: Server, path: str) 
     assert server.metric("mlx_safe_requests_in_flight") == 0
     assert "Traceback" not in server.log
     assert "a handler failed" not in server.log
+
+
+def test_a_client_that_reads_no_more_has_left(tiny_model: Path) -> None:
+    """It is there, but nothing can be written to it."""
+    messages = [{"role": "user", "content": "x"}]
+    body = {"messages": messages, "max_tokens": 100_000, "stream": True}
+    with Server(tiny_model, program=IMPATIENT).wait_ready() as server:
+        with server.connected(body):
+            server.wait_for_log("went away")
+            assert server.metric("mlx_safe_requests_in_flight") == 0
+            left = 'mlx_safe_requests_total{outcome="client_left"}'
+            assert server.metric(left) == 1
+            assert server.metric("mlx_safe_requests_total") == 1
+        assert "could not be read" not in server.log
+        assert "Traceback" not in server.log
 
 
 def test_others_in_the_batch_go_on(server: Server) -> None:

@@ -18,6 +18,9 @@ __all__ = ["ProtectedHandler"]
 
 log = logging.getLogger("mlx_safe.server")
 
+# What a read or a write ends with when nobody is there, or reads on (`timeout`).
+GONE = (ConnectionError, TimeoutError)
+
 
 class _BodyWriter:
     """``wfile`` that sends held-back headers before its first byte."""
@@ -154,7 +157,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     def _end(self, exc: Exception) -> None:
         """The request has ended with ``exc``: counts it, then tells the client."""
-        if isinstance(exc, ConnectionError):
+        if isinstance(exc, GONE):
             self._count("client_left")
             self._note_departure()
         else:
@@ -180,7 +183,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
                 self._send_error_event(reply)
             else:
                 self._send_error_body(reply)
-        except ConnectionError:
+        except GONE:
             self._note_departure()
 
     def _send_error_body(self, reply: Reply) -> None:
