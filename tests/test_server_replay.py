@@ -16,7 +16,13 @@ from typing import Any
 
 import pytest
 
-from mlx_safe.errors import MetalError, MetalOutOfMemoryError, MetalTimeoutError
+from mlx_safe.errors import (
+    MetalAccessError,
+    MetalError,
+    MetalInteractivityError,
+    MetalOutOfMemoryError,
+    MetalTimeoutError,
+)
 from mlx_safe.server.prefill import PrefillStep
 from mlx_safe.server.replay import Replays
 from mlx_safe.server.tickets import Flight, Ticket
@@ -250,12 +256,20 @@ def given_out(replays: Replays) -> list[Ticket]:
     return list(iter(replays.next, None))
 
 
-def test_out_of_memory_lets_fewer_run_until_it_is_over() -> None:
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MetalOutOfMemoryError("Insufficient Memory", code=8),
+        MetalInteractivityError("Impacting Interactivity", code=0xE),
+    ],
+    ids=["memory", "interactivity"],
+)
+def test_out_of_memory_lets_fewer_run_until_it_is_over(memory: MetalError) -> None:
+    """So does what held up the display: only smaller pieces of work pass."""
     flight = Flight()
     tickets = boarded(4, flight)
     settings = SimpleNamespace(prefill_step_size=2048)
     replays = Replays(flight, 2, PrefillStep(settings))
-    memory = MetalOutOfMemoryError("Insufficient Memory", code=8)
     timeout = MetalTimeoutError("Caused GPU Timeout Error", code=2)
 
     def fail(fault: MetalError) -> list[Ticket]:
@@ -297,3 +311,64 @@ def test_those_that_wait_for_their_turn_lose_no_attempt() -> None:
         assert replays.next() is None
         again, ending = replays.sort(fault, fault)
     assert (again, ending) == (tickets[1:], [tickets[0]])
+
+
+@pytest.mark.parametrize("attempts", [1, 2, 3])
+def test_one_that_fails_every_time_takes_nobody_with_it(attempts: int) -> None:
+    """Whatever the fault: in the end each is alone."""
+    flight = Flight()
+    tickets = boarded(3, flight)
+    bad = tickets[1]
+    step = PrefillStep(SimpleNamespace(prefill_step_size=2048))
+    replays = Replays(flight, attempts, step)
+    fault = MetalTimeoutError("Caused GPU Timeout Error", code=2)
+    running, ended = list(tickets), []
+    while running:
+        if bad in running:
+            again, ending = replays.sort(fault, fault)
+            replays.line_up(again)
+            for ticket in ending:
+                ticket.fail(fault)
+            ended += ending
+        else:
+            running[0].complete()
+        running = given_out(replays)
+    assert ended == [bad]
+    assert replays.may_take_new()
+
+
+def test_a_fault_that_must_not_be_tried_again_ends_only_those_it_struck() -> None:
+    flight = Flight()
+    tickets = boarded(3, flight)
+    step = PrefillStep(SimpleNamespace(prefill_step_size=2048))
+    replays = Replays(flight, 2, step)
+    memory = MetalOutOfMemoryError("Insufficient Memory", code=8)
+    again, _ = replays.sort(memory, memory)
+    replays.line_up(again)
+    assert given_out(replays) == tickets[:1]
+    access = MetalAccessError("Caused GPU Address Fault Error", code=0xB)
+    assert replays.sort(access, access) == (tickets[1:], tickets[:1])
+
+
+def test_one_that_mlx_lm_has_not_begun_with_loses_no_attempt(server: Server) -> None:
+    """It cannot join the batch, and waits at mlx-lm until that has ended."""
+    expected = server.chat("waits", seed=1, max_tokens=TOKENS).text
+    server.hold(30)
+    late: list[Answer] = []
+    thread = threading.Thread(
+        target=lambda: late.append(server.chat("waits", seed=1, max_tokens=TOKENS)),
+        daemon=True,
+    )
+    with server.chatting(1, max_tokens=100_000) as answers:
+        server.wait_held(BATCH_RUNS_S)
+        thread.start()
+        server.wait_for_clients(2)
+        server.hold(30)
+        server.go()
+        server.wait_held()
+        server.wait_for_requests(2)
+        server.plan("decode:1:2,decode:2:2,decode:3:2")
+        server.go()
+    thread.join(REQUEST_TIMEOUT_S)
+    assert answers[0].error["code"] == "metal_timeout"
+    assert late[0].text == expected

@@ -52,10 +52,11 @@ class Replays:
     ) -> tuple[list[Ticket], list[Ticket]]:
         """(those to be run again, those that end) of the requests in flight.
 
-        With a fault that may pass: all with attempts left; those that still wait
-        for their turn had no part in it, and lose none. With an exception that is
-        no fault: all, one by one, so that only the one that causes it ends; and
-        that one when it is alone.
+        With a fault that may pass: all with attempts left. With one that must not be
+        tried again: none. With an exception that is no fault: all, one by one, so
+        that only the one that causes it ends; and that one when it is alone. Those
+        that still wait for their turn, here or at mlx-lm, had no part in any of it:
+        they are run again, and lose no attempt.
         """
         tickets = self._flight.running()
         for ticket in [t for t in tickets if t.finished]:
@@ -64,30 +65,39 @@ class Replays:
         if self._attempts_max == 0:
             return [], tickets
         running = [t for t in tickets if t not in self._waiting]
+        running = [t for t in running if t.begun] or running
         memory = isinstance(fault, errors.MetalOutOfMemoryError)
         memory = memory or (fault is None and is_allocation_failure(exc))
-        if fault is not None or memory:
-            if fault is not None and not fault.retryable:
-                return [], tickets
-            again = [
-                t
-                for t in tickets
-                if t.attempts < self._attempts_max or t in self._waiting
-            ]
-            for ticket in again:
-                ticket.attempts += ticket not in self._waiting
-            self._be_careful(again, memory)
+        if fault is not None and not fault.retryable:
+            ending = running
+        elif fault is not None or memory:
+            ending = [t for t in running if t.attempts >= self._attempts_max]
+            for ticket in running:
+                ticket.attempts += ticket not in ending
         else:
-            again = [t for t in tickets if len(running) > 1 or t in self._waiting]
+            ending = running if len(running) == 1 else []
             self._limit = 1
-        return again, [t for t in tickets if t not in again]
+        again = [t for t in tickets if t not in ending]
+        if fault is not None or memory:
+            less = memory or isinstance(fault, errors.MetalInteractivityError)
+            self._be_careful(again, less)
+        return again, ending
 
-    def _be_careful(self, again: list[Ticket], memory: bool) -> None:
-        if not memory or not again:
+    def _be_careful(self, again: list[Ticket], less: bool) -> None:
+        """One at a time the last time, so that one cannot take others along.
+
+        ``less``: and before that with fewer at a time, in smaller steps.
+        """
+        if not again:
             return
         level = max(ticket.attempts for ticket in again)
-        self._limit = 1 if level > 1 else max(1, len(again) // 2)
-        self._prefill.limit("fault", max(STEP_MIN, self._prefill.full // 4**level))
+        if level >= min(2, self._attempts_max):
+            self._limit = 1
+        elif less:
+            self._limit = max(1, len(again) // 2)
+        if less:
+            step = max(STEP_MIN, self._prefill.full // 4**level)
+            self._prefill.limit("fault", step)
 
     def line_up(self, tickets: list[Ticket]) -> None:
         """``tickets`` are run again, oldest first."""

@@ -58,6 +58,8 @@ class Ticket:
     Attributes:
         produced: ids of the tokens that were passed on to the client.
         attempts: how often it was run again after a fault.
+        begun: mlx-lm has begun with it, this time; before, it may wait until a
+            batch has ended that it cannot join.
         finished: its last token was passed on.
         may_be_stopped: False: its context is left alone when it ends early.
         headers: HTTP headers that go with the answer.
@@ -87,6 +89,7 @@ class Ticket:
         self._stopped = False
         self.produced: list[int] = []
         self.attempts = 0
+        self.begun = False
         self.finished = False
         self.may_be_stopped = True
         self.headers: dict[str, str] = {}
@@ -123,6 +126,7 @@ class Ticket:
     def work(self) -> tuple[Ticket, Any, Any]:
         """What mlx-lm is to do: the request, or the rest of it."""
         self._repeated = 0
+        self.begun = False
         request = copy.deepcopy(self._request)
         setattr(request, _ATTRIBUTE, self)
         args = dataclasses.replace(
@@ -140,6 +144,7 @@ class Ticket:
         """
         if isinstance(item, Exception):
             # mlx-lm's sequential path ends a request so.
+            self.begun = True
             self._on_error(self, item)
             return
         self._before_put(self, item)
@@ -164,6 +169,7 @@ class Ticket:
         """A handler that is done, or whose client left, stops its context."""
         first = self.context is None
         self.context = context
+        self.begun = True
         self._place.begun(len(context.prompt))
         if self._stopped:  # its client left while the prompt was tokenized
             self._stop()
