@@ -26,6 +26,7 @@ from mlx_safe.errors import (
 from mlx_safe.server.prefill import PrefillStep
 from mlx_safe.server.replay import Replays
 from mlx_safe.server.tickets import Flight, Ticket
+from mlx_safe.testing import metal_message
 from support.server import (
     BATCH_RUNS_S,
     CONTROLLED,
@@ -40,6 +41,24 @@ TOKENS = 10
 CLIENTS = 3
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+# The protected server; loads its first model, and then fails with what is said in
+# MLX_SAFE_TEST_FAILS, once for each line.
+LOADS_BADLY = """
+import os, sys
+import mlx_lm.server as server
+from mlx_safe.cli import main
+messages = [None, *os.environ["MLX_SAFE_TEST_FAILS"].splitlines()]
+read = server.load
+def load(*args, **kwargs):
+    message = messages.pop(0) if messages else None
+    if message:
+        raise RuntimeError(message)
+    return read(*args, **kwargs)
+server.load = load
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
 
 
 @pytest.fixture
@@ -167,6 +186,27 @@ def test_one_bad_request_ends_alone(server: Server) -> None:
     assert bad[0].status == 500
     assert bad[0].error["code"] == "internal_generation_error"
     assert texts([answers]) == texts([undisturbed])
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (metal_message(2), "metal_timeout"),
+        ("[malloc] Unable to allocate 8 bytes.", "insufficient_memory"),
+    ],
+)
+def test_a_fault_while_another_model_is_loaded(
+    tiny_model: Path, draft_model: Path, message: str, code: str
+) -> None:
+    env = {"MLX_SAFE_TEST_FAILS": "\n".join([message] * 5)}
+    with Server(tiny_model, program=LOADS_BADLY, env=env).wait_ready() as server:
+        told = server.chat(model=str(draft_model))
+        assert told.status == 503
+        assert told.error["code"] == code
+        # Of the five, three have struck.
+        assert server.chat(model=str(draft_model)).status == 200
+        assert server.metric("mlx_safe_replays_total") == 4
+        assert server.chat().status == 200
 
 
 def test_it_refuses_for_a_while_and_recovers_by_itself(tiny_model: Path) -> None:
