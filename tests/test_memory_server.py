@@ -258,6 +258,22 @@ def test_what_was_told_to_fit_is_not_ended_by_an_estimate(
         assert f"room for {room} tokens." in refused.error["message"]
 
 
+def test_what_has_ended_is_not_counted_for_the_next(
+    tiny_model: Path, draft_model: Path
+) -> None:
+    """With a draft model there is no look at the memory while a prompt is read."""
+    arguments = ["--max-active-memory-bytes", str(CEILING)]
+    arguments += ["--draft-model", str(draft_model)]
+    with Server(tiny_model, *arguments) as server:
+        server.wait_ready()
+        tokens = int(room_told(server).split()[0]) * 9 // 10
+        for letter in "abcd":
+            body = {"prompt": letter * tokens, "max_tokens": 1}
+            answer = server.post(body, "/v1/completions", timeout=300)
+            assert answer.status == 200, answer.body
+        assert gauges(server)["peak"] <= CEILING
+
+
 def test_the_prompt_cache_makes_room(small: Server) -> None:
     """Nothing is refused that old entries of the prompt cache could give."""
     for i in range(6):

@@ -237,7 +237,9 @@ class Admission:
     def _held_nbytes(self) -> int:
         """What the caches of the requests that run hold."""
         if self._batch is None:
-            return self._demand.cost.at_least(self._single_length)
+            # What the last one had is counted no more when it has ended.
+            length = self._single_length if self._running() else 0
+            return self._demand.cost.at_least(length)
         nbytes, waiting = compat.batch_caches(self._batch)
         # Those that mlx-lm has not begun with have at most what they took over.
         owned = {t.uid: t.owned for t in self._running()}
