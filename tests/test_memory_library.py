@@ -20,6 +20,7 @@ from mlx_safe.memory.estimate import (
     CacheCost,
     LayerCost,
     Transients,
+    calibrate,
     measure,
 )
 from mlx_safe.memory.machine import Machine, read_machine, usage
@@ -297,6 +298,47 @@ def test_a_cache_that_is_quantized_on_the_way(
                 both += cache.nbytes
                 made[i] = cache.to_quantized(group_size=64, bits=bits)
         assert nbytes(made) + both <= cost.nbytes(tokens, step=max(steps))
+
+
+class GrowingState:
+    """As `LayerCache` of mlx-lm 0.32's deepseek_v41: a window, and groups of tokens."""
+
+    def __init__(self, group: int) -> None:
+        self.group, self.tokens = group, 0
+
+    @property
+    def state(self) -> list[mx.array]:
+        return []
+
+    @property
+    def nbytes(self) -> int:
+        pending = self.tokens % self.group
+        return 64 * (min(self.tokens, 128) + self.tokens // self.group + 4 * pending)
+
+
+@pytest.mark.parametrize("group", [1, 4, 64, 128])
+def test_a_state_that_grows_is_counted(group: int) -> None:
+    def read(tokens: mx.array, cache: list[Any]) -> None:
+        for one in cache:
+            one.tokens += tokens.shape[1]
+
+    def make() -> list[Any]:
+        return [GrowingState(group), GrowingState(group)]
+
+    cost, made = calibrate(read, make, Transients()), make()
+    for _ in range(100):
+        read(mx.zeros((1, 100)), made)
+        assert cost.at_least(made[0].tokens) <= nbytes(made)
+        assert nbytes(made) <= cost.nbytes(made[0].tokens)
+    # A state that is of a fixed size after the first tokens has no cost for each.
+    state = [caches.ArraysCache(2)]
+
+    def fill(tokens: mx.array, cache: list[Any]) -> None:
+        feed(cache[0], tokens.shape[1])
+
+    feed(state[0], 1)
+    found = calibrate(fill, lambda: [caches.ArraysCache(2)], Transients())
+    assert found == CacheCost(((LayerCost(constant=state[0].nbytes), 1),))
 
 
 @given(

@@ -5,8 +5,8 @@ model are filled with a few tokens and looked at (`calibrate`). What is looked a
 are the attributes that all caches of mlx-lm 0.31 and 0.32 share: ``nbytes``,
 ``keys`` with its slots on axis 2 (quantized: a tuple of arrays), ``max_size`` or
 ``chunk_size`` of those with a window, ``caches`` of those made of others, and
-``update_and_fetch``. A cache without ``keys`` keeps a state whose size does not
-depend on the tokens.
+``update_and_fetch``. A cache without ``keys`` keeps a state, mostly of a fixed size;
+by how much it grows all the same (``LayerCache`` of deepseek_v41) shows while it reads.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class LayerCost:
         window: places kept at most; None when all tokens are.
         quantized: bytes of one place after the cache was quantized, which
             happens at ``quantized_from`` tokens; None when it is not.
+        rough: ``per_slot`` is what a token takes at most; it may be nothing.
     """
 
     per_slot: int = 0
@@ -52,6 +53,7 @@ class LayerCost:
     window: int | None = None
     quantized: int | None = None
     quantized_from: int = 0
+    rough: bool = False
 
     def nbytes(self, tokens: int, step: int) -> int:
         """At most so many bytes with ``tokens`` read in steps of ``step``."""
@@ -72,6 +74,8 @@ class LayerCost:
 
     def at_least(self, tokens: int) -> int:
         """At least so many bytes, without what is allocated ahead."""
+        if self.rough:
+            return 0
         slots = tokens if self.window is None else min(tokens, self.window)
         each = self.per_slot
         if self.quantized is not None and tokens >= self.quantized_from:
@@ -126,6 +130,11 @@ def _slots(cache: Any) -> int:
     while isinstance(keys, tuple | list):
         keys = keys[0]
     return 0 if keys is None else int(keys.shape[2])
+
+
+def _states(caches: Sequence[Any]) -> list[int]:
+    """Bytes of each cache, 0 of those that have keys."""
+    return [0 if _slots(cache) else int(cache.nbytes) for cache in _leaves(caches)]
 
 
 def _layer_cost(cache: Any, kv_bits: int | None, group: int, start: int) -> LayerCost:
@@ -259,16 +268,37 @@ def calibrate(
     cost = measure(caches, **quantization)
     # Many tokens at once take less time for each.
     length = next((n for n in CALIBRATION_STEPS if n * each <= CALIBRATION_STEP_S), few)
+    looks = [_states(caches)]
     step(length)
+    looks.append(_states(caches))
     for cache in _leaves(caches):
         _lengthen(cache, CALIBRATION_CONTEXT)
     mx.eval([cache.state for cache in caches])
     read += CALIBRATION_CONTEXT
     for _ in range(3):  # what counts is the dearest of them
         step(length)
+        looks.append(_states(caches))
     caches.clear()
     mx.clear_cache()
-    return cost
+    return CacheCost(cost.layers + _growing_states(looks, 4 * length))
+
+
+def _growing_states(
+    looks: Sequence[Sequence[int]], tokens: int
+) -> tuple[tuple[LayerCost, int], ...]:
+    """What states cost beside what they had first. Bytes of each, look for look.
+
+    One that grows up to a window, or by fits and starts, is thought to go on as it
+    did on the whole, over ``tokens`` tokens: 4 * 64 are a whole number of the groups
+    that such states are made of. Between them it had what it had most.
+    """
+    kinds: Counter[LayerCost] = Counter()
+    for sizes in zip(*looks, strict=True):
+        grown, most = sizes[-1] - sizes[0], max(sizes) - sizes[0]
+        if most > 0:
+            each = max(0, -(-grown // tokens))
+            kinds[LayerCost(each, constant=most, rough=True)] += 1
+    return tuple(kinds.items())
 
 
 def _lengthen(cache: Any, tokens: int) -> None:
