@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -557,6 +558,51 @@ def test_the_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in shown
     assert main(["doctor", "--model", "/no/such/model"]) == 2
     assert "there is no such directory" in capsys.readouterr().err
+
+
+def test_the_doctor_with_a_model_that_cannot_be_run(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[GatherMM::eval] Currently only supports float32.\nMore.")
+
+    monkeypatch.setattr("mlx_safe.doctor.calibrate", fail)
+    assert main(["doctor", "--model", str(tiny_model)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith(
+        f"--model {tiny_model}: cannot be run: [GatherMM::eval] Currently only "
+        "supports float32."
+    )
+
+
+def test_what_the_doctor_recommends_can_be_served(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*limits: str) -> str:
+        assert main(["doctor", "--model", str(tiny_model), *limits]) == 0
+        return capsys.readouterr().out
+
+    # One step and the model fill it: nothing is left for the prompt cache, and the
+    # server takes no --prompt-cache-bytes 0.
+    narrow = told("--max-active-memory-bytes", "700K")
+    assert "recommended" in narrow and "--prompt-cache-bytes" not in narrow
+    # It is the limit that leaves no room, not the model that is too large.
+    limit = "--max-active-kv-bytes 1"
+    assert f"it does not fit with {limit}: take" in told(*limit.split())
+
+
+def test_the_doctor_knows_what_a_model_with_images_was_made_for() -> None:
+    """As mlx-lm has it of qwen3_5, gemma3, llama4: with the text's configuration."""
+    from mlx_safe.doctor import _context_tokens
+
+    text = {"max_position_embeddings": 4096}
+    for args in (
+        SimpleNamespace(text_config=text),
+        SimpleNamespace(text_config=SimpleNamespace(**text)),
+        SimpleNamespace(**text),
+    ):
+        assert _context_tokens(SimpleNamespace(args=args)) == 4096
+    assert _context_tokens(SimpleNamespace()) is None
 
 
 def test_the_doctor_on_a_mac() -> None:

@@ -86,7 +86,7 @@ def examine(
         adapter, draft: ``--adapter-path`` and ``--draft-model`` of the server.
 
     Raises:
-        CommandError: mlx is missing, or the model cannot be loaded.
+        CommandError: mlx is missing, or the model cannot be loaded or run.
     """
     status = install().as_dict()
     if status["mlx_version"] is None:
@@ -173,9 +173,27 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
         try:
             loaded.append(server.load(path, **options)[0])
         except Exception as e:
-            first = (str(e) or type(e).__name__).splitlines()[0]
-            raise CommandError(f"{flag} {path}: cannot be loaded: {first}") from e
+            raise CommandError(
+                f"{flag} {path}: cannot be loaded: {_first_line(e)}"
+            ) from e
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _context_tokens(model: Any) -> int | None:
+    """What it was made for; models with images as well keep it with the text's."""
+    args = getattr(model, "args", None)
+    for found in (args, getattr(args, "text_config", None)):
+        if isinstance(found, dict):
+            tokens = found.get("max_position_embeddings")
+        else:
+            tokens = getattr(found, "max_position_embeddings", None)
+        if tokens is not None:
+            return int(tokens)
+    return None
 
 
 def _measure(
@@ -189,8 +207,12 @@ def _measure(
 
     transients = Transients()
     layers: tuple[Any, ...] = ()
-    for model in models:
-        layers += calibrate(model, partial(compat.make_cache, model), transients).layers
+    try:
+        for model in models:
+            make_cache = partial(compat.make_cache, model)
+            layers += calibrate(model, make_cache, transients).layers
+    except Exception as e:
+        raise CommandError(f"--model {name}: cannot be run: {_first_line(e)}") from e
     cost = CacheCost(layers)
     weights = usage().active
     fits = sizing(
@@ -200,7 +222,7 @@ def _measure(
         steps=partial(step_sizes, STEP),
         kv_limit=kv_limit,
     )
-    context = getattr(getattr(models[0], "args", None), "max_position_embeddings", None)
+    context = _context_tokens(models[0])
     return {
         "name": name,
         "bytes": weights,
@@ -220,19 +242,23 @@ def _measure(
 def _flags(
     fits: Sizing, explicit: int | None, kv_limit: int | None, context: int | None
 ) -> list[str]:
-    """The limit of a prompt, and what the server would choose by itself."""
-    if fits.room_tokens == 0:
-        return []
+    """The limit of a prompt, and what the server would choose by itself.
+
+    Only what was given, when nothing fits.
+    """
     # Without these the others would stand below other limits.
     given = {
         "--max-active-memory-bytes": explicit,
         "--max-active-kv-bytes": kv_limit,
     }
     flags = [x for k, v in given.items() if v is not None for x in (k, str(v))]
+    if fits.room_tokens == 0:
+        return flags
     prompt_tokens = fits.prompt_tokens(context)
     if prompt_tokens is not None:
         flags += ["--max-prompt-tokens", str(prompt_tokens)]
-    flags += ["--prompt-cache-bytes", flag_size(fits.prompt_cache)]
+    if fits.prompt_cache > 0:  # the server takes no size of 0
+        flags += ["--prompt-cache-bytes", flag_size(fits.prompt_cache)]
     if fits.step != STEP:
         flags += ["--prefill-step-size", str(fits.step)]
     return flags
@@ -271,7 +297,8 @@ def _render_model(model: dict[str, Any]) -> list[str]:
     if model["context_tokens"] is not None:
         lines.append(f"            made for {model['context_tokens']} tokens at most")
     if model["room_tokens"] == 0:
-        return [*lines, "            it does not fit: take a smaller one"]
+        given = f" with {' '.join(model['flags'])}" if model["flags"] else ""
+        return [*lines, f"            it does not fit{given}: take a smaller one"]
     command = ["mlx-safe serve --model", model["name"], *model["flags"]]
     return [
         *lines,
