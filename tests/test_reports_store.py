@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,21 @@ def test_one_that_lives_is_left_alone(private_reports: Path) -> None:
     assert not _paths.has_news(str(private_reports))
     assert orphans.adopt(private_reports) == []
     assert reports.names(private_reports) == [f"run-{os.getpid()}.json"]
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_a_link_is_not_taken_for_a_run_file(
+    private_reports: Path, tmp_path: Path, make: Callable[[str, str], None]
+) -> None:
+    """Who may write to the directory must not choose what we overwrite."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    private_reports.mkdir()
+    name = f"run-{reports.a_pid_that_is_gone()}.json"
+    make(str(victim), str(private_reports / name))
+    assert orphans.adopt(private_reports) == []
+    assert reports.names(private_reports) == [name]
+    assert victim.read_text() == "precious"
 
 
 def test_a_number_that_is_used_again_does_not_hide_the_dead(

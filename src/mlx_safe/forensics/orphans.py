@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import stat
 from pathlib import Path
 
 from .. import _paths
@@ -42,11 +43,20 @@ def adopt(directory: str | os.PathLike[str]) -> list[Path]:
     made = []
     for path in found:
         pid = _paths.owner_of(path.name)
-        if pid is None or not path.is_file():
+        if pid is None or not _is_a_file_of_its_own(path):
             continue
         if not _paths.process_lives(str(path), pid):
             made.append(_adopt(path, pid))
     return [report for report in made if report is not None]
+
+
+def _is_a_file_of_its_own(path: Path) -> bool:
+    """Where others may write to the directory, a link would be what we overwrite."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False  # another process was faster
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def _adopt(run_file: Path, pid: int) -> Path | None:
@@ -87,7 +97,8 @@ def _complete(path: Path, run: Report) -> None:
     run.schema, run.why, run.complete = records.SCHEMA, "died", True
     text = json.dumps(run.members(), separators=(",", ":")) + "\n"
     try:
-        with path.open("r+b", buffering=0) as file:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(fd, "r+b", buffering=0) as file:
             file.truncate(file.write(text.encode()))
     except OSError as e:
         log.warning("cannot complete %s: %s", path, e.strerror)
