@@ -206,6 +206,31 @@ def test_report_dir_is_platformdirs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _paths.report_dir() == "/somewhere/else/mlx-safe/reports"
 
 
+def test_without_a_home_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A container's user has none: there is to be no directory called "~"."""
+    import pwd
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    for name in ("MLX_SAFE_REPORT_DIR", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    directory, why_not = _install._report_dir()
+    assert directory is None and "set MLX_SAFE_REPORT_DIR" in str(why_not)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """launchd and containers hand on what no shell has expanded."""
+    monkeypatch.setenv("HOME", "/Users/jane")
+    monkeypatch.setenv("MLX_SAFE_REPORT_DIR", "~/reports")
+    assert _paths.report_dir() == "/Users/jane/reports"
+
+
 def test_the_stub_names_what_the_extension_has() -> None:
     import re
 

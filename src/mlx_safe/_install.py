@@ -189,6 +189,11 @@ def _regime(mode: str, version: str | None) -> str:
 def _report_dir() -> tuple[str | None, str | None]:
     """(directory of the crash reports, made if need be; or None and why)."""
     wanted = _paths.report_dir()
+    if not os.path.isabs(wanted):
+        return None, (
+            f"no crash reports: where {wanted} is cannot be told; set "
+            "MLX_SAFE_REPORT_DIR to an absolute path"
+        )
     longest = _core.report_directory_max()
     if len(os.fsencode(wanted)) > longest:
         return None, f"no crash reports: its path is longer than {longest}: {wanted}"

@@ -23,11 +23,15 @@ def report_dir() -> str:
     """``MLX_SAFE_REPORT_DIR``, or ``reports`` in the user's state directory.
 
     Absolute: a process that changes its working directory writes where it began.
+    Only where there is no home directory or no working directory it is not.
     """
     wanted = os.environ.get("MLX_SAFE_REPORT_DIR")
     if not wanted:
         wanted = os.path.join(_state_dir(), "mlx-safe", "reports")
-    if os.path.isabs(wanted):
+    # Who starts us without a shell (launchd, a container) leaves it as it is.
+    wanted = os.path.expanduser(wanted)
+    # There is none. A directory called "~" is the last thing to make.
+    if os.path.isabs(wanted) or wanted.startswith("~"):
         return wanted
     try:
         return os.path.join(os.getcwd(), wanted)
@@ -104,5 +108,5 @@ def _state_dir() -> str:
     if xdg:
         return xdg
     if sys.platform == "darwin":
-        return os.path.expanduser("~/Library/Application Support")
-    return os.path.expanduser("~/.local/state")
+        return "~/Library/Application Support"
+    return "~/.local/state"
