@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,43 @@ def test_mistaken_arguments(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "--help" in err
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["show"], ["export", "latest"]])
+def test_nowhere_to_write_to(private_reports: Path, arguments: list[str]) -> None:
+    reports.write(private_reports, WHOLE)
+    command = [sys.executable, "-m", "mlx_safe", "reports", *arguments]
+    to_stdout = ["-o", "-"] if "export" in arguments else []
+    redirections = {">&-": "there is no stdout", ">/dev/full": "stdout: No space"}
+    if not Path("/dev/full").exists():
+        del redirections[">/dev/full"]
+    for redirected, said in redirections.items():
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {redirected}', "sh", *command, *to_stdout],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 2, done
+        assert done.stderr.startswith(f"mlx-safe: {said}"), done
+        assert done.stderr.count("\n") == 1, done
+
+
+def test_half_an_export_is_taken_away(
+    private_reports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports.write(private_reports, reports.sample(python_stacks="x" * 100_000))
+    target = tmp_path / "copy.json"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        status = cli.main(["reports", "export", "latest", "-o", str(target)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert capsys.readouterr().err == f"mlx-safe: {target}: File too large\n"
+    assert not target.exists()
 
 
 def test_odd_files_in_every_command(

@@ -56,7 +56,9 @@ def reports(arguments: Sequence[str]) -> int:
         CommandError: a user's mistake, with what to do.
     """
     parsed = _parser().parse_args(list(arguments))
-    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+    if sys.stdout is None:
+        raise CommandError("there is no stdout to write to")
+    if hasattr(sys.stdout, "reconfigure"):
         # A report holds what it holds, whatever the terminal can show.
         sys.stdout.reconfigure(errors="replace")
     directory = _paths.report_dir()
@@ -73,7 +75,8 @@ def reports(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
-        raise CommandError(f"{e.filename or directory}: {e.strerror}") from e
+        # All that is opened here has a name.
+        raise CommandError(f"{e.filename or 'stdout'}: {e.strerror}") from e
     return 0
 
 
@@ -161,8 +164,12 @@ def _export(directory: str, which: str, output: str | None, with_fields: bool) -
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise CommandError(f"{target} exists; choose another with -o FILE") from None
-    with os.fdopen(fd, "w", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as e:
+        target.unlink(missing_ok=True)  # half a copy is of no use
+        raise CommandError(f"{target}: {e.strerror}") from e
     print(f"written: {target}")
     print("left out: " + ("; ".join(copy["left_out"]) or "nothing"))
     print("Read it before you send it: texts of exceptions and stacks are in it.")
