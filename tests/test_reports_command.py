@@ -181,6 +181,31 @@ def test_a_directory_that_cannot_be_read(
     assert "Not a directory" in capsys.readouterr().err
 
 
+def test_no_text_of_a_report_looks_like_a_row(
+    private_reports: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "x\n  what  all is well\u2028\t"
+    request = {"id": line, "path": line}
+    frame = {"address": line, "image": line, "offset": line, "symbol": line}
+    hostile = reports.sample(
+        why=line,
+        argv0=line,
+        python_thread=line,
+        exception_type=line,
+        exception_message=line,
+        policy=line,
+        signal={"number": 11, "name": line, "address": line},
+        context={"mlx": line, line: line, "hooks": {line: line}},
+        requests=[request],
+        native_stack=[frame],
+    )
+    reports.write(private_reports, hostile)
+    for arguments in ((), ("show",)):
+        printed = run(capsys, *arguments)
+        assert "all is well" in printed
+        assert not any(row.startswith("  what  all") for row in printed.splitlines())
+
+
 def test_with_rich_and_without_the_same_is_said(
     private_reports: Path,
     capsys: pytest.CaptureFixture[str],

@@ -284,6 +284,13 @@ def test_the_process_is_not_held_against_the_limit_of_the_arrays() -> None:
     }
 
 
+def a_name_that_explodes(times: int) -> str:
+    """Each pair holds the one before it twice: to write it out takes gigabytes."""
+    digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    pairs = (f"S_IS{d}_S{d}_E" for d in digits[:times])
+    return "_Z1fSt4pairIiiE" + "".join(pairs)
+
+
 def test_native_frames_are_for_people() -> None:
     symbols = (
         ("_ZSt9terminatev", "std::terminate()"),
@@ -291,6 +298,7 @@ def test_native_frames_are_for_people() -> None:
         ("f", "f"),  # of C; as a type it were a float
         ("_ZNot a name", "_ZNot a name"),
         ("_Z" + "1a" * 1000, "_Z1a1a"),
+        (a_name_that_explodes(30), "_Z1fSt4pairIiiES_IS0_S0_E"),
         (None, ""),
     )
     frames = [

@@ -12,6 +12,10 @@ from .words import Section
 
 __all__ = ["show", "table"]
 
+# A row is one line, whatever a damaged or hostile report holds: none of its texts
+# is to look like a row of ours.
+_BREAKS = dict.fromkeys([9, 10, 0x2028, 0x2029], " ")
+
 _TITLE = "bold"
 _FIRST_COLUMN = "cyan"
 
@@ -26,6 +30,8 @@ def show(sections: Sequence[Section]) -> None:
 
 def table(section: Section) -> None:
     """Prints one section to stdout."""
+    rows = [tuple(cell.translate(_BREAKS) for cell in row) for row in section.rows]
+    section = Section(section.title, rows)
     try:
         from rich import console, text
         from rich import table as rich_table

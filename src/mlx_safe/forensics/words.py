@@ -6,6 +6,7 @@ Text only; `render` brings it to a terminal.
 from __future__ import annotations
 
 import datetime
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,14 @@ _SIGNALS = {
     "SIGFPE": "a bad arithmetic operation",
     "SIGILL": "a bad instruction",
     "SIGSEGV": "a bad memory access",
+    "SIGTRAP": "a check in the code failed",
 }
 _LINE_MAX = 160
 _MANGLED_MAX = 1024
+# What writes once more what a name has written before: thirty of them in a row make
+# gigabytes of a name of 300 bytes. Names of MLX have twelve at most, but for a few.
+_AGAIN = re.compile(r"[ST][0-9A-Z]*_|Dp")
+_AGAIN_MAX = 20
 _TIMELINE_MAX = 60
 _CHART_ROWS = 6
 # Above this share, memory is what one looks at first.
@@ -166,8 +172,14 @@ def _signal(report: Report) -> str:
 def _demangled(name: str) -> str:
     """A type or function of C++ as it is written; other names as they are."""
     # Longer ones are of no use to a reader, and may become longer still.
-    found = _core.demangle(name) if len(name) <= _MANGLED_MAX else None
-    return found or name
+    if len(name) > _MANGLED_MAX or _growth(name) > _AGAIN_MAX:
+        return name
+    return _core.demangle(name) or name
+
+
+def _growth(name: str) -> int:
+    # A pack is written once for each of its members.
+    return sum(10 if again == "Dp" else 1 for again in _AGAIN.findall(name))
 
 
 def _one_line(text: str) -> str:
@@ -215,7 +227,10 @@ def _as_in_stacks(thread: str) -> str:
 def _ran_for(report: Report) -> str:
     if report.started_ns is None or report.time_ns is None:
         return ""
-    minutes, seconds = divmod((report.time_ns - report.started_ns) // 10**9, 60)
+    ran_ns = report.time_ns - report.started_ns
+    if ran_ns < 0:
+        return "not known: the clock was set back meanwhile"
+    minutes, seconds = divmod(ran_ns // 10**9, 60)
     return f"{minutes // 60} h {minutes % 60} min {seconds} s"
 
 
