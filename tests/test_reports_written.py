@@ -34,6 +34,7 @@ from support.native import Native, in_python
         ("os.kill(os.getpid(), signal.SIGBUS)", signal.SIGBUS),
         ("os.kill(os.getpid(), signal.SIGILL)", signal.SIGILL),
         ("faulthandler._sigfpe()", signal.SIGFPE),
+        ("os.kill(os.getpid(), signal.SIGTRAP)", signal.SIGTRAP),
         (
             "t = threading.Thread(target=ctypes.string_at, args=(0,))\n"
             "    t.start(); t.join()",

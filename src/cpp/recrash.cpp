@@ -13,7 +13,7 @@
 namespace mlx_safe {
 namespace {
 
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT};
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGTRAP};
 constexpr std::size_t kCount = sizeof kSignals / sizeof *kSignals;
 constexpr int kWaitLimitMs = 5'000;
 
@@ -40,7 +40,7 @@ void wait_for_body(int number, const siginfo_t& info) noexcept {
   if (g_guard.thread.load() != 0)
     for (std::size_t i = 0; i < kCount; ++i)
       if (kSignals[i] == number) put_back(i);
-  if (was_sent(info)) ::raise(number);
+  if (was_sent(info) || number == SIGTRAP) ::raise(number);
 }
 
 void on_signal(int number, siginfo_t* info, void*) {

@@ -3,9 +3,9 @@
 
 namespace mlx_safe {
 
-// Runs `body(argument)`. A SIGSEGV, SIGBUS, SIGILL, SIGFPE or SIGABRT of this
-// thread meanwhile calls `on_crash(number, address, argument)` and ends the
-// body; false then. Objects of the body are not destroyed: it must own none
+// Runs `body(argument)`. A SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT or SIGTRAP
+// of this thread meanwhile calls `on_crash(number, address, argument)` and ends
+// the body; false then. Objects of the body are not destroyed: it must own none
 // that matter. A crash of another thread waits until the body is done, 5 s at
 // most, then goes where it would have gone. The handlers that were there are
 // back afterwards. Async-signal-safe; one thread at a time, which

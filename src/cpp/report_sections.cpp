@@ -46,6 +46,8 @@ const char* signal_name(int number) noexcept {
       return "SIGILL";
     case SIGFPE:
       return "SIGFPE";
+    case SIGTRAP:
+      return "SIGTRAP";
     default:
       return nullptr;
   }

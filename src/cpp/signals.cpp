@@ -18,8 +18,8 @@ struct Handled {
   std::atomic<bool> in_chain{false};
   struct sigaction previous = {};
 };
-constinit Handled g_handled[] = {
-    {SIGABRT}, {SIGSEGV}, {SIGBUS}, {SIGILL}, {SIGFPE}};
+constinit Handled g_handled[] = {{SIGABRT}, {SIGSEGV}, {SIGBUS},
+                                 {SIGILL},  {SIGFPE},  {SIGTRAP}};
 constinit std::atomic<bool> g_active{false};
 
 // Of signals that the process has survived. A handler in Python returns to the
@@ -65,8 +65,10 @@ bool pass_on(Handled& h, siginfo_t* info, void* context) noexcept {
   }
   ::sigaction(h.number, &previous, nullptr);
   // A fault of the processor comes again when the instruction is run again,
-  // with the right stack for a debugger; what was sent is sent again.
-  if (was_sent(*info) || h.number == SIGABRT) ::raise(h.number);
+  // with the right stack for a debugger; what was sent is sent again. A trap on
+  // x86 goes on behind its instruction.
+  bool comes_again = h.number != SIGABRT && h.number != SIGTRAP;
+  if (was_sent(*info) || !comes_again) ::raise(h.number);
   return false;
 }
 

@@ -1,5 +1,6 @@
-// Reports for signals that end the process: SIGABRT, SIGSEGV, SIGBUS, SIGILL
-// and SIGFPE.
+// Reports for signals that end the process: SIGABRT, SIGSEGV, SIGBUS, SIGILL,
+// SIGFPE and SIGTRAP, which on arm64 is what `__builtin_trap` raises: failed
+// checks of libdispatch and of Swift end so.
 #pragma once
 
 namespace mlx_safe {

@@ -251,8 +251,8 @@ def install(
             are called so that a server can answer its clients, and the process
             leaves with status 75.
         drain_seconds: how long a parked thread waits before it exits anyway.
-        signals: SIGABRT, SIGSEGV, SIGBUS, SIGILL and SIGFPE leave a crash report,
-            too; then the handlers that were there before run (faulthandler's
+        signals: SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE and SIGTRAP leave a crash
+            report, too; then the handlers that were there before run (faulthandler's
             for one), or the signal does what it would have done. A signal that
             is ignored is left alone. Stack overflow is covered on the calling
             thread.
