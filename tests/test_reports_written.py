@@ -234,6 +234,15 @@ def test_a_crash_while_pythons_stacks_are_read_costs_only_them(
     assert "cut: a thread went on" in report["python_stacks"]
 
 
+def test_a_call_through_a_null_pointer(private_reports: Path) -> None:
+    """GCC's unwinder reads the instruction that crashed, and crashes there."""
+    done = die("    ctypes.CFUNCTYPE(None)(0x10)()")
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    report = only_report(private_reports)
+    assert report["native_stack"][0]["address"] == "0x10"
+    assert 'File "<string>"' in report["python_stacks"]
+
+
 def test_two_threads_at_once(private_reports: Path) -> None:
     done = die(
         """

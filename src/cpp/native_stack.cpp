@@ -9,6 +9,8 @@
 #include <ucontext.h>
 #endif
 
+#include "recrash.h"
+
 namespace mlx_safe {
 namespace {
 
@@ -55,7 +57,10 @@ std::uintptr_t program_counter(const void* signal_context) noexcept {
 std::size_t capture_native_stack(std::uintptr_t* frames, std::size_t capacity,
                                  const void* signal_context) noexcept {
   Walk walk{frames, capacity, 0, program_counter(signal_context), false};
-  _Unwind_Backtrace(&visit, &walk);
+  // Where nothing can run (a call through a null pointer) GCC's unwinder reads
+  // the instruction all the same, and crashes: then the one frame is known.
+  auto body = [](void* into) { _Unwind_Backtrace(&visit, into); };
+  if (!run_part(body, &walk)) walk.used = 0;
   if (walk.start != 0 && !walk.started && capacity > 0) {
     // The walk did not get past the signal's own frame.
     if (walk.used < capacity) ++walk.used;

@@ -78,9 +78,9 @@ bool run_guarded(void (*body)(void*), void (*on_crash)(int, const void*, void*),
   return !g_guard.crashed;
 }
 
-bool run_part(void (*body)()) noexcept {
+bool run_part(void (*body)(void*), void* argument) noexcept {
   if (g_guard.thread.load() != current_thread_id()) {
-    body();
+    body(argument);
     return true;
   }
   sigjmp_buf outer;
@@ -88,7 +88,7 @@ bool run_part(void (*body)()) noexcept {
   auto on_crash = g_guard.on_crash;
   g_guard.on_crash = [](int, const void*, void*) {};
   // Not a variable of ours that changes: it might be lost in the jump.
-  if (sigsetjmp(g_guard.back, 1) == 0) body();
+  if (sigsetjmp(g_guard.back, 1) == 0) body(argument);
   bool good = !g_guard.crashed;
   g_guard.crashed = false;
   g_guard.on_crash = on_crash;

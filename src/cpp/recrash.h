@@ -15,8 +15,8 @@ bool run_guarded(void (*body)(void*),
                                   void* argument),
                  void* argument) noexcept;
 
-// Inside such a body: runs `body`, whose crash ends only itself; false then.
-// Elsewhere, just runs it. Async-signal-safe.
-bool run_part(void (*body)()) noexcept;
+// Inside such a body: runs `body(argument)`, whose crash ends only itself;
+// false then. Elsewhere, just runs it. Async-signal-safe.
+bool run_part(void (*body)(void*), void* argument) noexcept;
 
 }  // namespace mlx_safe

@@ -138,7 +138,8 @@ void dump_python_stacks(JsonWriter& json) noexcept {
   // died had no GIL, that can go wrong.
   static const char kCut[] =
       "\n(cut: a thread went on while it was looked at)\n";
-  if (!run_part(dump)) write_all(fd, kCut, sizeof kCut - 1);
+  auto body = [](void* stacks) { (*static_cast<PythonStacks*>(stacks))(); };
+  if (!run_part(body, &dump)) write_all(fd, kCut, sizeof kCut - 1);
   ::lseek(fd, 0, SEEK_SET);
   json.text_from(fd);
 }
