@@ -51,6 +51,21 @@ def test_descriptors_that_the_program_has_closed(
     assert report["why"] == "signal" and "not available" in report["python_stacks"]
 
 
+def test_without_stdin_stdout_and_stderr(private_reports: Path) -> None:
+    """What is printed to their numbers must not become part of our files."""
+    done = die(
+        """
+    os.write(9, str([os.path.exists(f"/dev/fd/{fd}") for fd in range(3)]).encode())
+    os.abort()
+    """,
+        before="os.dup2(1, 9); os.closerange(0, 3)",
+        MLX_SAFE_AUTOINSTALL="0",
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    assert done.stdout == "[False, False, False]"
+    only_report(private_reports)
+
+
 # ---- names ----------------------------------------------------------------------
 
 

@@ -94,6 +94,16 @@ bool give_up_reserve() noexcept {
   return reserve >= 0 && ::close(reserve) == 0;
 }
 
+// Where a program was started without stdin, stdout or stderr their numbers are
+// free, and whatever prints would print into our files. Async-signal-safe.
+int away_from_stdio(int fd) noexcept {
+  if (fd < 0 || fd > STDERR_FILENO) return fd;
+  int moved = ::fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FILENO + 1);
+  if (moved < 0) return fd;  // no other is left
+  ::close(fd);
+  return moved;
+}
+
 int open_new(const char* path) noexcept {
   constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
   int fd = ::open(path, kFlags, kPrivate);
@@ -103,7 +113,7 @@ int open_new(const char* path) noexcept {
   if (fd < 0 && errno == ENOENT &&
       ::mkdir(g_state.directory, kPrivateDirectory) == 0)
     fd = ::open(path, kFlags, kPrivate);
-  return fd;
+  return away_from_stdio(fd);
 }
 
 // "<seconds>-<pid>[-<n>].json", the first that is free. Async-signal-safe.
@@ -194,7 +204,7 @@ Event completed(const Event& event) noexcept {
 int open_without_a_name(const char* prefix) noexcept {
   char path[kPathMax];
   if (!path_of(path, sizeof path, prefix, ::getpid(), "")) return -1;
-  int fd = ::open(path, kOwnFile | O_RDWR, kPrivate);
+  int fd = away_from_stdio(::open(path, kOwnFile | O_RDWR, kPrivate));
   if (fd >= 0) ::unlink(path);
   return fd;
 }
@@ -314,7 +324,9 @@ bool write_run_file() noexcept {
   char path[kPathMax];
   bool good = path_of(temporary, sizeof temporary, ".run-", ::getpid(), "") &&
               run_path(path, sizeof path);
-  int fd = good ? ::open(temporary, kOwnFile | O_WRONLY, kPrivate) : -1;
+  int fd = -1;
+  if (good)
+    fd = away_from_stdio(::open(temporary, kOwnFile | O_WRONLY, kPrivate));
   if (fd >= 0) {
     JsonWriter json(fd);
     json.begin_object();
