@@ -22,9 +22,19 @@ struct Walk {
   bool started;
 };
 
+// Without the signature that the system's libraries put into their return
+// addresses on a Mac with arm64: bits that no address of a process there has.
+std::uintptr_t unsigned_address(std::uintptr_t address) noexcept {
+#if defined(__APPLE__) && defined(__aarch64__)
+  return address & ((std::uintptr_t{1} << 47) - 1);
+#else
+  return address;
+#endif
+}
+
 _Unwind_Reason_Code visit(_Unwind_Context* context, void* argument) {
   auto* walk = static_cast<Walk*>(argument);
-  std::uintptr_t address = _Unwind_GetIP(context);
+  std::uintptr_t address = unsigned_address(_Unwind_GetIP(context));
   if (address == 0) return _URC_END_OF_STACK;
   if (address == walk->start && !walk->started) {
     walk->started = true;  // what was before it is the handler's
