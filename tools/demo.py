@@ -243,6 +243,8 @@ def running(program: Sequence[str], model: Path, log: Path) -> Iterator[Server]:
     options = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     environment = dict(os.environ) | {
         "MLX_SAFE_INJECT": FAULT_PLAN,
+        # The user's own reports are not told of here, nor are these among them.
+        "MLX_SAFE_REPORT_DIR": str(log.parent / "reports"),
         "PYTHONUNBUFFERED": "1",
     }
     with log.open("wb") as output:
