@@ -561,7 +561,9 @@ def test_the_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_doctor_with_a_model_that_cannot_be_run(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("[GatherMM::eval] Currently only supports float32.\nMore.")
