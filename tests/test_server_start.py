@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import re
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +69,33 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     done = serve("--model", str(tmp_path), "--port", str(free_port()))
-    assert_one_clear_line(done, "the model cannot be loaded")
+    assert_one_clear_line(done, f"the model cannot be loaded: --model {tmp_path}: ")
+
+
+def test_paths_that_cannot_be_read_are_no_tracebacks(tmp_path: Path) -> None:
+    from mlx_safe._command import CommandError
+    from mlx_safe.server.launcher import check_paths
+
+    # What may not be read is read all the same by root, as whom CI runs.
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path, why in (
+        (str(loop), f"cannot be read: {os.strerror(errno.ELOOP)}"),
+        ("/" + 300 * "a", f"cannot be read: {os.strerror(errno.ENAMETOOLONG)}"),
+        ("~nobody-of-this-name/m", "no such directory (~ stands for nothing here)"),
+        ("~/m", "no such directory (~ stands for nothing here)"),
+    ):
+        with pytest.raises(CommandError, match=re.escape(why)):
+            check_paths(Namespace(model=path))
+
+
+def test_somebody_elses_message_in_one_line() -> None:
+    """The hub's and transformers' begin with a line that says nothing."""
+    from mlx_safe._command import in_one_line
+
+    assert in_one_line(ValueError("one of:\n(1) a\n(2) b")) == "one of: (1) a (2) b"
+    assert in_one_line(ValueError()) == "ValueError"
+    assert len(in_one_line(ValueError("model.layers.0, " * 1000))) == 500
 
 
 @pytest.mark.parametrize(

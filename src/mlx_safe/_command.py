@@ -8,7 +8,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["CommandError", "Parser"]
+__all__ = ["CommandError", "Parser", "in_one_line"]
+
+# Characters of somebody else's message: MLX lists all weights that are missing.
+MESSAGE_MAX = 500
 
 
 class CommandError(Exception):
@@ -20,3 +23,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message}; see {self.prog} --help")
+
+
+def in_one_line(error: BaseException) -> str:
+    """All of its message that can be told; the hub's libraries use many lines."""
+    return " ".join(str(error).split())[:MESSAGE_MAX] or type(error).__name__

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from . import install
-from ._command import CommandError, Parser
+from ._command import CommandError, Parser, in_one_line
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.demand import Demand, step_sizes
 from .memory.estimate import CacheCost, Transients, calibrate
@@ -173,14 +173,9 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
         try:
             loaded.append(server.load(path, **options)[0])
         except Exception as e:
-            raise CommandError(
-                f"{flag} {path}: cannot be loaded: {_first_line(e)}"
-            ) from e
+            why = in_one_line(e)
+            raise CommandError(f"{flag} {path}: cannot be loaded: {why}") from e
     return loaded
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _context_tokens(model: Any) -> int | None:
@@ -212,7 +207,7 @@ def _measure(
             make_cache = partial(compat.make_cache, model)
             layers += calibrate(model, make_cache, transients).layers
     except Exception as e:
-        raise CommandError(f"--model {name}: cannot be run: {_first_line(e)}") from e
+        raise CommandError(f"--model {name}: cannot be run: {in_one_line(e)}") from e
     cost = CacheCost(layers)
     weights = usage().active
     fits = sizing(

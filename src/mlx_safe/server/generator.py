@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors, testing
+from .._command import in_one_line
 from . import compat, kv_window
 from .admission import Admission, Held, MemoryFlags, NoRoom
 from .batches import watched
@@ -180,8 +181,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             # What died here before may not have given its memory back yet.
             passing = errors.from_exception(cause) or is_allocation_failure(cause)
             status = EXIT_REPLACE if passing else 2
-            where = "" if passing else _not_here(self.cli_args)
-            log.error("the model cannot be loaded: %s%s", where, one_line(e))
+            where = "" if passing else _where(self.cli_args)
+            told = in_one_line(cause)
+            log.error("the model cannot be loaded: %s%s", where, told)
             self.condition.enter("failed", "the model cannot be loaded")
             why = Unavailable("The model cannot be loaded.")
             self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
@@ -431,15 +433,21 @@ def _unload(provider: Any) -> None:
     mx.clear_cache()
 
 
-def _not_here(cli_args: Any) -> str:
-    """Names the flags whose models are no directories; "" when there are none."""
-    flags = ("model", "draft_model")
-    absent = [
-        f"there is no directory {name} here (--{flag.replace('_', '-')}), "
-        for flag in flags
-        if (name := getattr(cli_args, flag)) and not Path(name).expanduser().exists()
+def _where(cli_args: Any) -> str:
+    """Names the flags' models: what cannot be loaded tells little without."""
+    given = [
+        (f"--{flag.replace('_', '-')}", name)
+        for flag in ("model", "draft_model", "adapter_path")
+        if (name := getattr(cli_args, flag))
     ]
-    return "".join([*absent, "and on the hub: "]) if absent else ""
+    absent = [
+        f"there is no directory {name} here ({flag}), "
+        for flag, name in given
+        if not Path(name).exists()
+    ]
+    if absent:
+        return "".join([*absent, "and on the hub: "])
+    return ", ".join(f"{flag} {name}" for flag, name in given) + ": "
 
 
 def _status_line() -> str:

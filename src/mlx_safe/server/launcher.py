@@ -427,18 +427,30 @@ def check_paths(args: argparse.Namespace) -> None:
         if not value:
             continue
         option = "--" + flag.replace("_", "-")
-        path = Path(value).expanduser()
-        if path.exists():
-            if flag != "adapter_path" and not (path / "config.json").is_file():
+        if _is_there(Path(value), f"{option} {value}"):
+            config = Path(value) / "config.json"
+            if flag != "adapter_path" and not _is_there(config, f"{option} {value}"):
                 raise CommandError(
                     f"{option} {value}: there is no config.json in it; it must be "
                     "a directory with an MLX model"
                 )
         elif flag == "adapter_path" or not _may_be_on_the_hub(value):
+            # mlx-lm opens what it is given, and --model=~/m is no word of the shell's.
+            home = " (~ stands for nothing here)" if value.startswith("~") else ""
             raise CommandError(
-                f"{option} {value}: there is no such directory; give the path of an "
-                "MLX model, or a hub name like mlx-community/SmolLM2-135M-Instruct"
+                f"{option} {value}: there is no such directory{home}; give the path of "
+                "an MLX model, or a hub name like mlx-community/SmolLM2-135M-Instruct"
             )
+
+
+def _is_there(path: Path, given: str) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        raise CommandError(f"{given}: cannot be read: {e.strerror}") from e
+    return True
 
 
 def _check_kv_flags(own: argparse.Namespace, args: argparse.Namespace) -> None:
