@@ -278,6 +278,25 @@ def test_without_a_package(missing: str, package: str) -> None:
     assert_one_clear_line(done, "is not installed", f"pip install '{package}")
 
 
+@pytest.mark.parametrize("command", ["serve", "doctor"])
+def test_a_broken_mlx(tmp_path: Path, command: str) -> None:
+    """Not every library that is missing or does not fit is an ImportError."""
+    (tmp_path / "mlx").mkdir()
+    core = tmp_path / "mlx" / "core.py"
+    core.write_text('raise OSError("libmlx.so:\\n no such file")')
+    done = child.run(
+        f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from mlx_safe.cli import main
+        sys.exit(main([{command!r}]))
+        """
+    )
+    why = "mlx-safe: mlx cannot be imported (libmlx.so: no such file): pip install"
+    assert_one_clear_line(done, why)
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_every_flag_of_mlx_lm_is_taken() -> None:
     stock = subprocess.run(
         [sys.executable, "-m", "mlx_lm", "server", "--help"],

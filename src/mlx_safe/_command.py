@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["CommandError", "Parser", "in_one_line"]
+__all__ = ["MLX", "CommandError", "Parser", "in_one_line", "need_mlx"]
+
+# As pip knows it.
+MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"
 
 # Characters of somebody else's message: MLX lists all weights that are missing.
 MESSAGE_MAX = 500
@@ -28,3 +32,18 @@ class Parser(argparse.ArgumentParser):
 def in_one_line(error: BaseException) -> str:
     """All of its message that can be told; the hub's libraries use many lines."""
     return " ".join(str(error).split())[:MESSAGE_MAX] or type(error).__name__
+
+
+def need_mlx() -> None:
+    """Imports MLX.
+
+    Raises:
+        CommandError: it is broken; whatever it raises, such as ImportError for a
+            library that is not there.
+    """
+    try:
+        import mlx.core  # noqa: F401
+    except Exception as e:
+        raise CommandError(
+            f"mlx cannot be imported ({in_one_line(e)}): pip install --upgrade '{MLX}'"
+        ) from e

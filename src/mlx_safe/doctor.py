@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from . import install
-from ._command import CommandError, Parser, in_one_line
+from ._command import CommandError, Parser, in_one_line, need_mlx
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.demand import Demand, step_sizes
 from .memory.estimate import CacheCost, Transients, calibrate
@@ -86,11 +86,12 @@ def examine(
         adapter, draft: ``--adapter-path`` and ``--draft-model`` of the server.
 
     Raises:
-        CommandError: mlx is missing, or the model cannot be loaded or run.
+        CommandError: mlx is missing or broken, or the model cannot be loaded or run.
     """
     status = install().as_dict()
     if status["mlx_version"] is None:
         raise CommandError(f"{status['reasons'][0]}")  # type: ignore[index]
+    need_mlx()
     machine, now = read_machine(), usage()
     limits = ceiling(machine, explicit=explicit, overhead=now.overhead)
     found: dict[str, Any] = {

@@ -9,11 +9,10 @@ import argparse
 import importlib.util
 import inspect
 import operator
-import sys
 import types
 from typing import Any
 
-from .._command import CommandError, Parser
+from .._command import MLX, CommandError, Parser, in_one_line, need_mlx
 from .._install import parse_version
 
 __all__ = ["SUPPORTED", "import_server", "missing_seams"]
@@ -24,7 +23,7 @@ REQUIREMENT = "mlx-lm>=0.31.3,<0.33"
 INSTALL = f"pip install '{REQUIREMENT}'"
 # Module, and the package that has it: what the extra "server" stands for.
 NEEDED = {
-    "mlx": "mlx[cpu]" if sys.platform == "linux" else "mlx",
+    "mlx": MLX,
     "mlx_lm": REQUIREMENT,
     "prometheus_client": "prometheus-client>=0.20",
 }
@@ -236,7 +235,7 @@ def _missing_of_made(server: Any) -> list[str]:
             *_missing_attributes("LRUPromptCache", server.LRUPromptCache()),
         ]
     except Exception as e:
-        return [f"an object cannot be made: {_first_line(e)}"]
+        return [f"an object cannot be made: {in_one_line(e)}"]
 
 
 def _missing_attributes(name: str, made: Any) -> list[str]:
@@ -288,13 +287,7 @@ def import_server(*, allow_untested: bool = False) -> Any:
         if importlib.util.find_spec(module) is None:
             name = module.replace("_", "-")
             raise CommandError(f"{name} is not installed: pip install '{package}'")
-    try:
-        import mlx.core  # noqa: F401
-    except ImportError as e:
-        raise CommandError(
-            f"mlx cannot be imported ({_first_line(e)}): pip install --upgrade "
-            f"'{NEEDED['mlx']}'"
-        ) from e
+    need_mlx()
     found = _version()
     oldest, too_new = SUPPORTED
     if parse_version(found) < oldest:
@@ -306,13 +299,9 @@ def import_server(*, allow_untested: bool = False) -> Any:
         )
     try:
         import mlx_lm.server as server
-    except ImportError as e:
+    except Exception as e:  # also what it imports may be broken
         raise CommandError(
-            f"mlx-lm {found} cannot be imported ({_first_line(e)}): {INSTALL}"
+            f"mlx-lm {found} cannot be imported ({in_one_line(e)}): {INSTALL}"
         ) from e
     _refuse(missing_seams(server))
     return server
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
