@@ -151,11 +151,20 @@ def installed_versions(*packages: str) -> dict[str, str | None]:
     for package in packages:
         for entry in sys.path:
             # To list a directory takes longer than to look for a name in it.
-            if os.path.isdir(os.path.join(entry, package)):
+            directory = os.path.join(entry, package)
+            if os.path.isdir(directory) and _is_whole(directory):
                 found[package] = _version_beside(entry, package)
-            if found[package] is not None:
-                break
+                break  # this is the one that is imported
     return found
+
+
+def _is_whole(directory: str) -> bool:
+    """Whether a package is here; mlx, a namespace, is where its core is."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return False
+    return any(name == "__init__.py" or name.startswith("core.") for name in names)
 
 
 def _version_beside(directory: str, package: str) -> str | None:
