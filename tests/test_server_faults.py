@@ -240,7 +240,7 @@ def xtc(server: Server, timeout: float) -> Answer:
 # Requests, the status of our answer, and whether the stock server dies of them.
 OLD = parse_version(version("mlx-lm")) < (0, 32)
 KILLERS = {
-    "bad-stop": (bad_stop, 500, True),
+    "bad-stop": (bad_stop, 400, True),
     "cached-prompt": (cached_prompt, 200, True),
     "xtc": (xtc, 500 if OLD else 200, OLD),
 }
@@ -279,7 +279,9 @@ class TestOtherFailures:
             answer = ask(server, REQUEST_TIMEOUT_S)
             assert answer.status == status
             if status != 200:
-                assert_told(answer, "internal_generation_error", status)
+                wrong = "invalid_request"
+                code = wrong if status == 400 else "internal_generation_error"
+                assert_told(answer, code, status)
             assert_serves(server, undisturbed)
 
     @pytest.mark.parametrize("name", [name for name in KILLERS if KILLERS[name][2]])
@@ -300,6 +302,11 @@ class TestOtherFailures:
             ({"messages": [{"role": "user", "content": "x"}], "top_p": 7}, 400),
             ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400),
             ({"messages": 7}, 400),
+            ({"messages": [{"role": "user", "content": "x"}], "stop": 1}, 400),
+            ({"messages": [{"role": "user", "content": "x"}], "stop": [1]}, 400),
+            # llama.cpp's word for any seed; MLX takes 64 bits without a sign.
+            ({"messages": [{"role": "user", "content": "x"}], "seed": -1}, 400),
+            ({"messages": [{"role": "user", "content": "x"}], "seed": 1 << 64}, 400),
         ],
     )
     def test_bad_requests(
@@ -397,12 +404,12 @@ class TestHostileRequests:
         import shutil
 
         first = shutil.copytree(tiny_model, tmp_path / "first")
-        with Server(first).wait_ready() as server:
+        # The second chat's: each has eight.
+        with Server(first, inject="decode:12:0:once:bug").wait_ready() as server:
             other = {"model": str(tiny_model)}
             assert server.chat(**other).status == 200
             shutil.rmtree(first)
-            assert server.chat(stop=[1], **other).status == 500
-            assert server.chat(seed=-1, **other).status == 500
+            assert server.chat(**other).status == 500
             assert server.chat(**other).status == 200
 
 
