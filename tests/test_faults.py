@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
 import pytest
 
@@ -170,6 +171,42 @@ class TestGuard:
             with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
                 async for _ in stream():
                     pass
+
+        asyncio.run(main())
+
+    @pytest.mark.parametrize("code", [0, 8])
+    def test_asynchronous_generators_are_passed_on_whole(self, code: int) -> None:
+        """What is sent and thrown into them, and their end when they are left."""
+        seen: list[object] = []
+
+        @mlx_safe.guard()
+        async def echo() -> AsyncGenerator[object, object]:
+            got: object = "first"
+            try:
+                while got != "stop":
+                    try:
+                        got = yield got
+                    except KeyError as e:
+                        got = repr(e)
+            finally:
+                await asyncio.sleep(0)
+                seen.append("ended")
+                if code:
+                    testing.record_fault(code)
+
+        async def main() -> None:
+            assert inspect.isasyncgenfunction(echo)
+            talk = echo()
+            assert await talk.__anext__() == "first"
+            assert await talk.asend("second") == "second"
+            assert await talk.athrow(KeyError("third")) == "KeyError('third')"
+            await talk.aclose()
+            assert seen == ["ended"]
+            talk = echo()
+            await talk.__anext__()
+            raised = mlx_safe.errors.MetalOutOfMemoryError
+            with pytest.raises(raised if code else StopAsyncIteration):
+                await talk.asend("stop")
 
         asyncio.run(main())
 

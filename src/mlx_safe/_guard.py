@@ -98,9 +98,25 @@ class guard:
         elif inspect.isasyncgenfunction(function):
 
             async def wrapped(*args: Any, **kwargs: Any) -> Any:
+                # What "yield from" does for a generator that is not asynchronous.
                 with guard():
-                    async for item in function(*args, **kwargs):
-                        yield item
+                    inner = function(*args, **kwargs)
+                    try:
+                        item = await inner.asend(None)
+                        while True:
+                            try:
+                                sent = yield item
+                            except GeneratorExit:
+                                raise
+                            except BaseException as e:
+                                item = await inner.athrow(e)
+                            else:
+                                item = await inner.asend(sent)
+                    except StopAsyncIteration:
+                        return
+                    finally:
+                        # Not when it is collected: its end is of the block, too.
+                        await inner.aclose()
 
         elif inspect.isgeneratorfunction(function):
 
