@@ -159,6 +159,16 @@ def test_the_parent_answers_until_the_server_listens(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_server_ends_with_its_parent(tmp_path: Path, number: int) -> None:
+    with Server(tmp_path / "never", program=SUPERVISED) as server:
+        server.wait_listening()
+        assert eventually(lambda: bool(pids_of_children(server.process.pid)))
+        server.process.send_signal(number)
+        # All have closed the output, so the child is gone, too.
+        assert server.wait() == 0
+
+
 def drip(connection: socket.socket) -> None:
     """Sends a byte now and then, as long as it is let."""
     with contextlib.suppress(OSError):

@@ -244,8 +244,10 @@ def main(arguments: Sequence[str]) -> int:
         return USER_MISTAKE
     command = [sys.executable, "-m", "mlx_safe", "serve", *arguments]
     supervisor = Supervisor(listener, command)
-    signal.signal(signal.SIGTERM, supervisor.stop)
-    signal.signal(signal.SIGINT, supervisor.stop)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # nohup, and shells for what they start in the background, have it ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, supervisor.stop)
     with listener:
         return supervisor.run()
 
