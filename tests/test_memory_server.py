@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx_lm.server
 import pytest
 
 from mlx_safe.cli import main
@@ -480,6 +481,20 @@ def test_a_limit_that_leaves_no_room_is_told_at_the_start(
     with Server(tiny_model, flag, str(size)) as server:
         assert server.wait(120) == 2
         assert f"{flag} {size}: {why}" in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.skipif(
+    not hasattr(mlx_lm.server, "DEFAULT_QUANTIZED_KV_START"),
+    reason="this mlx-lm's server has no --kv-bits",
+)
+def test_a_quantization_that_does_not_suit_the_model_is_told_at_the_start(
+    tiny_model: Path,
+) -> None:
+    """Not with a 500 to the first prompt that is long enough to be quantized."""
+    with Server(tiny_model, "--kv-bits", "4") as server:
+        assert server.wait(120) == 2
+        assert "--kv-bits 4 --kv-group-size 64: [quantize]" in server.log
         assert "Traceback" not in server.log
 
 

@@ -49,7 +49,7 @@ class Held(Exception):
 
 
 class NoRoom(ValueError):
-    """The model leaves no room below the user's ceiling."""
+    """The user's flags leave no room for the model, or do not suit it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,17 @@ class MemoryFlags:
 
 def _measure(provider: Any, transients: Transients) -> CacheCost:
     layers: tuple[Any, ...] = ()
+    quantization = compat.kv_quantization(provider.cli_args)
     for model in filter(None, (provider.model, provider.draft_model)):
-        cost = calibrate(
-            model,
-            partial(compat.make_cache, model),
-            transients,
-            **compat.kv_quantization(provider.cli_args),
-        )
+        make_cache = partial(compat.make_cache, model)
+        try:
+            cost = calibrate(model, make_cache, transients, **quantization)
+        except ValueError as e:
+            if not str(e).startswith("[quantize]"):
+                raise
+            # Each prompt beyond --quantized-kv-start would fail on it.
+            flags = "--kv-bits {kv_bits} --kv-group-size {kv_group_size}"
+            raise NoRoom(f"{flags.format(**quantization)}: {e}") from e
         layers += cost.layers
     return CacheCost(layers)
 
@@ -117,7 +121,7 @@ class Admission:
 
         Raises:
             RuntimeError: MLX failed while it did, as any step can.
-            NoRoom: nothing could be served with it.
+            NoRoom: nothing could be served with it, and a flag is why.
         """
         if not self._enabled:
             return
@@ -128,6 +132,8 @@ class Admission:
         cost = CacheCost()
         try:
             cost = _measure(provider, transients)
+        except NoRoom:
+            raise
         except Exception as e:
             if errors.from_exception(e) is not None or is_allocation_failure(e):
                 raise
