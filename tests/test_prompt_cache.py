@@ -392,6 +392,25 @@ def test_a_prompt_that_is_in_the_cache_as_a_whole(server: Server) -> None:
     assert metric(server, "generation_failures") == failures
 
 
+def test_what_an_entry_takes_the_place_of_makes_room_for_it() -> None:
+    """A conversation that has grown does not cost another one its entry."""
+    kept = PromptCache(10)
+    kept.insert_cache(MODEL, list(range(300)), [kv(KVCache(), 300)])
+    before = kept.nbytes
+    kept.insert_cache(MODEL, [500, 501], [kv(KVCache(), 2)])
+    asked = []
+
+    def make_room(size: int, given: int) -> bool:
+        asked.append((size, given))
+        return kept.evict_oldest() > 0
+
+    kept.may_store = make_room
+    kept.insert_cache(MODEL, list(range(600)), [kv(KVCache(), 600)])
+    assert asked == [(2 * before, before)]
+    # What was evicted is the other, though it is younger than what is replaced.
+    assert (len(kept), kept.nbytes) == (1, 2 * before)
+
+
 def test_the_flags_hold_while_requests_run(tiny_model: Path) -> None:
     limit = 300_000
     flags = ("--prompt-cache-bytes", str(limit), "--prompt-cache-size", "3")

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -490,19 +490,26 @@ class Admission:
                 break
             evicted += size
         if evicted:
-            self.events["evictions"] += 1
             mx.clear_cache()
         self._prefill.limit("memory", found.step)
 
-    def _may_store(self, size: int) -> bool:
-        """Whether the prompt cache may have so many bytes more; evicts for them."""
+    def _may_store(self, size: int, given: int) -> bool:
+        """Whether the prompt cache may have so many bytes; evicts for them.
+
+        Args:
+            given: bytes of its entries that go for it in any case.
+        """
         if not self._enabled:
             return True
         (step,) = self._demand.next_step(
             self._rows(), self._held_nbytes(), lambda rows: [self._prefill.size]
         )
         wanted = Option(step.step, step.growth + size, alone=0)
-        found = decide(self._situation(), [wanted])
+        now = self._situation()
+        now = replace(
+            now, active=now.active - given, evictable=max(0, now.evictable - given)
+        )
+        found = decide(now, [wanted])
         if found.verdict == "admit":
             self._carry_out(found)
         return found.verdict == "admit"

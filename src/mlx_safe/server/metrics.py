@@ -21,7 +21,7 @@ PROMPT_CACHE_EVENTS = {
     "misses": "Requests that found nothing in the prompt cache",
     "reused_tokens": "Prompt tokens that were in the prompt cache",
     "evictions": "Entries of the prompt cache that went to make room",
-    "too_large": "Entries over the limit by themselves, which were not stored",
+    "too_large": "Entries not stored: over the limit by themselves, or in the way",
     "dropped": "Entries dropped after a failure",
 }
 

@@ -112,15 +112,16 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         events: how often so far: ``hits``, ``misses``, ``evictions``,
             ``too_large`` (not stored), ``dropped`` (after a failure), and
             ``reused_tokens``, which requests did not have to read.
-        may_store: asked before an entry of so many bytes is stored; may evict
-            others. gives_away: the next entry that is used leaves the cache.
+        may_store: asked before an entry of so many bytes is stored, in the place of
+            others that have so many; may evict what is neither. gives_away: the
+            next entry that is used leaves the cache.
     """
 
     def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
         super().__init__(max_size, NO_LIMIT if max_bytes is None else max_bytes)
         self._lru: _Order = _Order()
         self.events: Counter[str] = Counter()
-        self.may_store: Callable[[int], bool] = lambda size: True
+        self.may_store: Callable[[int, int], bool] = lambda size, given: True
         self.gives_away = False
 
     # -- what mlx-lm calls -----------------------------------------------------
@@ -183,12 +184,16 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
             return
         # Room is made first: not even for a moment is there more than the limit.
         trimmable = can_trim_prompt_cache(prompt_cache)
-        if not self.may_store(size):
+        replaced = [
+            old
+            for old in self._lru.entries
+            if old.is_for(model, tokens) or (trimmable and _begins(old, model, tokens))
+        ]
+        if not self._may_replace(replaced, size):
             self.events["too_large"] += 1
             return
-        for old in list(self._lru.entries):
-            if old.is_for(model, tokens) or (trimmable and _begins(old, model, tokens)):
-                self._drop(old)
+        for old in replaced:
+            self._drop(old)
         self.trim_to(n_sequences=self.max_size - 1, n_bytes=self.max_bytes - size)
         epoch = _core.epoch()
         for cache in _leaves(prompt_cache):
@@ -199,6 +204,17 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
         entry = self._lru.entries[-1]
         entry.epoch, entry.trimmable = epoch, trimmable
+
+    def _may_replace(self, replaced: list[_Entry], size: int) -> bool:
+        """Whether ``size`` bytes may come for these; none of them is evicted for it."""
+        given = sum(self._nbytes_of(old) for old in replaced)
+        for old in replaced:
+            old.protected = True
+        try:
+            return self.may_store(size, given)
+        finally:
+            for old in replaced:
+                old.protected = False
 
     def trim_to(
         self, *, n_sequences: int | None = None, n_bytes: int | None = None
@@ -243,7 +259,10 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         nearest = self._nearest(model, tokens)
         if nearest is None:
             return 0
-        return int(self._trie.get(nearest.model, nearest.tokens).nbytes)
+        return self._nbytes_of(nearest)
+
+    def _nbytes_of(self, entry: _Entry) -> int:
+        return int(self._trie.get(entry.model, entry.tokens).nbytes)
 
     @contextmanager
     def protecting(self, model: Any, tokens: list[int]) -> Iterator[None]:
