@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mlx_safe import cli
-from mlx_safe.forensics import reader, records, store
+from mlx_safe.forensics import export, reader, records, store
 from support import reports
 
 DOCS = Path(__file__).parent.parent / "docs" / "reports.md"
@@ -277,6 +277,22 @@ def test_export_leaves_out_what_is_private(
     for what in ("argv0", "context", "not known: 1", "ids", "--with-fields", "home"):
         assert what in told, what
     assert "ACME" in json.dumps(exported(capsys, "latest", "--with-fields"))
+
+
+def test_export_without_a_home_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a container the user may be a number that has no entry."""
+    import pwd
+
+    def unknown(_: int) -> None:
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    text = json.dumps(export.exported(reader.parse(WHOLE)))
+    assert "jane" not in text
 
 
 def test_export_writes_one_private_file_that_can_be_read_again(

@@ -100,8 +100,8 @@ def _rules() -> list[tuple[str, re.Pattern[str], str]]:
     """(what, pattern, what stands instead), in the order of their use."""
     # The report may come from another machine or user.
     homes = [r"/Users/[^/\s:'\"]+", r"/home/[^/\s:'\"]+", "/root"]
-    home = str(Path("~").expanduser()).rstrip("/")
-    if home.startswith("/"):
+    home = _home()
+    if home:
         homes.insert(0, re.escape(home))
     # Up to the end of that part of the path: /root is not in /rootless.
     home_pattern = re.compile(rf"(?:{'|'.join(homes)})(?![\w.-])")
@@ -118,8 +118,15 @@ def _rules() -> list[tuple[str, re.Pattern[str], str]]:
     return rules
 
 
+def _home() -> str:
+    try:
+        return str(Path.home()).rstrip("/")
+    except RuntimeError:  # a number without an entry, in a container
+        return ""
+
+
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a number without an entry, in a container
+    except (KeyError, OSError):  # as above
         return ""
