@@ -300,6 +300,23 @@ def test_who_sent_the_signal(private_reports: Path) -> None:
     assert headline == f"the process crashed: SIGSEGV, sent by process {sender}"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
+def test_an_abort_of_an_unknown_sender(private_reports: Path) -> None:
+    """As on macOS, where abort() comes without one: no address is made of it."""
+    done = die(
+        """
+    number = {"x86_64": 129, "aarch64": 138}[os.uname().machine]  # rt_sigqueueinfo
+    info = (ctypes.c_int * 32)(signal.SIGABRT, 0, -1)
+    ctypes.CDLL(None).syscall(number, os.getpid(), signal.SIGABRT, info)
+    """
+    )
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    report = only_report(private_reports)
+    assert report["signal"] == {"number": signal.SIGABRT, "name": "SIGABRT"}
+    headline = words.headline(reader.read(paths(private_reports)[0]))
+    assert headline == "the process crashed: SIGABRT, it aborted itself"
+
+
 def test_a_crash_after_python(private_reports: Path) -> None:
     """C's own atexit runs later; faulthandler's memory is freed by then."""
     done = die(
