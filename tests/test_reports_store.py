@@ -340,6 +340,19 @@ def test_a_number_that_is_used_again_does_not_hide_the_dead(
     assert reader.read(path).why == "died"
 
 
+def test_after_a_boot_the_number_may_be_another_users(
+    private_reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_ours(_: int, __: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    left = reports.run_file(private_reports, os.getpid())
+    assert _paths.process_lives(str(left), os.getpid())
+    os.utime(left, (1_000_000_000, 1_000_000_000))
+    assert not _paths.process_lives(str(left), os.getpid())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="there only the system tells")
 def test_one_that_was_not_waited_for_is_dead(private_reports: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child_process:

@@ -78,11 +78,14 @@ def process_lives(run_file: str, pid: int) -> bool:
     """
     try:
         os.kill(pid, 0)
-        return _began(pid) <= os.stat(run_file).st_mtime
     except (ProcessLookupError, OverflowError):
         return False
+    except PermissionError:
+        pass  # another user's, as low numbers are after a boot
+    try:
+        return _began(pid) <= os.stat(run_file).st_mtime
     except OSError:
-        return True  # another user's, or the file was removed just now
+        return True  # hidden from us, or the file was removed just now
 
 
 def _began(pid: int) -> float:
