@@ -300,6 +300,14 @@ def test_who_sent_the_signal(private_reports: Path) -> None:
     assert headline == f"the process crashed: SIGSEGV, sent by process {sender}"
 
 
+def test_an_address_that_none_can_be(private_reports: Path) -> None:
+    """x86 does not tell which: it is not to look like a null pointer."""
+    done = die("    ctypes.string_at(0x4141414141414141)")
+    assert done.returncode in (-signal.SIGSEGV, -signal.SIGBUS), done.stderr
+    told = only_report(private_reports)["signal"]
+    assert told.get("address") != "0x0"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
 def test_an_abort_of_an_unknown_sender(private_reports: Path) -> None:
     """As on macOS, where abort() comes without one: no address is made of it."""

@@ -51,6 +51,14 @@ bool was_sent(const siginfo_t& info) noexcept {
   return info.si_code <= 0 || info.si_code == SI_USER;  // 0x10001 on macOS
 }
 
+bool has_address(const siginfo_t& info) noexcept {
+#if defined(__linux__)
+  if (info.si_code == SI_KERNEL) return false;
+#endif
+  // macOS does not say who has aborted: it need not look sent.
+  return !was_sent(info) && info.si_signo != SIGABRT;
+}
+
 void sleep_ms(long ms) noexcept {
   timespec t{ms / 1000, (ms % 1000) * 1'000'000};
   ::nanosleep(&t, nullptr);

@@ -28,6 +28,10 @@ void forget_thread_id() noexcept;
 // it. Then `si_pid` is set, and `si_addr` is not.
 bool was_sent(const siginfo_t& info) noexcept;
 
+// Whether `si_addr` is what was touched. Not where the signal was sent, nor
+// where the processor does not say it (x86: an address that none can be).
+bool has_address(const siginfo_t& info) noexcept;
+
 void sleep_ms(long ms) noexcept;
 
 }  // namespace mlx_safe

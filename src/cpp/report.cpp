@@ -1,6 +1,7 @@
 #include "report.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -303,6 +304,7 @@ void write_second_report(const Event& given, int number,
   minimal.time_ns = event.time_ns;
   minimal.signal = number;
   minimal.address = address;
+  minimal.address_known = number != SIGABRT;
   JsonWriter json(fd, &give_up_reserve);
   json.begin_object();
   sections::head(json, minimal, nullptr, g_state.started_ns);

@@ -30,6 +30,7 @@ struct Event {
   int signal = 0;            // 0: none
   std::int64_t sender = 0;   // process that sent the signal; 0: nobody did
   const void* address = nullptr;
+  bool address_known = true;
   const void* signal_context = nullptr;  // third argument of a signal handler
   const char* exception_type = nullptr;
   const char* exception_message = nullptr;

@@ -74,7 +74,7 @@ void head(JsonWriter& json, const Event& event, const char* argv0,
     optional_member(json, "name", signal_name(event.signal));
     if (event.sender != 0) {
       json.member("sent_by", event.sender);
-    } else if (event.signal != SIGABRT) {  // macOS does not say who has aborted
+    } else if (event.address_known) {
       address_member(json, "address",
                      reinterpret_cast<std::uintptr_t>(event.address));
     }

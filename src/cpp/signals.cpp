@@ -81,6 +81,7 @@ Event event_of(int number, const siginfo_t& info, void* context) noexcept {
   } else {
     event.address = info.si_addr;
   }
+  event.address_known = has_address(info);
   event.signal_context = context;
   event.terminal = true;
   return event;
