@@ -100,7 +100,8 @@ TRACKED := $(wildcard $(shell git ls-files 2> /dev/null))
 # "available": only for the Pythons that are installed here, and says which not.
 WHEELS ?= all
 WHEELS_PYTHON := $(VENVS)/wheels/bin/python
-export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null)
+# In an unpacked sdist, which has no git, its files have the time of the commit.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || date -r pyproject.toml +%s)
 
 sdist: build/sdist.stamp  ## the source distribution, in dist/
 

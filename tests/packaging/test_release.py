@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -23,11 +25,36 @@ def members(sdist: Path) -> set[str]:
 
 
 def test_the_sdist_is_complete(sdist: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout, so what git tracks cannot be told")
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
     expected = {name for name in listed if not name.startswith(NOT_IN_SDIST)}
     assert members(sdist) == expected | MADE_BY_THE_BACK_END
+
+
+def test_an_unpacked_sdist_makes_the_same_sdist(sdist: Path, tmp_path: Path) -> None:
+    """To the byte, though there is no git to ask for the files and for the time."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    root = tmp_path / sdist.name.removesuffix(".tar.gz")
+    (root / ".venvs").mkdir()
+    (root / ".venvs" / "wheels").symlink_to(sys.prefix)
+    (root / ".venvs" / "wheels.tools").touch()
+    made_by_make = ("SOURCE_DATE_EPOCH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in made_by_make}
+    done = subprocess.run(
+        ["make", "sdist"],
+        cwd=root,
+        env={**environment, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (root / "dist" / sdist.name).read_bytes() == sdist.read_bytes()
 
 
 def test_every_wheel_and_the_sdist_are_of_the_one_version(sdist: Path) -> None:
