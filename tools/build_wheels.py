@@ -9,12 +9,15 @@ is held against tools/check_wheel.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import ziglang
@@ -112,8 +115,6 @@ def environment(
 def cxx_headers() -> list[str]:
     """libstdc++'s header directories, as this machine's g++ names them."""
     command = ["g++", "-E", "-x", "c++", "-v", os.devnull]
-    if shutil.which("g++") is None:
-        raise BuildError("the wheels for Linux need the headers of g++: install it")
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     listed = said.split("search starts here:")[-1].split("End of search list")[0]
     return [d.strip() for d in listed.splitlines() if "/c++/" in d]
@@ -123,6 +124,8 @@ def make_stubs(target: str, build: Path) -> None:
     """ELF stubs of this machine's C++ runtime, for the linker of ``target``."""
     if sysconfig.get_config_var("MACHDEP") != "linux":
         raise BuildError("the wheels for Linux are built on Linux")
+    if shutil.which("g++") is None:
+        raise BuildError("the wheels for Linux need the headers of g++: install it")
     machine = target.removeprefix("linux-")
     compiler = [str(ZIG), "cc", "-target", f"{machine}-linux-gnu.2.35"]
     for name in ("libstdc++.so.6", "libgcc_s.so.1"):
@@ -173,12 +176,44 @@ def tag_as_manylinux(out: Path) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+@contextlib.contextmanager
+def alone(build: Path) -> Iterator[None]:
+    """Waits for another build here to end: all use the same tree and environments.
+
+    `make --jobs` runs this for macOS and for Linux at the same time.
+    """
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given up when the file is closed
+        yield
+
+
 def unpack(sdist: Path, directory: Path) -> Path:
     """The root of the unpacked sdist."""
     shutil.rmtree(directory, ignore_errors=True)
-    with tarfile.open(sdist) as archive:
-        archive.extractall(directory)
+    try:
+        with tarfile.open(sdist) as archive:
+            archive.extractall(directory)
+    except (OSError, tarfile.TarError) as e:
+        raise BuildError(f"{sdist} cannot be unpacked: {e}") from e
     return directory / sdist.name.removesuffix(".tar.gz")
+
+
+def make_all(system: str, sdist: Path, out: Path, build: Path, available: bool) -> None:
+    """The wheels of each target and each Python, into ``out``."""
+    targets = TARGETS[system]
+    if system == "linux":
+        for target in targets:
+            make_stubs(target, build)
+    # One tree for all: each tag has its own build directory in it, and what
+    # does not depend on Python is compiled once.
+    source = unpack(sdist, build / "source")
+    for version, program in pythons(available).items():
+        python = build_environment(version, program, build)
+        for target, platform in targets.items():
+            env = environment(target, platform, version, build)
+            build_one(python, source, out.resolve(), env)
+    tag_as_manylinux(out)
 
 
 def main() -> int:
@@ -194,19 +229,14 @@ def main() -> int:
     arguments = parser.parse_args()
     build = (ROOT / "build" / "wheels").resolve()
     try:
-        targets = TARGETS[arguments.system]
-        if arguments.system == "linux":
-            for target in targets:
-                make_stubs(target, build)
-        # One tree for all: each tag has its own build directory in it, and what
-        # does not depend on Python is compiled once.
-        source = unpack(arguments.sdist, build / "source")
-        for version, program in pythons(arguments.available).items():
-            python = build_environment(version, program, build)
-            for target, platform in targets.items():
-                env = environment(target, platform, version, build)
-                build_one(python, source, arguments.out.resolve(), env)
-        tag_as_manylinux(arguments.out)
+        with alone(build):
+            make_all(
+                arguments.system,
+                arguments.sdist,
+                arguments.out,
+                build,
+                arguments.available,
+            )
     except BuildError as e:
         print(f"build_wheels: {e}", file=sys.stderr)
         return 1
