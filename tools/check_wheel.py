@@ -7,9 +7,11 @@ the wheels must be all that a release has.
 from __future__ import annotations
 
 import argparse
+import csv
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,15 @@ from wheelcheck import archive, elf, macho
 
 # What the readers of object files raise on one that is cut or makes no sense.
 DAMAGED = (AttributeError, LookupError, ValueError, ELFError, struct.error)
+# The same for an archive: damaged, encrypted, packed in another way, not UTF-8.
+UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    RuntimeError,  # NotImplementedError is one
+    UnicodeDecodeError,
+    csv.Error,
+)
 PYTHONS = ("cp310-cp310", "cp311-cp311", "cp312-abi3")
 
 
@@ -33,14 +44,19 @@ def problems(wheel: Path) -> Iterator[str]:
     if not zipfile.is_zipfile(wheel):
         yield "not a zip archive"
         return
-    with zipfile.ZipFile(wheel) as opened:
-        if opened.testzip() is not None:
-            yield f"{opened.testzip()} is damaged"
-            return
-        yield from archive.check(opened, tags)
-        if tags.extension not in opened.namelist():
-            return
-        raw = opened.read(tags.extension)
+    try:
+        with zipfile.ZipFile(wheel) as opened:
+            damaged = opened.testzip()
+            if damaged is not None:
+                yield f"{damaged} is damaged"
+                return
+            yield from archive.check(opened, tags)
+            if tags.extension not in opened.namelist():
+                return
+            raw = opened.read(tags.extension)
+    except UNREADABLE as e:
+        yield f"it cannot be read: {type(e).__name__}: {e}"
+        return
     try:
         if tags.platform.startswith("macosx"):
             yield from macho.check(raw, tags.python)

@@ -20,6 +20,7 @@ def changed(wheel: Path, to: Path, change: Callable[[Contents], None]) -> Path:
     """A copy of a wheel with other contents and a RECORD that is right for them."""
     with zipfile.ZipFile(wheel) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
+        modes = {entry.filename: entry.external_attr for entry in archive.infolist()}
     record = next(name for name in files if name.endswith("/RECORD"))
     before = files[record]
     change(files)
@@ -33,7 +34,9 @@ def changed(wheel: Path, to: Path, change: Callable[[Contents], None]) -> Path:
     copy = to / wheel.name
     with zipfile.ZipFile(copy, "w") as archive:
         for name, data in files.items():
-            archive.writestr(name, data)
+            entry = zipfile.ZipInfo(name)
+            entry.external_attr = modes.get(name, 0o100644 << 16)
+            archive.writestr(entry, data)
     return copy
 
 
@@ -100,6 +103,18 @@ def wrong_record(files: Contents) -> None:
     files[record] = files[record].replace(b"sha256=", b"sha256=A", 1)
 
 
+def appended(suffix: str, data: bytes) -> Callable[[Contents], None]:
+    def change(files: Contents) -> None:
+        files[next(name for name in files if name.endswith(suffix))] += data
+
+    return change
+
+
+def without_python(files: Contents) -> None:
+    name = next(name for name in files if name.endswith("/METADATA"))
+    files[name] = files[name].replace(b"Requires-Python: >=3.10\n", b"")
+
+
 def cut(size: int) -> Callable[[Contents], None]:
     def change(files: Contents) -> None:
         files[extension(files)] = files[extension(files)][:size]
@@ -123,7 +138,25 @@ ANY = {
     "a file too many": (adding("mlx_safe/x.dylib", b"x"), "does not belong here"),
     "a module too few": (without("server/launcher.py"), "launcher.py is missing"),
     "no requirements": (emptied("/METADATA"), "METADATA requires [] for server"),
-    "no command": (emptied("/entry_points.txt"), "has no command mlx-safe"),
+    "no command": (emptied("/entry_points.txt"), "not the command mlx-safe"),
+    "a command too many": (
+        appended("/entry_points.txt", b"pip = x:main\n"),
+        "not the command mlx-safe",
+    ),
+    "other sources": (
+        appended("mlx_safe/errors.py", b"\n"),
+        "errors.py is not what the source tree has",
+    ),
+    "another license": (emptied("/LICENSE"), "LICENSE is not what the source tree"),
+    "no stub": (without("_core.pyi"), "_core.pyi is missing"),
+    "no types": (without("py.typed"), "py.typed is missing"),
+    "outside": (adding("../../x.py", b""), "../../x.py does not belong here"),
+    "any Python": (without_python, "the Requires-Python None, not >=3.10"),
+    "no text": (appended("/METADATA", b"\xff"), "cannot be read: UnicodeDecodeError"),
+    "no text in RECORD": (
+        appended("/RECORD", b"\xff\n"),
+        "cannot be read: UnicodeDecodeError",
+    ),
     "cut at once": (cut(100), "_core"),
     "cut in the middle": (cut(60_000), "_core"),
     "an empty extension": (cut(0), "not a"),
@@ -218,6 +251,33 @@ def test_a_changed_wheel_for_linux_is_refused(
 def test_a_copy_is_no_change(macos_wheel: Path, tmp_path: Path) -> None:
     copy = changed(macos_wheel, tmp_path, lambda files: None)
     assert list(check_wheel.problems(copy)) == []
+
+
+def patched(wheel: Path, copy: Path, offset: int, value: int) -> Path:
+    """A copy with a 16-bit number written into the first central entry."""
+    raw = bytearray(wheel.read_bytes())
+    struct.pack_into("<H", raw, raw.index(b"PK\1\2") + offset, value)
+    copy.write_bytes(raw)
+    return copy
+
+
+def test_an_archive_that_cannot_be_read_is_refused(
+    macos_wheel: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / macos_wheel.name
+    for offset, value, complaint in ((8, 1, "encrypted"), (10, 99, "not supported")):
+        (line,) = check_wheel.problems(patched(macos_wheel, copy, offset, value))
+        assert "it cannot be read" in line and complaint in line
+
+
+@pytest.mark.parametrize("mode", [0o120777, 0o100600])
+def test_a_file_that_is_none_for_all_is_refused(
+    mode: int, macos_wheel: Path, tmp_path: Path
+) -> None:
+    """A symbolic link, and a file that only the one who installs can read."""
+    copy = patched(macos_wheel, tmp_path / macos_wheel.name, 40, mode)
+    (line,) = check_wheel.problems(copy)
+    assert line.startswith("mlx_safe/") and line.endswith("not a file for all")
 
 
 def test_a_wheel_of_another_name_is_refused(macos_wheel: Path, tmp_path: Path) -> None:

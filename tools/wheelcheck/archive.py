@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import re
+import stat
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ EXTENSION = {
     "manylinux_2_35_aarch64": "aarch64-linux-gnu",
 }
 SOURCE = Path(__file__).parents[2] / "src" / "mlx_safe"
+LICENSE = SOURCE.parents[1] / "LICENSE"
+PROMISED = {"License-Expression": "MIT", "Requires-Python": ">=3.10"}
 COMMAND = "mlx-safe = mlx_safe.cli:main"
 # Distributions that are needed, by the extra that needs them (None: always).
 NEEDED = {
@@ -56,8 +59,13 @@ class Tags:
 
 
 def check(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
-    """Problems of everything but the machine code."""
+    """Problems of everything but the machine code.
+
+    Raises:
+        UnicodeDecodeError, csv.Error: a text in it is none.
+    """
     yield from _names(archive, tags)
+    yield from _files(archive, tags)
     yield from _record(archive, tags)
     yield from _metadata(archive, tags)
 
@@ -87,6 +95,19 @@ def _sources() -> set[str]:
     }
 
 
+def _files(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
+    """Plain files that everybody can read, the sources as they are here."""
+    ours = {name: SOURCE.parent / name for name in _sources()}
+    ours[f"{_info(tags)}/licenses/LICENSE"] = LICENSE
+    for entry in archive.infolist():
+        mode = entry.external_attr >> 16
+        if not stat.S_ISREG(mode) or mode & 0o444 != 0o444:
+            yield f"{entry.filename} is {stat.filemode(mode)}, not a file for all"
+        path = ours.get(entry.filename)
+        if path is not None and archive.read(entry) != path.read_bytes():
+            yield f"{entry.filename} is not what the source tree has"
+
+
 def _record(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
     record = f"{_info(tags)}/RECORD"
     if record not in archive.namelist():
@@ -94,6 +115,7 @@ def _record(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
     rows = {
         row[0]: row[1:]
         for row in csv.reader(archive.read(record).decode().splitlines())
+        if row
     }
     for name in archive.namelist():
         if name not in rows:
@@ -121,12 +143,16 @@ def _metadata(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
     if f"{_info(tags)}/METADATA" in names:
         text = archive.read(f"{_info(tags)}/METADATA").decode()
         metadata = HeaderParser().parsestr(text)
-        if metadata["Version"] != tags.version:
-            yield f"METADATA has the version {metadata['Version']}"
+        expected = {"Name": "mlx-safe", "Version": tags.version, **PROMISED}
+        for key, value in expected.items():
+            if metadata[key] != value:
+                yield f"METADATA has the {key} {metadata[key]}, not {value}"
         yield from _needed(metadata.get_all("Requires-Dist", []))
     commands = f"{_info(tags)}/entry_points.txt"
-    if commands in names and COMMAND not in archive.read(commands).decode():
-        yield f"entry_points.txt has no command {COMMAND}"
+    if commands in names:
+        listed = archive.read(commands).decode().split("\n")
+        if [line for line in listed if line] != ["[console_scripts]", COMMAND]:
+            yield f"entry_points.txt has not the command {COMMAND} alone"
     if "mlx_safe/_version.py" in names:
         source = archive.read("mlx_safe/_version.py").decode()
         if f'__version__ = "{tags.version}"' not in source:
