@@ -50,14 +50,11 @@ sys.exit(supervisor.main(sys.argv[1:]))
 
 
 def pids_of_children(pid: int) -> list[int]:
-    """Children of a process, as /proc tells of them."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == pid:
-                found.append(int(stat.parent.name))
-    return found
+    """Children of a process, as ps tells of them: macOS has no /proc."""
+    command = ["ps", "-A", "-o", "pid=", "-o", "ppid="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [int(child) for child, parent in rows if int(parent) == pid]
 
 
 def serve_supervised(*arguments: str) -> subprocess.CompletedProcess[str]:
