@@ -6,6 +6,7 @@ wheels are kept in the directory CONTRACT_CACHE.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -49,7 +50,10 @@ def wheel_of(version: str, system: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"no {wanted} to be had:\n{done.stderr}"
     name = re.search(rf"mlx_metal-[\w.]+-py3-none-{platform}\.whl", done.stdout)
-    assert name is not None, done.stdout
+    assert name is not None, (
+        f"{wanted} has no wheel of its own for macOS {system}: see BUILDS\n"
+        f"{done.stdout}"
+    )
     return CACHE / name[0]
 
 
@@ -133,6 +137,37 @@ def wrong_regime(version: str, lib: Library) -> list[str]:
         f"{f'throw ({throwing})' if throwing else 'do not throw'}, "
         f"but _install.OBSERVE_SINCE makes its regime {regime!r}"
     ]
+
+
+def not_read(newest: str) -> list[str]:
+    """Why the newest wheel, by its file name, is none of those that are read."""
+    version, system = re.findall(r"mlx_metal-([\w.]+)-.*-macosx_(\w+)_arm64", newest)[0]
+    lines = []
+    if system not in (SYSTEM, *LATER_SYSTEMS):
+        lines.append(f"{newest} is for macOS {system}: read it, too (LATER_SYSTEMS)")
+    read = wheel_of("newest", SYSTEM).name.split("-")[1]
+    if read != version:
+        lines.append(f"the newest for macOS {SYSTEM} is {read}, not {version}")
+    return lines
+
+
+def test_the_newest_of_all_is_read(tmp_path: Path) -> None:
+    """Asked for a macOS that is not yet, pip tells of the latest wheel there is."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
+    command += ["--platform", "macosx_99_0_arm64", "--only-binary=:all:", "--no-deps"]
+    command += ["--retries", "10", "--timeout", "60", "--report", "-"]
+    command += ["--target", str(tmp_path), "mlx-metal"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"no mlx-metal to be had:\n{done.stderr}"
+    (found,) = json.loads(done.stdout)["install"]
+    lines = not_read(found["download_info"]["url"].rpartition("/")[2])
+    assert not lines, "\n".join(lines)
+
+
+def test_a_newest_that_is_not_read_is_told() -> None:
+    newer = "mlx_metal-99.1.0-py3-none-macosx_27_0_arm64.whl"
+    told = "\n".join(not_read(newer))
+    assert "macOS 27_0" in told and "not 99.1.0" in told
 
 
 def test_the_hooks_are_read_off_their_list() -> None:
