@@ -208,7 +208,8 @@ def test_surroundings(native: Native, case: str, regime: str) -> None:
 def test_after_a_failure(native: Native, case: str) -> None:
     """What MLX's own code does around a failed buffer; each hangs, or goes on
     too early, without the rule of the hooks that is named."""
-    modes = ["intercept"] if case == "who_polls_is_let_go" else ["intercept", "observe"]
+    only_intercept = case in ("who_polls_is_let_go", "nobody_commits")
+    modes = ["intercept"] if only_intercept else ["intercept", "observe"]
     for mode in modes:
         done = native.run("after_failure", case, native.hooks, mode)
         assert done.returncode == 0, (mode, done.returncode, done.stderr)
@@ -382,6 +383,68 @@ def test_python_without_a_selector_stands_aside(native: Native, mode: str) -> No
         before="sim.MTLCreateSystemDefaultDevice(); "
         "assert sim.metalsim_remove_selector(b'encodeWaitForEvent:value:') > 0; "
         "import warnings; warnings.simplefilter('ignore')",
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_python_in_a_forked_child_stands_aside(native: Native, mode: str) -> None:
+    """Also when another thread is at `status` or `install` meanwhile."""
+    done = in_python(
+        native,
+        f"""
+    import threading, warnings
+    mlx_safe.install(mode={mode!r})
+    def busy():
+        while not stop.is_set():
+            mlx_safe.install(mode={mode!r})
+    stop = threading.Event()
+    thread = threading.Thread(target=busy, daemon=True)
+    thread.start()
+    for _ in range(20):
+        pid = os.fork()
+        if pid == 0:
+            warnings.simplefilter("ignore")
+            status = mlx_safe.status()
+            told = [r for r in status.reasons if "forked child" in r]
+            good = len(told) == 1 and not (
+                status.metal_hooks or status.verified or status.hooked)
+            again = mlx_safe.install(mode={mode!r})
+            good = good and not again.metal_hooks and told[0] in again.reasons
+            mlx_safe.uninstall()
+            os._exit(0 if good else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    stop.set()
+    thread.join()
+    status = mlx_safe.status()
+    assert status.verified and not any("fork" in r for r in status.reasons)
+    fail_next()
+    try:
+        testing.run_command_buffer()
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("nothing was raised")
+    """,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_python_sees_a_class_that_comes_later(native: Native, mode: str) -> None:
+    """It is hooked when it is first seen, and `status` names it from then on."""
+    done = in_python(
+        native,
+        f"""
+    before = set(mlx_safe.install(mode={mode!r}).hooked)
+    sim.metalsim_set_family(1)
+    testing.run_command_buffer()
+    late = set(mlx_safe.status().hooked) - before
+    assert late and all("Family" in name for name in late), late
+    assert sim.metalsim_modified_methods() == len(before | late)
+    mlx_safe.uninstall()
+    assert mlx_safe.status().hooked == () and sim.metalsim_modified_methods() == 0
+    """,
     )
     assert done.returncode == 0, done.stderr
 

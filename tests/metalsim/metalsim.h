@@ -76,6 +76,8 @@ METALSIM_API void metalsim_set_handler_delay_us(uint32_t us);
 METALSIM_API void metalsim_set_gpu_delay_us(uint32_t us);
 // 1: no handler runs until this is called with 0.
 METALSIM_API void metalsim_hold_handlers(int hold);
+// 1: late handlers of one queue do not hold up those of another.
+METALSIM_API void metalsim_set_completion_by_queue(int by_queue);
 // Random extra delays, uniform in 0..max, reproducible per seed and commit
 // order. seed 0 turns it off.
 METALSIM_API void metalsim_set_random_delays(uint64_t seed, uint32_t max_gpu_us,

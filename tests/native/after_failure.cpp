@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <thread>
@@ -14,12 +15,17 @@
 
 namespace {
 
+using drive::Hooks;
 using drive::new_event;
 using drive::new_queue;
+using drive::Regime;
 using drive::set_value;
+using drive::told_of_memory;
 using drive::wait_for;
 using drive::Work;
 using host::selector;
+
+Regime g_regime;  // of the hooks
 
 std::uint64_t value_of(const host::Ref& event) {
   return host::send<std::uint64_t>(event.get(), selector("signaledValue"));
@@ -31,6 +37,15 @@ void fail_next(const host::Ref& queue, std::uint32_t late_us = 0) {
   plan.code = 8;
   plan.queue = queue.get();
   plan.handler_delay_us = late_us;
+  METALSIM(metalsim_plan_add)(&plan);
+}
+
+// Every buffer of this queue fails from now on.
+void fail_all(const host::Ref& queue) {
+  metalsim_plan plan{};
+  plan.nth = plan.persistent = 1;
+  plan.code = 8;
+  plan.queue = queue.get();
   METALSIM(metalsim_plan_add)(&plan);
 }
 
@@ -60,6 +75,8 @@ void other_work_is_waited_for() {
 // MLX 0.32 finds its error stored, raises it without a wait, and begins anew.
 void next_evaluation_waits() {
   host::Ref queue = new_queue(), ready = new_event(), result = new_event();
+  host::Ref short_wait = new_event();
+  set_value(short_wait, 1);
   std::atomic<bool> done{false};
   fail_next(queue);
   Work(queue).waits(ready, 1).signals(result, 1).commit();
@@ -69,6 +86,8 @@ void next_evaluation_waits() {
     done = true;
     set_value(ready, 1);
   });
+  // Whoever waits with little time does not spend everybody's.
+  CHECK(wait_for(short_wait, 1, 1) == "reached");
   new_event();  // each evaluation makes one first
   CHECK(done);
   producer.join();
@@ -132,12 +151,248 @@ void who_polls_is_let_go(const drive::Hooks& hooks) {
   poller.join();
 }
 
+// ---- in what order
+// --------------------------------------------------------
+
+bool told_once(const Hooks& hooks, std::uint64_t before,
+               const std::string& said) {
+  return drive::told_once(hooks, g_regime, before, said);
+}
+
+// What is in flight when somebody is told may rest on what failed, what is
+// committed later does not.
+void in_flight_counts_as_failed(const Hooks& hooks) {
+  host::Ref queue = new_queue(), gate = new_event();
+  host::Ref first = new_event(), second = new_event(), later = new_event();
+  std::uint64_t before = hooks.epoch();
+  fail_next(queue);
+  Work(queue).commit();
+  Work(queue).signals(first, 1).commit();
+  Work(queue).waits(gate, 1).signals(second, 1).commit();
+  CHECK(told_once(hooks, before, wait_for(first, 1)));
+  set_value(gate, 1);
+  CHECK(told_once(hooks, before, wait_for(second, 1)));
+  Work(queue).signals(later, 1).commit();
+  CHECK(wait_for(later, 1) == "reached");
+}
+
+// The same for a queue that the failure comes to when it was told already.
+void told_failure_comes_in(const Hooks& hooks) {
+  host::Ref one = new_queue(), two = new_queue(), gate = new_event();
+  host::Ref failed = new_event(), result = new_event(), later = new_event();
+  std::uint64_t before = hooks.epoch();
+  fail_next(one);
+  Work(one).signals(failed, 1).commit();
+  CHECK(told_once(hooks, before, wait_for(failed, 1)));
+  Work(two).waits(failed, 1).waits(gate, 1).commit();
+  Work(two).signals(result, 1).commit();
+  set_value(gate, 1);
+  CHECK(told_once(hooks, before, wait_for(result, 1)));
+  Work(two).signals(later, 1).commit();
+  CHECK(wait_for(later, 1) == "reached");
+}
+
+// The handlers of the failed buffer run long after those of the buffer that
+// has waited for its queue.
+void handlers_of_another_queue_are_late(const Hooks& hooks) {
+  METALSIM(metalsim_set_completion_by_queue)(1);
+  for (bool through_queue : {false, true}) {
+    host::Ref one = new_queue(), other = new_queue();
+    host::Ref event = new_event(), result = new_event();
+    std::uint64_t before = hooks.epoch();
+    fail_next(one, 100'000);
+    Work(one).commit();  // mid-graph
+    Work(one).signals(event, 5).commit();
+    if (through_queue) {
+      Work(other).waits(event, 5).signals(result, 1).commit();
+      CHECK(told_once(hooks, before, wait_for(result, 1)));
+    } else {
+      wait_for(event, 3);  // a value that this signal passes over
+      CHECK(hooks.epoch() == before + 1);
+      CHECK(told_once(hooks, before, wait_for(event, 5)));
+    }
+  }
+  CHECK(hooks.count().gate_limit == 0);
+}
+
+// Another's signal of a higher or lower value, which has not come, is none that
+// was waited for: who comes first would wait for who waits for him.
+void other_values_are_not_waited_for(const Hooks& hooks) {
+  host::Ref one = new_queue(), two = new_queue(), gate = new_event();
+  host::Ref set = new_event(), result = new_event(), event = new_event();
+  set_value(set, 3);
+  Work(one).waits(gate, 1).signals(set, 5).signals(event, 3).commit();
+  Work(two).waits(set, 3).signals(result, 1).signals(event, 5).commit();
+  CHECK(wait_for(result, 1) == "reached");
+  CHECK(wait_for(event, 5) == "reached");
+  CHECK(value_of(event) == 5);
+  CHECK(hooks.count().gate_limit == 0);
+  set_value(gate, 1);
+  CHECK(wait_for(set, 5) == "reached");
+}
+
+// A queue dies, and its address is used again, when its last buffer has run and
+// what that waited for has not settled.
+void queue_dies_unsettled(const Hooks& hooks) {
+  METALSIM(metalsim_set_completion_by_queue)(1);
+  host::Ref one = new_queue(), event = new_event(), result = new_event();
+  std::uint64_t before = hooks.epoch();
+  fail_next(one, 200'000);
+  Work(one).commit();
+  Work(one).signals(event, 1).commit();
+  {
+    host::Ref dies = new_queue();
+    Work(dies).waits(event, 1).signals(result, 1).commit();
+    ::usleep(50'000);  // until its handlers have run
+  }
+  host::Ref again = new_queue();
+  CHECK(told_once(hooks, before, wait_for(result, 1)));
+  CHECK(hooks.count().gate_limit == 0);
+}
+
+// More failures of one event than are kept apart, and not in order.
+void many_failures_of_one_event(const Hooks&) {
+  host::Ref queue = new_queue(), event = new_event();
+  fail_all(queue);
+  for (std::uint64_t value = 0; value < 100; ++value) {
+    Work(queue).signals(event, value == 1 ? 1 : 1000 + value).commit();
+    CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+  }
+  for (std::uint64_t value : {1, 1000, 1050, 1099})
+    CHECK(g_regime == Regime::kObserve ||
+          told_of_memory(wait_for(event, value)));
+}
+
+// ---- what is let go of
+// ----------------------------------------------------
+
+// MLX 0.32 raises before it has committed what its own CPU stream waits for.
+void nobody_commits(const Hooks& hooks) {
+  hooks.set_gate_limit(600);
+  host::Ref queue = new_queue(), event = new_event(), result = new_event();
+  std::uint64_t before = hooks.epoch();
+  Work held(queue);
+  held.signals(event, 1);
+  std::atomic<bool> let_go{false};
+  std::thread cpu([&] {
+    hooks.mark_thread(0);
+    CHECK(wait_for(event, 1, ~std::uint64_t{0}) == "reached");
+    let_go = true;
+    set_value(result, 1);
+  });
+  ::usleep(1'300'000);
+  CHECK(!let_go);  // nothing has failed: it may only be slow
+  fail_next(queue);
+  Work(queue).commit();
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+  CHECK(wait_for(result, 1) != "reached");  // it is not known what it read
+  cpu.join();
+  CHECK(hooks.epoch() == before + 2);
+  CHECK(hooks.count().gate_limit == 1);
+  held.commit();
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+}
+
+// Where no thread of Python's comes by, what failed buffers did not wait for is
+// forgotten when it has come.
+void skipped_waits_are_forgotten(const Hooks& hooks) {
+  hooks.mark_thread(0);
+  host::Ref queue = new_queue();
+  fail_all(queue);
+  for (int i = 0; i < 200; ++i) {
+    host::Ref event = new_event();
+    Work(queue).waits(event, 1).commit();
+    CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+    set_value(event, 1);
+  }
+  CHECK(METALSIM(metalsim_live_objects)("_MTLSharedEvent") < 10);
+}
+
+// MLX 0.31.2 synchronizes with a buffer of its own, and asks that for its
+// status, then for the error's text: it crashes where there is no error.
+void synchronize_tells(const Hooks& hooks) {
+  for (bool has_error : {true, false}) {
+    host::Ref queue = new_queue();
+    std::uint64_t before = hooks.epoch();
+    metalsim_plan plan{};
+    plan.nth = 1;
+    plan.code = 8;
+    plan.queue = queue.get();
+    plan.error_shape = has_error ? 0 : METALSIM_ERROR_NIL;
+    METALSIM(metalsim_plan_add)(&plan);
+    Work(queue).commit();
+    host::ScopedPool pool;
+    auto last = host::send<host::id>(
+        queue.get(), selector("commandBufferWithUnretainedReferences"));
+    host::send(last, selector("commit"));
+    host::send(last, selector("waitUntilCompleted"));
+    CHECK(hooks.epoch() == before + 1);
+    std::thread other([&] {
+      hooks.mark_thread(0);  // it cannot raise
+      CHECK(!host::has_failed(last));
+    });
+    other.join();
+    std::string said;
+    try {
+      if (host::has_failed(last)) said = host::message_of(last);
+    } catch (const std::exception& e) {
+      said = e.what();
+    }
+    if (g_regime == Regime::kObserve) {
+      CHECK(said.empty());  // MLX has its own
+    } else {
+      CHECK(has_error ? told_of_memory(said)
+                      : said.find("unknown error") != std::string::npos);
+    }
+    CHECK(!host::has_failed(last));  // told once
+    CHECK(host::send<host::id>(last, selector("error")) == nullptr);
+  }
+}
+
+// What was waited for is known to be good, or not, when the wait returns.
+void wait_until_completed(const Hooks& hooks) {
+  METALSIM(metalsim_set_completion_by_queue)(1);
+  host::Ref one = new_queue(), other = new_queue(), event = new_event();
+  host::Ref skipped = new_event();
+  std::uint64_t before = hooks.epoch();
+  fail_next(one, 100'000);
+  Work(one).waits(skipped, 1).commit();
+  Work(one).signals(event, 1).commit();
+  host::ScopedPool pool;
+  auto last = host::send<host::id>(
+      other.get(), selector("commandBufferWithUnretainedReferences"));
+  host::send(last, selector("encodeWaitForEvent:value:"), event.get(),
+             std::uint64_t{1});
+  host::send(last, selector("commit"));
+  std::atomic<bool> done{false};
+  std::thread producer([&] {
+    ::usleep(200'000);
+    done = true;
+    set_value(skipped, 1);
+  });
+  ::usleep(20'000);  // until its own handlers have run
+  host::send(last, selector("waitUntilCompleted"));
+  CHECK(hooks.epoch() == before + 1);
+  CHECK(done);
+  producer.join();
+}
+
 const std::map<std::string, std::function<void(const drive::Hooks&)>> kCases = {
     {"other_work_is_waited_for", [](auto&) { other_work_is_waited_for(); }},
     {"next_evaluation_waits", [](auto&) { next_evaluation_waits(); }},
     {"late_signal_undoes_nothing", [](auto&) { late_signal_undoes_nothing(); }},
     {"own_signals_are_let_go", [](auto&) { own_signals_are_let_go(); }},
     {"who_polls_is_let_go", who_polls_is_let_go},
+    {"in_flight_counts_as_failed", in_flight_counts_as_failed},
+    {"told_failure_comes_in", told_failure_comes_in},
+    {"handlers_of_another_queue_are_late", handlers_of_another_queue_are_late},
+    {"other_values_are_not_waited_for", other_values_are_not_waited_for},
+    {"queue_dies_unsettled", queue_dies_unsettled},
+    {"many_failures_of_one_event", many_failures_of_one_event},
+    {"nobody_commits", nobody_commits},
+    {"skipped_waits_are_forgotten", skipped_waits_are_forgotten},
+    {"synchronize_tells", synchronize_tells},
+    {"wait_until_completed", wait_until_completed},
 };
 
 }  // namespace
@@ -154,6 +409,8 @@ int main(int argc, char** argv) {
   alarm(100);
   drive::Hooks hooks = drive::Hooks::open(argv[2]);
   CHECK(hooks.install(argv[3]) == 0);
+  g_regime = std::strcmp(argv[3], "intercept") == 0 ? Regime::kIntercept
+                                                    : Regime::kObserve;
   kCases.at(argv[1])(hooks);
   // Not through static destructors: the device's threads go on.
   std::fflush(nullptr);

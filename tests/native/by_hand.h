@@ -62,4 +62,19 @@ inline std::string wait_for(const host::Ref& event, std::uint64_t value,
   }
 }
 
+inline bool told_of_memory(const std::string& text) {
+  return text.find("(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)") !=
+         std::string::npos;
+}
+
+// Whether a wait that said `said` told of one failure since `before`: it
+// raised, or, where MLX raises by itself, the epoch is right when the wait
+// returns.
+inline bool told_once(const Hooks& hooks, Regime regime, std::uint64_t before,
+                      const std::string& said) {
+  if (hooks.epoch() != before + 1) return false;
+  return regime == Regime::kIntercept ? told_of_memory(said)
+                                      : said == "reached";
+}
+
 }  // namespace drive

@@ -136,6 +136,9 @@ void note_reached(Id buffer) {
   if (!record) return;
   for (Signal& signal : record->signals)
     signal.reached = value_of(signal.event);
+  // Where no thread of Python's waits, nobody else takes the list down.
+  for (const Ledger::WaitRef& wait : ledger().skipped_waits())
+    if (value_of(wait->event) >= wait->value) ledger().forget_skipped(wait);
   for (const Wait& wait : record->waits)
     if (value_of(wait.event) < wait.value)
       ledger().wait_skipped(wait.event.get(), wait.value);
@@ -277,19 +280,28 @@ void hook_encodeWait(void (*original)(Id, Selector, Id, std::uint64_t), Id self,
 // its arrays while other queues or the CPU may still be writing to them, which
 // the GPU's waits prevent otherwise: the memory would be used again, or
 // unmapped, under that work. MLX's thread waits for it before it goes on; not
-// while it has encoded signals that this work may be waiting for.
+// while it has encoded signals that this work may be waiting for. With less
+// time than the gate's limit, as a caller of a wait may have, what is left is
+// for the next one.
 void await_skipped(std::chrono::milliseconds limit) {
+  using namespace std::chrono_literals;
+  using Clock = std::chrono::steady_clock;
   std::vector<Ledger::WaitRef> waits = ledger().skipped_waits();
   if (waits.empty() || !may_throw() || ledger().is_encoding_here()) return;
-  auto end = std::chrono::steady_clock::now() + limit;
+  bool whole = limit >= g_gate_limit.load();
+  Clock::duration left = limit;
+  Clock::time_point last = Clock::now();
   for (const Ledger::WaitRef& wait : waits) {
-    while (value_of(wait->event) < wait->value) {
-      if (std::chrono::steady_clock::now() < end) {
-        std::this_thread::sleep_for(std::chrono::microseconds(100));
-        continue;
-      }
-      if (limit == g_gate_limit.load()) g_counters.gate_limit.fetch_add(1);
-      break;
+    while (value_of(wait->event) < wait->value && left > 0s) {
+      std::this_thread::sleep_for(100us);
+      Clock::time_point now = Clock::now();
+      // While the process is stopped that work does not go on either.
+      left -= std::min<Clock::duration>(now - last, 100ms);
+      last = now;
+    }
+    if (value_of(wait->event) < wait->value) {
+      if (!whole) return;
+      g_counters.gate_limit.fetch_add(1);
     }
     ledger().forget_skipped(wait);
   }
@@ -338,6 +350,8 @@ std::uint64_t hook_status(std::uint64_t (*original)(Id, Selector), Id self,
   FailureRef failure =
       ledger().untold_on(send<Id>(self, selectors().commandQueue));
   if (!failure) return status;
+  // MLX asks for the error's text, and crashes where there is none.
+  if (!failure->error) raise(failure);
   ledger().tell(failure);
   remember(&t_state.telling, std::move(failure));
   return kStatusError;
@@ -387,9 +401,13 @@ bool wait_on_cpu_stream(bool (*original)(Id, Selector, std::uint64_t,
                                          std::uint64_t),
                         Id self, Selector selector, std::uint64_t value) {
   constexpr std::uint64_t kLookEvery_ms = 500;
+  std::chrono::milliseconds held_up{0};
   while (!original(self, selector, value, kLookEvery_ms)) {
-    if (!any_failed() || !ledger().is_held_up(self, value, g_gate_limit.load()))
-      continue;
+    // Counted by looks: while the process is stopped nobody commits either.
+    held_up = any_failed() && ledger().is_held_up(self, value)
+                  ? held_up + std::chrono::milliseconds(kLookEvery_ms)
+                  : std::chrono::milliseconds(0);
+    if (held_up < g_gate_limit.load() || held_up.count() == 0) continue;
     give_up_waiting();
     send<void>(self, selectors().setSignaledValue, value);
   }

@@ -25,7 +25,8 @@ struct HookCounters {
   std::uint64_t failed;     // of them, those with status error
   std::uint64_t swallowed;  // exceptions kept from std::terminate
   std::uint64_t thrown;     // waits that raised
-  // Waits let go although handlers had not run; a fault in the log for each.
+  // Waits let go although handlers had not run, with a fault in the log for
+  // each, or although work that a failed buffer was to wait for went on.
   std::uint64_t gate_limit;
   std::uint64_t buffer_records, event_records;
 };

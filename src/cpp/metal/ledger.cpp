@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 #include <new>
+#include <utility>
 
 namespace mlx_safe::metal {
 namespace {
@@ -36,7 +37,8 @@ void Ledger::forget_buffer(Id buffer) {
   std::lock_guard lock(mutex_);
   auto it = buffers_.find(buffer);
   // One in flight is alive: Metal calls its handlers yet.
-  if (it == buffers_.end() || it->second->sequence != 0) return;
+  if (it == buffers_.end()) return;
+  if (it->second->sequence != 0 && !it->second->completed) return;
   old = std::move(it->second);
   buffers_.erase(it);
 }
@@ -64,10 +66,11 @@ void Ledger::forget_event(Id event) {
 
 BufferRef& Ledger::open(Id buffer) {
   BufferRef& record = buffers_[buffer];
-  if (!record) {
+  // One that is completed is another; its queue has it still.
+  if (!record || record->completed) {
     record = std::make_shared<Buffer>();
+    record->address = buffer;
     record->encoder = std::this_thread::get_id();
-    record->opened = std::chrono::steady_clock::now();
   }
   return record;
 }
@@ -117,15 +120,14 @@ BufferRef Ledger::completed(Id buffer, FailureRef own) {
     std::lock_guard lock(mutex_);
     auto it = buffers_.find(buffer);
     if (it == buffers_.end() || it->second->sequence == 0) return nullptr;
-    record = std::move(it->second);
-    // The address may be used again as soon as the handlers are done.
-    buffers_.erase(it);
+    // It stays until it has settled, for whoever waits for it only now.
+    record = it->second;
     record->completed = true;
     if (tracking_ && own) {
       // Before anybody can see the signals that were withheld.
       for (const Signal& s : record->signals) {
         std::uint64_t from = s.reached < s.value ? s.reached + 1 : s.value;
-        mark(s.event.get(), from, s.value, own);
+        mark(s.event.get(), from, s.value, own, &trash);
       }
     }
     record->own = std::move(own);
@@ -189,10 +191,13 @@ bool Ledger::may_settle(const Buffer& buffer) {
 void Ledger::settle(const BufferRef& front, Trash* trash) {
   BufferRef buffer = front;
   Queue& queue = *buffer->queue;
-  FailureRef why = tracking_ ? inherited(*buffer) : nullptr;
+  FailureRef why = tracking_ ? inherited(*buffer, trash) : nullptr;
   buffer->settled = true;
   queue.settled = buffer->sequence;
   queue.in_flight.pop_front();
+  if (auto it = buffers_.find(buffer->address);
+      it != buffers_.end() && it->second == buffer)
+    buffers_.erase(it);
   for (const Signal& signal : buffer->signals) {
     Id address = signal.event.get();
     auto it = events_.find(address);
@@ -202,7 +207,7 @@ void Ledger::settle(const BufferRef& front, Trash* trash) {
                     [&](const Pending& p) { return p.buffer == buffer; });
       it->second.settled = std::max(it->second.settled, signal.value);
     }
-    if (why) mark(address, signal.value, signal.value, why);
+    if (why) mark(address, signal.value, signal.value, why, trash);
     drop_if_idle(address);
   }
   trash->push_back(std::move(buffer));
@@ -210,7 +215,7 @@ void Ledger::settle(const BufferRef& front, Trash* trash) {
 
 // Why a buffer's results are not to be trusted; null when they are. A failure
 // that comes in with it stays on its queue.
-FailureRef Ledger::inherited(const Buffer& buffer) {
+FailureRef Ledger::inherited(const Buffer& buffer, Trash* trash) {
   Queue& queue = *buffer.queue;
   FailureRef why = buffer.own;
   if (!why && queue.untold) return queue.untold;
@@ -221,21 +226,24 @@ FailureRef Ledger::inherited(const Buffer& buffer) {
   }
   if (!why) return nullptr;
   if (!why->told) {
-    queue.untold = why;
+    trash->push_back(std::exchange(queue.untold, why));
   } else {
-    queue.taint = why;
+    trash->push_back(std::exchange(queue.taint, why));
     queue.tainted_until = queue.committed;
   }
   return why;
 }
 
 void Ledger::mark(Id event, std::uint64_t from, std::uint64_t to,
-                  const FailureRef& failure) {
+                  const FailureRef& failure, Trash* trash) {
   auto& poisons = events_[event].poisons;
   for (Poison& p : poisons)
     if (p.from <= from && to <= p.to) return;
   if (poisons.size() >= kPoisonsMax) {
-    poisons.front().to = std::max(poisons.front().to, poisons[1].to);
+    Poison& first = poisons.front();
+    first.from = std::min(first.from, poisons[1].from);
+    first.to = std::max(first.to, poisons[1].to);
+    trash->push_back(std::move(poisons[1].failure));
     poisons.erase(poisons.begin() + 1);
   }
   poisons.push_back({from, to, failure});
@@ -312,7 +320,7 @@ bool Ledger::is_encoding_here() {
 bool Ledger::is_awaited(Id event, std::uint64_t value) {
   return std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& entry) {
     const Buffer& buffer = *entry.second;
-    return buffer.sequence != 0 &&
+    return buffer.sequence != 0 && !buffer.completed &&
            std::any_of(
                buffer.waits.begin(), buffer.waits.end(), [&](const Wait& wait) {
                  return wait.event.get() == event && wait.value <= value;
@@ -334,15 +342,14 @@ std::vector<Ledger::WaitRef> Ledger::awaited_from_here() {
   return found;
 }
 
-bool Ledger::is_held_up(Id event, std::uint64_t value,
-                        std::chrono::milliseconds age) {
-  auto before = std::chrono::steady_clock::now() - age;
+bool Ledger::is_held_up(Id event, std::uint64_t value) {
   std::lock_guard lock(mutex_);
   bool held_up = false;
   for (const auto& [address, buffer] : buffers_) {
+    if (buffer->completed) continue;
     for (const Signal& signal : buffer->signals) {
       if (signal.event.get() != event || signal.value < value) continue;
-      if (buffer->sequence != 0 || buffer->opened > before) return false;
+      if (buffer->sequence != 0) return false;
       held_up = true;
     }
   }
@@ -420,10 +427,11 @@ void Ledger::tell(const FailureRef& failure) {
 void Ledger::signalled_by_cpu(Id event, std::uint64_t value,
                               const FailureRef& failure) {
   if (!failure && event_count_.load() == 0) return;
+  Trash trash;
   {
     std::lock_guard lock(mutex_);
     if (failure) {
-      mark(event, value, value, failure);
+      mark(event, value, value, failure, &trash);
     } else if (auto it = events_.find(event); it != events_.end()) {
       Event& e = it->second;
       // MLX 0.32 signals for a failed buffer in a handler of its own, and the

@@ -9,7 +9,7 @@
 // completes, while the queues' first buffers in flight, and what they wait for,
 // are looked at until no more of them settles: that grows with the queues and
 // with what is in flight, not with what has run. Bounded: a buffer's record
-// goes when its handlers have run, an event's when nothing is pending or failed
+// goes when it has settled, an event's when nothing is pending or failed
 // on it, and both when the object dies or its address is used again. A queue's
 // stays when the queue dies, until its address is another's or the process
 // ends: MLX makes one for each stream and keeps it.
@@ -72,9 +72,9 @@ struct Wait {
 struct Queue;
 
 struct Buffer {
+  Id address;  // until it is completed; then it may be another's
   // MLX encodes a buffer and commits it on one thread.
   std::thread::id encoder;
-  std::chrono::steady_clock::time_point opened;  // its first wait or signal
   std::shared_ptr<Queue> queue;
   std::uint64_t sequence = 0;  // on its queue, from 1, in order of commit
   std::vector<Signal> signals;
@@ -101,7 +101,7 @@ class Ledger {
   void wait_encoded(Id buffer, Id event, std::uint64_t value);
   // Right before the real commit.
   void committed(Id buffer, Id queue);
-  // The record of a committed buffer; null when there is none.
+  // The record of a committed buffer that has not settled; null: there is none.
   BufferRef find(Id buffer);
 
   // In the last handler of `buffer`. Returns its record, null when it was
@@ -128,9 +128,8 @@ class Ledger {
   // Of the signals that this thread has encoded and not committed: those that
   // a buffer in flight waits for.
   std::vector<WaitRef> awaited_from_here();
-  // Whether `event` can reach `value` only by a buffer that was opened longer
-  // than `age` ago and is not committed.
-  bool is_held_up(Id event, std::uint64_t value, std::chrono::milliseconds age);
+  // Whether `event` can reach `value` only by a buffer that is not committed.
+  bool is_held_up(Id event, std::uint64_t value);
   // Whether a buffer in flight signals `event` beyond `value`.
   bool is_pending_beyond(Id event, std::uint64_t value);
 
@@ -185,9 +184,9 @@ class Ledger {
   bool advance(Queue& queue, Trash* trash);
   bool may_settle(const Buffer& buffer);
   void settle(const BufferRef& buffer, Trash* trash);
-  FailureRef inherited(const Buffer& buffer);
+  FailureRef inherited(const Buffer& buffer, Trash* trash);
   void mark(Id event, std::uint64_t from, std::uint64_t to,
-            const FailureRef& failure);
+            const FailureRef& failure, Trash* trash);
   void drop_if_idle(Id event);
   static std::uint64_t settled_value(const Event& event, std::uint64_t real);
   static bool is_settled(const Pending& pending);

@@ -1,6 +1,7 @@
 // The completion thread: one for the process, which runs the handlers of
-// finished buffers in the order in which they finished.
+// finished buffers in the order in which they finished; by queue, if asked for.
 
+#include <algorithm>
 #include <chrono>
 
 #include "metal.h"
@@ -21,6 +22,7 @@ struct Completion {
   std::condition_variable idle;
   std::deque<Finished> finished;
   bool held = false;
+  bool by_queue = false;
   bool started = false;
   uint64_t in_flight = 0;
 };
@@ -74,18 +76,36 @@ void let_go(CommandBuffer* buffer) {
   if (--state.in_flight == 0) state.idle.notify_all();
 }
 
+bool has_earlier_of_queue(const std::deque<Finished>& finished,
+                          std::deque<Finished>::const_iterator it) {
+  return std::any_of(finished.begin(), it, [&](const Finished& earlier) {
+    return earlier.buffer->queue == it->buffer->queue;
+  });
+}
+
+// The one whose handlers are due first. With the lock held.
+std::deque<Finished>::iterator next_due(Completion& state) {
+  auto next = state.finished.begin();
+  if (!state.by_queue) return next;
+  for (auto it = next; it != state.finished.end(); ++it)
+    if (it->due < next->due && !has_earlier_of_queue(state.finished, it))
+      next = it;
+  return next;
+}
+
 void run() {
   Completion& state = completion();
   std::unique_lock guard(state.lock);
   for (;;) {
     state.changed.wait(guard,
                        [&] { return !state.held && !state.finished.empty(); });
-    Finished next = state.finished.front();
+    auto found = next_due(state);
+    Finished next = *found;
     if (!settings().fast && Clock::now() < next.due) {
       state.changed.wait_until(guard, next.due);
       continue;
     }
-    state.finished.pop_front();
+    state.finished.erase(found);
     guard.unlock();
     complete_now(next.buffer);
     guard.lock();
@@ -132,6 +152,12 @@ void metalsim_hold_handlers(int hold) {
     state.held = hold != 0;
   }
   state.changed.notify_all();
+}
+
+void metalsim_set_completion_by_queue(int by_queue) {
+  Completion& state = completion();
+  std::lock_guard guard(state.lock);
+  state.by_queue = by_queue != 0;
 }
 
 int metalsim_wait_idle(uint64_t timeout_ms) {

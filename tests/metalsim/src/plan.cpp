@@ -129,6 +129,7 @@ int metalsim_reset() {
   metalsim_plan_clear();
   settings().abandon_waits = true;
   metalsim_hold_handlers(0);
+  metalsim_set_completion_by_queue(0);
   int idle = metalsim_wait_idle(100000);
   settings().abandon_waits = false;
   reset_settings();
