@@ -376,6 +376,9 @@ def status() -> Status:
             # What could not be taken out has its reason, too.
             left = metal["reasons"] if metal["hooked"] else []
             reasons = ["not installed: call install()", *left]
+        else:
+            # What came up since: a class too many, a fork.
+            reasons = [*reasons, *(r for r in metal["reasons"] if r not in reasons)]
         reports_written, reports_failed = _core.report_counts()
         return Status(
             installed=installed,
@@ -399,6 +402,8 @@ def status() -> Status:
 
 
 def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
     _faults._after_fork_in_child()
     _reports.after_fork_in_child()
 

@@ -3,6 +3,7 @@
 // Nothing here is for the crash path: it locks, allocates and sends messages.
 // Each function says, or its group does, which threads it is for.
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -43,8 +44,12 @@ struct Installation {
   HookStatus status;
 };
 
+// A forked child's own; null elsewhere.
+constinit std::atomic<Installation*> g_in_child{nullptr};
+
 // Never destroyed: hooked methods look here as long as the process lives.
 Installation& installation() {
+  if (Installation* own = g_in_child.load()) return *own;
   static auto* found = new Installation;
   return *found;
 }
@@ -108,9 +113,13 @@ std::size_t patch_chain(Installation& in, const HookSpec& spec, Class leaf) {
     if (!owns(c, selector)) continue;
     Patch* patch = find_patch(in, spec, c);
     if (patch == nullptr) {
-      in.status.reasons.push_back(
-          std::string("too many classes have a method ") + spec.selector +
-          ": " + r.class_getName(c) + " is not hooked");
+      std::string why_not = std::string("too many classes have a method ") +
+                            spec.selector + ": " + r.class_getName(c) +
+                            " is not hooked";
+      // Once: a class that takes turns with another comes by again.
+      auto& reasons = in.status.reasons;
+      if (std::find(reasons.begin(), reasons.end(), why_not) == reasons.end())
+        reasons.push_back(std::move(why_not));
       continue;
     }
     if (!patch->in_place) put_in_place(*patch, selector);
@@ -299,6 +308,7 @@ void see_class(Kind kind, Id object) {
 HookStatus install(Mode mode) {
   Installation& in = installation();
   std::lock_guard one_at_a_time(in.whole);
+  if (g_in_child.load() != nullptr) return in.status;
   std::string why_not;
   if (!objc::load_runtime(&why_not)) {
     std::lock_guard lock(in.mutex);
@@ -352,15 +362,24 @@ void uninstall() {
 HookStatus status() {
   Installation& in = installation();
   std::lock_guard lock(in.mutex);
-  return in.status;
+  HookStatus found = in.status;
+  found.hooked = names_of(in);  // with the classes that were seen since
+  return found;
 }
 
-// The one thread of a forked child; no lock.
+// The one thread of a forked child; takes no lock, but allocates.
 void after_fork_in_child() noexcept {
-  // Metal does not work in a forked child, and the parent's other threads may
-  // have held any lock.
   g_active.store(false);
   hooks_after_fork_in_child();
+  if (objc::runtime().path.empty()) return;
+  // The parent's other threads may have held any lock: left where it is, as are
+  // the methods, which only pass on from now.
+  auto* own = new Installation;
+  own->status.runtime = objc::runtime().path;
+  own->status.reasons = {
+      "Metal is not hooked: this is a forked child, in which Metal does not "
+      "work"};
+  g_in_child.store(own);
 }
 
 }  // namespace mlx_safe::metal
