@@ -263,6 +263,56 @@ void many_failures_of_one_event(const Hooks&) {
           told_of_memory(wait_for(event, value)));
 }
 
+// The address of a queue that has failed is another's.
+void queue_address_is_used_again(const Hooks&) {
+  {
+    host::Ref queue = new_queue();
+    fail_next(queue);
+    Work(queue).commit();
+    CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+  }
+  host::Ref queue = new_queue(), event = new_event();
+  Work(queue).signals(event, 1).commit();
+  CHECK(wait_for(event, 1) == "reached");
+}
+
+// A thread that may not be told asks, and goes on when it is known whether what
+// it asks for is good.
+void who_polls_waits_for_handlers(const Hooks& hooks) {
+  host::Ref queue = new_queue(), event = new_event();
+  std::uint64_t before = hooks.epoch();
+  fail_next(queue, 50'000);
+  Work(queue).commit();
+  Work(queue).signals(event, 1).commit();
+  std::thread poller([&] {
+    hooks.mark_thread(0);
+    while (value_of(event) < 1) std::this_thread::yield();
+    CHECK(hooks.epoch() == before + 1);
+  });
+  poller.join();
+}
+
+// A CPU stream's thread that has worked on failed data works on good data next.
+void cpu_thread_is_good_again(const Hooks& hooks) {
+  host::Ref queue = new_queue(), failed = new_event();
+  host::Ref result = new_event(), next = new_event();
+  std::uint64_t before = hooks.epoch();
+  std::atomic<bool> told{false};
+  fail_next(queue);
+  Work(queue).signals(failed, 1).commit();
+  std::thread cpu([&] {
+    hooks.mark_thread(0);
+    wait_for(failed, 1);
+    set_value(result, 1);
+    while (!told) std::this_thread::yield();
+    set_value(next, 1);
+  });
+  CHECK(told_once(hooks, before, wait_for(result, 1)));
+  told = true;
+  CHECK(wait_for(next, 1) == "reached");
+  cpu.join();
+}
+
 // ---- what is let go of
 // ----------------------------------------------------
 
@@ -291,6 +341,27 @@ void nobody_commits(const Hooks& hooks) {
   CHECK(hooks.count().gate_limit == 1);
   held.commit();
   CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+}
+
+// What a failed buffer did not wait for may itself be waiting for what this
+// thread has encoded and not committed.
+void encoding_waits_for_nobody(const Hooks& hooks) {
+  host::Ref one = new_queue(), two = new_queue();
+  host::Ref ready = new_event(), fence = new_event();
+  fail_next(one);
+  Work(one).waits(ready, 1).commit();
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+  Work held(two);
+  held.signals(fence, 1);
+  std::thread cpu([&] {
+    hooks.mark_thread(0);
+    wait_for(fence, 1);
+    set_value(ready, 1);
+  });
+  new_event();
+  held.commit();
+  cpu.join();
+  CHECK(hooks.count().gate_limit == 0);
 }
 
 // Where no thread of Python's comes by, what failed buffers did not wait for is
@@ -388,8 +459,12 @@ const std::map<std::string, std::function<void(const drive::Hooks&)>> kCases = {
     {"handlers_of_another_queue_are_late", handlers_of_another_queue_are_late},
     {"other_values_are_not_waited_for", other_values_are_not_waited_for},
     {"queue_dies_unsettled", queue_dies_unsettled},
+    {"queue_address_is_used_again", queue_address_is_used_again},
+    {"who_polls_waits_for_handlers", who_polls_waits_for_handlers},
+    {"cpu_thread_is_good_again", cpu_thread_is_good_again},
     {"many_failures_of_one_event", many_failures_of_one_event},
     {"nobody_commits", nobody_commits},
+    {"encoding_waits_for_nobody", encoding_waits_for_nobody},
     {"skipped_waits_are_forgotten", skipped_waits_are_forgotten},
     {"synchronize_tells", synchronize_tells},
     {"wait_until_completed", wait_until_completed},

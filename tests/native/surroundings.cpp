@@ -557,19 +557,25 @@ void stopped_meanwhile() {
 
 void reinstalled_clean() {
   Hooks hooks = installed();
-  host::Ref queue = new_queue();
+  host::Ref queue = new_queue(), kept = new_event(), skipped = new_event();
+  Work open(queue);
   {
     host::Ref event = new_event();
     fail_next();
-    Work(queue).signals(event, 1).commit();
+    Work(queue).waits(skipped, 1).signals(event, 1).signals(kept, 1).commit();
     CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
+    open.signals(event, 2);
     hooks.uninstall();
+    CHECK(hooks.count().buffer_records == 0);
+    CHECK(hooks.count().event_records == 0);
   }
   host::Ref event = new_event();  // most likely at the same address
   CHECK(install(hooks) == 0);
   Work(queue).signals(event, 1).commit();
   CHECK(wait_for(event, 1) == "reached");
+  CHECK(wait_for(kept, 1) == "reached");
   check_protected(hooks);
+  CHECK(hooks.count().gate_limit == 0);
 }
 
 void two_installs_at_once() {
