@@ -117,6 +117,10 @@ METALSIM_API int metalsim_remove_selector(const char* name);
 // are registered at their first use, as drivers load lazily.
 METALSIM_API void metalsim_set_family(int family);
 
+// 1: Metal's classes have no superclass beyond their own, so that the one which
+// owns a method may be a root. For class_getSuperclass only.
+METALSIM_API void metalsim_set_rootless(int rootless);
+
 // Layers that queues and devices put around what they return from now on.
 // Every call on a wrapper is forwarded by objc_msgSend to the `baseObject`.
 #define METALSIM_DEBUG_BUFFERS 1  // MTLDebugCommandBuffer

@@ -69,6 +69,13 @@ void missing_selector() {
   CHECK(try_buffer().empty());  // the host goes on
 }
 
+// Metal's methods belong to classes that have none above them.
+void rootless() {
+  METALSIM(metalsim_set_rootless)(1);
+  Hooks hooks = installed();
+  check_protected(hooks);
+}
+
 // What the hooks send and do not replace can be missing as well.
 void missing_queue() {
   drive::device();
@@ -610,6 +617,7 @@ const std::map<std::string, Case> kCases = {
     {"no_device", {no_device, kBoth}},
     {"missing_selector", {missing_selector, kBoth}},
     {"missing_queue", {missing_queue, kBoth}},
+    {"rootless", {rootless, kBoth}},
     {"replaced_before", {replaced_before, kBoth}},
     {"replaced_after", {replaced_after, kBoth}},
     {"twin", {twin, kBoth}},

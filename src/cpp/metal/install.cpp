@@ -103,13 +103,15 @@ void put_in_place(Patch& patch, Selector selector) {
 }
 
 // Patches every class of the chain that owns the method itself. A root class is
-// left alone: its methods are everybody's. Returns how many there are.
+// left alone, as its methods are everybody's, unless the hook is required and
+// no class below has the method. Returns how many there are.
 std::size_t patch_chain(Installation& in, const HookSpec& spec, Class leaf) {
   const auto& r = objc::runtime();
   Selector selector = r.sel_registerName(spec.selector);
   std::size_t found = 0;
-  for (Class c = leaf; c != nullptr && r.class_getSuperclass(c) != nullptr;
-       c = r.class_getSuperclass(c)) {
+  for (Class c = leaf; c != nullptr; c = r.class_getSuperclass(c)) {
+    bool root = r.class_getSuperclass(c) == nullptr;
+    if (root && (spec.need == Need::kOptional || found > 0)) continue;
     if (!owns(c, selector)) continue;
     Patch* patch = find_patch(in, spec, c);
     if (patch == nullptr) {

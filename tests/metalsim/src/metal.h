@@ -176,6 +176,7 @@ void one_more_in_flight();
 
 struct Settings {
   std::atomic<bool> no_device{false}, fast{false}, run_inline{false};
+  std::atomic<bool> rootless{false};
   std::atomic<bool> banned{false};         // after a code 4
   std::atomic<bool> abandon_waits{false};  // while resetting
   std::atomic<int> family{0}, debug_layers{0};

@@ -69,7 +69,7 @@ void apply_random_delays(uint64_t serial, Fate& fate) {
 
 void reset_settings() {
   Settings& s = settings();
-  s.no_device = s.fast = s.run_inline = s.banned = false;
+  s.no_device = s.fast = s.run_inline = s.banned = s.rootless = false;
   s.family = s.debug_layers = 0;
   s.handler_delay_us = s.gpu_delay_us = 0;
   s.random_gpu_us = s.random_handler_us = 0;
@@ -169,6 +169,10 @@ void metalsim_set_memory(int mode, uint64_t recommended, uint64_t ceiling) {
 }
 
 uint64_t metalsim_resident_bytes() { return resident_bytes().load(); }
+
+void metalsim_set_rootless(int rootless) {
+  settings().rootless = rootless != 0;
+}
 
 void metalsim_set_no_device(int no_device) {
   settings().no_device = no_device != 0;

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "../metalsim.h"
+#include "metal.h"
 #include "objc.h"
 
 namespace metalsim {
@@ -215,7 +216,10 @@ METALSIM_EXPORT const char* class_getName(Class cls) {
 }
 
 METALSIM_EXPORT Class class_getSuperclass(Class cls) {
-  return cls ? cls->super : nullptr;
+  if (cls == nullptr) return nullptr;
+  bool first_of_metal =
+      cls->super == nsobject_class() || cls->super == labelled_class();
+  return settings().rootless && first_of_metal ? nullptr : cls->super;
 }
 
 METALSIM_EXPORT Method class_getInstanceMethod(Class cls, SEL sel) {
