@@ -78,6 +78,15 @@ inline const char* name_of(Regime regime) {
   return regime == Regime::kIntercept ? "intercept" : "observe";
 }
 
+// The regimes that a case of a program's table runs in. With --list it prints a
+// line for each.
+enum In { kIntercept, kObserve, kBoth };
+
+inline void list_case(const std::string& name, In in) {
+  if (in != kObserve) std::printf("%s intercept\n", name.c_str());
+  if (in != kIntercept) std::printf("%s observe\n", name.c_str());
+}
+
 // The error of one buffer, on its way from its handler to who waits for it.
 class Stored {
  public:

@@ -608,11 +608,13 @@ void two_installs_at_once() {
 // - strange_exceptions, cpu_thread_told_late: handlers are wrapped, and CPU
 //   threads' signals marked, in intercept only
 // - observe_counts, signalled_in_handler: as MLX 0.32 alone does
-enum In { kIntercept, kObserve, kBoth };
 struct Case {
   void (*run)();
-  In in;
+  drive::In in;
 };
+using drive::kBoth;
+using drive::kIntercept;
+using drive::kObserve;
 const std::map<std::string, Case> kCases = {
     {"no_device", {no_device, kBoth}},
     {"missing_selector", {missing_selector, kBoth}},
@@ -645,10 +647,7 @@ const std::map<std::string, Case> kCases = {
 
 int main(int argc, char** argv) {
   if (argc == 2 && std::strcmp(argv[1], "--list") == 0) {
-    for (const auto& [name, one] : kCases) {
-      if (one.in != kObserve) std::printf("%s intercept\n", name.c_str());
-      if (one.in != kIntercept) std::printf("%s observe\n", name.c_str());
-    }
+    for (const auto& [name, one] : kCases) drive::list_case(name, one.in);
     return 0;
   }
   bool intercept = argc == 5 && std::strcmp(argv[4], "intercept") == 0;

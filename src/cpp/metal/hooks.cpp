@@ -395,20 +395,29 @@ std::chrono::milliseconds rest_of(std::uint64_t timeout_ms,
 }
 
 // The same when it is a thread of the CPU stream that MLX waits for while it
-// holds back what that thread is waiting for: such a wait ends after a failure
-// and when nothing was committed for as long as any wait of ours may take.
+// holds back what that thread is waiting for: when MLX 0.32 raises a failure in
+// the midst of an evaluation it waits for the CPU's streams first, and commits
+// the GPU's later. Soon after a failure of what the same thread had encoded
+// that is what happens, and MLX is raising it: the wait is ended. Otherwise it
+// ends when nothing was committed for as long as any wait of ours may take.
 bool wait_on_cpu_stream(bool (*original)(Id, Selector, std::uint64_t,
                                          std::uint64_t),
                         Id self, Selector selector, std::uint64_t value) {
+  using namespace std::chrono_literals;
   constexpr std::uint64_t kLookEvery_ms = 500;
-  std::chrono::milliseconds held_up{0};
+  std::chrono::milliseconds held_up = 0ms;
   while (!original(self, selector, value, kLookEvery_ms)) {
+    bool failed = any_failed();
     // Counted by looks: while the process is stopped nobody commits either.
-    held_up = any_failed() && ledger().is_held_up(self, value)
+    held_up = failed && ledger().is_held_up(self, value)
                   ? held_up + std::chrono::milliseconds(kLookEvery_ms)
-                  : std::chrono::milliseconds(0);
-    if (held_up < g_gate_limit.load() || held_up.count() == 0) continue;
-    give_up_waiting();
+                  : 0ms;
+    bool raising = failed && hook_mode() == Mode::kObserve &&
+                   ledger().is_held_up_by_failure(self, value, 1s, 100ms);
+    if (!raising) {
+      if (held_up < g_gate_limit.load() || held_up == 0ms) continue;
+      give_up_waiting();
+    }
     send<void>(self, selectors().setSignaledValue, value);
   }
   return true;

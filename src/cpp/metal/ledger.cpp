@@ -12,6 +12,9 @@ namespace {
 // evaluation, so it takes a fence with this many failures.
 constexpr std::size_t kPoisonsMax = 64;
 
+// Threads whose last failure is remembered; the one that is longest ago goes.
+constexpr std::size_t kFailedForMax = 16;
+
 // Not on Metal's threads, which it would hold up; gives the lock back
 // meanwhile. Waits until `good()`, in slices: while the process is stopped or
 // the machine sleeps the handlers do not run either, and that costs one slice
@@ -71,6 +74,7 @@ BufferRef& Ledger::open(Id buffer) {
     record = std::make_shared<Buffer>();
     record->address = buffer;
     record->encoder = std::this_thread::get_id();
+    record->opened = std::chrono::steady_clock::now();
   }
   return record;
 }
@@ -130,6 +134,7 @@ BufferRef Ledger::completed(Id buffer, FailureRef own) {
         mark(s.event.get(), from, s.value, own, &trash);
       }
     }
+    if (own) note_failure_of(record->encoder);
     record->own = std::move(own);
     advance(&trash);
   }
@@ -342,18 +347,49 @@ std::vector<Ledger::WaitRef> Ledger::awaited_from_here() {
   return found;
 }
 
-bool Ledger::is_held_up(Id event, std::uint64_t value) {
-  std::lock_guard lock(mutex_);
-  bool held_up = false;
+// Whether `event` can reach `value` only by buffers that are not committed, and
+// `is_held(buffer)` for each of them.
+template <class Held>
+bool Ledger::held_up(Id event, std::uint64_t value, Held is_held) {
+  bool found = false;
   for (const auto& [address, buffer] : buffers_) {
     if (buffer->completed) continue;
     for (const Signal& signal : buffer->signals) {
       if (signal.event.get() != event || signal.value < value) continue;
-      if (buffer->sequence != 0) return false;
-      held_up = true;
+      if (buffer->sequence != 0 || !is_held(*buffer)) return false;
+      found = true;
     }
   }
-  return held_up;
+  return found;
+}
+
+bool Ledger::is_held_up(Id event, std::uint64_t value) {
+  std::lock_guard lock(mutex_);
+  return held_up(event, value, [](const Buffer&) { return true; });
+}
+
+bool Ledger::is_held_up_by_failure(Id event, std::uint64_t value,
+                                   std::chrono::milliseconds age,
+                                   std::chrono::milliseconds recent) {
+  auto before = std::chrono::steady_clock::now() - age;
+  std::lock_guard lock(mutex_);
+  return held_up(event, value, [&](const Buffer& buffer) {
+    return buffer.opened <= before &&
+           std::any_of(failed_for_.begin(), failed_for_.end(),
+                       [&](const auto& failed) {
+                         return failed.first == buffer.encoder &&
+                                failed.second >= buffer.opened - recent &&
+                                failed.second <= before;
+                       });
+  });
+}
+
+void Ledger::note_failure_of(std::thread::id encoder) {
+  std::erase_if(failed_for_,
+                [&](const auto& failed) { return failed.first == encoder; });
+  if (failed_for_.size() == kFailedForMax)
+    failed_for_.erase(failed_for_.begin());
+  failed_for_.emplace_back(encoder, std::chrono::steady_clock::now());
 }
 
 bool Ledger::is_pending_beyond(Id event, std::uint64_t value) {

@@ -75,6 +75,7 @@ struct Buffer {
   Id address;  // until it is completed; then it may be another's
   // MLX encodes a buffer and commits it on one thread.
   std::thread::id encoder;
+  std::chrono::steady_clock::time_point opened;  // its first wait or signal
   std::shared_ptr<Queue> queue;
   std::uint64_t sequence = 0;  // on its queue, from 1, in order of commit
   std::vector<Signal> signals;
@@ -130,6 +131,11 @@ class Ledger {
   std::vector<WaitRef> awaited_from_here();
   // Whether `event` can reach `value` only by a buffer that is not committed.
   bool is_held_up(Id event, std::uint64_t value);
+  // The same when, besides, it was opened longer than `age` ago, and what its
+  // thread had committed before failed, at most `recent` before it was opened.
+  bool is_held_up_by_failure(Id event, std::uint64_t value,
+                             std::chrono::milliseconds age,
+                             std::chrono::milliseconds recent);
   // Whether a buffer in flight signals `event` beyond `value`.
   bool is_pending_beyond(Id event, std::uint64_t value);
 
@@ -180,6 +186,9 @@ class Ledger {
 
   BufferRef& open(Id buffer);
   bool is_awaited(Id event, std::uint64_t value);
+  template <class Held>
+  bool held_up(Id event, std::uint64_t value, Held is_held);
+  void note_failure_of(std::thread::id encoder);
   void advance(Trash* trash);
   bool advance(Queue& queue, Trash* trash);
   bool may_settle(const Buffer& buffer);
@@ -202,6 +211,9 @@ class Ledger {
   std::unordered_map<Id, BufferRef> buffers_;
   std::unordered_map<Id, std::shared_ptr<Queue>> queues_;
   std::unordered_map<Id, Event> events_;
+  // When a buffer that a thread had encoded failed last, for some threads.
+  std::vector<std::pair<std::thread::id, std::chrono::steady_clock::time_point>>
+      failed_for_;
   std::vector<WaitRef> skipped_;
   std::atomic<bool> any_skipped_{false};
   // Queues that are gone but for buffers in flight.
