@@ -27,6 +27,8 @@ def why_not() -> str | None:
         return (
             f"this is {system} on {machine}: only a Mac with Apple silicon can report"
         )
+    if not (ROOT / ".git").exists():
+        return "this is no git checkout: a line tells of which commit it is"
     return None
 
 

@@ -34,6 +34,18 @@ def test_a_line_is_added_to_the_table(tmp_path: Path) -> None:
     assert copy.read_text() == before + "| 2027-01-01 | a Mac |\n"
 
 
+def test_without_git_it_refuses_before_the_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take minutes, and then the line could not name its commit."""
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(hardware_report, "ROOT", tmp_path)
+    assert "no git checkout" in (hardware_report.why_not() or "")
+    (tmp_path / ".git").touch()  # a file in a work tree
+    assert hardware_report.why_not() is None
+
+
 @pytest.mark.skipif(platform.system() == "Darwin", reason="this is a Mac: it reports")
 def test_elsewhere_it_refuses_in_one_line() -> None:
     before = (ROOT / "docs" / "hardware.md").read_text()
