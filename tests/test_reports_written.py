@@ -572,6 +572,26 @@ def test_the_thread_of_the_callbacks_keeps_the_run_file_fresh(
     assert list(private_reports.iterdir()) == []
 
 
+def test_a_death_while_the_run_file_is_written_leaves_nothing_of_it(
+    private_reports: Path,
+) -> None:
+    for _ in range(5):
+        done = die(
+            """
+    def write():
+        while True:
+            _core.write_run_file()
+    threading.Thread(target=write, daemon=True).start()
+    time.sleep(0.02)
+    testing.throw_on_foreign_thread()
+    time.sleep(200)
+    """
+        )
+        assert done.returncode == -signal.SIGABRT, done.stderr
+        left = left_over(private_reports)
+        assert [name for name in left if "run-" in name] == []
+
+
 def test_no_run_file_after_the_end_or_in_a_forked_child(private_reports: Path) -> None:
     """Threads may leave guards until the very end; a child may do so, too."""
     done = child.run(

@@ -88,6 +88,11 @@ bool run_path(char* path, std::size_t capacity) noexcept {
   return path_of(path, capacity, "run-", ::getpid(), ".json");
 }
 
+// Where it is written before it is renamed.
+bool new_run_path(char* path, std::size_t capacity) noexcept {
+  return path_of(path, capacity, ".run-", ::getpid(), "");
+}
+
 // True if there was one. Async-signal-safe.
 bool give_up_reserve() noexcept {
   int reserve = g_state.reserve.get();
@@ -320,12 +325,13 @@ void write_second_report(const Event& given, int number,
 }
 
 bool write_run_file() noexcept {
+  if (g_state.death_told.load()) return true;
   if (!g_state.active.load() || g_state.run_file_busy.exchange(true))
     return false;
   char temporary[kPathMax];
   char path[kPathMax];
-  bool good = path_of(temporary, sizeof temporary, ".run-", ::getpid(), "") &&
-              run_path(path, sizeof path);
+  bool good =
+      new_run_path(temporary, sizeof temporary) && run_path(path, sizeof path);
   int fd = -1;
   if (good)
     fd = away_from_stdio(::open(temporary, kOwnFile | O_WRONLY, kPrivate));
@@ -367,6 +373,8 @@ void remove_run_file() noexcept {
   g_state.run_file_pid.store(0);
   char path[kPathMax];
   if (run_path(path, sizeof path)) ::unlink(path);
+  // Another thread may be at it, and not live to see the end of it.
+  if (new_run_path(path, sizeof path)) ::unlink(path);
 }
 
 ReportCounts report_counts() noexcept {

@@ -57,7 +57,8 @@ void write_second_report(const Event& event, int number,
 
 // What a process that is killed leaves behind: run-<pid>.json, with the context
 // and the last memory figures. Rewritten by a rename. False when it cannot be
-// written, or another thread is at it. Not for the crash path.
+// written, or another thread is at it. Nothing is written once a report tells
+// of the death. Not for the crash path.
 bool write_run_file() noexcept;
 // Async-signal-safe. Only that of this process, not of its parent.
 void remove_run_file() noexcept;
