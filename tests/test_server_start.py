@@ -371,3 +371,22 @@ def test_cli_usage() -> None:
     assert cli("status").returncode == 0
     assert_one_clear_line(cli("fly"), "no command 'fly'")
     assert_one_clear_line(cli("status", "--fast"), "--json")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("status",), ("serve", "--help")])
+def test_whoever_reads_has_seen_enough(arguments: tuple[str, ...]) -> None:
+    """As with `mlx-safe status | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_safe", *arguments],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
