@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -73,15 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        try:
-            return _run(arguments)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        status = _run(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except BrokenPipeError:
-        # Such as `mlx-safe status | head -1`. At its end Python would flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _no_more_output()  # such as `mlx-safe status | head -1`
         return 128 + signal.SIGPIPE
+    except OSError as e:
+        if e.errno != errno.ENOSPC or e.filename is not None:
+            raise
+        _no_more_output()
+        print(f"mlx-safe: stdout: {e.strerror}", file=sys.stderr)
+        return 2
+
+
+def _no_more_output() -> None:
+    # At its end Python would write what is left again, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: Sequence[str]) -> int:

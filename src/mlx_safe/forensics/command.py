@@ -71,12 +71,10 @@ def reports(arguments: Sequence[str]) -> int:
             _prune(directory)
         else:
             _list(directory, as_json=parsed.json)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
-        # All that is opened here has a name.
-        raise CommandError(f"{e.filename or 'stdout'}: {e.strerror}") from e
+        if e.filename is None:
+            raise  # all that is opened here has a name: stdout, see `cli.main`
+        raise CommandError(f"{e.filename}: {e.strerror}") from e
     return 0
 
 
