@@ -278,6 +278,7 @@ void address_reuse() {
       host::send(buffer, selector("encodeSignalEvent:value:"), event.get(),
                  std::uint64_t{1});
     }
+    CHECK(hooks.count().buffer_records == 0);
     check_protected(hooks);
   }
   // Nothing is remembered of buffers and events that are gone, failed or not.
