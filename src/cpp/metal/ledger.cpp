@@ -268,12 +268,24 @@ bool Ledger::is_settled(const Pending& p) {
   return p.buffer->settled || p.buffer->queue->settled >= p.need;
 }
 
+// By what signalled `value`: all up to it, or else the first beyond. Not by
+// later signals that have come, too: a failed buffer's come before their time,
+// and may be waiting for whoever waits here.
 bool Ledger::is_closed(const Event& event, std::uint64_t value,
                        std::uint64_t real) {
   if (event.settled >= value) return false;
-  for (const Pending& p : event.pending)
-    if ((p.value <= value || p.value <= real) && !is_settled(p)) return true;
-  return false;
+  bool up_to = false;
+  const Pending* beyond = nullptr;
+  for (const Pending& p : event.pending) {
+    if (p.value <= value) {
+      up_to = true;
+      if (!is_settled(p)) return true;
+    } else if (p.value <= real &&
+               (beyond == nullptr || p.value < beyond->value)) {
+      beyond = &p;
+    }
+  }
+  return !up_to && beyond != nullptr && !is_settled(*beyond);
 }
 
 // This and the next wait: not for Metal's threads.
