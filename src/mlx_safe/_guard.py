@@ -137,7 +137,8 @@ class guard:
 
 def _settle(since: int, exc: BaseException | None) -> None:
     """Raises what the block that began at epoch ``since`` has earned."""
-    if exc is not None:
+    # A generator that is left early has ended well, and nobody reads a note on that.
+    if exc is not None and not isinstance(exc, GeneratorExit):
         typed = errors.from_exception(exc)
         if typed is not None:
             # MLX 0.32 raises a stored error without a wait, and the memory of

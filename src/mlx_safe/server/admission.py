@@ -67,9 +67,10 @@ def _measure(provider: Any, transients: Transients) -> CacheCost:
     for model in filter(None, (provider.model, provider.draft_model)):
         make_cache = partial(compat.make_cache, model)
         try:
+            compat.try_quantization(make_cache(), quantization)
             cost = calibrate(model, make_cache, transients, **quantization)
-        except ValueError as e:
-            if not str(e).startswith("[quantize]"):
+        except (ValueError, NotImplementedError) as e:
+            if isinstance(e, ValueError) and not str(e).startswith("[quantize]"):
                 raise
             # Each prompt beyond --quantized-kv-start would fail on it.
             flags = "--kv-bits {kv_bits} --kv-group-size {kv_group_size}"

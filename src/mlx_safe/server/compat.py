@@ -162,6 +162,18 @@ def kv_quantization(cli_args: Any) -> dict[str, Any]:
     return {name: getattr(cli_args, name) for name in names if hasattr(cli_args, name)}
 
 
+def try_quantization(caches: list[Any], quantization: dict[str, Any]) -> None:
+    """Quantizes ``caches``, which are empty, as mlx-lm does past the start.
+
+    Raises:
+        NotImplementedError: one of them cannot be, such as one with a window (0.32).
+    """
+    bits = quantization.get("kv_bits")
+    for cache in caches if bits is not None else ():
+        if hasattr(cache, "to_quantized"):
+            cache.to_quantized(group_size=quantization["kv_group_size"], bits=bits)
+
+
 def batch_caches(batch: Any) -> tuple[int, list[Any]]:
     """(bytes of the caches in ``batch``, uids that it has not begun with).
 

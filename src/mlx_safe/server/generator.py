@@ -276,8 +276,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """What mlx-lm takes without a look, and fails on in the midst of its work."""
         if request.request_type == "text" and not isinstance(request.prompt, str):
             raise BadRequest("The prompt must be one string.")
-        if not all(isinstance(word, str) for word in args.stop_words):
-            raise BadRequest("stop must be a string or a list of strings.")
         if args.seed is not None and not 0 <= args.seed < 2**64:
             raise BadRequest("seed must be from 0 to 2**64 - 1.")
         # Its batches answer with one token then; its sequential path has none.

@@ -142,9 +142,19 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
             log.info("a request could not be read: %s", e)
             self._send_failure(BadRequest(str(e) or "The request is invalid."))
 
+    def _check_stream_options(self) -> None:
+        options = getattr(self, "stream_options", None)
+        if options is None:
+            return
+        if not isinstance(options, dict):
+            raise BadRequest("stream_options must be an object.")
+        # mlx-lm (0.31, 0.32) asks for it without a look, after the whole answer.
+        self.stream_options = {"include_usage": False, **options}
+
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         name_request(request, self.request_id, self.path)
         try:
+            self._check_stream_options()
             departures = self.response_generator.departures
             with departures.watching(self.request_id, self.connection):
                 super().handle_completion(request, stop_words)
