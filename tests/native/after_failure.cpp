@@ -490,11 +490,38 @@ void wait_until_completed(const Hooks& hooks) {
   producer.join();
 }
 
+// Several buffers of one evaluation fail, with the CPU's stream between them:
+// told of one, nobody is told of the others when that stream goes on.
+void told_once_of_several(const drive::Hooks& hooks) {
+  host::Ref one = new_queue(), two = new_queue();
+  host::Ref fence = new_event(), back = new_event(), result = new_event();
+  host::Ref later = new_event();
+  fail_next(one);
+  Work(one).signals(fence, 1).commit();
+  std::atomic<bool> passed_on{false}, go_on{false};
+  std::thread stream([&] {
+    hooks.mark_thread(0);
+    wait_for(fence, 1, ~std::uint64_t{0});
+    set_value(back, 1);
+    passed_on = true;
+    while (!go_on) std::this_thread::yield();
+    set_value(later, 1);
+  });
+  while (!passed_on) std::this_thread::yield();
+  fail_next(two);
+  Work(two).waits(back, 1).signals(result, 1).commit();
+  CHECK(wait_for(result, 1).find("00000008") != std::string::npos);
+  go_on = true;
+  CHECK(wait_for(later, 1) == "reached");
+  stream.join();
+}
+
 // Where a case does not run in both regimes:
 // - who_polls_is_let_go: in observe nothing is marked, so nobody's poll is held
 //   back for good
 // - nobody_commits: in observe nobody is told of what was read too early
 // - cpu_stream_is_let_go: as MLX 0.32 alone raises
+// - told_once_of_several: in observe MLX tells
 struct Case {
   void (*run)(const Hooks&);
   drive::In in;
@@ -509,6 +536,7 @@ const std::map<std::string, Case> kCases = {
     {"own_signals_are_let_go", {own_signals_are_let_go, kBoth}},
     {"cpu_stream_is_let_go", {cpu_stream_is_let_go, kObserve}},
     {"later_signal_holds_nothing_up", {later_signal_holds_nothing_up, kBoth}},
+    {"told_once_of_several", {told_once_of_several, kIntercept}},
     {"who_polls_is_let_go", {who_polls_is_let_go, kIntercept}},
     {"in_flight_counts_as_failed", {in_flight_counts_as_failed, kBoth}},
     {"told_failure_comes_in", {told_failure_comes_in, kBoth}},

@@ -15,6 +15,22 @@ constexpr std::size_t kPoisonsMax = 64;
 // Threads whose last failure is remembered; the one that is longest ago goes.
 constexpr std::size_t kFailedForMax = 16;
 
+// Failures that one may stand for; of more, the last are told by themselves.
+constexpr std::size_t kCameBeforeMax = 32;
+
+// With the ledger's lock, so that none is let go of here.
+void stands_for(const FailureRef& failure, const FailureRef& before) {
+  auto add = [&](const std::weak_ptr<Failure>& one) {
+    bool itself = !one.owner_before(failure) && !failure.owner_before(one);
+    if (!itself && !one.expired() &&
+        failure->came_before.size() < kCameBeforeMax)
+      failure->came_before.push_back(one);
+  };
+  if (!before || before == failure) return;
+  add(before);
+  for (const auto& one : before->came_before) add(one);
+}
+
 // Not on Metal's threads, which it would hold up; gives the lock back
 // meanwhile. Waits until `good()`, in slices: while the process is stopped or
 // the machine sleeps the handlers do not run either, and that costs one slice
@@ -223,6 +239,11 @@ void Ledger::settle(const BufferRef& front, Trash* trash) {
 FailureRef Ledger::inherited(const Buffer& buffer, Trash* trash) {
   Queue& queue = *buffer.queue;
   FailureRef why = buffer.own;
+  if (why) {
+    stands_for(why, queue.untold);
+    for (const Wait& wait : buffer.waits)
+      stands_for(why, poison_of(wait.event.get(), wait.value));
+  }
   if (!why && queue.untold) return queue.untold;
   if (!why && buffer.sequence <= queue.tainted_until) return queue.taint;
   for (const Wait& wait : buffer.waits) {
@@ -462,10 +483,20 @@ FailureRef Ledger::untold_on(Id queue) {
 void Ledger::tell(const FailureRef& failure) {
   Trash trash;
   std::lock_guard lock(mutex_);
+  tell_queues(failure, &trash);
+  for (const auto& one : failure->came_before) {
+    FailureRef before = one.lock();
+    if (!before) continue;
+    tell_queues(before, &trash);
+    trash.push_back(std::move(before));
+  }
+}
+
+void Ledger::tell_queues(const FailureRef& failure, Trash* trash) {
   if (failure->told.exchange(true)) return;
   for (auto& [address, queue] : queues_) {
     if (queue->untold != failure) continue;
-    trash.push_back(std::move(queue->taint));
+    trash->push_back(std::move(queue->taint));
     queue->taint = std::move(queue->untold);
     queue->untold = nullptr;
     queue->tainted_until = queue->committed;

@@ -50,6 +50,9 @@ struct Failure {
   std::string message;
   objc::Owned error;  // the NSError
   std::atomic<bool> told{false};
+  // Failures that what failed here depended on anyway: who is told of this one
+  // need not be told of them. Guarded by the ledger's lock.
+  std::vector<std::weak_ptr<Failure>> came_before;
 
   Failure(std::string text, objc::Owned held)
       : message(std::move(text)), error(std::move(held)) {}
@@ -194,6 +197,7 @@ class Ledger {
   bool may_settle(const Buffer& buffer);
   void settle(const BufferRef& buffer, Trash* trash);
   FailureRef inherited(const Buffer& buffer, Trash* trash);
+  void tell_queues(const FailureRef& failure, Trash* trash);
   void mark(Id event, std::uint64_t from, std::uint64_t to,
             const FailureRef& failure, Trash* trash);
   void drop_if_idle(Id event);
