@@ -606,7 +606,7 @@ def test_the_doctor_with_a_model_that_cannot_be_run(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.endswith(
         f"--model {tiny_model}: cannot be run: [GatherMM::eval] Currently only "
-        "supports float32."
+        "supports float32. More."
     )
 
 

@@ -135,10 +135,12 @@ def _version_by_import() -> tuple[str | None, str]:
     except ModuleNotFoundError as e:
         if e.name in ("mlx", "mlx.core"):
             return None, f"mlx is not installed: pip install '{package}'"
-        return None, f"mlx cannot be imported: {e}"
+        why = e.msg
     except Exception as e:
-        return None, f"mlx cannot be imported: {e}"
-    return str(mlx.core.__version__), ""
+        why = " ".join(str(e).split()) or type(e).__name__
+    else:
+        return str(mlx.core.__version__), ""
+    return None, f"mlx cannot be imported ({why}): pip install --upgrade '{package}'"
 
 
 def installed_versions(*packages: str) -> dict[str, str | None]:

@@ -177,7 +177,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         try:
             self.model_provider.load_default()
         except Exception as e:
-            cause = e.__cause__ or e
+            # Of `load_or_say_why`, whose own text is cut.
+            cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
             # What died here before may not have given its memory back yet.
             passing = errors.from_exception(cause) or is_allocation_failure(cause)
             status = EXIT_REPLACE if passing else 2
