@@ -183,13 +183,13 @@ def strangers(server: Server, room: int) -> Iterator[list[tuple[int, int | None]
 
 
 def test_ten_growing_conversations(tiny_model: Path) -> None:
-    """Without a ceiling they take twice as much as with it, and all end well."""
+    """Without a ceiling they take over three times as much, and all end well."""
     with Server(tiny_model) as free:
         free.wait_ready()
         assert all(a.status == 200 for a in growing_conversations(free))
         needed = gauges(free)["peak"]
-    # How much more depends on how many of them meet in a batch.
-    assert needed > 2 * CEILING
+    # Ten times, as a rule: it depends on how many of them meet in a batch.
+    assert needed > 3 * CEILING
     arguments = ["--max-active-memory-bytes", str(CEILING), "--memory-wait", "600"]
     with Server(tiny_model, *arguments) as server:
         server.wait_ready()
