@@ -397,9 +397,12 @@ std::chrono::milliseconds rest_of(std::uint64_t timeout_ms,
 // The same when it is a thread of the CPU stream that MLX waits for while it
 // holds back what that thread is waiting for: when MLX 0.32 raises a failure in
 // the midst of an evaluation it waits for the CPU's streams first, and commits
-// the GPU's later. Soon after a failure of what the same thread had encoded
-// that is what happens, and MLX is raising it: the wait is ended. Otherwise it
-// ends when nothing was committed for as long as any wait of ours may take.
+// the GPU's later. That is what happens when what the same thread had committed
+// failed by the time it encoded this, and it commits nothing for a second more:
+// the wait is ended, and MLX is raising already. A buffer that was opened later
+// than 100 ms after may be of a new evaluation, in which nobody raises: as all
+// others it is let go, and a fault counted, when nothing was committed for as
+// long as any wait of ours may take.
 bool wait_on_cpu_stream(bool (*original)(Id, Selector, std::uint64_t,
                                          std::uint64_t),
                         Id self, Selector selector, std::uint64_t value) {
