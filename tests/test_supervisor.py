@@ -156,13 +156,34 @@ def test_the_parent_answers_until_the_server_listens(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+# Before the program: what it finds of these is what the tests were started with.
+HANDLED_AS = """
+import signal
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.{})
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_server_ends_with_its_parent(tmp_path: Path, number: int) -> None:
-    with Server(tmp_path / "never", program=SUPERVISED) as server:
+    program = HANDLED_AS.format("SIG_DFL") + SUPERVISED
+    with Server(tmp_path / "never", program=program) as server:
         server.wait_listening()
         assert eventually(lambda: bool(pids_of_children(server.process.pid)))
         server.process.send_signal(number)
         # All have closed the output, so the child is gone, too.
+        assert server.wait() == 0
+
+
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As nohup, and a shell for what it starts in the background, want it."""
+    program = HANDLED_AS.format("SIG_IGN") + SUPERVISED
+    with Server(tmp_path / "never", program=program) as server:
+        server.wait_listening()
+        for number in (signal.SIGINT, signal.SIGHUP):
+            server.process.send_signal(number)
+        assert_told_to_come_again(server.get("/health"))
+        server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
 
 
