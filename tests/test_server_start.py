@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -373,36 +373,33 @@ def test_cli_usage() -> None:
     assert_one_clear_line(cli("status", "--fast"), "--json")
 
 
+def cli_into(stdout: int | IO[str], *arguments: str) -> tuple[int, str]:
+    """(exit status, stderr) of the command that writes to ``stdout``."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_safe", *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("status",), ("serve", "--help")])
 def test_whoever_reads_has_seen_enough(arguments: tuple[str, ...]) -> None:
     """As with `mlx-safe status | head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "mlx_safe", *arguments],
-            stdout=writer,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=180,
-            check=False,
-        )
+        assert cli_into(writer, *arguments) == (141, "")
     finally:
         os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize("arguments", [("status",), ("status", "--json"), ("--help",)])
 def test_a_full_disk_is_one_line(arguments: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "mlx_safe", *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-    assert done.returncode == 2
-    assert done.stderr == "mlx-safe: stdout: No space left on device\n"
+        told = "mlx-safe: stdout: No space left on device\n"
+        assert cli_into(full, *arguments) == (2, told)

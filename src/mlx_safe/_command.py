@@ -38,12 +38,14 @@ def need_mlx() -> None:
     """Imports MLX.
 
     Raises:
-        CommandError: it is broken; whatever it raises, such as ImportError for a
-            library that is not there.
+        CommandError: it is not there, or broken; whatever it raises, such as
+            ImportError for a library that is not there.
     """
     try:
         import mlx.core  # noqa: F401
     except Exception as e:
+        if isinstance(e, ModuleNotFoundError) and e.name in ("mlx", "mlx.core"):
+            raise CommandError(f"mlx is not installed: pip install '{MLX}'") from e
         raise CommandError(
             f"mlx cannot be imported ({in_one_line(e)}): pip install --upgrade '{MLX}'"
         ) from e

@@ -129,18 +129,13 @@ def _version_by_import() -> tuple[str | None, str]:
     So it is with a build tree on PYTHONPATH and with an editable install. Its import
     takes tens of milliseconds, but a regime that is guessed wrong is an abort.
     """
-    package = "mlx[cpu]" if sys.platform == "linux" else "mlx"
+    from ._command import CommandError, need_mlx
+
     try:
-        import mlx.core
-    except ModuleNotFoundError as e:
-        if e.name in ("mlx", "mlx.core"):
-            return None, f"mlx is not installed: pip install '{package}'"
-        why = e.msg
-    except Exception as e:
-        why = " ".join(str(e).split()) or type(e).__name__
-    else:
-        return str(mlx.core.__version__), ""
-    return None, f"mlx cannot be imported ({why}): pip install --upgrade '{package}'"
+        need_mlx()
+    except CommandError as e:
+        return None, str(e)
+    return _loaded_mlx(), ""
 
 
 def installed_versions(*packages: str) -> dict[str, str | None]:
