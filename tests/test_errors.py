@@ -116,3 +116,81 @@ def test_errors_survive_copying_and_pickling() -> None:
     for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
         assert type(twin) is type(error)
         assert (str(twin), twin.code, twin.faults) == ("text", 8, ())
+
+
+# As MLX 0.32's CUDA backend writes them: its own source text, CUDA's own words.
+CUDA_MESSAGES = [
+    ("cudaMallocAsync(&data, size, stream) failed: out of memory", 2),
+    ("cudaMallocManaged(&data, size) failed: out of memory", 2),
+    (
+        "cudaGraphInstantiate(&handle_, graph, nullptr, nullptr, 0) failed: "
+        "out of memory",
+        2,
+    ),
+    ("cuLaunchKernel failed: out of memory", 2),
+    ("cublasCreate(&handle) failed with code: 3.", 2),
+    ("cufftMakePlan1d failed with code: 2.", 2),
+    (
+        "cudnnCreate(&handle_) failed: "
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED.",
+        2,
+    ),
+    ("cudaGetLastError() failed: unspecified launch failure", 719),
+    ("cudaStreamSynchronize(stream_) failed: misaligned address", 716),
+    (
+        "cudaMallocAsync(&data, size, stream) failed: "
+        "an illegal memory access was encountered",
+        700,
+    ),
+    ("cudaGetLastError() failed: device-side assert triggered", 710),
+    ("cudaStreamSynchronize(s) failed: uncorrectable ECC error encountered", 214),
+    (
+        "cudaMemGetInfo(&free, &total_memory_) failed: "
+        "no CUDA-capable device is detected",
+        100,
+    ),
+    ("cudaGetDevice(&d) failed: words that CUDA 99 has", -1),
+    ("cublasLtMatmul(handle) failed with code: 7.", -1),
+]
+
+
+@pytest.mark.parametrize(("message", "code"), CUDA_MESSAGES)
+def test_what_cuda_says_is_classified_by_its_number(message: str, code: int) -> None:
+    typed = errors.from_exception(RuntimeError(message))
+    assert isinstance(typed, errors.CudaError)
+    assert typed.code == code
+    assert isinstance(typed, errors.OutOfMemoryError) == (code == 2)
+    lost = code in (700, 710, 716, 719, 214)
+    assert isinstance(typed, errors.DeviceLostError) == typed.fatal == lost
+    assert typed.retryable == (code in (2, -1))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "connect() failed: out of memory",
+        "cut failed: out of memory",
+        "the cuda call has failed: out of memory",
+        "Can not find algorithm for matmul.",
+        "[nccl] bind() failed: Address already in use",
+    ],
+)
+def test_other_failures_are_not_cudas(message: str) -> None:
+    assert errors.from_exception(RuntimeError(message)) is None
+
+
+def test_both_families_are_caught_by_one_base() -> None:
+    metal = errors.from_exception(RuntimeError(testing.metal_message(8)))
+    cuda = errors.from_exception(RuntimeError(CUDA_MESSAGES[0][0]))
+    for error in (metal, cuda):
+        assert isinstance(error, errors.GPUError)
+        assert isinstance(error, errors.OutOfMemoryError)
+    assert not isinstance(cuda, errors.MetalError)
+    assert not isinstance(metal, errors.CudaError)
+
+
+def test_errors_of_cuda_survive_copying_and_pickling() -> None:
+    error = errors.CudaDeviceLostError("text", code=719)
+    for twin in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert type(twin) is type(error)
+        assert (str(twin), twin.code, twin.fatal) == ("text", 719, True)

@@ -14,11 +14,14 @@ from ._guard import check, guard
 from ._install import Status, install, status, uninstall
 from ._reports import breadcrumb
 from ._version import __version__
-from .errors import MetalError
+from .errors import DeviceLostError, GPUError, MetalError, OutOfMemoryError
 
 __all__ = [
+    "DeviceLostError",
     "Fault",
+    "GPUError",
     "MetalError",
+    "OutOfMemoryError",
     "Status",
     "Subscription",
     "__version__",

@@ -144,8 +144,8 @@ ANY = {
         "not the command mlx-safe",
     ),
     "other sources": (
-        appended("mlx_safe/errors.py", b"\n"),
-        "errors.py is not what the source tree has",
+        appended("mlx_safe/_faults.py", b"\n"),
+        "_faults.py is not what the source tree has",
     ),
     "another license": (emptied("/LICENSE"), "LICENSE is not what the source tree"),
     "no stub": (without("_core.pyi"), "_core.pyi is missing"),

@@ -197,6 +197,19 @@ class Report:
     other: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def kind(self) -> errors.FaultKind | None:
+        """The fault that the report is about; None when it is about none.
+
+        The message tells the backend: CUDA's numbers mean other things than Metal's.
+        """
+        if self.code is None or self.code < 0:
+            return None
+        said = errors.kind_in_message(self.exception_message or "")
+        if said is not None and said.code == self.code:
+            return said
+        return errors.kind_of(self.code)
+
     def as_dict(self) -> dict[str, Any]:
         """The attributes as a dict of JSON-able values."""
         return dataclasses.asdict(self)
@@ -249,8 +262,8 @@ def decode(value: Any) -> Report:
         problems.append("why: missing")
     elif report.why not in WHY:
         problems.append(f"why: {report.why!r} is none of {', '.join(WHY)}")
-    if report.code is not None and report.code >= 0 and report.name is None:
-        report.name = errors.kind_of(report.code).name
+    if report.kind is not None and report.name is None:
+        report.name = report.kind.name
     if len(problems) > _PROBLEMS_MAX:
         left = len(problems) - _PROBLEMS_MAX
         problems[_PROBLEMS_MAX:] = [f"and {left} more like these"]

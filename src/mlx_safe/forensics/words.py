@@ -67,9 +67,11 @@ def sections(report: Report) -> list[Section]:
 def headline(report: Report) -> str:
     """What happened, in one line."""
     if report.why == "fault":
+        if report.kind is not None and issubclass(report.kind.error, errors.CudaError):
+            return f"the GPU failed: {report.kind.name} (code {report.kind.code})"
         return f"the GPU failed a command buffer: {_fault(report.code)}"
     if report.why == "terminate":
-        cause = _fault(report.code) if _has_code(report) else _exception(report)
+        cause = _exception(report) if report.kind is None else _fault(report.code)
         return f"an exception that nothing caught ended the process: {cause}"
     if report.why == "signal":
         return f"the process crashed: {_signal(report)}"
@@ -90,8 +92,8 @@ def advice(report: Report) -> str:
     """What to do about it, in a sentence or two."""
     if report.unwritten:
         return "Make room where the reports go; the next crash can tell more then."
-    if _has_code(report):
-        return errors.kind_of(report.code or 0).advice
+    if report.kind is not None:
+        return report.kind.advice
     full = _machine_is_full(report)
     memory = ""
     if full:
@@ -131,10 +133,6 @@ def size(count: int | None) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def _has_code(report: Report) -> bool:
-    return report.code is not None and report.code >= 0
 
 
 def _fault(code: int | None) -> str:

@@ -98,7 +98,7 @@ class Recovery:
             again=len(again),
             ended=len(ending),
         )
-        if isinstance(fault, errors.MetalOutOfMemoryError) or (
+        if isinstance(fault, errors.OutOfMemoryError) or (
             fault is None and is_allocation_failure(exc)
         ):
             self._admission.out_of_memory()
@@ -121,7 +121,7 @@ class Recovery:
                 ticket.fail(told)
 
     def _give_up_among_ranks(
-        self, fault: errors.MetalError | None, exc: Exception
+        self, fault: errors.GPUError | None, exc: Exception
     ) -> None:
         """No rank can go on: the others are in a step that this one has left."""
         if fault is not None or is_allocation_failure(exc):
@@ -143,7 +143,7 @@ class Recovery:
             REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
         )
 
-    def _as_fault(self, exc: Exception) -> errors.MetalError | None:
+    def _as_fault(self, exc: Exception) -> errors.GPUError | None:
         """The fault behind ``exc``, those of the log included."""
         fault = errors.from_exception(exc)
         logged = _faults.faults(self._clean_epoch)
@@ -156,12 +156,12 @@ class Recovery:
         if fault is None:
             return None
         # A new object: it goes to other threads, without a traceback.
-        return type(fault)(str(fault), code=fault.code, faults=fault.faults)
+        return fault.kind.make(str(fault), fault.faults)
 
     def _log_failure(
         self,
         exc: Exception,
-        fault: errors.MetalError | None,
+        fault: errors.GPUError | None,
         again: list[Ticket],
         ending: list[Ticket],
     ) -> None:
@@ -169,8 +169,7 @@ class Recovery:
         if fault is None:
             log.error("a generation step failed; %s", fate, exc_info=exc)
             return
-        kind = errors.kind_of(fault.code)
-        log.warning("fault of the GPU: %s; %s. %s", fault, fate, kind.advice)
+        log.warning("fault of the GPU: %s; %s. %s", fault, fate, fault.kind.advice)
 
     def fail_everyone(self, exc: Exception) -> None:
         """Also those that are still in the queue."""
@@ -198,7 +197,7 @@ class Recovery:
         self.fail_everyone(exc)
         self._condition.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
-    def _reset(self, exc: Exception, fault: errors.MetalError | None) -> None:
+    def _reset(self, exc: Exception, fault: errors.GPUError | None) -> None:
         """Drops whatever the failure may have left unwritten, or may be due to.
 
         Arrays of a failed evaluation read as valid afterwards (both regimes), so
@@ -226,14 +225,14 @@ class Recovery:
         log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
 
 
-def _leaves_memory_alone(fault: errors.MetalError | None) -> bool:
+def _leaves_memory_alone(fault: errors.GPUError | None) -> bool:
     """Whether what was complete before ``fault`` may be trusted, and afforded.
 
     Not after out of memory: the replay is to have what the prompt cache had. Not
     after a kernel went astray (9, 0xa, 0xb, …), which may have written anywhere.
     Not after an exception that is no fault: an entry may be what caused it.
     """
-    if fault is None or isinstance(fault, errors.MetalOutOfMemoryError):
+    if fault is None or isinstance(fault, errors.OutOfMemoryError):
         return False
     return fault.retryable
 

@@ -48,7 +48,7 @@ class Replays:
         self.faults_without_progress = 0
 
     def sort(
-        self, fault: errors.MetalError | None, exc: BaseException
+        self, fault: errors.GPUError | None, exc: BaseException
     ) -> tuple[list[Ticket], list[Ticket]]:
         """(those to be run again, those that end) of the requests in flight.
 
@@ -66,7 +66,7 @@ class Replays:
             return [], tickets
         running = [t for t in tickets if t not in self._waiting]
         running = [t for t in running if t.begun] or running
-        memory = isinstance(fault, errors.MetalOutOfMemoryError)
+        memory = isinstance(fault, errors.OutOfMemoryError)
         memory = memory or (fault is None and is_allocation_failure(exc))
         if fault is not None and not fault.retryable:
             ending = running

@@ -131,16 +131,16 @@ def _memory_reply(message: str) -> Reply:
     )
 
 
-def _fault_reply(fault: errors.MetalError) -> Reply:
+def _fault_reply(fault: errors.GPUError) -> Reply:
     # What can be retried has one type; the code tells which fault it was.
     kind = "resource_exhausted" if fault.retryable else "service_unavailable"
     what = f"failed during generation ({fault.name})"
-    if isinstance(fault, errors.MetalOutOfMemoryError):
+    if isinstance(fault, errors.OutOfMemoryError):
         what = "ran out of memory during generation"
     return Reply(
         503,
         f"{kind}_error",
-        errors.kind_of(fault.code).slug,
+        fault.kind.slug,
         f"The GPU {what}. The request was not completed.",
         RETRY_AFTER_S,
     )

@@ -138,7 +138,7 @@ class Ticket:
         """Passes ``item`` on, unless a fault has made it worthless.
 
         Raises:
-            MetalError: there was a fault since the last reset: what this step
+            GPUError: there was a fault since the last reset: what this step
                 computed may be garbage.
             ClientLeft: nobody waits for it any more (sequential path only).
         """

@@ -1,29 +1,26 @@
-"""The table of GPU faults, and the exceptions made of them.
+"""Metal's faults: IOGPU's codes and the exceptions made of them.
 
-One table (`FAULT_KINDS`) says what each IOGPU code is called, which exception
-it becomes, whether the work can be tried again and whether the process can go
-on. Codes are read as numbers (``error.userInfo[NSUnderlyingErrorKey].code``,
-or the eight hex digits in the message), never from the wording, which differs
-between systems and drivers.
+Codes are read as numbers (``error.userInfo[NSUnderlyingErrorKey].code``, or the
+eight hex digits in the message), never from the wording, which differs between
+systems and drivers.
 
 Source of the codes: WebKit's ``Queue.mm`` and the reports of MLX users; Apple
 publishes no list. Numbers that nobody has seen (1, 7, 0xc, 0xd, 0xf) are not
 in the table and become a plain `MetalError`.
-
-All of this may be used from any thread.
 """
 
 from __future__ import annotations
+
+from ._base import DeviceLostError, FaultKind, GPUError, OutOfMemoryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ._faults import Fault
+    from .._faults import Fault
 
 __all__ = [
     "FAULT_KINDS",
-    "FaultKind",
     "MetalAccessError",
     "MetalDeviceLostError",
     "MetalError",
@@ -32,8 +29,7 @@ __all__ = [
     "MetalInteractivityError",
     "MetalOutOfMemoryError",
     "MetalTimeoutError",
-    "from_exception",
-    "from_faults",
+    "from_message",
     "is_metal_message",
     "kind_of",
 ]
@@ -41,44 +37,16 @@ __all__ = [
 _PREFIX = "kIOGPUCommandBufferCallbackError"
 
 
-class MetalError(RuntimeError):
-    """A command buffer completed with status error.
-
-    A `RuntimeError`, so that code which catches MLX's own error keeps working.
-
-    Attributes:
-        code: the IOGPU code; -1 when none could be read.
-        name: Apple's name for it, such as
-            ``kIOGPUCommandBufferCallbackErrorOutOfMemory``.
-        retryable: the same work may succeed when it is done again. What the
-            failed command buffers were to write must be computed anew.
-        fatal: this process gets no more work done on the GPU.
-        faults: tuple of `mlx_safe.Fault`, oldest first; empty when the error
-            was made of an exception that MLX raised by itself.
-    """
+class MetalError(GPUError):
+    """A command buffer completed with status error."""
 
     def __init__(
         self, message: str, *, code: int = -1, faults: Sequence[Fault] = ()
     ) -> None:
-        super().__init__(message)
-        kind = kind_of(code)
-        self.code = code
-        self.name = kind.name
-        self.retryable = kind.retryable
-        self.fatal = kind.fatal
-        self.faults: tuple[Fault, ...] = tuple(faults)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), str(self), self.code, self.faults)
+        super().__init__(message, kind=kind_of(code), faults=faults)
 
 
-def _rebuild(
-    cls: type[MetalError], message: str, code: int, faults: tuple[Fault, ...]
-) -> MetalError:
-    return cls(message, code=code, faults=faults)
-
-
-class MetalOutOfMemoryError(MetalError):
+class MetalOutOfMemoryError(MetalError, OutOfMemoryError):
     """Code 8: resident memory went over what the GPU may use."""
 
 
@@ -102,43 +70,8 @@ class MetalAccessError(MetalError):
     """Codes 9, 0xa, 0xb, 0x10, 0x11: the work touched what it must not."""
 
 
-class MetalDeviceLostError(MetalError):
+class MetalDeviceLostError(MetalError, DeviceLostError):
     """Code 4: the driver ignores this process's work from now on."""
-
-
-class FaultKind:
-    """One row of the table. Immutable.
-
-    Attributes:
-        code: IOGPU code. name: Apple's name. error: exception class.
-        retryable, fatal: as in `MetalError`.
-        slug: the ``code`` of the JSON error that a server sends.
-        advice: one sentence for whoever reads the log.
-    """
-
-    __slots__ = ("advice", "code", "error", "fatal", "name", "retryable", "slug")
-
-    def __init__(
-        self,
-        code: int,
-        name: str,
-        error: type[MetalError],
-        slug: str,
-        *,
-        retryable: bool,
-        fatal: bool = False,
-        advice: str,
-    ) -> None:
-        self.code = code
-        self.name = name
-        self.error = error
-        self.slug = slug
-        self.retryable = retryable
-        self.fatal = fatal
-        self.advice = advice
-
-    def __repr__(self) -> str:
-        return f"FaultKind({self.code:#x}, {self.name})"
 
 
 _CORRUPT = "Treat it as memory corruption: suspect a custom kernel or extension."
@@ -278,34 +211,10 @@ def is_metal_message(message: str) -> bool:
     )
 
 
-def from_exception(exc: BaseException) -> MetalError | None:
-    """The `MetalError` that ``exc`` stands for, or None if it is another error.
-
-    ``exc`` itself when it is one. Otherwise a new one, classified by the number
-    in the message; chain it with ``raise … from exc``.
-    """
-    if isinstance(exc, MetalError):
-        return exc
-    if not isinstance(exc, RuntimeError):
-        return None
-    message = str(exc)
+def from_message(message: str) -> FaultKind | None:
+    """The row for what MLX says of a failed command buffer; None for other texts."""
     if not is_metal_message(message):
         return None
-    from . import _core
+    from .. import _core
 
-    code = _core.code_in_message(message)
-    return kind_of(code).error(message, code=code)
-
-
-def from_faults(faults: Sequence[Fault]) -> MetalError:
-    """One error for ``faults`` (at least one, oldest first).
-
-    The worst decides the class: a fatal one, else the first that cannot be
-    retried, else the first of all.
-    """
-    worst = next((f for f in faults if f.fatal), None)
-    worst = worst or next((f for f in faults if not f.retryable), faults[0])
-    message = worst.message or f"[METAL] Command buffer execution failed: {worst.name}"
-    if len(faults) > 1:
-        message += f" (and {len(faults) - 1} more faults)"
-    return kind_of(worst.code).error(message, code=worst.code, faults=faults)
+    return kind_of(_core.code_in_message(message))
