@@ -577,3 +577,50 @@ def test_a_model_that_does_not_fit_has_no_room() -> None:
     )
     assert (found.room, found.prompt_cache) == (0, 0)
     assert (found.room_tokens, found.two_tokens, found.prompt_tokens()) == (0, 0, None)
+
+
+# -- a CUDA card, whose memory other programs use as well --------------------------
+
+
+def card_info(free: int) -> dict[str, Any]:
+    """What MLX 0.32.4's CUDA backend says of an H200, in part."""
+    return {
+        "device_name": "NVIDIA H200",
+        "architecture": "sm_90",
+        "total_memory": 140 * GB,
+        "free_memory": free,
+    }
+
+
+def test_on_a_card_the_ceiling_is_the_cards_and_not_the_hosts() -> None:
+    machine = read_machine(device_info=lambda: card_info(6 * GB))
+    assert (machine.gpu, machine.card) == (True, 140 * GB)
+    assert [x.name for x in ceiling(machine).limits] == ["card"]
+    assert ceiling(machine).size == 126 * GB
+    # Another program holds the rest; 4 GB are this process's own.
+    now = ceiling(machine, card_share=10 * GB)
+    assert (now.reason.name, now.size) == ("free", 9 * GB)
+
+
+def test_the_server_sees_what_other_programs_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx_safe.memory.machine import Usage
+    from mlx_safe.server import limits
+
+    now = Usage(0, 0, 0, None, None)
+    machine = read_machine(device_info=lambda: card_info(0))
+    monkeypatch.setattr(limits, "read_machine", lambda: machine)
+    monkeypatch.setattr(limits, "usage", lambda: now)
+    monkeypatch.setattr(limits, "CARD_MAX_AGE_S", 0.0)
+    now = Usage(4 * GB, 0, GB, None, None, card_free=5 * GB)
+    found = limits.Limits(None)
+    assert found.now().size == found.present().size == 9 * GB
+    assert found.static().size == 126 * GB
+    # It failed: what is learned is of what was there, not of the whole card.
+    found.out_of_memory(active=4 * GB, baseline=GB)
+    assert found.now().size < 4 * GB
+    # The other program has ended, and what was learned is not forgotten yet.
+    now = Usage(GB, 0, 0, None, None, card_free=139 * GB)
+    assert found.present().size == 126 * GB
+    assert found.now().size < 4 * GB

@@ -93,7 +93,12 @@ def examine(
         raise CommandError(f"{status['reasons'][0]}")  # type: ignore[index]
     need_mlx()
     machine, now = read_machine(), usage()
-    limits = ceiling(machine, explicit=explicit, overhead=now.overhead)
+    limits = ceiling(
+        machine,
+        explicit=explicit,
+        overhead=now.overhead if machine.card is None else 0,
+        card_share=now.card_share,
+    )
     found: dict[str, Any] = {
         "machine": {
             "system": _system(),

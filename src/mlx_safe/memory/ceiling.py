@@ -60,6 +60,7 @@ def ceiling(
     explicit: int | None = None,
     overhead: int = 0,
     learned: int | None = None,
+    card_share: int | None = None,
 ) -> Ceiling:
     """The ceiling of this machine.
 
@@ -68,6 +69,8 @@ def ceiling(
             not what they are shares of.
         overhead: what the process holds beside MLX's memory (`Usage.overhead`).
         learned: the value of a `LearnedCeiling`, if it has one.
+        card_share: what other programs leave of a CUDA card (`Usage.card_share`);
+            None: not looked at, as for what may fit later.
     """
     limits = []
     if explicit is not None:
@@ -79,6 +82,12 @@ def ceiling(
             "the working set that Metal recommends (recommendedMaxWorkingSetSize)",
         ),
         ("wired", machine.wired_limit, "sysctl iogpu.wired_limit_mb"),
+        ("card", machine.card, "the memory of the card"),
+        (
+            "free",
+            card_share,
+            "what is free on the card now, with what this process holds there",
+        ),
     ):
         if size is not None:
             part = GPU_SHARE if explicit is None else 1.0
@@ -86,7 +95,8 @@ def ceiling(
             limits.append(Limit(name, int(part * size), words))
     share = FOOTPRINT_SHARE if machine.gpu else CPU_SHARE
     share = share if explicit is None else 1.0
-    if machine.total:
+    # What MLX holds on a card takes no RAM.
+    if machine.total and machine.card is None:
         source = f"{share:.0%} of {format_size(machine.total)} of RAM"
         if overhead:
             source += f", less {format_size(overhead)} that the process holds besides"

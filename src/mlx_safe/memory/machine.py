@@ -28,6 +28,7 @@ class Machine:
         recommended: Metal's recommendedMaxWorkingSetSize; None without Metal.
         wired_limit: ``iogpu.wired_limit_mb`` in bytes; None when it is 0, the
             system's own choice, or there is none.
+        card: memory of the CUDA card; None where MLX computes on none.
     """
 
     system: str
@@ -36,6 +37,7 @@ class Machine:
     total: int
     recommended: int | None = None
     wired_limit: int | None = None
+    card: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Usage:
         footprint: the process, as the system counts it (macOS phys_footprint,
             which jetsam compares; Linux RSS); None where it cannot be read.
         available: what the system could still give; None where unknown.
+        card_free: what the CUDA card could still give to any program, as its
+            driver sees it; None where MLX computes on none.
     """
 
     active: int
@@ -55,6 +59,14 @@ class Usage:
     pool: int
     footprint: int | None
     available: int | None
+    card_free: int | None = None
+
+    @property
+    def card_share(self) -> int | None:
+        """What this process can have of the card: what is free, and what it holds."""
+        if self.card_free is None:
+            return None
+        return self.card_free + self.active + self.pool
 
     @property
     def overhead(self) -> int:
@@ -86,6 +98,17 @@ def _device_info() -> dict[str, Any]:
     return dict(read())
 
 
+def _card(info: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Total and free memory of a CUDA card; Metal and the CPU name neither.
+
+    MLX 0.31 to 0.32 asks the driver (NVML) at each call, other programs counted.
+    """
+    total, free = info.get("total_memory"), info.get("free_memory")
+    if total is None or free is None:
+        return None, None
+    return int(total), int(free)
+
+
 def read_machine(
     sysctl: Sysctl = sysctl, device_info: Callable[[], dict[str, Any]] = _device_info
 ) -> Machine:
@@ -93,25 +116,34 @@ def read_machine(
     info = device_info()
     recommended = info.get("max_recommended_working_set_size")
     wired_mb = sysctl("iogpu.wired_limit_mb")
+    card, _ = _card(info)
     return Machine(
         system=sys.platform,
         device=str(info.get("device_name") or info.get("architecture") or "unknown"),
-        gpu=recommended is not None,
+        gpu=recommended is not None or card is not None,
         total=sysctl("hw.memsize") or max(0, _core.system_memory()[1]),
         recommended=int(recommended) if recommended else None,
         wired_limit=wired_mb * 2**20 if wired_mb else None,
+        card=card,
     )
 
 
 def usage() -> Usage:
-    """What MLX and this process use now. Any thread; some microseconds."""
+    """What MLX and this process use now. Any thread; some microseconds.
+
+    On a CUDA card the driver is asked, which takes longer.
+    """
     import mlx.core as mx
 
     footprint, _, available = _core.system_memory()
+    card_free = None
+    if mx.default_device().type == mx.gpu and not mx.metal.is_available():
+        card_free = _card(_device_info())[1]
     return Usage(
         active=int(mx.get_active_memory()),
         peak=int(mx.get_peak_memory()),
         pool=int(mx.get_cache_memory()),
         footprint=footprint if footprint >= 0 else None,
         available=available if available >= 0 else None,
+        card_free=card_free,
     )

@@ -147,7 +147,7 @@ class Admission:
         self._size_up()
 
     def _size_up(self) -> None:
-        ceiling = self.limits.static()
+        ceiling = self.limits.present()
         self._prefill.settle(None)
         self.sizing = sizing(
             model=self._baseline,

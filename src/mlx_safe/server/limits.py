@@ -16,6 +16,9 @@ log = logging.getLogger("mlx_safe.server")
 
 # What the process holds besides MLX's memory changes slowly.
 MAX_AGE_S = 1.0
+# What other programs hold on a card may change at any time. The driver is not asked
+# for each step, which takes some milliseconds.
+CARD_MAX_AGE_S = 0.1
 
 
 class Limits:
@@ -31,13 +34,15 @@ class Limits:
         self._learned = LearnedCeiling()
         self._static: Ceiling | None = None
         self._static_at = 0.0
+        self._card_share: int | None = None
+        self._card_at = 0.0
         self._warn_of_too_large_a_flag()
 
     def _warn_of_too_large_a_flag(self) -> None:
         found = self.static()
         if self._explicit is None or found.reason.name == "flag":
             return
-        usual = ceiling(self.machine, overhead=usage().overhead)
+        usual = self._look(None, explicit=None)
         log.warning(
             "--max-active-memory-bytes %d is more than this machine has: the ceiling "
             "is %s (%s), with no margin; without the flag it is %s",
@@ -51,22 +56,44 @@ class Limits:
         """The ceiling as it will be when what was learned is forgotten."""
         now = time.monotonic()
         if self._static is None or now - self._static_at > MAX_AGE_S:
-            self._static = self._look(None)
+            self._static = self._look(None, explicit=self._explicit)
             self._static_at = now
         return self._static
 
+    def present(self) -> Ceiling:
+        """The ceiling with what other programs leave, without what was learned."""
+        return self._with(None)
+
     def now(self) -> Ceiling:
         """The ceiling that holds now."""
-        static = self.static()
-        low = self._learned.value(static.size)
-        return static if low is None else self._look(low)
+        return self._with(self._learned.value(self.static().size))
 
-    def _look(self, learned: int | None) -> Ceiling:
+    def _with(self, learned: int | None) -> Ceiling:
+        share = self._share_of_card()
+        if learned is None and share is None:
+            return self.static()
+        return self._look(learned, explicit=self._explicit, card_share=share)
+
+    def _share_of_card(self) -> int | None:
+        now = time.monotonic()
+        if self.machine.card is not None and now - self._card_at > CARD_MAX_AGE_S:
+            self._card_share = usage().card_share
+            self._card_at = now
+        return self._card_share
+
+    def _look(
+        self,
+        learned: int | None,
+        *,
+        explicit: int | None,
+        card_share: int | None = None,
+    ) -> Ceiling:
         return ceiling(
             self.machine,
-            explicit=self._explicit,
-            overhead=usage().overhead,
+            explicit=explicit,
+            overhead=usage().overhead if self.machine.card is None else 0,
             learned=learned,
+            card_share=card_share,
         )
 
     @property
@@ -88,7 +115,9 @@ class Limits:
         Args:
             baseline: of them, what is active when nothing runs.
         """
-        value = self._learned.fault(active, baseline, self.static().size)
+        # Not of what the card has: of what was there for us when it failed.
+        self._card_at = 0.0
+        value = self._learned.fault(active, baseline, self.present().size)
         breadcrumb("ceiling", "out of memory", active=active, bytes=value)
         # The failure has its own line, a warning; this is what follows from it.
         log.info(
