@@ -6,6 +6,7 @@ What differs between versions of mlx-lm is told apart in this module only.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import inspect
 import operator
@@ -205,6 +206,20 @@ def spelling(tokenizer: Any) -> str:
         "BPEStreamingDetokenizer": "bytes",
         "SPMStreamingDetokenizer": "spm",
     }.get(name, "text")
+
+
+def sample_with_this_thread() -> None:
+    """Makes mlx-lm's samplers draw from the calling thread's random state.
+
+    They are compiled for the state of the thread that imports them. MLX 0.31.2 has
+    one for each thread, so that of the main thread stayed as it was: every token of
+    every sampled answer was drawn with the same key, and a seed changed nothing.
+    From MLX 0.32 all threads share one.
+    """
+    from mlx_lm import sample_utils
+
+    # `make_sampler`, which the server has by name, looks them up in this module.
+    importlib.reload(sample_utils)
 
 
 def tokenizer_repairs(cls: type[Any]) -> dict[str, Any]:

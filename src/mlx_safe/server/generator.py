@@ -162,6 +162,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def _generate(self) -> None:
         _core.signals_cover_this_thread()
+        compat.sample_with_this_thread()
         if not self._load_first_model():
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
