@@ -60,6 +60,7 @@ class Answer:
         if not self._reads_calls:
             asked.request.tools = None
         self._told = [_Told(i, self) for i in range(handler.n)]
+        self._is_introduced = False
 
     @property
     def wants_logprobs(self) -> bool:
@@ -90,6 +91,7 @@ class Answer:
                 else:
                     self._begin(told, item)
                 if handler.stream and (told.has_something or told.ended):
+                    self._introduce()
                     self._send_event(self._frame([told.take()]))
             if handler.stream:
                 self._end_stream()
@@ -117,6 +119,18 @@ class Answer:
             self._handler._set_stream_headers(200)
             self._handler.end_headers()
         told.begin(context)
+
+    def _introduce(self) -> None:
+        """Names the choices of a stream before one of them says anything.
+
+        openai-python's helper (3.57) keeps them in the order of their first deltas,
+        and looks them up by index.
+        """
+        if self._is_introduced or len(self._told) == 1 or not self.is_chat:
+            return
+        self._is_introduced = True
+        for told in self._told:
+            self._send_event(self._frame([told.introduce()]))
 
     def _usage(self) -> tuple[int, int, int]:
         """Tokens of the prompt, of all that was generated, and those in the cache."""
@@ -230,6 +244,13 @@ class _Told:
     def has_something(self) -> bool:
         """Whether there is something to send before the end."""
         return bool(self._text or self._reasoning or self._calls)
+
+    def introduce(self) -> dict[str, Any]:
+        """The delta that says nothing but whose message it is."""
+        self._is_first = False
+        delta = {"role": "assistant", "content": ""}
+        bare = {"index": self._index, "finish_reason": None, "logprobs": None}
+        return {**bare, "delta": delta}
 
     def take(self) -> dict[str, Any]:
         """What there is, as an element of ``choices``; it is sent with that."""

@@ -54,6 +54,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     """One request. Runs on a thread of its own."""
 
     response_generator: ProtectedResponseGenerator
+    n = 1  # choices; `read_wishes` has what the request says
     timeout = 120  # seconds for one read or write; a body may be slow, not endless
 
     def setup(self) -> None:
