@@ -29,8 +29,21 @@ _serve_single``                                      request within a step
 ``ResponseGenerator.             `ranks`, and in     with more than one rank
 _share_request``,                `generator`         all take the same steps
 ``._share_object``
-``ResponseGenerator.generate``   `generator`         refuses while it must
-``APIHandler.handle_completion`` `handler`           answers failures
+``ResponseGenerator.generate``   `generator`         hands over what mlx-lm's
+                                                     handler wants generated
+``APIHandler.handle_completion`` `handler`,          answers: calls of tools that
+                                 `answers`,          cannot be read, choices, log-
+                                 `choices`           probabilities, failures
+``APIHandler.generate_response,  `answers`           the frame of an answer
+completion_usage_response``
+``APIHandler.                    `handler`           ``n``; up to 20 alternatives
+validate_model_parameters,
+_validate``
+``_format_top_logprobs``         `logprobs`          in order, and as many as
+                                                     there are
+``mlx_lm.sample_utils``          `generator`         is loaded anew by the thread
+                                                     that samples (MLX 0.31.2)
+``tokenizer.rfind_think_start``  `replay`            short prompts (0.31.3)
 ``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies
 ``APIHandler.                    `handler`           tells the truth
 handle_health_check``

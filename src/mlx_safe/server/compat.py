@@ -6,10 +6,12 @@ What differs between versions of mlx-lm is told apart in this module only.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import inspect
 import operator
 import types
+from collections.abc import Callable
 from typing import Any
 
 from .._command import MLX, CommandError, Parser, in_one_line, need_mlx
@@ -44,6 +46,7 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ),
     (None, "_make_sampler", ("args", "tokenizer")),
     (None, "_make_logits_processors", ("args",)),
+    (None, "_format_top_logprobs", ("logprobs", "top_n", "tokenizer")),
     (None, "BatchGenerator", ("model",)),
     ("BatchGenerator", "insert_segments", ("self", "segments")),
     ("BatchGenerator", "next", ("self",)),
@@ -59,6 +62,24 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("APIHandler", "handle_models_request", ("self",)),
     ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
     ("APIHandler", "handle_health_check", ("self",)),
+    ("APIHandler", "validate_model_parameters", ("self",)),
+    ("APIHandler", "_validate", ("self", "name")),
+    (
+        "APIHandler",
+        "generate_response",
+        (
+            *("self", "text", "finish_reason"),
+            *("prompt_token_count", "completion_token_count", "prompt_cache_count"),
+        ),
+    ),
+    (
+        "APIHandler",
+        "completion_usage_response",
+        (
+            "self",
+            *("prompt_token_count", "completion_token_count", "prompt_cache_count"),
+        ),
+    ),
     ("APIHandler", "do_GET", ("self",)),
     ("APIHandler", "do_POST", ("self",)),
     ("APIHandler", "_set_stream_headers", ("self",)),
@@ -76,11 +97,14 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
 )
 # Fields of its dataclasses.
 FIELDS = {
-    "CompletionRequest": ("request_type", "prompt", "messages"),
-    "GenerationArguments": ("max_tokens", "stop_words", "logits", "sampling", "seed"),
+    "CompletionRequest": ("request_type", "prompt", "messages", "tools"),
+    "GenerationArguments": (
+        *("max_tokens", "stop_words", "logits", "sampling", "seed"),
+        *("logprobs", "top_logprobs"),
+    ),
     "LogitsProcessorArguments": ("logit_bias",),
-    "GenerationContext": ("prompt",),
-    "Response": ("token", "finish_reason"),
+    "GenerationContext": ("prompt", "prompt_cache_count", "tool_parser"),
+    "Response": ("text", "token", "logprob", "finish_reason", "top_tokens"),
 }
 # What objects have once they are made (`_made`, and mlx-lm's own `ModelProvider`).
 ATTRIBUTES = {
@@ -137,6 +161,80 @@ class _StopsAfter:
 def stops_after(stops: Any, tokens: list[int]) -> Any:
     """``stops`` (of `_make_state_machine`) after ``tokens`` of the answer."""
     return _StopsAfter(stops, tokens)
+
+
+def text_by_state(context: Any) -> Callable[[Any], list[tuple[str | None, str]]]:
+    """What a context's responses say, in the order of a call for each.
+
+    The function made takes a ``Response`` and gives (state, text) of its pieces,
+    without markers. States are "normal", "reasoning", "tool", and None at a stop
+    word (0.31, where the generation thread tells them; in 0.32 the handler does).
+    """
+    if not hasattr(context, "text_sm"):
+        return lambda response: [(response.state, response.text)]
+    from mlx_lm.generate import TextStateMachine as Texts
+
+    now = context.text_sm.make_state(context.initial_state)
+
+    def read(response: Any) -> list[tuple[str | None, str]]:
+        nonlocal now
+        is_end = response.token in context.tokenizer.eos_token_ids
+        if response.finish_reason == "stop" and not is_end:
+            # What is held back is the beginning of the stop word.
+            now, state = Texts.discard(now)
+            return [(state, "")]
+        now, pieces = Texts.split(now, response.text)
+        if response.finish_reason is not None:
+            # mlx-lm drops it at the model's own end as well, such as "<" of "a <".
+            now, held_back, state = Texts.flush(now)
+            pieces.append((state, held_back))
+        return list(pieces)
+
+    return read
+
+
+def spelling(tokenizer: Any) -> str:
+    """How the tokens of mlx-lm's ``tokenizer`` are spelled.
+
+    "bytes": in the letters of a byte-level vocabulary. "spm": as text, with a
+    lower block for a space. "text": only its ``decode`` knows.
+    """
+    made = getattr(tokenizer, "_detokenizer", None)  # 0.32
+    kind = type(made) if made is not None else tokenizer._detokenizer_class
+    name = getattr(kind, "func", kind).__name__  # some are partial functions
+    return {
+        "BPEStreamingDetokenizer": "bytes",
+        "SPMStreamingDetokenizer": "spm",
+    }.get(name, "text")
+
+
+def sample_with_this_thread() -> None:
+    """Makes mlx-lm's samplers draw from the calling thread's random state.
+
+    They are compiled for the state of the thread that imports them. MLX 0.31.2 has
+    one for each thread, so that of the main thread stayed as it was: every token of
+    every sampled answer was drawn with the same key, and a seed changed nothing.
+    From MLX 0.32 all threads share one.
+    """
+    from mlx_lm import sample_utils
+
+    # `make_sampler`, which the server has by name, looks them up in this module.
+    importlib.reload(sample_utils)
+
+
+def tokenizer_repairs(cls: type[Any]) -> dict[str, Any]:
+    """Methods for a subclass of ``cls``, mlx-lm's tokenizer.
+
+    `_tokenize` looks for a thought in the last 11 tokens of a prompt. With less of
+    them 0.31.3 counts on from the other end, and ends with an IndexError.
+    """
+
+    def rfind_think_start(
+        this: Any, tokens: Any, start: Any = None, end: Any = None
+    ) -> Any:
+        return cls.rfind_think_start(this, tokens, max(start or 0, 0), end)
+
+    return {"rfind_think_start": rfind_think_start}
 
 
 def make_cache(model: Any) -> list[Any]:
@@ -223,6 +321,13 @@ def missing_seams(server: Any) -> list[str]:
         found = getattr(server, owner, None)
         has = tuple(inspect.signature(found).parameters) if found else ()
         missing += [f"{owner}.{name} is gone" for name in fields if name not in has]
+    told = (("GenerationContext", "text_sm"), ("Response", "state"))  # 0.32, 0.31
+    if not any(
+        name in inspect.signature(getattr(server, owner)).parameters
+        for owner, name in told
+        if hasattr(server, owner)
+    ):
+        missing.append("nothing tells text from reasoning and tool calls")
     from mlx_lm.models import cache
 
     missing += [

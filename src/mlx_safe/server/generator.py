@@ -45,7 +45,7 @@ from .replies import (
 from .tickets import ClientLeft, Flight, Ticket, ticket_of
 from .watchdog import Watchdog
 
-__all__ = ["Answered", "ProtectedResponseGenerator"]
+__all__ = ["Asked", "ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -61,16 +61,19 @@ STARTS_WITHOUT_WORK_MAX = 20
 SHARE_EVERY_TOKENS = 16
 
 
-class Answered(BaseException):
-    """Carries an error past ``except Exception`` in mlx-lm's handler.
+class Asked(BaseException):
+    """What mlx-lm's handler wants to have generated; raised past its own way of
+    answering, ``except Exception`` included.
 
-    That clause answers 404 to whatever `generate` raises. Only
-    `handler.ProtectedHandler` catches this, around the same call.
+    Attributes:
+        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
     """
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
+    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
+        super().__init__("to be answered by `answers.Answer`")
+        self.request = request
+        self.arguments = arguments
+        self.progress = progress
 
 
 class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
@@ -139,20 +142,27 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     # -- called by handler threads -----------------------------------------
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As mlx-lm's; errors are raised as `Answered`."""
-        try:
-            if self.condition.state in ("failed", "refusing"):
-                raise Unavailable(self.condition.reason)
-            context, responses = super().generate(*args, **kwargs)
-        except Exception as e:
-            raise Answered(e) from e
-        return context, responses
+    def generate(self, request: Any, args: Any, progress_callback: Any = None) -> Any:
+        """Raises `Asked`: what mlx-lm's handler would do with an answer is ours."""
+        raise Asked(request, args, progress_callback)
+
+    def answer(self, request: Any, args: Any, progress: Any) -> tuple[Any, Any]:
+        """As mlx-lm's ``generate``: a context, and an iterator of its responses.
+
+        Raises:
+            Unavailable: no work is taken now.
+            Exception: it could not be begun. The iterator raises as well.
+        """
+        if self.condition.state in ("failed", "refusing"):
+            raise Unavailable(self.condition.reason)
+        made: tuple[Any, Any] = super().generate(request, args, progress)
+        return made
 
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
         _core.signals_cover_this_thread()
+        compat.sample_with_this_thread()
         if not self._load_first_model():
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
@@ -252,6 +262,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         for word in args.stop_words:
             tokenizer.encode(word, add_special_tokens=False)
         ticket = ticket_of(request)
+        if ticket is not None:
+            ticket.tokenizer = tokenizer
         if cut is not None and ticket is not None:
             self._note_cut(cut, ticket)
         drafts = self.model_provider.draft_model is not None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
+import traceback
 from typing import Any
 
 from mlx_lm.server import APIHandler
 
-from .generator import Answered, ProtectedResponseGenerator
+from .answers import Answer, read_wishes
+from .choices import GenerationEnded
+from .generator import Asked, ProtectedResponseGenerator
+from .logprobs import TOP_MAX
 from .metrics import CONTENT_TYPE
-from .recorder import name_request
-from .replies import BadRequest, Reply, reply_for
+from .replies import EXPECTED, BadRequest, Reply, reply_for
 
 __all__ = ["ProtectedHandler"]
 
@@ -51,6 +54,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     """One request. Runs on a thread of its own."""
 
     response_generator: ProtectedResponseGenerator
+    n = 1  # choices; `read_wishes` has what the request says
     timeout = 120  # seconds for one read or write; a body may be slow, not endless
 
     def setup(self) -> None:
@@ -151,19 +155,46 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         # mlx-lm (0.31, 0.32) asks for it without a look, after the whole answer.
         self.stream_options = {"include_usage": False, **options}
 
+    def validate_model_parameters(self) -> None:
+        read_wishes(self)
+        super().validate_model_parameters()
+
+    def _validate(self, name: str, *args: Any, **more: Any) -> None:
+        if name == "top_logprobs":  # 11 for mlx-lm, 20 in the OpenAI API
+            more["max_val"] = TOP_MAX
+        super()._validate(name, *args, **more)
+
     def handle_completion(self, request: Any, stop_words: Any) -> None:
-        name_request(request, self.request_id, self.path)
         try:
             self._check_stream_options()
-            departures = self.response_generator.departures
-            with departures.watching(self.request_id, self.connection):
-                super().handle_completion(request, stop_words)
-        except Answered as e:
+            super().handle_completion(request, stop_words)
+        except Asked as asked:
+            self._answer(asked)
+        except Exception as e:
+            self._end(e)
+
+    def _answer(self, asked: Asked) -> None:
+        try:
+            Answer(self, asked).send()
+        except GenerationEnded as e:
             self._end(e.error)
         except Exception as e:
+            if not isinstance(e, (*GONE, *EXPECTED)):
+                self._note_failure(e)
             self._end(e)
         else:
             self._count("completed")
+
+    def _note_failure(self, exc: Exception) -> None:
+        """Of what goes wrong here; the generation thread notes its own."""
+        self.response_generator.metrics.failures.labels(reply_for(exc).code).inc()
+        log.error(
+            "the answer to %s could not be put together\n%s%s",
+            self.request_id,
+            # The places and the kind: a message may quote what was generated.
+            "".join(traceback.format_tb(exc.__traceback__)),
+            type(exc).__name__,
+        )
 
     def _end(self, exc: Exception) -> None:
         """The request has ended with ``exc``: counts it, then tells the client."""

@@ -324,6 +324,8 @@ def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
 
 def _patch(server: Any, generator: Callable[[], Any]) -> None:
     """Has mlx-lm's functions pass by ``generator``, which need not be made yet."""
+    from .logprobs import top_logprobs
+
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     make_processors = server._make_logits_processors
     server._make_sampler = lambda args, tokenizer: generator().resume_sampler(
@@ -332,6 +334,7 @@ def _patch(server: Any, generator: Callable[[], Any]) -> None:
     server._make_logits_processors = lambda args: generator().resume_processors(
         make_processors(args)
     )
+    server._format_top_logprobs = top_logprobs
     server.BatchGenerator = lambda *args, **kwargs: generator().make_batch(
         make_batch, *args, **kwargs
     )

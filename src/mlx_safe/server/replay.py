@@ -233,6 +233,7 @@ class Resumed:
             (cls,),
             {
                 "detokenizer": property(detokenizer),
+                **compat.tokenizer_repairs(cls),
                 "__module__": cls.__module__,
                 "_mlx_safe_resumes": True,
             },

@@ -65,6 +65,7 @@ class Ticket:
         headers: HTTP headers that go with the answer.
         claim: what it asked to be admitted with; None before.
         held: it waits for memory, and mlx-lm does not have it.
+        tokenizer: that its prompt was read with; its handler has it with the context.
         uid: mlx-lm's, in its batch. owned: bytes of the prompt-cache entry that
             it took over. step_max: its prompt is read in steps of at most so
             many tokens; None: as may be.
@@ -98,6 +99,7 @@ class Ticket:
         self._place = Place(request)
         self.claim: Claim | None = None
         self.held = False
+        self.tokenizer: Any = None
         self.uid: Any = None
         self.owned = 0
         self.step_max: int | None = None
@@ -181,6 +183,7 @@ class Ticket:
             self._land("ended")
 
         context.stop = stopped
+        context.tokenizer = self.tokenizer
         self._queue.put(context)
 
     def _stop(self) -> None:

@@ -1,0 +1,308 @@
+"""How an answer is put together, in the thread of its handler.
+
+mlx-lm's own way ends with a 500 at what a model may write, and has no place for
+more than one choice or for log-probabilities in a stream. So its handler only says
+what is to be generated (`generator.Asked`) and what the frame of an answer looks
+like (``generate_response``); what goes into it is decided here: an `Answer` reads
+its choices (`choices`) and sends what they have.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from . import compat, logprobs, tool_calls
+from .choices import Choices
+from .generator import Asked
+from .logprobs import Entry, Names
+from .replies import BadRequest
+
+__all__ = ["CHOICES_MAX", "Answer", "read_wishes"]
+
+log = logging.getLogger("mlx_safe.server")
+
+CHOICES_MAX = 8
+
+
+def read_wishes(handler: Any) -> None:
+    """Sets what mlx-lm's handler does not read of a request, or reads otherwise.
+
+    ``n``, and for /v1/completions ``logprobs``: there a number in the OpenAI API,
+    that of the alternatives, and for mlx-lm a truth value as for chats.
+
+    Raises:
+        BadRequest: it is none of both.
+    """
+    wanted = handler.body.get("n")
+    handler.n = 1 if wanted is None else wanted
+    if type(handler.n) is not int or not 1 <= handler.n <= CHOICES_MAX:
+        raise BadRequest(f"n must be an integer from 1 to {CHOICES_MAX}.")
+    if handler.path == "/v1/completions" and type(handler.logprobs) is int:
+        handler.top_logprobs, handler.logprobs = handler.logprobs, True
+
+
+class Answer:
+    """What one request is answered with.
+
+    Args:
+        handler: its `ProtectedHandler`, which is written to.
+        asked: what mlx-lm's handler wants to have generated.
+    """
+
+    def __init__(self, handler: Any, asked: Asked) -> None:
+        self._handler = handler
+        self._asked = asked
+        self._tools = asked.request.tools
+        # Nobody waits for a call then: models that write one all the same say it.
+        self._reads_calls = handler.body.get("tool_choice") != "none"
+        if not self._reads_calls:
+            asked.request.tools = None
+        self._told = [_Told(i, self) for i in range(handler.n)]
+        self._is_introduced = False
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the client asked for them, in one of the ways that there are."""
+        args = self._asked.arguments
+        return bool(args.logprobs) or args.top_logprobs > 0
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a message, and not a bare text."""
+        return bool(self._asked.request.request_type == "chat")
+
+    def send(self) -> None:
+        """Generates it and sends it.
+
+        Raises:
+            GenerationEnded: it could not be generated.
+            OSError: its client is gone.
+        """
+        handler = self._handler
+        with Choices(handler, self._asked, handler.n) as choices:
+            for index, item in choices:
+                told = self._told[index]
+                if hasattr(item, "token"):
+                    told.add(item)
+                elif item is None:
+                    told.end()
+                else:
+                    self._begin(told, item)
+                if handler.stream and (told.has_something or told.ended):
+                    self._introduce()
+                    self._send_event(self._frame([told.take()]))
+            if handler.stream:
+                self._end_stream()
+            else:
+                handler._send_json(200, self._frame([t.take() for t in self._told]))
+
+    def read_call(self, text: str, context: Any) -> list[tool_calls.Call] | None:
+        """The calls in what stood between a model's markers; None: it is text."""
+        if not self._reads_calls:
+            return None
+        parser = context.tool_parser
+        try:
+            return tool_calls.read(text, parser, self._tools)
+        except tool_calls.Unreadable as e:
+            log.warning(
+                "a tool call of %s is sent as text, as %s cannot read it: %s",
+                *(self._handler.request_id, tool_calls.parser_name(parser), e),
+            )
+            return None
+
+    # -- what is sent -------------------------------------------------------------
+
+    def _begin(self, told: _Told, context: Any) -> None:
+        if self._handler.stream and not any(t.begun for t in self._told):
+            self._handler._set_stream_headers(200)
+            self._handler.end_headers()
+        told.begin(context)
+
+    def _introduce(self) -> None:
+        """Names the choices of a stream before one of them says anything.
+
+        openai-python's helper (3.57) keeps them in the order of their first deltas,
+        and looks them up by index.
+        """
+        if self._is_introduced or len(self._told) == 1 or not self.is_chat:
+            return
+        self._is_introduced = True
+        for told in self._told:
+            self._send_event(self._frame([told.introduce()]))
+
+    def _usage(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, of all that was generated, and those in the cache."""
+        context = self._told[0].context
+        completion = sum(told.tokens for told in self._told)
+        return len(context.prompt), completion, context.prompt_cache_count
+
+    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = () if self._handler.stream else self._usage()
+        frame: dict[str, Any] = self._handler.generate_response("", None, *usage)
+        frame["choices"] = choices
+        return frame
+
+    def _end_stream(self) -> None:
+        handler = self._handler
+        if (handler.stream_options or {}).get("include_usage"):
+            frame = handler.completion_usage_response(*self._usage())
+            # mlx-lm (0.31, 0.32) calls it a "chat.completion" in any stream.
+            self._send_event(frame | {"object": handler.object_type})
+        handler.wfile.write(b"data: [DONE]\n\n")
+        handler.wfile.flush()
+
+    def _send_event(self, value: dict[str, Any]) -> None:
+        data = json.dumps(value, allow_nan=False)
+        self._handler.wfile.write(f"data: {data}\n\n".encode())
+        self._handler.wfile.flush()
+
+
+class _Told:
+    """One choice: what its client is still to be told of it.
+
+    Attributes:
+        context: mlx-lm's, once there is one. tokens: how many there were so far.
+    """
+
+    def __init__(self, index: int, answer: Answer) -> None:
+        self._index = index
+        self._answer = answer
+        self.context: Any = None
+        self._read: Any = None
+        self._names: Names | None = None
+        self.tokens = 0
+        self.ended = False
+        self._finish = "stop"
+        # Not sent yet.
+        self._text = ""
+        self._reasoning = ""
+        self._calls: list[tool_calls.Call] = []
+        self._entries: list[Entry] = []
+        # What the model has written of a call that goes on; None outside of one.
+        self._call: str | None = None
+        self._ids: set[str] = set()
+        self._calls_sent = 0
+        self._length_sent = 0
+        self._is_first = True
+
+    @property
+    def begun(self) -> bool:
+        """Whether its prompt has been read as tokens."""
+        return self.context is not None
+
+    def begin(self, context: Any) -> None:
+        """It is generated now."""
+        self.context = context
+        self._read = compat.text_by_state(context)
+        if self._answer.wants_logprobs:
+            self._names = Names(context.tokenizer)
+
+    def add(self, response: Any) -> None:
+        """Takes one token, and the text that it completes, from mlx-lm."""
+        self.tokens += 1
+        if self._names is not None:
+            self._entries.append(
+                Entry(response.token, response.logprob, response.top_tokens)
+            )
+        self._finish = response.finish_reason or self._finish
+        for state, text in self._read(response):
+            if state == "tool":
+                self._call = (self._call or "") + text
+                continue
+            if state is None:  # 0.31: a stop word, wherever it comes
+                continue
+            if self._call is not None:
+                self._end_call(closed=True)
+            if state == "reasoning":
+                self._reasoning += text
+            else:
+                self._text += text
+
+    def end(self) -> None:
+        """There are no more tokens."""
+        if self._call is not None:
+            self._end_call(closed=False)
+        if self._calls_sent + len(self._calls) and self._finish == "stop":
+            self._finish = "tool_calls"
+        self.ended = True
+
+    def _end_call(self, closed: bool) -> None:
+        text, self._call = self._call or "", None
+        calls = self._answer.read_call(text, self.context)
+        if calls is not None:
+            self._calls += calls
+            return
+        tokenizer = self.context.tokenizer
+        end = (tokenizer.tool_call_end or "") if closed else ""
+        self._text += f"{tokenizer.tool_call_start}{text}{end}"
+
+    # -- the forms of the OpenAI API ----------------------------------------------
+
+    @property
+    def has_something(self) -> bool:
+        """Whether there is something to send before the end."""
+        return bool(self._text or self._reasoning or self._calls)
+
+    def introduce(self) -> dict[str, Any]:
+        """The delta that says nothing but whose message it is."""
+        self._is_first = False
+        delta = {"role": "assistant", "content": ""}
+        bare = {"index": self._index, "finish_reason": None, "logprobs": None}
+        return {**bare, "delta": delta}
+
+    def take(self) -> dict[str, Any]:
+        """What there is, as an element of ``choices``; it is sent with that."""
+        choice: dict[str, Any] = {
+            "index": self._index,
+            "finish_reason": self._finish if self.ended else None,
+            "logprobs": self._logprobs(),
+        }
+        if not self._answer.is_chat:
+            choice["text"] = self._text
+        elif self._answer._handler.stream:
+            choice["delta"] = self._message()
+        else:
+            choice["message"] = self._whole_message()
+        self._length_sent += len(self._text)
+        self._calls_sent += len(self._calls)
+        self._text, self._reasoning, self._calls, self._entries = "", "", [], []
+        self._is_first = False
+        return choice
+
+    def _message(self) -> dict[str, Any]:
+        # In each delta, clients that add up would have "assistantassistant…".
+        message: dict[str, Any] = {"role": "assistant"} if self._is_first else {}
+        if self._text:
+            message["content"] = self._text
+        if self._reasoning:
+            # mlx-lm's name for it, and that of most other servers and clients.
+            message["reasoning"] = message["reasoning_content"] = self._reasoning
+        if self._calls:
+            message["tool_calls"] = [
+                self._tool_call(i, call)
+                for i, call in enumerate(self._calls, self._calls_sent)
+            ]
+        return message
+
+    def _whole_message(self) -> dict[str, Any]:
+        message = self._message()
+        for call in message.get("tool_calls", ()):
+            del call["index"]
+        return {"content": None if self._calls else "", **message}
+
+    def _tool_call(self, index: int, call: tool_calls.Call) -> dict[str, Any]:
+        name = call.id
+        if not name or name in self._ids:
+            name = tool_calls.new_id()
+        self._ids.add(name)
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": index, "type": "function", "id": name, "function": function}
+
+    def _logprobs(self) -> dict[str, Any] | None:
+        if self._names is None:
+            return None
+        if self._answer.is_chat:
+            return logprobs.of_chat(self._entries, self._names)
+        return logprobs.of_completion(self._entries, self._names, self._length_sent)

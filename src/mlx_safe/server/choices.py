@@ -1,0 +1,137 @@
+"""The choices of one answer (``n``), each a request of its own to the generator."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import threading
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any
+
+from .generator import Asked
+from .recorder import name_request
+
+__all__ = ["Choices", "GenerationEnded"]
+
+
+class GenerationEnded(Exception):
+    """The generator ended a request with ``error``, which it has logged."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(type(error).__name__)
+        self.error = error
+
+
+class Choices:
+    """What the generator says of each choice; to be iterated once, in its ``with``.
+
+    Iterating gives ``(index, item)``. Of each choice come, in this order, mlx-lm's
+    ``GenerationContext``, its ``Response`` objects, and None. When the block is left,
+    what is not done is cancelled.
+
+    The choices have ids of their own, the first that of the answer: faults,
+    admission, replay and clients that leave are dealt with one by one. Choice ``i``
+    has the seed ``seed + i``, so that each is another text and can be had again.
+
+    Args:
+        handler: of the answer; its connection is watched.
+    """
+
+    def __init__(self, handler: Any, asked: Asked, count: int) -> None:
+        self._generator = handler.response_generator
+        self._connection = handler.connection
+        self._progress = asked.progress
+        self._asked = [
+            _of_choice(asked, handler.request_id, handler.path, i) for i in range(count)
+        ]
+        self._stack = contextlib.ExitStack()
+        self._lock = threading.Lock()
+        self._contexts: list[Any] = []
+        self._is_over = False
+
+    def __enter__(self) -> Choices:
+        departures = self._generator.departures
+        for name, _ in self._asked:
+            watching = departures.watching(name, self._connection)
+            self._stack.enter_context(watching)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._is_over = True
+            contexts = list(self._contexts)
+        for name, _ in self._asked if len(self._asked) > 1 else ():
+            # Its thread may wait for the next word of it.
+            ticket = self._generator.departures.ticket(name)
+            if ticket is not None:
+                ticket.leave()
+        for context in contexts:
+            context.stop()
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        if len(self._asked) == 1:
+            yield from ((0, item) for item in self._generate(0, self._progress))
+        else:
+            yield from self._merged()
+
+    def _generate(self, index: int, progress: Any) -> Iterator[Any]:
+        _, asked = self._asked[index]
+        try:
+            context, responses = self._generator.answer(
+                asked.request, asked.arguments, progress
+            )
+            self._note(context)
+            yield context
+            yield from responses
+        except Exception as e:
+            raise GenerationEnded(e) from e
+        yield None
+
+    def _note(self, context: Any) -> None:
+        with self._lock:
+            self._contexts.append(context)
+            is_over = self._is_over
+        if is_over:
+            context.stop()
+            raise ConnectionAbortedError("nobody waits for this choice any more")
+
+    def _merged(self) -> Iterator[tuple[int, Any]]:
+        """All of them, each from a thread of its own, as they come."""
+        come: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+
+        def run(index: int) -> None:
+            def progress(*done: int) -> None:
+                come.put((index, done))
+
+            try:
+                for item in self._generate(index, progress):
+                    come.put((index, item))
+            except Exception as e:
+                come.put((index, e))
+
+        for i in range(len(self._asked)):
+            threading.Thread(target=run, args=(i,), daemon=True).start()
+        missing = len(self._asked)
+        while missing:
+            index, item = come.get()
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, tuple):
+                self._progress(*item)
+                continue
+            missing -= item is None
+            yield index, item
+
+
+def _of_choice(asked: Asked, name: str, path: str, index: int) -> tuple[str, Asked]:
+    """(its id, what it asks for)."""
+    name = f"{name}-{index}" if index else name
+    request = copy.copy(asked.request)
+    name_request(request, name, path)
+    args = asked.arguments
+    if args.seed is not None:
+        args = dataclasses.replace(args, seed=(args.seed + index) % 2**64)
+    return name, Asked(request, args, asked.progress)
