@@ -26,6 +26,7 @@ NEEDED = {
     "mlx": MLX,
     "mlx_lm": REQUIREMENT,
     "prometheus_client": "prometheus-client>=0.20",
+    "pydantic": "pydantic>=2.7",
 }
 
 # What the patch relies on: (class or None, name, leading parameters).
@@ -58,6 +59,7 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("APIHandler", "__init__", ("self", "response_generator")),
     ("APIHandler", "handle_models_request", ("self",)),
     ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
+    ("APIHandler", "handle_chat_completions", ("self",)),
     ("APIHandler", "handle_health_check", ("self",)),
     ("APIHandler", "do_GET", ("self",)),
     ("APIHandler", "do_POST", ("self",)),
@@ -77,7 +79,11 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
 # Fields of its dataclasses.
 FIELDS = {
     "CompletionRequest": ("request_type", "prompt", "messages"),
-    "GenerationArguments": ("max_tokens", "stop_words", "logits", "sampling", "seed"),
+    "GenerationArguments": (
+        *("model", "max_tokens", "stop_words", "logits", "sampling", "seed"),
+    ),
+    "ModelDescription": ("model", "draft", "adapter"),
+    "SamplingArguments": ("top_k",),
     "LogitsProcessorArguments": ("logit_bias",),
     "GenerationContext": ("prompt",),
     "Response": ("token", "finish_reason"),
@@ -105,6 +111,7 @@ CACHE_NAMES = (
     *("CacheList", "KVCache", "QuantizedKVCache", "RotatingKVCache"),
     *("can_trim_prompt_cache", "make_prompt_cache", "trim_prompt_cache"),
 )
+STATE_CACHE_NAMES = ("ArraysCache", "MambaCache")
 
 
 class _StopsAfter:
@@ -145,6 +152,28 @@ def make_cache(model: Any) -> list[Any]:
 
     made: list[Any] = make_prompt_cache(model)
     return made
+
+
+def attends(model: Any) -> bool:
+    """Whether a layer of ``model`` looks back at tokens; a state space has none."""
+    from mlx_lm.models import cache
+
+    states = tuple(
+        getattr(cache, name) for name in STATE_CACHE_NAMES if hasattr(cache, name)
+    )
+    return not all(isinstance(made, states) for made in make_cache(model))
+
+
+def takes_xtc() -> bool:
+    """Whether the server's XTC works: 0.31.3 gives the sampler a list in a list."""
+    return parse_version(_version()) >= (0, 32)
+
+
+def takes_images(provider: Any) -> bool:
+    """Whether the model of ``provider`` reads images (mlx-lm 0.32), or may."""
+    if not hasattr(provider, "processor"):
+        return False
+    return provider.processor is not None or provider.model is None
 
 
 def cache_keys(found: Any) -> list[Any]:
