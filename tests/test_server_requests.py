@@ -90,10 +90,10 @@ def test_every_field_with_every_bad_value(
 
 
 def odd_cases() -> list[Case]:
-    """Without those of which each is a sampler of its own, compiled for a second."""
-    fields = ("top_k", "xtc_threshold", "temperature", "num_draft_tokens")
+    """Few of those of which each is a sampler of its own, compiled for a second."""
+    sampled = ("top_k:odd 1000000", "xtc_threshold:odd 0.6", "temperature:odd 1e-300")
     found = [case for case in cases() if not case.refused]
-    return [x for x in found if x.kind == "null" or x.field in fields]
+    return [x for x in found if x.kind == "null" or x.id.endswith(sampled)]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -123,6 +123,10 @@ def test_top_k_past_the_vocabulary_keeps_everything(server: Server, path: str) -
     assert server.chat(**ask, top_k=-1).text == whole
 
 
+def choices(answer: Answer) -> list[Any]:
+    return [part["choices"] for part in answer.events or [answer.json]]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_null_is_absent(server: Server, stream: bool) -> None:
     names = ["model", "max_tokens", "temperature", "top_p", "logprobs", "seed"]
@@ -130,7 +134,9 @@ def test_null_is_absent(server: Server, stream: bool) -> None:
     names += ["tool_choice", "response_format", "stream_options", "logit_bias"]
     nothing = dict.fromkeys(names)
     body = {"messages": HELLO, "max_completion_tokens": 8, "stream": stream}
-    assert server.post({**body, **nothing}).text == server.post(body).text
+    with_nulls, without = server.post({**body, **nothing}), server.post(body)
+    assert with_nulls.status == without.status == 200
+    assert choices(with_nulls) == choices(without)
 
 
 def test_what_real_clients_send_is_accepted(server: Server) -> None:
@@ -189,7 +195,7 @@ ARGUMENTS = {
     "a number": "5",
     "a list": [1, 2],
     "not finite": '{"x": 1e999}',
-    "deep": "[" * 5000,
+    "deep": "[" * 200,
     "half a character": '"\\ud83d"',
     "text": "rm -rf build",
 }
@@ -369,11 +375,9 @@ def test_the_answer_arrives_though_the_body_is_not_read(tiny_model: Path) -> Non
     """Of a client that sends all before it reads, as Python's own does."""
     flags = ["--max-request-bytes", "1M"]
     with Server(tiny_model, *flags).wait_ready() as server:
-        large = json.dumps(
-            {"messages": [{"role": "user", "content": "x" * 20_000_000}]}
-        )
+        large = json.dumps({"prompt": "x" * 20_000_000}).encode()
         for _ in range(3):
-            answer = server.post(large.encode())
+            answer = server.post(large)
             assert (answer.broken, answer.status) == (None, 413)
             assert answer.error["code"] == "request_too_large"
             assert "1000000 bytes" in answer.error["message"]
