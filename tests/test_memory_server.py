@@ -626,20 +626,6 @@ def test_what_the_doctor_recommends_can_be_served(
     assert f"it does not fit with {limit}: take" in told(*limit.split())
 
 
-def test_the_doctor_knows_what_a_model_with_images_was_made_for() -> None:
-    """As mlx-lm has it of qwen3_5, gemma3, llama4: with the text's configuration."""
-    from mlx_safe.doctor import _context_tokens
-
-    text = {"max_position_embeddings": 4096}
-    for args in (
-        SimpleNamespace(text_config=text),
-        SimpleNamespace(text_config=SimpleNamespace(**text)),
-        SimpleNamespace(**text),
-    ):
-        assert _context_tokens(SimpleNamespace(args=args)) == 4096
-    assert _context_tokens(SimpleNamespace()) is None
-
-
 def test_the_doctor_on_a_mac() -> None:
     from mlx_safe.doctor import wired_limit_advice
     from mlx_safe.memory.machine import Machine

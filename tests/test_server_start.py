@@ -260,6 +260,7 @@ def test_a_flag_of_mlx_lm_that_is_gone() -> None:
         ("mlx", "mlx"),
         ("mlx_lm", "mlx-lm>=0.31.3,<0.33"),
         ("prometheus_client", "prometheus-client>=0.20"),
+        ("pydantic", "pydantic>=2.7"),
     ],
 )
 def test_without_a_package(missing: str, package: str) -> None:

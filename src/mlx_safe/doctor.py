@@ -159,7 +159,7 @@ def wired_limit_advice(machine: Machine) -> str:
 
 
 def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
-    """The model, and the draft model if there is one.
+    """The model, and the draft model if there is one, each with its tokenizer.
 
     Raises:
         CommandError: one cannot be loaded.
@@ -177,39 +177,27 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
         if path is None:
             continue
         try:
-            loaded.append(server.load(path, **options)[0])
+            loaded.append(server.load(path, **options)[:2])
         except Exception as e:
             why = in_one_line(e)
             raise CommandError(f"{flag} {path}: cannot be loaded: {why}") from e
     return loaded
 
 
-def _context_tokens(model: Any) -> int | None:
-    """What it was made for; models with images as well keep it with the text's."""
-    args = getattr(model, "args", None)
-    for found in (args, getattr(args, "text_config", None)):
-        if isinstance(found, dict):
-            tokens = found.get("max_position_embeddings")
-        else:
-            tokens = getattr(found, "max_position_embeddings", None)
-        if tokens is not None:
-            return int(tokens)
-    return None
-
-
 def _measure(
     name: str,
-    models: list[Any],
+    loaded: list[Any],
     ceiling_size: int,
     explicit: int | None,
     kv_limit: int | None,
 ) -> dict[str, Any]:
     from .server import compat
+    from .server.model_limits import context_of
 
     transients = Transients()
     layers: tuple[Any, ...] = ()
     try:
-        for model in models:
+        for model, _ in loaded:
             make_cache = partial(compat.make_cache, model)
             layers += calibrate(model, make_cache, transients).layers
     except Exception as e:
@@ -222,8 +210,8 @@ def _measure(
         demand=Demand(cost, transients),
         steps=partial(step_sizes, STEP),
         kv_limit=kv_limit,
+        context=context_of(*loaded[0]),
     )
-    context = _context_tokens(models[0])
     return {
         "name": name,
         "bytes": weights,
@@ -232,17 +220,15 @@ def _measure(
         "room_tokens": fits.room_tokens,
         "two_tokens": fits.two_tokens,
         "prompt_cache_bytes": fits.prompt_cache,
-        "context_tokens": context,
+        "context_tokens": fits.context,
         "step": fits.step,
         "step_bytes": fits.transient,
-        "flags": _flags(fits, explicit, kv_limit, context),
+        "flags": _flags(fits, explicit, kv_limit),
         "summary": str(fits),
     }
 
 
-def _flags(
-    fits: Sizing, explicit: int | None, kv_limit: int | None, context: int | None
-) -> list[str]:
+def _flags(fits: Sizing, explicit: int | None, kv_limit: int | None) -> list[str]:
     """The limit of a prompt, and what the server would choose by itself.
 
     Only what was given, when nothing fits.
@@ -255,7 +241,7 @@ def _flags(
     flags = [x for k, v in given.items() if v is not None for x in (k, str(v))]
     if fits.room_tokens == 0:
         return flags
-    prompt_tokens = fits.prompt_tokens(context)
+    prompt_tokens = fits.prompt_tokens()
     if prompt_tokens is not None:
         flags += ["--max-prompt-tokens", str(prompt_tokens)]
     if fits.prompt_cache > 0:  # the server takes no size of 0

@@ -29,7 +29,7 @@ COMMAND = "mlx-safe = mlx_safe.cli:main"
 # Distributions that are needed, by the extra that needs them (None: always).
 NEEDED = {
     None: {"mlx"},
-    "server": {"mlx-lm", "prometheus-client", "rich"},
+    "server": {"mlx-lm", "prometheus-client", "pydantic", "rich"},
     "cli": {"rich"},
 }
 METADATA_FILES = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")

@@ -28,6 +28,7 @@ class Sizing:
         room_tokens: the longest request that is served, prompt and answer
             together, while nothing else runs. two_tokens: the same for each of
             two that come at once.
+        context: tokens that the model was made for; None: no limit is known.
     """
 
     model: int
@@ -37,21 +38,19 @@ class Sizing:
     prompt_cache: int
     room_tokens: int
     two_tokens: int
+    context: int | None = None
 
     @property
     def room(self) -> int:
         """What is left for caches, those of the prompt cache included."""
         return max(0, self.ceiling - self.model - self.transient)
 
-    def prompt_tokens(self, context: int | None = None) -> int | None:
+    def prompt_tokens(self) -> int | None:
         """A ``--max-prompt-tokens`` with which two fit at once; None: none would.
 
         Round, and with room for answers of `ANSWER` tokens.
-
-        Args:
-            context: tokens that the model was made for; None: not known.
         """
-        tokens = min(self.two_tokens, context or self.two_tokens) - ANSWER
+        tokens = min(self.two_tokens, self.context or self.two_tokens) - ANSWER
         if tokens < ANSWER:
             return None
         return tokens // 1000 * 1000 if tokens >= 10_000 else tokens // 100 * 100
@@ -60,8 +59,13 @@ class Sizing:
         return (
             f"model {format_size(self.model)}, ceiling {format_size(self.ceiling)}, "
             f"prompt cache at most {format_size(self.prompt_cache)}, room for "
-            f"{format_tokens(self.room_tokens)}"
+            f"{format_tokens(self.room_tokens)}{self._model_takes()}"
         )
+
+    def _model_takes(self) -> str:
+        if self.context is None or self.context >= self.room_tokens:
+            return ""
+        return f", of which the model takes {self.context}"
 
 
 def format_tokens(tokens: int) -> str:
@@ -79,6 +83,7 @@ def sizing(
     steps: Steps,
     prompt_cache: int | None = None,
     kv_limit: int | None = None,
+    context: int | None = None,
 ) -> Sizing:
     """The limits for a model of ``model`` bytes under ``ceiling`` bytes.
 
@@ -86,6 +91,7 @@ def sizing(
         steps: the sizes of the steps that prompts could be read in.
         prompt_cache: the user's own limit; None: half of the room.
         kv_limit: ``--max-active-kv-bytes``; None: none.
+        context: tokens that the model was made for; None: no limit is known.
     """
     left = max(0, ceiling - model)
     sizes = [(n, demand.transients.predict(n, n)) for n in steps(1)]
@@ -103,4 +109,5 @@ def sizing(
         prompt_cache=min(prompt_cache, room),
         room_tokens=demand.longest(left, steps, kv_limit),
         two_tokens=demand.longest(left, steps, kv_limit, rows=2),
+        context=context,
     )

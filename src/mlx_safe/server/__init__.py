@@ -12,9 +12,10 @@ mlx_lm.server                    here                why
 ``ResponseGenerator.             `generator`         the one place that every
 _next_request``                                      request passes: its queue is
                                                      replaced by a `Ticket`
-``ResponseGenerator._tokenize``  `generator`,        cuts a prompt that is too long;
-                                 `overflow`          tells a bad request from a
-                                                     failed generation; a replay
+``ResponseGenerator._tokenize``  `generator`,        refuses or cuts a prompt that
+                                 `overflow`,         is too long; tells a bad
+                                 `model_limits`      request from a failed
+                                                     generation; a replay
                                                      goes on after the tokens that
                                                      its client has
 same, and ``BatchGenerator``     `admission`,        asks for memory, and before
@@ -44,7 +45,12 @@ _validate``
 ``mlx_lm.sample_utils``          `generator`         is loaded anew by the thread
                                                      that samples (MLX 0.31.2)
 ``tokenizer.rfind_think_start``  `replay`            short prompts (0.31.3)
-``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies
+``APIHandler.do_GET``            `handler`           /metrics, one model, 404 and
+                                                     405 of ours
+``APIHandler.do_POST``           `handler`, `body`,  reads a request that `schema`
+                                 `schema`            has checked and put right
+``APIHandler.                    `handler`           an image that cannot be had
+handle_chat_completions``                            is told in our words
 ``APIHandler.                    `handler`           tells the truth
 handle_health_check``
 ``LRUPromptCache``               `prompt_cache`      entries are complete and hold

@@ -29,6 +29,7 @@ from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
 from . import compat
 from .limits import Limits
+from .model_limits import context_of
 from .observer import Observer
 from .prefill import PrefillStep
 from .prompt_cache import PromptCache
@@ -111,6 +112,7 @@ class Admission:
         self._batch_ref: weakref.ref[Any] | None = None
         self.observer = Observer(self._demand.transients)
         self.sizing: Sizing | None = None
+        self._context: int | None = None
         self.held: list[Ticket] = []
         self.events: Counter[str] = Counter()
         prompt_cache.may_store = self._may_store
@@ -141,6 +143,7 @@ class Admission:
             # Only what is active can be looked at then, not what will be.
             log.warning("this model cannot be measured, requests are not: %r", e)
         self._measured = key
+        self._context = context_of(provider.model, provider.tokenizer)
         self._demand = Demand(cost, transients)
         self.observer = Observer(transients, self.observer.peak)
         self._baseline = int(mx.get_active_memory()) - int(self._prompt_cache.nbytes)
@@ -156,6 +159,7 @@ class Admission:
             steps=self._prefill.sizes,
             prompt_cache=self._user_limit,
             kv_limit=self._flags.max_active_kv,
+            context=self._context,
         )
         self._prompt_cache.limit_bytes(self.sizing.prompt_cache)
         # A larger step would cost more prompt-cache entries than it is worth.

@@ -17,30 +17,10 @@ from . import compat, logprobs, tool_calls
 from .choices import Choices
 from .generator import Asked
 from .logprobs import Entry, Names
-from .replies import BadRequest
 
-__all__ = ["CHOICES_MAX", "Answer", "read_wishes"]
+__all__ = ["Answer"]
 
 log = logging.getLogger("mlx_safe.server")
-
-CHOICES_MAX = 8
-
-
-def read_wishes(handler: Any) -> None:
-    """Sets what mlx-lm's handler does not read of a request, or reads otherwise.
-
-    ``n``, and for /v1/completions ``logprobs``: there a number in the OpenAI API,
-    that of the alternatives, and for mlx-lm a truth value as for chats.
-
-    Raises:
-        BadRequest: it is none of both.
-    """
-    wanted = handler.body.get("n")
-    handler.n = 1 if wanted is None else wanted
-    if type(handler.n) is not int or not 1 <= handler.n <= CHOICES_MAX:
-        raise BadRequest(f"n must be an integer from 1 to {CHOICES_MAX}.")
-    if handler.path == "/v1/completions" and type(handler.logprobs) is int:
-        handler.top_logprobs, handler.logprobs = handler.logprobs, True
 
 
 class Answer:

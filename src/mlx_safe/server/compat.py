@@ -28,6 +28,7 @@ NEEDED = {
     "mlx": MLX,
     "mlx_lm": REQUIREMENT,
     "prometheus_client": "prometheus-client>=0.20",
+    "pydantic": "pydantic>=2.7",
 }
 
 # What the patch relies on: (class or None, name, leading parameters).
@@ -61,6 +62,7 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
     ("APIHandler", "__init__", ("self", "response_generator")),
     ("APIHandler", "handle_models_request", ("self",)),
     ("APIHandler", "handle_completion", ("self", "request", "stop_words")),
+    ("APIHandler", "handle_chat_completions", ("self",)),
     ("APIHandler", "handle_health_check", ("self",)),
     ("APIHandler", "validate_model_parameters", ("self",)),
     ("APIHandler", "_validate", ("self", "name")),
@@ -99,9 +101,11 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
 FIELDS = {
     "CompletionRequest": ("request_type", "prompt", "messages", "tools"),
     "GenerationArguments": (
-        *("max_tokens", "stop_words", "logits", "sampling", "seed"),
+        *("model", "max_tokens", "stop_words", "logits", "sampling", "seed"),
         *("logprobs", "top_logprobs"),
     ),
+    "ModelDescription": ("model", "draft", "adapter"),
+    "SamplingArguments": ("top_k",),
     "LogitsProcessorArguments": ("logit_bias",),
     "GenerationContext": ("prompt", "prompt_cache_count", "tool_parser"),
     "Response": ("text", "token", "logprob", "finish_reason", "top_tokens"),
@@ -129,6 +133,7 @@ CACHE_NAMES = (
     *("CacheList", "KVCache", "QuantizedKVCache", "RotatingKVCache"),
     *("can_trim_prompt_cache", "make_prompt_cache", "trim_prompt_cache"),
 )
+STATE_CACHE_NAMES = ("ArraysCache", "MambaCache")
 
 
 class _StopsAfter:
@@ -243,6 +248,28 @@ def make_cache(model: Any) -> list[Any]:
 
     made: list[Any] = make_prompt_cache(model)
     return made
+
+
+def attends(model: Any) -> bool:
+    """Whether a layer of ``model`` looks back at tokens; a state space has none."""
+    from mlx_lm.models import cache
+
+    states = tuple(
+        getattr(cache, name) for name in STATE_CACHE_NAMES if hasattr(cache, name)
+    )
+    return not all(isinstance(made, states) for made in make_cache(model))
+
+
+def takes_xtc() -> bool:
+    """Whether the server's XTC works: 0.31.3 gives the sampler a list in a list."""
+    return parse_version(_version()) >= (0, 32)
+
+
+def takes_images(provider: Any) -> bool:
+    """Whether the model of ``provider`` reads images (mlx-lm 0.32), or may."""
+    if not hasattr(provider, "processor"):
+        return False
+    return provider.processor is not None or provider.model is None
 
 
 def cache_keys(found: Any) -> list[Any]:

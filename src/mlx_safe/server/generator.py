@@ -16,6 +16,7 @@ from queue import Queue
 from typing import Any
 
 import mlx.core as mx
+from jinja2.exceptions import TemplateError
 from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors, testing
@@ -26,6 +27,7 @@ from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
+from .model_limits import ModelLimits, prompt_field
 from .overflow import Cut, Overflow
 from .prefill import PrefillStep
 from .ranks import AllStop
@@ -115,6 +117,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 Unavailable(f"The server restarts: {why}."), reported=True
             ),
         )
+        # Of the models that were loaded, by what they were asked for as.
+        self._limits: dict[tuple[Any, ...], ModelLimits] = {}
+        self._limits_now = ModelLimits(None, None, 1)
+        self._limits_of: Any = None  # the `model_key` of those
         # The ticket that mlx-lm's sequential path works on.
         self._alone: Ticket | None = None
         self.metrics = Metrics(
@@ -151,12 +157,22 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
         Raises:
             Unavailable: no work is taken now.
+            BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
         if self.condition.state in ("failed", "refusing"):
             raise Unavailable(self.condition.reason)
+        self._refuse_at_once(request, args)
         made: tuple[Any, Any] = super().generate(request, args, progress)
         return made
+
+    def _refuse_at_once(self, request: Any, args: Any) -> None:
+        """What is known to be wrong does not wait for the generation thread."""
+        wanted = args.model
+        limits = self._limits.get((wanted.model, wanted.adapter, wanted.draft))
+        if limits is not None:
+            limits.check(args)
+            limits.check_length(request, self._overflow.refuses_over(limits.context))
 
     # -- the generation thread ----------------------------------------------
 
@@ -224,6 +240,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             if self._max_kv_size and provider.draft_model is None:
                 kv_window.limit(model, self._max_kv_size)
             self._measure(provider)
+            self._note_limits(provider, *args, **kwargs)
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
@@ -231,6 +248,20 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return model, tokenizer
 
         provider.load = load_or_say_why
+
+    def _note_limits(
+        self,
+        provider: Any,
+        model_path: str,
+        adapter_path: str | None = None,
+        draft_model_path: str | None = None,
+    ) -> None:
+        if self._limits_of != provider.model_key:
+            self._limits_now = ModelLimits.of(provider.model, provider.tokenizer)
+            self._limits_of = provider.model_key
+            self._overflow.compare(self._limits_now.context)
+        asked = (model_path, adapter_path, draft_model_path)
+        self._limits[asked] = self._limits_now
 
     def _measure(self, provider: Any) -> None:
         try:
@@ -243,20 +274,25 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             raise ModelNotFound(str(e)) from e
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        limits = self._limits_now
+        # Once more: another model may have been asked for when it came.
+        limits.check(args)
+        limits.check_length(request, self._overflow.refuses_over(limits.context))
         try:
-            self._check_limits(request, args)
             read = super()._tokenize
             found, cut = self._overflow.fit(
                 request,
                 lambda request: read(tokenizer, request, args),
                 tokenizer.encode,
+                limits.context,
             )
         except EXPECTED:
             raise
         except Exception as e:
-            raise BadRequest(f"The prompt cannot be read: {one_line(e)}") from e
+            raise _unreadable(e, request) from e
+        args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
         if not found[0]:
-            raise BadRequest("The prompt is empty.")
+            raise BadRequest("The prompt is empty.", prompt_field(request))
         # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
         # fail is this request's own.
         for word in args.stop_words:
@@ -284,21 +320,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
         batch = watched(cls, self.admission)(*args, **kwargs)
         return self.admission.watch(self._prefill.watch(batch))
-
-    def _check_limits(self, request: Any, args: Any) -> None:
-        """What mlx-lm takes without a look, and fails on in the midst of its work."""
-        if request.request_type == "text" and not isinstance(request.prompt, str):
-            raise BadRequest("The prompt must be one string.")
-        if args.seed is not None and not 0 <= args.seed < 2**64:
-            raise BadRequest("seed must be from 0 to 2**64 - 1.")
-        # Its batches answer with one token then; its sequential path has none.
-        args.max_tokens = max(1, args.max_tokens)
-        # Biases that are out of bounds are written all the same.
-        model = self.model_provider.model
-        size = getattr(getattr(model, "args", None), "vocab_size", None)
-        for token in args.logits.logit_bias or {}:
-            if size is not None and not 0 <= token < size:
-                raise BadRequest(f"logit_bias: there is no token {token}")
 
     def _make_state_machine(self, *args: Any, **kwargs: Any) -> Any:
         made = super()._make_state_machine(*args, **kwargs)
@@ -434,6 +455,16 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
         self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
+
+
+def _unreadable(exc: Exception, request: Any) -> BadRequest:
+    """What a client is told of ``exc``, with which mlx-lm failed to read a prompt."""
+    if type(exc) is TemplateError:  # the template's own words: `raise_exception`
+        why = f"The model's chat template refuses the messages: {one_line(exc)}"
+    else:
+        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
+        why = "The model's tokenizer and chat template cannot make a prompt of this."
+    return BadRequest(why, prompt_field(request))
 
 
 def _unload(provider: Any) -> None:

@@ -6,16 +6,23 @@ import json
 import logging
 import time
 import traceback
+from email.message import Message
+from http import HTTPStatus
+from io import BytesIO
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mlx_lm.server import APIHandler
 
-from .answers import Answer, read_wishes
+from . import compat, schema, strict_json
+from .answers import Answer
+from .body import Bodies, Hold, discard, is_announced
 from .choices import GenerationEnded
 from .generator import Asked, ProtectedResponseGenerator
 from .logprobs import TOP_MAX
 from .metrics import CONTENT_TYPE
-from .replies import EXPECTED, BadRequest, Reply, reply_for
+from .replies import EXPECTED, BadRequest, ModelNotFound, Reply, reply_for
 
 __all__ = ["ProtectedHandler"]
 
@@ -23,6 +30,7 @@ log = logging.getLogger("mlx_safe.server")
 
 # What a read or a write ends with when nobody is there, or reads on (`timeout`).
 GONE = (ConnectionError, TimeoutError)
+GET_ROUTES = ("/health", "/metrics", "/v1/models")
 
 
 class _BodyWriter:
@@ -50,16 +58,51 @@ def _in_our_form(data: bytes) -> bytes:
     return json.dumps({"error": reply.error()}).encode()
 
 
+class _Checked:
+    """``rfile``, and what is read from it: a request that has been checked.
+
+    mlx-lm's ``do_POST`` keeps what it has read until the answer is complete; here it
+    is gone when it has been made into values.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def read(self, size: int) -> _Checked:
+        return self
+
+    def decode(self) -> str:
+        text, self._text = self._text, ""
+        return text
+
+
+class _Refused(BaseException):
+    """Carries ``error`` past ``except Exception`` in mlx-lm's ``do_POST``."""
+
+    def __init__(self, error: BadRequest) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class ProtectedHandler(APIHandler):  # type: ignore[misc]
     """One request. Runs on a thread of its own."""
 
     response_generator: ProtectedResponseGenerator
-    n = 1  # choices; `read_wishes` has what the request says
-    timeout = 120  # seconds for one read or write; a body may be slow, not endless
+    n = 1  # choices
+    bodies = Bodies()  # of the server
+    timeout = 120  # seconds for one read or write; a body has limits of its own
+    headers: Any = Message()  # none yet, when the request line cannot be read
+    # http.server's own.
+    path: str
+    request_version: str
+    rfile: Any
+    _headers_buffer: list[bytes]
 
     def setup(self) -> None:
         self._hold_headers = False
         self._logged_code: Any = None
+        self._allow: str | None = None
+        self.command = ""
         self.bytes_sent = 0
         super().setup()
         raw: Any = self.wfile
@@ -104,22 +147,103 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     # -- routes -----------------------------------------------------------------
 
     def do_GET(self) -> None:
-        if self.path == "/metrics":
+        self._ignore_body()
+        route = self.path.partition("?")[0]
+        if route == "/metrics":
             body = self.response_generator.metrics.render()
             self._send_body(200, CONTENT_TYPE, body)
+        elif route == "/health":
+            self.handle_health_check()
+        elif route == "/v1/models":
+            self.handle_models_request()
+        elif route.startswith("/v1/models/"):
+            self._send_model(unquote(route.removeprefix("/v1/models/")))
         else:
-            super().do_GET()
+            self._refuse_route()
 
-    def handle_models_request(self) -> None:
+    do_HEAD = do_GET  # `_send_body` leaves the body out
+
+    def do_OPTIONS(self) -> None:
+        self._ignore_body()
+        super().do_OPTIONS()
+
+    def _refuse_route(self) -> None:
+        """There is no such path, or it is not for this method."""
+        self._ignore_body()
+        route = self.path.partition("?")[0]
+        is_get = route in GET_ROUTES or route.startswith("/v1/models/")
+        if is_get or route in schema.PATHS:
+            self._allow = "GET, HEAD, OPTIONS" if is_get else "POST, OPTIONS"
+            self._end(
+                BadRequest(
+                    f"The method is not allowed here; allowed are {self._allow}.",
+                    status=405,
+                    code="method_not_allowed",
+                )
+            )
+        else:
+            none = BadRequest("There is no such path.", status=404, code="not_found")
+            self._end(none)
+
+    do_PUT = do_PATCH = do_DELETE = _refuse_route
+
+    def _ignore_body(self) -> None:
+        """What may follow is not read, so the connection ends here."""
+        if is_announced(self.headers):
+            self.close_connection = True
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """What http.server itself refuses, before there is a handler for it."""
+        if self.request_version == "HTTP/0.9":
+            self.request_version = self.protocol_version  # or there is no status line
+        self.close_connection = True
+        self.bytes_sent = 0
+        # Not ``message``, which quotes what the client has sent.
+        phrase = HTTPStatus(code).phrase
+        self._end(
+            BadRequest(
+                f"The request cannot be read ({phrase}).",
+                status=code,
+                code="_".join(phrase.lower().replace("-", " ").split()),
+            )
+        )
+        discard(self.connection)
+
+    def _models(self) -> list[dict[str, Any]]:
+        """What mlx-lm lists, which sends it at once."""
+        kept = self.wfile, self.path
+        self.wfile, self.path = BytesIO(), "/v1/models"
         try:
             super().handle_models_request()
+            listed = json.loads(self.wfile.getvalue().partition(b"\r\n\r\n")[2])
+            found: list[dict[str, Any]] = listed["data"]
         except Exception as e:
             # mlx-lm has sent its 200 and then found no cache of the hub here.
             log.info("no models of the hub are listed: %s", e)
+            self._headers_buffer = []
             model = self.response_generator.cli_args.model
-            listed = [{"id": model, "object": "model", "created": self.created}]
-            body = {"object": "list", "data": listed if model else []}
-            self.wfile.write(json.dumps(body).encode())
+            listed = {"id": model, "object": "model", "created": self.created}
+            found = [listed] if model else []
+        finally:
+            self.wfile, self.path = kept
+        return found
+
+    def handle_models_request(self) -> None:
+        self._send_json(200, {"object": "list", "data": self._models()})
+
+    def _send_model(self, name: str) -> None:
+        """One model, by the id that the list has or by what it was started as."""
+        given = self.response_generator.cli_args.model
+        for model in self._models():
+            # The list has the path that a relative one stands for.
+            if name == model["id"] or (
+                name == given and model["id"] == str(Path(given).resolve())
+            ):
+                self._send_json(200, {**model, "id": name})
+                return
+        self._end(ModelNotFound(name))
 
     def handle_health_check(self) -> None:
         condition = self.response_generator.condition
@@ -136,27 +260,64 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
             )
 
     def do_POST(self) -> None:
-        try:
-            super().do_POST()
-        except ConnectionError:
-            self._note_departure()
-        except Exception as e:
-            # handle_completion deals with its own, so mlx-lm was still
-            # reading the body (0.31.3 raises there, 0.32 answers).
-            log.info("a request could not be read: %s", e)
-            self._send_failure(BadRequest(str(e) or "The request is invalid."))
-
-    def _check_stream_options(self) -> None:
-        options = getattr(self, "stream_options", None)
-        if options is None:
+        self.path = self.path.partition("?")[0]
+        if self.path not in schema.PATHS:
+            self._refuse_route()
             return
-        if not isinstance(options, dict):
-            raise BadRequest("stream_options must be an object.")
-        # mlx-lm (0.31, 0.32) asks for it without a look, after the whole answer.
-        self.stream_options = {"include_usage": False, **options}
+        rfile, self._unread = self.rfile, True
+        try:
+            with self.bodies.holding() as hold:
+                self._take_request(hold)
+                super().do_POST()
+        except _Refused as e:
+            self._end(e.error)
+        except Exception as e:
+            # Of `_take_request`: handle_completion deals with its own.
+            log.info("a request is refused: %s", reply_for(e).message)
+            self._end(e)
+        finally:
+            self.rfile = rfile
+        if self._unread:
+            discard(self.connection)
+
+    def handle_expect_100(self) -> bool:
+        return True  # not before `body` knows that it will read on
+
+    def _take_request(self, hold: Hold) -> None:
+        """Reads the request and checks it; mlx-lm is to read what has been found.
+
+        Raises:
+            BadRequest: it is wrong, or cannot be read.
+            NotEnoughMemory: there is no room for it.
+        """
+        raw = self.bodies.read(self, hold)
+        self._unread = False
+        with self.bodies.parsing(len(raw)):
+            request = schema.read(self.path, raw, takes_xtc=compat.takes_xtc())
+            self._check_images(request)
+            self.rfile = _Checked(strict_json.dumps(request))
+        del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
+        self.headers["Content-Length"] = "0"
+
+    def _check_images(self, request: dict[str, Any]) -> None:
+        place = schema.takes_images(request)
+        # Of another model nothing is known here.
+        default = request.get("model", "default_model") == "default_model"
+        provider = self.response_generator.model_provider
+        if place and not compat.takes_images(provider) and default:
+            raise strict_json.wrong(place, "is an image, which this model cannot read")
+
+    def handle_chat_completions(self) -> Any:
+        try:
+            return super().handle_chat_completions()
+        except Exception as e:
+            # mlx-lm (0.32) fetches images here, and tells the client why it cannot.
+            log.info("an image cannot be fetched: %s", e)
+            why = BadRequest("An image of the messages cannot be fetched.", "messages")
+            raise _Refused(why) from e
 
     def validate_model_parameters(self) -> None:
-        read_wishes(self)
+        self.n = self.body.get("n", 1)
         super().validate_model_parameters()
 
     def _validate(self, name: str, *args: Any, **more: Any) -> None:
@@ -166,7 +327,6 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         try:
-            self._check_stream_options()
             super().handle_completion(request, stop_words)
         except Asked as asked:
             self._answer(asked)
@@ -212,7 +372,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     def _note_departure(self) -> None:
         self._hold_headers = False
-        self._headers_buffer: list[bytes] = []
+        self._headers_buffer = []
         request_id = getattr(self, "request_id", "-")
         log.info("the client of %s went away; its request is cancelled", request_id)
 
@@ -260,7 +420,9 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         self.send_header("Content-Length", str(len(body)))
         if retry_after is not None:
             self.send_header("Retry-After", str(retry_after))
+        if self._allow is not None:
+            self.send_header("Allow", self._allow)
         self._set_cors_headers()
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(b"" if self.command == "HEAD" else body)
         self.wfile.flush()

@@ -18,6 +18,7 @@ from .._command import CommandError, Parser
 from ..forensics import startup
 from ..memory.sizes import parse_size
 from . import compat, ranks, supervisor
+from .body import DEFAULT_MAX_BYTES, Bodies
 from .overflow import Overflow
 
 __all__ = ["check_paths", "run", "serve"]
@@ -82,7 +83,7 @@ def _add_prompt_flags(parser: Parser) -> None:
         "--max-prompt-tokens",
         type=_positive,
         metavar="N",
-        help="tokens that a prompt may have (default: no limit)",
+        help="tokens that a prompt may have (default: what the model was made for)",
     )
     parser.add_argument(
         "--prompt-overflow-policy",
@@ -109,6 +110,14 @@ def _add_prompt_flags(parser: Parser) -> None:
 
 
 def _add_memory_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--max-request-bytes",
+        type=_size,
+        default=DEFAULT_MAX_BYTES,
+        metavar="SIZE",
+        help="how large the body of a request may be; a larger one is a 413 before it "
+        "is read (default: 32M)",
+    )
     parser.add_argument(
         "--max-active-memory-bytes",
         type=_size,
@@ -291,6 +300,7 @@ def run(
     is_first = mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
     generator: Any = None
+    ProtectedHandler.bodies = Bodies(own.max_request_bytes)
 
     def handle(*args: Any) -> None:
         ProtectedHandler(generator, *args, system_fingerprint=fingerprint)

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import bisect
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .._command import CommandError
-from .replies import ContextTooLong
+from .model_limits import too_long
 
 __all__ = ["Cut", "Overflow", "shortenings"]
+
+log = logging.getLogger("mlx_safe.server")
 
 Message = dict[str, Any]
 
@@ -75,11 +78,34 @@ class Overflow:
         self._truncates = policy == "truncate"
         self._keep_tokens = keep_tokens
 
+    def limit(self, context: int | None) -> int | None:
+        """Tokens of a prompt at most. The flag holds also where it is larger.
+
+        Args:
+            context: tokens that the model was made for; None: not known.
+        """
+        return context if self._max_tokens is None else self._max_tokens
+
+    def compare(self, context: int | None) -> None:
+        """Warns of a flag that lets more in than the model was made for."""
+        if context is not None and (self._max_tokens or 0) > context:
+            log.warning(
+                "--max-prompt-tokens %d is more than the %d tokens that the model was "
+                "made for; answers get worse beyond them",
+                self._max_tokens,
+                context,
+            )
+
+    def refuses_over(self, context: int | None) -> int | None:
+        """The same, of prompts that are refused and not cut; None: any may be."""
+        return None if self._truncates else self.limit(context)
+
     def fit(
         self,
         request: Any,
         read: Callable[[Any], tuple[Any, ...]],
         encode: Callable[[str], Sequence[int]],
+        context: int | None = None,
     ) -> tuple[tuple[Any, ...], Cut | None]:
         """What ``read`` makes of ``request``, cut if need be, and how it was cut.
 
@@ -88,24 +114,23 @@ class Overflow:
             read: mlx-lm's ``_tokenize``: the prompt, a list of tokens, comes first
                 in what it returns, then its segments. It changes the messages.
             encode: the tokens of a text, as ``read`` makes them.
+            context: tokens that the model was made for; None: not known.
 
         Raises:
             ContextTooLong: the prompt is too long and may not, or cannot, be cut.
         """
-        if self._max_tokens is None:
+        limit = self.limit(context)
+        if limit is None:
             return read(request), None
         whole = copy.copy(request)
         if self._truncates:
             whole.messages = copy.deepcopy(request.messages)
         found = read(request)
         tokens = len(found[0])
-        if tokens <= self._max_tokens:
+        if tokens <= limit:
             return found, None
         if not self._truncates:
-            raise ContextTooLong(
-                f"The prompt has {tokens} tokens; this server takes at most "
-                f"{self._max_tokens}."
-            )
+            raise too_long(tokens, limit, request)
         if request.request_type != "chat":
             prompt = self._cut_tokens(found[0], encode(""))
             return (prompt, [prompt], *found[2:]), Cut(tokens, len(prompt), 0)
@@ -149,11 +174,8 @@ class Overflow:
                 kept = choices[first]
                 found = read_so_far[tuple(kept)]
                 return found, Cut(tokens, len(found[0]), len(messages) - len(kept))
-        raise ContextTooLong(
-            f"The prompt has {tokens} tokens; this server takes at most "
-            f"{self._max_tokens}, and the system prompt and the last message alone "
-            "are more."
-        )
+        # Even the system prompt and the last message alone.
+        raise too_long(tokens, self._max_tokens, whole)
 
     def _steady(self, tokens: int) -> int:
         """The length to cut to: what goes, goes in eighths of the limit.

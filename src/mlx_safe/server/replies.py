@@ -27,7 +27,26 @@ RETRY_AFTER_S = 5
 
 
 class BadRequest(Exception):
-    """The request itself is wrong; the message may be shown to the client."""
+    """The request itself is wrong; the message may be shown to the client.
+
+    Args:
+        param: the field of the request that is wrong, by the API's own name, such
+            as ``messages[0].content``; None: it is about no field.
+        status, code: of the answer, where it is not a plain 400.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        *,
+        status: int = 400,
+        code: str = "invalid_request",
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code
 
 
 class ModelNotFound(Exception):
@@ -35,7 +54,14 @@ class ModelNotFound(Exception):
 
 
 class ContextTooLong(Exception):
-    """The request can never be served here; the message says why."""
+    """The request can never be served here; the message says why.
+
+    ``param`` is the field that is too long; None: not one alone.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class NotEnoughMemory(Exception):
@@ -58,13 +84,14 @@ class Reply(NamedTuple):
     code: str
     message: str
     retry_after: int | None = None
+    param: str | None = None
 
     def error(self) -> dict[str, Any]:
         """The object under the key ``error``, as the OpenAI API has it."""
         found: dict[str, Any] = {
             "message": self.message,
             "type": self.type,
-            "param": None,
+            "param": self.param,
             "code": self.code,
         }
         if self.retry_after is not None:
@@ -89,7 +116,9 @@ def is_allocation_failure(exc: BaseException) -> bool:
 def reply_for(exc: BaseException) -> Reply:
     """The answer to a client whose request ended with ``exc``."""
     if isinstance(exc, BadRequest):
-        return Reply(400, "invalid_request_error", "invalid_request", str(exc))
+        return Reply(
+            exc.status, "invalid_request_error", exc.code, str(exc), param=exc.param
+        )
     if isinstance(exc, ModelNotFound):
         # Not the reason, which tells of files and hosts; it is in the log.
         return Reply(
@@ -99,7 +128,13 @@ def reply_for(exc: BaseException) -> Reply:
             "The model that the request names cannot be loaded.",
         )
     if isinstance(exc, ContextTooLong):
-        return Reply(400, "invalid_request_error", "context_length_exceeded", str(exc))
+        return Reply(
+            400,
+            "invalid_request_error",
+            "context_length_exceeded",
+            str(exc),
+            param=exc.param,
+        )
     if isinstance(exc, NotEnoughMemory):
         return _memory_reply(str(exc))
     if isinstance(exc, Unavailable):

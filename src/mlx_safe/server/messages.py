@@ -1,0 +1,227 @@
+"""The messages of a chat, as they may come and as mlx-lm can render them.
+
+Their schema is the OpenAI API's (chat completions, "messages"), and what mlx-lm's
+templates know besides: a message may have more keys, which the template sees.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from . import strict_json
+from .replies import BadRequest
+
+__all__ = ["ROLES", "Fields", "Message", "choice", "readable_arguments", "refused"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+IMAGE_TYPES = ("image_url", "input_image", "image")
+# Whose content may be left out.
+SILENT_ROLES = ("assistant", "tool")
+# Under this key a template is shown what is no JSON object, as text. It is what the
+# Anthropic API's documentation has clients send back for the arguments of a call
+# that were cut short ("fine-grained tool streaming", "handling invalid JSON").
+UNREADABLE = "INVALID_JSON"
+
+
+def refused(what: str, param: str | None = None) -> PydanticCustomError:
+    """An error whose sentence is the field's name and ``what``.
+
+    Args:
+        param: the name of the place, if it is not where the validator stands.
+    """
+    # As a value: braces in a template are pydantic's.
+    return PydanticCustomError("refused", "{what}", {"what": what, "param": param})
+
+
+def choice(expected: str, **kinds: type) -> Discriminator:
+    """Tells apart what stands in one place by its Python type.
+
+    Args:
+        expected: what is said of any other. kinds: type by tag; tags begin with
+            ``is_``, by which they are known in the place of an error.
+    """
+
+    def tag(value: Any) -> str | None:
+        return next((name for name, kind in kinds.items() if type(value) is kind), None)
+
+    return Discriminator(
+        tag,
+        custom_error_type="refused",
+        custom_error_message=f"must be {expected}",
+    )
+
+
+class Fields(BaseModel):
+    """An object of the request, in which null means absent."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return cls.completed({k: v for k, v in value.items() if v is not None})
+        return value
+
+    @classmethod
+    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """``value`` with what an object of this kind stands for when it is not said."""
+        return value
+
+
+# -- contents ----------------------------------------------------------------------
+
+
+class TextPart(Fields):
+    type: Literal["text"]
+    text: str
+
+
+class RefusalPart(Fields):
+    """What an assistant has said instead of an answer: text, for a template."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+class ImageUrl(Fields):
+    url: str
+
+
+Url = Annotated[
+    Annotated[str, Tag("is_text")] | Annotated[ImageUrl, Tag("is_object")],
+    choice("a string or an object with a url", is_text=str, is_object=dict),
+]
+
+
+class ImagePart(Fields):
+    """An image, as mlx-lm 0.32 reads one: the URL is in either field."""
+
+    type: Literal["image_url", "input_image", "image"]
+    image_url: Url | None = None
+    image: Url | None = None
+
+    @model_validator(mode="after")
+    def _has_a_url(self) -> ImagePart:
+        found = self.image if self.image_url is None else self.image_url
+        url = found.url if isinstance(found, ImageUrl) else found
+        if url is None:
+            raise refused("has no image_url")
+        if not url.startswith(("data:image/", "http://", "https://")):
+            raise refused("must have a data:image/…;base64 or http(s) URL")
+        return self
+
+
+def _kind_of_part(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("text", "refusal"):
+        return f"is_{kind}"
+    return "is_image" if kind in IMAGE_TYPES else None
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("is_text")]
+    | Annotated[RefusalPart, Tag("is_refusal")]
+    | Annotated[ImagePart, Tag("is_image")],
+    Discriminator(
+        _kind_of_part,
+        custom_error_type="refused",
+        custom_error_message="must be an object with the type text or image_url",
+    ),
+]
+Content = Annotated[
+    Annotated[str, Tag("is_text")] | Annotated[list[Part], Tag("is_parts")],
+    choice("a string or an array of parts", is_text=str, is_parts=list),
+]
+
+
+# -- calls of tools ------------------------------------------------------------------
+
+
+def readable_arguments(value: Any) -> str:
+    """The arguments of a call in the history as the text of a JSON object.
+
+    mlx-lm (0.31 to 0.32) parses the text for the template, and templates go through
+    an object. A model may have written anything, or been cut off, and the client
+    sends it back with each request: what is no object becomes the text in one.
+    """
+    text = value if isinstance(value, str) else strict_json.dumps(value)
+    if not text.strip():
+        return "{}"
+    try:
+        found = strict_json.parse(text)
+        strict_json.check_value(found)
+    except BadRequest:
+        found = None
+    if not isinstance(found, dict):
+        found = {UNREADABLE: text}
+    return strict_json.dumps(found)
+
+
+class Function(Fields):
+    name: str = Field(min_length=1)
+    arguments: Annotated[str, BeforeValidator(readable_arguments)]
+
+    @classmethod
+    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {"arguments": "", **value}
+
+
+class ToolCall(Fields):
+    id: str | None = None
+    type: Literal["function"]
+    function: Function
+
+    @classmethod
+    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "function", **value}
+
+
+class Message(Fields):
+    role: str
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+    @classmethod
+    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """In today's words what the API had others for: ``function_call``."""
+        if not value.get("tool_calls", True):
+            del value["tool_calls"]
+        call = value.pop("function_call", None)
+        if call is not None and "tool_calls" not in value:
+            value["tool_calls"] = [{"function": call}]
+        if value.get("role") == "function":
+            value["role"] = "tool"
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and self.role not in SILENT_ROLES:
+            raise refused("has no content")
+        parts = self.content if isinstance(self.content, list) else []
+        if any(isinstance(part, RefusalPart) for part in parts):
+            self.content = [
+                TextPart(type="text", text=part.refusal)
+                if isinstance(part, RefusalPart)
+                else part
+                for part in parts
+            ]
+        return self

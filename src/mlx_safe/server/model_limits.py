@@ -1,0 +1,123 @@
+"""What a loaded model can be asked for: its tokens, and how many of them at once."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ..memory.context import config_of, context_tokens
+from . import compat
+from .replies import BadRequest, ContextTooLong
+
+__all__ = ["ModelLimits", "context_of", "prompt_field", "too_long", "vocabulary"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# A tokenizer may make fewer characters of a text before it cuts it: composition in
+# NFC makes one of up to three.
+SHRINKS = 4
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many logits ``model`` makes for each token; None: not known."""
+    size = getattr(getattr(model, "args", None), "vocab_size", None)
+    return None if size is None else int(size)
+
+
+def context_of(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that ``model`` was made for; None: no limit is known."""
+    return context_tokens(
+        config_of(tokenizer),
+        getattr(tokenizer, "model_max_length", None),
+        attends=compat.attends(model),
+    )
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """Of one model. Any thread.
+
+    Attributes:
+        vocabulary: as of `vocabulary`.
+        context: tokens that the model was made for; None: no limit is known.
+        longest: characters that one token can stand for at most.
+    """
+
+    vocabulary: int | None
+    context: int | None
+    longest: int
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> ModelLimits:
+        context = context_of(model, tokenizer)
+        longest = max(map(len, tokenizer.get_vocab()), default=1)
+        return cls(vocabulary(model), context, longest)
+
+    def check(self, args: Any) -> None:
+        """Refuses, or puts right, what ``args`` want of tokens.
+
+        Args:
+            args: mlx-lm's ``GenerationArguments``; ``top_k`` may be changed.
+
+        Raises:
+            BadRequest: there is no such token.
+        """
+        size = self.vocabulary
+        # Biases that are out of bounds are written all the same.
+        for token in args.logits.logit_bias or {}:
+            if size is not None and not 0 <= token < size:
+                raise BadRequest(f"logit_bias: there is no token {token}", "logit_bias")
+        # mlx-lm (0.31, 0.32) fails on one that leaves nothing out.
+        if size is not None and args.sampling.top_k >= size:
+            args.sampling.top_k = 0
+
+    def check_length(self, request: Any, limit: int | None) -> None:
+        """Refuses a prompt that must be too long, before its tokens are counted.
+
+        Counting takes a hundred times the text in memory, and its time of the thread
+        that generates.
+
+        Args:
+            request: mlx-lm's ``CompletionRequest``.
+            limit: tokens of a prompt at most; None: no limit.
+
+        Raises:
+            ContextTooLong: as the caller would find out.
+        """
+        least = _characters(request) // (self.longest * SHRINKS)
+        if limit is not None and least > limit:
+            raise too_long(f"at least {least}", limit, request)
+
+    def answer_tokens(self, prompt: int, wanted: int) -> int:
+        """Of an answer at most: it ends with the context, as with max_tokens."""
+        # A longer prompt is here because a flag lets it in, with its answer.
+        if self.context is not None and prompt <= self.context:
+            wanted = min(wanted, self.context - prompt)
+        # Of none mlx-lm's batches make one all the same; its sequential path fails.
+        return max(1, wanted)
+
+
+def too_long(tokens: int | str, limit: int, request: Any) -> ContextTooLong:
+    """LiteLLM and langchain-openai know the case by these words."""
+    return ContextTooLong(
+        f"The prompt is too long: {tokens} tokens. This model's maximum context "
+        f"length is {limit} tokens.",
+        prompt_field(request),
+    )
+
+
+def prompt_field(request: Any) -> str:
+    """The API's name of the prompt of mlx-lm's ``CompletionRequest``."""
+    return "messages" if request.request_type == "chat" else "prompt"
+
+
+def _characters(request: Any) -> int:
+    if request.request_type != "chat":
+        return len(request.prompt)
+    contents = [message.get("content") for message in request.messages]
+    return sum(
+        len(part if isinstance(part, str) else part.get("text") or "")
+        for content in contents
+        for part in ([content] if isinstance(content, str) else content or ())
+    )

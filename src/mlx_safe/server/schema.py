@@ -1,0 +1,412 @@
+"""What a request may ask for, checked before anything of it reaches mlx-lm.
+
+The fields and their ranges are the OpenAI API's, with what mlx-lm's own server takes
+besides. `read` turns the body of a request into the one that mlx-lm is given: right
+in every type, without nulls, and with nothing in it that mlx-lm or MLX would fail on
+in the midst of its work. Any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from . import strict_json
+from .messages import ROLES, Fields, Message, choice, refused
+from .replies import BadRequest
+
+__all__ = ["PATHS", "read", "takes_images"]
+
+log = logging.getLogger("mlx_safe.server")
+
+INT64 = 2**63 - 1
+STOPS_MAX = 16
+CHOICES_MAX = 8  # each is a request of its own to the generator
+# A penalty looks at so many tokens at most; MLX counts them in 32 bits.
+CONTEXT_SIZE_MAX = 2**30
+# mlx-lm multiplies logits by 1/temperature, in the model's own type: below this half
+# precision overflows. vLLM draws the same line.
+TEMPERATURE_MIN = 0.01
+# mlx-lm (0.31) sums probabilities up and asks which part is over 1 - top_p, with a
+# rounding error of that order: nothing at all may be left.
+TOP_P_MIN = 0.001
+# XTC leaves out all but the last of the tokens over the threshold: there are never
+# two over a half.
+XTC_THRESHOLD_MAX = 0.5
+DRAFTS_MAX = 64
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=0, le=INT64)]
+
+
+def _name(value: str) -> str:
+    if not value.isprintable():
+        raise refused("has characters that are in no name")
+    return value
+
+
+Name = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_name)]
+
+
+def _penalty_factor(value: float) -> float:
+    if value and not 0.01 <= value <= 100:
+        raise refused("must be 0, or from 0.01 to 100")
+    return value
+
+
+def _stops(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Word = Annotated[str, Field(min_length=1, max_length=4096)]
+Stop = Annotated[list[Word], Field(max_length=STOPS_MAX), BeforeValidator(_stops)]
+
+
+def _bias(value: dict[str, float]) -> dict[str, float]:
+    for token, bias in value.items():
+        # Python's int() takes more: signs, spaces, underscores, other digits.
+        is_id = token.isascii() and token.isdecimal() and token == str(int(token[:20]))
+        if not is_id or int(token) >= 2**31:
+            raise refused("must have token ids as its keys")
+        if not -100 <= bias <= 100:
+            raise refused("must have values from -100 to 100")
+    return value
+
+
+class StreamOptions(Fields):
+    include_usage: bool = False
+
+
+class Request(Fields):
+    """What both endpoints take. Names, types and ranges; `_settled` does the rest."""
+
+    model: Name | None = None
+    adapters: Name | None = None
+    draft_model: Name | None = None
+    num_draft_tokens: Count | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] = 1
+    max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    stop: Stop | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Probability | None = None
+    min_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None
+    xtc_probability: Probability | None = None
+    xtc_threshold: Probability | None = None
+    repetition_penalty: Annotated[float, AfterValidator(_penalty_factor)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_context_size: Count | None = None
+    presence_context_size: Count | None = None
+    frequency_context_size: Count | None = None
+    logit_bias: Annotated[dict[str, float], AfterValidator(_bias)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    # Of the API, without a meaning here: they change no answer.
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _no_other_answer(self) -> Request:
+        """Refuses what would give another answer than the one that was asked for."""
+        for name, neutral in NOT_SUPPORTED.items():
+            value = (self.__pydantic_extra__ or {}).get(name)
+            if value is not None and not neutral(value):
+                raise refused("is not supported here", name)
+        return self
+
+
+WITHOUT_MEANING = (
+    *("user", "store", "metadata", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "prediction"),
+    *("parallel_tool_calls", "reasoning_effort"),
+)
+
+
+def _never(value: Any) -> bool:
+    return False
+
+
+def _is(*neutral: Any) -> Callable[[Any], bool]:
+    """Whether a value is one of these, type and all."""
+    return lambda value: any(type(value) is type(n) and value == n for n in neutral)
+
+
+# What other servers take and would change the answer, with the values that would
+# not. What is in neither this table nor a schema is accepted and has no effect.
+NOT_SUPPORTED: dict[str, Callable[[Any], bool]] = {
+    # The OpenAI API.
+    "response_format": _is({"type": "text"}),
+    "modalities": _is(["text"]),
+    "audio": _never,
+    "web_search_options": _never,
+    "functions": _is([]),
+    "function_call": _is("auto", "none"),
+    "verbosity": _is("medium"),
+    "best_of": _is(1),
+    "echo": _is(False),
+    "suffix": _is(""),
+    # vLLM, llama.cpp and others.
+    **dict.fromkeys(
+        (
+            *("structured_outputs", "guided_json", "guided_regex", "guided_choice"),
+            *("guided_grammar", "grammar", "json_schema", "chat_template"),
+            *("documents", "logits_processors", "prompt_logprobs"),
+            *("truncate_prompt_tokens", "enable_thinking", "thinking_budget"),
+            *("repeat_penalty", "repeat_last_n", "samplers"),
+        ),
+        _never,
+    ),
+    "stop_token_ids": _is([]),
+    "bad_words": _is([]),
+    "use_beam_search": _is(False),
+    "ignore_eos": _is(False),
+    "continue_final_message": _is(False),
+    "add_generation_prompt": _is(True),
+    "min_tokens": _is(0),
+    "length_penalty": _is(1, 1.0),
+    "typical_p": _is(1, 1.0),
+    "tfs_z": _is(1, 1.0),
+    "top_a": _is(0, 0.0),
+    "mirostat": _is(0),
+    "dry_multiplier": _is(0, 0.0),
+    "dynatemp_range": _is(0, 0.0),
+}
+
+
+# -- chats -----------------------------------------------------------------------
+
+
+class Parameters(Fields):
+    """A JSON schema, as far as mlx-lm's templates and parsers go into it."""
+
+    properties: dict[str, Any] | None = None
+
+
+class Function(Fields):
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: Parameters
+
+    @classmethod
+    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        nothing = {"type": "object", "properties": {}}
+        return {**value, "parameters": value.get("parameters", nothing)}
+
+
+class Tool(Fields):
+    type: Literal["function"]
+    function: Function
+
+
+# Of transformers' `apply_chat_template`: not variables of the template, and some are
+# mlx-lm's own to set.
+RESERVED = (
+    *("conversation", "messages", "tools", "tokenize", "add_generation_prompt"),
+    *("chat_template", "continue_final_message", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "tokenizer_kwargs", "self"),
+    "return_assistant_tokens_mask",
+)
+
+
+def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    for name in RESERVED:
+        if name in value:
+            raise refused(f"must not have {name}")
+    return value
+
+
+class ChatRequest(Request):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[Tool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    role_mapping: dict[str, str] | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, Any], AfterValidator(_template_arguments)] | None
+    ) = None
+    reasoning_effort: Annotated[str, Field(min_length=1, max_length=32)] | None = None
+    logprobs: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatRequest:
+        if self.tool_choice not in (None, "auto", "none"):
+            raise refused('must be "auto" or "none" here', "tool_choice")
+        if self.tools and self.parallel_tool_calls is False:
+            raise refused("cannot be false: it is not supported", "parallel_tool_calls")
+        roles = (*ROLES, *(self.role_mapping or {}))
+        for i, message in enumerate(self.messages):
+            if message.role not in roles:
+                names = ", ".join(ROLES)
+                raise refused(f"must be one of {names}", f"messages[{i}].role")
+        return self
+
+
+# -- texts -----------------------------------------------------------------------
+
+
+def _one_prompt(value: Any) -> Any:
+    """A list of one text is that text; mlx-lm's server answers one prompt."""
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else None
+    if not isinstance(value, str):
+        raise refused("must be one string")
+    return value
+
+
+class TextRequest(Request):
+    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    logprobs: Annotated[
+        Annotated[bool, Tag("is_bool")]
+        | Annotated[int, Tag("is_int"), Field(ge=0, le=20)],
+        choice("true, false or a number of tokens", is_bool=bool, is_int=int),
+    ] = False
+
+
+PATHS: dict[str, type[Request]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/chat/completions": ChatRequest,
+    "/v1/completions": TextRequest,
+}
+
+
+# -- from a body to a request --------------------------------------------------------
+
+
+def read(
+    path: str, raw: bytes | bytearray, *, takes_xtc: bool = True
+) -> dict[str, Any]:
+    """The request that ``raw`` is, as mlx-lm's ``do_POST`` is to read it.
+
+    Args:
+        path: one of `PATHS`.
+        takes_xtc: whether this mlx-lm can do it (`compat.takes_xtc`).
+
+    Raises:
+        BadRequest: with one sentence for the client, and the field that is wrong.
+    """
+    value = strict_json.loads(raw)
+    if not isinstance(value, dict):
+        raise BadRequest("The body must be a JSON object.")
+    try:
+        request = PATHS[path].model_validate(value)
+    except ValidationError as e:
+        raise _as_bad_request(e) from None
+    extra = set(request.__pydantic_extra__ or {})
+    if unknown := extra - set(NOT_SUPPORTED):
+        names = sorted(strict_json.name_of([name]) or "''" for name in unknown)
+        log.debug("fields without effect: %s", ", ".join(names[:20]))
+    found = request.model_dump(
+        exclude_unset=True, exclude={*extra, *WITHOUT_MEANING}, warnings=False
+    )
+    _add_effort(found, getattr(request, "reasoning_effort", None))
+    _settle(found)
+    if found.get("xtc_probability") and not takes_xtc:
+        raise BadRequest(
+            "xtc_probability needs mlx-lm 0.32 or later on this server.",
+            "xtc_probability",
+        )
+    return found
+
+
+def takes_images(request: dict[str, Any]) -> str | None:
+    """The place of the first image of a request that `read` has made; None: none."""
+    for i, message in enumerate(request.get("messages", ())):
+        content = message.get("content")
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if part["type"] != "text":
+                return f"messages[{i}].content[{j}]"
+    return None
+
+
+def _as_bad_request(error: ValidationError) -> BadRequest:
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind, about = first["type"], first.get("ctx", {})
+    place = [part for part in first["loc"] if not str(part).startswith("is_")]
+    place_name = about.get("param") or strict_json.name_of(place)
+    if kind == "refused":
+        what = first["msg"]
+    else:
+        what = SENTENCES.get(kind, "is not valid").format_map(about)
+    return strict_json.wrong(place_name, what)
+
+
+# By pydantic's names of what can be wrong.
+SENTENCES = {
+    "missing": "is required",
+    "string_type": "must be a string",
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "list_type": "must be an array",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be less than {lt}",
+    "finite_number": "must be a finite number",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "too_short": "must not be empty",
+    "too_long": "must have at most {max_length} items",
+}
+
+
+def _add_effort(found: dict[str, Any], effort: str | None) -> None:
+    """``reasoning_effort`` is a variable of the templates that know it (gpt-oss)."""
+    if effort is not None:
+        arguments = found.get("chat_template_kwargs", {})
+        found["chat_template_kwargs"] = {"reasoning_effort": effort, **arguments}
+
+
+def _settle(found: dict[str, Any]) -> None:
+    """Brings values that mlx-lm's samplers cannot take to the nearest that they can."""
+    for name in ("stop", "logit_bias", "tools", "chat_template_kwargs"):
+        if not found.get(name, True):
+            del found[name]
+    if "stream_options" in found:
+        # mlx-lm (0.31, 0.32) asks for it without a look, after the whole answer.
+        found["stream_options"].setdefault("include_usage", False)
+    if 0 < found.get("temperature", 0) < TEMPERATURE_MIN:
+        found["temperature"] = TEMPERATURE_MIN
+    if found.get("top_p", 1) < TOP_P_MIN:  # the likeliest token alone
+        found["temperature"] = 0.0
+        del found["top_p"]
+    if found.get("top_k") == -1:  # as other servers say "all"
+        found["top_k"] = 0
+    if found.get("xtc_threshold", 0) > XTC_THRESHOLD_MAX:
+        del found["xtc_threshold"]
+        found["xtc_probability"] = 0.0
+    for kind in ("repetition", "presence", "frequency"):
+        size = found.get(f"{kind}_context_size")
+        if size == 0:  # mlx-lm looks at all tokens then
+            found[f"{kind}_penalty"] = 0.0
+        elif size is not None:
+            found[f"{kind}_context_size"] = min(size, CONTEXT_SIZE_MAX)
+    if "num_draft_tokens" in found:
+        found["num_draft_tokens"] = min(found["num_draft_tokens"], DRAFTS_MAX)
+    if type(found.get("logprobs")) is int:  # of a text, the API's older form
+        count = found["logprobs"]
+        found["logprobs"] = True
+        found["top_logprobs"] = max(count, found.get("top_logprobs", 0))
