@@ -30,7 +30,7 @@ from mlx_safe.cli import main
 from mlx_safe.server import answers
 frame = answers.Answer._frame
 def failing(self, choices):
-    if self._handler.body.get("user") == "fail":
+    if self._handler.body.get("stop") == ["fail"]:
         raise LookupError("the secret text")
     return frame(self, choices)
 answers.Answer._frame = failing
@@ -400,7 +400,7 @@ def test_a_failure_is_told_logged_and_counted(
     before = failing.metric(failures), failing.metric(requests)
     told = failing.log.count("could not be put together")
     with failing.chatting(2, max_tokens=60, stream=True, **PATHS[path]) as others:
-        answer = ask(failing, stream, user="fail", **PATHS[path])
+        answer = ask(failing, stream, stop="fail", **PATHS[path])
     assert answer.error["code"] == code
     assert answer.done if answer.events else answer.status == 500
     assert [a.status for a in others] == [200, 200]
