@@ -318,6 +318,12 @@ def test_a_number_of_choices_that_is_none(server: Server, n: Any) -> None:
     assert "n must be" in answer.error["message"]
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_that_is_none(server: Server, seed: int) -> None:
+    assert server.chat(seed=seed, n=2).status == 400
+    assert len(choices(server.chat(seed=(1 << 64) - 1, n=2))) == 2
+
+
 def test_no_number_of_choices_is_one(server: Server) -> None:
     assert len(choices(server.chat(n=None))) == 1
 

@@ -146,6 +146,7 @@ def _check(said: Said, spoken: Spoken) -> None:
         ("text-arguments", [("add", {"a": 1})]),
         ("two-in-a-list", [("a", {}), ("b", {})]),
         ("qwen-good", [("run", {"cmd": "ls -la"})]),
+        ("qwen-two", [("a", {"x": "1"}), ("b", {"y": "2"})]),
         ("mistral-good", [("run", {"cmd": "ls"})]),
         ("kimi-good", [("run", {"n": 1})]),
     ],
@@ -201,6 +202,36 @@ def test_a_parser_reads_a_call_or_none(parser: Any, tools: Any) -> None:
         for call in calls:
             assert call.name == call.name.strip() != ""
             assert isinstance(strictly(call.arguments), dict)
+
+
+GOOD_AND_BAD = {
+    "function_gemma": ("call:a{n:1}", "call:b{n}"),
+    "gemma4": ("call:a{n:1}", "call:b{n:"),
+    "kimi_k2": tuple(
+        f"<|tool_call_begin|>functions.{name}<|tool_call_argument_begin|>{arguments}"
+        "<|tool_call_end|>"
+        for name, arguments in (("a:0", '{"n": 1}'), ("b:1", "{n}"))
+    ),
+    "minimax_m2": (
+        '<invoke name="a"><parameter name="n">1</parameter></invoke>',
+        '<invoke name="b"><parameter name="n">1',
+    ),
+    "qwen3_coder": (
+        "<function=a>\n<parameter=n>\n1\n</parameter>\n</function>",
+        "\n<function=b>\n<parameter=integer>\nx\n</parameter>\n</function>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_AND_BAD)
+def test_calls_between_one_pair_of_markers_are_read_one_by_one(name: str) -> None:
+    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}").parse_tool_call
+    good, bad = GOOD_AND_BAD[name]
+    tools = [{"function": {**TOOLS[0]["function"], "name": n}} for n in ("a", "b")]
+    assert tool_calls.apart(good + bad, parser) == [good, bad]
+    assert [call.name for call in tool_calls.read(good, parser, tools)] == ["a"]
+    with pytest.raises(tool_calls.Unreadable):
+        tool_calls.read(bad, parser, tools)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -121,6 +121,11 @@ SPOKEN = {
     "qwen-set": qwen("object", "{1, 2}", readable=False),
     "qwen-empty": calls("\n", "qwen3_coder", readable=False),
     "qwen-nothing": calls("\n<function=></function>\n", "qwen3_coder"),
+    "qwen-two": calls(
+        "\n<function=a>\n<parameter=x>\n1\n</parameter>\n</function>\n"
+        "<function=b>\n<parameter=y>\n2\n</parameter>\n</function>\n",
+        *("qwen3_coder", True),
+    ),
     "mistral-good": calls('run[ARGS]{"cmd": "ls"}', "mistral", readable=True),
     "mistral-list": calls('[{"name": "run", "arguments": {}}]', "mistral"),
     "mistral-two": calls('a[ARGS]{"x": 1}b[ARGS]{"x": 2}', "mistral"),

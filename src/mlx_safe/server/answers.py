@@ -78,19 +78,25 @@ class Answer:
             else:
                 handler._send_json(200, self._frame([t.take() for t in self._told]))
 
-    def read_call(self, text: str, context: Any) -> list[tool_calls.Call] | None:
-        """The calls in what stood between a model's markers; None: it is text."""
+    def read_calls(
+        self, text: str, context: Any
+    ) -> tuple[list[tool_calls.Call], list[str]]:
+        """(calls, what is none) of what stood between a model's markers."""
         if not self._reads_calls:
-            return None
+            return [], [text]
         parser = context.tool_parser
-        try:
-            return tool_calls.read(text, parser, self._tools)
-        except tool_calls.Unreadable as e:
-            log.warning(
-                "a tool call of %s is sent as text, as %s cannot read it: %s",
-                *(self._handler.request_id, tool_calls.parser_name(parser), e),
-            )
-            return None
+        calls: list[tool_calls.Call] = []
+        unread = []
+        for part in tool_calls.apart(text, parser):
+            try:
+                calls += tool_calls.read(part, parser, self._tools)
+            except tool_calls.Unreadable as e:
+                unread.append(part)
+                log.warning(
+                    "a tool call of %s is sent as text, as %s cannot read it: %s",
+                    *(self._handler.request_id, tool_calls.parser_name(parser), e),
+                )
+        return calls, unread
 
     # -- what is sent -------------------------------------------------------------
 
@@ -210,13 +216,12 @@ class _Told:
 
     def _end_call(self, closed: bool) -> None:
         text, self._call = self._call or "", None
-        calls = self._answer.read_call(text, self.context)
-        if calls is not None:
-            self._calls += calls
-            return
+        calls, unread = self._answer.read_calls(text, self.context)
+        self._calls += calls
         tokenizer = self.context.tokenizer
         end = (tokenizer.tool_call_end or "") if closed else ""
-        self._text += f"{tokenizer.tool_call_start}{text}{end}"
+        for part in unread:
+            self._text += f"{tokenizer.tool_call_start}{part}{end}"
 
     # -- the forms of the OpenAI API ----------------------------------------------
 

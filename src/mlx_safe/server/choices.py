@@ -132,6 +132,6 @@ def _of_choice(asked: Asked, name: str, path: str, index: int) -> tuple[str, Ask
     request = copy.copy(asked.request)
     name_request(request, name, path)
     args = asked.arguments
-    if args.seed is not None:
+    if index and args.seed is not None:
         args = dataclasses.replace(args, seed=(args.seed + index) % 2**64)
     return name, Asked(request, args, asked.progress)

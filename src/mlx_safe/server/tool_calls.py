@@ -14,7 +14,7 @@ import string
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["Call", "Unreadable", "new_id", "parser_name", "read"]
+__all__ = ["Call", "Unreadable", "apart", "new_id", "parser_name", "read"]
 
 Parser = Callable[[str, Any], Any]
 
@@ -23,6 +23,18 @@ ID_LENGTH = 9
 _ID_LETTERS = string.ascii_letters + string.digits
 # What belongs to the form of a call and not to its name.
 _NO_NAME = re.compile(r'[\s<>{}"]')
+
+# How a call ends and the next one begins, between one pair of markers. These parsers
+# leave out what they cannot read, or read the first and give it what the others have.
+_BETWEEN = {
+    "function_gemma": ("}", "call:"),
+    "gemma4": ("}", "call:"),
+    "kimi_k2": ("<|tool_call_end|>", "<|tool_call_begin|>"),
+    "kimi_k3": ("<|close|>call<|sep|>", "<|open|>call"),
+    "minimax_m2": ("</invoke>", "<invoke"),
+    "muse_spark": ("</atem:invoke>", "<atem:invoke"),
+    "qwen3_coder": ("</function>", "<function="),
+}
 
 
 class Unreadable(Exception):
@@ -50,8 +62,17 @@ def parser_name(parser: Parser) -> str:
     return parser.__module__.rpartition(".")[2]
 
 
+def apart(text: str, parser: Parser) -> list[str]:
+    """``text``, which stood between a model's markers, cut into single calls."""
+    between = _BETWEEN.get(parser_name(parser))
+    if between is None:
+        return [text]
+    end, begin = map(re.escape, between)
+    return re.split(rf"(?<={end})(?=\s*{begin})", text)
+
+
 def read(text: str, parser: Parser, tools: Any) -> list[Call]:
-    """The calls in ``text``, which stood between a model's markers; one or more.
+    """The calls in ``text``, a part of `apart`; one or more.
 
     Args:
         parser: of mlx-lm, for this model.
