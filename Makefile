@@ -92,6 +92,8 @@ bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODE
 	$(VENVS)/observe/bin/python bench/memory_ceiling.py
 	$(VENVS)/intercept/bin/python bench/recovery.py --model $(MODEL)
 	$(VENVS)/observe/bin/python bench/recovery.py --model $(MODEL)
+	$(VENVS)/intercept/bin/python bench/bad_requests.py
+	$(VENVS)/observe/bin/python bench/bad_requests.py
 
 # ---- wheels for other machines
 

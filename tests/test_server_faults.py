@@ -240,9 +240,9 @@ def xtc(server: Server, timeout: float) -> Answer:
 # Requests, the status of our answer, and whether the stock server dies of them.
 OLD = parse_version(version("mlx-lm")) < (0, 32)
 KILLERS = {
-    "bad-stop": (bad_stop, 500, True),
+    "bad-stop": (bad_stop, 400, True),
     "cached-prompt": (cached_prompt, 200, True),
-    "xtc": (xtc, 500 if OLD else 200, OLD),
+    "xtc": (xtc, 400 if OLD else 200, OLD),
 }
 
 
@@ -279,7 +279,7 @@ class TestOtherFailures:
             answer = ask(server, REQUEST_TIMEOUT_S)
             assert answer.status == status
             if status != 200:
-                assert_told(answer, "internal_generation_error", status)
+                assert_told(answer, "invalid_request", status)
             assert_serves(server, undisturbed)
 
     @pytest.mark.parametrize("name", [name for name in KILLERS if KILLERS[name][2]])

@@ -175,7 +175,7 @@ def test_one_bad_request_ends_alone(server: Server) -> None:
     server.hold(100)
     bad: list[Answer] = []
     thread = threading.Thread(
-        target=lambda: bad.append(server.chat("bad", stop=[1])), daemon=True
+        target=lambda: bad.append(server.chat("bad", stop=["FAILS"])), daemon=True
     )
     with server.chatting(2, max_tokens=400) as answers:
         server.wait_held(BATCH_RUNS_S)

@@ -50,12 +50,19 @@ NEVER = 10**9  # a step that no test comes to
 # for the bytes of MLX's arrays, "steps" for the number of steps so far, "clients" for
 # that of the handlers whose request is in the generator's hands. "hold N": the Nth
 # step from now waits, before anything of it is done, for "go"; "hold" asks how many
-# it is away.
+# it is away. mlx-lm fails on a request with the stop word "FAILS".
 CONTROLLED = """
 import os, sys, threading
 import mlx.core as mx
+from mlx_lm.server import ResponseGenerator
 from mlx_safe import testing
 from mlx_safe.cli import main
+make = ResponseGenerator._make_state_machine
+def failing(self, model_key, tokenizer, stop_words, *args, **kwargs):
+    if "FAILS" in stop_words:
+        raise ValueError("asked for")
+    return make(self, model_key, tokenizer, stop_words, *args, **kwargs)
+ResponseGenerator._make_state_machine = failing
 counter = testing.inject("any", NEVER)
 count, going, away = testing.step, threading.Event(), NEVER
 def step(phase):

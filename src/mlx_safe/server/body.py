@@ -32,7 +32,7 @@ SMALL = 2**20
 SMALL_TOTAL = 32 * 2**20
 LARGE_AT_ONCE = 2  # of the largest
 # How long one waits for its room.
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 LINE_MAX = 1024  # bytes of a chunk's size with its extensions, or of a trailer
 TRAILERS_MAX = 64

@@ -277,8 +277,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         limits = self._limits_now
         # Once more: another model may have been asked for when it came.
         limits.check(args)
-        limits.check_length(request, self._overflow.refuses_over(limits.context))
+        limit = self._overflow.refuses_over(limits.context)
+        limits.check_length(request, limit)
         try:
+            limits.count(request, limit, tokenizer.encode)
             read = super()._tokenize
             found, cut = self._overflow.fit(
                 request,

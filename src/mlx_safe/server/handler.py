@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import time
@@ -22,7 +23,14 @@ from .choices import GenerationEnded
 from .generator import Asked, ProtectedResponseGenerator
 from .logprobs import TOP_MAX
 from .metrics import CONTENT_TYPE
-from .replies import EXPECTED, BadRequest, ModelNotFound, Reply, reply_for
+from .replies import (
+    EXPECTED,
+    BadRequest,
+    ModelNotFound,
+    NotEnoughMemory,
+    Reply,
+    reply_for,
+)
 
 __all__ = ["ProtectedHandler"]
 
@@ -267,37 +275,48 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         rfile, self._unread = self.rfile, True
         try:
             with self.bodies.holding() as hold:
-                self._take_request(hold)
-                super().do_POST()
+                refused = self._take_request(hold)
+                if refused is None:
+                    super().do_POST()
+                else:
+                    log.info("a request is refused: %s", refused)
+                    self._end(refused)
         except _Refused as e:
             self._end(e.error)
         except Exception as e:
-            # Of `_take_request`: handle_completion deals with its own.
-            log.info("a request is refused: %s", reply_for(e).message)
-            self._end(e)
+            log.exception("a request failed before it was begun")
+            self._end(e)  # handle_completion deals with its own
         finally:
             self.rfile = rfile
+            self.body = None  # the handler itself is in cycles, and lives on
         if self._unread:
             discard(self.connection)
 
     def handle_expect_100(self) -> bool:
         return True  # not before `body` knows that it will read on
 
-    def _take_request(self, hold: Hold) -> None:
+    def _take_request(self, hold: Hold) -> Exception | None:
         """Reads the request and checks it; mlx-lm is to read what has been found.
 
-        Raises:
-            BadRequest: it is wrong, or cannot be read.
-            NotEnoughMemory: there is no room for it.
+        Returns why not, without the frames that have the body: what an exception
+        refers to lives until the garbage is collected.
         """
-        raw = self.bodies.read(self, hold)
-        self._unread = False
-        with self.bodies.parsing(len(raw)):
-            request = schema.read(self.path, raw, takes_xtc=compat.takes_xtc())
-            self._check_images(request)
-            self.rfile = _Checked(strict_json.dumps(request))
+        try:
+            raw = self.bodies.read(self, hold)
+            self._unread = False
+            with self.bodies.parsing(len(raw)):
+                self.rfile = _Checked(self._checked(raw))
+        except (BadRequest, NotEnoughMemory, *GONE) as e:
+            return copy.copy(e).with_traceback(None)
         del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
         self.headers["Content-Length"] = "0"
+        return None
+
+    def _checked(self, raw: bytearray) -> str:
+        """The request that ``raw`` is, as text for mlx-lm."""
+        request = schema.read(self.path, raw, takes_xtc=compat.takes_xtc())
+        self._check_images(request)
+        return strict_json.dumps(request)
 
     def _check_images(self, request: dict[str, Any]) -> None:
         place = schema.takes_images(request)

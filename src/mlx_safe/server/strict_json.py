@@ -71,24 +71,27 @@ def _too_deep(param: str | None = None) -> BadRequest:
     )
 
 
+def _too_many() -> BadRequest:
+    return BadRequest(
+        f"The request has too many values: {VALUES_MAX} are taken in one body."
+    )
+
+
 def _check_count(raw: bytes | bytearray) -> None:
     """Refuses a body of too many values, before anything is made of them.
 
     Counted are the signs between values, outside of strings. All of it are single
     passes in C: a prompt may have millions of the same signs.
     """
-    too_many = BadRequest(
-        f"The request has too many values: {VALUES_MAX} are taken in one body."
-    )
     if sum(map(raw.count, (b",", b"[", b"{"))) < VALUES_MAX:
         return
     # A backslash stands in strings only, so what is escaped is found from the left.
     plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     if plain.count(b'"') > 4 * VALUES_MAX:  # keys are strings, too
-        raise too_many
+        raise _too_many()
     between = b"".join(plain.split(b'"')[::2])
     if sum(map(between.count, (b",", b"[", b"{"))) >= VALUES_MAX:
-        raise too_many
+        raise _too_many()
 
 
 def check_value(value: Any) -> None:
