@@ -27,11 +27,25 @@ RETRY_AFTER_S = 5
 
 
 class BadRequest(Exception):
-    """The request itself is wrong; the message may be shown to the client."""
+    """The request itself is wrong; the message may be shown to the client.
+
+    ``param`` is the API's name of the field that is wrong, if it is one field.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModelNotFound(Exception):
-    """The model that the request names cannot be loaded."""
+    """There is no such model, or it cannot be loaded; the message may be shown.
+
+    ``param`` is the field that names it: ``model``, ``adapters``, ``draft_model``.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextTooLong(Exception):
@@ -58,13 +72,14 @@ class Reply(NamedTuple):
     code: str
     message: str
     retry_after: int | None = None
+    param: str | None = None
 
     def error(self) -> dict[str, Any]:
         """The object under the key ``error``, as the OpenAI API has it."""
         found: dict[str, Any] = {
             "message": self.message,
             "type": self.type,
-            "param": None,
+            "param": self.param,
             "code": self.code,
         }
         if self.retry_after is not None:
@@ -89,14 +104,20 @@ def is_allocation_failure(exc: BaseException) -> bool:
 def reply_for(exc: BaseException) -> Reply:
     """The answer to a client whose request ended with ``exc``."""
     if isinstance(exc, BadRequest):
-        return Reply(400, "invalid_request_error", "invalid_request", str(exc))
+        return Reply(
+            400,
+            "invalid_request_error",
+            "invalid_request",
+            str(exc),
+            param=exc.param,
+        )
     if isinstance(exc, ModelNotFound):
-        # Not the reason, which tells of files and hosts; it is in the log.
         return Reply(
             404,
             "invalid_request_error",
             "model_not_found",
-            "The model that the request names cannot be loaded.",
+            str(exc),
+            param=exc.param,
         )
     if isinstance(exc, ContextTooLong):
         return Reply(400, "invalid_request_error", "context_length_exceeded", str(exc))
