@@ -7,15 +7,21 @@ more is in `OVERRIDES`. Nothing is evaluated, so the weights take no memory.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
+import json
 import pkgutil
+import shutil
+import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 # No round size: no other dimension can be taken for it.
 VOCABULARY = 1237
 LAYERS = 4
+SPECIAL = 6  # tokens at the end of the tiny model's vocabulary that no text has
 
 NAMED: dict[str, Any] = {
     **dict.fromkeys(["num_layers", "n_layers", "n_layer", "num_hidden_layers"], LAYERS),
@@ -42,7 +48,7 @@ NAMED: dict[str, Any] = {
     "scoring_func": "sigmoid",
 }
 WHOLE = 32  # what is a number, and means nothing to us
-WIDTHS = ("vocab_size", "num_vocab", "embedding_size")
+WIDTHS = ("vocab_size", "num_vocab", "embedding_size", "vocab_size_per_layer_input")
 GQA = {"num_key_value_heads": 4}
 
 WINDOWS = ["sliding_attention", "full_attention"] * 2
@@ -77,6 +83,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "altup_num_inputs": 4,
         "altup_active_idx": 0,
     },
+    "gemma3_text": {"sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+    "gemma4_text": {
+        "num_hidden_layers": 6,
+        "num_kv_shared_layers": 2,
+        "sliding_window_pattern": 3,
+        "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 16,
+    },
     "glm_moe_dsa": {"rope_parameters": ROPE},
     "granitemoehybrid": {"layer_types": ["attention"] * LAYERS},
     "hunyuan": {"rope_scaling": {"alpha": 1.0, "factor": 1.0, "type": "dynamic"}},
@@ -97,7 +112,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ["longcat_flash", "longcat_flash_ngram"], {"zero_expert_type": "identity"}
     ),
-    "mamba2": {"n_groups": 1, "state_size": 16, "num_heads": 4},
+    "mamba2": {"time_step_rank": 4, "n_groups": 1, "state_size": 16, "num_heads": 4},
     "mellum": {"layer_types": WINDOWS, "rope_parameters": ROPES},
     "mimo_v2_flash": {
         "moe_layer_freq": [0, 1, 1, 1],
@@ -142,8 +157,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "phimoe": {
         "rope_scaling": {
-            "short_factor": [1.0] * 64,
-            "long_factor": [1.0] * 64,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0] * 8,
             "short_mscale": 1.0,
             "long_mscale": 1.0,
         }
@@ -162,6 +177,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         ],
         "text_config": {"hidden_size": 128, "head_dim": 64},
     },
+    "qwen": {"kv_channels": 16},
+    "qwen3_5": {"num_experts": 0},
     "qwen3": {"rope_theta": 1e6},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "spark2_5": {"rope_parameters": ROPES, "layer_types": WINDOWS},
@@ -208,47 +225,78 @@ def load_type(model_type: str) -> ModuleType:
 
 
 def _value(field: dataclasses.Field[Any]) -> Any:
-    kind = str(field.type if isinstance(field.type, str) else getattr(field.type, "__name__", field.type))
     if field.name in NAMED:
         return NAMED[field.name]
-    kind = kind.lower()
-    if "bool" in kind:
-        return False
-    if "int" in kind:
-        return WHOLE
-    if "float" in kind:
-        return 1.0
-    if "str" in kind:
-        return ""
+    kind = str(getattr(field.type, "__name__", field.type)).lower()
+    for word, value in (("bool", False), ("int", WHOLE), ("float", 1.0), ("str", "")):
+        if word in kind:
+            return value
     return None
 
 
-def _fill(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _fill(cls: Any, given: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """A config for the dataclass ``cls``, with ``given`` in it."""
     config: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        required = (
-            field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING
-        )
+        default, made = field.default, field.default_factory
+        required = default is dataclasses.MISSING and made is dataclasses.MISSING
         if field.name in WIDTHS:
-            config[field.name] = VOCABULARY
-        elif required:
+            config[field.name] = vocabulary
+        elif required or (field.name in NAMED and isinstance(default, int)):
             config[field.name] = _value(field)
-    config.update(given)
-    return config
+    return {**config, **given}
 
 
-def make(model_type: str) -> Any:
-    """A model of that type. Not evaluated."""
-    module = load_type(model_type)
+def config_of(model_type: str, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    """A config for a small model of that type."""
+    args = load_type(model_type).ModelArgs
     given = dict(OVERRIDES.get(model_type, {}), model_type=model_type)
-    args = module.ModelArgs
-    if "text_config" in {f.name for f in dataclasses.fields(args)}:
+    if "text_config" in {field.name for field in dataclasses.fields(args)}:
         text_type = TEXT_TYPES.get(model_type, model_type)
         inner = load_type(text_type)
         names = ("TextConfig", "TextArgs", "TextModelArgs", "ModelArgs")
         text = next(getattr(inner, name) for name in names if hasattr(inner, name))
         more = dict(OVERRIDES.get(text_type, {}), model_type=text_type)
-        given["text_config"] = _fill(text, dict(more, **given.get("text_config", {})))
-    return module.Model(args.from_dict(_fill(args, given)))
+        more.update(given.get("text_config", {}))
+        given["text_config"] = _fill(text, more, vocabulary)
+    return _fill(args, given, vocabulary)
+
+
+def make(config: dict[str, Any]) -> Any:
+    """A model with that config, and random weights. Nothing is evaluated."""
+    module = load_type(config["model_type"])
+    return module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
+
+
+def write(directory: Path, model_type: str, base: Path, seed: int = 3) -> Path:
+    """A small model of that type, with the tokenizer of the tiny model ``base``."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, directory / name)
+    vocabulary = json.loads((base / "config.json").read_bytes())["vocab_size"]
+    config = config_of(model_type, vocabulary)
+    mx.random.seed(seed)
+    weights = {}
+    for name, value in tree_flatten(make(config).parameters()):
+        if not mx.issubdtype(value.dtype, mx.floating):
+            pass
+        elif value.ndim < 2 or "norm" in name or "conv" in name:
+            value = value.astype(mx.float32)
+        else:
+            scale = 0.5 if "embed" in name else 0.15
+            value = mx.random.normal(value.shape, scale=scale)
+            if value.shape[0] == vocabulary:  # no end of the answer by chance
+                value[vocabulary - SPECIAL :] = 0.0
+        weights[name] = value
+    mx.save_safetensors(
+        str(directory / "model.safetensors"), weights, metadata={"format": "mlx"}
+    )
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

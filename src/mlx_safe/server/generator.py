@@ -9,7 +9,6 @@ MLX 0.32).
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 from pathlib import Path
 from queue import Queue
@@ -26,6 +25,9 @@ from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
+from .model_facts import ModelFacts
+from .model_loading import replace_model
+from .model_names import DEFAULT, ModelNames, Named
 from .overflow import Cut, Overflow
 from .prefill import PrefillStep
 from .ranks import AllStop
@@ -57,6 +59,9 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
 
+# Not the reason, which tells of files and hosts; it is in the log.
+CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
+
 # How often ranks agree whether the client of the sequential path is still there.
 SHARE_EVERY_TOKENS = 16
 
@@ -85,10 +90,14 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         stall_timeout_s: float,
         overflow: Overflow,
         memory: MemoryFlags,
+        names: ModelNames,
         max_kv_size: int | None = None,
         injections: bool = False,
     ) -> None:
         self.condition = condition
+        self.names = names
+        # Of the model that is loaded, and of which one that is.
+        self._facts: tuple[Any, ModelFacts] = (None, ModelFacts())
         self._overflow = overflow
         self._max_kv_size = max_kv_size
         self.flight = Flight()
@@ -139,15 +148,33 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     # -- called by handler threads -----------------------------------------
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, request: Any, generation_args: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As mlx-lm's; errors are raised as `Answered`."""
         try:
             if self.condition.state in ("failed", "refusing"):
                 raise Unavailable(self.condition.reason)
-            context, responses = super().generate(*args, **kwargs)
+            self._check_at_the_door(generation_args)
+            context, responses = super().generate(
+                request, generation_args, *args, **kwargs
+            )
         except Exception as e:
             raise Answered(e) from e
         return context, responses
+
+    def _check_at_the_door(self, args: Any) -> None:
+        """What needs no turn in the queue; names become those that mlx-lm loads."""
+        named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
+        args.model = type(args.model)(**named._asdict())
+        key, facts = self._facts
+        if key == named:  # else it will be checked when its model is loaded
+            facts.check_bias(args.logits.logit_bias)
+
+    @property
+    def width(self) -> int | None:
+        """The width of the loaded model's logits; None: not known. Any thread."""
+        return self._facts[1].width
 
     # -- the generation thread ----------------------------------------------
 
@@ -194,23 +221,29 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         return True
 
     def _wrap_load(self, provider: Any, injections: bool) -> None:
-        load, load_anew = provider.load, provider._load
+        load = provider.load
 
-        def unload_and_load(*args: Any, **kwargs: Any) -> Any:
-            _unload(provider)
-            return load_anew(*args, **kwargs)
+        def load_anew(*named: Any) -> None:
+            ceiling = self.admission.limits.static
+            facts = replace_model(provider, named, lambda: ceiling().size)
+            self._facts = (provider.model_key, facts)
+            self._resumed.width = facts.width
 
-        provider._load = unload_and_load
+        provider._load = load_anew
 
-        def load_or_say_why(*args: Any, **kwargs: Any) -> Any:
+        def load_or_say_why(*named: Any) -> Any:
+            # mlx-lm 0.31.3 forgets the adapters of its command line.
+            named = self.names.default if named[0] == DEFAULT else named
             try:
-                model, tokenizer = load(*args, **kwargs)
+                model, tokenizer = load(*named)
             except Exception as e:
                 if errors.from_exception(e) or is_allocation_failure(e):
                     raise  # it may pass
                 if self.condition.state != "loading":
                     log.info("a model cannot be loaded: %s", one_line(e))
-                raise ModelNotFound(one_line(e)) from e
+                if isinstance(e, EXPECTED):
+                    raise
+                raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
             if self._max_kv_size and provider.draft_model is None:
                 kv_window.limit(model, self._max_kv_size)
             self._measure(provider)
@@ -222,6 +255,15 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
         provider.load = load_or_say_why
 
+    def _is_batchable(self, args: Any) -> bool:
+        """mlx-lm asks of the model that is loaded, before it loads the one named.
+
+        One that names another is served alone, which any model can be.
+        """
+        loaded = self.model_provider.model_key
+        named = (args.model.model, args.model.adapter, args.model.draft)
+        return named == loaded and bool(super()._is_batchable(args))
+
     def _measure(self, provider: Any) -> None:
         try:
             self.admission.model_loaded(provider)
@@ -230,7 +272,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise
             # Not the one that the server was started with.
             log.warning("a model cannot be served: %s", e)
-            raise ModelNotFound(str(e)) from e
+            raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         try:
@@ -247,6 +289,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             raise BadRequest(f"The prompt cannot be read: {one_line(e)}") from e
         if not found[0]:
             raise BadRequest("The prompt is empty.")
+        self._facts[1].check_prompt(found[0], args.logits)
         # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
         # fail is this request's own.
         for word in args.stop_words:
@@ -281,12 +324,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             raise BadRequest("seed must be from 0 to 2**64 - 1.")
         # Its batches answer with one token then; its sequential path has none.
         args.max_tokens = max(1, args.max_tokens)
-        # Biases that are out of bounds are written all the same.
-        model = self.model_provider.model
-        size = getattr(getattr(model, "args", None), "vocab_size", None)
-        for token in args.logits.logit_bias or {}:
-            if size is not None and not 0 <= token < size:
-                raise BadRequest(f"logit_bias: there is no token {token}")
+        self._facts[1].check_bias(args.logits.logit_bias)
 
     def _make_state_machine(self, *args: Any, **kwargs: Any) -> Any:
         made = super()._make_state_machine(*args, **kwargs)
@@ -422,18 +460,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
         self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
-
-
-def _unload(provider: Any) -> None:
-    """Gives the memory of the model back that ``provider`` is about to replace.
-
-    mlx-lm drops its own reference, but its loop's variables have another until the
-    next model is there (0.31.3 and 0.32.2): both would have to fit.
-    """
-    for model in filter(None, (provider.model, provider.draft_model)):
-        model.clear()  # a module is the dictionary of its parts
-    gc.collect()
-    mx.clear_cache()
 
 
 def _where(cli_args: Any) -> str:

@@ -11,6 +11,7 @@ from mlx_lm.server import APIHandler
 
 from .generator import Answered, ProtectedResponseGenerator
 from .metrics import CONTENT_TYPE
+from .model_names import DEFAULT
 from .recorder import name_request
 from .replies import BadRequest, Reply, reply_for
 
@@ -107,15 +108,9 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
             super().do_GET()
 
     def handle_models_request(self) -> None:
-        try:
-            super().handle_models_request()
-        except Exception as e:
-            # mlx-lm has sent its 200 and then found no cache of the hub here.
-            log.info("no models of the hub are listed: %s", e)
-            model = self.response_generator.cli_args.model
-            listed = [{"id": model, "object": "model", "created": self.created}]
-            body = {"object": "list", "data": listed if model else []}
-            self.wfile.write(json.dumps(body).encode())
+        names = self.response_generator.names.listed()
+        listed = [{"id": n, "object": "model", "created": self.created} for n in names]
+        self._send_json(200, {"object": "list", "data": listed})
 
     def handle_health_check(self) -> None:
         condition = self.response_generator.condition
@@ -153,6 +148,8 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         name_request(request, self.request_id, self.path)
+        if self.requested_model == DEFAULT:
+            self.requested_model = self.response_generator.names.default_name
         try:
             self._check_stream_options()
             departures = self.response_generator.departures

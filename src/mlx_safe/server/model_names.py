@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import compat
-from .replies import ModelNotFound
+from .replies import BadRequest, ModelNotFound
 
 __all__ = ["DEFAULT", "ModelNames", "Named"]
 
@@ -60,6 +60,11 @@ class ModelNames:
             cli_args.model, cli_args.adapter_path, cli_args.draft_model
         )
 
+    @property
+    def default_name(self) -> str:
+        """What answers call the model for a request that names none."""
+        return self._served[0] if self._served else DEFAULT
+
     # -- what there is -----------------------------------------------------------
 
     @property
@@ -89,7 +94,12 @@ class ModelNames:
 
         Raises:
             ModelNotFound: one of them is not known here.
+            BadRequest: one of them is no name.
         """
+        given = {"model": model, "adapters": adapter, "draft_model": draft}
+        for param, name in given.items():
+            if name is not None and not isinstance(name, str):
+                raise BadRequest(f"{param} must be a string.", param)
         if model is None or self._is_own(model):
             found = self.default
             if not found.model:

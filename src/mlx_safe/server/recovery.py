@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import traceback
@@ -249,8 +250,10 @@ def _epoch_is_exact() -> bool:
 
 def portable(exc: Exception) -> Exception:
     """``exc`` as it may be given to another thread: without its traceback."""
-    if isinstance(exc, (*EXPECTED, MemoryError)):
-        return type(exc)(str(exc))
+    if isinstance(exc, EXPECTED):
+        return copy.copy(exc)
+    if isinstance(exc, MemoryError):
+        return MemoryError(str(exc))
     if isinstance(exc, RuntimeError):
         return RuntimeError(str(exc))  # `reply_for` reads the allocators' messages
     return GenerationFailed(f"{type(exc).__name__}: {exc}")
