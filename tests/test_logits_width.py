@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conftest import make_model
 from support import child
 from support.model_types import VOCABULARY
 from support.server import Answer, Server
@@ -135,18 +136,9 @@ def server(
     model = tiny_model
     if request.param == WRAPPED:
         # Of the type of the README's example.
-        model = tmp_path_factory.mktemp("qwen3_5")
-        tests = str(Path(__file__).parent)
-        done = child.run(
-            f"""
-            import sys
-            from pathlib import Path
-            sys.path.insert(0, {tests!r})
-            from support import model_types
-            model_types.write(Path({str(model)!r}), "qwen3_5", Path({str(tiny_model)!r}))
-            """
-        )
-        assert done.returncode == 0, done.stderr
+        directory = tmp_path_factory.mktemp("types")
+        make_model("model_types.py", directory, str(tiny_model), "qwen3_5")
+        model = directory / "qwen3_5"
     with Server(model) as running:
         yield running.wait_ready()
 

@@ -61,6 +61,7 @@ LINEAR |= {"head_dim": 16, "short_conv_kernel_size": 4}
 
 # What looking at the dataclass does not tell, by type.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "afmoe": {"layer_types": WINDOWS},
     "afm7": {"num_kv_reuse_layers": 1},
     "baichuan_m1": {"sliding_window_layers": [0], "conv_window": 2},
     "bailing_moe_linear": {"layer_group_size": 2, "num_key_value_heads": 4},
@@ -112,7 +113,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ["longcat_flash", "longcat_flash_ngram"], {"zero_expert_type": "identity"}
     ),
-    "mamba2": {"time_step_rank": 4, "n_groups": 1, "state_size": 16, "num_heads": 4},
+    "mamba2": {
+        "time_step_rank": 4,
+        "n_groups": 1,
+        "state_size": 16,
+        "num_heads": 4,
+        "head_dim": 32,
+    },
     "mellum": {"layer_types": WINDOWS, "rope_parameters": ROPES},
     "mimo_v2_flash": {
         "moe_layer_freq": [0, 1, 1, 1],
@@ -268,15 +275,25 @@ def make(config: dict[str, Any]) -> Any:
     return module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
 
 
-def write(directory: Path, model_type: str, base: Path, seed: int = 3) -> Path:
-    """A small model of that type, with the tokenizer of the tiny model ``base``."""
+def write(
+    directory: Path,
+    model_type: str,
+    base: Path,
+    vocabulary: int | None = None,
+    seed: int = 3,
+) -> Path:
+    """A small model of that type, with the tokenizer of the tiny model ``base``.
+
+    Its vocabulary, too, unless another size is given.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     directory.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base / name, directory / name)
-    vocabulary = json.loads((base / "config.json").read_bytes())["vocab_size"]
+    known = json.loads((base / "config.json").read_bytes())["vocab_size"]
+    vocabulary = vocabulary or known
     config = config_of(model_type, vocabulary)
     mx.random.seed(seed)
     weights = {}
@@ -289,7 +306,7 @@ def write(directory: Path, model_type: str, base: Path, seed: int = 3) -> Path:
             scale = 0.5 if "embed" in name else 0.15
             value = mx.random.normal(value.shape, scale=scale)
             if value.shape[0] == vocabulary:  # no end of the answer by chance
-                value[vocabulary - SPECIAL :] = 0.0
+                value[known - SPECIAL : known] = 0.0
         weights[name] = value
     mx.save_safetensors(
         str(directory / "model.safetensors"), weights, metadata={"format": "mlx"}
@@ -299,4 +316,8 @@ def write(directory: Path, model_type: str, base: Path, seed: int = 3) -> Path:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    # OUT BASE TYPE[:VOCABULARY]...: each in a directory of OUT, called as it is here.
+    out, tiny, *wanted = sys.argv[1:]
+    for word in wanted:
+        kind, _, size = word.partition(":")
+        write(Path(out) / word, kind, Path(tiny), int(size) if size else None)
