@@ -36,7 +36,8 @@ NAMED: dict[str, Any] = {
     **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"], 16),
     **dict.fromkeys(["n_group", "topk_group", "first_k_dense_replace"], 1),
     **dict.fromkeys(["moe_layer_freq", "decoder_sparse_step"], 1),
-    **dict.fromkeys(["mlp_only_layers", "no_rope_layers"], []),
+    "mlp_only_layers": [],
+    "no_rope_layers": [],
     **dict.fromkeys(["rope_theta", "swa_rope_theta"], 10000.0),
     **dict.fromkeys(["rope_scaling", "rope_parameters"], None),
     **dict.fromkeys(["num_experts_per_tok", "moe_topk", "mamba_expand"], 2),
@@ -110,9 +111,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"block_dim": 64, "block_ff_dim": 64, "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"no_rope_layers": [1, 0, 1, 0]},
-    **dict.fromkeys(
-        ["longcat_flash", "longcat_flash_ngram"], {"zero_expert_type": "identity"}
-    ),
+    "longcat_flash": {"zero_expert_type": "identity"},
+    "longcat_flash_ngram": {"zero_expert_type": "identity"},
     "mamba2": {
         "time_step_rank": 4,
         "n_groups": 1,
@@ -214,8 +214,7 @@ def model_types() -> list[str]:
     for info in pkgutil.iter_modules(mlx_lm.models.__path__):
         spec = info.module_finder.find_spec(info.name, None)  # type: ignore[call-arg]
         assert spec is not None and spec.origin is not None
-        with open(spec.origin, encoding="utf-8") as f:
-            source = f.read()
+        source = Path(spec.origin).read_text(encoding="utf-8")
         if "class ModelArgs" in source or "ModelArgs," in source:
             found.append(info.name)
     return sorted(found)

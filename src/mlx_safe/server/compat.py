@@ -218,10 +218,11 @@ def knows_model_type(config: dict[str, Any]) -> bool:
 
 def is_hub_name(name: str) -> bool:
     """Whether the hub could have a model of this name."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub import utils
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        validate_repo_id(name)
+        utils.validate_repo_id(name)  # type: ignore[attr-defined]
     except HFValidationError:
         return False
     return True

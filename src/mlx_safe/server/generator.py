@@ -27,7 +27,7 @@ from .departures import Departures
 from .metrics import Metrics
 from .model_facts import ModelFacts
 from .model_loading import replace_model
-from .model_names import DEFAULT, ModelNames, Named
+from .model_names import DEFAULT, ModelNames
 from .overflow import Cut, Overflow
 from .prefill import PrefillStep
 from .ranks import AllStop

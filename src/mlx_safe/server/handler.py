@@ -149,7 +149,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         name_request(request, self.request_id, self.path)
         if self.requested_model == DEFAULT:
-            self.requested_model = self.response_generator.names.default_name
+            self.requested_model: str = self.response_generator.names.default_name
         try:
             self._check_stream_options()
             departures = self.response_generator.departures

@@ -19,7 +19,7 @@ from ..memory.sizes import format_size
 from . import compat
 from .model_facts import ModelFacts, look_at
 from .replies import BadRequest
-from .speculative import fit, why_not_draftable
+from .speculative import fit, fixed_caches, why_not_draftable
 
 __all__ = ["Unservable", "replace_model"]
 
@@ -89,6 +89,13 @@ def _check_draft(loaded: Any, facts: ModelFacts) -> None:
             f"No draft model can be used with this model: {why}.", param="draft_model"
         )
     fit(loaded.draft_model, draft, facts)
+    fixed = fixed_caches(compat.make_cache(loaded.draft_model))
+    if fixed:
+        log.warning(
+            "the draft model's cache cannot take tokens back (%s): it drafts worse "
+            "than it could, and answers are slower",
+            fixed,
+        )
 
 
 def unload(provider: Any) -> None:

@@ -145,7 +145,9 @@ class ModelNames:
         here = Path(name)
         files = ("adapter_config.json", "adapters.safetensors")
         if self._only_served or not all(_is_file(here / file) for file in files):
-            raise ModelNotFound(f"The adapter {_shown(name)} does not exist.", "adapters")
+            raise ModelNotFound(
+                f"The adapter {_shown(name)} does not exist.", "adapters"
+            )
         return name
 
 
@@ -156,9 +158,9 @@ def _check_model(directory: Path, remote_code: bool) -> None:
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise _Unsuitable(f"its config.json tells no model_type ({e!r})") from e
-    if not (remote_code and config.get("model_file")):
-        if not compat.knows_model_type(config):
-            raise _Unsuitable(f"mlx-lm does not know the type {kind!r}")
+    brings_its_own = remote_code and config.get("model_file")
+    if not brings_its_own and not compat.knows_model_type(config):
+        raise _Unsuitable(f"mlx-lm does not know the type {kind!r}")
     missing = [name for name in _weights(directory) if not _is_file(directory / name)]
     if missing:
         raise _Unsuitable(f"{missing[0]} is not there")
@@ -190,7 +192,9 @@ def _same(name: str, known: str | None) -> bool:
     """Whether both are the same word or the same directory."""
     if known is None or name == known:
         return name == known
-    return _is_dir(name) and _is_dir(known) and Path(name).resolve() == Path(known).resolve()
+    if not (_is_dir(name) and _is_dir(known)):
+        return False
+    return Path(name).resolve() == Path(known).resolve()
 
 
 def _is_dir(name: str) -> bool:

@@ -19,7 +19,7 @@ import mlx.core as mx
 from . import compat
 from .model_facts import ModelFacts
 
-__all__ = ["fit", "why_not_draftable"]
+__all__ = ["fit", "fixed_caches", "why_not_draftable"]
 
 
 def why_not_draftable(model: Any) -> str | None:
@@ -32,10 +32,16 @@ def why_not_draftable(model: Any) -> str | None:
     # It is how mlx-lm tells the target's caches from the draft's, in one list.
     if len(caches) != len(model.layers):
         return "its layers share caches"
-    names = sorted({type(c).__name__ for c in _leaves(caches) if not _rewinds(c)})
-    if names:
-        return f"its cache cannot take tokens back ({', '.join(names)})"
+    fixed = fixed_caches(caches)
+    if fixed:
+        return f"its cache cannot take tokens back ({fixed})"
     return None
+
+
+def fixed_caches(caches: Iterable[Any]) -> str:
+    """The kinds among ``caches``, which are empty, that cannot be shortened later."""
+    fixed = {type(c).__name__ for c in _leaves(caches) if not _rewinds(c)}
+    return ", ".join(sorted(fixed))
 
 
 def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
