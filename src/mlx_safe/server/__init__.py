@@ -56,7 +56,16 @@ handle_health_check``
 ``LRUPromptCache``               `prompt_cache`      entries are complete and hold
                                                      what they count
 ``Model.make_cache``             `kv_window`         --max-kv-size
-``ModelProvider.load`` (object)  `generator`         an unknown model is a 404
+``ResponseGenerator.generate``   `model_names`       an unknown model is a 404, at
+                                                     once
+``ModelProvider.load``,          `generator`,        what is loaded stays until the
+``._load`` (object), ``load``    `model_loading`     next can take its place
+``ResponseGenerator.             `generator`         asked of the model that is
+_is_batchable``                                      named, not of the one before
+``APIHandler.                    `model_names`       lists what requests may name
+handle_models_request``
+draft ``Model.__call__``         `speculative`       takes and gives the target's
+                                                     tokens
 ===============================  ==================  ==========================
 
 `compat` checks at start that they are where this patch expects them.

@@ -6,12 +6,15 @@ What differs between versions of mlx-lm is told apart in this module only.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import importlib
 import importlib.util
 import inspect
 import operator
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .._command import MLX, CommandError, Parser, in_one_line, need_mlx
@@ -45,6 +48,8 @@ SEAMS: tuple[tuple[str | None, str, tuple[str, ...]], ...] = (
         "_make_state_machine",
         ("self", "model_key", "tokenizer", "stop_words"),
     ),
+    ("ResponseGenerator", "_is_batchable", ("self", "args")),
+    (None, "load", ()),
     (None, "_make_sampler", ("args", "tokenizer")),
     (None, "_make_logits_processors", ("args",)),
     (None, "_format_top_logprobs", ("logprobs", "top_n", "tokenizer")),
@@ -106,7 +111,10 @@ FIELDS = {
     ),
     "ModelDescription": ("model", "draft", "adapter"),
     "SamplingArguments": ("top_k",),
-    "LogitsProcessorArguments": ("logit_bias",),
+    "LogitsProcessorArguments": (
+        *("logit_bias", "repetition_penalty"),
+        *("presence_penalty", "frequency_penalty"),
+    ),
     "GenerationContext": ("prompt", "prompt_cache_count", "tool_parser"),
     "Response": ("text", "token", "logprob", "finish_reason", "top_tokens"),
 }
@@ -123,8 +131,9 @@ ATTRIBUTES = {
     ),
     "LRUPromptCache": ("_lru", "_trie.get", "nbytes"),
     "ModelProvider": (
-        *("model", "draft_model", "model_key"),
-        *("cli_args.model", "cli_args.draft_model"),
+        *("model", "tokenizer", "draft_model", "model_key", "is_batchable"),
+        *("cli_args.model", "cli_args.draft_model", "cli_args.adapter_path"),
+        "is_distributed",
         *("cli_args.num_draft_tokens", "cli_args.prefill_step_size"),
         *("cli_args.prompt_cache_size", "cli_args.prompt_cache_bytes"),
     ),
@@ -285,6 +294,81 @@ def kv_quantization(cli_args: Any) -> dict[str, Any]:
     """mlx-lm 0.32's ``--kv-bits`` and its kin; empty when there are none."""
     names = ("kv_bits", "kv_group_size", "quantized_kv_start")
     return {name: getattr(cli_args, name) for name in names if hasattr(cli_args, name)}
+
+
+# What `ModelProvider._load` makes: with images (mlx-lm 0.32) a processor as well.
+LOADED = ("model", "tokenizer", "processor", "draft_model")
+
+
+def load_lazily(server: Any) -> None:
+    """Has mlx-lm's ``load`` leave the weights in their files until they are wanted."""
+    server.load = functools.partial(server.load, lazy=True)
+
+
+def load_beside(provider: Any, *named: Any) -> Any:
+    """A `ModelProvider` that has loaded ``named``; ``provider`` keeps what it has.
+
+    mlx-lm's own way to load, on a copy. After `load_lazily` it reads the heads of
+    files only, and yet fails on what would fail on the whole of them.
+    """
+    beside = copy.copy(provider)
+    type(provider)._load(beside, *named)
+    return beside
+
+
+def take_over(provider: Any, loaded: Any) -> None:
+    """``provider`` has what the other has loaded; with None, nothing."""
+    for name in (*LOADED, "model_key"):
+        if hasattr(provider, name):
+            setattr(provider, name, getattr(loaded, name, None))
+    provider.is_batchable = loaded is not None and loaded.is_batchable
+
+
+def knows_model_type(config: dict[str, Any]) -> bool:
+    """Whether mlx-lm has a module for a model with this config. Imports none."""
+    from mlx_lm import utils
+
+    kind = config["model_type"]
+    if not isinstance(kind, str):
+        return False
+    kind = utils.MODEL_REMAPPING.get(kind, kind)
+    try:
+        return importlib.util.find_spec(f"mlx_lm.models.{kind}") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the hub could have a model of this name."""
+    from huggingface_hub import utils
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        utils.validate_repo_id(name)  # type: ignore[attr-defined]
+    except HFValidationError:
+        return False
+    return True
+
+
+def cached_model(name: str) -> Path | None:
+    """Where the hub's cache has the model ``name``. Goes to no hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not is_hub_name(name):
+        return None
+    config = try_to_load_from_cache(name, "config.json")
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def cached_names() -> list[str]:
+    """The models that the hub's cache has, of whatever kind."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir().repos
+    except (CacheNotFound, OSError):
+        return []
+    return sorted(r.repo_id for r in repositories if r.repo_type == "model")
 
 
 def try_quantization(caches: list[Any], quantization: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ MLX 0.32).
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 from pathlib import Path
 from queue import Queue
@@ -28,6 +27,8 @@ from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
 from .model_limits import ModelLimits, prompt_field
+from .model_loading import replace_model
+from .model_names import DEFAULT, ModelNames
 from .overflow import Cut, Overflow
 from .prefill import PrefillStep
 from .ranks import AllStop
@@ -58,6 +59,9 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
+
+# Not the reason, which tells of files and hosts; it is in the log.
+CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
 
 # How often ranks agree whether the client of the sequential path is still there.
 SHARE_EVERY_TOKENS = 16
@@ -90,10 +94,14 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         stall_timeout_s: float,
         overflow: Overflow,
         memory: MemoryFlags,
+        names: ModelNames,
         max_kv_size: int | None = None,
         injections: bool = False,
     ) -> None:
         self.condition = condition
+        self.names = names
+        # Which model is loaded, and what it can be asked for.
+        self._loaded: tuple[Any, ModelLimits] = (None, ModelLimits())
         self._overflow = overflow
         self._max_kv_size = max_kv_size
         self.flight = Flight()
@@ -117,10 +125,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 Unavailable(f"The server restarts: {why}."), reported=True
             ),
         )
-        # Of the models that were loaded, by what they were asked for as.
-        self._limits: dict[tuple[Any, ...], ModelLimits] = {}
-        self._limits_now = ModelLimits(None, None, 1)
-        self._limits_of: Any = None  # the `model_key` of those
         # The ticket that mlx-lm's sequential path works on.
         self._alone: Ticket | None = None
         self.metrics = Metrics(
@@ -157,22 +161,29 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
         Raises:
             Unavailable: no work is taken now.
+            ModelNotFound: it names one that is not known.
             BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
         if self.condition.state in ("failed", "refusing"):
             raise Unavailable(self.condition.reason)
-        self._refuse_at_once(request, args)
+        self._check_at_the_door(request, args)
         made: tuple[Any, Any] = super().generate(request, args, progress)
         return made
 
-    def _refuse_at_once(self, request: Any, args: Any) -> None:
-        """What is known to be wrong does not wait for the generation thread."""
-        wanted = args.model
-        limits = self._limits.get((wanted.model, wanted.adapter, wanted.draft))
-        if limits is not None:
+    def _check_at_the_door(self, request: Any, args: Any) -> None:
+        """What needs no turn in the queue; names become those that mlx-lm loads."""
+        named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
+        args.model = type(args.model)(**named._asdict())
+        key, limits = self._loaded
+        if key == named:  # else it will be checked when its model is loaded
             limits.check(args)
             limits.check_length(request, self._overflow.refuses_over(limits.context))
+
+    @property
+    def width(self) -> int | None:
+        """The width of the loaded model's logits; None: not known. Any thread."""
+        return self._loaded[1].facts.width
 
     # -- the generation thread ----------------------------------------------
 
@@ -220,27 +231,34 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         return True
 
     def _wrap_load(self, provider: Any, injections: bool) -> None:
-        load, load_anew = provider.load, provider._load
+        load = provider.load
 
-        def unload_and_load(*args: Any, **kwargs: Any) -> Any:
-            _unload(provider)
-            return load_anew(*args, **kwargs)
+        def load_anew(*named: Any) -> None:
+            ceiling = self.admission.limits.static
+            facts = replace_model(provider, named, lambda: ceiling().size)
+            limits = ModelLimits.of(provider.model, provider.tokenizer, facts)
+            self._overflow.compare(limits.context)
+            self._loaded = (provider.model_key, limits)
+            self._resumed.width = facts.width
 
-        provider._load = unload_and_load
+        provider._load = load_anew
 
-        def load_or_say_why(*args: Any, **kwargs: Any) -> Any:
+        def load_or_say_why(*named: Any) -> Any:
+            # mlx-lm 0.31.3 forgets the adapters of its command line.
+            named = self.names.default if named[0] == DEFAULT else named
             try:
-                model, tokenizer = load(*args, **kwargs)
+                model, tokenizer = load(*named)
             except Exception as e:
                 if errors.from_exception(e) or is_allocation_failure(e):
                     raise  # it may pass
                 if self.condition.state != "loading":
                     log.info("a model cannot be loaded: %s", one_line(e))
-                raise ModelNotFound(one_line(e)) from e
+                if isinstance(e, EXPECTED):
+                    raise
+                raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
             if self._max_kv_size and provider.draft_model is None:
                 kv_window.limit(model, self._max_kv_size)
             self._measure(provider)
-            self._note_limits(provider, *args, **kwargs)
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
@@ -249,19 +267,14 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
         provider.load = load_or_say_why
 
-    def _note_limits(
-        self,
-        provider: Any,
-        model_path: str,
-        adapter_path: str | None = None,
-        draft_model_path: str | None = None,
-    ) -> None:
-        if self._limits_of != provider.model_key:
-            self._limits_now = ModelLimits.of(provider.model, provider.tokenizer)
-            self._limits_of = provider.model_key
-            self._overflow.compare(self._limits_now.context)
-        asked = (model_path, adapter_path, draft_model_path)
-        self._limits[asked] = self._limits_now
+    def _is_batchable(self, args: Any) -> bool:
+        """mlx-lm asks of the model that is loaded, before it loads the one named.
+
+        One that names another is served alone, which any model can be.
+        """
+        loaded = self.model_provider.model_key
+        named = (args.model.model, args.model.adapter, args.model.draft)
+        return named == loaded and bool(super()._is_batchable(args))
 
     def _measure(self, provider: Any) -> None:
         try:
@@ -271,10 +284,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise
             # Not the one that the server was started with.
             log.warning("a model cannot be served: %s", e)
-            raise ModelNotFound(str(e)) from e
+            raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        limits = self._limits_now
+        limits = self._loaded[1]
         # Once more: another model may have been asked for when it came.
         limits.check(args)
         limit = self._overflow.refuses_over(limits.context)
@@ -295,6 +308,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
         if not found[0]:
             raise BadRequest("The prompt is empty.", prompt_field(request))
+        limits.facts.check_prompt(found[0], args.logits)
         # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
         # fail is this request's own.
         for word in args.stop_words:
@@ -467,18 +481,6 @@ def _unreadable(exc: Exception, request: Any) -> BadRequest:
         log.warning("a prompt cannot be read (%s)", type(exc).__name__)
         why = "The model's tokenizer and chat template cannot make a prompt of this."
     return BadRequest(why, prompt_field(request))
-
-
-def _unload(provider: Any) -> None:
-    """Gives the memory of the model back that ``provider`` is about to replace.
-
-    mlx-lm drops its own reference, but its loop's variables have another until the
-    next model is there (0.31.3 and 0.32.2): both would have to fit.
-    """
-    for model in filter(None, (provider.model, provider.draft_model)):
-        model.clear()  # a module is the dictionary of its parts
-    gc.collect()
-    mx.clear_cache()
 
 
 def _where(cli_args: Any) -> str:

@@ -9,8 +9,6 @@ import time
 import traceback
 from email.message import Message
 from http import HTTPStatus
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +21,7 @@ from .choices import GenerationEnded
 from .generator import Asked, ProtectedResponseGenerator
 from .logprobs import TOP_MAX
 from .metrics import CONTENT_TYPE
+from .model_names import DEFAULT
 from .replies import (
     EXPECTED,
     BadRequest,
@@ -100,6 +99,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     bodies = Bodies()  # of the server
     timeout = 120  # seconds for one read or write; a body has limits of its own
     headers: Any = Message()  # none yet, when the request line cannot be read
+    body: Any  # mlx-lm's: the request
     # http.server's own.
     path: str
     request_version: str
@@ -219,39 +219,20 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         )
         discard(self.connection)
 
-    def _models(self) -> list[dict[str, Any]]:
-        """What mlx-lm lists, which sends it at once."""
-        kept = self.wfile, self.path
-        self.wfile, self.path = BytesIO(), "/v1/models"
-        try:
-            super().handle_models_request()
-            listed = json.loads(self.wfile.getvalue().partition(b"\r\n\r\n")[2])
-            found: list[dict[str, Any]] = listed["data"]
-        except Exception as e:
-            # mlx-lm has sent its 200 and then found no cache of the hub here.
-            log.info("no models of the hub are listed: %s", e)
-            self._headers_buffer = []
-            model = self.response_generator.cli_args.model
-            listed = {"id": model, "object": "model", "created": self.created}
-            found = [listed] if model else []
-        finally:
-            self.wfile, self.path = kept
-        return found
+    def _listed(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.created}
 
     def handle_models_request(self) -> None:
-        self._send_json(200, {"object": "list", "data": self._models()})
+        names = self.response_generator.names.listed()
+        body = {"object": "list", "data": [self._listed(name) for name in names]}
+        self._send_json(200, body)
 
     def _send_model(self, name: str) -> None:
-        """One model, by the id that the list has or by what it was started as."""
-        given = self.response_generator.cli_args.model
-        for model in self._models():
-            # The list has the path that a relative one stands for.
-            if name == model["id"] or (
-                name == given and model["id"] == str(Path(given).resolve())
-            ):
-                self._send_json(200, {**model, "id": name})
-                return
-        self._end(ModelNotFound(name))
+        """One model, by an id that the list has or by what it was started as."""
+        if self.response_generator.names.knows(name):
+            self._send_json(200, self._listed(name))
+        else:
+            self._end(ModelNotFound("There is no such model.", "model"))
 
     def handle_health_check(self) -> None:
         condition = self.response_generator.condition
@@ -345,6 +326,8 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         super()._validate(name, *args, **more)
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
+        if self.requested_model == DEFAULT:
+            self.requested_model: str = self.response_generator.names.default_name
         try:
             super().handle_completion(request, stop_words)
         except Asked as asked:

@@ -44,6 +44,7 @@ def _own_parser() -> Parser:
     _add_recovery_flags(parser)
     _add_prompt_flags(parser)
     _add_memory_flags(parser)
+    _add_model_flags(parser)
     return parser
 
 
@@ -154,6 +155,36 @@ def _add_memory_flags(parser: Parser) -> None:
         help="how many tokens of a prompt are read at once; less when memory is "
         "short (default: 2048)",
     )
+
+
+def _add_model_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--served-model-name",
+        action="append",
+        type=_name,
+        default=[],
+        metavar="NAME",
+        help="a name for --model, which requests may use and /v1/models lists in the "
+        "place of its path; may be given more than once",
+    )
+    parser.add_argument(
+        "--only-served-model",
+        action="store_true",
+        help="requests may name nothing but the model that the server was started "
+        "with: no other model, adapter or draft model",
+    )
+    parser.add_argument(
+        "--allow-model-download",
+        action="store_true",
+        help="a request may name a model that is on the hub only: it is downloaded "
+        "(default: what is not on this machine is a 404)",
+    )
+
+
+def _name(text: str) -> str:
+    if not text.strip() or text != text.strip():
+        raise argparse.ArgumentTypeError(f"must be a name, not {text!r}")
+    return text
 
 
 def _count(text: str) -> int:
@@ -287,6 +318,7 @@ def run(
     compat.check_provider(model_provider)
     check_paths(model_provider.cli_args)
     _check_kv_flags(own, model_provider.cli_args)
+    _check_model_flags(own, model_provider.cli_args)
     overflow = Overflow(
         own.max_prompt_tokens, own.prompt_overflow_policy, own.prompt_keep_tokens
     )
@@ -336,6 +368,7 @@ def _patch(server: Any, generator: Callable[[], Any]) -> None:
     """Has mlx-lm's functions pass by ``generator``, which need not be made yet."""
     from .logprobs import top_logprobs
 
+    compat.load_lazily(server)
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     make_processors = server._make_logits_processors
     server._make_sampler = lambda args, tokenizer: generator().resume_sampler(
@@ -357,6 +390,7 @@ def _make_generator(
     from .admission import MemoryFlags
     from .condition import Condition
     from .generator import ProtectedResponseGenerator
+    from .model_names import ModelNames
     from .prompt_cache import PromptCache
 
     return ProtectedResponseGenerator(
@@ -374,6 +408,12 @@ def _make_generator(
             max_active_kv=own.max_active_kv_bytes,
             max_active_memory=own.max_active_memory_bytes,
             wait_s=own.memory_wait,
+        ),
+        names=ModelNames(
+            model_provider.cli_args,
+            served=own.served_model_name,
+            only_served=own.only_served_model,
+            download=own.allow_model_download,
         ),
         injections=injections,
     )
@@ -481,6 +521,16 @@ def _check_kv_flags(own: argparse.Namespace, args: argparse.Namespace) -> None:
         if getattr(args, flag, None):
             option = "--" + flag.replace("_", "-")
             raise CommandError(f"--max-kv-size cannot be used with {option}")
+
+
+def _check_model_flags(own: argparse.Namespace, args: argparse.Namespace) -> None:
+    for flag in ("served_model_name", "only_served_model"):
+        if getattr(own, flag) and not args.model:
+            raise CommandError(f"--{flag.replace('_', '-')} needs --model")
+    if own.only_served_model and own.allow_model_download:
+        raise CommandError(
+            "--only-served-model cannot be used with --allow-model-download"
+        )
 
 
 def _may_be_on_the_hub(name: str) -> bool:

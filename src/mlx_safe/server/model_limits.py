@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory.context import config_of, context_tokens
 from . import compat
-from .replies import BadRequest, ContextTooLong
+from .model_facts import ModelFacts
+from .replies import ContextTooLong
 
-__all__ = ["ModelLimits", "context_of", "prompt_field", "too_long", "vocabulary"]
+__all__ = ["ModelLimits", "context_of", "prompt_field", "too_long"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -21,12 +22,6 @@ SHRINKS = 4
 # A text of so many characters is counted in pieces first. Where it is cut there are
 # a few tokens more than in the whole.
 LONG, PIECE, CUT = 2**18, 2**16, 16
-
-
-def vocabulary(model: Any) -> int | None:
-    """How many logits ``model`` makes for each token; None: not known."""
-    size = getattr(getattr(model, "args", None), "vocab_size", None)
-    return None if size is None else int(size)
 
 
 def context_of(model: Any, tokenizer: Any) -> int | None:
@@ -43,20 +38,20 @@ class ModelLimits:
     """Of one model. Any thread.
 
     Attributes:
-        vocabulary: as of `vocabulary`.
+        facts: what it does with token ids.
         context: tokens that the model was made for; None: no limit is known.
         longest: characters that one token can stand for at most.
     """
 
-    vocabulary: int | None
-    context: int | None
-    longest: int
+    facts: ModelFacts = field(default_factory=ModelFacts)
+    context: int | None = None
+    longest: int = 1
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> ModelLimits:
+    def of(cls, model: Any, tokenizer: Any, facts: ModelFacts) -> ModelLimits:
         context = context_of(model, tokenizer)
         longest = max(map(len, tokenizer.get_vocab()), default=1)
-        return cls(vocabulary(model), context, longest)
+        return cls(facts, context, longest)
 
     def check(self, args: Any) -> None:
         """Refuses, or puts right, what ``args`` want of tokens.
@@ -67,11 +62,8 @@ class ModelLimits:
         Raises:
             BadRequest: there is no such token.
         """
-        size = self.vocabulary
-        # Biases that are out of bounds are written all the same.
-        for token in args.logits.logit_bias or {}:
-            if size is not None and not 0 <= token < size:
-                raise BadRequest(f"logit_bias: there is no token {token}", "logit_bias")
+        self.facts.check_bias(args.logits.logit_bias)
+        size = self.facts.width
         # mlx-lm (0.31, 0.32) fails on one that leaves nothing out.
         if size is not None and args.sampling.top_k >= size:
             args.sampling.top_k = 0

@@ -158,6 +158,8 @@ class Resumed:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        # Of the logits of the model that is loaded, if it is known.
+        self.width: int | None = None
         # What mlx-lm is given to begin with: prompt and tokens.
         self._prompt: list[int] = []
 
@@ -199,7 +201,8 @@ class Resumed:
         if self.tokens and _is_seeded(args):
             import mlx.core as mx
 
-            logprobs = mx.zeros((1, tokenizer.vocab_size + 1024))
+            width = self.width or 1 + max(tokenizer.get_vocab().values())
+            logprobs = mx.zeros((1, width))
             for _ in self.tokens:
                 mx.eval(sampler(logprobs))
         return sampler

@@ -50,7 +50,14 @@ class BadRequest(Exception):
 
 
 class ModelNotFound(Exception):
-    """The model that the request names cannot be loaded."""
+    """There is no such model, or it cannot be loaded; the message may be shown.
+
+    ``param`` is the field that names it: ``model``, ``adapters``, ``draft_model``.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextTooLong(Exception):
@@ -120,12 +127,12 @@ def reply_for(exc: BaseException) -> Reply:
             exc.status, "invalid_request_error", exc.code, str(exc), param=exc.param
         )
     if isinstance(exc, ModelNotFound):
-        # Not the reason, which tells of files and hosts; it is in the log.
         return Reply(
             404,
             "invalid_request_error",
             "model_not_found",
-            "The model that the request names cannot be loaded.",
+            str(exc),
+            param=exc.param,
         )
     if isinstance(exc, ContextTooLong):
         return Reply(
