@@ -51,6 +51,8 @@ _validate``
                                  `schema`            has checked and put right
 ``APIHandler.                    `handler`           an image that cannot be had
 handle_chat_completions``                            is told in our words
+``APIHandler`` as a handler of    `wire`              HTTP/1.1: chunked streams,
+HTTP                                                 connections that are kept
 ``APIHandler.                    `handler`           tells the truth
 handle_health_check``
 ``LRUPromptCache``               `prompt_cache`      entries are complete and hold

@@ -65,6 +65,7 @@ class Answer:
             for index, item in choices:
                 told = self._told[index]
                 if hasattr(item, "token"):
+                    handler.heard()
                     told.add(item)
                 elif item is None:
                     told.end()

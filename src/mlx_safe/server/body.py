@@ -18,7 +18,7 @@ from typing import Any
 
 from .replies import BadRequest, NotEnoughMemory
 
-__all__ = ["DEFAULT_MAX_BYTES", "Bodies", "Hold", "discard", "is_announced"]
+__all__ = ["DEFAULT_MAX_BYTES", "Bodies", "Hold", "discard"]
 
 DEFAULT_MAX_BYTES = 32 * 2**20
 # A body may take GRACE_S, and a second more for each so many bytes that have come.
@@ -235,12 +235,6 @@ def _chunk_size(line: bytes) -> int:
     if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
         raise _malformed("a chunk has no size")
     return int(digits, 16)
-
-
-def is_announced(headers: Message) -> bool:
-    """Whether a body follows ``headers``."""
-    length = headers.get("Content-Length", "0").strip()
-    return "Transfer-Encoding" in headers or length != "0"
 
 
 def _length(headers: Message, version: str) -> int | None:

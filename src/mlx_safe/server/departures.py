@@ -7,12 +7,14 @@ sockets of all requests in flight instead.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .tickets import Ticket
 
@@ -76,15 +78,25 @@ class Departures:
             time.sleep(LOOK_EVERY_S)
 
 
+# What tells of a close behind data that nobody has read, such as a next request:
+# Linux's poll has it, kqueue has it on macOS.
+RDHUP = getattr(select, "POLLRDHUP", None)
+
+
 def _has_left(connection: socket.socket) -> bool:
     """Whether the other side has closed; data that it sent on is left alone."""
     try:
+        if RDHUP is None:
+            return _is_at_its_end(connection)
         poller = select.poll()
-        poller.register(connection, select.POLLIN)
-        if not poller.poll(0):
-            return False
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
+        poller.register(connection, RDHUP)
+        return bool(poller.poll(0))
     except (OSError, ValueError):
         return True  # reset, or closed by its own handler
+
+
+def _is_at_its_end(connection: socket.socket) -> bool:
+    kq: Any = select  # what only systems with kqueue have
+    with contextlib.closing(kq.kqueue()) as queue:
+        wanted = kq.kevent(connection, kq.KQ_FILTER_READ, kq.KQ_EV_ADD)
+        return any(e.flags & kq.KQ_EV_EOF for e in queue.control([wanted], 1, 0))

@@ -97,11 +97,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         names: ModelNames,
         max_kv_size: int | None = None,
         injections: bool = False,
+        hold_s: float | None = None,
     ) -> None:
         self.condition = condition
         self.names = names
         # Which model is loaded, and what it can be asked for.
         self._loaded: tuple[Any, ModelLimits] = (None, ModelLimits())
+        self._hold_s = hold_s
         self._overflow = overflow
         self._max_kv_size = max_kv_size
         self.flight = Flight()
@@ -122,7 +124,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             stall_timeout_s,
             self._is_working,
             lambda why: self.recovery.give_up(
-                Unavailable(f"The server restarts: {why}."), reported=True
+                Unavailable(f"The server restarts: {why}.", restarts=True),
+                reported=True,
             ),
         )
         # The ticket that mlx-lm's sequential path works on.
@@ -165,8 +168,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
+        if not self.condition.wait_loaded(self._hold_s):
+            raise Unavailable("The model is being loaded.", restarts=True)
         if self.condition.state in ("failed", "refusing"):
-            raise Unavailable(self.condition.reason)
+            restarts = self.condition.restarts
+            raise Unavailable(self.condition.reason, restarts=restarts)
         self._check_at_the_door(request, args)
         made: tuple[Any, Any] = super().generate(request, args, progress)
         return made
@@ -222,8 +228,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             where = "" if passing else _where(self.cli_args)
             told = in_one_line(cause)
             log.error("the model cannot be loaded: %s%s", where, told)
+            self.condition.restarts = status == EXIT_REPLACE
             self.condition.enter("failed", "the model cannot be loaded")
-            why = Unavailable("The model cannot be loaded.")
+            why = Unavailable("The model cannot be loaded.", restarts=True)
             self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
             return False
         self.condition.enter("ok")
@@ -459,7 +466,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
-        why = Unavailable("The server is stopping.")
+        why = Unavailable("The server is stopping.", restarts=True)
         self.condition.enter("failed", "the server is stopping")
         self.recovery.fail_everyone(why)
         if self._one_rank:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import traceback
-from email.message import Message
+from email.message import Message as EmailMessage
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
@@ -16,9 +16,10 @@ from mlx_lm.server import APIHandler
 
 from . import compat, schema, strict_json
 from .answers import Answer
-from .body import Bodies, Hold, discard, is_announced
+from .body import Bodies, Hold, discard
 from .choices import GenerationEnded
-from .generator import Asked, ProtectedResponseGenerator
+from .generator import Asked
+from .handover import Message, State
 from .logprobs import TOP_MAX
 from .metrics import CONTENT_TYPE
 from .model_names import DEFAULT
@@ -30,6 +31,7 @@ from .replies import (
     Reply,
     reply_for,
 )
+from .wire import Wire
 
 __all__ = ["ProtectedHandler"]
 
@@ -39,24 +41,8 @@ log = logging.getLogger("mlx_safe.server")
 GONE = (ConnectionError, TimeoutError)
 GET_ROUTES = ("/health", "/metrics", "/v1/models")
 
-
-class _BodyWriter:
-    """``wfile`` that sends held-back headers before its first byte."""
-
-    def __init__(self, handler: ProtectedHandler, raw: Any) -> None:
-        self._handler = handler
-        self._raw = raw
-
-    def write(self, data: bytes) -> int:
-        self._handler.release_headers()
-        self._handler.bytes_sent += len(data)
-        # What mlx-lm itself refuses; it writes the body in one go.
-        if data.startswith(b'{"error": "'):
-            data = _in_our_form(data)
-        return int(self._raw.write(data))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
+# mlx-lm tells with them how far it has read a prompt, after each step.
+COMMENT = b": keepalive"
 
 
 def _in_our_form(data: bytes) -> bytes:
@@ -91,47 +77,49 @@ class _Refused(BaseException):
         self.error = error
 
 
-class ProtectedHandler(APIHandler):  # type: ignore[misc]
-    """One request. Runs on a thread of its own."""
+class ProtectedHandler(Wire, APIHandler):  # type: ignore[misc]
+    """One connection. Runs on a thread of its own."""
 
-    response_generator: ProtectedResponseGenerator
+    response_generator: Any  # a `generator.ProtectedResponseGenerator`
     n = 1  # choices
     bodies = Bodies()  # of the server
     timeout = 120  # seconds for one read or write; a body has limits of its own
-    headers: Any = Message()  # none yet, when the request line cannot be read
+    keepalive_after_s = 5.0
+    headers: Any = EmailMessage()  # none yet, when the request line cannot be read
     body: Any  # mlx-lm's: the request
     # http.server's own.
     path: str
+    command = ""
     request_version: str
     rfile: Any
     _headers_buffer: list[bytes]
+    _allow: str | None = None
 
-    def setup(self) -> None:
-        self._hold_headers = False
-        self._logged_code: Any = None
-        self._allow: str | None = None
-        self.command = ""
-        self.bytes_sent = 0
-        super().setup()
-        raw: Any = self.wfile
-        self.wfile: Any = _BodyWriter(self, raw)
+    def begin(self) -> None:
+        self.created = int(time.time())  # mlx-lm sets it once for each connection
+        self._asked_at = time.monotonic()
 
-    # mlx-lm begins every answer with a 200; what is logged is what was sent.
+    # A stream's 200 waits for its first token: until then a failure can still be
+    # answered with its own status, which clients know how to retry. Only one that
+    # takes its time has comments before.
 
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        self._logged_code = code
+    def shape(self, data: bytes) -> bytes:
+        if data.startswith(COMMENT) and not self._is_late():
+            return b""
+        # What mlx-lm itself refuses; it writes the body in one go.
+        if data.startswith(b'{"error": "'):
+            return _in_our_form(data)
+        return data
 
-    def finish(self) -> None:
-        super().finish()
-        if self._logged_code is not None:
-            super().log_request(self._logged_code)
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._asked_at >= self.keepalive_after_s
 
-    # A stream's headers wait for its first byte: until then a failure can still
-    # be answered with its own status, which clients know how to retry.
-
-    def _set_stream_headers(self, status_code: int = 200) -> None:
-        super()._set_stream_headers(status_code)
-        self._hold_headers = True
+    def heard(self) -> None:
+        """A token has been made; it may have no text yet, as those of tool calls."""
+        if not self.stream or not self._is_late():
+            return
+        if time.monotonic() - self.wfile.sent_at >= max(self.keepalive_after_s, 1.0):
+            self.wfile.write(COMMENT + b"\n\n")
 
     def _set_cors_headers(self) -> None:
         """The last that mlx-lm does before it ends the headers of any answer."""
@@ -142,20 +130,9 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         for name, value in ticket.headers.items() if ticket else ():
             self.send_header(name, value)
 
-    def flush_headers(self) -> None:
-        if not self._hold_headers:
-            super().flush_headers()
-
-    def release_headers(self) -> None:
-        """Sends the headers that were held back, if any."""
-        if self._hold_headers:
-            self._hold_headers = False
-            super().flush_headers()
-
     # -- routes -----------------------------------------------------------------
 
     def do_GET(self) -> None:
-        self._ignore_body()
         route = self.path.partition("?")[0]
         if route == "/metrics":
             body = self.response_generator.metrics.render()
@@ -169,15 +146,10 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         else:
             self._refuse_route()
 
-    do_HEAD = do_GET  # `_send_body` leaves the body out
-
-    def do_OPTIONS(self) -> None:
-        self._ignore_body()
-        super().do_OPTIONS()
+    do_HEAD = do_GET  # `Wire` leaves the body out
 
     def _refuse_route(self) -> None:
         """There is no such path, or it is not for this method."""
-        self._ignore_body()
         route = self.path.partition("?")[0]
         is_get = route in GET_ROUTES or route.startswith("/v1/models/")
         if is_get or route in schema.PATHS:
@@ -195,11 +167,6 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     do_PUT = do_PATCH = do_DELETE = _refuse_route
 
-    def _ignore_body(self) -> None:
-        """What may follow is not read, so the connection ends here."""
-        if is_announced(self.headers):
-            self.close_connection = True
-
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
     ) -> None:
@@ -207,7 +174,6 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         if self.request_version == "HTTP/0.9":
             self.request_version = self.protocol_version  # or there is no status line
         self.close_connection = True
-        self.bytes_sent = 0
         # Not ``message``, which quotes what the client has sent.
         phrase = HTTPStatus(code).phrase
         self._end(
@@ -253,7 +219,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         if self.path not in schema.PATHS:
             self._refuse_route()
             return
-        rfile, self._unread = self.rfile, True
+        rfile = self.rfile
         try:
             with self.bodies.holding() as hold:
                 refused = self._take_request(hold)
@@ -270,8 +236,6 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         finally:
             self.rfile = rfile
             self.body = None  # the handler itself is in cycles, and lives on
-        if self._unread:
-            discard(self.connection)
 
     def handle_expect_100(self) -> bool:
         return True  # not before `body` knows that it will read on
@@ -284,7 +248,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         """
         try:
             raw = self.bodies.read(self, hold)
-            self._unread = False
+            self.body_was_read()
             with self.bodies.parsing(len(raw)):
                 self.rfile = _Checked(self._checked(raw))
         except (BadRequest, NotEnoughMemory, *GONE) as e:
@@ -328,6 +292,8 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         if self.requested_model == DEFAULT:
             self.requested_model: str = self.response_generator.names.default_name
+        self._asked_at = time.monotonic()
+        self.held.reach(State.RUNNING)
         try:
             super().handle_completion(request, stop_words)
         except Asked as asked:
@@ -346,6 +312,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
             self._end(e)
         else:
             self._count("completed")
+            self.server.handover.tell_once(Message.WORKED)
 
     def _note_failure(self, exc: Exception) -> None:
         """Of what goes wrong here; the generation thread notes its own."""
@@ -363,6 +330,9 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         if isinstance(exc, GONE):
             self._count("client_left")
             self._note_departure()
+        elif self.response_generator.condition.restarts and self.leave_to_the_next():
+            self._count("handed_over")
+            log.info("%s is left to the next server", self.request_id)
         else:
             self._count(reply_for(exc).code)
             self._send_failure(exc)
@@ -373,8 +343,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     # -- answers ------------------------------------------------------------------
 
     def _note_departure(self) -> None:
-        self._hold_headers = False
-        self._headers_buffer = []
+        self.abandon()
         request_id = getattr(self, "request_id", "-")
         log.info("the client of %s went away; its request is cancelled", request_id)
 
@@ -382,17 +351,17 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         """Tells the client of ``exc``."""
         reply = reply_for(exc)
         try:
-            if self.bytes_sent:
+            if not self.wfile.sent:
+                self._send_error_body(reply)
+            elif self.stream:
                 self._send_error_event(reply)
             else:
-                self._send_error_body(reply)
+                self.abandon()
         except GONE:
             self._note_departure()
 
     def _send_error_body(self, reply: Reply) -> None:
-        self._headers_buffer = []  # of the 200 that mlx-lm had begun
-        self._hold_headers = False
-        self.close_connection = True
+        self.drop_head()  # of the 200 that mlx-lm had begun
         body = json.dumps({"error": reply.error()}).encode()
         self._send_body(reply.status, "application/json", body, reply.retry_after)
 
@@ -426,5 +395,5 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
             self.send_header("Allow", self._allow)
         self._set_cors_headers()
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        self.wfile.write(body)
         self.wfile.flush()

@@ -19,7 +19,9 @@ from ..forensics import startup
 from ..memory.sizes import parse_size
 from . import compat, ranks, supervisor
 from .body import DEFAULT_MAX_BYTES, Bodies
+from .handover import Handover, Held, Message
 from .overflow import Overflow
+from .wire import Resting
 
 __all__ = ["check_paths", "run", "serve"]
 
@@ -72,10 +74,27 @@ def _add_recovery_flags(parser: Parser) -> None:
         "get a 503, the process leaves with status 75; 0: never (default: 600)",
     )
     parser.add_argument(
+        "--keepalive-after",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="a stream's comments begin so long after its request was read; until "
+        "then, or its first token, what fails is answered with its own status "
+        "(default: 5)",
+    )
+    parser.add_argument(
         "--supervise",
         action="store_true",
         help="start the server again when it ends, in a small parent process that "
         "keeps the port open meanwhile",
+    )
+    parser.add_argument(
+        "--hold-seconds",
+        type=_seconds,
+        default=supervisor.HOLD_S,
+        metavar="SECONDS",
+        help="with --supervise: how long a request waits for the next server before "
+        "its client gets a 503; 0: not at all (default: 60)",
     )
 
 
@@ -273,7 +292,40 @@ class _Server(ThreadingHTTPServer):
     condition: Condition
     told = False
 
-    # A client counts from before it is accepted until its connection is closed.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._resting = Resting()
+        self.handover = Handover.of_environment()
+        # Connections that an earlier server had, until their handlers have begun;
+        # and those that the next server is to have.
+        self._taken: dict[Any, Held] = {}
+        self._holds: dict[Any, Held] = {}
+        self._left: set[Any] = set()
+        super().__init__(*args, **kwargs)
+
+    def held(self, connection: Any) -> Held:
+        """What the supervisor keeps of ``connection``; asked by its handler."""
+        found = self._taken.pop(connection, None) or self.handover.hold(connection)
+        self._holds[connection] = found
+        return found
+
+    def take_over(self) -> None:
+        """Serves what was accepted before, by an earlier server or the supervisor."""
+
+        def serve(connection: Any, held: Held) -> None:
+            if not self.condition.arrive():
+                return  # the supervisor has it still
+            connection.setblocking(True)
+            self._taken[connection] = held
+            self.process_request(connection, _peer(connection))
+
+        self.handover.take_over(serve)
+
+    def leave_open(self, connection: Any) -> None:
+        """The next server is to have ``connection``."""
+        self._left.add(connection)
+
+    # A client counts from before it is accepted until its connection is closed, but
+    # not while that waits for another request.
 
     def get_request(self) -> Any:
         if not self.condition.arrive():
@@ -285,8 +337,22 @@ class _Server(ThreadingHTTPServer):
             self.condition.depart()
             raise
 
+    def rest(self, connection: Any) -> None:
+        """``connection`` has its answer, and is kept."""
+        self._resting.add(connection)
+        self.condition.depart()
+
+    def resume(self, connection: Any) -> None:
+        """``connection`` has sent something, or ends."""
+        self._resting.remove(connection)
+        self.condition.return_()
+
     def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+        held = self._holds.pop(request, None)
+        if request not in self._left:
+            super().shutdown_request(request)
+            if held is not None:
+                held.close()
         self.condition.depart()
 
     def service_actions(self) -> None:
@@ -297,7 +363,8 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError):
-            log.info("a client went away: %s", error)
+            # It waits for nothing: checks of HAProxy end with a reset.
+            log.debug("a client went away: %s", error)
         else:
             log.exception("a handler failed")
 
@@ -334,8 +401,11 @@ def run(
     generator: Any = None
     ProtectedHandler.bodies = Bodies(own.max_request_bytes)
 
+    ProtectedHandler.keepalive_after_s = own.keepalive_after
+
     def handle(*args: Any) -> None:
-        ProtectedHandler(generator, *args, system_fingerprint=fingerprint)
+        handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
+        handler(generator, *args, system_fingerprint=fingerprint)
 
     startup.tell()  # the log is set up by now
     watch = on_fault(lambda fault: _leave_on_terminate(fault, lambda: generator))
@@ -343,13 +413,29 @@ def run(
     if is_first:
         log.info("listening at http://%s:%s; loading the model", host, port)
     _patch(server, lambda: generator)
-    generator = _make_generator(own, overflow, model_provider, injections)
+
+    def ready() -> None:
+        _tell_of_the_start(ready=True)
+        if httpd is not None:
+            httpd.handover.tell(Message.READY)
+
+    _tell_of_the_start(ready=False)
+    generator = _make_generator(own, overflow, model_provider, injections, ready)
     start_sampler(generator.admission.figures)
     with watch:
         if httpd is None:
             _follow_the_first(generator)
         else:
             _serve_until_told(httpd, generator)
+
+
+def _tell_of_the_start(ready: bool) -> None:
+    """Lets ``Retry-After`` of a restart be what the last start took."""
+    from .replies import a_start_takes
+
+    seconds = supervisor.start_took(ready)
+    if seconds is not None:
+        a_start_takes(seconds)
 
 
 def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
@@ -384,7 +470,11 @@ def _patch(server: Any, generator: Callable[[], Any]) -> None:
 
 
 def _make_generator(
-    own: argparse.Namespace, overflow: Overflow, model_provider: Any, injections: bool
+    own: argparse.Namespace,
+    overflow: Overflow,
+    model_provider: Any,
+    injections: bool,
+    on_ready: Callable[[], None],
 ) -> Any:
     """Starts the generation thread, which loads the model."""
     from .admission import MemoryFlags
@@ -399,7 +489,7 @@ def _make_generator(
             model_provider.cli_args.prompt_cache_size,
             model_provider.cli_args.prompt_cache_bytes,
         ),
-        Condition(),
+        Condition(on_ready),
         replay_attempts=own.replay_attempts,
         stall_timeout_s=own.stall_timeout,
         overflow=overflow,
@@ -416,6 +506,8 @@ def _make_generator(
             download=own.allow_model_download,
         ),
         injections=injections,
+        # By itself, a server has always let those wait that came early.
+        hold_s=own.hold_seconds or None if supervisor.is_supervised() else None,
     )
 
 
@@ -443,7 +535,8 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
         signal.signal(n, stop)
     httpd.condition = generator.condition
     try:
-        supervisor.tell_that_it_listens()
+        httpd.handover.tell(Message.LISTENS)
+        httpd.take_over()
         httpd.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
         log.info("stopping")
@@ -452,6 +545,13 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
         # Not through the interpreter's end: MLX's static objects and the daemon
         # threads of handlers do not always survive it (seen with MLX 0.32.4).
         generator.stop()
+
+
+def _peer(connection: Any) -> Any:
+    try:
+        return connection.getpeername()
+    except OSError:
+        return ("-", 0)  # its client has left meanwhile
 
 
 def _bind(host: str, port: int, handle: Any) -> _Server:
