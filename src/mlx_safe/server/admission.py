@@ -84,7 +84,8 @@ class Admission:
     """The budget of one server. Used by the generation thread only.
 
     Attributes of other threads' interest, read without a lock: ``sizing``,
-    ``limits``, ``held`` and ``events``.
+    ``limits``, ``held`` and ``events``. ``last_admitted``: the request that was
+    admitted last, which mlx-lm starts next.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Admission:
         self._measured: Any = None
         self._baseline = 0
         self._demand = Demand(CacheCost(), Transients())
-        self._last_admitted: Ticket | None = None
+        self.last_admitted: Ticket | None = None
         # What mlx-lm's sequential path has read and produced.
         self._single_length = 0
         # mlx-lm's batch generator; not kept alive by us.
@@ -234,9 +235,9 @@ class Admission:
 
     def inserted(self, uids: Any) -> Ticket | None:
         """mlx-lm has put the request that was admitted last into its batch."""
-        if self._last_admitted is not None:
-            (self._last_admitted.uid,) = uids
-        return self._last_admitted
+        if self.last_admitted is not None:
+            (self.last_admitted.uid,) = uids
+        return self.last_admitted
 
     def _running(self) -> list[Ticket]:
         return [t for t in self._flight.running() if t.claim is not None]
@@ -324,7 +325,7 @@ class Admission:
             self._carry_out(found)
         self._prompt_cache.gives_away = found.take_over
         ticket.owned = reusable if found.take_over else 0
-        self._last_admitted = ticket
+        self.last_admitted = ticket
         self._single_length = 0
         if ticket in self.held:
             self.held.remove(ticket)

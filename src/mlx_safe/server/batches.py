@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from .admission import Admission
+from .own_failures import OwnFailures
 from .tickets import Ticket
 
 __all__ = ["watched"]
 
 
-def watched(cls: Any, admission: Admission) -> Any:
+def watched(cls: Any, admission: Admission, own: OwnFailures) -> Any:
     """The class ``cls`` (mlx-lm's `BatchGenerator`), asking before each step.
 
     Between two steps it also looks for requests that have been stopped. mlx-lm takes
@@ -26,19 +27,27 @@ def watched(cls: Any, admission: Admission) -> Any:
     class Watched(cls):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._tickets: dict[Any, Ticket] = {}  # of what is in the batch, by uid
+            self._missing: set[str] = set()
             self._leaving = False
             super().__init__(*args, **kwargs)
 
         def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
-            uids = super().insert_segments(*args, **kwargs)
+            insert = super().insert_segments
+            uids = own.make(lambda: insert(*args, **kwargs), self._never_inserted)
             ticket = admission.inserted(uids)
             if ticket is not None:
                 self._tickets[ticket.uid] = ticket
             return uids
 
+        def _never_inserted(self) -> Any:
+            """A uid for a request that failed here; the next turn removes it."""
+            self._missing.add(uid := f"never inserted {len(self._missing)}")
+            return (uid,)
+
         def remove(self, uids: Any, *args: Any, **kwargs: Any) -> Any:
             for uid in uids:
                 self._tickets.pop(uid, None)
+            uids = [uid for uid in uids if uid not in self._missing]
             return super().remove(uids, *args, **kwargs)
 
         def next(self) -> Any:

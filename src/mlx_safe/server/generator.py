@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -30,6 +31,7 @@ from .model_limits import ModelLimits, prompt_field
 from .model_loading import replace_model
 from .model_names import DEFAULT, ModelNames
 from .overflow import Cut, Overflow
+from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .ranks import AllStop
 from .recorder import request_id
@@ -145,6 +147,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.metrics,
             one_rank=self._one_rank,
         )
+        self._own = OwnFailures(self._current, self.recovery.end_alone)
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
         # How often mlx-lm's loop has failed before it asked for work.
@@ -195,6 +198,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def _generate(self) -> None:
         _core.signals_cover_this_thread()
+        self.recovery.begin()
         compat.sample_with_this_thread()
         if not self._load_first_model():
             return
@@ -269,7 +273,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             if injections:
                 width = provider.cli_args.num_draft_tokens + 1
                 testing.attach(model, decode_width=width if provider.draft_model else 1)
-            self._resumed.watch(tokenizer)
+            self._resumed.watch(tokenizer, self._own.detokenizer)
             return model, tokenizer
 
         provider.load = load_or_say_why
@@ -330,6 +334,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if ticket is not None:
             keys = compat.cache_keys(found)
             model = self.model_provider.model_key
+            ticket.prompt_key = (model, keys)
             self.admission.admit(ticket, model, keys, args.max_tokens)
         return found
 
@@ -341,20 +346,39 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def make_batch(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
-        batch = watched(cls, self.admission)(*args, **kwargs)
+        cls = watched(cls, self.admission, self._own)
+        batch = cls(*args, **kwargs)
         return self.admission.watch(self._prefill.watch(batch))
 
-    def _make_state_machine(self, *args: Any, **kwargs: Any) -> Any:
-        made = super()._make_state_machine(*args, **kwargs)
+    def _make_state_machine(
+        self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        make = super()._make_state_machine
+        made = self._own.make(
+            lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
+            lambda: make(model_key, tokenizer, [], *args, **kwargs),
+        )
         return self._resumed.state_machine(made)
 
-    def resume_sampler(self, sampler: Any, args: Any, tokenizer: Any) -> Any:
-        """Stands behind ``mlx_lm.server._make_sampler``."""
-        return self._resumed.sampler(sampler, args, tokenizer)
+    def resume_sampler(self, make: Any, args: Any, tokenizer: Any) -> Any:
+        """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
+        made = self._own.make(
+            lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
+            lambda: partial(mx.argmax, axis=-1),
+        )
+        # The greedy one cannot fail; those who share it are sampled in one call.
+        return made if args.sampling.temperature == 0 else self._own.sampler(made)
 
-    def resume_processors(self, made: list[Any]) -> list[Any]:
-        """Stands behind ``mlx_lm.server._make_logits_processors``."""
-        return made if self._alone is None else self._resumed.processors(made)
+    def resume_processors(self, make: Any, args: Any) -> list[Any]:
+        """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
+        made = self._own.make(lambda: make(args), list)
+        if self._alone is not None:
+            made = self._resumed.processors(made)
+        return [self._own.processor(processor) for processor in made]
+
+    def _current(self) -> Ticket | None:
+        """The request that mlx-lm is about to start."""
+        return self._alone or self.admission.last_admitted
 
     def _share_request(self, request: Any) -> Any:
         """Where the first rank tells the others; they wait if that fails."""

@@ -458,10 +458,10 @@ def _patch(server: Any, generator: Callable[[], Any]) -> None:
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     make_processors = server._make_logits_processors
     server._make_sampler = lambda args, tokenizer: generator().resume_sampler(
-        make_sampler(args, tokenizer), args, tokenizer
+        make_sampler, args, tokenizer
     )
     server._make_logits_processors = lambda args: generator().resume_processors(
-        make_processors(args)
+        make_processors, args
     )
     server._format_top_logprobs = top_logprobs
     server.BatchGenerator = lambda *args, **kwargs: generator().make_batch(

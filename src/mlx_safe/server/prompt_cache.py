@@ -249,6 +249,13 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         breadcrumb("evict", "prompt cache entry", bytes=freed, left=len(self))
         return freed
 
+    def forget(self, model: Any, tokens: list[int]) -> None:
+        """Drops the entry that a prompt would be read on from, if there is one."""
+        nearest = self._nearest(model, tokens)
+        if nearest is not None:
+            self._drop(nearest)
+            self.events["dropped"] += 1
+
     def reusable_tokens(self, model: Any, tokens: list[int]) -> int:
         """How many tokens of a prompt need not be read; all but one at most."""
         nearest = self._nearest(model, tokens)

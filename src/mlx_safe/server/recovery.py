@@ -20,15 +20,12 @@ from .prompt_cache import PromptCache
 from .recorder import breadcrumb
 from .replay import REFUSE_FOR_S, Replays
 from .replies import EXPECTED, Unavailable, is_allocation_failure, reply_for
+from .thread_state import ThreadState, seed_anew
 from .tickets import Flight, Ticket
 
 __all__ = ["GenerationFailed", "Recovery", "one_line", "portable"]
 
 log = logging.getLogger("mlx_safe.server")
-
-# Errors still pending on MLX's streams are raised by the next waits, each once
-# (MLX 0.32); this many are fetched before the state is taken for clean.
-PENDING_ERRORS_MAX = 8
 
 
 class GenerationFailed(Exception):
@@ -70,6 +67,22 @@ class Recovery:
         self._one_rank = one_rank
         # The epoch up to which faults have been dealt with.
         self._clean_epoch = _core.epoch()
+        self._thread_state: ThreadState | None = None
+
+    def begin(self) -> None:
+        """Called by the generation thread, before all else."""
+        self._thread_state = ThreadState()
+
+    def end_alone(self, ticket: Ticket, exc: Exception) -> None:
+        """Ends the request whose own ``exc`` is; the others go on as if nothing was.
+
+        Called in the midst of a step.
+        """
+        told = portable(exc)
+        self._metrics.failures.labels(reply_for(told).code).inc()
+        log.error("one request fails; the others go on", exc_info=exc)
+        seed_anew()  # it may have been drawing
+        ticket.fail(told)
 
     def check_epoch(self) -> None:
         """Raises the error of the faults that have not been dealt with, if any."""
@@ -107,7 +120,7 @@ class Recovery:
         try:
             # Before the answers: whoever tries again at once finds the memory
             # free and /health telling so.
-            self._reset(exc, fault)
+            self._reset(exc, fault, ending)
             late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
             if late:
                 self.give_up(errors.from_faults(late))
@@ -200,7 +213,9 @@ class Recovery:
         self.fail_everyone(exc)
         self._condition.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
-    def _reset(self, exc: Exception, fault: errors.GPUError | None) -> None:
+    def _reset(
+        self, exc: Exception, fault: errors.GPUError | None, ending: list[Ticket]
+    ) -> None:
         """Drops whatever the failure may have left unwritten, or may be due to.
 
         Arrays of a failed evaluation read as valid afterwards (both regimes), so
@@ -208,36 +223,31 @@ class Recovery:
         of the prompt cache that were complete before the fault may stay.
         """
         _clear_frames(exc)
-        if _leaves_memory_alone(fault) and _epoch_is_exact():
+        if _leaves_memory_alone(fault, exc) and _epoch_is_exact():
             self._prompt_cache.keep_clean(self._clean_epoch)
+            for ticket in ending if fault is None else ():
+                # Run alone, it failed again: what it began from may be the cause.
+                if ticket.prompt_key is not None:
+                    self._prompt_cache.forget(*ticket.prompt_key)
         else:
             # In place: a replaced cache would live on in mlx-lm's frames.
             self._prompt_cache.clear()
-        self._fetch_pending_errors()
+        assert self._thread_state is not None
+        self._thread_state.restore()
         gc.collect()
         mx.clear_cache()
         self._metrics.resets.inc()
 
-    def _fetch_pending_errors(self) -> None:
-        for _ in range(PENDING_ERRORS_MAX):
-            try:
-                mx.synchronize()
-                return
-            except RuntimeError as e:
-                log.info("an error was still pending: %s", one_line(e))
-        log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
 
-
-def _leaves_memory_alone(fault: errors.GPUError | None) -> bool:
-    """Whether what was complete before ``fault`` may be trusted, and afforded.
+def _leaves_memory_alone(fault: errors.GPUError | None, exc: Exception) -> bool:
+    """Whether what was complete before a failure may be trusted, and afforded.
 
     Not after out of memory: the replay is to have what the prompt cache had. Not
     after a kernel went astray (9, 0xa, 0xb, …), which may have written anywhere.
-    Not after an exception that is no fault: an entry may be what caused it.
     """
-    if fault is None or isinstance(fault, errors.OutOfMemoryError):
-        return False
-    return fault.retryable
+    if fault is None:
+        return not is_allocation_failure(exc)
+    return fault.retryable and not isinstance(fault, errors.OutOfMemoryError)
 
 
 def _epoch_is_exact() -> bool:

@@ -9,6 +9,7 @@ become part of the prompt, and whatever mlx-lm derives from tokens one by one
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .. import errors
@@ -218,14 +219,17 @@ class Resumed:
         prompt = self._prompt
         return [_Shown(processor, prompt) for processor in made]
 
-    def watch(self, tokenizer: Any) -> None:
-        """Makes ``tokenizer.detokenizer`` begin after those tokens."""
+    def watch(self, tokenizer: Any, guarded: Callable[[Any], Any]) -> None:
+        """Makes ``tokenizer.detokenizer`` begin after those tokens.
+
+        ``guarded``: returns the detokenizer that is used in the place of mlx-lm's.
+        """
         cls = type(tokenizer)
         if getattr(cls, "_mlx_safe_resumes", False):
             return
 
         def detokenizer(this: Any) -> Any:
-            made = cls.detokenizer.fget(this)
+            made = guarded(cls.detokenizer.fget(this))
             for token in self.tokens:
                 made.add_token(token)
                 _ = made.last_segment  # what was read before is not new

@@ -65,6 +65,7 @@ class Ticket:
         headers: HTTP headers that go with the answer.
         claim: what it asked to be admitted with; None before.
         held: it waits for memory, and mlx-lm does not have it.
+        prompt_key: (model, tokens), as the prompt cache knows its prompt.
         tokenizer: that its prompt was read with; its handler has it with the context.
         uid: mlx-lm's, in its batch. owned: bytes of the prompt-cache entry that
             it took over. step_max: its prompt is read in steps of at most so
@@ -99,6 +100,7 @@ class Ticket:
         self._place = Place(request)
         self.claim: Claim | None = None
         self.held = False
+        self.prompt_key: tuple[Any, list[Any]] | None = None
         self.tokenizer: Any = None
         self.uid: Any = None
         self.owned = 0

@@ -161,8 +161,8 @@ class Wire(BaseHTTPRequestHandler):
     """One connection, with one request after another. Runs on a thread of its own.
 
     An answer's headers wait for the first byte of its body, so that until then it
-    can be another. Whoever reads a chunked body of a request and does not come to
-    its end sets ``close_connection``; who does calls `body_was_read`.
+    can be another. Whoever reads the body of a request to its end calls
+    `body_was_read`; where something is left of it the connection ends.
     """
 
     protocol_version = "HTTP/1.1"
@@ -206,7 +206,7 @@ class Wire(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         super().handle_one_request()
-        unread = self._head_ends_at is not None and not self._was_read()
+        unread = self._has_unread()
         self.close_connection = self.close_connection or unread
         self.wfile.end()
         if self.wfile.broken or self.wfile.framing in (None, Framing.CLOSED):
@@ -237,8 +237,8 @@ class Wire(BaseHTTPRequestHandler):
         return ahead
 
     def body_was_read(self) -> None:
-        """The body was read to its end, whatever the headers say of it from now on."""
-        self._head_ends_at = self._position()
+        """The body was read to its end, which the next request comes after."""
+        self._head_ends_at = None
 
     def _position(self) -> int:
         ahead = self._ahead()  # first: it may read more
@@ -259,13 +259,14 @@ class Wire(BaseHTTPRequestHandler):
         self._head_ends_at = self._position()
         return True
 
-    def _was_read(self) -> bool:
-        """Whether the next byte is the first of another request."""
-        assert self._head_ends_at is not None
+    def _has_unread(self) -> bool:
+        """Whether something of the request's body is still to come."""
+        if self._head_ends_at is None:
+            return False
         count = self._position() - self._head_ends_at
         if self.headers.get("Transfer-Encoding"):
-            return count > 0
-        return self.headers.get("Content-Length", "0").strip() == str(count)
+            return True
+        return bool(self.headers.get("Content-Length", "0").strip() != str(count))
 
     # -- answers ------------------------------------------------------------------
 
@@ -299,6 +300,7 @@ class Wire(BaseHTTPRequestHandler):
         if not head:
             return b""
         framing = self.wfile.framing
+        self.close_connection = self.close_connection or self._has_unread()
         if framing is Framing.CHUNKED:
             self.send_header("Transfer-Encoding", "chunked")
         if not self.close_connection:

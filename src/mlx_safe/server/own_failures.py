@@ -1,0 +1,114 @@
+"""Failures that are one request's own: it ends, and the others do not notice.
+
+mlx-lm runs some code for each request of a batch by itself: its sampler, its logits
+processors, its detokenizer, and what makes them. An exception there would end the
+whole batch. Here it ends the request that it belongs to: what is called goes on with
+a value that harms nobody, and the batch drops the request before its next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from .. import errors
+from .replies import is_allocation_failure
+from .tickets import Ticket
+
+__all__ = ["OwnFailures"]
+
+# Called with the request and what it failed with.
+Tell = Callable[[Ticket, Exception], None]
+
+
+def _is_of_all(exc: Exception) -> bool:
+    """Whether ``exc`` is about the GPU or its memory, and not about one request."""
+    return errors.from_exception(exc) is not None or is_allocation_failure(exc)
+
+
+class OwnFailures:
+    """Wraps what belongs to one request. Used by the generation thread only.
+
+    Args:
+        current: the request that mlx-lm is about to start; None: not known, then
+            nothing is wrapped.
+        tell: ends a request.
+    """
+
+    def __init__(self, current: Callable[[], Ticket | None], tell: Tell) -> None:
+        self._current = current
+        self._tell = tell
+
+    def make(self, make: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+        """What ``make`` returns; when it fails, what ``instead`` does."""
+        ticket = self._current()
+        try:
+            return make()
+        except Exception as e:
+            if ticket is None or _is_of_all(e):
+                raise
+            self._tell(ticket, e)
+            return instead()
+
+    def sampler(self, sampler: Any) -> Any:
+        """``sampler``; the likeliest token when it fails."""
+        return self._guarded(sampler, lambda logprobs: mx.argmax(logprobs, axis=-1))
+
+    def processor(self, processor: Any) -> Any:
+        """``processor``; the logits as they are when it fails."""
+        return self._guarded(processor, lambda tokens, logits: logits)
+
+    def detokenizer(self, detokenizer: Any) -> Any:
+        """``detokenizer``, which has no more text when it has failed."""
+        ticket = self._current()
+        return (
+            detokenizer if ticket is None else _Detokenizer(detokenizer, self, ticket)
+        )
+
+    def _guarded(self, call: Any, instead: Callable[..., Any]) -> Any:
+        ticket = self._current()
+        if ticket is None:
+            return call
+
+        def guarded(*args: Any) -> Any:
+            return self.run(ticket, lambda: call(*args), lambda: instead(*args))
+
+        return guarded
+
+    def run(
+        self, ticket: Ticket, call: Callable[[], Any], instead: Callable[[], Any]
+    ) -> Any:
+        """What ``call`` returns; ends ``ticket`` when it fails, once."""
+        if ticket.stopped:
+            return instead()
+        try:
+            return call()
+        except Exception as e:
+            if _is_of_all(e):
+                raise
+            self._tell(ticket, e)
+            return instead()
+
+
+class _Detokenizer:
+    """A detokenizer of mlx-lm's; ``last_segment`` is read after each token."""
+
+    def __init__(self, made: Any, own: OwnFailures, ticket: Ticket) -> None:
+        self._made = made
+        self._own = own
+        self._ticket = ticket
+
+    def add_token(self, token: int) -> None:
+        self._own.run(self._ticket, lambda: self._made.add_token(token), lambda: None)
+
+    def finalize(self) -> None:
+        self._own.run(self._ticket, self._made.finalize, lambda: None)
+
+    @property
+    def last_segment(self) -> Any:
+        return self._own.run(self._ticket, lambda: self._made.last_segment, lambda: "")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._made, name)

@@ -1,0 +1,56 @@
+"""What of MLX's state a failure can leave unsound, and how it is made sound again.
+
+Looked at for MLX 0.31.2 and 0.32.4, each by a test (`test_thread_state.py`):
+
+- the random state: a function that is compiled for it (mlx-lm's samplers are) and
+  raises while it is traced leaves its tracers there, and from then on everything
+  that draws raises. A new seed mends it.
+- the default device and stream: a generator that is dropped inside ``mx.stream``
+  leaves the block when it is collected, which may be later, and in another order.
+- errors that a stream has stored (0.32): a wait raises them, each once.
+- compiled functions: one that raised is traced anew when it is called again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import mlx.core as mx
+
+__all__ = ["ThreadState", "seed_anew"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# Errors still pending on MLX's streams are raised by the next waits, each once
+# (MLX 0.32); this many are fetched before the state is taken for clean.
+PENDING_ERRORS_MAX = 8
+
+
+def seed_anew() -> None:
+    """Gives the calling thread a random state that nobody could foretell."""
+    mx.random.seed(int.from_bytes(os.urandom(8), "little"))
+
+
+class ThreadState:
+    """MLX's state as the thread that makes this has it. Used by that thread only."""
+
+    def __init__(self) -> None:
+        self._device = mx.default_device()
+        self._stream = mx.default_stream(self._device)
+
+    def restore(self) -> None:
+        """After a failure: as it was, with nothing pending."""
+        mx.set_default_device(self._device)
+        mx.set_default_stream(self._stream)
+        self._fetch_pending_errors()
+        seed_anew()
+
+    def _fetch_pending_errors(self) -> None:
+        for _ in range(PENDING_ERRORS_MAX):
+            try:
+                mx.synchronize()
+                return
+            except RuntimeError as e:
+                log.info("an error was still pending: %s", str(e).splitlines()[:1])
+        log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
