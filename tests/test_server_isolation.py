@@ -1,0 +1,235 @@
+"""What one request's failure costs the others: nothing, where it is known whose it is.
+
+The failures are raised by the test's own code in the server's process, in the places
+where mlx-lm runs something for each request by itself, and in a step of them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.server import Server, eventually
+
+PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
+# Where the request fails that has this `min_p`.
+PLACES = {
+    "sampler": 0.101,
+    "processor": 0.102,
+    "sampler made": 0.103,
+    "processors made": 0.104,
+    "detokenizer": 0.105,
+}
+# In a prompt: the step that reads it fails, whoever is in it.
+FORWARD = "\x07\x07\x07"
+# In a prompt: a step that goes on from an entry of the prompt cache fails.
+POISONED = "\x08\x08\x08"
+
+FAILING = """
+import sys
+from functools import partial, wraps
+import mlx.core as mx
+import mlx_lm.server as server
+from mlx_lm import tokenizer_utils
+from mlx_lm.models import llama
+from mlx_safe.cli import main
+PLACES, FORWARD, POISONED = eval(sys.argv.pop(1))
+places = {value: name for name, value in PLACES.items()}
+make_sampler, make_processors = server._make_sampler, server._make_logits_processors
+fails_next = False
+def place(args):
+    return places.get(args.sampling.min_p)
+def after(count, call, *shown):
+    left = [count]
+    def counted(*args):
+        left[0] -= 1
+        return call(*args) if left[0] < 0 else shown[0](*args)
+    return counted
+def fail(*args):
+    raise LookupError("of one request")
+def draw_and_fail(logprobs):
+    @partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
+    def drawn(x):
+        mx.random.categorical(x)
+        raise LookupError("of one request")
+    return drawn(logprobs)
+@wraps(make_sampler)
+def sampler(args, tokenizer):
+    global fails_next
+    where = place(args)
+    if where == "sampler made":
+        raise LookupError("of one request")
+    fails_next = where == "detokenizer"
+    made = make_sampler(args, tokenizer)
+    return after(3, draw_and_fail, made) if where == "sampler" else made
+@wraps(make_processors)
+def processors(args):
+    if place(args) == "processors made":
+        raise LookupError("of one request")
+    made = make_processors(args)
+    if place(args) == "processor":
+        made.append(after(3, fail, lambda tokens, logits: logits))
+    return made
+server._make_sampler, server._make_logits_processors = sampler, processors
+add_token = tokenizer_utils.BPEStreamingDetokenizer.add_token
+reset = tokenizer_utils.BPEStreamingDetokenizer.reset
+def reset_and_mark(self):
+    global fails_next
+    self.fails, fails_next = fails_next, False
+    reset(self)
+def add_or_fail(self, token):
+    if self.fails:
+        raise LookupError("of one request")
+    add_token(self, token)
+tokenizer_utils.BPEStreamingDetokenizer.add_token = add_or_fail
+tokenizer_utils.BPEStreamingDetokenizer.reset = reset_and_mark
+insert = server.BatchGenerator.insert_segments
+@wraps(insert)
+def insert_or_fail(self, *args, **kwargs):
+    if kwargs["max_tokens"] == [77]:
+        raise LookupError("of one request")
+    return insert(self, *args, **kwargs)
+server.BatchGenerator.insert_segments = insert_or_fail
+forward = llama.Model.__call__
+@wraps(forward)
+def forward_or_fail(self, inputs, cache=None, **kwargs):
+    poisoned = any(getattr(c, "poisoned", False) for c in cache or ())
+    found = any(bytes_of(row).count(FORWARD_ID) for row in inputs.tolist())
+    if poisoned or found:
+        raise LookupError("of a step")
+    return forward(self, inputs, cache=cache, **kwargs)
+def bytes_of(tokens):
+    return str(list(tokens)).strip("[]").encode()
+fetch = server.LRUPromptCache.fetch_nearest_cache
+@wraps(fetch)
+def fetch_and_mark(self, model, tokens):
+    cache, rest = fetch(self, model, tokens)
+    long = len(tokens) - len(rest) > 400  # all prompts begin alike
+    for c in cache or () if long and POISONED_ID in bytes_of(tokens) else ():
+        c.poisoned = True
+    return cache, rest
+load = server.load
+@wraps(load)
+def load_and_look(*args, **kwargs):
+    global FORWARD_ID, POISONED_ID
+    found = load(*args, **kwargs)
+    tokenizer = found[1]
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    FORWARD_ID, POISONED_ID = map(bytes_of, map(encode, (FORWARD, POISONED)))
+    llama.Model.__call__ = forward_or_fail
+    server.LRUPromptCache.fetch_nearest_cache = fetch_and_mark
+    return found
+server.load = load_and_look
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path) -> Iterator[Server]:
+    places = repr((PLACES, FORWARD, POISONED))
+    program = FAILING.replace("eval(sys.argv.pop(1))", places)
+    with Server(tiny_model, "--prompt-cache-size", "40", program=program) as server:
+        yield server.wait_ready()
+
+
+def cached(server: Server, text: str) -> int:
+    """How much of a prompt was in the prompt cache."""
+    usage = server.chat(text, max_tokens=2).json["usage"]
+    return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+
+def warm(server: Server, text: str) -> int:
+    """Puts ``text`` into the prompt cache; how much of it is there then."""
+    cached(server, text)
+    assert eventually(lambda: cached(server, text) > 400)
+    return cached(server, text)
+
+
+RESETS = "mlx_safe_resets_total"
+
+
+def bad(place: str, **more: Any) -> dict[str, Any]:
+    if place == "inserted":
+        return {"max_tokens": 77, **more}
+    # A penalty, so that there are processors.
+    wishes = {"temperature": 1, "min_p": PLACES[place], "presence_penalty": 0.1}
+    return {"max_tokens": 40, **wishes, **more}
+
+
+def check_soundness(server: Server) -> None:
+    """Whoever comes after a failure is served, and draws as if by chance."""
+    drawn = {server.chat(temperature=1, max_tokens=8).text for _ in range(3)}
+    assert len(drawn) > 1, "all were drawn with one key"
+    assert server.chat(temperature=1, seed=3).status == 200
+    assert server.get("/health").status == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("place", [*PLACES, "inserted"])
+def test_its_own_failure_is_not_seen_by_the_others(
+    server: Server, place: str, stream: bool
+) -> None:
+    text = f"{place} {stream} " + "ship " * 100
+    before = warm(server, text)
+    calm = server.chat(f"innocent {place}", max_tokens=150).text
+    resets, replays = server.metric(RESETS), server.metric("mlx_safe_replays_total")
+    told = server.log.count("one request fails; the others go on")
+    with server.chatting(1, max_tokens=400, stream=True) as others:
+        server.wait_for_requests(1)
+        innocent = server.chat(f"innocent {place}", max_tokens=150)
+        answer = server.chat(**bad(place, stream=stream))
+        assert answer.error["code"] == "internal_generation_error"
+        assert answer.done if answer.events else answer.status == 500
+    assert innocent.text == calm
+    assert others[0].done and others[0].error is None
+    # Nothing was dropped, and nobody's prompt was read again.
+    assert (server.metric(RESETS), server.metric("mlx_safe_replays_total")) == (
+        resets,
+        replays,
+    )
+    server.wait_for_log("one request fails; the others go on", told + 1)
+    assert cached(server, text) == before
+    check_soundness(server)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_alone_it_costs_the_prompt_cache_nothing(server: Server, place: str) -> None:
+    text = f"alone {place} " + "ship " * 100
+    before = warm(server, text)
+    answer = server.chat(**bad(place, seed=1))
+    assert answer.status == 500
+    assert cached(server, text) == before
+    check_soundness(server)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_step_that_fails_ends_the_culprit_only(
+    server: Server, path: str, stream: bool
+) -> None:
+    text = f"step {path} {stream} " + "ship " * 100
+    before = warm(server, text)
+    calm = server.chat("hello from client 0", max_tokens=150).text
+    with server.chatting(1, max_tokens=150, stream=True) as others:
+        server.wait_for_requests(1)
+        answer = server.chat(f"ring {FORWARD}", stream=stream, **PATHS[path])
+    assert answer.error["code"] == "internal_generation_error"
+    assert others[0].done and others[0].text == calm
+    # What had been complete before is no cause of it.
+    assert cached(server, text) == before
+    check_soundness(server)
+
+
+def test_an_entry_that_fails_whoever_goes_on_from_it_is_forgotten(
+    server: Server,
+) -> None:
+    asked = {"text": f"poisoned {POISONED} " + "ship " * 100, "seed": 1}
+    assert server.chat(**asked).status == 200
+    assert eventually(lambda: server.chat(**asked).status == 500)
+    # It is not gone on from any more.
+    again = server.chat(**asked)
+    assert again.status == 200
+    assert again.json["usage"]["prompt_tokens_details"]["cached_tokens"] < 400

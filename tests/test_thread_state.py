@@ -1,0 +1,114 @@
+"""What failures leave behind in MLX, and that the reset makes it sound."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_safe.server.thread_state import ThreadState
+from support.child import run
+
+# Each leaves something unsound behind, or looks as if it did.
+FAILURES = {
+    "tracers in the random state": """
+@partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
+def draw(x):
+    mx.random.categorical(x)
+    raise LookupError
+draw(mx.zeros((1, 8)))
+""",
+    "tracers of a gradient": """
+def loss(x):
+    raise LookupError
+mx.grad(loss)(mx.ones((2,)))
+""",
+    "a compiled function": """
+raising = True
+@mx.compile
+def twice(x):
+    if raising:
+        raise LookupError
+    return x * 2
+kept["twice"] = twice
+twice(mx.ones((2,)))
+""",
+    "a stream that is left open": """
+def steps():
+    with mx.stream(mx.new_stream(mx.default_device())):
+        yield 1
+        yield 2
+kept["steps"] = steps()
+next(kept["steps"])
+raise LookupError
+""",
+    "another device": """
+mx.set_default_device(mx.Device(mx.cpu, 0))
+mx.set_default_stream(mx.new_stream(mx.cpu))
+raise LookupError
+""",
+}
+
+PROGRAM = """
+import threading
+from functools import partial
+import mlx.core as mx
+from mlx_safe.server.thread_state import ThreadState
+kept = {}
+def work():
+    global raising
+    state = ThreadState()
+    device, stream = mx.default_device(), mx.default_stream(mx.default_device())
+    try:
+        exec(FAILURE, globals())
+    except LookupError:
+        pass
+    else:
+        raise AssertionError("it did not fail")
+    state.restore()
+    assert mx.default_device() == device
+    assert mx.default_stream(device) == stream
+    raising = False
+    if "twice" in kept:
+        assert kept["twice"](mx.ones((2,))).tolist() == [2, 2]
+    draw = partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
+    drawn = draw(lambda x: mx.random.categorical(x))
+    tokens = {drawn(mx.zeros((1, 1000))).item() for _ in range(8)}
+    assert len(tokens) > 1, tokens
+    assert mx.random.uniform(shape=(3,)).shape == (3,)
+    gradient = mx.grad(lambda x: (x * x).sum())(mx.array([3.0]))
+    assert gradient.tolist() == [6.0]
+    kept.pop("steps", None)  # its block ends only now
+    assert (mx.ones((4,)) + 1).sum().item() == 8
+    print("sound")
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_thread_is_sound_after(failure: str) -> None:
+    program = f"FAILURE = {FAILURES[failure]!r}\n{PROGRAM}"
+    assert "sound" in run(program).stdout
+
+
+def test_each_new_seed_is_another() -> None:
+    state = ThreadState()
+    drawn = set()
+    for _ in range(4):
+        state.restore()
+        drawn.add(mx.random.randint(0, 2**30).item())
+    assert len(drawn) == 4
+
+
+def test_errors_that_are_pending_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    pending = [RuntimeError("one"), RuntimeError("another")]
+
+    def synchronize() -> None:
+        if pending:
+            raise pending.pop()
+
+    state = ThreadState()
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    state.restore()
+    assert pending == []
