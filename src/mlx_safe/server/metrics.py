@@ -102,7 +102,7 @@ class Metrics:
         )
         self.failures = Counter(
             "mlx_safe_generation_failures",
-            "Generation steps that failed, by the code that clients were told",
+            "Steps and answers that failed, by the code that clients were told",
             ["code"],
             registry=self.registry,
         )
