@@ -116,7 +116,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         )
         # Of the models that were loaded, by what they were asked for as.
         self._limits: dict[tuple[Any, ...], ModelLimits] = {}
-        self._limits_now = ModelLimits(None, None, 1)
+        self._limits_now = ModelLimits(None, None, None)
         self._limits_of: Any = None  # the `model_key` of those
         # The ticket that mlx-lm's sequential path works on.
         self._alone: Ticket | None = None
