@@ -448,3 +448,18 @@ def test_a_model_without_a_chat_template(tiny_model: Path, tmp_path: Path) -> No
         empty = {"role": "assistant", "content": ""}
         found = server.post({**body, "messages": [*HELLO, empty, *HELLO]})
         assert choices(found) == choices(expected)
+
+
+def test_penalties_stay_with_their_request(tiny_model: Path) -> None:
+    """mlx-lm 0.31.3 gives them to nobody, or to the next, when one has ended."""
+    punished = {"text": "x", "repetition_penalty": 2.0, "max_tokens": 20}
+    plain = {"text": "y", "max_tokens": 20}
+    with Server(tiny_model).wait_ready() as server:
+        alone = [server.chat(**ask).text for ask in (punished, plain)]
+        assert server.chat(**{**punished, "repetition_penalty": 0}).text != alone[0]
+        ask = {"messages": HELLO, "max_tokens": 100_000, "stream": True}
+        with server.stream(ask) as lines:
+            next(line for line in lines if line.startswith(b"data"))
+            assert server.chat(max_tokens=2).status == 200
+            together = [server.chat(**ask).text for ask in (punished, plain)]
+        assert together == alone

@@ -334,6 +334,7 @@ def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
 
 def _patch(server: Any, generator: Callable[[], Any]) -> None:
     """Has mlx-lm's functions pass by ``generator``, which need not be made yet."""
+    compat.keep_processors_in_place()
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     make_processors = server._make_logits_processors
     server._make_sampler = lambda args, tokenizer: generator().resume_sampler(
