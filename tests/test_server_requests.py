@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import socket
 import threading
 import time
@@ -422,3 +423,43 @@ def test_slow_bodies(tiny_model: Path) -> None:
             # Small ones need none.
             assert server.chat().status == 200
         assert "Traceback" not in server.log
+
+
+def test_a_model_without_a_chat_template(tiny_model: Path, tmp_path: Path) -> None:
+    """mlx-lm would show it the array of parts, and ``None`` for what is null."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    for template in (model / "chat_template.jinja", model / "tokenizer_config.json"):
+        if template.suffix == ".json":
+            config = json.loads(template.read_text())
+            config.pop("chat_template", None)
+            template.write_text(json.dumps(config))
+        else:
+            template.unlink(missing_ok=True)
+    with Server(model).wait_ready() as server:
+        parts = [{"type": "text", "text": x} for x in ("hel", "lo")]
+        said = {"role": "assistant", "content": None}
+        body = {"messages": [*HELLO, said, *HELLO], "max_tokens": 8}
+        with_parts = [{"role": "user", "content": parts}, said, *HELLO]
+        expected = server.post(body)
+        assert expected.status == 200
+        found = server.post({**body, "messages": with_parts})
+        assert choices(found) == choices(expected)
+        empty = {"role": "assistant", "content": ""}
+        found = server.post({**body, "messages": [*HELLO, empty, *HELLO]})
+        assert choices(found) == choices(expected)
+
+
+def test_penalties_stay_with_their_request(tiny_model: Path) -> None:
+    """mlx-lm 0.31.3 gives them to nobody, or to the next, when one has ended."""
+    punished = {"text": "x", "repetition_penalty": 2.0, "max_tokens": 20}
+    plain = {"text": "y", "max_tokens": 20}
+    with Server(tiny_model).wait_ready() as server:
+        alone = [server.chat(**ask).text for ask in (punished, plain)]
+        assert server.chat(**{**punished, "repetition_penalty": 0}).text != alone[0]
+        ask = {"messages": HELLO, "max_tokens": 100_000, "stream": True}
+        with server.stream(ask) as lines:
+            next(line for line in lines if line.startswith(b"data"))
+            assert server.chat(max_tokens=2).status == 200
+            together = [server.chat(**ask).text for ask in (punished, plain)]
+        assert together == alone

@@ -52,7 +52,7 @@ class Case:
 
 
 # Without these a sampler does not look at what is odd.
-SAMPLED = {"temperature": 0.8, "xtc_probability": 0.5, "xtc_threshold": 0.2}
+SAMPLED = {"temperature": 0.8}
 
 # What a field is: what it can be asked for is right, of any other type it is wrong.
 NUMBERS = {
@@ -95,6 +95,13 @@ ODD: dict[str, tuple[Any, ...]] = {
     "num_draft_tokens": (0, 2**62),
     "max_tokens": (1,),
     "seed": (0, 2**64 - 1),
+}
+ODD_WITH: dict[str, dict[str, Any]] = {
+    "xtc_probability": {"xtc_threshold": 0.2},
+    "xtc_threshold": {"xtc_probability": 0.5},
+    "repetition_context_size": {"repetition_penalty": 1.1},
+    "presence_context_size": {"presence_penalty": 1},
+    "frequency_context_size": {"frequency_penalty": 1},
 }
 OTHERS: dict[str, tuple[Any, ...]] = {
     "stop": (1, {}, "", [""], ["a"] * 17, [1], [[]], [None]),
@@ -215,7 +222,8 @@ def cases() -> list[Case]:
             found.append(Case(path, field, kind, _with(path, field, value), True))
         for field, values in ODD.items():
             for odd in values:
-                body = _with(path, field, json.dumps(odd), SAMPLED)
+                more = {**SAMPLED, **ODD_WITH.get(field, {})}
+                body = _with(path, field, json.dumps(odd), more)
                 found.append(Case(path, field, f"odd {odd!r}", body, False))
         required = "messages" if path == CHAT else "prompt"
         for field in _fields(path):

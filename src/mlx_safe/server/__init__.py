@@ -55,6 +55,8 @@ handle_chat_completions``                            is told in our words
 HTTP                                                 connections that are kept
 ``APIHandler.                    `handler`           tells the truth
 handle_health_check``
+``GenerationBatch.filter``       `compat`            0.31.3: penalties stay with
+                                                     their request
 ``LRUPromptCache``               `prompt_cache`      entries are complete and hold
                                                      what they count
 ``Model.make_cache``             `kv_window`         --max-kv-size

@@ -259,6 +259,26 @@ def make_cache(model: Any) -> list[Any]:
     return made
 
 
+def keep_processors_in_place() -> None:
+    """Lets each request of a batch keep its own penalties and biases (0.31.3).
+
+    There a batch in which nobody has any forgets to take out the place of one that
+    ends: who joins later has his at another's place, or at none.
+    """
+    if parse_version(_version()) >= (0, 32):
+        return
+    from mlx_lm.generate import GenerationBatch
+
+    take_out = GenerationBatch.filter
+
+    def filter_all(self: Any, keep: list[int]) -> None:
+        take_out(self, keep)
+        if not any(self.logits_processors):
+            self.logits_processors = [[] for _ in keep]
+
+    GenerationBatch.filter = filter_all
+
+
 def attends(model: Any) -> bool:
     """Whether a layer of ``model`` looks back at tokens; a state space has none."""
     from mlx_lm.models import cache

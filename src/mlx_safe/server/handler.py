@@ -226,7 +226,8 @@ class ProtectedHandler(Wire, APIHandler):  # type: ignore[misc]
                 if refused is None:
                     super().do_POST()
                 else:
-                    log.info("a request is refused: %s", refused)
+                    if not isinstance(refused, GONE):
+                        log.info("a request is refused: %s", refused)
                     self._end(refused)
         except _Refused as e:
             self._end(e.error)

@@ -455,6 +455,7 @@ def _patch(server: Any, generator: Callable[[], Any]) -> None:
     from .logprobs import top_logprobs
 
     compat.load_lazily(server)
+    compat.keep_processors_in_place()
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     make_processors = server._make_logits_processors
     server._make_sampler = lambda args, tokenizer: generator().resume_sampler(

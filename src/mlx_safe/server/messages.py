@@ -216,12 +216,15 @@ class Message(Fields):
     def _says_something(self) -> Message:
         if self.content is None and self.role not in SILENT_ROLES:
             raise refused("has no content")
-        parts = self.content if isinstance(self.content, list) else []
-        if any(isinstance(part, RefusalPart) for part in parts):
-            self.content = [
-                TextPart(type="text", text=part.refusal)
-                if isinstance(part, RefusalPart)
-                else part
-                for part in parts
-            ]
+        if isinstance(self.content, list):
+            parts = [_text_of(part) for part in self.content]
+            # As mlx-lm does for its templates; without one it shows the array itself.
+            if all(text is not None for text in parts):
+                self.content = "".join(text or "" for text in parts)
         return self
+
+
+def _text_of(part: TextPart | RefusalPart | ImagePart) -> str | None:
+    if isinstance(part, ImagePart):
+        return None
+    return part.text if isinstance(part, TextPart) else part.refusal

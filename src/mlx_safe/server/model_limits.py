@@ -40,17 +40,21 @@ class ModelLimits:
     Attributes:
         facts: what it does with token ids.
         context: tokens that the model was made for; None: no limit is known.
-        longest: characters that one token can stand for at most.
+        longest: characters that one token can stand for at most; None: not known.
     """
 
     facts: ModelFacts = field(default_factory=ModelFacts)
     context: int | None = None
-    longest: int = 1
+    longest: int | None = None
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, facts: ModelFacts) -> ModelLimits:
         context = context_of(model, tokenizer)
-        longest = max(map(len, tokenizer.get_vocab()), default=1)
+        try:
+            longest = max(map(len, tokenizer.get_vocab()))
+        except Exception as e:  # a tokenizer of the model's own may have no list
+            log.debug("the tokens are not known: %r", e)
+            longest = None
         return cls(facts, context, longest)
 
     def check(self, args: Any) -> None:
@@ -81,8 +85,10 @@ class ModelLimits:
         Raises:
             ContextTooLong: as the caller would find out.
         """
+        if limit is None or self.longest is None:
+            return
         least = _characters(request) // (self.longest * SHRINKS)
-        if limit is not None and least > limit:
+        if least > limit:
             raise too_long(f"at least {least}", limit, request)
 
     def count(

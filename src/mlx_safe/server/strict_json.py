@@ -19,7 +19,7 @@ __all__ = ["check_value", "dumps", "loads", "name_of", "parse", "wrong"]
 # tools by functions of its own, which take several of Python's frames a level.
 DEPTH_MAX = 64
 # Values in one body, keys not counted. Each takes up to 250 bytes when parsed.
-VALUES_MAX = 200_000
+VALUES_MAX = 100_000
 # Neither a float nor MLX takes more. The seed alone goes to 2**64 - 1.
 INT_MAX = 2**64
 DIGITS_MAX = 20
