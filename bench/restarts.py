@@ -105,7 +105,15 @@ def main() -> None:
         rows = []
         for i in range(args.restarts):
             before = sum(c.served for c in clients)
-            rows.append(restart(server, i + 1))
+            waited, loaded = restart(server, i + 1)
+            rows.append((waited, loaded))
+            ended = sum(len(c.failed) for c in clients)
+            print(
+                f"restart {i + 1}: waited {waited:.2f} s, loaded after {loaded:.2f} s; "
+                f"{ended} failed so far",
+                file=sys.stderr,
+                flush=True,
+            )
             with contextlib.suppress(TimeoutError):
                 wait_for(lambda n=before: sum(c.served for c in clients) > n + 3)
         stop.set()
