@@ -76,8 +76,8 @@ using StatePtr = std::shared_ptr<EventState>;
 const std::thread::id main_thread = std::this_thread::get_id();
 
 // When encoding throws, MLX 0.32.4 commits what it has encoded for every GPU
-// stream and then waits for all streams. 0.32.1 to 0.32.3 wait for each in turn,
-// the CPU's first, and commit a GPU stream's only when its turn has come.
+// stream and then waits for all streams. 0.32.1 to 0.32.3 wait for each in
+// turn, the CPU's first, and commit a GPU stream's only when its turn has come.
 bool commits_before_it_waits() {
   const std::string& version = options().mlx;
   return version != "0.32.1" && version != "0.32.2" && version != "0.32.3";
