@@ -230,19 +230,23 @@ class Workloads {
   static Results held_up(int round) {
     Ptr one = G::op(kGpu, {many(kGpu, start(round))});
     Ptr two = G::op(kOtherGpu, {one});
-    // What makes `two` be committed with its signal.
-    Ptr after = many(kOtherGpu, two);
-    if (round % 3 == 1) {  // through committed buffers of two more streams
+    std::vector<Ptr> after;  // commits what it comes after, with its signals
+    if (round % 3 == 1) {    // through committed buffers of two more streams
+      after.push_back(many(kOtherGpu, two));
       two = G::op(kThirdGpu, {two});
-      after = G::op(kOtherGpu, {after, many(kThirdGpu, two)});
+      after.push_back(many(kThirdGpu, two));
     }
     Ptr middle = G::chain(kCpu, two, 2);
+    after.push_back(many(kOtherGpu, two));
     if (round % 3 == 2) {  // from one CPU stream to another, over a GPU's
-      Ptr back = G::op(kOtherGpu, {middle, after});
-      after = many(kOtherGpu, back);
+      Ptr back = G::op(kOtherGpu, {middle, after.back()});
       middle = G::op(kOtherCpu, {back, middle});
+      after.push_back(many(kOtherGpu, back));
     }
-    Ptr last = slow_op(kGpu, {after, middle, one});
+    // The CPU's before what comes after.
+    std::vector<Ptr> inputs{middle, one};
+    inputs.insert(inputs.end(), after.begin(), after.end());
+    Ptr last = slow_op(kGpu, inputs);
     G::eval({last});
     return {last};
   }
