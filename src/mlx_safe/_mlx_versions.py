@@ -67,7 +67,7 @@ VERSIONS = (
         (0, 32, 1),
         "wait",
         "after a fault an evaluation over two GPU streams and the CPU can wait for "
-        "ever; the hooks end it after 1 to 2 s, at most 10 s for each wait; 0.32.4 "
+        "ever; the hooks end it after 1 to 2 s, at most about 10 s; 0.32.4 "
         "does not",
         can_hang=True,
     ),

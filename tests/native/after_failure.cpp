@@ -475,11 +475,15 @@ void nobody_commits(const Hooks& hooks) {
   // What it waits for is committed, and waits for what is not.
   host::Ref other = new_queue(), last = new_event();
   Work(other).waits(event, 1).signals(last, 1).commit();
+  held.signals(event, 2);
+  Work(other).waits(event, 2).signals(last, 2).commit();
   std::atomic<bool> let_go{false};
   std::thread cpu([&] {
     hooks.mark_thread(0);
     CHECK(wait_for(last, 1, ~std::uint64_t{0}) == "reached");
     let_go = true;
+    hooks.set_gate_limit(60'000);  // it is given up: the next wait is short
+    CHECK(wait_for(last, 2, ~std::uint64_t{0}) == "reached");
     set_value(result, 1);
   });
   ::usleep(1'300'000);
@@ -489,8 +493,8 @@ void nobody_commits(const Hooks& hooks) {
   CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
   CHECK(wait_for(result, 1) != "reached");  // it is not known what it read
   cpu.join();
-  CHECK(hooks.epoch() == before + 2);
-  CHECK(hooks.count().gate_limit == 1);
+  CHECK(hooks.epoch() == before + 3);
+  CHECK(hooks.count().gate_limit == 2);
   held.commit();
   CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
 }

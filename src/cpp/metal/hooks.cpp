@@ -423,8 +423,8 @@ bool is_same(const std::vector<Ledger::WaitRef>& one,
 // waits for the CPU's streams first, and commits the GPU's later. The rule: a
 // wait that is held up by signals of a thread that has committed nothing for a
 // second since what it had committed before failed is ended by doing those
-// signals, and any other that the same open signals hold up, when they have for
-// as long as any wait of ours may take.
+// signals, and any other that the same open signals hold up, when they have
+// held one up for as long as any wait of ours may take.
 //
 // In the first case MLX is raising already. A buffer that was opened later than
 // 100 ms after the failure may be of a new evaluation, in which nobody raises:
@@ -450,7 +450,9 @@ bool wait_on_cpu_stream(bool (*original)(Id, Selector, std::uint64_t,
     before = std::move(held.by);
     bool raising = held.by_failure && hook_mode() == Mode::kObserve;
     if (!raising) {
-      if (before.empty() || unchanged < g_gate_limit.load()) continue;
+      if (!held.given_up && (before.empty() || unchanged < g_gate_limit.load()))
+        continue;
+      ledger().give_up_on(before);
       give_up_waiting();
       // Whatever else depends on them is no better.
       if (FailureRef failure = consumed_failure())

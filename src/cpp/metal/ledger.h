@@ -88,6 +88,7 @@ struct Buffer {
   std::vector<Signal> signals;
   std::vector<Wait> waits;
   FailureRef own;
+  bool given_up = false;   // a wait was ended that its commit should have
   bool completed = false;  // its last handler has run
   bool settled = false;
 };
@@ -145,7 +146,11 @@ class Ledger {
     // Of each of them: its buffer was opened longer than `age` ago, and what
     // its thread had committed before failed, at most `recent` before that.
     bool by_failure = false;
+    bool given_up =
+        false;  // of each of them: a wait for it was given up before
   };
+  // A wait for these signals was ended as nobody seems to commit them.
+  void give_up_on(const std::vector<WaitRef>& open_signals);
   // What keeps `event` from `value`: in `by` nothing when it may come by what
   // is committed, or by a CPU. An event that is not in `reached` has reached 0.
   HeldUp held_up_by(Id event, std::uint64_t value, const Reached& reached,

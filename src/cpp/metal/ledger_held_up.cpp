@@ -109,15 +109,20 @@ class Look {
   }
 
   // Adds what is open and holds this up, over any number of buffers in flight.
-  // A value counts when lower ones that are in flight have settled
-  // (`is_closed`), so they are followed, too.
+  // The first signal that brings the value is enough; it counts when lower ones
+  // that are in flight have settled (`is_closed`): they are followed, too.
   void follow(Id event, std::uint64_t value, std::vector<Root>* found) {
+    std::uint64_t first = ~std::uint64_t{0};
+    for (const Buffer* buffer : buffers_)
+      for (const Signal& signal : buffer->signals)
+        if (signal.event.get() == event && signal.value >= value)
+          first = std::min(first, signal.value);
     for (const Buffer* buffer : buffers_)
       for (const Signal& signal : buffer->signals) {
-        if (signal.event.get() != event) continue;
+        if (signal.event.get() != event || signal.value > first) continue;
         if (buffer->sequence != 0) {
           follow_waits(*buffer, signal.waits_before, found);
-        } else if (signal.value >= value) {
+        } else if (signal.value == first) {
           add(event, value, buffer, found);
         }
       }
@@ -222,13 +227,27 @@ Ledger::HeldUp Ledger::held_up_by(Id event, std::uint64_t value,
               return a->sequence < b->sequence;
             });
   Look look(std::move(buffers), reached);
-  held.by_failure = true;
+  held.by_failure = held.given_up = true;
   for (Look::Root& root : look.roots(event, value)) {
     held.by_failure &= has_failed_around(*root.open, age, recent);
+    held.given_up &= root.open->given_up;
     held.by.push_back(std::make_shared<const Wait>(std::move(root.wait)));
   }
   held.by_failure &= !held.by.empty();
+  held.given_up &= !held.by.empty();
   return held;
+}
+
+void Ledger::give_up_on(const std::vector<WaitRef>& open_signals) {
+  std::lock_guard lock(mutex_);
+  for (const auto& [address, buffer] : buffers_) {
+    if (buffer->sequence != 0) continue;
+    for (const Signal& signal : buffer->signals)
+      for (const WaitRef& wait : open_signals)
+        if (signal.event.get() == wait->event.get() &&
+            signal.value >= wait->value)
+          buffer->given_up = true;
+  }
 }
 
 bool Ledger::has_failed_around(const Buffer& open,
