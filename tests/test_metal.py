@@ -172,9 +172,7 @@ def test_sweep(native: Native, workload: str, regime: str) -> None:
     sweep(native, regime, workload, 6, failures_at)
 
 
-@pytest.mark.parametrize(
-    "workload", ["two_queues", "gpu_cpu_gpu", "fences", "held_up"]
-)
+@pytest.mark.parametrize("workload", ["two_queues", "gpu_cpu_gpu", "fences", "held_up"])
 def test_sweep_of_what_hangs_in_mlx_0_32_1(native: Native, workload: str) -> None:
     """MLX 0.32.1 to 0.32.3 wait before they commit: under the hooks that ends.
 

@@ -31,9 +31,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "metal.md"
         (None, "wait", False),
     ],
 )
-def test_the_row_of_a_version(
-    version: str | None, raises: str, can_hang: bool
-) -> None:
+def test_the_row_of_a_version(version: str | None, raises: str, can_hang: bool) -> None:
     row = behaviour_of(version)
     assert (row.raises, row.can_hang) == (raises, can_hang)
     assert row.regime == ("intercept" if raises == "handler" else "observe")
