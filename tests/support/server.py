@@ -48,11 +48,12 @@ NEVER = 10**9  # a step that no test comes to
 # The protected server, told by lines of its standard input. A fault plan counts
 # steps from when it is read and takes the place of the one before; "memory" asks
 # for the bytes of MLX's arrays, "steps" for the number of steps so far, "clients" for
-# that of the handlers whose request is in the generator's hands. "hold N": the Nth
-# step from now waits, before anything of it is done, for "go"; "hold" asks how many
-# it is away.
+# that of the handlers whose request is in the generator's hands, "connections" for that
+# of the connections accepted so far, "pid" for the server's. "hold N": the Nth step
+# from now waits, before anything of it is done, for "go"; "hold" asks how many it is
+# away.
 CONTROLLED = """
-import os, sys, threading
+import os, socket, sys, threading
 import mlx.core as mx
 from mlx_safe import testing
 from mlx_safe.cli import main
@@ -70,6 +71,13 @@ def step(phase):
         away -= 1
     count(phase)
 testing.step = step
+connections, accept = 0, socket.socket.accept
+def accepted(self):
+    global connections
+    found = accept(self)
+    connections += 1
+    return found
+socket.socket.accept = accepted
 def functions(frame):
     while frame is not None:
         yield frame.f_code.co_name
@@ -87,6 +95,10 @@ def listen():
             answer = f"steps: {counter.seen}\\n"
         elif line == "clients\\n":
             answer = f"clients: {clients()}\\n"
+        elif line == "connections\\n":
+            answer = f"connections: {connections}\\n"
+        elif line == "pid\\n":
+            answer = f"pid: {os.getpid()}\\n"
         elif line == "hold\\n":
             answer = f"hold: {away}\\n"
         elif line.startswith("hold "):
