@@ -246,6 +246,10 @@ class Server:
         environment = dict(os.environ, MLX_SAFE_INJECT=inject, HF_HUB_OFFLINE="1")
         environment["MLX_SAFE_AUTOINSTALL"] = "0" if stock else "1"
         environment.update(env or {})
+        self.start(command, environment)
+
+    def start(self, command: list[str], env: dict[str, str] | None = None) -> None:
+        """Starts the child, and reads what it says."""
         self._lines: list[str] = []
         self.process = subprocess.Popen(
             command,
@@ -253,7 +257,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=env,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -17,6 +17,7 @@ await serve(async (task, outcome) => {
     maxOutputTokens: task.max_tokens,
     abortSignal: leaving.signal,
   };
+  if (!task.retries) options.maxRetries = 0;
   if (task.tool)
     options.tools = {
       [TOOL.name]: tool({

@@ -30,7 +30,6 @@ from aider.models import Model
 from protocol import KEY, MODEL, Left, Outcome, Task, begun, serve
 
 RETRY_TIMEOUT_S = 0.25  # it tries again once, after a quarter of a second
-base_coder.RETRY_TIMEOUT = RETRY_TIMEOUT_S
 
 
 class Output(InputOutput):
@@ -39,9 +38,11 @@ class Output(InputOutput):
     def __init__(self) -> None:
         super().__init__(pretty=False, yes=True, fancy_input=False)
         self.said: list[str] = []
+        self.errors: list[str] = []
 
     def tool_error(self, message: str = "", strip: bool = True) -> None:
         self.said.append(message)
+        self.errors.append(message)
 
     def tool_warning(self, message: str = "", strip: bool = True) -> None:
         self.said.append(message)
@@ -55,6 +56,9 @@ def ask(task: Task, outcome: Outcome) -> None:
     io = Output()
     model = Model(f"openai/{MODEL}")
     model.extra_params = {"max_tokens": task.max_tokens}
+    if not task.retries:
+        model.extra_params["max_retries"] = 0
+    base_coder.RETRY_TIMEOUT = RETRY_TIMEOUT_S if task.retries else 0.0
     coder = Coder.create(
         main_model=model,
         edit_format="ask",
@@ -82,7 +86,7 @@ def ask(task: Task, outcome: Outcome) -> None:
         outcome.message = f"retried {retries} times: {outcome.message}"
     if coder.num_exhausted_context_windows:
         outcome.finish = "length"  # so it tells of that finish reason
-    elif told and retries:
+    elif io.errors:
         outcome.told = "told"
         outcome.error = told[0].split(":")[0]
 

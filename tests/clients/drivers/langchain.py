@@ -12,8 +12,10 @@ from protocol import KEY, MODEL, TOOL, Outcome, Task, piece, serve_async
 
 
 @functools.cache
-def client(base_url: str, max_tokens: int, logit_bias: str) -> ChatOpenAI:
-    more: dict[str, Any] = {}
+def client(
+    base_url: str, max_tokens: int, logit_bias: str, retries: bool
+) -> ChatOpenAI:
+    more: dict[str, Any] = {} if retries else {"max_retries": 0}
     if logit_bias != "{}":
         more["logit_bias"] = json.loads(logit_bias)
     return ChatOpenAI(
@@ -22,7 +24,9 @@ def client(base_url: str, max_tokens: int, logit_bias: str) -> ChatOpenAI:
 
 
 async def ask(task: Task, outcome: Outcome) -> None:
-    model: Any = client(task.base_url, task.max_tokens, json.dumps(task.logit_bias))
+    model: Any = client(
+        task.base_url, task.max_tokens, json.dumps(task.logit_bias), task.retries
+    )
     if task.tool:
         model = model.bind_tools([{"type": "function", "function": TOOL}])
     if not task.stream:

@@ -14,7 +14,7 @@ from protocol import KEY, MODEL, TOOL, Outcome, Task, piece, serve_async
 
 
 async def ask(task: Task, outcome: Outcome) -> None:
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {} if task.retries else {"max_retries": 0}
     if task.tool:
         more["tools"] = [{"type": "function", "function": TOOL}]
     if task.logit_bias:

@@ -18,7 +18,8 @@ await serve(async (task, outcome) => {
   };
   if (task.tool) body.tools = [{ type: "function", function: TOOL }];
   if (Object.keys(task.logit_bias).length) body.logit_bias = task.logit_bias;
-  const answer = await client(task.base_url).chat.completions.create(body);
+  const options = task.retries ? {} : { maxRetries: 0 };
+  const answer = await client(task.base_url).chat.completions.create(body, options);
   if (!task.stream) {
     const choice = answer.choices[0];
     piece(task, outcome, choice.message.content);

@@ -20,7 +20,10 @@ def ask(task: Task, outcome: Outcome) -> None:
         more["tools"] = [{"type": "function", "function": TOOL}]
     if task.logit_bias:
         more["logit_bias"] = task.logit_bias
-    answer = client(task.base_url).chat.completions.create(
+    asking = client(task.base_url)
+    if not task.retries:
+        asking = asking.with_options(max_retries=0)
+    answer = asking.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": task.prompt}],
         max_tokens=task.max_tokens,

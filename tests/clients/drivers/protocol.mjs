@@ -31,7 +31,8 @@ export function piece(task, outcome, text) {
 export function failed(outcome, error, told) {
   const chain = [];
   for (let e = error; e && !chain.includes(e); e = e.cause ?? e.lastError) chain.push(e);
-  const names = chain.map((e) => e.name === "Error" ? e.constructor.name : e.name);
+  // The AI SDK gives an error event's object as it came.
+  const names = chain.map((e) => (e.name === "Error" ? null : e.name) ?? e.constructor.name);
   outcome.told = told;
   outcome.error = names[0] ?? String(error);
   outcome.message = `${names.join(" <- ")}: ${error?.message ?? error}`.slice(0, 400);

@@ -44,6 +44,7 @@ class Task:
         leave: it goes away when the first text has come.
         tool: it offers `TOOL`.
         logit_bias: sent as it is, unless it is empty.
+        retries: its own, as many as it has by default; False for none.
         times: how often curl is to ask in one run.
     """
 
@@ -54,6 +55,7 @@ class Task:
     leave: bool = False
     tool: bool = False
     logit_bias: dict[str, float] = field(default_factory=dict)
+    retries: bool = True
     times: int = 1
 
 

@@ -22,10 +22,11 @@ from pydantic_ai.tools import ToolDefinition
 
 
 @functools.cache
-def model(base_url: str) -> OpenAIChatModel:
-    return OpenAIChatModel(
-        MODEL, provider=OpenAIProvider(base_url=base_url, api_key=KEY)
-    )
+def model(base_url: str, retries: bool) -> OpenAIChatModel:
+    provider = OpenAIProvider(base_url=base_url, api_key=KEY)
+    if not retries:
+        provider.client.max_retries = 0
+    return OpenAIChatModel(MODEL, provider=provider)
 
 
 def text_of(event: Any) -> str:
@@ -55,10 +56,10 @@ async def ask(task: Task, outcome: Outcome) -> None:
         "model_request_parameters": ModelRequestParameters(function_tools=tools),
     }
     if not task.stream:
-        response = await model_request(model(task.base_url), **arguments)
+        response = await model_request(model(task.base_url, task.retries), **arguments)
         piece(task, outcome, response.text)
     else:
-        stream = model_request_stream(model(task.base_url), **arguments)
+        stream = model_request_stream(model(task.base_url, task.retries), **arguments)
         async with stream as events:
             async for event in events:
                 piece(task, outcome, text_of(event))
