@@ -50,7 +50,7 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path) -> Iterator[Server]:
-    more = ("--prefill-step-size", str(STEP_SIZE))
+    more = ("--prefill-step-size", str(STEP_SIZE), "--keepalive-after", "0")
     with Server(tiny_model, *more, program=CONTROLLED).wait_ready() as server:
         server.chat()
         yield server

@@ -32,6 +32,8 @@ _share_request``,                `generator`         all take the same steps
 ``ResponseGenerator.generate``   `generator`         refuses while it must
 ``APIHandler.handle_completion`` `handler`           answers failures
 ``APIHandler.do_GET, do_POST``   `handler`           /metrics; bad bodies
+``APIHandler`` as a handler of    `wire`              HTTP/1.1: chunked streams,
+HTTP                                                 connections that are kept
 ``APIHandler.                    `handler`           tells the truth
 handle_health_check``
 ``LRUPromptCache``               `prompt_cache`      entries are complete and hold

@@ -74,8 +74,13 @@ class Condition:
             self._answering += not self._leaving
             return not self._leaving
 
+    def return_(self) -> None:
+        """A client that had its answer has asked again: told something in any case."""
+        with self._lock:
+            self._answering += 1
+
     def depart(self) -> None:
-        """A client that arrived has been served, its connection is closed."""
+        """A client that arrived has been served."""
         with self._lock:
             self._answering -= 1
 

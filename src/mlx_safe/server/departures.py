@@ -7,6 +7,7 @@ sockets of all requests in flight instead.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -76,15 +77,25 @@ class Departures:
             time.sleep(LOOK_EVERY_S)
 
 
+# What tells of a close behind data that nobody has read, such as a next request:
+# Linux's poll has it, kqueue has it on macOS.
+RDHUP = getattr(select, "POLLRDHUP", None)
+
+
 def _has_left(connection: socket.socket) -> bool:
     """Whether the other side has closed; data that it sent on is left alone."""
     try:
+        if RDHUP is None:
+            return _is_at_its_end(connection)
         poller = select.poll()
-        poller.register(connection, select.POLLIN)
-        if not poller.poll(0):
-            return False
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
+        poller.register(connection, RDHUP)
+        return bool(poller.poll(0))
     except (OSError, ValueError):
         return True  # reset, or closed by its own handler
+
+
+def _is_at_its_end(connection: socket.socket) -> bool:
+    with contextlib.closing(select.kqueue()) as queue:
+        wanted = select.kevent(connection, select.KQ_FILTER_READ, select.KQ_EV_ADD)
+        events = queue.control([wanted], 1, 0)
+        return any(event.flags & select.KQ_EV_EOF for event in events)

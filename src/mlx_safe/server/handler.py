@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlx_lm.server import APIHandler
 
-from .generator import Answered, ProtectedResponseGenerator
+from .generator import Answered
 from .metrics import CONTENT_TYPE
 from .recorder import name_request
 from .replies import BadRequest, Reply, reply_for
+from .wire import Wire
 
 __all__ = ["ProtectedHandler"]
 
@@ -20,25 +22,8 @@ log = logging.getLogger("mlx_safe.server")
 
 # What a read or a write ends with when nobody is there, or reads on (`timeout`).
 GONE = (ConnectionError, TimeoutError)
-
-
-class _BodyWriter:
-    """``wfile`` that sends held-back headers before its first byte."""
-
-    def __init__(self, handler: ProtectedHandler, raw: Any) -> None:
-        self._handler = handler
-        self._raw = raw
-
-    def write(self, data: bytes) -> int:
-        self._handler.release_headers()
-        self._handler.bytes_sent += len(data)
-        # What mlx-lm itself refuses; it writes the body in one go.
-        if data.startswith(b'{"error": "'):
-            data = _in_our_form(data)
-        return int(self._raw.write(data))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
+# mlx-lm tells with them how far it has read a prompt, after each step.
+COMMENT = b": keepalive"
 
 
 def _in_our_form(data: bytes) -> bytes:
@@ -47,36 +32,58 @@ def _in_our_form(data: bytes) -> bytes:
     return json.dumps({"error": reply.error()}).encode()
 
 
-class ProtectedHandler(APIHandler):  # type: ignore[misc]
-    """One request. Runs on a thread of its own."""
+class _Heard:
+    """mlx-lm's generator, as one handler has it: each token is heard of."""
 
-    response_generator: ProtectedResponseGenerator
+    def __init__(self, generator: Any, hear: Callable[[], None]) -> None:
+        self._generator = generator
+        self._hear = hear
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> tuple[Any, Iterator[Any]]:
+        context, responses = self._generator.generate(*args, **kwargs)
+        return context, self._each(responses)
+
+    def _each(self, responses: Iterator[Any]) -> Iterator[Any]:
+        for response in responses:
+            self._hear()
+            yield response
+
+
+class ProtectedHandler(Wire, APIHandler):  # type: ignore[misc]
+    """One connection. Runs on a thread of its own."""
+
+    response_generator: Any  # a `generator.ProtectedResponseGenerator`
     timeout = 120  # seconds for one read or write; a body may be slow, not endless
+    keepalive_after_s = 5.0
 
-    def setup(self) -> None:
-        self._hold_headers = False
-        self._logged_code: Any = None
-        self.bytes_sent = 0
-        super().setup()
-        raw: Any = self.wfile
-        self.wfile: Any = _BodyWriter(self, raw)
+    def begin(self) -> None:
+        self.created = int(time.time())  # mlx-lm sets it once for each connection
+        self._asked_at = time.monotonic()
 
-    # mlx-lm begins every answer with a 200; what is logged is what was sent.
+    # A stream's 200 waits for its first token: until then a failure can still be
+    # answered with its own status, which clients know how to retry. Only one that
+    # takes its time has comments before.
 
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        self._logged_code = code
+    def shape(self, data: bytes) -> bytes:
+        if data.startswith(COMMENT) and not self._is_late():
+            return b""
+        # What mlx-lm itself refuses; it writes the body in one go.
+        if data.startswith(b'{"error": "'):
+            return _in_our_form(data)
+        return data
 
-    def finish(self) -> None:
-        super().finish()
-        if self._logged_code is not None:
-            super().log_request(self._logged_code)
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._asked_at >= self.keepalive_after_s
 
-    # A stream's headers wait for its first byte: until then a failure can still
-    # be answered with its own status, which clients know how to retry.
-
-    def _set_stream_headers(self, status_code: int = 200) -> None:
-        super()._set_stream_headers(status_code)
-        self._hold_headers = True
+    def _hear(self) -> None:
+        """A token has been made; it may have no text yet, as those of tool calls."""
+        if not self.stream or not self._is_late():
+            return
+        if time.monotonic() - self.wfile.sent_at >= max(self.keepalive_after_s, 1.0):
+            self.wfile.write(COMMENT + b"\n\n")
 
     def _set_cors_headers(self) -> None:
         """The last that mlx-lm does before it ends the headers of any answer."""
@@ -86,16 +93,6 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         )
         for name, value in ticket.headers.items() if ticket else ():
             self.send_header(name, value)
-
-    def flush_headers(self) -> None:
-        if not self._hold_headers:
-            super().flush_headers()
-
-    def release_headers(self) -> None:
-        """Sends the headers that were held back, if any."""
-        if self._hold_headers:
-            self._hold_headers = False
-            super().flush_headers()
 
     # -- routes -----------------------------------------------------------------
 
@@ -153,6 +150,8 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         name_request(request, self.request_id, self.path)
+        self._asked_at = time.monotonic()
+        self.response_generator = _Heard(self.response_generator, self._hear)
         try:
             self._check_stream_options()
             departures = self.response_generator.departures
@@ -180,8 +179,7 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
     # -- answers ------------------------------------------------------------------
 
     def _note_departure(self) -> None:
-        self._hold_headers = False
-        self._headers_buffer: list[bytes] = []
+        self.abandon()
         request_id = getattr(self, "request_id", "-")
         log.info("the client of %s went away; its request is cancelled", request_id)
 
@@ -189,17 +187,17 @@ class ProtectedHandler(APIHandler):  # type: ignore[misc]
         """Tells the client of ``exc``."""
         reply = reply_for(exc)
         try:
-            if self.bytes_sent:
+            if not self.wfile.sent:
+                self._send_error_body(reply)
+            elif self.stream:
                 self._send_error_event(reply)
             else:
-                self._send_error_body(reply)
+                self.abandon()
         except GONE:
             self._note_departure()
 
     def _send_error_body(self, reply: Reply) -> None:
-        self._headers_buffer = []  # of the 200 that mlx-lm had begun
-        self._hold_headers = False
-        self.close_connection = True
+        self.drop_head()  # of the 200 that mlx-lm had begun
         body = json.dumps({"error": reply.error()}).encode()
         self._send_body(reply.status, "application/json", body, reply.retry_after)
 

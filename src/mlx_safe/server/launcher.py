@@ -19,6 +19,7 @@ from ..forensics import startup
 from ..memory.sizes import parse_size
 from . import compat, ranks, supervisor
 from .overflow import Overflow
+from .wire import Resting
 
 __all__ = ["check_paths", "run", "serve"]
 
@@ -68,6 +69,15 @@ def _add_recovery_flags(parser: Parser) -> None:
         metavar="SECONDS",
         help="a generation step that makes no progress for so long is fatal: clients "
         "get a 503, the process leaves with status 75; 0: never (default: 600)",
+    )
+    parser.add_argument(
+        "--keepalive-after",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="a stream's comments begin so long after its request was read; until "
+        "then, or its first token, what fails is answered with its own status "
+        "(default: 5)",
     )
     parser.add_argument(
         "--supervise",
@@ -233,7 +243,12 @@ class _Server(ThreadingHTTPServer):
     condition: Condition
     told = False
 
-    # A client counts from before it is accepted until its connection is closed.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._resting = Resting()
+        super().__init__(*args, **kwargs)
+
+    # A client counts from before it is accepted until its connection is closed, but
+    # not while that waits for another request.
 
     def get_request(self) -> Any:
         if not self.condition.arrive():
@@ -244,6 +259,16 @@ class _Server(ThreadingHTTPServer):
         except OSError:
             self.condition.depart()
             raise
+
+    def rest(self, connection: Any) -> None:
+        """``connection`` has its answer, and is kept."""
+        self._resting.add(connection)
+        self.condition.depart()
+
+    def resume(self, connection: Any) -> None:
+        """``connection`` has sent something, or ends."""
+        self._resting.remove(connection)
+        self.condition.return_()
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -257,7 +282,8 @@ class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError):
-            log.info("a client went away: %s", error)
+            # It waits for nothing: checks of HAProxy end with a reset.
+            log.debug("a client went away: %s", error)
         else:
             log.exception("a handler failed")
 
@@ -292,8 +318,11 @@ def run(
     fingerprint = server.get_system_fingerprint()
     generator: Any = None
 
+    ProtectedHandler.keepalive_after_s = own.keepalive_after
+
     def handle(*args: Any) -> None:
-        ProtectedHandler(generator, *args, system_fingerprint=fingerprint)
+        handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
+        handler(generator, *args, system_fingerprint=fingerprint)
 
     startup.tell()  # the log is set up by now
     watch = on_fault(lambda fault: _leave_on_terminate(fault, lambda: generator))

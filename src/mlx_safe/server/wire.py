@@ -1,0 +1,313 @@
+"""HTTP/1.1 as it goes over the wire: framing, and connections that are kept.
+
+`Wire` stands between a handler that writes as if its answer ended with the
+connection, as mlx-lm's does, and a client that is to tell a whole answer from one
+that was cut. It knows nothing of mlx-lm.
+
+Formats: RFC 9112, chunked transfer coding (section 7.1), persistence (9.3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+import select
+import socket
+import threading
+import time
+from collections import OrderedDict
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+__all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
+
+# How long a connection waits for its next request. Less than that of the clients'
+# pools would make them send on a connection that is being closed; nginx's is 75 s.
+KEEP_ALIVE_S = 75.0
+# Each connection has a thread of its own; of those that wait, the oldest goes.
+RESTING_MAX = 256
+# How long a client may go on to send what nobody is going to read.
+LINGER_S = 2.0
+
+
+class Framing(enum.Enum):
+    """How the end of an answer is told."""
+
+    WHOLE = "its length was said by who made it"
+    COLLECTED = "its length is told when all of it is there"
+    CHUNKED = "by a last chunk of length 0"
+    CLOSED = "by the end of the connection, to a client of HTTP/1.0"
+    NO_BODY = "it has no body"
+
+
+class Resting:
+    """The connections that wait for their next request. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: OrderedDict[socket.socket, None] = OrderedDict()
+
+    def add(self, connection: socket.socket) -> None:
+        """``connection`` rests; the one that has rested longest may have to go."""
+        with self._lock:
+            self._sockets[connection] = None
+            if len(self._sockets) > RESTING_MAX:
+                oldest, _ = self._sockets.popitem(last=False)
+                with contextlib.suppress(OSError):  # its client was quicker
+                    oldest.shutdown(socket.SHUT_RD)  # its thread wakes up
+
+    def remove(self, connection: socket.socket) -> None:
+        """``connection`` has a request again, or ends."""
+        with self._lock:
+            self._sockets.pop(connection, None)
+
+
+class _Reader(io.RawIOBase):
+    """What a connection sends; counts the bytes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            count = self._connection.recv_into(buffer)
+        except BlockingIOError:  # only in `Wire._ahead`
+            return None
+        self.count += count
+        return count
+
+
+class _Writer(io.BufferedIOBase):
+    """``wfile``: frames what is written to it. One send for one write.
+
+    Attributes:
+        sent: bytes of this answer that have gone out.
+        sent_at: monotonic seconds of the last of them.
+        broken: the client is gone, or the answer is to end here, unfinished.
+    """
+
+    def __init__(self, handler: Wire) -> None:
+        self._handler = handler
+        self.next()
+
+    def next(self) -> None:
+        """Another answer begins."""
+        self.framing: Framing | None = None
+        self.sent = 0
+        self.sent_at = time.monotonic()
+        self.broken = False
+        self._body = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        count = len(data)
+        shaped = self._handler.shape(bytes(data))
+        if not shaped or self.framing is Framing.NO_BODY:
+            return count
+        if self.framing is Framing.COLLECTED:
+            self._body += shaped
+        elif self.framing is Framing.CHUNKED:
+            self.send(b"%x\r\n%b\r\n" % (len(shaped), shaped))
+        else:
+            self.send(shaped)
+        return count
+
+    def end(self) -> None:
+        """The answer is complete: tells its end."""
+        if self.broken or self.framing is None:
+            return
+        if self.framing is Framing.COLLECTED:
+            self._handler.send_header("Content-Length", str(len(self._body)))
+            self.send(b"" if self._handler.command == "HEAD" else self._body)
+        else:
+            self.send(b"0\r\n\r\n" if self.framing is Framing.CHUNKED else b"")
+
+    def send(self, data: bytes) -> None:
+        """Sends ``data``, after the headers if they are still here."""
+        data = self._handler.take_head() + data
+        if not data:
+            return
+        try:
+            self._handler.connection.sendall(data)
+        except BaseException:
+            self.broken = True
+            raise
+        self.sent += len(data)
+        self.sent_at = time.monotonic()
+
+
+class Wire(BaseHTTPRequestHandler):
+    """One connection, with one request after another. Runs on a thread of its own.
+
+    An answer's headers wait for the first byte of its body, so that until then it
+    can be another. Whoever reads a chunked body of a request and does not come to
+    its end sets ``close_connection``.
+    """
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Any
+
+    def setup(self) -> None:
+        super().setup()
+        self._reader = _Reader(self.connection)
+        self.rfile: Any = io.BufferedReader(self._reader)
+        self.wfile: Any = _Writer(self)
+
+    # -- connections --------------------------------------------------------------
+
+    def handle(self) -> None:
+        # mlx-lm's handler keeps a request's state in its attributes: of one request
+        # nothing may be left for the next.
+        fresh = dict(vars(self))
+        while True:
+            vars(self).clear()
+            vars(self).update(fresh)
+            self.wfile.next()
+            self._head_ends_at: int | None = None
+            self._logged_code: Any = None
+            self.close_connection = True
+            self.begin()
+            try:
+                self.handle_one_request()
+            finally:
+                if self._logged_code is not None:
+                    super().log_request(self._logged_code)
+            if self.close_connection or not self._rest():
+                return
+
+    def begin(self) -> None:
+        """Called before each request is read."""
+
+    def handle_one_request(self) -> None:
+        super().handle_one_request()
+        unread = self._head_ends_at is not None and not self._was_read()
+        self.close_connection = self.close_connection or unread
+        self.wfile.end()
+        if self.wfile.broken or self.wfile.framing in (None, Framing.CLOSED):
+            self.close_connection = True
+        elif unread:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Reads on for a while: closing over unread data resets the connection, and
+        the client would not see the answer."""
+        deadline = time.monotonic() + LINGER_S
+        self.connection.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            self.connection.settimeout(left)
+            if not self.connection.recv(1 << 16):
+                return
+
+    def _rest(self) -> bool:
+        """Waits for the next request; False when there will be none."""
+        if self._ahead():
+            return True
+        self.server.rest(self.connection)
+        poller = select.poll()
+        poller.register(self.connection, select.POLLIN)
+        try:
+            return bool(poller.poll(KEEP_ALIVE_S * 1000))
+        finally:
+            self.server.resume(self.connection)
+
+    def _ahead(self) -> bytes:
+        """What has been sent and not been read by the handler, without waiting."""
+        self.connection.settimeout(0)
+        try:
+            ahead: bytes = self.rfile.peek(1)
+        finally:
+            self.connection.settimeout(self.timeout)
+        return ahead
+
+    def _position(self) -> int:
+        ahead = self._ahead()  # first: it may read more
+        return self._reader.count - len(ahead)
+
+    def parse_request(self) -> bool:
+        self._head_ends_at = None
+        if not super().parse_request():
+            return False
+        options = self.headers.get("Connection", "").lower().split(",")
+        if self.request_version != "HTTP/1.1":
+            # Such a client, and what stands between, may know nothing of chunks, and
+            # of connections that are kept only what the headers of its time said.
+            self.protocol_version = "HTTP/1.0"
+            self.close_connection = True
+        elif "close" in (option.strip() for option in options):
+            self.close_connection = True
+        self._head_ends_at = self._position()
+        return True
+
+    def _was_read(self) -> bool:
+        """Whether the next byte is the first of another request."""
+        assert self._head_ends_at is not None
+        count = self._position() - self._head_ends_at
+        if self.headers.get("Transfer-Encoding"):
+            return count > 0
+        return self.headers.get("Content-Length", "0").strip() == str(count)
+
+    # -- answers ------------------------------------------------------------------
+
+    def shape(self, data: bytes) -> bytes:
+        """What of ``data``, written as the body of an answer, is to be sent."""
+        return data
+
+    def end_headers(self) -> None:
+        head: list[bytes] = getattr(self, "_headers_buffer", [])  # none to HTTP/0.9
+        status = int(head[0].split()[1]) if head else 0
+        if 100 <= status < 200:
+            self._headers_buffer: list[bytes] = []
+            self.connection.sendall(b"".join(head) + b"\r\n")
+            return
+        fields = dict(line.lower().split(b":", 1) for line in head[1:])
+        if status in (204, 304):
+            framing = Framing.NO_BODY
+        elif b"content-length" in fields:
+            framing = Framing.NO_BODY if self.command == "HEAD" else Framing.WHOLE
+        elif not fields.get(b"content-type", b"").strip().startswith(b"text/event"):
+            framing = Framing.COLLECTED
+        elif self.request_version == "HTTP/1.1":
+            framing = Framing.CHUNKED
+        else:
+            framing = Framing.CLOSED
+        self.wfile.framing = framing
+
+    def take_head(self) -> bytes:
+        """The headers, once, when the first byte of the answer goes out."""
+        head: list[bytes] = getattr(self, "_headers_buffer", [])
+        if not head:
+            return b""
+        framing = self.wfile.framing
+        if framing is Framing.CHUNKED:
+            self.send_header("Transfer-Encoding", "chunked")
+        if not self.close_connection:
+            self.send_header("Keep-Alive", f"timeout={KEEP_ALIVE_S:.0f}")
+        elif framing not in (None, Framing.CHUNKED, Framing.CLOSED):
+            # Not of a stream: with it, fetch of Node 20 takes a stream that is cut
+            # for one that has ended.
+            self.send_header("Connection", "close")
+        self._headers_buffer = []
+        return b"".join(head) + b"\r\n"
+
+    def drop_head(self) -> None:
+        """Another answer takes the place of the one that has not gone out yet."""
+        self._headers_buffer = []
+        self.wfile.next()
+
+    def abandon(self) -> None:
+        """The answer ends as it is; its client can tell that it is cut."""
+        self._headers_buffer = []
+        self.wfile.broken = True
+
+    # What is logged is what was sent: mlx-lm begins every answer with a 200.
+
+    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        self._logged_code = code
