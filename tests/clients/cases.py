@@ -25,7 +25,7 @@ from stage import (
     base_url,
 )
 from support import scripted_model
-from support.server import CONTROLLED, NEVER, Server, eventually
+from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
 TOKENS = 40  # of an answer
 ENDLESS = 20_000
@@ -74,8 +74,8 @@ class Stage:
         if server is None:
             server = SupervisedServer(self._tiny, self._directory)
             self._servers["supervised"] = server
-            server.wait_ready()
         assert isinstance(server, SupervisedServer)
+        server.wait_ready()
         return server
 
     @property
@@ -132,6 +132,7 @@ def held(server: Server, drivers: Drivers, **more: object) -> Iterator[None]:
     try:
         start_all(server, drivers, **more)
         server.wait_for_clients(len(drivers) + 1)
+        server.wait_held(BATCH_RUNS_S)  # or the other would go on alone for so long
         yield
     finally:
         server.go()
@@ -278,11 +279,12 @@ def connection(stage: Stage, drivers: Drivers) -> Outcomes:
     for name, driver in drivers.items():
         driver.wait_ready()
         before = server.ask("connections")
+        stream = driver.client.keeps_after_a_stream
         if name == "curl":  # what it keeps ends with it
             outcomes[name] = driver.do(task(server, name, times=2))
         else:
-            driver.do(task(server, name))
-            outcomes[name] = driver.do(task(server, name))
+            driver.do(task(server, name, stream=stream))
+            outcomes[name] = driver.do(task(server, name, stream=stream))
         outcomes[name].message = str(server.ask("connections") - before)
     return outcomes
 

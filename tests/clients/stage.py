@@ -33,15 +33,17 @@ class Client:
         package: what is pinned: the name of a Python package, of one of npm's, or
             of a program.
         venv: of .venvs/; empty for what runs elsewhere.
-        tools, keeps: whether it has tools, and a connection for the next request.
+        attempts: how often it asks when it is told to come again.
+        keeps_after_a_stream: whether its connection is good for another request then;
+            openai's synchronous client does not read on after ``[DONE]``.
     """
 
     name: str
     driver: str
     package: str
     venv: str = ""
-    tools: bool = True
     attempts: int = 3
+    keeps_after_a_stream: bool = True
 
     @property
     def python(self) -> Path:
@@ -84,13 +86,25 @@ def _said(command: list[str]) -> str:
 
 
 CLIENTS = [
-    Client("openai-python", "openai_python.py", "openai", "clients"),
+    Client(
+        "openai-python",
+        "openai_python.py",
+        "openai",
+        "clients",
+        keeps_after_a_stream=False,
+    ),
     Client("openai-node", "openai_node.mjs", "openai"),
     Client("Vercel AI SDK", "ai_sdk.mjs", "ai"),
     Client("litellm", "litellm_library.py", "litellm", "clients"),
     Client("langchain-openai", "langchain.py", "langchain-openai", "clients"),
     Client("pydantic-ai", "pydantic_ai_direct.py", "pydantic-ai-slim", "clients"),
-    Client("aider", "aider_scripted.py", "aider-chat", "aider", tools=False),
+    Client(
+        "aider",
+        "aider_scripted.py",
+        "aider-chat",
+        "aider",
+        keeps_after_a_stream=False,
+    ),
     Client("curl", "curl_program.py", "curl", attempts=1),
 ]
 

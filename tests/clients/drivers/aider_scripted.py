@@ -7,6 +7,7 @@ It prints what went wrong and tries again, for 60 s; here for as long as
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -72,10 +73,13 @@ def ask(task: Task, outcome: Outcome) -> None:
     coder.gpt_prompts.main_system = "{final_reminders}"
     coder.gpt_prompts.system_reminder = ""
     text = ""
-    for part in coder.run_stream(task.prompt):
+    parts = coder.run_stream(task.prompt)
+    for part in parts:
         if part and not text:
             begun()
             if task.leave:
+                with contextlib.suppress(StopIteration):
+                    parts.throw(KeyboardInterrupt)  # Control-C
                 raise Left
         text += part
     outcome.text = coder.partial_response_content
@@ -88,7 +92,7 @@ def ask(task: Task, outcome: Outcome) -> None:
         outcome.finish = "length"  # so it tells of that finish reason
     elif io.errors:
         outcome.told = "told"
-        outcome.error = told[0].split(":")[0]
+        outcome.error = io.errors[0].split(":")[0]
 
 
 serve(ask)
