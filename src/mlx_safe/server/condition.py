@@ -34,14 +34,23 @@ class Condition:
 
     While ``recovering`` (a few hundredths of a second) requests are taken and
     wait; while ``refusing`` they are answered 503.
+
+    Args:
+        on_ready: called once, when the model has been loaded.
+
+    Attributes:
+        restarts: the process is about to leave for another to take its place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        self._on_ready = on_ready
+        self._is_loaded = threading.Event()
         self._lock = threading.Lock()
         self._state = "loading"
         self._reason = "the model is being loaded"
         self._answering = 0
         self._leaving = False
+        self.restarts = False
         self._refuse_until = 0.0
 
     @property
@@ -61,12 +70,24 @@ class Condition:
         self._refuse_until = time.monotonic() + seconds
         self.enter("refusing", reason)
 
+    def wait_loaded(self, seconds: float | None) -> bool:
+        """Whether the model is loaded, or never will be, within ``seconds``.
+
+        None: however long it takes.
+        """
+        return self._is_loaded.wait(seconds)
+
     def enter(self, state: str, reason: str = "") -> None:
         """Changes the state; nothing leads out of ``failed``."""
         with self._lock:
-            if self._state != "failed":
-                self._state, self._reason = state, reason
-                breadcrumb("server", state)
+            if self._state == "failed":
+                return
+            is_ready = (self._state, state) == ("loading", "ok")
+            self._state, self._reason = state, reason
+            breadcrumb("server", state)
+        self._is_loaded.set()
+        if is_ready:
+            self._on_ready()
 
     def arrive(self) -> bool:
         """A client is about to be accepted; False: not any more, the process leaves."""
@@ -75,7 +96,7 @@ class Condition:
             return not self._leaving
 
     def return_(self) -> None:
-        """A client that had its answer has asked again: told something in any case."""
+        """A client that had its answer has asked again, or its connection ends."""
         with self._lock:
             self._answering += 1
 

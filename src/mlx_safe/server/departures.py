@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .tickets import Ticket
 
@@ -95,7 +96,7 @@ def _has_left(connection: socket.socket) -> bool:
 
 
 def _is_at_its_end(connection: socket.socket) -> bool:
-    with contextlib.closing(select.kqueue()) as queue:
-        wanted = select.kevent(connection, select.KQ_FILTER_READ, select.KQ_EV_ADD)
-        events = queue.control([wanted], 1, 0)
-        return any(event.flags & select.KQ_EV_EOF for event in events)
+    kq: Any = select  # what only systems with kqueue have
+    with contextlib.closing(kq.kqueue()) as queue:
+        wanted = kq.kevent(connection, kq.KQ_FILTER_READ, kq.KQ_EV_ADD)
+        return any(e.flags & kq.KQ_EV_EOF for e in queue.control([wanted], 1, 0))

@@ -87,8 +87,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         memory: MemoryFlags,
         max_kv_size: int | None = None,
         injections: bool = False,
+        hold_s: float | None = None,
     ) -> None:
         self.condition = condition
+        self._hold_s = hold_s
         self._overflow = overflow
         self._max_kv_size = max_kv_size
         self.flight = Flight()
@@ -109,7 +111,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             stall_timeout_s,
             self._is_working,
             lambda why: self.recovery.give_up(
-                Unavailable(f"The server restarts: {why}."), reported=True
+                Unavailable(f"The server restarts: {why}.", restarts=True),
+                reported=True,
             ),
         )
         # The ticket that mlx-lm's sequential path works on.
@@ -142,8 +145,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As mlx-lm's; errors are raised as `Answered`."""
         try:
+            if not self.condition.wait_loaded(self._hold_s):
+                raise Unavailable("The model is being loaded.", restarts=True)
             if self.condition.state in ("failed", "refusing"):
-                raise Unavailable(self.condition.reason)
+                restarts = self.condition.restarts
+                raise Unavailable(self.condition.reason, restarts=restarts)
             context, responses = super().generate(*args, **kwargs)
         except Exception as e:
             raise Answered(e) from e
@@ -185,8 +191,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             where = "" if passing else _where(self.cli_args)
             told = in_one_line(cause)
             log.error("the model cannot be loaded: %s%s", where, told)
+            self.condition.restarts = status == EXIT_REPLACE
             self.condition.enter("failed", "the model cannot be loaded")
-            why = Unavailable("The model cannot be loaded.")
+            why = Unavailable("The model cannot be loaded.", restarts=True)
             self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
             return False
         self.condition.enter("ok")
@@ -410,7 +417,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
-        why = Unavailable("The server is stopping.")
+        why = Unavailable("The server is stopping.", restarts=True)
         self.condition.enter("failed", "the server is stopping")
         self.recovery.fail_everyone(why)
         if self._one_rank:

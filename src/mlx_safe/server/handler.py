@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm.server import APIHandler
 
 from .generator import Answered
+from .handover import Message, State
 from .metrics import CONTENT_TYPE
 from .recorder import name_request
 from .replies import BadRequest, Reply, reply_for
@@ -151,6 +152,7 @@ class ProtectedHandler(Wire, APIHandler):  # type: ignore[misc]
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         name_request(request, self.request_id, self.path)
         self._asked_at = time.monotonic()
+        self.held.reach(State.RUNNING)
         self.response_generator = _Heard(self.response_generator, self._hear)
         try:
             self._check_stream_options()
@@ -163,12 +165,16 @@ class ProtectedHandler(Wire, APIHandler):  # type: ignore[misc]
             self._end(e)
         else:
             self._count("completed")
+            self.server.handover.tell_once(Message.WORKED)
 
     def _end(self, exc: Exception) -> None:
         """The request has ended with ``exc``: counts it, then tells the client."""
         if isinstance(exc, GONE):
             self._count("client_left")
             self._note_departure()
+        elif self.response_generator.condition.restarts and self.leave_to_the_next():
+            self._count("handed_over")
+            log.info("%s is left to the next server", self.request_id)
         else:
             self._count(reply_for(exc).code)
             self._send_failure(exc)

@@ -18,6 +18,7 @@ from .._command import CommandError, Parser
 from ..forensics import startup
 from ..memory.sizes import parse_size
 from . import compat, ranks, supervisor
+from .handover import Handover, Held, Message
 from .overflow import Overflow
 from .wire import Resting
 
@@ -84,6 +85,14 @@ def _add_recovery_flags(parser: Parser) -> None:
         action="store_true",
         help="start the server again when it ends, in a small parent process that "
         "keeps the port open meanwhile",
+    )
+    parser.add_argument(
+        "--hold-seconds",
+        type=_seconds,
+        default=supervisor.HOLD_S,
+        metavar="SECONDS",
+        help="with --supervise: how long a request waits for the next server before "
+        "its client gets a 503; 0: not at all (default: 60)",
     )
 
 
@@ -245,7 +254,35 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resting = Resting()
+        self.handover = Handover.of_environment()
+        # Connections that an earlier server had, until their handlers have begun;
+        # and those that the next server is to have.
+        self._taken: dict[Any, Held] = {}
+        self._holds: dict[Any, Held] = {}
+        self._left: set[Any] = set()
         super().__init__(*args, **kwargs)
+
+    def held(self, connection: Any) -> Held:
+        """What the supervisor keeps of ``connection``; asked by its handler."""
+        found = self._taken.pop(connection, None) or self.handover.hold(connection)
+        self._holds[connection] = found
+        return found
+
+    def take_over(self) -> None:
+        """Serves what was accepted before, by an earlier server or the supervisor."""
+
+        def serve(connection: Any, held: Held) -> None:
+            if not self.condition.arrive():
+                return  # the supervisor has it still
+            connection.setblocking(True)
+            self._taken[connection] = held
+            self.process_request(connection, _peer(connection))
+
+        self.handover.take_over(serve)
+
+    def leave_open(self, connection: Any) -> None:
+        """The next server is to have ``connection``."""
+        self._left.add(connection)
 
     # A client counts from before it is accepted until its connection is closed, but
     # not while that waits for another request.
@@ -271,7 +308,11 @@ class _Server(ThreadingHTTPServer):
         self.condition.return_()
 
     def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
+        held = self._holds.pop(request, None)
+        if request not in self._left:
+            super().shutdown_request(request)
+            if held is not None:
+                held.close()
         self.condition.depart()
 
     def service_actions(self) -> None:
@@ -330,13 +371,29 @@ def run(
     if is_first:
         log.info("listening at http://%s:%s; loading the model", host, port)
     _patch(server, lambda: generator)
-    generator = _make_generator(own, overflow, model_provider, injections)
+
+    def ready() -> None:
+        _tell_of_the_start(ready=True)
+        if httpd is not None:
+            httpd.handover.tell(Message.READY)
+
+    _tell_of_the_start(ready=False)
+    generator = _make_generator(own, overflow, model_provider, injections, ready)
     start_sampler(generator.admission.figures)
     with watch:
         if httpd is None:
             _follow_the_first(generator)
         else:
             _serve_until_told(httpd, generator)
+
+
+def _tell_of_the_start(ready: bool) -> None:
+    """Lets ``Retry-After`` of a restart be what the last start took."""
+    from .replies import a_start_takes
+
+    seconds = supervisor.start_took(ready)
+    if seconds is not None:
+        a_start_takes(seconds)
 
 
 def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
@@ -367,7 +424,11 @@ def _patch(server: Any, generator: Callable[[], Any]) -> None:
 
 
 def _make_generator(
-    own: argparse.Namespace, overflow: Overflow, model_provider: Any, injections: bool
+    own: argparse.Namespace,
+    overflow: Overflow,
+    model_provider: Any,
+    injections: bool,
+    on_ready: Callable[[], None],
 ) -> Any:
     """Starts the generation thread, which loads the model."""
     from .admission import MemoryFlags
@@ -381,7 +442,7 @@ def _make_generator(
             model_provider.cli_args.prompt_cache_size,
             model_provider.cli_args.prompt_cache_bytes,
         ),
-        Condition(),
+        Condition(on_ready),
         replay_attempts=own.replay_attempts,
         stall_timeout_s=own.stall_timeout,
         overflow=overflow,
@@ -392,6 +453,8 @@ def _make_generator(
             wait_s=own.memory_wait,
         ),
         injections=injections,
+        # By itself, a server has always let those wait that came early.
+        hold_s=own.hold_seconds or None if supervisor.is_supervised() else None,
     )
 
 
@@ -419,7 +482,8 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
         signal.signal(n, stop)
     httpd.condition = generator.condition
     try:
-        supervisor.tell_that_it_listens()
+        httpd.handover.tell(Message.LISTENS)
+        httpd.take_over()
         httpd.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
         log.info("stopping")
@@ -428,6 +492,13 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
         # Not through the interpreter's end: MLX's static objects and the daemon
         # threads of handlers do not always survive it (seen with MLX 0.32.4).
         generator.stop()
+
+
+def _peer(connection: Any) -> Any:
+    try:
+        return connection.getpeername()
+    except OSError:
+        return ("-", 0)  # its client has left meanwhile
 
 
 def _bind(host: str, port: int, handle: Any) -> _Server:

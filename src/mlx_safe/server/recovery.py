@@ -130,7 +130,8 @@ class Recovery:
         # MLX's own errors are RuntimeErrors; that a peer was lost is one of them.
         unexpected = None if isinstance(exc, RuntimeError) else exc
         log.error("a step of all ranks failed: %s", exc, exc_info=unexpected)
-        self.give_up(Unavailable("The server restarts: a step of all ranks failed."))
+        why = "The server restarts: a step of all ranks failed."
+        self.give_up(Unavailable(why, restarts=True))
 
     def _refuse_for_a_while(self) -> None:
         count = self._replays.faults_without_progress
@@ -190,6 +191,7 @@ class Recovery:
             reported: there is a crash report of it already, as there is of an
                 exception that reached terminate.
         """
+        self._condition.restarts = True
         self._condition.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", one_line(exc))
         # First of all: it is to tell who was in flight.

@@ -7,6 +7,7 @@ client, since it may quote a prompt.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from .. import errors
@@ -24,6 +25,15 @@ __all__ = [
 ]
 
 RETRY_AFTER_S = 5
+RETRY_AFTER_MAX_S = 60
+# Of a refusal that lasts until the next server is there.
+_restart_s = RETRY_AFTER_S
+
+
+def a_start_takes(seconds: float) -> None:
+    """What is told of a restart from now on, rounded up, from 1 to 60."""
+    global _restart_s
+    _restart_s = min(max(1, math.ceil(seconds)), RETRY_AFTER_MAX_S)
 
 
 class BadRequest(Exception):
@@ -43,7 +53,15 @@ class NotEnoughMemory(Exception):
 
 
 class Unavailable(Exception):
-    """The server refuses work for now; the message says why."""
+    """The server refuses work for now; the message says why.
+
+    Attributes:
+        restarts: until another server has taken its place.
+    """
+
+    def __init__(self, message: str | None, *, restarts: bool = False) -> None:
+        super().__init__(message)
+        self.restarts = restarts
 
 
 # What a request may end with that is no failure of the server.
@@ -103,9 +121,8 @@ def reply_for(exc: BaseException) -> Reply:
     if isinstance(exc, NotEnoughMemory):
         return _memory_reply(str(exc))
     if isinstance(exc, Unavailable):
-        return Reply(
-            503, "service_unavailable_error", "unavailable", str(exc), RETRY_AFTER_S
-        )
+        after = _restart_s if exc.restarts else RETRY_AFTER_S
+        return Reply(503, "service_unavailable_error", "unavailable", str(exc), after)
     fault = errors.from_exception(exc)
     if fault is not None and (fault.retryable or fault.fatal):
         return _fault_reply(fault)
@@ -142,5 +159,5 @@ def _fault_reply(fault: errors.MetalError) -> Reply:
         f"{kind}_error",
         errors.kind_of(fault.code).slug,
         f"The GPU {what}. The request was not completed.",
-        RETRY_AFTER_S,
+        _restart_s if fault.fatal else RETRY_AFTER_S,
     )

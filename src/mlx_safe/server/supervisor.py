@@ -1,66 +1,56 @@
-"""``mlx-safe serve --supervise``: the port stays open while the server dies.
+"""``mlx-safe serve --supervise``: a restart of the server is a pause.
 
 A small parent that never imports MLX. It opens the listening socket and gives it
-to the server, a child process. Until the server says that it listens, the parent
-answers 503 itself, each client on a thread of its own: none is refused a
-connection, none waits in silence, and a slow one keeps nobody waiting.
+to the server, a child process. While no server listens the parent accepts itself, and
+holds what comes in until the next one takes it; so it does with what the last one had
+accepted and not begun to answer (`handover`). What must not wait is answered 503, each
+client on a thread of its own, so that a slow one keeps nobody waiting.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import select
+import resource
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 from .. import _core
 from .._command import CommandError, Parser
+from . import handover
+from .handover import Message
+from .holding import Holding
 
 __all__ = [
     "LISTEN_FD",
     "Supervisor",
     "cannot_listen",
     "find_address",
+    "is_supervised",
     "main",
     "replace_this_process",
-    "tell_that_it_listens",
+    "start_took",
 ]
 
 LISTEN_FD = "MLX_SAFE_LISTEN_FD"
-# The writing end of a pipe: a byte says that the server listens, and its end that
-# there is no such server any more.
-LISTENS_FD = "MLX_SAFE_LISTENS_FD"
+# Of the server: when it was started, and how long the one before took until its model
+# was loaded. In seconds, of the system's monotonic clock.
+BORN_S = "MLX_SAFE_BORN_S"
+LAST_START_S = "MLX_SAFE_LAST_START_S"
 
 USER_MISTAKE = 2
-# A server that lived so long had a life of its own; what came before is
-# forgotten.
-HEALTHY_AFTER_S = 60.0
 CRASHES_MAX = 5
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0)
-RETRY_AFTER_S = 5
-# For one client, from its connection to its end; beyond so many at a time, the
-# others wait in the socket's queue.
-ANSWER_TIMEOUT_S = 10.0
-ANSWERED_AT_ONCE_MAX = 64
-
-BODY = (
-    b'{"error": {"message": "The server is starting.", '
-    b'"type": "service_unavailable_error", "param": null, "code": "unavailable", '
-    b'"retry_after": %d}}' % RETRY_AFTER_S
-)
-ANSWER = (
-    b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-    b"Retry-After: %d\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
-    % (RETRY_AFTER_S, len(BODY), BODY)
-)
+HOLD_S = 60.0
+# As long as a server has closed the channel and lives.
+END_TIMEOUT_S = 2.0
+TURN_S = 0.2
+FILES_WANTED = 4096
 
 
 def replace_this_process(arguments: Sequence[str]) -> None:
@@ -71,15 +61,23 @@ def replace_this_process(arguments: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", __name__, *arguments])
 
 
-def tell_that_it_listens() -> None:
-    """Called by the server: from now on it accepts connections itself.
+def is_supervised() -> bool:
+    """Whether this process is the server of a supervisor."""
+    return BORN_S in os.environ
 
-    Without effect when there is no supervisor.
+
+def start_took(ready: bool) -> float | None:
+    """How long a start takes until the model is loaded, as the server knows it.
+
+    None when it has no parent, or no start was seen to its end.
+
+    Args:
+        ready: its model has just been loaded.
     """
-    fd = os.environ.pop(LISTENS_FD, None)
-    if fd is not None:
-        with contextlib.suppress(BrokenPipeError), os.fdopen(int(fd), "wb") as pipe:
-            pipe.write(b"1")  # broken: the supervisor was killed
+    if ready and BORN_S in os.environ:
+        return time.monotonic() - float(os.environ[BORN_S])
+    last = os.environ.get(LAST_START_S)
+    return None if last is None else float(last)
 
 
 def say(text: str) -> None:
@@ -99,7 +97,9 @@ def _how(status: int) -> str:
 class Supervisor:
     """Runs one server after another on one socket."""
 
-    def __init__(self, listener: socket.socket, command: Sequence[str]) -> None:
+    def __init__(
+        self, listener: socket.socket, command: Sequence[str], hold_s: float = HOLD_S
+    ) -> None:
         # For good, as its mode is the server's as well: each may find that the
         # other was quicker.
         listener.setblocking(False)
@@ -107,6 +107,9 @@ class Supervisor:
         self._command = list(command)
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
+        self._holding = Holding(hold_s)
+        self._crashes = 0
+        self._born = 0.0
 
     def stop(self, number: int, frame: object) -> None:
         """Signal handler: passes the signal on and restarts no more."""
@@ -116,83 +119,101 @@ class Supervisor:
 
     def run(self) -> int:
         """Returns the exit status for this process."""
-        crashes = 0
         while True:
-            born = time.monotonic()
             status = self._run_child()
             if self._stopping or status in (0, USER_MISTAKE):
+                self._holding.refuse_all()
                 return max(status, 0)
-            if time.monotonic() - born > HEALTHY_AFTER_S:
-                crashes = 0
-            crashes += 1
-            if crashes > CRASHES_MAX:
+            self._crashes += 1
+            if self._crashes > CRASHES_MAX:
+                self._holding.refuse_all()
                 say(
-                    f"the server has ended {crashes} times in a row, the last time "
-                    f"{_how(status)}: giving up. Its log above says why, and "
-                    "`mlx-safe reports` lists the crash reports"
+                    f"the server has ended {self._crashes} times in a row and "
+                    f"completed no request in between, the last time {_how(status)}: "
+                    "giving up. Its log above says why, and `mlx-safe reports` lists "
+                    "the crash reports"
                 )
                 return 1
-            delay = BACK_OFF_S[min(crashes, len(BACK_OFF_S)) - 1]
+            delay = BACK_OFF_S[min(self._crashes, len(BACK_OFF_S)) - 1]
             say(
                 f"the server has ended {_how(status)}; starting it again "
-                f"in {delay:.0f} s"
+                f"in {delay:.0f} s, with {len(self._holding)} connections held"
             )
-            self._answer_until(time.monotonic() + delay)
+            self._hold_until(time.monotonic() + delay)
             if self._stopping:
+                self._holding.refuse_all()
                 return 0
+
+    def _hold_until(self, deadline: float) -> None:
+        while not self._stopping and (left := deadline - time.monotonic()) > 0:
+            self._turn(min(left, TURN_S))
+
+    def _turn(self, seconds: float, channel: socket.socket | None = None) -> bool:
+        """Accepts and answers while no server does; whether ``channel`` has a word."""
+        wanted = [] if channel is None else [channel]
+        if self._holding.may_accept:
+            wanted.append(self._listener)
+        ready = handover.readable(wanted, seconds)
+        if self._listener in ready:
+            with contextlib.suppress(OSError):  # the client left again
+                self._holding.accept(self._listener.accept()[0])
+        self._holding.look_round()
+        return channel in ready
 
     def _run_child(self) -> int:
         fd = self._listener.fileno()
-        listens, told = os.pipe()
-        environment = {**os.environ, LISTEN_FD: str(fd), LISTENS_FD: str(told)}
+        channel, theirs = socket.socketpair()
+        self._born = time.monotonic()
+        environment = {
+            **os.environ,
+            LISTEN_FD: str(fd),
+            handover.CHANNEL_FD: str(theirs.fileno()),
+            BORN_S: str(self._born),
+        }
+        if self._holding.last_start_s is not None:
+            environment[LAST_START_S] = str(self._holding.last_start_s)
         del environment["MLX_SAFE_AUTOINSTALL"]
-        with os.fdopen(listens, "rb", buffering=0) as pipe:
-            with os.fdopen(told, "wb"):  # closed here once the child has it
+        with channel:
+            with theirs:  # closed here once the child has it
                 self._child = subprocess.Popen(
                     self._command,
                     env=environment,
-                    pass_fds=(fd, told),
+                    pass_fds=(fd, theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                 )
             if self._stopping:
                 self._child.terminate()
-            if self._answer_until(math.inf, pipe) and pipe.read(1):
-                say("the server listens")
-        return self._child.wait()
+            while not self._turn(TURN_S, channel):
+                pass
+            while self._hear(channel):
+                pass
+        try:
+            return self._child.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            # Its end of the channel is closed, and it goes on.
+            self._holding.forget()
+            return self._child.wait()
+        finally:
+            self._holding.server_ended()
 
-    def _answer_until(self, deadline: float, *pipes: IO[bytes]) -> bool:
-        """Answers 503 to whoever comes; True when one of ``pipes`` ended it."""
-        while not self._stopping and (left := deadline - time.monotonic()) > 0:
-            may_accept = threading.active_count() <= ANSWERED_AT_ONCE_MAX
-            wanted: list[IO[bytes] | socket.socket] = [*pipes]
-            wanted += [self._listener] if may_accept else []
-            ready, _, _ = select.select(wanted, [], [], min(left, 0.2))
-            if any(pipe in ready for pipe in pipes):
-                return True
-            if ready:
-                with contextlib.suppress(OSError):  # the client left again
-                    connection, _ = self._listener.accept()
-                    threading.Thread(
-                        target=_answer, args=(connection,), daemon=True
-                    ).start()
-        return False
-
-
-def _answer(connection: socket.socket) -> None:
-    """Sends the 503 once the client has begun to ask."""
-    deadline = time.monotonic() + ANSWER_TIMEOUT_S
-    asked = False
-    with connection, contextlib.suppress(OSError):
-        while (left := deadline - time.monotonic()) > 0:
-            connection.settimeout(left)
-            # What was sent is read to its end: closing over unread data resets
-            # the connection, and the client would not see the answer.
-            if not connection.recv(1 << 16):
-                return
-            if not asked:
-                connection.sendall(ANSWER)
-                connection.shutdown(socket.SHUT_WR)
-                asked = True
+    def _hear(self, channel: socket.socket) -> bool:
+        """One message of the server; False when there will be none any more."""
+        got = handover.receive(channel)
+        if got is None:
+            return False
+        message, key, files = got
+        if message is Message.LISTENS:
+            say("the server listens")
+            self._holding.give_to(channel)
+        elif message is Message.READY:
+            self._holding.last_start_s = time.monotonic() - self._born
+        elif message is Message.WORKED:
+            self._crashes = 0
+        elif message is Message.HOLD:
+            self._holding.keep(key, files)
+        elif message is Message.DONE:
+            self._holding.drop(key)
+        return True
 
 
 def find_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
@@ -223,27 +244,39 @@ def cannot_listen(host: str, port: int, error: OSError) -> CommandError:
     )
 
 
-def _listen(arguments: Sequence[str]) -> socket.socket:
+def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float]:
     parser = Parser(prog="mlx-safe serve", add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--hold-seconds", type=float, default=HOLD_S)
     known, _ = parser.parse_known_args(list(arguments))
     family, address = find_address(known.host, known.port)
     try:
-        return socket.create_server(address[:2], family=family, backlog=512)
+        listener = socket.create_server(address[:2], family=family, backlog=512)
+        return listener, known.hold_seconds
     except OSError as e:
         raise cannot_listen(known.host, known.port, e) from e
+
+
+def _allow_many_files() -> None:
+    """Two for each connection that is held; macOS allows 256 in all by itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Opens the socket and runs servers with ``arguments`` on it."""
     try:
-        listener = _listen(arguments)
+        listener, hold_s = _listen(arguments)
     except CommandError as e:
         print(f"mlx-safe: {e}", file=sys.stderr)
         return USER_MISTAKE
     command = [sys.executable, "-m", "mlx_safe", "serve", *arguments]
-    supervisor = Supervisor(listener, command)
+    _allow_many_files()
+    supervisor = Supervisor(listener, command, hold_s)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup, and shells for what they start in the background, have it ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -20,6 +20,8 @@ from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+from .handover import Held, State
+
 __all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
 
 # How long a connection waits for its next request. Less than that of the clients'
@@ -64,20 +66,32 @@ class Resting:
 
 
 class _Reader(io.RawIOBase):
-    """What a connection sends; counts the bytes."""
+    """What a connection sends, with what an earlier server had read of it first.
 
-    def __init__(self, connection: socket.socket) -> None:
+    Attributes:
+        count: bytes so far.
+    """
+
+    def __init__(self, connection: socket.socket, held: Held) -> None:
         self._connection = connection
+        self._held = held
+        self._taken = held.taken
         self.count = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        try:
-            count = self._connection.recv_into(buffer)
-        except BlockingIOError:  # only in `Wire._ahead`
-            return None
+        if self._taken:
+            count = min(len(buffer), len(self._taken))
+            buffer[:count] = self._taken[:count]
+            self._taken = self._taken[count:]
+        else:
+            try:
+                count = self._connection.recv_into(buffer)
+            except BlockingIOError:  # only in `Wire._ahead`
+                return None
+            self._held.add(memoryview(buffer)[:count])
         self.count += count
         return count
 
@@ -134,6 +148,7 @@ class _Writer(io.BufferedIOBase):
         data = self._handler.take_head() + data
         if not data:
             return
+        self._handler.held.reach(State.BEGUN)
         try:
             self._handler.connection.sendall(data)
         except BaseException:
@@ -157,7 +172,8 @@ class Wire(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self._reader = _Reader(self.connection)
+        self.held: Held = self.server.held(self.connection)
+        self._reader = _Reader(self.connection, self.held)
         self.rfile: Any = io.BufferedReader(self._reader)
         self.wfile: Any = _Writer(self)
 
@@ -180,7 +196,10 @@ class Wire(BaseHTTPRequestHandler):
             finally:
                 if self._logged_code is not None:
                     super().log_request(self._logged_code)
-            if self.close_connection or not self._rest():
+            if self.close_connection:
+                return
+            self.held.next(self._ahead())
+            if not self._rest():
                 return
 
     def begin(self) -> None:
@@ -306,6 +325,14 @@ class Wire(BaseHTTPRequestHandler):
         """The answer ends as it is; its client can tell that it is cut."""
         self._headers_buffer = []
         self.wfile.broken = True
+
+    def leave_to_the_next(self) -> bool:
+        """The next server is to answer; False when there is none, or it is too late."""
+        if self.wfile.sent or not self.held.leave():
+            return False
+        self.abandon()
+        self.server.leave_open(self.connection)
+        return True
 
     # What is logged is what was sent: mlx-lm begins every answer with a 200.
 

@@ -1,0 +1,245 @@
+"""The connections that the supervisor holds while there is no server.
+
+Used by the supervisor's one thread; those that are refused are answered on threads of
+their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+from . import handover
+from .handover import HEAD_SIZE, Message, State
+
+__all__ = ["Holding"]
+
+# Beyond them a connection is refused. The bytes are those of bodies that were read;
+# of others the system keeps what was sent.
+CONNECTIONS_MAX = 512
+BYTES_MAX = 256 << 20
+# A request that two servers were running when they died is not run by a third.
+DEATHS_MAX = 2
+RETRY_AFTER_S = 5
+RETRY_AFTER_MAX_S = 60
+# For one client that is refused, from then to its end; beyond so many at a time, the
+# others wait.
+ANSWER_TIMEOUT_S = 10.0
+ANSWERED_AT_ONCE_MAX = 64
+# What asks whether there is a server, and is to be told at once.
+PROBES = tuple(
+    method + path + end
+    for method in (b"GET ", b"HEAD ")
+    for path in (b"/health", b"/metrics")
+    for end in (b" ", b"?")
+)
+PROBE_LENGTH = max(map(len, PROBES))
+
+
+@dataclass
+class _Kept:
+    """One connection, with the file of its request.
+
+    Attributes:
+        since: monotonic seconds since when it waits for a server.
+        looked: it is known not to be a probe.
+    """
+
+    connection: socket.socket
+    file: int
+    since: float = math.inf
+    looked: bool = False
+
+    def close(self) -> None:
+        self.connection.close()
+        os.close(self.file)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its request that were read."""
+        return os.fstat(self.file).st_size - HEAD_SIZE
+
+    def outlive(self) -> bool:
+        """The server is dead; whether the next one may have it."""
+        state, deaths = os.pread(self.file, HEAD_SIZE, 0)
+        deaths += state == State.RUNNING
+        os.pwrite(self.file, bytes([State.READING, deaths]), 0)
+        return deaths < DEATHS_MAX
+
+    @property
+    def has_begun(self) -> bool:
+        """Something of the answer was sent."""
+        return os.pread(self.file, 1, 0)[0] == State.BEGUN
+
+
+class Holding:
+    """What the last server accepted (``kept``), and what waits for the next.
+
+    Args:
+        hold_s: for how long at most; 0: nothing is held, what comes in is refused.
+
+    Attributes:
+        last_start_s: what the last start took, until the model was loaded.
+    """
+
+    def __init__(self, hold_s: float) -> None:
+        self._hold_s = hold_s
+        self._kept: dict[int, _Kept] = {}
+        self._waiting: dict[int, _Kept] = {}
+        # The server's own are positive.
+        self._keys = itertools.count(-1, -1)
+        self.last_start_s: float | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def may_accept(self) -> bool:
+        """There is a thread for one more that must be refused."""
+        return threading.active_count() <= ANSWERED_AT_ONCE_MAX
+
+    # -- while a server lives ------------------------------------------------------
+
+    def keep(self, key: int, files: list[int]) -> None:
+        """The server has accepted a connection."""
+        if len(files) == 2:  # none when this process may not have more
+            self._kept[key] = _Kept(socket.socket(fileno=files[0]), files[1])
+        else:
+            for fd in files:
+                os.close(fd)
+
+    def drop(self, key: int) -> None:
+        """The server has closed a connection."""
+        found = self._kept.pop(key, None)
+        if found is not None:
+            found.close()
+
+    def give_to(self, channel: socket.socket) -> None:
+        """A server listens: it takes what waits."""
+        for key, kept in self._waiting.items():
+            files = (kept.connection.fileno(), kept.file)
+            with contextlib.suppress(OSError):  # it is dead; its end will be heard of
+                handover.send(channel, Message.TAKE, key, files)
+            self._kept[key] = kept
+        self._waiting.clear()
+
+    def forget(self) -> None:
+        """The server lives on without this process: its connections are its own."""
+        for kept in self._kept.values():
+            kept.close()
+        self._kept.clear()
+
+    # -- while there is none -------------------------------------------------------
+
+    def server_ended(self) -> None:
+        """What it had not begun to answer waits; the others are cut."""
+        for kept in self._kept.values():
+            if kept.has_begun:
+                kept.close()
+            elif kept.outlive():
+                self._wait(kept)
+            else:
+                self._refuse(kept)
+        self._kept.clear()
+
+    def accept(self, connection: socket.socket) -> None:
+        """A client has come."""
+        self._wait(_Kept(connection, handover.make_file()))
+
+    def _wait(self, kept: _Kept) -> None:
+        size = kept.size + sum(other.size for other in self._waiting.values())
+        if not self._hold_s or len(self) >= CONNECTIONS_MAX or size > BYTES_MAX:
+            self._refuse(kept)
+            return
+        kept.since = time.monotonic()
+        self._waiting[next(self._keys)] = kept
+
+    def look_round(self) -> None:
+        """Answers probes, and whose time is over."""
+        now = time.monotonic()
+        for key, kept in list(self._waiting.items()):
+            late = now - kept.since >= self._hold_s
+            if self.may_accept and (late or _is_probe(kept)):
+                del self._waiting[key]
+                self._refuse(kept)
+
+    def refuse_all(self) -> None:
+        """There will be no other server."""
+        threads = [self._refuse(kept) for kept in self._waiting.values()]
+        self._waiting.clear()
+        deadline = time.monotonic() + 1.0
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _refuse(self, kept: _Kept) -> threading.Thread:
+        has_asked = kept.size > 0
+        os.close(kept.file)
+        answer = _refusal(self.last_start_s)
+        thread = threading.Thread(
+            target=_answer, args=(kept.connection, answer, has_asked), daemon=True
+        )
+        thread.start()
+        return thread
+
+
+def _is_probe(kept: _Kept) -> bool:
+    """Looks at what was sent and leaves it there."""
+    if kept.looked:
+        return False
+    if kept.size:
+        seen = os.pread(kept.file, PROBE_LENGTH, HEAD_SIZE)
+    else:
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+        try:
+            seen = kept.connection.recv(PROBE_LENGTH, flags)
+        except BlockingIOError:
+            return False
+        except OSError:
+            seen = b""
+    kept.looked = len(seen) >= PROBE_LENGTH
+    return seen.startswith(PROBES)
+
+
+def _refusal(last_start_s: float | None) -> bytes:
+    seconds = RETRY_AFTER_S if last_start_s is None else math.ceil(last_start_s)
+    seconds = min(max(seconds, 1), RETRY_AFTER_MAX_S)
+    error = {
+        "message": "The server is starting.",
+        "type": "service_unavailable_error",
+        "param": None,
+        "code": "unavailable",
+        "retry_after": seconds,
+    }
+    body = json.dumps({"error": error}).encode()
+    return (
+        b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+        b"Retry-After: %d\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
+        % (seconds, len(body), body)
+    )
+
+
+def _answer(connection: socket.socket, answer: bytes, has_asked: bool) -> None:
+    """Sends ``answer`` once the client has begun to ask."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    with connection, contextlib.suppress(OSError):
+        if has_asked:
+            connection.settimeout(ANSWER_TIMEOUT_S)
+            connection.sendall(answer)
+            connection.shutdown(socket.SHUT_WR)
+        while (left := deadline - time.monotonic()) > 0:
+            connection.settimeout(left)
+            # What was sent is read to its end: closing over unread data resets
+            # the connection, and the client would not see the answer.
+            if not connection.recv(1 << 16):
+                return
+            if not has_asked:
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                has_asked = True

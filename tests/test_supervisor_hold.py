@@ -1,0 +1,249 @@
+"""A restart is a pause: what the supervisor holds, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_safe.server import handover, holding, supervisor
+from support.server import Answer, Server, eventually
+from test_supervisor import SUPERVISED, pids_of_children
+
+PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
+CHAT = "/v1/chat/completions"
+LONG = {"text": "hello " * 400, "max_tokens": 400}
+
+
+def kill_the_server(server: Server) -> None:
+    (child,) = pids_of_children(server.process.pid)
+    ended = server.log.count("ended by SIGKILL")
+    os.kill(child, signal.SIGKILL)
+    server.wait_for_log("ended by SIGKILL", ended + 1)
+
+
+def in_background(call: Callable[[], Answer]) -> Callable[[], Answer]:
+    """Calls ``call`` on a thread; what is returned waits for its answer."""
+    answers: list[Answer] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), daemon=True)
+    thread.start()
+
+    def wait() -> Answer:
+        thread.join(120)
+        return answers[0]
+
+    return wait
+
+
+def raw_chat(**more: Any) -> bytes:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, **more}
+    data = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path) -> Any:
+    with Server(tiny_model, "--supervise").wait_ready() as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_what_had_no_answer_yet_is_run_by_the_next(
+    server: Server, path: str, stream: bool
+) -> None:
+    server.wait_ready()
+    alone = server.chat(**LONG, **PATHS[path])
+    more = {**PATHS[path], "stream": stream}
+    if stream:  # its prompt is being read for long enough
+        more.update(text=f"{path} " + "y" * 60_000, max_tokens=8)
+        wait = in_background(lambda: server.chat(**more))
+    else:
+        wait = in_background(lambda: server.chat(**LONG, **more))
+    server.wait_for_requests(1)
+    kill_the_server(server)
+    answer = wait()
+    assert answer.broken is None
+    assert answer.status == 200
+    if stream:
+        assert answer.done
+    else:
+        assert answer.text == alone.text
+
+
+def test_what_was_being_read_is_read_on_by_the_next(server: Server) -> None:
+    request = raw_chat(padding="x" * 200_000)
+    with socket.create_connection(("127.0.0.1", server.port), 90) as s:
+        s.sendall(request[:100_000])
+        time.sleep(0.3)  # the server reads it, or finds it: both must do
+        kill_the_server(server)
+        s.sendall(request[100_000:])
+        assert s.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_stream_that_had_begun_is_cut(server: Server) -> None:
+    server.wait_ready()
+    with socket.create_connection(("127.0.0.1", server.port), 90) as s:
+        s.sendall(raw_chat(stream=True, max_tokens=100_000))
+        got = s.recv(1 << 16)
+        kill_the_server(server)
+        with contextlib.suppress(ConnectionError):
+            while piece := s.recv(1 << 16):
+                got += piece
+    assert b"data: {" in got
+    assert not got.endswith(b"0\r\n\r\n")
+    assert got.count(b"HTTP/1.1 200") == 1
+
+
+def test_connections_that_were_kept_live_on(server: Server) -> None:
+    server.wait_ready()
+    with contextlib.closing(server.connect()) as connection:
+        local = connection.sock.getsockname()
+        for _ in range(2):
+            connection.request("POST", CHAT, raw_chat().split(b"\r\n\r\n")[1])
+            assert connection.getresponse().read()
+            assert connection.sock.getsockname() == local
+            kill_the_server(server)
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().status == 200
+        assert connection.sock.getsockname() == local
+
+
+def test_who_left_while_it_was_held_is_not_served(server: Server) -> None:
+    server.wait_ready()
+    with socket.create_connection(("127.0.0.1", server.port), 90) as s:
+        s.sendall(raw_chat(max_tokens=100_000))
+        server.wait_for_requests(1)
+        kill_the_server(server)
+    assert server.chat().status == 200
+    assert eventually(lambda: server.metric("mlx_safe_requests_in_flight") == 0)
+
+
+def test_a_request_that_kills_is_not_run_for_ever(tiny_model: Path) -> None:
+    inject = "prefill:1:4:persistent"
+    with Server(tiny_model, "--supervise", inject=inject).wait_ready() as server:
+        answer = server.chat()
+        assert answer.status == 503
+        assert answer.broken is None
+        assert int(answer.headers["retry-after"]) >= 1
+        assert server.log.count("ended with status 75") == 2
+
+
+def test_who_comes_while_there_is_no_server_waits_for_it(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    with Server(go, program=SUPERVISED) as server:
+        server.wait_listening()
+        waits = [in_background(lambda: server.get("/v1/models")) for _ in range(5)]
+        # Who asks whether there is a server is told so.
+        assert server.get("/health").status == 503
+        go.touch()
+        assert [wait().status for wait in waits] == [200] * 5
+
+
+def test_who_has_waited_long_enough_is_told_to_come_again(tmp_path: Path) -> None:
+    more = ("--hold-seconds", "0.5")
+    with Server(tmp_path / "never", *more, program=SUPERVISED) as server:
+        server.wait_listening()
+        begin = time.monotonic()
+        for answer in (server.get("/v1/models"), server.chat("x" * 100_000)):
+            assert answer.broken is None
+            assert answer.status == 503
+            assert answer.error["code"] == "unavailable"
+        assert time.monotonic() - begin >= 1.0
+
+
+def test_no_more_are_held_than_may_be(tmp_path: Path) -> None:
+    program = "from mlx_safe.server import holding\nholding.CONNECTIONS_MAX = 2\n"
+    with Server(tmp_path / "never", program=program + SUPERVISED) as server:
+        server.wait_listening()
+        with contextlib.ExitStack() as stack:
+            address = ("127.0.0.1", server.port)
+            for _ in range(2):
+                s = stack.enter_context(socket.create_connection(address))
+                s.sendall(raw_chat())
+            assert eventually(lambda: server.chat(timeout=5).status == 503)
+
+
+def test_who_is_held_is_told_when_it_ends(tmp_path: Path) -> None:
+    with Server(tmp_path / "never", program=SUPERVISED) as server:
+        server.wait_listening()
+        with socket.create_connection(("127.0.0.1", server.port), 60) as s:
+            s.sendall(raw_chat())
+            assert server.get("/health").status == 503  # so it was accepted
+            assert server.stop() == 0
+            assert s.recv(12) == b"HTTP/1.1 503"
+
+
+# A server that says what it is told to, and dies. Its arguments: a file that counts
+# its lives, how many of them it has, what it says in each.
+SAYS = """
+import os, sys, time
+from mlx_safe.server.handover import Handover, Message
+path, lives, *said = sys.argv[1:]
+with open(path, "a") as file:
+    file.write("x")
+parent = Handover.of_environment()
+for name in said:
+    parent.tell(Message[name])
+sys.exit(0 if os.path.getsize(path) >= int(lives) else 1)
+"""
+
+
+def supervise(tmp_path: Path, *arguments: str) -> tuple[int, int]:
+    """(exit status of the supervisor, how often its server was started)."""
+    lives = tmp_path / "lives"
+    command = [sys.executable, "-c", SAYS, str(lives), *arguments]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        parent = supervisor.Supervisor(listener, command, 1.0)
+        status = parent.run()
+    return status, lives.stat().st_size
+
+
+@pytest.fixture
+def no_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0,))
+    monkeypatch.setenv("MLX_SAFE_AUTOINSTALL", "0")
+
+
+@pytest.mark.usefixtures("no_back_off")
+def test_a_server_that_worked_may_die_as_often_as_it_likes(tmp_path: Path) -> None:
+    assert supervise(tmp_path, "9", "LISTENS", "READY", "WORKED") == (0, 9)
+
+
+@pytest.mark.usefixtures("no_back_off")
+def test_one_that_did_not_is_given_up(tmp_path: Path) -> None:
+    assert supervise(tmp_path, "9", "LISTENS", "READY") == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("took", "told"), [(None, 5), (0.2, 1), (12.1, 13), (60, 60), (500, 60)]
+)
+def test_retry_after_is_what_the_last_start_took(took: float | None, told: int) -> None:
+    head, body = holding._refusal(took).split(b"\r\n\r\n")
+    assert f"Retry-After: {told}\r\n".encode() in head
+    assert json.loads(body)["error"]["retry_after"] == told
+
+
+def test_the_channel_takes_records_in_pieces() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        handover.send(ours, handover.Message.HOLD, 7, (ours.fileno(), ours.fileno()))
+        got = handover.receive(theirs)
+        assert got is not None
+        message, key, files = got
+        assert (message, key, len(files)) == (handover.Message.HOLD, 7, 2)
+        for fd in files:
+            os.close(fd)
+        ours.shutdown(socket.SHUT_WR)
+        assert handover.receive(theirs) is None
