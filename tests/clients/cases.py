@@ -124,10 +124,11 @@ def held(server: Server, drivers: Drivers, **more: object) -> Iterator[None]:
     So that they are in one batch, and have nothing yet.
     """
     server.hold(3)
-    other = threading.Thread(
-        target=server.chat, kwargs={"stream": True, "max_tokens": 3 * TOKENS}
-    )
-    other.start()
+    threading.Thread(
+        target=server.chat,
+        kwargs={"stream": True, "max_tokens": 3 * TOKENS},
+        daemon=True,
+    ).start()
     server.wait_held()
     try:
         start_all(server, drivers, **more)
@@ -136,7 +137,15 @@ def held(server: Server, drivers: Drivers, **more: object) -> Iterator[None]:
         yield
     finally:
         server.go()
-    other.join(120)
+
+
+def amid(server: Server, drivers: Drivers, **more: object) -> None:
+    """Holds the server when everybody has some of an answer."""
+    with held(server, drivers, **more):
+        server.hold(TOKENS // 2)
+    server.wait_held()
+    for driver in drivers.values():
+        driver.wait_begun()
 
 
 # ---- what happens
@@ -202,10 +211,7 @@ def killed_whole(stage: Stage, drivers: Drivers) -> Outcomes:
 def killed_amid(stage: Stage, drivers: Drivers) -> Outcomes:
     """The process is killed when everybody has some of an answer."""
     server = stage.server("killed", *NO_REPLAY)
-    with held(server, drivers, max_tokens=ENDLESS):
-        pass
-    for driver in drivers.values():
-        driver.wait_begun()
+    amid(server, drivers)
     stage.kill("killed")
     return {name: driver.outcome() for name, driver in drivers.items()}
 
@@ -222,10 +228,7 @@ def supervised_before(stage: Stage, drivers: Drivers) -> Outcomes:
 
 def supervised_amid(stage: Stage, drivers: Drivers) -> Outcomes:
     server = stage.supervised()
-    with held(server, drivers, max_tokens=ENDLESS):
-        pass
-    for driver in drivers.values():
-        driver.wait_begun()
+    amid(server, drivers)
     os.kill(server.ask("pid"), signal.SIGKILL)
     return {name: driver.outcome() for name, driver in drivers.items()}
 
@@ -257,6 +260,8 @@ def leaving(stage: Stage, drivers: Drivers) -> Outcomes:
     for name, driver in drivers.items():
         departures, seen = server.departures, server.metric(left)
         outcomes[name] = driver.do(task(server, name, leave=True, max_tokens=ENDLESS))
+        if not driver.client.lets_go:
+            driver.stop()
         # Its answer would go on for minutes.
         outcomes[name].left &= (
             eventually(lambda seen=seen: server.metric(left) == seen + 1, 10)  # type: ignore[misc]
@@ -386,7 +391,8 @@ CASES = [
     Case("supervised, killed in mid-stream", supervised_amid, is_cut),
     Case("asked during a restart", restart, is_answered),
     Case("400", refused, is_the_users_mistake),
-    Case("cancel", leaving, has_left),
     Case("tools", tools, calls_the_tool, frozenset({"aider"})),
     Case("second request, same connection", connection, takes_one_connection),
+    # The last one: one client lets go only with its process.
+    Case("cancel", leaving, has_left),
 ]

@@ -39,6 +39,8 @@ class Proxy(Server):
         self.port = free_port()
         self.checks = name == "haproxy"
         self._directory = tempfile.TemporaryDirectory(prefix="proxy")
+        # Started as root, nginx has a user of its own for its work.
+        Path(self._directory.name).chmod(0o711)
         template = next((HERE / "proxies").glob(f"{name}.*")).read_text()
         for key, value in {
             "PORT": self.port,

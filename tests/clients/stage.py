@@ -36,6 +36,7 @@ class Client:
         attempts: how often it asks when it is told to come again.
         keeps_after_a_stream: whether its connection is good for another request then;
             openai's synchronous client does not read on after ``[DONE]``.
+        lets_go: whether it closes the connection of an answer that is interrupted.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Client:
     venv: str = ""
     attempts: int = 3
     keeps_after_a_stream: bool = True
+    lets_go: bool = True
 
     @property
     def python(self) -> Path:
@@ -104,6 +106,7 @@ CLIENTS = [
         "aider-chat",
         "aider",
         keeps_after_a_stream=False,
+        lets_go=False,
     ),
     Client("curl", "curl_program.py", "curl", attempts=1),
 ]

@@ -15,8 +15,8 @@ from cases import CALM, ENDLESS, NO_REPLAY, POSTED, Stage, start_all
 from proxy import PROXIES, Proxy
 from support.server import CONTROLLED, Answer, Server, eventually
 
-# Larger than what HAProxy holds of a request by itself, 16 KB.
-LONG = "x" * 20_000
+# A body larger than what HAProxy holds of one by itself, 16 KB.
+BODIES = {"short": "", "long": "x" * 60_000}
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +33,18 @@ def two(tiny_model: Path) -> Iterator[list[Server]]:
 
 
 @pytest.fixture(scope="module", params=PROXIES)
-def proxy(request: pytest.FixtureRequest, two: list[Server]) -> Iterator[Proxy]:
+def running(request: pytest.FixtureRequest, two: list[Server]) -> Iterator[Proxy]:
     with Proxy(request.param, two) as proxy:
         yield proxy.wait_ready()
 
 
-@pytest.fixture(autouse=True)
-def calm(two: list[Server], proxy: Proxy) -> Iterator[None]:
-    yield
-    for server in two:
-        server.plan(CALM)
-        assert eventually(lambda s=server: s.get("/health").status == 200)  # type: ignore[misc]
+@pytest.fixture
+def proxy(running: Proxy, two: list[Server]) -> Iterator[Proxy]:
+    """One of the proxies; afterwards all is as it was."""
+    yield running
+    two[0].plan(CALM)
     # What failed is asked again after a while.
-    assert eventually(lambda: asks_the_first(proxy, two)), proxy.log
+    assert eventually(lambda: asks_the_first(running, two)), running.log
 
 
 def asks_the_first(proxy: Proxy, two: list[Server]) -> bool:
@@ -68,15 +67,15 @@ def test_a_stream_comes_as_it_is_made(proxy: Proxy, two: list[Server]) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("text", ["short", LONG], ids=["short", "long"])
+@pytest.mark.parametrize("size", BODIES)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_503_goes_to_the_other_server(
-    proxy: Proxy, two: list[Server], phase: str, text: str, stream: bool
+    proxy: Proxy, two: list[Server], phase: str, size: str, stream: bool
 ) -> None:
     """A fault before the first token, in prefill or in the first decode step."""
     asked = [server.log.count(POSTED) for server in two]
     two[0].plan(f"{phase}:1:8")
-    answer = proxy.chat(f"{text} {phase} {stream}", stream=stream)
+    answer = proxy.chat(f"{size} {phase}", stream=stream, user=BODIES[size])
     assert answer.status == 200 and not answer.broken
     assert not answer.error and answer.text
     two[1].wait_for_log(POSTED, asked[1] + 1)
@@ -122,7 +121,7 @@ HASTY = "from mlx_safe.server import wire\nwire.KEEP_ALIVE_S = 1.0\n" + CONTROLL
 @pytest.fixture
 def hasty(tiny_model: Path) -> Iterator[Server]:
     """A server that is to be killed."""
-    with Server(tiny_model, *NO_REPLAY, program=HASTY) as server:
+    with Server(tiny_model, *NO_REPLAY, inject=CALM, program=HASTY) as server:
         yield server.wait_ready()
 
 
