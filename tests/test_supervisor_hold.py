@@ -22,7 +22,7 @@ from test_supervisor import SUPERVISED, pids_of_children
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 CHAT = "/v1/chat/completions"
-LONG = {"text": "hello " * 400, "max_tokens": 400}
+LONG = {"text": "hello " * 400, "max_tokens": 300}
 
 
 def kill_the_server(server: Server) -> None:
@@ -67,7 +67,7 @@ def test_what_had_no_answer_yet_is_run_by_the_next(
     alone = server.chat(**LONG, **PATHS[path])
     more = {**PATHS[path], "stream": stream}
     if stream:  # its prompt is being read for long enough
-        more.update(text=f"{path} " + "y" * 60_000, max_tokens=8)
+        more.update(text=f"{path} " + "y" * 6_000, max_tokens=8)
         wait = in_background(lambda: server.chat(**more))
     else:
         wait = in_background(lambda: server.chat(**LONG, **more))
@@ -233,6 +233,27 @@ def test_retry_after_is_what_the_last_start_took(took: float | None, told: int) 
     head, body = holding._refusal(took).split(b"\r\n\r\n")
     assert f"Retry-After: {told}\r\n".encode() in head
     assert json.loads(body)["error"]["retry_after"] == told
+
+
+SLOW_TO_LOAD = """
+import sys, time
+import mlx_lm.server
+from mlx_safe.cli import main
+mlx_lm.server.ModelProvider.load_default = lambda self: time.sleep(600)
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_model_that_takes_long_is_not_waited_for_for_ever(tiny_model: Path) -> None:
+    """By a request under a supervisor: the next one finds what the start took."""
+    env = {supervisor.BORN_S: "0", supervisor.LAST_START_S: "12.1"}
+    more = ("--hold-seconds", "0.5")
+    with Server(tiny_model, *more, program=SLOW_TO_LOAD, env=env) as server:
+        server.wait_listening()
+        answer = server.chat()
+        assert answer.status == 503
+        assert answer.error["code"] == "unavailable"
+        assert answer.headers["retry-after"] == "13"
 
 
 def test_the_channel_takes_records_in_pieces() -> None:

@@ -425,8 +425,11 @@ class Server:
                 response = connection.getresponse()
                 answer.status = response.status
                 answer.headers = {k.lower(): v for k, v in response.getheaders()}
-                for line in response:
-                    lines.append(line)
+                # Not line by line: so http.client does not tell a stream that is cut.
+                lines.append(response.read())
+            except http.client.IncompleteRead as e:
+                lines.append(e.partial)
+                answer.broken = f"cut: {e}"
             except (OSError, http.client.HTTPException) as e:
                 answer.broken = f"{type(e).__name__}: {e}"
         answer.body = b"".join(lines).decode()

@@ -122,8 +122,12 @@ class Held:
 
     def add(self, data: bytes | memoryview) -> None:
         """``data`` of the request was read."""
-        if self._fd is not None and self._state is not State.BEGUN:
+        if self._fd is None or self._state is State.BEGUN:
+            return
+        try:
             self._size += os.pwrite(self._fd, data, self._size)
+        except OSError:  # a full disk: without all of it nobody can run it again
+            self.reach(State.BEGUN)
 
     def reach(self, state: State) -> None:
         """The request is so far."""
@@ -216,7 +220,10 @@ class Handover:
         """The server has accepted ``connection``."""
         if self._channel is None:
             return Held(self, 0, None)
-        key, fd = next(self._keys), make_file()
+        try:
+            key, fd = next(self._keys), make_file()
+        except OSError:  # no more files: it is served, and not held
+            return Held(self, 0, None)
         self.tell(Message.HOLD, key, (connection.fileno(), fd))
         return Held(self, key, fd)
 

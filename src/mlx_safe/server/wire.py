@@ -174,7 +174,8 @@ class Wire(BaseHTTPRequestHandler):
         super().setup()
         self.held: Held = self.server.held(self.connection)
         self._reader = _Reader(self.connection, self.held)
-        self.rfile: Any = io.BufferedReader(self._reader)
+        self._buffered = io.BufferedReader(self._reader)
+        self.rfile: Any = self._buffered
         self.wfile: Any = _Writer(self)
 
     # -- connections --------------------------------------------------------------
@@ -241,7 +242,7 @@ class Wire(BaseHTTPRequestHandler):
         """What has been sent and not been read by the handler, without waiting."""
         self.connection.settimeout(0)
         try:
-            ahead: bytes = self.rfile.peek(1)
+            ahead: bytes = self._buffered.peek(1)
         finally:
             self.connection.settimeout(self.timeout)
         return ahead
