@@ -23,7 +23,7 @@ export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-metal test-intercept test-observe test-reports sanitize lint format bench clean \
+.PHONY: help demo test test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract requirements hardware-report
 
 help:  ## what can be made
@@ -58,6 +58,29 @@ test-intercept: curl $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite w
 
 test-observe: curl $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
+
+# What of its programs is missing is installed as root on Debian. Elsewhere it is
+# left out, which the tests say; with MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
+test-clients: client-programs $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
+	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
+
+CLIENT_PROGRAMS := node npm haproxy nginx
+NODE_MODULES := tests/clients/node_modules/.package-lock.json
+
+# nginx lies in a directory that only root looks into. RUNLEVEL: nothing is started.
+.PHONY: client-programs
+client-programs: curl
+	@PATH="$$PATH:/usr/sbin"; for program in $(CLIENT_PROGRAMS); do \
+	  command -v $$program > /dev/null || missing="$$missing $$program"; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get -o Acquire::Retries=5 update && \
+	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends \
+	    $$(echo $$missing | sed 's/\bnode\b/nodejs/; s/nginx/nginx-light/'); fi
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory $(NODE_MODULES); fi
+
+$(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
+	npm ci --prefix tests/clients --no-audit --no-fund --fetch-retries=5
+	touch $@
 
 # On a Mac, where the simulated Metal is not built: signals, stacks, the run file.
 test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Metal
@@ -121,10 +144,13 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 
 CONTRACT_CACHE ?= .cache/contract
 
-requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels
+requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels, and the clients
 	$(WHEELS_PYTHON) $(PIP) uv
 	for name in build wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --generate-hashes --no-config --custom-compile-command 'make requirements' \
+	  requirements/$$name.in --output-file requirements/$$name.txt; done
+	for name in clients aider; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
+	  --python-version 3.10 --no-annotate --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
 
 hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware.md
@@ -135,6 +161,10 @@ hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware
 
 $(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
 	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
+	touch $@
+
+$(VENVS)/clients.tools $(VENVS)/aider.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
+	$(VENVS)/$*/bin/python $(PIP) -r $<
 	touch $@
 
 build/sdist.stamp: $(TRACKED) | $(VENVS)/wheels.tools
@@ -148,7 +178,7 @@ build/%-wheels.stamp: build/sdist.stamp
 	touch $@
 
 clean:  ## takes everything away that was built or installed here
-	rm -rf build dist $(VENVS) models .cache
+	rm -rf build dist $(VENVS) models .cache tests/clients/node_modules
 
 $(VENVS)/%/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.12")'

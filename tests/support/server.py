@@ -48,11 +48,12 @@ NEVER = 10**9  # a step that no test comes to
 # The protected server, told by lines of its standard input. A fault plan counts
 # steps from when it is read and takes the place of the one before; "memory" asks
 # for the bytes of MLX's arrays, "steps" for the number of steps so far, "clients" for
-# that of the handlers whose request is in the generator's hands. "hold N": the Nth
-# step from now waits, before anything of it is done, for "go"; "hold" asks how many
-# it is away. mlx-lm fails on a request with the stop word "FAILS".
+# that of the handlers whose request is in the generator's hands, "connections" for that
+# of the connections accepted so far, "pid" for the server's. "hold N": the Nth step
+# from now waits, before anything of it is done, for "go"; "hold" asks how many it is
+# away. mlx-lm fails on a request with the stop word "FAILS".
 CONTROLLED = """
-import os, sys, threading
+import os, socket, sys, threading
 import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 from mlx_safe import testing
@@ -77,6 +78,13 @@ def step(phase):
         away -= 1
     count(phase)
 testing.step = step
+connections, accept = 0, socket.socket.accept
+def accepted(self):
+    global connections
+    found = accept(self)
+    connections += 1
+    return found
+socket.socket.accept = accepted
 def functions(frame):
     while frame is not None:
         yield frame.f_code.co_name
@@ -94,6 +102,10 @@ def listen():
             answer = f"steps: {counter.seen}\\n"
         elif line == "clients\\n":
             answer = f"clients: {clients()}\\n"
+        elif line == "connections\\n":
+            answer = f"connections: {connections}\\n"
+        elif line == "pid\\n":
+            answer = f"pid: {os.getpid()}\\n"
         elif line == "hold\\n":
             answer = f"hold: {away}\\n"
         elif line.startswith("hold "):
@@ -241,6 +253,10 @@ class Server:
         environment = dict(os.environ, MLX_SAFE_INJECT=inject, HF_HUB_OFFLINE="1")
         environment["MLX_SAFE_AUTOINSTALL"] = "0" if stock else "1"
         environment.update(env or {})
+        self.start(command, environment)
+
+    def start(self, command: list[str], env: dict[str, str] | None = None) -> None:
+        """Starts the child, and reads what it says."""
         self._lines: list[str] = []
         self.process = subprocess.Popen(
             command,
@@ -248,7 +264,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=env,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -1,0 +1,73 @@
+"""HAProxy and nginx before two servers, with the settings of proxies/."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from stage import HERE
+from support.server import Server, eventually, free_port
+
+# Where Debian has nginx; only root looks there.
+PATH = os.environ.get("PATH", os.defpath) + os.pathsep + "/usr/sbin"
+PROXIES = ("haproxy", "nginx")
+# Not worn out by a check: HAProxy takes one every two seconds by default.
+CHECK_EVERY = "500ms"
+
+
+def program(name: str) -> str | None:
+    """Its path; None when it is not installed."""
+    return shutil.which(name, path=PATH)
+
+
+class Proxy(Server):
+    """A proxy in a process of its own, used as if it was a server.
+
+    Args:
+        name: one of `PROXIES`.
+        servers: two of them.
+        backup: nginx asks the second one only when the first one fails, as HAProxy
+            does; otherwise they take turns.
+    """
+
+    def __init__(self, name: str, servers: Sequence[Server], backup: bool = True) -> None:
+        self.port = free_port()
+        self.checks = name == "haproxy"
+        self._directory = tempfile.TemporaryDirectory(prefix="proxy")
+        # Started as root, nginx has a user of its own for its work.
+        Path(self._directory.name).chmod(0o711)
+        template = next((HERE / "proxies").glob(f"{name}.*")).read_text()
+        for key, value in {
+            "PORT": self.port,
+            "ONE": servers[0].port,
+            "TWO": servers[1].port,
+            "ROLE": "backup" if backup else "",
+            "CHECK": CHECK_EVERY,
+            "DIRECTORY": self._directory.name,
+        }.items():
+            template = template.replace(f"@{key}@", str(value))
+        settings = Path(self._directory.name, "settings")
+        settings.write_text(template)
+        found = program(name)
+        assert found, f"{name} is not installed"
+        arguments = {
+            "haproxy": ["-db", "-f", str(settings)],
+            "nginx": ["-p", self._directory.name, "-c", str(settings)],
+        }
+        self.start([found, *arguments[name]])
+
+    def stop(self) -> int:
+        status = super().stop()
+        with contextlib.suppress(OSError):
+            self._directory.cleanup()
+        return status
+
+    def wait_ready(self) -> Proxy:
+        self.wait_listening()
+        assert eventually(lambda: self.get("/health").status == 200), self.log
+        return self

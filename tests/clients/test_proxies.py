@@ -1,0 +1,172 @@
+"""HAProxy and nginx between a client and two servers."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cases import CALM, ENDLESS, NO_REPLAY, POSTED, Stage, start_all
+from proxy import PROXIES, Proxy
+from support.server import CONTROLLED, Answer, Server, eventually
+
+# A body larger than what HAProxy holds of one by itself, 16 KB.
+BODIES = {"short": "", "long": "x" * 60_000}
+
+
+@pytest.fixture(scope="module")
+def two(tiny_model: Path) -> Iterator[list[Server]]:
+    """The first can be made to fail, the second is sound."""
+    with contextlib.ExitStack() as stack:
+        servers = [
+            stack.enter_context(Server(tiny_model, *NO_REPLAY, program=CONTROLLED))
+            for _ in range(2)
+        ]
+        for server in servers:
+            server.wait_ready()
+        yield servers
+
+
+@pytest.fixture(scope="module", params=PROXIES)
+def running(request: pytest.FixtureRequest, two: list[Server]) -> Iterator[Proxy]:
+    with Proxy(request.param, two) as proxy:
+        yield proxy.wait_ready()
+
+
+@pytest.fixture
+def proxy(running: Proxy, two: list[Server]) -> Iterator[Proxy]:
+    """One of the proxies; afterwards all is as it was."""
+    yield running
+    two[0].plan(CALM)
+    # What failed is asked again after a while.
+    assert eventually(lambda: asks_the_first(running, two)), running.log
+
+
+def asks_the_first(proxy: Proxy, two: list[Server]) -> bool:
+    asked = two[0].log.count(POSTED)
+    assert proxy.chat(max_tokens=1).status == 200
+    return two[0].log.count(POSTED) > asked or bool(time.sleep(0.2))
+
+
+def test_a_stream_comes_as_it_is_made(proxy: Proxy, two: list[Server]) -> None:
+    """The first token is there while the server waits with the next ones."""
+    two[0].hold(6)
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 20}
+    with proxy.stream({**body, "stream": True}) as lines:
+        first = next(line for line in lines if b'"content"' in line)
+        two[0].wait_held()
+        two[0].go()
+        rest = list(lines)
+    assert first.startswith(b"data: {")
+    assert rest[-2].strip() == b"data: [DONE]"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("size", BODIES)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_503_goes_to_the_other_server(
+    proxy: Proxy, two: list[Server], phase: str, size: str, stream: bool
+) -> None:
+    """A fault before the first token, in prefill or in the first decode step."""
+    asked = [server.log.count(POSTED) for server in two]
+    two[0].plan(f"{phase}:1:8")
+    answer = proxy.chat(f"{size} {phase}", stream=stream, user=BODIES[size])
+    assert answer.status == 200 and not answer.broken
+    assert not answer.error and answer.text
+    two[1].wait_for_log(POSTED, asked[1] + 1)
+    assert [s.log.count(POSTED) - n for s, n in zip(two, asked, strict=True)] == [1, 1]
+
+
+def test_who_leaves_is_passed_on(proxy: Proxy, two: list[Server]) -> None:
+    for stream in (False, True):
+        gone = two[0].departures
+        two[0].hold(20)
+        body = {"messages": [{"role": "user", "content": "left"}], "stream": stream}
+        with proxy.connected({**body, "max_tokens": ENDLESS}):
+            two[0].wait_held()
+        two[0].wait_for_log("went away; its request is cancelled", gone + 1)
+        two[0].go()
+
+
+def test_connections_to_the_server_are_kept(proxy: Proxy, two: list[Server]) -> None:
+    with contextlib.closing(proxy.connect()) as connection:
+        for stream in (False, True):
+            said(connection, stream)
+        before = two[0].ask("connections")
+        for stream in (True, False, True, False):
+            said(connection, stream)
+        # HAProxy's checks come on their own.
+        checks = 5 if proxy.checks else 0
+        assert two[0].ask("connections") - before <= checks
+
+
+def said(connection: http.client.HTTPConnection, stream: bool) -> None:
+    body = {"messages": [{"role": "user", "content": "again"}], "max_tokens": 4}
+    text = json.dumps({**body, "stream": stream})
+    connection.request("POST", "/v1/chat/completions", text)
+    response = connection.getresponse()
+    assert response.status == 200
+    assert b"choices" in response.read()
+
+
+# A connection that waits for a request is closed after a second.
+HASTY = "from mlx_safe.server import wire\nwire.KEEP_ALIVE_S = 1.0\n" + CONTROLLED
+
+
+@pytest.fixture
+def hasty(tiny_model: Path) -> Iterator[Server]:
+    """A server that is to be killed."""
+    with Server(tiny_model, *NO_REPLAY, inject=CALM, program=HASTY) as server:
+        yield server.wait_ready()
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_a_server_that_is_killed(
+    name: str, hasty: Server, two: list[Server], stage: Stage
+) -> None:
+    """A stream of which nothing has come goes to the other, one that is cut looks cut.
+
+    Before that: connections that the server closed while they waited do no harm.
+    """
+    with Proxy(name, [hasty, two[1]]).wait_ready() as proxy:
+        for _ in range(3):
+            assert proxy.chat(max_tokens=2).status == 200
+            time.sleep(1.2)  # the server has closed it
+        clients = {
+            n: d for n, d in stage.drivers.items() if n in ("openai-python", "openai-node")
+        }
+        start_all(proxy, clients, max_tokens=ENDLESS)
+        for driver in clients.values():
+            driver.wait_begun()
+        answers: list[Answer] = []
+        hasty.hold(1)
+        hasty.wait_held()
+        waiting = threading.Thread(
+            target=lambda: answers.append(proxy.chat("waits", stream=True))
+        )
+        waiting.start()
+        hasty.wait_for_clients(len(clients) + 1)
+        hasty.process.kill()
+        for client, driver in clients.items():
+            found = driver.outcome()
+            assert found.text and found.told, f"a silent truncation: {client}: {found}"
+            assert not found.finish_is_good
+        waiting.join(60)
+        (answer,) = answers
+        assert answer.status == 200 and answer.done and answer.text
+
+
+def test_checks_leave_nothing_in_the_log(two: list[Server], proxy: Proxy) -> None:
+    """HAProxy resets the connections of its checks, some before they are answered."""
+    if proxy.checks:
+        before = two[1].ask("connections")
+        assert eventually(lambda: two[1].ask("connections") >= before + 5)
+    for server in two:
+        gone = [x for x in server.log.splitlines() if "a client went away" in x]
+        assert gone == []
+        assert "Traceback" not in server.log
