@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from support.models import make_model
 from support.native import Native
 
 ROOT = Path(__file__).parent
@@ -115,13 +114,6 @@ def scripted_draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Follows the same script, but makes other choices."""
     directory = tmp_path_factory.mktemp("scripted-draft-model")
     return make_model("scripted_model.py", directory, "1")
-
-
-def make_model(program: str, directory: Path, *arguments: str) -> Path:
-    """Runs one of the programs that make a model; in a child, as it uses MLX."""
-    command = [str(ROOT / "support" / program), str(directory), *arguments]
-    subprocess.run([sys.executable, *command], check=True, timeout=120)
-    return directory
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from conftest import make_model
 from support import child
 from support.model_types import VOCABULARY
+from support.models import make_model
 from support.server import Answer, Server
 
 # A look at each type that the installed mlx-lm has. What a type wants and this machine

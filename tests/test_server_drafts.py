@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conftest import make_model
+from support.models import make_model
 from support.server import Server, free_port
 from test_server_start import assert_one_clear_line, serve
 

@@ -16,8 +16,8 @@ from typing import Any
 import mlx_lm.tool_parsers
 import pytest
 
-from conftest import make_model
 from mlx_safe.server import tool_calls
+from support.models import make_model
 from support.server import Server
 from support.spoken_models import MARKERS, SPOKEN, Spoken
 
