@@ -10,7 +10,7 @@
 # another list in each thread; the compiled function goes on reading and writing that of
 # the thread that imported it. From mlx 0.32 all threads share one.
 #
-# Guessed before looking: the seed sets the state that the sampler uses, so the same
+# One would guess: the seed sets the state that the sampler uses, so the same
 # seed gives the same tokens and another seed gives others, in any thread.
 #
 # Seen:

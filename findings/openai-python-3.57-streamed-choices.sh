@@ -4,7 +4,7 @@
 # by `index`. And the log-probabilities of the first chunk of every choice that is not
 # in the very first chunk are added twice.
 #
-# Guessed before looking: a choice is found by its `index`, whatever comes first, and
+# One would guess: a choice is found by its `index`, whatever comes first, and
 # each log-probability is there once, as with the raw chunks.
 #
 # Seen, with a server that sends two tokens of each choice and then one more ("ab", "e"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
+import mlx.core as mx
 import pytest
 
 import mlx_safe
@@ -105,6 +106,37 @@ class TestGuard:
     def test_a_fatal_fault_is_not_hidden_by_a_milder_error(self) -> None:
         with pytest.raises(mlx_safe.errors.MetalDeviceLostError), mlx_safe.guard():
             testing.record_fault(4)
+            raise RuntimeError(testing.metal_message(8))
+
+    @pytest.mark.parametrize("raises", [False, True])
+    def test_what_it_has_told_is_not_raised_again(
+        self, raises: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """MLX 0.32 stores an error for each stream, and a later wait raises it."""
+        stored = [RuntimeError(testing.metal_message(8)) for _ in range(3)]
+
+        def synchronize() -> None:
+            if stored:
+                raise stored.pop()
+
+        monkeypatch.setattr(mx, "synchronize", synchronize)
+        with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError), mlx_safe.guard():
+            testing.record_fault(8)
+            if raises:
+                raise RuntimeError(testing.metal_message(8))
+        assert bool(stored) == (mlx_safe.status().mode == "intercept")
+
+    def test_an_error_of_something_else_is_not_swallowed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def synchronize() -> None:
+            raise RuntimeError("of something else")
+
+        monkeypatch.setattr(mx, "synchronize", synchronize)
+        observes = mlx_safe.status().mode == "observe"
+        told = "of something else" if observes else "Insufficient Memory"
+        with pytest.raises(RuntimeError, match=told), mlx_safe.guard():
+            testing.record_fault(8)
             raise RuntimeError(testing.metal_message(8))
 
     def test_other_exceptions_pass(self) -> None:

@@ -352,6 +352,11 @@ def uninstall() -> None:
         _state.__init__()  # type: ignore[misc]
 
 
+def regime() -> str | None:
+    """``"intercept"`` or ``"observe"``; None when it is not installed. Any thread."""
+    return _state.mode
+
+
 def status() -> Status:
     """What is active, and for what is not, why."""
     with _lock:
