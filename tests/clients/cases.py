@@ -49,16 +49,16 @@ class Stage:
         self._tiny, self._scripted, self._directory = tiny, scripted, directory
         self.drivers = drivers
         self._servers: dict[str, Server] = {}
-        self._outcomes: dict[str, Outcomes] = {}
+        self.seen: dict[str, Outcomes] = {}
 
     def outcomes(self, case: Case) -> Outcomes:
         """What became of a case, by client; it is run once."""
-        if case.name not in self._outcomes:
+        if case.name not in self.seen:
             # One that fails is not run for each client again.
-            self._outcomes[case.name] = {}
-            self._outcomes[case.name] = case.run(self, case.clients(self.drivers))
-        assert self._outcomes[case.name], f"{case.name} failed before"
-        return self._outcomes[case.name]
+            self.seen[case.name] = {}
+            self.seen[case.name] = case.run(self, case.clients(self.drivers))
+        assert self.seen[case.name], f"{case.name} failed before"
+        return self.seen[case.name]
 
     def server(self, name: str, *arguments: str) -> Server:
         """A `CONTROLLED` server; those of one name are one."""
