@@ -113,6 +113,7 @@ bench: build/native.stamp $(VENVS)/observe.ready $(VENVS)/intercept.ready $(MODE
 	$(VENVS)/observe/bin/python bench/import_time.py
 	$(VENVS)/observe/bin/python bench/server_throughput.py --model $(MODEL)
 	$(VENVS)/observe/bin/python bench/memory_ceiling.py
+	$(VENVS)/observe/bin/python bench/restarts.py --model $(MODEL)
 	$(VENVS)/intercept/bin/python bench/recovery.py --model $(MODEL)
 	$(VENVS)/observe/bin/python bench/recovery.py --model $(MODEL)
 

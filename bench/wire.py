@@ -53,6 +53,7 @@ class Client:
             if line.startswith(b"data: {"):
                 first = first or time.perf_counter() - begin
                 events += 1
+        response.read()  # or http.client does not know that it is at its end
         return first, time.perf_counter() - begin, events
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mlx_safe.server import handover, wire
 from support.server import BATCH_RUNS_S, CONTROLLED, Server
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -198,6 +200,24 @@ def test_a_body_that_is_not_read_ends_the_connection(server: Server) -> None:
     head = head_of(answer)
     assert " 404 " in head[""]
     assert head["connection"] == "close"
+
+
+def test_what_an_earlier_server_had_read_comes_first() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        earlier = handover.Held(handover.Handover(None), 1, handover.make_file())
+        earlier.add(b"x" * 3_000_000)
+        earlier.add(b"y")
+        held = handover.Held(handover.Handover(None), 1, earlier._fd)
+        reader = io.BufferedReader(wire._Reader(ours, held))
+        theirs.sendall(b"z")
+        theirs.close()
+        assert reader.read() == b"x" * 3_000_000 + b"yz"
+        # Should this one die, too, the next has all of it.
+        assert (
+            handover.Held(handover.Handover(None), 1, earlier._fd).taken[-2:] == b"yz"
+        )
+        earlier.close()
 
 
 def test_expecting_continue(server: Server) -> None:

@@ -75,7 +75,7 @@ class _Reader(io.RawIOBase):
     def __init__(self, connection: socket.socket, held: Held) -> None:
         self._connection = connection
         self._held = held
-        self._taken = held.taken
+        self._taken = memoryview(held.taken)
         self.count = 0
 
     def readable(self) -> bool:
