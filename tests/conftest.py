@@ -44,7 +44,9 @@ if importlib.util.find_spec("hypothesis") is not None:
 def pytest_report_header() -> list[str]:
     lines = []
     if not READS_WHEELS:
-        lines.append("tests/contract, tests/packaging: left out: make contract, check-wheels")
+        lines.append(
+            "tests/contract, tests/packaging: left out: make contract, check-wheels"
+        )
     if not HAS_CLIENTS:
         lines.append("tests/clients: left out: make test-clients")
     return lines

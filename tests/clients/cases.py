@@ -24,6 +24,7 @@ from stage import (
     Task,
     base_url,
 )
+
 from support import scripted_model
 from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
@@ -317,7 +318,9 @@ def is_answered_later(client: Client, found: Outcome, reference: Outcome) -> Non
 def is_refused(client: Client, found: Outcome, reference: Outcome) -> None:
     assert found.told, found
     assert not found.text and not found.finish_is_good, found
-    assert found.status == 503 or "503" in found.message or client.name == "aider", found
+    assert found.status == 503 or "503" in found.message or client.name == "aider", (
+        found
+    )
 
 
 def is_told(client: Client, found: Outcome, reference: Outcome) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from stage import HERE
+
 from support.server import Server, eventually, free_port
 
 # Where Debian has nginx; only root looks there.
@@ -35,7 +35,9 @@ class Proxy(Server):
             does; otherwise they take turns.
     """
 
-    def __init__(self, name: str, servers: Sequence[Server], backup: bool = True) -> None:
+    def __init__(
+        self, name: str, servers: Sequence[Server], backup: bool = True
+    ) -> None:
         self.port = free_port()
         self.checks = name == "haproxy"
         self._directory = tempfile.TemporaryDirectory(prefix="proxy")

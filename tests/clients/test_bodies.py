@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.server import Server
 
 BODIES = sorted((Path(__file__).parent / "bodies").glob("*.json"))
-# opencode 1.18.33 (its main request, and that for a title), cn 1.5.47, qwen-code 0.15.10.
+# Of opencode 1.18.33 (its main request, one for a title), cn 1.5.47, qwen-code 0.15.10.
 COUNT = 4
 
 
