@@ -22,6 +22,9 @@ os.environ["MLX_SAFE_REPORT_DIR"] = _reports_of_this_process.name
 # What reads wheels needs the tools of `make check-wheels` and `make contract`.
 READS_WHEELS = importlib.util.find_spec("lief") is not None
 collect_ignore = [] if READS_WHEELS else ["contract", "packaging"]
+# And what needs clients and proxies those of `make test-clients`.
+HAS_CLIENTS = os.environ.get("MLX_SAFE_TEST_CLIENTS") == "1"
+collect_ignore += [] if HAS_CLIENTS else ["clients"]
 
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings
@@ -38,9 +41,14 @@ if importlib.util.find_spec("hypothesis") is not None:
 
 
 def pytest_report_header() -> list[str]:
-    if READS_WHEELS:
-        return []
-    return ["tests/contract, tests/packaging: left out: make contract, check-wheels"]
+    lines = []
+    if not READS_WHEELS:
+        lines.append(
+            "tests/contract, tests/packaging: left out: make contract, check-wheels"
+        )
+    if not HAS_CLIENTS:
+        lines.append("tests/clients: left out: make test-clients")
+    return lines
 
 
 def why_no_hardware() -> str | None:

@@ -24,6 +24,7 @@ from stage import (
     Task,
     base_url,
 )
+
 from support import scripted_model
 from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
@@ -49,16 +50,16 @@ class Stage:
         self._tiny, self._scripted, self._directory = tiny, scripted, directory
         self.drivers = drivers
         self._servers: dict[str, Server] = {}
-        self._outcomes: dict[str, Outcomes] = {}
+        self.seen: dict[str, Outcomes] = {}
 
     def outcomes(self, case: Case) -> Outcomes:
         """What became of a case, by client; it is run once."""
-        if case.name not in self._outcomes:
+        if case.name not in self.seen:
             # One that fails is not run for each client again.
-            self._outcomes[case.name] = {}
-            self._outcomes[case.name] = case.run(self, case.clients(self.drivers))
-        assert self._outcomes[case.name], f"{case.name} failed before"
-        return self._outcomes[case.name]
+            self.seen[case.name] = {}
+            self.seen[case.name] = case.run(self, case.clients(self.drivers))
+        assert self.seen[case.name], f"{case.name} failed before"
+        return self.seen[case.name]
 
     def server(self, name: str, *arguments: str) -> Server:
         """A `CONTROLLED` server; those of one name are one."""
@@ -317,7 +318,9 @@ def is_answered_later(client: Client, found: Outcome, reference: Outcome) -> Non
 def is_refused(client: Client, found: Outcome, reference: Outcome) -> None:
     assert found.told, found
     assert not found.text and not found.finish_is_good, found
-    assert found.status == 503 or "503" in found.message or client.name == "aider", found
+    assert found.status == 503 or "503" in found.message or client.name == "aider", (
+        found
+    )
 
 
 def is_told(client: Client, found: Outcome, reference: Outcome) -> None:

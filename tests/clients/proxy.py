@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from stage import HERE
+
 from support.server import Server, eventually, free_port
 
 # Where Debian has nginx; only root looks there.
 PATH = os.environ.get("PATH", os.defpath) + os.pathsep + "/usr/sbin"
 PROXIES = ("haproxy", "nginx")
-# Not worn out by a check: HAProxy takes one every two seconds by default.
-CHECK_EVERY = "500ms"
+# How often HAProxy looks after a server, and for how long nginx leaves one alone that
+# has failed; docs/clients.md has longer ones.
+CHECK_EVERY, DOWN_FOR = "500ms", "1s"
 
 
 def program(name: str) -> str | None:
@@ -35,7 +36,9 @@ class Proxy(Server):
             does; otherwise they take turns.
     """
 
-    def __init__(self, name: str, servers: Sequence[Server], backup: bool = True) -> None:
+    def __init__(
+        self, name: str, servers: Sequence[Server], backup: bool = True
+    ) -> None:
         self.port = free_port()
         self.checks = name == "haproxy"
         self._directory = tempfile.TemporaryDirectory(prefix="proxy")
@@ -48,6 +51,7 @@ class Proxy(Server):
             "TWO": servers[1].port,
             "ROLE": "backup" if backup else "",
             "CHECK": CHECK_EVERY,
+            "DOWN": DOWN_FOR,
             "DIRECTORY": self._directory.name,
         }.items():
             template = template.replace(f"@{key}@", str(value))

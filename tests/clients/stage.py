@@ -13,13 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from protocol import Outcome, Task
+
 from support.server import CONTROLLED, Server
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE / "drivers"))
-
-from protocol import Outcome, Task
 
 LIMIT_S = 120.0
 
@@ -54,7 +53,9 @@ class Client:
     def missing(self) -> str | None:
         """What is to be installed before it can be run; None when nothing is."""
         if self.venv:
-            found = ROOT.glob(f".venvs/{self.venv}/lib/python3.*/site-packages/*.dist-info")
+            found = ROOT.glob(
+                f".venvs/{self.venv}/lib/python3.*/site-packages/*.dist-info"
+            )
             names = {p.name.split("-")[0].replace("_", "-").lower() for p in found}
             return None if self.package in names else f"pip: {self.package}"
         if self.driver.endswith(".mjs"):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cases import CALM, ENDLESS, NO_REPLAY, POSTED, Stage, start_all
 from proxy import PROXIES, Proxy
+
 from support.server import CONTROLLED, Answer, Server, eventually
 
 # A body larger than what HAProxy holds of one by itself, 16 KB.
@@ -138,7 +139,9 @@ def test_a_server_that_is_killed(
             assert proxy.chat(max_tokens=2).status == 200
             time.sleep(1.2)  # the server has closed it
         clients = {
-            n: d for n, d in stage.drivers.items() if n in ("openai-python", "openai-node")
+            n: d
+            for n, d in stage.drivers.items()
+            if n in ("openai-python", "openai-node")
         }
         start_all(proxy, clients, max_tokens=ENDLESS)
         for driver in clients.values():

@@ -92,7 +92,8 @@ def ask(task: Task, outcome: Outcome) -> None:
         outcome.finish = "length"  # so it tells of that finish reason
     elif io.errors:
         outcome.told = "told"
-        outcome.error = io.errors[0].split(":")[0]
+        raised = (x for x in told if x.startswith("litellm."))
+        outcome.error = next(raised, io.errors[0]).split(":")[0]
 
 
 serve(ask)

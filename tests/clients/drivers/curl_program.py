@@ -52,7 +52,8 @@ def read(curl: subprocess.Popen[str], task: Task, outcome: Outcome) -> str:
         if found.startswith("{"):
             event = json.loads(found)
             if "error" in event:
-                outcome.told, outcome.error = "told", "error event"
+                outcome.told = "told"
+                outcome.error = "error event" if found != line else "error body"
                 outcome.code = event["error"]["code"]
             for choice in event.get("choices") or []:
                 delta = choice.get("delta") or choice.get("message") or {}

@@ -31,8 +31,9 @@ export function piece(task, outcome, text) {
 export function failed(outcome, error, told) {
   const chain = [];
   for (let e = error; e && !chain.includes(e); e = e.cause ?? e.lastError) chain.push(e);
-  // The AI SDK gives an error event's object as it came.
-  const names = chain.map((e) => (e.name === "Error" ? null : e.name) ?? e.constructor.name);
+  // The AI SDK gives an error event's object as it came, which is no Error.
+  const names = chain.map((e) =>
+    e instanceof Error ? (e.name === "Error" ? e.constructor.name : e.name) : "error object");
   outcome.told = told;
   outcome.error = names[0] ?? String(error);
   outcome.message = `${names.join(" <- ")}: ${error?.message ?? error}`.slice(0, 400);
