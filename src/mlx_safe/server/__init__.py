@@ -20,9 +20,10 @@ _next_request``                                      request passes: its queue i
                                                      its client has
 same, and ``BatchGenerator``     `admission`,        asks for memory, and before
                                  `batches`           each step
-``ResponseGenerator.             `replay`            stop words, sampler, text and
-_make_state_machine``,                               prefill step of a replay
-``_make_sampler``,
+``ResponseGenerator.             `replay`,           stop words, sampler, text and
+_make_state_machine``,           `own_failures`      prefill step of a replay; what
+``_make_sampler``,                                   fails there ends one request
+``_make_logits_processors``,
 ``BatchGenerator``,
 ``tokenizer.detokenizer``
 ``ResponseGenerator.             `generator`         a client that left ends its
