@@ -104,15 +104,10 @@ def assert_unknown(told: Answer, param: str) -> None:
         ("model", "someone/nothing"),
         ("model", "someone/half"),
         ("model", "/no/such/directory"),
-        ("model", ""),
         ("model", "."),
-        ("model", "a\0b"),
         ("model", "../" * 40),
-        ("model", 9000 * "x"),
         ("draft_model", "gpt-4o-mini"),
         ("adapters", "no/such/adapter"),
-        ("adapters", ""),
-        ("adapters", "a\0b"),
     ],
 )
 def test_a_name_that_nobody_knows(
@@ -126,9 +121,22 @@ def test_a_name_that_nobody_knows(
     assert "Traceback" not in server.log
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("field", ["model", "draft_model", "adapters"])
+def test_words_that_are_no_name(
+    server: Server, field: str, way: dict[str, Any]
+) -> None:
+    before = loads(server)
+    for name in ("", "a\0b", 9000 * "x"):
+        told = server.chat(**{field: name}, **way)
+        assert (told.status, told.error["param"]) == (400, field)
+        assert len(told.error["message"]) < 400
+    assert loads(server) == before
+
+
 def test_it_does_not_wait_and_disturbs_nobody(server: Server) -> None:
     """The answer comes while the step of another stands."""
-    server.hold(3)
+    server.hold(6)  # its first token has come by then, and with it the 200
     with server.stream({**BESIDE, "max_tokens": 8}) as lines:
         server.wait_held()
         before = loads(server)
