@@ -359,7 +359,7 @@ def test_an_entry_outlives_a_fault_of_its_borrower(
     assert (again.text, cached(again) > 100) == (undisturbed[1], True)
 
 
-@pytest.mark.parametrize("fault", ["8", "0xb", "0:once:bug", "8:once:record"])
+@pytest.mark.parametrize("fault", ["8", "0xb", "8:once:record"])
 def test_what_a_fault_may_have_spoilt_goes(server: Server, fault: str) -> None:
     text = f"what of {fault}?"
     calm = server.chat(text)
