@@ -171,7 +171,6 @@ def test_a_bias_for_a_token_that_is_not_there(server: Server, way: str) -> None:
         assert told.status == 400, told.body
         assert told.error["param"] == "logit_bias"
         assert told.error["code"] == "invalid_request"
-        assert f"there is no token {token}" in told.error["message"]
     assert server.process.poll() is None
 
 
@@ -182,7 +181,7 @@ def test_a_bias_for_the_last_token(server: Server, way: str) -> None:
     assert biased.status == 200, biased.body
     assert biased.error is None
     # It arrives: the bias for a letter makes it the answer.
-    letter = ask(server, {"10": 1000.0}, way)
+    letter = ask(server, {"10": 100.0}, way)
     assert letter.text == 3 * "+"
 
 

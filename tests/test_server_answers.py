@@ -431,6 +431,7 @@ class _Written:
         self.body: dict[str, Any] = {}
         self.stream_options = None
         self.connection = None
+        self.heard = lambda: None
         self.request_id, self.path = "chatcmpl-1", "/v1/chat/completions"
         self.frames: list[Any] = []
         self.wfile = SimpleNamespace(write=self._write, flush=lambda: None)

@@ -137,6 +137,8 @@ def test_a_request_that_kills_is_not_run_for_ever(tiny_model: Path) -> None:
         assert answer.status == 503
         assert answer.broken is None
         assert int(answer.headers["retry-after"]) >= 1
+        server.wait_for_log("ended with status 75", 2)
+        server.wait_ready()  # a third one is there, and lives
         assert server.log.count("ended with status 75") == 2
 
 

@@ -174,7 +174,11 @@ def once(stage: Stage, drivers: Drivers) -> Outcomes:
 def always(stage: Stage, drivers: Drivers) -> Outcomes:
     server = stage.server("failing", *NO_REPLAY)
     server.plan("any:1:8:persistent")
-    return all_at_once(server, drivers)
+    outcomes = all_at_once(server, drivers)
+    attempts = sum(driver.client.attempts for driver in drivers.values())
+    server.wait_for_log(POSTED, attempts)
+    assert server.log.count(POSTED) == attempts
+    return outcomes
 
 
 def replay(stage: Stage, drivers: Drivers) -> Outcomes:

@@ -31,14 +31,10 @@ class Proxy(Server):
 
     Args:
         name: one of `PROXIES`.
-        servers: two of them.
-        backup: nginx asks the second one only when the first one fails, as HAProxy
-            does; otherwise they take turns.
+        servers: two of them; the second one is asked when the first one fails.
     """
 
-    def __init__(
-        self, name: str, servers: Sequence[Server], backup: bool = True
-    ) -> None:
+    def __init__(self, name: str, servers: Sequence[Server]) -> None:
         self.port = free_port()
         self.checks = name == "haproxy"
         self._directory = tempfile.TemporaryDirectory(prefix="proxy")
@@ -49,7 +45,6 @@ class Proxy(Server):
             "PORT": self.port,
             "ONE": servers[0].port,
             "TWO": servers[1].port,
-            "ROLE": "backup" if backup else "",
             "CHECK": CHECK_EVERY,
             "DOWN": DOWN_FOR,
             "DIRECTORY": self._directory.name,

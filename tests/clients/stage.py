@@ -106,6 +106,7 @@ CLIENTS = [
         "aider_scripted.py",
         "aider-chat",
         "aider",
+        attempts=6,  # it lets openai's client make its three twice
         keeps_after_a_stream=False,
         lets_go=False,
     ),

@@ -48,5 +48,5 @@ def cell(case: Case, client: Client, found: Outcome, whole: Outcome) -> str:
     if found.text != whole.text:
         return "**silent truncation**"
     if case.name.startswith("503"):
-        return f"{WHOLE} after {found.seconds:.0f} s"
+        return f"{WHOLE} after `Retry-After`"
     return WHOLE + (", asked again" if "retried" in found.message else "")

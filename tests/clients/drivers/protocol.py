@@ -11,13 +11,12 @@ Knows nothing of mlx-safe: it runs where only the clients are installed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -149,16 +148,6 @@ async def serve_async(ask: Callable[[Task, Outcome], Awaitable[None]]) -> None:
             failed(outcome, e)
         outcome.seconds = time.monotonic() - started
         _write(asdict(outcome))
-
-
-async def pieces(
-    parts: AsyncIterator[Any], task: Task, outcome: Outcome, text: Callable[[Any], str]
-) -> AsyncIterator[Any]:
-    """The parts of a stream; adds their text, and leaves when it is time to."""
-    async with contextlib.aclosing(parts):  # type: ignore[type-var]
-        async for part in parts:
-            piece(task, outcome, text(part))
-            yield part
 
 
 def piece(task: Task, outcome: Outcome, text: str | None) -> None:
