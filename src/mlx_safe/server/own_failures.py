@@ -2,8 +2,9 @@
 
 mlx-lm runs some code for each request of a batch by itself: its sampler, its logits
 processors, its stop words, its detokenizer, its log-probabilities, and what makes
-them. An exception there would end the whole batch. Here it ends the request that it belongs to: what is called goes on with
-a value that harms nobody, and the batch drops the request before its next step.
+them. An exception there would end the whole batch. Here it ends the request that it
+belongs to: what is called goes on with a value that harms nobody, and the batch drops
+the request before its next step.
 """
 
 from __future__ import annotations
