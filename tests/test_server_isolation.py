@@ -22,11 +22,22 @@ PLACES = {
     "sampler made": 0.103,
     "processors made": 0.104,
     "detokenizer": 0.105,
+    "greedy sampler": 0.106,
+    "stop words": 0.107,
+    "top_logprobs": 0.108,
+}
+# What else it asks for, to come there.
+FOR_PLACE: dict[str, dict[str, Any]] = {
+    "greedy sampler": {"temperature": 0},
+    "stop words": {"stop": ["fails"]},
+    "top_logprobs": {"logprobs": True, "top_logprobs": 7},
 }
 # In a prompt: the step that reads it fails, whoever is in it.
 FORWARD = "\x07\x07\x07"
 # In a prompt: a step that goes on from an entry of the prompt cache fails.
 POISONED = "\x08\x08\x08"
+# The same, when the prompt has been read and stored.
+LATE = "\x0e\x0e\x0e"
 
 FAILING = """
 import sys
@@ -36,10 +47,11 @@ import mlx_lm.server as server
 from mlx_lm import tokenizer_utils
 from mlx_lm.models import llama
 from mlx_safe.cli import main
-PLACES, FORWARD, POISONED = eval(sys.argv.pop(1))
+from mlx_safe.server import logprobs as shown
+PLACES, FORWARD, POISONED, LATE = eval(sys.argv.pop(1))
 places = {value: name for name, value in PLACES.items()}
 make_sampler, make_processors = server._make_sampler, server._make_logits_processors
-fails_next = False
+fails_next = fails_late = False
 def place(args):
     return places.get(args.sampling.min_p)
 def after(count, call, *shown):
@@ -64,6 +76,8 @@ def sampler(args, tokenizer):
         raise LookupError("of one request")
     fails_next = where == "detokenizer"
     made = make_sampler(args, tokenizer)
+    if where == "greedy sampler":
+        return after(3, fail, made)
     return after(3, draw_and_fail, made) if where == "sampler" else made
 @wraps(make_processors)
 def processors(args):
@@ -74,6 +88,30 @@ def processors(args):
         made.append(after(3, fail, lambda tokens, logits: logits))
     return made
 server._make_sampler, server._make_logits_processors = sampler, processors
+class BadStops:
+    def __init__(self, stops):
+        self.stops = stops
+    def make_state(self):
+        return self.stops.make_state()
+    def matcher(self):
+        return self
+    def match(self, state, token):
+        raise LookupError("of one request")
+    def advance(self, token):
+        raise LookupError("of one request")
+make_stops = server.ResponseGenerator._make_state_machine
+@wraps(make_stops)
+def stops_made(self, model_key, tokenizer, stop_words, *args, **kwargs):
+    made = make_stops(self, model_key, tokenizer, stop_words, *args, **kwargs)
+    return (BadStops(made[0]), *made[1:]) if "fails" in stop_words else made
+server.ResponseGenerator._make_state_machine = stops_made
+show_top = shown.top_logprobs
+@wraps(show_top)
+def top_or_fail(logprobs, count, tokenizer):
+    if count == 7:
+        raise LookupError("of one request")
+    return show_top(logprobs, count, tokenizer)
+shown.top_logprobs = top_or_fail
 add_token = tokenizer_utils.BPEStreamingDetokenizer.add_token
 reset = tokenizer_utils.BPEStreamingDetokenizer.reset
 def reset_and_mark(self):
@@ -98,7 +136,7 @@ forward = llama.Model.__call__
 def forward_or_fail(self, inputs, cache=None, **kwargs):
     poisoned = any(getattr(c, "poisoned", False) for c in cache or ())
     found = any(bytes_of(row).count(FORWARD_ID) for row in inputs.tolist())
-    if poisoned or found:
+    if poisoned or found or (fails_late and inputs.shape[1] == 1):
         raise LookupError("of a step")
     return forward(self, inputs, cache=cache, **kwargs)
 def bytes_of(tokens):
@@ -106,19 +144,22 @@ def bytes_of(tokens):
 fetch = server.LRUPromptCache.fetch_nearest_cache
 @wraps(fetch)
 def fetch_and_mark(self, model, tokens):
+    global fails_late
     cache, rest = fetch(self, model, tokens)
     long = len(tokens) - len(rest) > 400  # all prompts begin alike
+    fails_late = long and LATE_ID in bytes_of(tokens)
     for c in cache or () if long and POISONED_ID in bytes_of(tokens) else ():
         c.poisoned = True
     return cache, rest
 load = server.load
 @wraps(load)
 def load_and_look(*args, **kwargs):
-    global FORWARD_ID, POISONED_ID
+    global FORWARD_ID, POISONED_ID, LATE_ID
     found = load(*args, **kwargs)
     tokenizer = found[1]
     encode = partial(tokenizer.encode, add_special_tokens=False)
-    FORWARD_ID, POISONED_ID = map(bytes_of, map(encode, (FORWARD, POISONED)))
+    marks = FORWARD, POISONED, LATE
+    FORWARD_ID, POISONED_ID, LATE_ID = map(bytes_of, map(encode, marks))
     llama.Model.__call__ = forward_or_fail
     server.LRUPromptCache.fetch_nearest_cache = fetch_and_mark
     return found
@@ -129,7 +170,7 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path) -> Iterator[Server]:
-    places = repr((PLACES, FORWARD, POISONED))
+    places = repr((PLACES, FORWARD, POISONED, LATE))
     program = FAILING.replace("eval(sys.argv.pop(1))", places)
     with Server(tiny_model, "--prompt-cache-size", "40", program=program) as server:
         yield server.wait_ready()
@@ -156,6 +197,7 @@ def bad(place: str, **more: Any) -> dict[str, Any]:
         return {"max_tokens": 77, **more}
     # A penalty, so that there are processors.
     wishes = {"temperature": 1, "min_p": PLACES[place], "presence_penalty": 0.1}
+    wishes |= FOR_PLACE.get(place, {})
     return {"max_tokens": 40, **wishes, **more}
 
 
@@ -233,3 +275,14 @@ def test_an_entry_that_fails_whoever_goes_on_from_it_is_forgotten(
     again = server.chat(**asked)
     assert again.status == 200
     assert again.json["usage"]["prompt_tokens_details"]["cached_tokens"] < 400
+
+
+def test_so_is_one_that_fails_who_has_stored_its_own_prompt_since(
+    server: Server,
+) -> None:
+    """What it stored is nearer to its prompt than what it began from."""
+    begins = f"late {LATE} " + "ship " * 100
+    assert server.chat(begins + "one").status == 200
+    # It begins from an entry of the first one's, longer than what they share.
+    found = [server.chat(begins + "another").status for _ in range(2)]
+    assert found == [500, 200], "it lives for ever"

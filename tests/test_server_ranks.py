@@ -44,7 +44,7 @@ def two_ranks(
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in (0, 1)]))
     if not more.get("stock"):
-        more["program"] = ONE_STREAM
+        more.setdefault("program", ONE_STREAM)
     with ExitStack() as stack:
         ranks = []
         for rank in (0, 1):
@@ -110,6 +110,33 @@ def test_a_fault_ends_all_ranks(tiny_model: Path, tmp_path: Path, failing: int) 
         assert ends(ranks) == [75, 75]
         for rank in ranks:
             assert "Traceback" not in rank.log
+
+
+# Its requests that are drawn fail, by an exception of their own.
+DRAWS_BADLY = f"""
+import mlx_lm.server as server
+def fail(logprobs):
+    raise LookupError
+make = server._make_sampler
+def made(args, tokenizer):
+    sampler = make(args, tokenizer)
+    return sampler if args.sampling.temperature == 0 else fail
+server._make_sampler = made
+{ONE_STREAM}
+"""
+
+
+@pytest.mark.parametrize("path", [{}, {"seed": 1}], ids=["batched", "sequential"])
+def test_so_does_a_failure_of_one_request(
+    tiny_model: Path, tmp_path: Path, path: dict[str, Any]
+) -> None:
+    """What is mended on one rank alone would differ from then on: what they draw."""
+    plans = ("", "")
+    with two_ranks(
+        tiny_model, tmp_path, *STALL_TIMEOUT, inject=plans, program=DRAWS_BADLY
+    ) as ranks:
+        assert_503(ranks[0].chat(temperature=1, **path), "unavailable")
+        assert ends(ranks) == [75, 75]
 
 
 def test_the_stock_server_leaves_a_rank_behind(

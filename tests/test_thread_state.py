@@ -41,6 +41,20 @@ kept["steps"] = steps()
 next(kept["steps"])
 raise LookupError
 """,
+    "streams that are left open, one in another": """
+def steps():
+    with mx.stream(mx.new_stream(mx.default_device())):
+        yield 1
+inner_last = [steps() for _ in range(2)]
+for generator in inner_last:
+    next(generator)
+# Only the collector finds them, the outer one first.
+for generator in inner_last:
+    cycle = [generator]
+    cycle.append(cycle)
+del generator, cycle, inner_last
+raise LookupError
+""",
     "another device": """
 mx.set_default_device(mx.Device(mx.cpu, 0))
 mx.set_default_stream(mx.new_stream(mx.cpu))
@@ -49,7 +63,7 @@ raise LookupError
 }
 
 PROGRAM = """
-import threading
+import gc, threading
 from functools import partial
 import mlx.core as mx
 from mlx_safe.server.thread_state import ThreadState
@@ -65,6 +79,7 @@ def work():
     else:
         raise AssertionError("it did not fail")
     state.restore()
+    gc.collect()
     assert mx.default_device() == device
     assert mx.default_stream(device) == stream
     raising = False

@@ -41,8 +41,8 @@ completion_usage_response``
 ``APIHandler.                    `handler`           ``n``; up to 20 alternatives
 validate_model_parameters,
 _validate``
-``_format_top_logprobs``         `logprobs`          in order, and as many as
-                                                     there are
+``_format_top_logprobs``         `logprobs`,         in order, and as many as
+                                 `own_failures`      there are; as above
 ``mlx_lm.sample_utils``          `generator`         is loaded anew by the thread
                                                      that samples (MLX 0.31.2)
 ``tokenizer.rfind_think_start``  `replay`            short prompts (0.31.3)

@@ -222,6 +222,53 @@ def spelling(tokenizer: Any) -> str:
     }.get(name, "text")
 
 
+class _GuardedStops:
+    """mlx-lm's stop words, each use of which goes by ``run``; see `_StopsAfter`."""
+
+    def __init__(self, stops: Any, run: Callable[..., Any]) -> None:
+        self._stops = stops
+        self._run = run
+
+    def make_state(self) -> Any:
+        return self._run(self._stops.make_state, lambda: None)
+
+    def match(self, state: Any, token: int) -> Any:
+        return self._run(
+            lambda: self._stops.match(state, token), lambda: (state, None, None)
+        )
+
+    def matcher(self) -> Any:
+        return _GuardedMatcher(self._run(self._stops.matcher, lambda: None), self._run)
+
+
+class _GuardedMatcher:
+    def __init__(self, matcher: Any, run: Callable[..., Any]) -> None:
+        self._matcher = matcher
+        self._run = run
+
+    def advance(self, token: int) -> Any:
+        return self._run(lambda: self._matcher.advance(token), lambda: False)
+
+
+def guarded_stops(stops: Any, run: Callable[..., Any]) -> Any:
+    """``stops`` (of `_make_state_machine`), whose every use goes by ``run``.
+
+    Args:
+        run: is given what to call, and what to call instead when that fails.
+    """
+    return _GuardedStops(stops, run)
+
+
+def is_shared_sampler(sampler: Any) -> bool:
+    """Whether it is the greedy one of mlx-lm 0.32, which is no request's own.
+
+    Those of a batch who have it are sampled in one call.
+    """
+    from mlx_lm import sample_utils
+
+    return sampler is getattr(sample_utils, "greedy_sampler", None)
+
+
 def sample_with_this_thread() -> None:
     """Makes mlx-lm's samplers draw from the calling thread's random state.
 

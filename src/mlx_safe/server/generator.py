@@ -358,7 +358,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
             lambda: make(model_key, tokenizer, [], *args, **kwargs),
         )
-        return self._resumed.state_machine(made)
+        stops, *rest = self._resumed.state_machine(made)
+        return (self._own.stops(stops), *rest)
 
     def resume_sampler(self, make: Any, args: Any, tokenizer: Any) -> Any:
         """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
@@ -366,8 +367,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
             lambda: partial(mx.argmax, axis=-1),
         )
-        # The greedy one cannot fail; those who share it are sampled in one call.
-        return made if args.sampling.temperature == 0 else self._own.sampler(made)
+        return self._own.sampler(made)
 
     def resume_processors(self, make: Any, args: Any) -> list[Any]:
         """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
@@ -376,8 +376,18 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             made = self._resumed.processors(made)
         return [self._own.processor(processor) for processor in made]
 
+    def top_logprobs(self, make: Any, *args: Any) -> Any:
+        """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
+        return self._own.top_logprobs(lambda: make(*args))
+
     def _current(self) -> Ticket | None:
-        """The request that mlx-lm is about to start."""
+        """The request that mlx-lm is about to start.
+
+        With more than one rank a failure is nobody's own: what is mended on each of
+        them would differ from then on, such as what they draw.
+        """
+        if not self._one_rank:
+            return None
         return self._alone or self.admission.last_admitted
 
     def _share_request(self, request: Any) -> Any:

@@ -464,7 +464,9 @@ def _patch(server: Any, generator: Callable[[], Any]) -> None:
     server._make_logits_processors = lambda args: generator().resume_processors(
         make_processors, args
     )
-    server._format_top_logprobs = top_logprobs
+    server._format_top_logprobs = lambda *args: generator().top_logprobs(
+        top_logprobs, *args
+    )
     server.BatchGenerator = lambda *args, **kwargs: generator().make_batch(
         make_batch, *args, **kwargs
     )

@@ -1,9 +1,10 @@
 """Failures that are one request's own: it ends, and the others do not notice.
 
 mlx-lm runs some code for each request of a batch by itself: its sampler, its logits
-processors, its detokenizer, and what makes them. An exception there would end the
-whole batch. Here it ends the request that it belongs to: what is called goes on with
-a value that harms nobody, and the batch drops the request before its next step.
+processors, its stop words, its detokenizer, its log-probabilities, and what makes
+them. An exception there would end the whole batch. Here it ends the request that it
+belongs to: what is called goes on with a value that harms nobody, and the batch drops
+the request before its next step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import errors
+from . import compat
 from .replies import is_allocation_failure
 from .tickets import Ticket
 
@@ -35,11 +37,15 @@ class OwnFailures:
         current: the request that mlx-lm is about to start; None: not known, then
             nothing is wrapped.
         tell: ends a request.
+
+    Attributes:
+        answers: whose text was asked for last; None: not known.
     """
 
     def __init__(self, current: Callable[[], Ticket | None], tell: Tell) -> None:
         self._current = current
         self._tell = tell
+        self.answers: Ticket | None = None
 
     def make(self, make: Callable[[], Any], instead: Callable[[], Any]) -> Any:
         """What ``make`` returns; when it fails, what ``instead`` does."""
@@ -54,11 +60,26 @@ class OwnFailures:
 
     def sampler(self, sampler: Any) -> Any:
         """``sampler``; the likeliest token when it fails."""
+        if compat.is_shared_sampler(sampler):
+            return sampler
         return self._guarded(sampler, lambda logprobs: mx.argmax(logprobs, axis=-1))
 
     def processor(self, processor: Any) -> Any:
         """``processor``; the logits as they are when it fails."""
         return self._guarded(processor, lambda tokens, logits: logits)
+
+    def stops(self, stops: Any) -> Any:
+        """``stops`` (of `_make_state_machine`); none is seen when they fail."""
+        ticket = self._current()
+        if ticket is None:
+            return stops
+        return compat.guarded_stops(
+            stops, lambda call, instead: self.run(ticket, call, instead)
+        )
+
+    def top_logprobs(self, top: Callable[[], Any]) -> Any:
+        """What ``top`` returns for the token that was turned into text last."""
+        return top() if self.answers is None else self.run(self.answers, top, tuple)
 
     def detokenizer(self, detokenizer: Any) -> Any:
         """``detokenizer``, which has no more text when it has failed."""
@@ -108,6 +129,8 @@ class _Detokenizer:
 
     @property
     def last_segment(self) -> Any:
+        # mlx-lm (0.31, 0.32) asks for the log-probabilities next.
+        self._own.answers = self._ticket
         return self._own.run(self._ticket, lambda: self._made.last_segment, lambda: "")
 
     def __getattr__(self, name: str) -> Any:

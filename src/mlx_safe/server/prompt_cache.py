@@ -249,12 +249,22 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         breadcrumb("evict", "prompt cache entry", bytes=freed, left=len(self))
         return freed
 
-    def forget(self, model: Any, tokens: list[int]) -> None:
-        """Drops the entry that a prompt would be read on from, if there is one."""
+    def forget(self, model: Any, tokens: list[int], used: int) -> None:
+        """Drops what a request with this prompt used, and what it stored of it.
+
+        Args:
+            used: how many of ``tokens`` it did not have to read.
+        """
+        stored = [e for e in self._lru.entries if _begins(e, model, tokens)]
+        dropped = [e for e in stored if len(e.tokens) > used]
+        for entry in dropped:
+            self._drop(entry)
+        # Now it is the nearest again, unless it has gone meanwhile.
         nearest = self._nearest(model, tokens)
-        if nearest is not None:
+        if nearest is not None and nearest.reusable(model, tokens) == used:
             self._drop(nearest)
-            self.events["dropped"] += 1
+            dropped.append(nearest)
+        self.events["dropped"] += len(dropped)
 
     def reusable_tokens(self, model: Any, tokens: list[int]) -> int:
         """How many tokens of a prompt need not be read; all but one at most."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import traceback
 from collections.abc import Callable
@@ -227,14 +226,14 @@ class Recovery:
             self._prompt_cache.keep_clean(self._clean_epoch)
             for ticket in ending if fault is None else ():
                 # Run alone, it failed again: what it began from may be the cause.
-                if ticket.prompt_key is not None:
-                    self._prompt_cache.forget(*ticket.prompt_key)
+                used = getattr(ticket.context, "prompt_cache_count", -1)
+                if ticket.prompt_key is not None and used >= 0:
+                    self._prompt_cache.forget(*ticket.prompt_key, used)
         else:
             # In place: a replaced cache would live on in mlx-lm's frames.
             self._prompt_cache.clear()
         assert self._thread_state is not None
         self._thread_state.restore()
-        gc.collect()
         mx.clear_cache()
         self._metrics.resets.inc()
 

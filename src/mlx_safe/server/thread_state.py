@@ -13,6 +13,7 @@ Looked at for MLX 0.31.2 and 0.32.4, each by a test (`test_thread_state.py`):
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -41,6 +42,8 @@ class ThreadState:
 
     def restore(self) -> None:
         """After a failure: as it was, with nothing pending."""
+        # First: blocks of `mx.stream` in what is collected end only now.
+        gc.collect()
         mx.set_default_device(self._device)
         mx.set_default_stream(self._stream)
         self._fetch_pending_errors()
