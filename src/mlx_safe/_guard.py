@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from . import _core, _faults, _install, _reports, errors
 
@@ -169,12 +170,21 @@ def _settle(since: int, exc: BaseException | None) -> None:
         raise
 
 
+def _note(exc: BaseException, text: str) -> None:
+    """Adds ``text`` to what is shown of ``exc``; a warning before Python 3.11."""
+    if hasattr(exc, "add_note"):
+        exc.add_note(text)
+    else:
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
 def _drain(told: errors.GPUError) -> None:
     """Fetches MLX's own errors of the failures that the guard is about to tell of.
 
     MLX stores one for each stream (0.32) and raises it from a later wait: the next
     evaluation, which may have nothing to do with it, would fail for what is known.
-    Waits for the work of the calling thread's stream. MLX up to 0.31.2 stores none.
+    Only a wait makes it raise what it has stored: this one is for the work of the
+    calling thread's default stream, whatever that is. MLX up to 0.31.2 stores none.
     """
     mx = sys.modules.get("mlx.core")
     if mx is None or told.fatal or _install.regime() != "observe":
@@ -185,4 +195,4 @@ def _drain(told: errors.GPUError) -> None:
             return
         except RuntimeError as e:
             if errors.from_exception(e) is None:
-                raise  # nobody has told of this one
+                _note(told, f"mlx_safe: MLX also reports, of something else: {e}")
