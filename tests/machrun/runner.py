@@ -8,8 +8,8 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .setup.packages import PAIRS, get_mlx, get_ours, get_site, version_of
-from .setup.places import HERE, LOADER, MAIN, PYTHONS, QEMU
+from .setup.packages import get_mlx, get_ours, get_site, version_of
+from .setup.places import CACHE, HERE, LOADER, MAIN, PYTHONS, QEMU
 
 LIMIT_S = 300
 
@@ -23,7 +23,7 @@ class Machine:
         macos: what is pretended.
         system: for which macOS MLX's wheel is.
         ours: the folder with our package in place of the wheel's own; None: without.
-        server: with mlx-lm.
+        server: with mlx-lm; only for the versions in packages.PAIRS.
     """
 
     mlx: str = "0.32.4"
@@ -45,7 +45,7 @@ class Machine:
         if self.ours is not None:
             path.append(self.ours if self.ours != Path() else get_ours(python))
         if self.server:
-            path.append(get_site(self.mlx if self.mlx in PAIRS else "0.32.4"))
+            path += get_site(self.mlx)
         return {
             "MACHRUN_MACOS": self.macos,
             "MACHRUN_PYTHON": f"libpython{self.python}.so.1.0",
@@ -55,7 +55,10 @@ class Machine:
             "MACHRUN_EXECUTABLE": str(HERE / "python"),
             "PYTHONHOME": str(python.sysroot / "usr"),
             "PYTHONPATH": ":".join(map(str, path)),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            # Debian's files are compiled when they are installed, ours never.
+            "PYTHONPYCACHEPREFIX": str(CACHE / "pycache" / python.tag),
+            # With it MLX calls a compiler for the CPU's kernels, at run time.
+            "MLX_DISABLE_COMPILE": "1",
         }
 
     def run(

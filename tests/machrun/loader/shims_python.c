@@ -11,6 +11,8 @@ typedef void *Object;
 Object PyErr_FormatV(Object, const char *, va_list);
 Object PyUnicode_FromFormatV(const char *, va_list);
 Object Py_VaBuildValue(const char *, va_list);
+Object PyObject_GetAttrString(Object, const char *);
+Object PyObject_CallObject(Object, Object);
 Object PyTuple_New(long);
 int PyTuple_SetItem(Object, long, Object);
 void Py_IncRef(Object);
@@ -35,6 +37,29 @@ VARIADIC(Object, PyUnicode_FromFormat, 1, const char *format) {
 VARIADIC(Object, Py_BuildValue, 1, const char *format) {
   va_list list;
   return OF_PYTHON(Py_VaBuildValue)(format, *linux_list(&list, stack));
+}
+VARIADIC(Object, PyObject_CallMethod, 3, Object object, const char *name,
+         const char *format) {
+  char tuple[256];
+  va_list list;
+  bool whole = format != NULL && format[0] == '(';
+  if (format != NULL && strlen(format) > sizeof tuple - 3)
+    refuse(NULL, "PyObject_CallMethod with the long format %s", format);
+  snprintf(tuple, sizeof tuple, whole ? "%s" : "(%s)", format ? format : "");
+  Object method = OF_PYTHON(PyObject_GetAttrString)(object, name);
+  if (method == NULL) return NULL;
+  Object arguments = OF_PYTHON(Py_VaBuildValue)(tuple, *linux_list(&list, stack));
+  Object result =
+      arguments ? OF_PYTHON(PyObject_CallObject)(method, arguments) : NULL;
+  OF_PYTHON(Py_DecRef)(method);
+  if (arguments != NULL) OF_PYTHON(Py_DecRef)(arguments);
+  return result;
+}
+VARIADIC(void, PyErr_FormatUnraisable, 1, const char *format) {
+  void (*real)(const char *, ...) = dlsym(RTLD_DEFAULT, "PyErr_FormatUnraisable");
+  Object text = mac_PyUnicode_FromFormatV(format, stack);
+  if (text != NULL) real("%U", text);
+  if (text != NULL) OF_PYTHON(Py_DecRef)(text);
 }
 VARIADIC(int, PyErr_WarnFormat, 3, Object category, long level, const char *format) {
   Object text = mac_PyUnicode_FromFormatV(format, stack);

@@ -51,7 +51,8 @@
   X(tan) X(tanh)
 #define PYTHON(X)                                                             \
   X(PyErr_Format) X(PyErr_FormatV) X(PyUnicode_FromFormat)                    \
-  X(PyUnicode_FromFormatV) X(Py_BuildValue) X(PyErr_WarnFormat) X(PyTuple_Pack)
+  X(PyUnicode_FromFormatV) X(Py_BuildValue) X(PyErr_WarnFormat) X(PyTuple_Pack) \
+  X(PyObject_CallMethod) X(PyErr_FormatUnraisable)
 
 // The same on both systems: numbers, pointers, and structures of the same layout
 // (timespec, tm, div_t, lconv in "C"), no flags but access modes and SEEK_….
@@ -82,9 +83,9 @@ static const char kPythonRefused[] =
     " Py_VaBuildValue PyArg_Parse PyArg_ParseTuple PyArg_ParseTupleAndKeywords"
     " PyArg_UnpackTuple PyArg_VaParse PyArg_VaParseTupleAndKeywords"
     " PyArg_ValidateKeywordArguments PyBytes_FromFormat PyBytes_FromFormatV"
-    " PyErr_FormatUnraisable PyErr_ResourceWarning PyEval_CallFunction"
+    " PyErr_ResourceWarning PyEval_CallFunction"
     " PyEval_CallMethod PyOS_snprintf PyOS_vsnprintf PyObject_CallFunction"
-    " PyObject_CallFunctionObjArgs PyObject_CallMethod PyObject_CallMethodObjArgs"
+    " PyObject_CallFunctionObjArgs PyObject_CallMethodObjArgs"
     " PySys_FormatStderr PySys_FormatStdout PySys_WriteStderr PySys_WriteStdout"
     " PyThreadState_SetAsyncExc PyOS_setsig PyOS_getsig _PyErr_FormatFromCause ";
 

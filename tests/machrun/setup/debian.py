@@ -100,6 +100,8 @@ def get_sysroot(python: Python) -> Path:
         parts = [f"lib{name}", f"lib{name}-minimal", f"lib{name}-stdlib"]
         names = [*COMMON, *LIBRARIES[python.suite], *parts]
         _unpack(python.suite, "arm64", names, python.sysroot)
+        if not (python.sysroot / "lib").exists():  # of Debian 13 another package's
+            (python.sysroot / "lib").symlink_to("usr/lib")
         done.touch()
     return python.sysroot
 

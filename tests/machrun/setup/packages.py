@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import zipfile
@@ -79,25 +78,31 @@ def get_ours(python: Python) -> Path:
     return place
 
 
-def get_site(mlx_version: str) -> Path:
-    """mlx-lm and all that the server needs, for aarch64 Linux; without MLX itself."""
+def _install(place: Path, *wanted: str) -> None:
+    """What pip takes on aarch64 Linux, without MLX: it is the one for macOS here."""
     python = PYTHONS[MAIN]
-    lm = PAIRS[mlx_version]
-    place = CACHE / "site" / f"mlx-lm-{lm}-{python.tag}"
-    wanted = [f"mlx-lm=={lm}", f"mlx=={mlx_version}", "prometheus-client>=0.20", "rich>=13"]
+    platforms = [f"--platform=manylinux_2_{n}_aarch64" for n in (17, 28, 34, 35)]
+    version = ["--python-version", python.version, "--implementation", "cp"]
+    options = ["--quiet", "--no-compile", "--only-binary=:all:", *platforms, *version]
+    _pip("install", *options, "--target", fresh(place), *wanted)
+    for name in ("mlx", *(p.name for p in place.glob("mlx-*"))):
+        shutil.rmtree(place / name, ignore_errors=True)
+    (place / "complete").touch()
+
+
+def get_site(mlx_version: str) -> list[Path]:
+    """Folders with mlx-lm and all that the server needs; without MLX itself.
+
+    The dependencies of the newest mlx-lm serve all.
+    """
+    newest = max(PAIRS)
+    rest = CACHE / "site" / "dependencies"
+    if not (rest / "complete").exists():
+        own = ["prometheus-client>=0.20", "rich>=13"]
+        _install(rest, f"mlx-lm=={PAIRS[newest]}", f"mlx=={newest}", *own)
+        for part in rest.glob("mlx_lm*"):
+            shutil.rmtree(part)
+    place = CACHE / "site" / f"mlx-lm-{PAIRS[mlx_version]}"
     if not (place / "complete").exists():
-        fresh(place)
-        platforms = [f"--platform=manylinux_2_{n}_aarch64" for n in (17, 28, 34, 35)]
-        version = ["--python-version", python.version, "--implementation", "cp"]
-        _pip("install", "--quiet", "--target", place, *platforms, "--only-binary=:all:",
-             *version, *wanted)
-        for name in ("mlx", *(p.name for p in place.glob("mlx-*"))):
-            shutil.rmtree(place / name, ignore_errors=True)
-        (place / "complete").touch()
-    return place
-
-
-def newest_has_changed(text: str) -> bool:
-    """Whether a version is newer than all that are run by number."""
-    known = max(tuple(map(int, v.split("."))) for v in VERSIONS)
-    return tuple(map(int, re.findall(r"\d+", text)[:3])) > known
+        _install(place, "--no-deps", f"mlx-lm=={PAIRS[mlx_version]}")
+    return [place, rest]

@@ -52,6 +52,7 @@ uint64_t set_count(id self, SEL) {
 
 void set_request(id, SEL) {}
 void queue_add_set(id, SEL, id) {}
+void queue_add_sets(id, SEL, const id*, uint64_t) {}
 void descriptor_capacity(id, SEL, uint64_t) {}
 
 Class residency_class() {
@@ -87,6 +88,8 @@ id device_new_set(id, SEL, id, id* error) {
                   imp(&device_new_set)}});
     add_methods(queue_class(family),
                 {{"addResidencySet:", "v24@0:8@16", imp(&queue_add_set)},
+                 {"addResidencySets:count:", "v32@0:8r^@16Q24",
+                  imp(&queue_add_sets)},
                  {"removeResidencySet:", "v24@0:8@16", imp(&queue_add_set)}});
   }
   return true;
