@@ -80,3 +80,15 @@ def fail(nth: int, code: int = 8, persistent: bool = False, late_us: int = 0) ->
     """The nth command buffer from now fails (`metalsim_plan_fail`)."""
     kinds = (ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint32)
     simulator("metalsim_plan_fail", None, *kinds)(nth, code, persistent, late_us)
+
+
+def slow_pipelines(us: int) -> None:
+    """Making a pipeline takes so long (`metalsim_set_pipeline_delay_us`)."""
+    simulator("metalsim_set_pipeline_delay_us", None, ctypes.c_uint32)(us)
+
+
+def failed_buffers() -> int:
+    """How many command buffers have failed in this process."""
+    totals = (ctypes.c_uint64 * 32)()
+    simulator("metalsim_get_totals", None, ctypes.c_void_p)(totals)
+    return totals[3]

@@ -69,7 +69,7 @@ static const char kPassThrough[] =
     " remove link symlink readlink mkdir chdir getcwd isatty fchmod opendir"
     " fdopendir closedir munmap listen shutdown"
     // the process
-    " abort _exit getenv getpid system arc4random nanosleep sched_yield"
+    " abort _exit getenv getpid system arc4random nanosleep usleep sched_yield"
     " pthread_self pthread_setspecific pthread_getspecific pthread_join"
     " pthread_detach"
     // mathematics

@@ -1,6 +1,8 @@
 // What MLX needs to start its own kernels: libraries, functions, pipelines, and
 // what it asks of a device. No kernel is read, and none computes anything.
 
+#include <unistd.h>
+
 #include "metal.h"
 
 namespace metalsim {
@@ -48,12 +50,18 @@ Class pipeline_class() {
   return cls;
 }
 
+void compile() {
+  if (uint32_t us = settings().pipeline_delay_us.load()) ::usleep(us);
+}
+
 id device_new_pipeline(id, SEL, id function, id* error) {
+  compile();
   if (error != nullptr) *error = nullptr;
   return named(pipeline_class(), static_cast<Named*>(function)->name);
 }
 
 id device_new_pipeline_described(id, SEL, id, uint64_t, void*, id* error) {
+  compile();
   if (error != nullptr) *error = nullptr;
   return make_object<Named>(pipeline_class());
 }
