@@ -83,6 +83,10 @@ def load(*files: Path, macos: str = "14.0") -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
-        env={**os.environ, "MACHRUN_MACOS": macos},
+        env={
+            **os.environ,
+            "MACHRUN_MACOS": macos,
+            "MACHRUN_PYTHON": f"libpython{MAIN}.so.1.0",
+        },
         check=False,
     )

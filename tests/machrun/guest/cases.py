@@ -47,12 +47,12 @@ def two_queues() -> None:
 
 
 MANY = 60  # operations: more than MLX puts into one command buffer
+LATE_US, COMPILES_US = 300_000, 1_000_000
 
 
-def held_up() -> None:
+def held_up(last: Callable[[mx.array], mx.array] = mx.tan) -> None:
     """The first stream's signal is encoded and not committed; a committed buffer of
     the second waits for it, and the CPU for that, when encoding finds the failure."""
-    machpy.slow_pipelines(30_000)  # the failure is known when `tan` is encoded
     second = mx.new_stream(mx.gpu)
     x = start()
     for _ in range(MANY):
@@ -62,7 +62,14 @@ def held_up() -> None:
         after = mx.sin(after, stream=second)
     for _ in range(2):
         middle = mx.add(middle, 1, stream=mx.cpu)
-    mx.eval(mx.add(mx.tan(mx.add(after, x)), middle))
+    mx.eval(mx.add(last(mx.add(after, x)), middle))
+
+
+def hold_up() -> None:
+    """All kernels but `tan` are compiled; it takes so long that the failure is known
+    when it is encoded, and not before."""
+    held_up(mx.sin)
+    machpy.slow_pipelines(COMPILES_US)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -71,6 +78,10 @@ CASES: dict[str, Callable[[], None]] = {
     "two GPU streams": two_queues,
     "held up": held_up,
 }
+BEFORE = {"held up": hold_up}
+# When the handlers of the failed buffer run: after everything is encoded, but for
+# the pipeline that takes long.
+LATE = {"held up": LATE_US, "two GPU streams": LATE_US}
 
 
 def outcome_of(case: str, hooks: str, nth: int, code: int) -> str:
@@ -83,8 +94,8 @@ def outcome_of(case: str, hooks: str, nth: int, code: int) -> str:
         if not status.verified:
             return f"not hooked: {status}"
         guard = mlx_safe.guard if hooks == "guard" else None
-    one_stream()
-    machpy.fail(nth, code)
+    BEFORE.get(case, one_stream)()
+    machpy.fail(nth, code, False, LATE.get(case, 0))
     try:
         if guard is None:
             CASES[case]()

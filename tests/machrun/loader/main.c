@@ -1,7 +1,7 @@
 // machrun [--python ARGUMENT… | FILE… [-- FUNCTION ARGUMENT…]]
 //
-// Loads Mach-O files, or runs a Python in which machpy.py can; MACHRUN_MACOS is
-// the version of macOS that is pretended.
+// Loads Mach-O files, or runs a Python in which machpy.py can. MACHRUN_MACOS is the
+// version of macOS that is pretended, MACHRUN_PYTHON the name of libpython.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
@@ -31,19 +31,22 @@ static void read_settings(void) {
   g_verbose = verbose ? atoi(verbose) : 0;
 }
 
-// The library is that of the sysroot, whichever version it has.
-static int run_python(int count, char **arguments) {
-  void *library = dlopen(getenv("MACHRUN_PYTHON"), RTLD_NOW | RTLD_GLOBAL);
-  if (library == NULL) refuse(NULL, "MACHRUN_PYTHON: %s", dlerror());
-  int (*run)(int, char **) = dlsym(library, "Py_BytesMain");
-  return run(count, arguments);
+// The library of the sysroot, in which extension modules find Python's C API.
+static void open_python(void) {
+  const char *name = getenv("MACHRUN_PYTHON");
+  if (name != NULL && dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
+    refuse(NULL, "MACHRUN_PYTHON=%s: %s", name, dlerror());
 }
 
 int main(int count, char **arguments) {
   read_settings();
   setvbuf(stdout, NULL, _IOLBF, 0);
-  if (count > 1 && !strcmp(arguments[1], "--python"))
+  open_python();
+  if (count > 1 && !strcmp(arguments[1], "--python")) {
+    int (*run_python)(int, char **) = dlsym(RTLD_DEFAULT, "Py_BytesMain");
+    if (run_python == NULL) refuse(NULL, "MACHRUN_PYTHON is not set");
     return run_python(count - 1, arguments + 1);
+  }
   Image *image = NULL;
   int at = 1;
   for (; at < count && strcmp(arguments[at], "--"); at++)

@@ -50,6 +50,15 @@ uint64_t set_count(id self, SEL) {
   return as_set(self)->committed.size() + as_set(self)->pending.size();
 }
 
+uint64_t set_size(id self, SEL) {
+  static SEL size = sel_registerName("allocatedSize");
+  std::lock_guard guard(as_set(self)->lock);
+  uint64_t bytes = 0;
+  for (id allocation : as_set(self)->committed)
+    bytes += send<uint64_t>(allocation, size);
+  return bytes;
+}
+
 void set_request(id, SEL) {}
 void queue_add_set(id, SEL, id) {}
 void queue_add_sets(id, SEL, const id*, uint64_t) {}
@@ -63,6 +72,7 @@ Class residency_class() {
          {"removeAllocation:", "v24@0:8@16", imp(&set_remove)},
          {"commit", "v16@0:8", imp(&set_commit)},
          {"allocationCount", "Q16@0:8", imp(&set_count)},
+         {"allocatedSize", "Q16@0:8", imp(&set_size)},
          {"requestResidency", "v16@0:8", imp(&set_request)},
          {"endResidency", "v16@0:8", imp(&set_request)}});
     set_instances<ResidencySet>(made);
