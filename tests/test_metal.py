@@ -33,6 +33,7 @@ WORKLOADS = (
     "sync",
     "decode",
     "tls",
+    "held_up",
 )
 CODES = (0x2, 0x3, 0x4, 0x5, 0x6, 0x8, 0x9, 0xA, 0xB, 0xE, 0x10, 0x11, 0x7)
 
@@ -66,6 +67,21 @@ def test_without_hooks_mlx_0_32_tells_the_wrong_one_or_nobody(native: Native) ->
     hooked = report_of(native.host("observe", "midgraph", *fault, "--late-us=3000"))
     assert hooked["silent_garbage"] == 0
     assert hooked["told"] == 1
+
+
+def test_without_hooks_mlx_0_32_1_hangs(native: Native) -> None:
+    """It waits for the CPU stream before it commits what that waits for."""
+
+    def run(version: str) -> int:
+        # The first round of the workload, and its first command buffer.
+        arguments = ["--rounds=1", "--fail-nth=1", "--time-limit=5"]
+        command = ["metalsim/host_observe", "--workload=held_up", *arguments]
+        return native.run(*command, f"--mlx={version}").returncode
+
+    hung = 3
+    # Unless the failure is found before anything depends on it.
+    assert any(run("0.32.1") == hung for _ in range(8))
+    assert not any(run("0.32.4") == hung for _ in range(8))
 
 
 # ---- the sweep --------------------
@@ -114,16 +130,18 @@ def sweep(
     workload: str,
     rounds: int,
     failures_at: Callable[[int], Iterable[Failure]],
+    *more: str,
 ) -> None:
     """Fails the n-th command buffer for n = 1, 2, … until none fails.
 
-    ``failures_at(n)`` says in which ways the n-th is failed.
+    ``failures_at(n)`` says in which ways the n-th is failed, ``more`` is for the host.
     """
 
     def run(n: int, failure: Failure) -> tuple[bool, str | None]:
         code, persistent, late = failure
         arguments = [f"--fail-nth={n}", f"--code={code}", f"--late-us={late}"]
         arguments += [f"--rounds={rounds}", *(["--persistent"] if persistent else [])]
+        arguments += more
         done = native.host(regime, workload, *arguments)
         problem = problems_of(done, persistent, sticky=code == 4)
         failed = done.returncode == 0 and report_of(done)["buffers_failed"] > 0
@@ -154,8 +172,20 @@ def test_sweep(native: Native, workload: str, regime: str) -> None:
     sweep(native, regime, workload, 6, failures_at)
 
 
+@pytest.mark.parametrize("workload", ["two_queues", "gpu_cpu_gpu", "fences", "held_up"])
+def test_sweep_of_what_hangs_in_mlx_0_32_1(native: Native, workload: str) -> None:
+    """MLX 0.32.1 to 0.32.3 wait before they commit: under the hooks that ends.
+
+    Each evaluation raises in time, and no fault is counted but the one there was.
+    """
+    failures: list[Failure] = [(8, False, 0), (8, False, 1500)]
+    # Less than the 10 s after which a wait counts as one that nobody ends.
+    limits = ("--mlx=0.32.1", "--time-limit=9")
+    sweep(native, "observe", workload, 3, lambda n: failures, *limits)
+
+
 @pytest.mark.parametrize("regime", ["intercept", "observe"])
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w != "held_up"])
 def test_sweep_of_every_code(native: Native, workload: str, regime: str) -> None:
     """Every code, once and lasting, on time and late, at every step."""
     ways = list(itertools.product(CODES, (False, True), (0, 800)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mlx_safe._install import parse_version
+from mlx_safe._mlx_versions import parse_version
 from support.clients import Said, ask_plain
 from support.scripted_model import bias
 from support.server import CONTROLLED, Server

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mlx_safe._install import parse_version
+from mlx_safe._mlx_versions import parse_version
 from support.server import (
     CONTROLLED,
     REFUSING,

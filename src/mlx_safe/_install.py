@@ -9,17 +9,13 @@ import os
 import sys
 import threading
 
-from . import _core, _faults, _paths, _reports
+from . import _core, _faults, _mlx_versions, _paths, _reports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 
 __all__ = ["Status", "install", "status", "uninstall"]
-
-# The first MLX that stores a fault instead of throwing it in the completion
-# handler (ml-explore/mlx#3523).
-OBSERVE_SINCE = (0, 32, 0)
 
 _lock = threading.RLock()
 
@@ -38,6 +34,7 @@ class Status:
         hooked: names of the hooked methods, ``-[Class selector]``.
         runtime: path of the Objective-C runtime, or None.
         mlx_version: version of the installed mlx, or None.
+        mlx_notes: what is known of how this version treats a fault, one line each.
         report_dir: directory of the crash reports, or None.
         reports_written, reports_failed: crash reports of this process.
         reports_suppressed: faults that got none, as there was one just before.
@@ -51,6 +48,7 @@ class Status:
         "hooked",
         "installed",
         "metal_hooks",
+        "mlx_notes",
         "mlx_version",
         "mode",
         "on_terminate",
@@ -74,6 +72,7 @@ class Status:
     hooked: tuple[str, ...]
     runtime: str | None
     mlx_version: str | None
+    mlx_notes: tuple[str, ...]
     report_dir: str | None
     signals: bool
     reports_written: int
@@ -90,8 +89,8 @@ class Status:
     def as_dict(self) -> dict[str, object]:
         """The attributes as a dict of JSON-able values."""
         found = {name: getattr(self, name) for name in sorted(Status.__slots__)}
-        found["hooked"] = list(self.hooked)
-        found["reasons"] = list(self.reasons)
+        for name in ("hooked", "mlx_notes", "reasons"):
+            found[name] = list(found[name])
         return found
 
     def __repr__(self) -> str:
@@ -175,21 +174,10 @@ def _version_beside(directory: str, package: str) -> str | None:
     return None
 
 
-def parse_version(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 0.32.0.dev1 is (0, 32, 0)."""
-    numbers = []
-    for part in version.split(".")[:3]:
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
-
-
 def _regime(mode: str, version: str | None) -> str:
     if mode != "auto":
         return mode
-    if version is None or parse_version(version) >= OBSERVE_SINCE:
-        return "observe"
-    return "intercept"
+    return _mlx_versions.behaviour_of(version).regime
 
 
 def _report_dir() -> tuple[str | None, str | None]:
@@ -324,6 +312,7 @@ def _set_signals(wanted: bool) -> None:
 _NOT_OF_THE_HOOKS = (
     "dropped",
     "epoch",
+    "mlx_notes",
     "mlx_version",
     "reports_failed",
     "reports_suppressed",
@@ -377,6 +366,7 @@ def status() -> Status:
             # What came up since: a class too many, a fork.
             reasons = [*reasons, *(r for r in metal["reasons"] if r not in reasons)]
         reports_written, reports_failed = _core.report_counts()
+        version = mlx_version()
         return Status(
             installed=installed,
             mode=_state.mode,
@@ -386,7 +376,8 @@ def status() -> Status:
             verified=metal["verified"],
             hooked=tuple(metal["hooked"]),
             runtime=metal["runtime"],
-            mlx_version=mlx_version(),
+            mlx_version=version,
+            mlx_notes=_mlx_versions.notes_of(version),
             report_dir=_state.report_dir,
             signals=_core.signals_installed(),
             reports_written=reports_written,

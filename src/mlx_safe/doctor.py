@@ -270,6 +270,7 @@ def render(found: dict[str, Any]) -> str:
         f"machine     {machine['device']}, {format_size(machine['memory'])}{free}",
         f"system      {machine['system']}, Python {machine['python']}",
         f"mlx         {protection['mlx_version']}, regime {protection['mode']}",
+        *(f"            {note}" for note in protection["mlx_notes"]),
         f"Metal       {hooks}",
         *(f"            {reason}" for reason in protection["reasons"]),
         f"ceiling     {format_size(found['ceiling']['bytes'])}, the smallest of",

@@ -18,7 +18,7 @@ import pytest
 
 from contract.disassembly import Library, library_of, plain_name
 from contract.facts import KNOWN, RECORDED, UNSEEN, Facts
-from mlx_safe import _install
+from mlx_safe import _install, _mlx_versions
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("CONTRACT_CACHE", ROOT / ".cache" / "contract"))
@@ -82,7 +82,7 @@ def facts_of(lib: Library) -> Facts:
 
 def known_facts(version: str) -> tuple[str, Facts]:
     """The facts recorded for a version, or for the last one before it."""
-    order = _install.parse_version
+    order = _mlx_versions.parse_version
     before = [v for v in KNOWN if order(v) <= order(version)]
     last = max(before, key=order)
     return last, KNOWN[last]
@@ -135,7 +135,7 @@ def wrong_regime(version: str, lib: Library) -> list[str]:
     return [
         f"mlx-metal {version}: its completion handlers "
         f"{f'throw ({throwing})' if throwing else 'do not throw'}, "
-        f"but _install.OBSERVE_SINCE makes its regime {regime!r}"
+        f"but _mlx_versions.VERSIONS makes its regime {regime!r}"
     ]
 
 

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import mlx_safe
-from mlx_safe import _install
+from mlx_safe import _install, _mlx_versions
 from support import child, hog
 
 # Out of memory takes as long as it takes the Mac to give up paging.
@@ -91,7 +91,7 @@ def test_without_us_it_kills_the_process_or_raises_as_mlx_says() -> None:
     )
     version = _install.mlx_version()
     assert version is not None
-    if _install.parse_version(version) < _install.OBSERVE_SINCE:
+    if _mlx_versions.behaviour_of(version).regime == "intercept":
         assert done.returncode == -signal.SIGABRT, (done.returncode, done.stderr)
     else:
         assert done.returncode == 1, (done.returncode, done.stderr)

@@ -157,6 +157,113 @@ void cpu_stream_is_let_go(const drive::Hooks& hooks) {
   CHECK(hooks.count().gate_limit == 0);
 }
 
+// Waits as a CPU stream's thread does, for ever; `reached` when it is through.
+std::thread cpu_stream(const drive::Hooks& hooks, const host::Ref& event,
+                       std::atomic<bool>& reached) {
+  return std::thread([&hooks, &event, &reached] {
+    hooks.mark_thread(0);
+    CHECK(wait_for(event, 1, ~std::uint64_t{0}) == "reached");
+    reached = true;
+  });
+}
+
+// MLX 0.32.1 to 0.32.3: what the CPU's stream waits for is committed, and held
+// up by what is not, over two queues and behind a buffer of its own queue.
+void cpu_stream_is_let_go_behind_committed(const drive::Hooks& hooks) {
+  hooks.set_gate_limit(60'000);
+  host::Ref one = new_queue(), two = new_queue(), three = new_queue();
+  host::Ref fence = new_event(), next = new_event(), last = new_event();
+  std::uint64_t before = hooks.epoch();
+  fail_next(one);
+  Work(one).commit();
+  Work held(one);
+  held.signals(fence, 1);
+  Work(two).waits(fence, 1).signals(next, 1).commit();
+  Work(three).waits(next, 1).commit();
+  Work(three).signals(last, 1).commit();
+  std::atomic<bool> reached{false};
+  cpu_stream(hooks, last, reached).join();
+  // The queues are free, too, before that is committed.
+  host::Ref later = new_event();
+  Work(two).signals(later, 1).commit();
+  Work(three).waits(later, 1).signals(later, 2).commit();
+  CHECK(wait_for(later, 2) == "reached");
+  held.commit();
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+  CHECK(hooks.epoch() == before + 1);
+  CHECK(hooks.count().gate_limit == 0);
+}
+
+// The same when nothing of it is held up for good: the thread is slow, another
+// thread has failed, or the CPU is to signal.
+void slow_threads_are_waited_for(const drive::Hooks& hooks) {
+  hooks.set_gate_limit(60'000);
+  enum Slow { kNothingFailed, kAnotherFailed, kFailedLongAgo, kCpu };
+  for (Slow slow : {kNothingFailed, kAnotherFailed, kFailedLongAgo, kCpu}) {
+    host::Ref one = new_queue(), two = new_queue();
+    host::Ref fence = new_event(), last = new_event();
+    auto fail = [&] {
+      fail_next(one);
+      Work(one).commit();
+      CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+    };
+    if (slow == kAnotherFailed) std::thread(fail).join();
+    if (slow == kFailedLongAgo) {
+      fail();
+      ::usleep(300'000);
+    }
+    if (slow == kCpu) fail();
+    Work held(one);
+    if (slow != kCpu) held.signals(fence, 1);
+    Work(two).waits(fence, 1).signals(last, 1).commit();
+    std::atomic<bool> reached{false};
+    std::thread stream = cpu_stream(hooks, last, reached);
+    ::usleep(2'700'000);
+    CHECK(!reached);
+    if (slow == kCpu) set_value(fence, 1);
+    held.commit();
+    stream.join();
+  }
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+  CHECK(hooks.count().gate_limit == 0);
+}
+
+// Two threads encode: what the one holds up is ended, as it has failed, and
+// what the other holds up is not.
+void only_the_failed_thread_is_hurried(const drive::Hooks& hooks) {
+  hooks.set_gate_limit(60'000);
+  host::Ref queues[] = {new_queue(), new_queue(), new_queue(), new_queue()};
+  host::Ref fences[] = {new_event(), new_event()};
+  host::Ref lasts[] = {new_event(), new_event()};
+  std::atomic<bool> reached[] = {{false}, {false}};
+  std::atomic<bool> encoded{false}, go_on{false};
+  std::thread other([&] {
+    Work held(queues[2]);
+    held.signals(fences[1], 1);
+    Work(queues[3]).waits(fences[1], 1).signals(lasts[1], 1).commit();
+    encoded = true;
+    while (!go_on) ::usleep(1000);
+    held.commit();
+  });
+  while (!encoded) std::this_thread::yield();
+  fail_next(queues[0]);
+  Work(queues[0]).commit();
+  Work held(queues[0]);
+  held.signals(fences[0], 1);
+  Work(queues[1]).waits(fences[0], 1).signals(lasts[0], 1).commit();
+  std::thread one = cpu_stream(hooks, lasts[0], reached[0]);
+  std::thread two = cpu_stream(hooks, lasts[1], reached[1]);
+  one.join();
+  ::usleep(1'200'000);
+  CHECK(!reached[1]);
+  go_on = true;
+  two.join();
+  other.join();
+  held.commit();
+  CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
+  CHECK(hooks.count().gate_limit == 0);
+}
+
 // All signals of a failed buffer are done at once, so also one that depends on
 // whoever waits for an earlier one.
 void later_signal_holds_nothing_up(const drive::Hooks& hooks) {
@@ -365,11 +472,18 @@ void nobody_commits(const Hooks& hooks) {
   std::uint64_t before = hooks.epoch();
   Work held(queue);
   held.signals(event, 1);
+  // What it waits for is committed, and waits for what is not.
+  host::Ref other = new_queue(), last = new_event();
+  Work(other).waits(event, 1).signals(last, 1).commit();
+  held.signals(event, 2);
+  Work(other).waits(event, 2).signals(last, 2).commit();
   std::atomic<bool> let_go{false};
   std::thread cpu([&] {
     hooks.mark_thread(0);
-    CHECK(wait_for(event, 1, ~std::uint64_t{0}) == "reached");
+    CHECK(wait_for(last, 1, ~std::uint64_t{0}) == "reached");
     let_go = true;
+    hooks.set_gate_limit(60'000);  // it is given up: the next wait is short
+    CHECK(wait_for(last, 2, ~std::uint64_t{0}) == "reached");
     set_value(result, 1);
   });
   ::usleep(1'300'000);
@@ -379,8 +493,8 @@ void nobody_commits(const Hooks& hooks) {
   CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
   CHECK(wait_for(result, 1) != "reached");  // it is not known what it read
   cpu.join();
-  CHECK(hooks.epoch() == before + 2);
-  CHECK(hooks.count().gate_limit == 1);
+  CHECK(hooks.epoch() == before + 3);
+  CHECK(hooks.count().gate_limit == 2);
   held.commit();
   CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs));
 }
@@ -520,7 +634,7 @@ void told_once_of_several(const drive::Hooks& hooks) {
 // - who_polls_is_let_go: in observe nothing is marked, so nobody's poll is held
 //   back for good
 // - nobody_commits: in observe nobody is told of what was read too early
-// - cpu_stream_is_let_go: as MLX 0.32 alone raises
+// - cpu_stream_is_let_go and its like: as MLX 0.32 alone raises
 // - told_once_of_several: in observe MLX tells
 struct Case {
   void (*run)(const Hooks&);
@@ -535,6 +649,11 @@ const std::map<std::string, Case> kCases = {
     {"late_signal_undoes_nothing", {late_signal_undoes_nothing, kBoth}},
     {"own_signals_are_let_go", {own_signals_are_let_go, kBoth}},
     {"cpu_stream_is_let_go", {cpu_stream_is_let_go, kObserve}},
+    {"cpu_stream_is_let_go_behind_committed",
+     {cpu_stream_is_let_go_behind_committed, kObserve}},
+    {"slow_threads_are_waited_for", {slow_threads_are_waited_for, kBoth}},
+    {"only_the_failed_thread_is_hurried",
+     {only_the_failed_thread_is_hurried, kObserve}},
     {"later_signal_holds_nothing_up", {later_signal_holds_nothing_up, kBoth}},
     {"told_once_of_several", {told_once_of_several, kIntercept}},
     {"who_polls_is_let_go", {who_polls_is_let_go, kIntercept}},

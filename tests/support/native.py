@@ -45,10 +45,10 @@ class Native:
     def host(
         self, regime: str, workload: str, *more: str, hooks: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        command = [f"metalsim/host_{regime}", f"--workload={workload}", *more]
+        command = [f"metalsim/host_{regime}", f"--workload={workload}"]
         if hooks:
             command.append(f"--hooks={self.hooks}")
-        return self.run(*command, "--time-limit=300")
+        return self.run(*command, "--time-limit=300", *more)
 
 
 PYTHON = """

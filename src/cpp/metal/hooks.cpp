@@ -307,6 +307,14 @@ void await_skipped(std::chrono::milliseconds limit) {
   }
 }
 
+// Does, for whoever waits, signals that nobody can commit. Not for Metal's
+// threads.
+void signal_instead(const std::vector<Ledger::WaitRef>& held) {
+  for (const Ledger::WaitRef& wait : held)
+    if (value_of(wait->event) < wait->value)
+      send<void>(wait->event.get(), selectors().setSignaledValue, wait->value);
+}
+
 // When MLX 0.32 raises a stored failure in the midst of an evaluation, it waits
 // for each stream in turn, and the first may be waiting for what this very
 // thread has encoded for the next and not committed. Nobody else can commit it:
@@ -315,10 +323,7 @@ void let_go_of_own_signals(const BufferRef& waited_for) {
   using namespace std::chrono_literals;
   while (!ledger().settle_buffer(waited_for, 50ms)) {
     if (!any_failed()) continue;  // MLX knows before our handler has run
-    for (const Ledger::WaitRef& held : ledger().awaited_from_here())
-      if (value_of(held->event) < held->value)
-        send<void>(held->event.get(), selectors().setSignaledValue,
-                   held->value);
+    signal_instead(ledger().awaited_from_here());
     if (!ledger().is_encoding_here()) return;
   }
 }
@@ -394,34 +399,67 @@ std::chrono::milliseconds rest_of(std::uint64_t timeout_ms,
   return std::min(limit, std::max(given - spent, milliseconds(0)));
 }
 
+// What a wait for `event` is held up by now.
+Ledger::HeldUp held_up_by(Id event, std::uint64_t value) {
+  using namespace std::chrono_literals;
+  Ledger::Reached reached;
+  for (const Ledger::WaitRef& wait : ledger().waits_in_flight())
+    reached.emplace(wait->event.get(), value_of(wait->event));
+  return ledger().held_up_by(event, value, reached, 1s, 100ms);
+}
+
+bool is_same(const std::vector<Ledger::WaitRef>& one,
+             const std::vector<Ledger::WaitRef>& other) {
+  return std::is_permutation(one.begin(), one.end(), other.begin(), other.end(),
+                             [](const auto& a, const auto& b) {
+                               return a->event.get() == b->event.get() &&
+                                      a->value == b->value;
+                             });
+}
+
 // The same when it is a thread of the CPU stream that MLX waits for while it
-// holds back what that thread is waiting for: when MLX 0.32 raises a failure in
-// the midst of an evaluation it waits for the CPU's streams first, and commits
-// the GPU's later. That is what happens when what the same thread had committed
-// failed by the time it encoded this, and it commits nothing for a second more:
-// the wait is ended, and MLX is raising already. A buffer that was opened later
-// than 100 ms after may be of a new evaluation, in which nobody raises: as all
-// others it is let go, and a fault counted, when nothing was committed for as
-// long as any wait of ours may take.
+// holds back what that thread, or a committed buffer for which it waits, is
+// waiting for: when MLX 0.32 raises a failure in the midst of an evaluation it
+// waits for the CPU's streams first, and commits the GPU's later. The rule: a
+// wait that is held up by signals of a thread that has committed nothing for a
+// second since what it had committed before failed is ended by doing those
+// signals, and any other that the same open signals hold up, when they have
+// held one up for as long as any wait of ours may take.
+//
+// In the first case MLX is raising already. A buffer that was opened later than
+// 100 ms after the failure may be of a new evaluation, in which nobody raises:
+// that is the second, and a fault counted, as it is not known what is read
+// then. It is the open signals that are done, not what waits for them: so what
+// was committed runs, and is through before the memory is let go of that it
+// uses.
 bool wait_on_cpu_stream(bool (*original)(Id, Selector, std::uint64_t,
                                          std::uint64_t),
                         Id self, Selector selector, std::uint64_t value) {
   using namespace std::chrono_literals;
-  constexpr std::uint64_t kLookEvery_ms = 500;
-  std::chrono::milliseconds held_up = 0ms;
-  while (!original(self, selector, value, kLookEvery_ms)) {
-    bool failed = any_failed();
+  // An evaluation that has failed may leave many waits behind: soon, at first.
+  std::uint64_t look_after_ms = any_failed() ? 50 : 500;
+  std::chrono::milliseconds unchanged = 0ms;
+  std::vector<Ledger::WaitRef> before;
+  for (; !original(self, selector, value, look_after_ms); look_after_ms = 500) {
+    if (!any_failed()) continue;
+    Ledger::HeldUp held = held_up_by(self, value);
     // Counted by looks: while the process is stopped nobody commits either.
-    held_up = failed && ledger().is_held_up(self, value)
-                  ? held_up + std::chrono::milliseconds(kLookEvery_ms)
-                  : 0ms;
-    bool raising = failed && hook_mode() == Mode::kObserve &&
-                   ledger().is_held_up_by_failure(self, value, 1s, 100ms);
+    unchanged = !held.by.empty() && is_same(held.by, before)
+                    ? unchanged + std::chrono::milliseconds(look_after_ms)
+                    : 0ms;
+    before = std::move(held.by);
+    bool raising = held.by_failure && hook_mode() == Mode::kObserve;
     if (!raising) {
-      if (held_up < g_gate_limit.load() || held_up == 0ms) continue;
+      if (!held.given_up && (before.empty() || unchanged < g_gate_limit.load()))
+        continue;
+      ledger().give_up_on(before);
       give_up_waiting();
+      // Whatever else depends on them is no better.
+      if (FailureRef failure = consumed_failure())
+        for (const Ledger::WaitRef& wait : before)
+          ledger().signalled_by_cpu(wait->event.get(), wait->value, failure);
     }
-    send<void>(self, selectors().setSignaledValue, value);
+    signal_instead(before);
   }
   return true;
 }

@@ -12,9 +12,6 @@ namespace {
 // evaluation, so it takes a fence with this many failures.
 constexpr std::size_t kPoisonsMax = 64;
 
-// Threads whose last failure is remembered; the one that is longest ago goes.
-constexpr std::size_t kFailedForMax = 16;
-
 // Failures that one may stand for; of more, the last are told by themselves.
 constexpr std::size_t kCameBeforeMax = 32;
 
@@ -98,15 +95,14 @@ BufferRef& Ledger::open(Id buffer) {
 void Ledger::signal_encoded(Id buffer, Id event, std::uint64_t value) {
   objc::Owned held = objc::Owned::retaining(event);
   std::lock_guard lock(mutex_);
-  open(buffer)->signals.push_back({std::move(held), value, false});
+  BufferRef& record = open(buffer);
+  record->signals.push_back({std::move(held), value, record->waits.size()});
 }
 
 void Ledger::wait_encoded(Id buffer, Id event, std::uint64_t value) {
   objc::Owned held = objc::Owned::retaining(event);
   std::lock_guard lock(mutex_);
-  BufferRef& record = open(buffer);
-  record->waits.push_back({std::move(held), value});
-  for (Signal& signal : record->signals) signal.before_wait = true;
+  open(buffer)->waits.push_back({std::move(held), value});
 }
 
 void Ledger::committed(Id buffer, Id queue) {
@@ -118,7 +114,8 @@ void Ledger::committed(Id buffer, Id queue) {
   record->sequence = ++q->committed;
   q->in_flight.push_back(record);
   for (const Signal& signal : record->signals) {
-    std::uint64_t need = record->sequence - (signal.before_wait ? 1 : 0);
+    bool before_wait = signal.waits_before < record->waits.size();
+    std::uint64_t need = record->sequence - (before_wait ? 1 : 0);
     events_[signal.event.get()].pending.push_back({signal.value, record, need});
   }
   event_count_.store(events_.size());
@@ -344,85 +341,6 @@ void Ledger::forget_skipped(const WaitRef& wait) {
   std::lock_guard lock(mutex_);
   std::erase(skipped_, wait);
   any_skipped_ = !skipped_.empty();
-}
-
-bool Ledger::is_encoding_here() {
-  std::lock_guard lock(mutex_);
-  return std::any_of(buffers_.begin(), buffers_.end(), [](const auto& entry) {
-    const Buffer& buffer = *entry.second;
-    return buffer.sequence == 0 && !buffer.signals.empty() &&
-           buffer.encoder == std::this_thread::get_id();
-  });
-}
-
-bool Ledger::is_awaited(Id event, std::uint64_t value) {
-  return std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& entry) {
-    const Buffer& buffer = *entry.second;
-    return buffer.sequence != 0 && !buffer.completed &&
-           std::any_of(
-               buffer.waits.begin(), buffer.waits.end(), [&](const Wait& wait) {
-                 return wait.event.get() == event && wait.value <= value;
-               });
-  });
-}
-
-std::vector<Ledger::WaitRef> Ledger::awaited_from_here() {
-  std::vector<WaitRef> found;
-  std::lock_guard lock(mutex_);
-  for (const auto& [address, buffer] : buffers_) {
-    if (buffer->sequence != 0 || buffer->encoder != std::this_thread::get_id())
-      continue;
-    for (const Signal& signal : buffer->signals)
-      if (is_awaited(signal.event.get(), signal.value))
-        found.push_back(std::make_shared<const Wait>(
-            Wait{objc::Owned::retaining(signal.event.get()), signal.value}));
-  }
-  return found;
-}
-
-// Whether `event` can reach `value` only by buffers that are not committed, and
-// `is_held(buffer)` for each of them.
-template <class Held>
-bool Ledger::held_up(Id event, std::uint64_t value, Held is_held) {
-  bool found = false;
-  for (const auto& [address, buffer] : buffers_) {
-    if (buffer->completed) continue;
-    for (const Signal& signal : buffer->signals) {
-      if (signal.event.get() != event || signal.value < value) continue;
-      if (buffer->sequence != 0 || !is_held(*buffer)) return false;
-      found = true;
-    }
-  }
-  return found;
-}
-
-bool Ledger::is_held_up(Id event, std::uint64_t value) {
-  std::lock_guard lock(mutex_);
-  return held_up(event, value, [](const Buffer&) { return true; });
-}
-
-bool Ledger::is_held_up_by_failure(Id event, std::uint64_t value,
-                                   std::chrono::milliseconds age,
-                                   std::chrono::milliseconds recent) {
-  auto before = std::chrono::steady_clock::now() - age;
-  std::lock_guard lock(mutex_);
-  return held_up(event, value, [&](const Buffer& buffer) {
-    return buffer.opened <= before &&
-           std::any_of(failed_for_.begin(), failed_for_.end(),
-                       [&](const auto& failed) {
-                         return failed.first == buffer.encoder &&
-                                failed.second >= buffer.opened - recent &&
-                                failed.second <= before;
-                       });
-  });
-}
-
-void Ledger::note_failure_of(std::thread::id encoder) {
-  std::erase_if(failed_for_,
-                [&](const auto& failed) { return failed.first == encoder; });
-  if (failed_for_.size() == kFailedForMax)
-    failed_for_.erase(failed_for_.begin());
-  failed_for_.emplace_back(encoder, std::chrono::steady_clock::now());
 }
 
 bool Ledger::is_pending_beyond(Id event, std::uint64_t value) {

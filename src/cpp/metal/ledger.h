@@ -8,7 +8,8 @@
 // event's entries or the buffers that are encoded or in flight; when a buffer
 // completes, while the queues' first buffers in flight, and what they wait for,
 // are looked at until no more of them settles: that grows with the queues and
-// with what is in flight, not with what has run. Bounded: a buffer's record
+// with what is in flight, not with what has run; `held_up_by` alone takes as
+// long as the square of that. Bounded: a buffer's record
 // goes when it has settled, an event's when nothing is pending or failed
 // on it, and both when the object dies or its address is used again. A queue's
 // stays when the queue dies, until its address is another's or the process
@@ -25,6 +26,9 @@
 // - A buffer committed mid-graph signals nothing, so a failure stays with its
 //   queue until somebody has been told of it; whatever was in flight on the
 //   queue at that moment counts as failed too.
+// - A wait is held up by a signal that is encoded and not committed when it, or
+//   a committed buffer that alone can end it, or one that is before or waited
+//   for by such a buffer, waits for that signal (ledger_held_up.cpp).
 #pragma once
 
 #include <atomic>
@@ -62,7 +66,7 @@ using FailureRef = std::shared_ptr<Failure>;
 struct Signal {
   objc::Owned event;  // must outlive MLX's own handlers, which hold it too
   std::uint64_t value;
-  bool before_wait;  // a wait follows in the same buffer
+  std::size_t waits_before;  // so many of the buffer's waits come first
   // The event's value when the buffer had failed; until then: not known.
   std::uint64_t reached = ~std::uint64_t{0};
 };
@@ -84,6 +88,7 @@ struct Buffer {
   std::vector<Signal> signals;
   std::vector<Wait> waits;
   FailureRef own;
+  bool given_up = false;   // a wait was ended that its commit should have
   bool completed = false;  // its last handler has run
   bool settled = false;
 };
@@ -132,13 +137,25 @@ class Ledger {
   // Of the signals that this thread has encoded and not committed: those that
   // a buffer in flight waits for.
   std::vector<WaitRef> awaited_from_here();
-  // Whether `event` can reach `value` only by a buffer that is not committed.
-  bool is_held_up(Id event, std::uint64_t value);
-  // The same when, besides, it was opened longer than `age` ago, and what its
-  // thread had committed before failed, at most `recent` before it was opened.
-  bool is_held_up_by_failure(Id event, std::uint64_t value,
-                             std::chrono::milliseconds age,
-                             std::chrono::milliseconds recent);
+  // What committed buffers wait for: whoever asks for `held_up_by` looks first
+  // how far these events have got, since no message is sent from here.
+  std::vector<WaitRef> waits_in_flight();
+  using Reached = std::unordered_map<Id, std::uint64_t>;
+  struct HeldUp {
+    std::vector<WaitRef> by;  // signals that are encoded and not committed
+    // Of each of them: its buffer was opened longer than `age` ago, and what
+    // its thread had committed before failed, at most `recent` before that.
+    bool by_failure = false;
+    bool given_up =
+        false;  // of each of them: a wait for it was given up before
+  };
+  // A wait for these signals was ended as nobody seems to commit them.
+  void give_up_on(const std::vector<WaitRef>& open_signals);
+  // What keeps `event` from `value`: in `by` nothing when it may come by what
+  // is committed, or by a CPU. An event that is not in `reached` has reached 0.
+  HeldUp held_up_by(Id event, std::uint64_t value, const Reached& reached,
+                    std::chrono::milliseconds age,
+                    std::chrono::milliseconds recent);
   // Whether a buffer in flight signals `event` beyond `value`.
   bool is_pending_beyond(Id event, std::uint64_t value);
 
@@ -189,8 +206,8 @@ class Ledger {
 
   BufferRef& open(Id buffer);
   bool is_awaited(Id event, std::uint64_t value);
-  template <class Held>
-  bool held_up(Id event, std::uint64_t value, Held is_held);
+  bool has_failed_around(const Buffer& open, std::chrono::milliseconds age,
+                         std::chrono::milliseconds recent);
   void note_failure_of(std::thread::id encoder);
   void advance(Trash* trash);
   bool advance(Queue& queue, Trash* trash);

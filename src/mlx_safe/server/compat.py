@@ -13,7 +13,7 @@ import types
 from typing import Any
 
 from .._command import MLX, CommandError, Parser, in_one_line, need_mlx
-from .._install import parse_version
+from .._mlx_versions import parse_version
 
 __all__ = ["SUPPORTED", "import_server", "missing_seams"]
 

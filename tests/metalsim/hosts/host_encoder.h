@@ -3,6 +3,8 @@
 // command buffers.
 #pragma once
 
+#include <unistd.h>
+
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -19,11 +21,14 @@ struct Stream {
   int index;
   bool gpu;
   bool operator==(const Stream& other) const { return index == other.index; }
-  bool operator<(const Stream& other) const { return index < other.index; }
+  // As in MLX: those of the CPU come first.
+  bool operator<(const Stream& other) const {
+    return gpu != other.gpu ? !gpu : index < other.index;
+  }
 };
 
 struct Options {
-  std::string workload = "basic", hooks, expect;
+  std::string workload = "basic", hooks, expect, mlx;
   uint64_t fail_nth = 0, seed = 0;
   int code = 8, rounds = 20, debug_layer = 0, family = 0;
   uint32_t after_commands = 0, late_us = 0;
@@ -55,6 +60,7 @@ inline uint64_t mix(uint64_t a, uint64_t b) {
 // all that comes after it.
 struct Kernel {
   uint64_t operation;
+  useconds_t encode_us = 0;  // as long as it takes to encode it
   std::vector<std::shared_ptr<Cell>> inputs;
   std::shared_ptr<Cell> output;
 

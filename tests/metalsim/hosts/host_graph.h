@@ -182,6 +182,8 @@ class Graph {
       open_streams_.insert(stream);
       if (async_) node->event = event_of(stream);
       wait_for_inputs(node);
+      if (node->kernel && node->kernel->encode_us > 0)
+        ::usleep(node->kernel->encode_us);
       if (stream.gpu) {
         ScopedPool pool;
         Regime::eval_gpu(stream, node->kernel);

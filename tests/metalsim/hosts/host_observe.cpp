@@ -1,10 +1,12 @@
 // Drives the Metal runtime as MLX 0.32.1 and later do: a command buffer's
 // handler stores the error, poisons the events that the buffer was to signal
 // and signals them itself; the error is thrown once, at the next safe point.
+// Where the versions differ is `commits_before_it_waits`.
 //
 // One difference is deliberate: an event here shares the ownership of its
 // error, where MLX points into the encoder (which may be gone by then).
 
+#include <future>
 #include <map>
 #include <stdexcept>
 
@@ -73,6 +75,14 @@ using StatePtr = std::shared_ptr<EventState>;
 
 const std::thread::id main_thread = std::this_thread::get_id();
 
+// When encoding throws, MLX 0.32.4 commits what it has encoded for every GPU
+// stream and then waits for all streams. 0.32.1 to 0.32.3 wait for each in
+// turn, the CPU's first, and commit a GPU stream's only when its turn has come.
+bool commits_before_it_waits() {
+  const std::string& version = options().mlx;
+  return version != "0.32.1" && version != "0.32.2" && version != "0.32.3";
+}
+
 // A CPU stream: tasks may throw, the stream remembers the first error.
 class CpuStream {
  public:
@@ -99,6 +109,12 @@ class CpuStream {
       if (error_->valid()) state->poison(error_);
       set_value(state->event.get(), value);
     });
+  }
+  void synchronize() {
+    auto done = std::make_shared<std::promise<void>>();
+    std::future<void> reached = done->get_future();
+    push([done = std::move(done)] { done->set_value(); });
+    reached.wait();
   }
 
  private:
@@ -269,24 +285,34 @@ struct Observe {
   }
 
   static void synchronize(Stream stream) {
-    if (stream.gpu) encoder(stream).synchronize();
+    if (stream.gpu) return encoder(stream).synchronize();
+    cpu(stream).synchronize();
   }
 
   // When encoding throws, everything begun is signalled and flushed.
   template <class Events>
   static void abandon(Events& events, std::set<Stream> streams) {
     for (auto& [index, event] : events) {
-      try {
+      stream_by_stream([&] {
         event.signal(event.stream());
         streams.insert(event.stream());
-      } catch (const std::exception&) {
-      }
+      });
     }
-    for (Stream stream : streams) {
-      try {
-        synchronize(stream);
-      } catch (const std::exception&) {
-      }
+    if (commits_before_it_waits()) {
+      for (Stream stream : streams)
+        if (stream.gpu) stream_by_stream([&] { finalize(stream); });
+    }
+    for (Stream stream : streams)
+      stream_by_stream([&] { synchronize(stream); });
+  }
+
+ private:
+  // What one stream throws meanwhile is dropped, as MLX does.
+  template <class Body>
+  static void stream_by_stream(Body body) {
+    try {
+      body();
+    } catch (const std::exception&) {
     }
   }
 };

@@ -148,7 +148,7 @@ inline bool read_option(const std::string& argument) {
   if (argument == "--hold-first") return o.hold_first = true;
   return take(argument, "workload", o.workload) ||
          take(argument, "hooks", o.hooks) ||
-         take(argument, "expect", o.expect) ||
+         take(argument, "expect", o.expect) || take(argument, "mlx", o.mlx) ||
          take(argument, "fail-nth", o.fail_nth) ||
          take(argument, "code", o.code) ||
          take(argument, "after-commands", o.after_commands) ||

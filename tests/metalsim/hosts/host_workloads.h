@@ -12,6 +12,7 @@ namespace host {
 constexpr uint64_t kIdleLimitMs = 120'000;
 
 constexpr Stream kGpu{0, true}, kOtherGpu{1, true}, kCpu{2, false};
+constexpr Stream kThirdGpu{3, true}, kOtherCpu{4, false};
 
 template <class Regime>
 class Workloads {
@@ -29,6 +30,7 @@ class Workloads {
     if (name == "sync") return each_round(&sync);
     if (name == "decode") return decode();
     if (name == "tls") return each_round(&tls);
+    if (name == "held_up") return each_round(&held_up);
     return false;
   }
 
@@ -48,7 +50,7 @@ class Workloads {
   // may still be stored in a stream; synchronizing brings it out.
   static void recover() {
     if (!Regime::kObserve) return;
-    for (Stream stream : {kGpu, kOtherGpu}) {
+    for (Stream stream : {kGpu, kOtherGpu, kThirdGpu}) {
       try {
         Regime::synchronize(stream);
       } catch (const std::exception&) {
@@ -209,6 +211,46 @@ class Workloads {
     return {one, two};
   }
 
+  // More than one command buffer of operations.
+  static Ptr many(Stream stream, Ptr from) {
+    return G::chain(stream, from, options().ops_per_buffer + 2);
+  }
+
+  // An operation that takes long to encode, as one does whose kernel is
+  // compiled first: what was committed before it has run by then.
+  static Ptr slow_op(Stream stream, std::vector<Ptr> inputs) {
+    Ptr node = G::op(stream, std::move(inputs));
+    node->kernel->encode_us = 20'000;
+    return node;
+  }
+
+  // The first stream's signal is encoded and not committed, what waits for it
+  // on another stream is committed, and a CPU stream waits for that, when a
+  // failure of what was committed before is found.
+  static Results held_up(int round) {
+    Ptr one = G::op(kGpu, {many(kGpu, start(round))});
+    Ptr two = G::op(kOtherGpu, {one});
+    std::vector<Ptr> after;  // commits what it comes after, with its signals
+    if (round % 3 == 1) {    // through committed buffers of two more streams
+      after.push_back(many(kOtherGpu, two));
+      two = G::op(kThirdGpu, {two});
+      after.push_back(many(kThirdGpu, two));
+    }
+    Ptr middle = G::chain(kCpu, two, 2);
+    after.push_back(many(kOtherGpu, two));
+    if (round % 3 == 2) {  // from one CPU stream to another, over a GPU's
+      Ptr back = G::op(kOtherGpu, {middle, after.back()});
+      middle = G::op(kOtherCpu, {back, middle});
+      after.push_back(many(kOtherGpu, back));
+    }
+    // The CPU's before what comes after.
+    std::vector<Ptr> inputs{middle, one};
+    inputs.insert(inputs.end(), after.begin(), after.end());
+    Ptr last = slow_op(kGpu, inputs);
+    G::eval({last});
+    return {last};
+  }
+
   // Threads with streams of their own. The encoders are thread-local and made
   // before anything else of the thread, so they go last, with work left in
   // them; the results are read afterwards, by this thread.
@@ -323,7 +365,7 @@ inline void plan_faults() {
 inline void tune_workload() {
   Options& o = options();
   bool small = o.workload == "midgraph" || o.workload == "sync" ||
-               o.workload == "decode";
+               o.workload == "decode" || o.workload == "held_up";
   if (small && o.ops_per_buffer == 40) o.ops_per_buffer = 8;
 }
 
