@@ -189,8 +189,8 @@ def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
         assert true in text
         (tmp_path / "mac_abi.h").write_text(text.replace(true, false))
         with pytest.raises(SetupError, match=r"static assertion failed"):
-            native.zig("cc", *native.MACOS, "-c", tmp_path / "abi_check.c",
-                       "-o", tmp_path / "abi_check.o")
+            check = tmp_path / "abi_check.c"
+            native.zig("cc", *native.MACOS, "-c", check, into=tmp_path / "check.o")
 
 
 def test_code_is_not_writable_and_constants_are_not(private_reports: Path) -> None:

@@ -6,6 +6,7 @@ work beside it fails, and so the hooks tell of real failures of Metal.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from support.server import CONTROLLED, Server
 
 from .runner import Machine
 from .setup.packages import PAIRS
-from .setup.places import HERE
+from .setup.places import HERE, ROOT
 
 # A command buffer of the GPU that fails, whenever a line of standard input says so.
 FAILING = CONTROLLED.replace(
@@ -39,11 +40,21 @@ def listen():''',
         elif line == "go\\n":''',
 )
 SLOW_START_S = 400.0
+# Makes the model: any Python with MLX and mlx-lm for this machine.
+PYTHON = ROOT / ".venvs" / "observe" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    program = ROOT / "tests" / "support" / "tiny_model.py"
+    subprocess.run([PYTHON, program, directory], check=True, timeout=300)
+    return directory
 
 
 @pytest.fixture(scope="module", params=PAIRS)
 def server(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     machine = Machine(mlx=request.param, server=True)
     reports = tmp_path_factory.mktemp("reports")
@@ -55,7 +66,7 @@ def server(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(servers, "PYTHON", str(HERE / "python"))
         patch.setattr(servers, "START_TIMEOUT_S", SLOW_START_S)
-        with Server(tiny_model, program=FAILING, env=environment) as started:
+        with Server(model, program=FAILING, env=environment) as started:
             yield started.wait_ready()
 
 

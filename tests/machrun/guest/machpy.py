@@ -46,6 +46,9 @@ class MachLoader:
         if self.name == "mlx.core" and os.environ.get("MACHRUN_DEVICE") == "cpu":
             # Where numbers must be right: no kernel of the GPU computes anything.
             module.set_default_device(module.cpu)
+            # mlx-lm 0.31.3 asks the default device for what only the GPU's has.
+            info = module.device_info
+            module.device_info = lambda device=module.gpu: info(device)
 
 
 def _loader(name: str, path: str) -> object:

@@ -37,13 +37,18 @@ LIBUNWIND_SOURCES = (
 )
 
 
-def zig(*arguments: object) -> None:
-    """Runs zig; at a low priority, since whoever waits has other things running."""
+def zig(*arguments: object, into: Path) -> None:
+    """Runs zig; at a low priority, since whoever waits has other things running.
+
+    The file appears whole: an older one may be mapped by a process that runs.
+    """
     cache = str(CACHE / "zig")
+    new = into.with_name("new-" + into.name)
     run(
-        *("nice", "-n", "10", ZIG, *arguments),
+        *("nice", "-n", "10", ZIG, *arguments, "-o", new),
         env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache},
     )
+    new.replace(into)
 
 
 def _objects(target: Path, sources: list[tuple[Path, list[str]]]) -> list[Path]:
@@ -57,7 +62,7 @@ def _objects(target: Path, sources: list[tuple[Path, list[str]]]) -> list[Path]:
         stamp = digest([source, *options])
         if not is_current(unit, stamp):
             compiler = "c++" if source.suffix == ".cpp" else "cc"
-            zig(compiler, *options, "-c", source, "-o", unit)
+            zig(compiler, *options, "-c", source, into=unit)
             made(unit, stamp)
         return unit
 
@@ -68,7 +73,7 @@ def _objects(target: Path, sources: list[tuple[Path, list[str]]]) -> list[Path]:
 def _dylib(target: Path, name: str, objects: list[Path], *libraries: Path) -> None:
     """Links a dylib, each of whose imports names the library that it is from."""
     options = [*MACOS, "-shared", "-nostdlib++", f"-Wl,-install_name,{name}"]
-    zig("c++", *options, *objects, *libraries, "-o", target)
+    zig("c++", *options, *objects, *libraries, into=target)
 
 
 def _build(
@@ -127,12 +132,12 @@ def build_loader() -> Path:
     options = [*LINUX, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-rdynamic"]
     stamp = digest([*sources, *sorted(place.glob("*.h")), *options])
     if not is_current(LOADER, stamp):
-        zig("cc", *options, *sources, "-lm", "-ldl", "-lpthread", "-o", LOADER)
+        zig("cc", *options, *sources, "-lm", "-ldl", "-lpthread", into=LOADER)
         made(LOADER, stamp)
     return LOADER
 
 
 def check_abi() -> None:
     """Holds what the shims believe of macOS against Apple's headers in ziglang."""
-    target = CACHE / "abi_check.o"
-    zig("cc", *MACOS, "-c", HERE / "loader" / "abi_check.c", "-o", target)
+    check = HERE / "loader" / "abi_check.c"
+    zig("cc", *MACOS, "-c", check, into=CACHE / "abi_check.o")
