@@ -153,12 +153,16 @@ def test_a_page_that_is_not_what_was_signed(core: bytes, tmp_path: Path) -> None
     for at in (0x4000, offset // 2, offset - 1):
         bad = changed(core, at, bytes([core[at] ^ 1]))
         line = refused(bad, tmp_path / "lib.dylib")
-        assert line == f"page {at // page} is not what was signed: macOS kills the process"
+        assert (
+            line == f"page {at // page} is not what was signed: macOS kills the process"
+        )
 
 
 def test_a_file_that_is_no_image(tmp_path: Path) -> None:
     for raw in (b"", b"\x7fELF" + bytes(60), b"\xcf\xfa\xed\xfe"):
-        assert refused(raw, tmp_path / "lib.dylib").startswith(("truncated", "not a Mach-O"))
+        assert refused(raw, tmp_path / "lib.dylib").startswith(
+            ("truncated", "not a Mach-O")
+        )
 
 
 def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:
@@ -170,7 +174,9 @@ def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:
 def test_a_newer_macos_is_pretended(tmp_path: Path) -> None:
     """The same file, refused for 14 and loaded as 26."""
     good = (CACHE / "metalsim.dylib").read_bytes()
-    bad = signed_again(changed(good, commands(good)[0x32] + 12, struct.pack("<I", 26 << 16)))
+    bad = signed_again(
+        changed(good, commands(good)[0x32] + 12, struct.pack("<I", 26 << 16))
+    )
     path = tmp_path / "lib.dylib"
     assert refused(bad, path) == "needs macOS 26.0, and 14.0 is pretended"
     assert load(path, macos="26.0").returncode == 0
@@ -185,7 +191,10 @@ def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
     for name in ("macho.h", "abi_check.c"):
         (tmp_path / name).write_text((place / name).read_text())
     text = (place / "mac_abi.h").read_text()
-    for true, false in (("X(O_CREAT, 0x200)", "X(O_CREAT, 0x40)"), ("int32_t dev;", "")):
+    for true, false in (
+        ("X(O_CREAT, 0x200)", "X(O_CREAT, 0x40)"),
+        ("int32_t dev;", ""),
+    ):
         assert true in text
         (tmp_path / "mac_abi.h").write_text(text.replace(true, false))
         with pytest.raises(SetupError, match=r"static assertion failed"):
@@ -207,7 +216,9 @@ def test_code_is_not_writable_and_constants_are_not(private_reports: Path) -> No
 
 
 def test_every_wheel_of_ours_is_run_or_named() -> None:
-    built = {path.name.split("-", 2)[2].partition("-macosx")[0]
-             for path in ROOT.glob("dist/mlx_safe-*-macosx_*.whl")}
+    built = {
+        path.name.split("-", 2)[2].partition("-macosx")[0]
+        for path in ROOT.glob("dist/mlx_safe-*-macosx_*.whl")
+    }
     run = {python.wheel for python in PYTHONS.values()}
     assert built <= run | set(NOT_RUN)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support import server as servers
 from support.server import CONTROLLED, Server
 
@@ -21,7 +22,7 @@ from .setup.places import HERE, ROOT
 # A command buffer of the GPU that fails, whenever a line of standard input says so.
 FAILING = CONTROLLED.replace(
     "def listen():",
-    '''def work_on_the_gpu():
+    """def work_on_the_gpu():
     import machpy
     with mx.stream(mx.gpu):
         mx.eval(mx.exp(mx.array([1.0])))
@@ -31,13 +32,13 @@ FAILING = CONTROLLED.replace(
             mx.synchronize()
         except RuntimeError as e:
             os.write(1, f"metal: {e}\\n".encode())
-def listen():''',
+def listen():""",
 ).replace(
     'elif line == "go\\n":',
-    '''elif line == "metal\\n":
+    """elif line == "metal\\n":
             threading.Thread(target=work_on_the_gpu, daemon=True).start()
             continue
-        elif line == "go\\n":''',
+        elif line == "go\\n":""",
 )
 SLOW_START_S = 400.0
 # Makes the model: any Python with MLX and mlx-lm for this machine.
@@ -54,7 +55,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=PAIRS)
 def server(
-    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     machine = Machine(mlx=request.param, server=True)
     reports = tmp_path_factory.mktemp("reports")
@@ -75,7 +78,9 @@ def test_it_is_ready_with_hooks_on_the_real_binaries(server: Server) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
-def test_a_failed_step_is_replayed_exactly(server: Server, more: dict[str, int]) -> None:
+def test_a_failed_step_is_replayed_exactly(
+    server: Server, more: dict[str, int]
+) -> None:
     whole = server.chat("Tell me.", **more)
     assert whole.status == 200 and len(whole.text) > 0
     again = server.log.count("requests run again: 1")

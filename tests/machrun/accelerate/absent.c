@@ -3,11 +3,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define ABSENT(name, symbol)                                        \
-  void name(void) __asm(symbol);                                    \
-  void name(void) {                                                 \
-    fputs("machrun: Accelerate has no " #name " here\n", stderr);   \
-    abort();                                                        \
+#define ABSENT(name, symbol)                                      \
+  void name(void) __asm(symbol);                                  \
+  void name(void) {                                               \
+    fputs("machrun: Accelerate has no " #name " here\n", stderr); \
+    abort();                                                      \
   }
 #define LAPACK(name) ABSENT(name, "_" #name "$NEWLAPACK")
 
@@ -33,5 +33,6 @@ LAPACK(spotrf)
 LAPACK(ssyevd)
 LAPACK(strtri)
 ABSENT(BNNSFilterApplyTwoInput, "_BNNSFilterApplyTwoInput")
-ABSENT(BNNSFilterCreateLayerBroadcastMatMul, "_BNNSFilterCreateLayerBroadcastMatMul")
+ABSENT(BNNSFilterCreateLayerBroadcastMatMul,
+       "_BNNSFilterCreateLayerBroadcastMatMul")
 ABSENT(BNNSFilterDestroy, "_BNNSFilterDestroy")

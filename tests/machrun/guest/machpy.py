@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 from importlib import machinery
+from pathlib import Path
 from types import ModuleType
 
 MACH_O = b"\xcf\xfa\xed\xfe"
@@ -52,7 +53,7 @@ class MachLoader:
 
 
 def _loader(name: str, path: str) -> object:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         mac = file.read(4) == MACH_O
     return (MachLoader if mac else machinery.ExtensionFileLoader)(name, path)
 

@@ -8,6 +8,7 @@ object of what was counted; COUNT is how many failed evaluations there must be.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -35,10 +36,10 @@ def evaluate(second: mx.Stream) -> None:
 
 def sweep(count: int) -> dict[str, int]:
     second = mx.new_stream(mx.gpu)
-    found = dict.fromkeys(("evaluations", "faults", "told", "silent", "untrue", "other"), 0)
-    ways = itertools.cycle(
-        itertools.product(FIRST, CODES, (False, True), (0, 300))
+    found = dict.fromkeys(
+        ("evaluations", "faults", "told", "silent", "untrue", "other"), 0
     )
+    ways = itertools.cycle(itertools.product(FIRST, CODES, (False, True), (0, 300)))
     for nth, code, persistent, late_us in ways:
         if found["faults"] >= count:
             return found
@@ -67,10 +68,8 @@ def sweep(count: int) -> dict[str, int]:
 def settle(second: mx.Stream) -> None:
     """Takes what MLX has stored, so that the next evaluation begins with nothing."""
     for stream in (mx.default_stream(mx.gpu), second):
-        try:
+        with contextlib.suppress(RuntimeError):
             mx.synchronize(stream)
-        except RuntimeError:
-            pass
 
 
 def threads(seconds: float) -> dict[str, int]:
@@ -89,7 +88,9 @@ def threads(seconds: float) -> dict[str, int]:
                     x = mx.sin(x, stream=stream)
                 mx.eval(mx.add(x, 1, stream=mx.cpu))
             except RuntimeError as e:
-                kind = "told" if "Command buffer execution failed" in str(e) else "other"
+                kind = (
+                    "told" if "Command buffer execution failed" in str(e) else "other"
+                )
             with lock:
                 found[kind] += 1
 

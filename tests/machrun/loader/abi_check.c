@@ -1,6 +1,5 @@
-// Compiled for macOS, and never run: mac_abi.h and macho.h against Apple's headers.
-#include "mac_abi.h"
-
+// Compiled for macOS, and never run: mac_abi.h and macho.h against Apple's
+// headers.
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -23,18 +22,19 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "mac_abi.h"
 #include "macho.h"
 
-#define CHECK(name, value) \
-  _Static_assert((uint32_t)(name) == (uint32_t)(value), #name " is another number");
+#define CHECK(name, value)                              \
+  _Static_assert((uint32_t)(name) == (uint32_t)(value), \
+                 #name " is another number");
 MAC_CONSTANTS(CHECK)
 
 #define SAME(type, ours) \
   _Static_assert(sizeof(type) == sizeof(ours), #type " has another size");
-#define MEMBER(type, member, ours, own)                              \
-  _Static_assert(offsetof(type, member) == offsetof(ours, own) &&    \
-                     sizeof(((type *)0)->member) ==                  \
-                         sizeof(((ours *)0)->own),                   \
+#define MEMBER(type, member, ours, own)                                     \
+  _Static_assert(offsetof(type, member) == offsetof(ours, own) &&           \
+                     sizeof(((type*)0)->member) == sizeof(((ours*)0)->own), \
                  #type "." #member " lies elsewhere");
 
 SAME(struct timespec, MacTime)
@@ -63,7 +63,7 @@ SAME(stack_t, MacStack)
 MEMBER(stack_t, ss_flags, MacStack, flags)
 SAME(ucontext_t, MacUcontext)
 MEMBER(ucontext_t, uc_mcontext, MacUcontext, mcontext)
-SAME(*((ucontext_t *)0)->uc_mcontext, MacMcontext)
+SAME(*((ucontext_t*)0)->uc_mcontext, MacMcontext)
 _Static_assert(offsetof(struct __darwin_mcontext64, __ss.__pc) ==
                    offsetof(MacMcontext, pc),
                "the program counter lies elsewhere");
@@ -119,7 +119,8 @@ SAME(struct dylib_command, DylibCommand)
 SAME(struct build_version_command, BuildVersionCommand)
 SAME(struct linkedit_data_command, LinkeditCommand)
 SAME(struct dyld_info_command, DyldInfoCommand)
-MEMBER(struct dyld_info_command, weak_bind_off, DyldInfoCommand, weak_bind.offset)
+MEMBER(struct dyld_info_command, weak_bind_off, DyldInfoCommand,
+       weak_bind.offset)
 SAME(struct nlist_64, Nlist)
 MEMBER(struct nlist_64, n_value, Nlist, value)
 SAME(struct dyld_chained_fixups_header, ChainedFixups)

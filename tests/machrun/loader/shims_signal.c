@@ -40,20 +40,20 @@ static sigset_t linux_mask(uint32_t mask) {
 
 static MacSigaction g_actions[kSignalsMax];  // by Linux's number
 
-// sigtramp.S: calls a handler in a frame from which LLVM's unwinder finds what was
-// interrupted, as macOS's _sigtramp does.
-typedef void Trampoline(void *handler, int number, MacSiginfo *info,
-                        MacUcontext *context);
+// sigtramp.S: calls a handler in a frame from which LLVM's unwinder finds what
+// was interrupted, as macOS's _sigtramp does.
+typedef void Trampoline(void* handler, int number, MacSiginfo* info,
+                        MacUcontext* context);
 
-static Trampoline *trampoline(void) {
-  static Trampoline *found;
-  if (found == NULL) found = (Trampoline *)in_all("_machrun_sigtramp");
+static Trampoline* trampoline(void) {
+  static Trampoline* found;
+  if (found == NULL) found = (Trampoline*)in_all("_machrun_sigtramp");
   return found;
 }
 
-static void on_signal(int number, siginfo_t *info, void *context) {
+static void on_signal(int number, siginfo_t* info, void* context) {
   int saved = errno;
-  const mcontext_t *from = &((ucontext_t *)context)->uc_mcontext;
+  const mcontext_t* from = &((ucontext_t*)context)->uc_mcontext;
   bool fault = number == SIGSEGV || number == SIGBUS || number == SIGILL ||
                number == SIGFPE || number == SIGTRAP;
   MacSiginfo mac = {.signo = mac_signal_of(number),
@@ -78,10 +78,10 @@ static void on_signal(int number, siginfo_t *info, void *context) {
 // What stands for a handler that Linux code has installed, and is called with
 // Linux's own number.
 static struct sigaction g_of_linux[kSignalsMax];
-static void call_linux(int mac_number, void *info, void *context) {
+static void call_linux(int mac_number, void* info, void* context) {
   (void)info;
   int number = linux_signal_of(mac_number);
-  const struct sigaction *action = &g_of_linux[number];
+  const struct sigaction* action = &g_of_linux[number];
   if (action->sa_flags & SA_SIGINFO) {
     siginfo_t unknown = {.si_signo = number};
     action->sa_sigaction(number, &unknown, context);
@@ -97,19 +97,20 @@ static const struct {
               {kMac_SA_RESETHAND, (int)SA_RESETHAND},
               {kMac_SA_NODEFER, SA_NODEFER}};
 
-static MacSigaction told(int number, const struct sigaction *action,
+static MacSigaction told(int number, const struct sigaction* action,
                          MacSigaction of_mac) {
-  if ((void *)action->sa_sigaction == (void *)on_signal) return of_mac;
-  MacSigaction mac = {(void *)action->sa_handler, 0, 0};
+  if ((void*)action->sa_sigaction == (void*)on_signal) return of_mac;
+  MacSigaction mac = {(void*)action->sa_handler, 0, 0};
   for (int i = 0; i < 4; i++)
     if (action->sa_flags & kFlags[i].linux_flag) mac.flags |= kFlags[i].mac;
-  if (action->sa_handler == SIG_DFL || action->sa_handler == SIG_IGN) return mac;
+  if (action->sa_handler == SIG_DFL || action->sa_handler == SIG_IGN)
+    return mac;
   g_of_linux[number] = *action;
-  return (MacSigaction){(void *)call_linux, 0, mac.flags | kMac_SA_SIGINFO};
+  return (MacSigaction){(void*)call_linux, 0, mac.flags | kMac_SA_SIGINFO};
 }
 
-int mac_sigaction(int mac_number, const MacSigaction *action,
-                  MacSigaction *before) {
+int mac_sigaction(int mac_number, const MacSigaction* action,
+                  MacSigaction* before) {
   int number = linux_signal_of(mac_number);
   if (number <= 0 || number >= kSignalsMax) {
     errno = EINVAL;
@@ -117,7 +118,7 @@ int mac_sigaction(int mac_number, const MacSigaction *action,
   }
   struct sigaction set = {0}, old;
   MacSigaction of_mac = g_actions[number];
-  if (action != NULL && action->handler == (void *)call_linux) {
+  if (action != NULL && action->handler == (void*)call_linux) {
     set = g_of_linux[number];
   } else if (action != NULL) {
     bool plain = action->handler == SIG_DFL || action->handler == SIG_IGN;
@@ -135,7 +136,7 @@ int mac_sigaction(int mac_number, const MacSigaction *action,
   return 0;
 }
 
-int mac_sigaltstack(const MacStack *stack, MacStack *before) {
+int mac_sigaltstack(const MacStack* stack, MacStack* before) {
   stack_t set = {0}, old;
   if (stack != NULL) {
     set.ss_sp = stack->sp;
@@ -154,9 +155,9 @@ int mac_raise(int number) { return raise(linux_signal_of(number)); }
 
 // ---- sigsetjmp -------------------------------------------------------------
 
-// At 168 in the buffer the mask, at 176 whether it was asked for; of macOS's 196
-// bytes.
-__attribute__((used)) int machrun_save_mask(uint8_t *buffer, int wanted) {
+// At 168 in the buffer the mask, at 176 whether it was asked for; of macOS's
+// 196 bytes.
+__attribute__((used)) int machrun_save_mask(uint8_t* buffer, int wanted) {
   sigset_t set;
   int64_t flag = wanted;
   memcpy(buffer + 176, &flag, 8);
@@ -164,7 +165,7 @@ __attribute__((used)) int machrun_save_mask(uint8_t *buffer, int wanted) {
     memcpy(buffer + 168, &set, 8);
   return 0;
 }
-__attribute__((used)) void machrun_restore_mask(const uint8_t *buffer) {
+__attribute__((used)) void machrun_restore_mask(const uint8_t* buffer) {
   sigset_t set;
   sigemptyset(&set);
   memcpy(&set, buffer + 168, 8);

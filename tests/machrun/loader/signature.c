@@ -5,7 +5,7 @@
 
 enum { kSuperBlob = 0xfade0cc0, kCodeDirectory = 0xfade0c02, kHash = 32 };
 
-static uint32_t big(const uint8_t *at) {
+static uint32_t big(const uint8_t* at) {
   return (uint32_t)at[0] << 24 | at[1] << 16 | at[2] << 8 | at[3];
 }
 
@@ -24,7 +24,7 @@ static const uint32_t kRound[64] = {
     0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
     0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-static void add_block(uint32_t state[8], const uint8_t *block) {
+static void add_block(uint32_t state[8], const uint8_t* block) {
   uint32_t w[64], s[8];
   for (int i = 0; i < 16; i++) w[i] = big(block + 4 * i);
   for (int i = 16; i < 64; i++) {
@@ -46,7 +46,7 @@ static void add_block(uint32_t state[8], const uint8_t *block) {
   for (int i = 0; i < 8; i++) state[i] += s[i];
 }
 
-static void sha256(const uint8_t *data, uint64_t size, uint8_t hash[kHash]) {
+static void sha256(const uint8_t* data, uint64_t size, uint8_t hash[kHash]) {
   uint32_t state[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                        0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
   uint64_t left = size;
@@ -55,16 +55,18 @@ static void sha256(const uint8_t *data, uint64_t size, uint8_t hash[kHash]) {
   memcpy(last, data, left);
   last[left] = 0x80;
   uint64_t whole = left < 56 ? 64 : 128;
-  for (int i = 0; i < 8; i++) last[whole - 1 - i] = (uint8_t)(size * 8 >> 8 * i);
+  for (int i = 0; i < 8; i++)
+    last[whole - 1 - i] = (uint8_t)(size * 8 >> 8 * i);
   add_block(state, last);
   if (whole == 128) add_block(state, last + 64);
-  for (uint32_t i = 0; i < kHash; i++) hash[i] = (uint8_t)(state[i / 4] >> (24 - 8 * (i % 4)));
+  for (uint32_t i = 0; i < kHash; i++)
+    hash[i] = (uint8_t)(state[i / 4] >> (24 - 8 * (i % 4)));
 }
 
 // Where the code directory begins, from the start of the file.
-static uint64_t find_directory(const Image *image) {
+static uint64_t find_directory(const Image* image) {
   Range all = image->signature;
-  const uint8_t *blob = file_range(image, all.offset, 12, "signature");
+  const uint8_t* blob = file_range(image, all.offset, 12, "signature");
   uint32_t count = big(blob + 8);
   if (big(blob) != kSuperBlob || big(blob + 4) > all.size || count > 16)
     refuse(image, "its signature is damaged");
@@ -74,26 +76,29 @@ static uint64_t find_directory(const Image *image) {
   refuse(image, "its signature has no code directory");
 }
 
-void check_signature(const Image *image) {
+void check_signature(const Image* image) {
   if (image->signature.size == 0)
     refuse(image, "it is not signed: macOS does not load it");
   uint64_t at = find_directory(image);
-  const uint8_t *directory = file_range(image, at, 44, "signature");
+  const uint8_t* directory = file_range(image, at, 44, "signature");
   uint32_t hashes = big(directory + 16), slots = big(directory + 28);
   uint64_t covered = big(directory + 32), page = 1ull << (directory[39] & 31);
   if (big(directory) != kCodeDirectory || directory[36] != kHash ||
       directory[37] != 2)
     refuse(image, "its signature is not of SHA-256 hashes");
-  if (covered != image->signature.offset || slots != (covered + page - 1) / page)
+  if (covered != image->signature.offset ||
+      slots != (covered + page - 1) / page)
     refuse(image, "its signature covers %lu bytes of %u", covered,
            image->signature.offset);
-  const uint8_t *signed_hash =
+  const uint8_t* signed_hash =
       file_range(image, at + hashes, (uint64_t)kHash * slots, "signature");
   for (uint32_t i = 0; i < slots; i++, signed_hash += kHash) {
     uint8_t hash[kHash];
-    uint64_t start = i * page, size = covered - start < page ? covered - start : page;
+    uint64_t start = i * page,
+             size = covered - start < page ? covered - start : page;
     sha256(image->file + start, size, hash);
     if (memcmp(hash, signed_hash, kHash))
-      refuse(image, "page %u is not what was signed: macOS kills the process", i);
+      refuse(image, "page %u is not what was signed: macOS kills the process",
+             i);
   }
 }

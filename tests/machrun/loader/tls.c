@@ -1,5 +1,5 @@
-// Thread-local variables: Mach-O calls a function of each variable's descriptor,
-// which may change no register but x0, x16 and x17.
+// Thread-local variables: Mach-O calls a function of each variable's
+// descriptor, which may change no register but x0, x16 and x17.
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,16 +13,16 @@ typedef struct {
 } Descriptor;
 
 typedef struct {
-  void *of_image[kImagesMax];
+  void* of_image[kImagesMax];
 } Blocks;
 
-static __thread Blocks *t_blocks;
+static __thread Blocks* t_blocks;
 static pthread_key_t g_key;
 static pthread_once_t g_key_made = PTHREAD_ONCE_INIT;
 
 // Runs after the destructors of the variables (tlv_atexit), as in dyld.
-static void free_blocks(void *value) {
-  Blocks *blocks = value;
+static void free_blocks(void* value) {
+  Blocks* blocks = value;
   for (int i = 0; i < kImagesMax; i++) free(blocks->of_image[i]);
   free(blocks);
   t_blocks = NULL;
@@ -30,22 +30,22 @@ static void free_blocks(void *value) {
 
 static void make_key(void) { pthread_key_create(&g_key, free_blocks); }
 
-// Called by tlv_thunk. Not to be called from a signal handler before the thread's
-// first use of the image's variables: it takes memory, as dyld does.
-__attribute__((used)) void *tlv_address(const Descriptor *descriptor) {
+// Called by tlv_thunk. Not to be called from a signal handler before the
+// thread's first use of the image's variables: it takes memory, as dyld does.
+__attribute__((used)) void* tlv_address(const Descriptor* descriptor) {
   if (t_blocks == NULL) {
     pthread_once(&g_key_made, make_key);
     t_blocks = calloc(1, sizeof *t_blocks);
     pthread_setspecific(g_key, t_blocks);
   }
-  void **block = &t_blocks->of_image[descriptor->image];
+  void** block = &t_blocks->of_image[descriptor->image];
   if (*block == NULL) {
-    const Image *image = &g_images[descriptor->image];
+    const Image* image = &g_images[descriptor->image];
     Range whole = image->thread_template;
     *block = aligned_alloc(64, ((uint64_t)whole.size + 127) & ~63ull);
     memcpy(*block, image->base + whole.offset, whole.size);
   }
-  return (uint8_t *)*block + descriptor->offset;
+  return (uint8_t*)*block + descriptor->offset;
 }
 
 // clang-format off
@@ -66,16 +66,16 @@ asm(".text\n.globl tlv_thunk\n.p2align 2\ntlv_thunk:\n"
     "mov sp,x29\n ldp x29,x30,[sp],#16\n ret\n");
 // clang-format on
 
-void set_up_thread_variables(Image *image, const Section *section) {
-  Descriptor *all = (Descriptor *)at_address(image, section->addr);
+void set_up_thread_variables(Image* image, const Section* section) {
+  Descriptor* all = (Descriptor*)at_address(image, section->addr);
   for (uint64_t i = 0; i < section->size / sizeof *all; i++) {
     all[i].thunk = tlv_thunk;
     all[i].image = (uint64_t)image->number;
   }
 }
 
-void tlv_atexit(void (*destroy)(void *), void *object) {
-  extern int __cxa_thread_atexit_impl(void (*)(void *), void *, void *);
+void tlv_atexit(void (*destroy)(void*), void* object) {
+  extern int __cxa_thread_atexit_impl(void (*)(void*), void*, void*);
   static int handle;
   __cxa_thread_atexit_impl(destroy, object, &handle);
 }

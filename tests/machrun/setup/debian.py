@@ -25,7 +25,9 @@ SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
 
 def _sources(suite: str) -> str:
     """This machine's own sources of Debian, for another suite; one-line or deb822."""
-    own = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.M)
+    own = re.search(
+        r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.M
+    )
     if own is None:
         raise SetupError("no Debian here: its packages for arm64 are needed")
     files = [f for s in SOURCES for f in ([s] if s.is_file() else sorted(s.glob("*")))]
@@ -42,7 +44,7 @@ def _sources(suite: str) -> str:
 
 
 def _apt(suite: str, architecture: str) -> list[str]:
-    """apt-get with a world of its own; its lists are fetched when they are not there."""
+    """apt-get with a world of its own, whose lists are fetched at its first use."""
     place = CACHE / "apt" / f"{suite}-{architecture}"
     command = ["apt-get", "--quiet"]
     for key, value in {

@@ -1,4 +1,4 @@
-"""MLX's wheels for macOS and ours, unpacked as they are; what a server needs besides."""
+"""MLX's wheels for macOS and ours, unpacked; what a server needs besides."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ import sys
 import zipfile
 from pathlib import Path
 
-from .places import CACHE, MAIN, PYTHONS, ROOT, Python, SetupError, digest, fresh
-from .places import is_current, made, run
+from .places import (
+    CACHE,
+    MAIN,
+    PYTHONS,
+    ROOT,
+    Python,
+    SetupError,
+    digest,
+    fresh,
+    is_current,
+    made,
+    run,
+)
 
 # Every version of MLX whose behaviour differs, or might.
 VERSIONS = ("0.30.6", "0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3", "0.32.4")
@@ -26,7 +37,9 @@ def _pip(*arguments: object) -> str:
 def _download(python: Python, system: str, wanted: list[str], into: Path) -> list[Path]:
     platform = ["--platform", f"macosx_{system}_arm64", "--only-binary=:all:"]
     version = ["--python-version", python.version, "--implementation", "cp"]
-    _pip("download", "--quiet", *platform, *version, "--no-deps", "--dest", into, *wanted)
+    _pip(
+        "download", "--quiet", *platform, *version, "--no-deps", "--dest", into, *wanted
+    )
     return sorted(into.glob("*.whl"))
 
 
@@ -52,7 +65,9 @@ def get_mlx(version: str, python: Python, system: str = "14_0") -> Path:
         pin = "" if version == NEWEST else f"=={version}"
         fresh(place)
         wheels = fresh(CACHE / "downloads" / place.name)
-        for wheel in _download(python, system, [f"mlx{pin}", f"mlx-metal{pin}"], wheels):
+        for wheel in _download(
+            python, system, [f"mlx{pin}", f"mlx-metal{pin}"], wheels
+        ):
             _unpack(wheel, place)
         shutil.rmtree(wheels)
         (place / "complete").touch()

@@ -144,8 +144,8 @@ namespace {
 // The compiler's kinds (BLOCK_FIELD_IS_…).
 constexpr int kCapturedObject = 3, kCapturedBlock = 7, kCapturedVariable = 8;
 
-// A __block variable: on the stack until a Block that has captured it is copied,
-// then on the heap, where `forwarding` of both leads.
+// A __block variable: on the stack until a Block that has captured it is
+// copied, then on the heap, where `forwarding` of both leads.
 struct Variable {
   void* isa;
   Variable* forwarding;

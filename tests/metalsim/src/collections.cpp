@@ -99,17 +99,14 @@ id string_empty(id, SEL) { return autorelease(make_string("")); }
 [[maybe_unused]] const bool classes_ready = [] {
   array_class();
   url_class();
-  Class pool =
-      define_class("NSAutoreleasePool", nsobject_class(),
-                   {{"drain", "v16@0:8", imp(&pool_drain)},
-                    {"release", "Vv16@0:8", imp(&pool_drain)}});
+  Class pool = define_class("NSAutoreleasePool", nsobject_class(),
+                            {{"drain", "v16@0:8", imp(&pool_drain)},
+                             {"release", "Vv16@0:8", imp(&pool_drain)}});
   set_instances<Pool>(pool);
   register_class(pool);
-  add_methods(
-      string_class()->isa,
-      {{"stringWithCString:encoding:", "@32@0:8r*16Q24",
-        imp(&string_with_bytes)},
-       {"string", "@16@0:8", imp(&string_empty)}});
+  add_methods(string_class()->isa, {{"stringWithCString:encoding:",
+                                     "@32@0:8r*16Q24", imp(&string_with_bytes)},
+                                    {"string", "@16@0:8", imp(&string_empty)}});
   return true;
 }();
 

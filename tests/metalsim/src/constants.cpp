@@ -1,5 +1,5 @@
-// The string constants that metal-cpp names: each is an NSString of its own name,
-// or of the value that Metal is known to have.
+// The string constants that metal-cpp names: each is an NSString of its own
+// name, or of the value that Metal is known to have.
 
 #include "foundation.h"
 

@@ -85,7 +85,9 @@ objc_msgSend:
 #define METALSIM_SIZE ".size objc_msgSend, .-objc_msgSend\n"
 #endif
 asm(".text\n.globl " METALSIM_C "objc_msgSend\n" METALSIM_TYPE
-    ".p2align 4\n" METALSIM_C "objc_msgSend:" R"(
+    ".p2align 4\n" METALSIM_C
+    "objc_msgSend:"
+    R"(
   .cfi_startproc
   cbz x0, 1f
   stp x29, x30, [sp, #-224]!

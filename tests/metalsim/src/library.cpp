@@ -40,13 +40,11 @@ uint64_t pipeline_width(id, SEL) { return kSimdWidth; }
 uint64_t pipeline_memory(id, SEL) { return 0; }
 
 Class pipeline_class() {
-  static Class cls =
-      named_class("AGXG16XFamilyComputePipeline",
-                  {{"maxTotalThreadsPerThreadgroup", "Q16@0:8",
-                    imp(&pipeline_threads)},
-                   {"threadExecutionWidth", "Q16@0:8", imp(&pipeline_width)},
-                   {"staticThreadgroupMemoryLength", "Q16@0:8",
-                    imp(&pipeline_memory)}});
+  static Class cls = named_class(
+      "AGXG16XFamilyComputePipeline",
+      {{"maxTotalThreadsPerThreadgroup", "Q16@0:8", imp(&pipeline_threads)},
+       {"threadExecutionWidth", "Q16@0:8", imp(&pipeline_width)},
+       {"staticThreadgroupMemoryLength", "Q16@0:8", imp(&pipeline_memory)}});
   return cls;
 }
 

@@ -79,8 +79,7 @@ METALSIM_EXPORT void* objc_autoreleasePoolPush();
 METALSIM_EXPORT void objc_autoreleasePoolPop(void* token);
 METALSIM_EXPORT void* _Block_copy(const void* block);
 METALSIM_EXPORT void _Block_release(const void* block);
-METALSIM_EXPORT void _Block_object_assign(void* to, const void* from,
-                                          int kind);
+METALSIM_EXPORT void _Block_object_assign(void* to, const void* from, int kind);
 METALSIM_EXPORT void _Block_object_dispose(const void* object, int kind);
 
 namespace metalsim {

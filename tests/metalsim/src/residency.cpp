@@ -1,4 +1,5 @@
-// Residency sets (macOS 15): they hold what was added, and keep nothing resident.
+// Residency sets (macOS 15): they hold what was added, and keep nothing
+// resident.
 
 #include <algorithm>
 
@@ -66,15 +67,15 @@ void descriptor_capacity(id, SEL, uint64_t) {}
 
 Class residency_class() {
   static Class cls = [] {
-    Class made = define_class(
-        "IOGPUMetalResidencySet", labelled_class(),
-        {{"addAllocation:", "v24@0:8@16", imp(&set_add)},
-         {"removeAllocation:", "v24@0:8@16", imp(&set_remove)},
-         {"commit", "v16@0:8", imp(&set_commit)},
-         {"allocationCount", "Q16@0:8", imp(&set_count)},
-         {"allocatedSize", "Q16@0:8", imp(&set_size)},
-         {"requestResidency", "v16@0:8", imp(&set_request)},
-         {"endResidency", "v16@0:8", imp(&set_request)}});
+    Class made =
+        define_class("IOGPUMetalResidencySet", labelled_class(),
+                     {{"addAllocation:", "v24@0:8@16", imp(&set_add)},
+                      {"removeAllocation:", "v24@0:8@16", imp(&set_remove)},
+                      {"commit", "v16@0:8", imp(&set_commit)},
+                      {"allocationCount", "Q16@0:8", imp(&set_count)},
+                      {"allocatedSize", "Q16@0:8", imp(&set_size)},
+                      {"requestResidency", "v16@0:8", imp(&set_request)},
+                      {"endResidency", "v16@0:8", imp(&set_request)}});
     set_instances<ResidencySet>(made);
     register_class(made);
     return made;
@@ -96,11 +97,11 @@ id device_new_set(id, SEL, id, id* error) {
     add_methods(device_class(family),
                 {{"newResidencySetWithDescriptor:error:", "@32@0:8@16^@24",
                   imp(&device_new_set)}});
-    add_methods(queue_class(family),
-                {{"addResidencySet:", "v24@0:8@16", imp(&queue_add_set)},
-                 {"addResidencySets:count:", "v32@0:8r^@16Q24",
-                  imp(&queue_add_sets)},
-                 {"removeResidencySet:", "v24@0:8@16", imp(&queue_add_set)}});
+    add_methods(
+        queue_class(family),
+        {{"addResidencySet:", "v24@0:8@16", imp(&queue_add_set)},
+         {"addResidencySets:count:", "v32@0:8r^@16Q24", imp(&queue_add_sets)},
+         {"removeResidencySet:", "v24@0:8@16", imp(&queue_add_set)}});
   }
   return true;
 }();
