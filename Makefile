@@ -120,7 +120,7 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 CONTRACT_CACHE ?= .cache/contract
 
 # The observe pair makes the model for a server.
-machrun: machrun-setup  ## the macOS binaries of MLX and ours, executed under emulation
+machrun: machrun-setup $(VENVS)/wheels.ready  ## the macOS binaries of MLX and ours, executed under emulation
 	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support import server as servers
-from support.server import CONTROLLED, Server
+from support.server import CONTROLLED, NEVER, Server
 
 from .runner import Machine
 from .setup.packages import PAIRS
@@ -69,7 +69,8 @@ def server(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(servers, "PYTHON", str(HERE / "python"))
         patch.setattr(servers, "START_TIMEOUT_S", SLOW_START_S)
-        with Server(model, program=FAILING, env=environment) as started:
+        steps = f"any:{NEVER}"  # or they are not counted
+        with Server(model, program=FAILING, env=environment, inject=steps) as started:
             yield started.wait_ready()
 
 

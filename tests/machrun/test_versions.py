@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_safe import _mlx_versions
+
 from .runner import Machine
 from .setup.packages import NEWEST, VERSIONS
 from .setup.places import HERE, ROOT
@@ -84,6 +86,18 @@ def test_the_table_says_what_each_version_does(
     text = documented()
     for row in rows(version):
         assert row in text, "docs/machrun.md says otherwise: see `make machrun-table`"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_our_table_of_versions_says_the_same(version: str) -> None:
+    """`mlx_safe._mlx_versions`, by which `install` chooses and `doctor` warns."""
+    behaviour = _mlx_versions.behaviour_of(version)
+    alone = set(found(version)["plain"].values())
+    assert (behaviour.raises == "handler") == (alone == {"dies"})
+    assert (behaviour.raises == "nothing") == ("lost" in alone)
+    assert behaviour.can_hang == ("hangs" in alone)
+    dies = "dies" in found(version)["hooks"].values()
+    assert dies == ("ends the process, with the hooks" in behaviour.note)
 
 
 def test_without_hooks_the_intercept_versions_die() -> None:

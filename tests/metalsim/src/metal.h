@@ -46,6 +46,7 @@ struct SharedEvent : Labelled {
 
 struct Buffer : Labelled {
   uint64_t length = 0;
+  std::once_flag contents_made;
   std::unique_ptr<unsigned char[]> contents;
   ~Buffer();
 };
