@@ -24,7 +24,8 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
-  sdist macos-wheels linux-wheels check-wheels contract requirements hardware-report
+  sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
+  requirements hardware-report
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -143,6 +144,16 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 	CONTRACT_CACHE=$(CONTRACT_CACHE) $(WHEELS_PYTHON) -m pytest tests/contract $(ARGS)
 
 CONTRACT_CACHE ?= .cache/contract
+
+# The observe pair makes the model for a server.
+machrun: machrun-setup $(VENVS)/wheels.ready  ## the macOS binaries of MLX and ours, executed under emulation
+	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(ARGS)
+
+machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
+	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
+
+machrun-table: machrun-setup  ## writes what each MLX does with a failed buffer into the docs
+	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_versions
 
 requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels, and the clients
 	$(WHEELS_PYTHON) $(PIP) uv

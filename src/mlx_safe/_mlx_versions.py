@@ -2,8 +2,8 @@
 
 `install` chooses the regime by it, `status` and ``mlx-safe doctor`` say it, and
 docs/metal.md prints it (a test compares). How it is known: MLX's sources, its host
-code on the simulated Metal (tests/metalsim), and its released macOS libraries
-(tests/contract).
+code on the simulated Metal (tests/metalsim), and its released macOS libraries, read
+(tests/contract) and executed (tests/machrun).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ VERSIONS = (
         (0, 32, 0),
         "nothing",
         "MLX loses faults: mx.eval may return with zeros and raise nothing, so only "
-        "mlx_safe.guard() and epoch() tell; 0.32.4 raises them",
+        "mlx_safe.guard() and epoch() tell; a fault that the CPU's stream waits for ends "
+        "the process, with the hooks, too; 0.32.4 raises them",
     ),
     Behaviour(
         (0, 32, 1),

@@ -74,6 +74,8 @@ METALSIM_API void metalsim_plan_fail(uint64_t nth, int code, int persistent,
 METALSIM_API void metalsim_set_handler_delay_us(uint32_t us);
 // Every buffer occupies the GPU so much longer.
 METALSIM_API void metalsim_set_gpu_delay_us(uint32_t us);
+// Making a pipeline takes so long, as its compilation does.
+METALSIM_API void metalsim_set_pipeline_delay_us(uint32_t us);
 // 1: no handler runs until this is called with 0.
 METALSIM_API void metalsim_hold_handlers(int hold);
 // 1: late handlers of one queue do not hold up those of another.

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# The Python of the servers: another one than the tests' own under `make machrun`.
+PYTHON = os.environ.get("MLX_SAFE_TEST_PYTHON", sys.executable)
 START_TIMEOUT_S = 120.0
 REQUEST_TIMEOUT_S = 90.0
 
@@ -244,7 +246,7 @@ class Server:
     ) -> None:
         self.model = Path(model)
         self.port = free_port()
-        command = [sys.executable]
+        command = [PYTHON]
         program = STOCK if stock else program
         if program is CONTROLLED:
             inject = inject or f"any:{NEVER}"  # or steps are not counted

@@ -1,5 +1,4 @@
-// The Block runtime: the published ABI, without the parts that only the
-// compiler's __block variables need.
+// The Block runtime: the published ABI.
 
 #include <cstring>
 #include <new>
@@ -136,4 +135,67 @@ METALSIM_EXPORT void _Block_release(const void* block) {
   malloc_block_class().live.fetch_sub(1, std::memory_order_relaxed);
   disposed.fetch_add(1, std::memory_order_relaxed);
   give_memory(literal, literal->descriptor->size);
+}
+
+// ---- what a Block has captured ---------------------------------------------
+
+namespace {
+
+// The compiler's kinds (BLOCK_FIELD_IS_…).
+constexpr int kCapturedObject = 3, kCapturedBlock = 7, kCapturedVariable = 8;
+
+// A __block variable: on the stack until a Block that has captured it is
+// copied, then on the heap, where `forwarding` of both leads.
+struct Variable {
+  void* isa;
+  Variable* forwarding;
+  int32_t flags;
+  uint32_t size;
+  void (*keep)(Variable* to, Variable* from);  // with kHasCopyDispose
+  void (*destroy)(Variable* variable);
+};
+
+Variable* move_to_heap(Variable* from) {
+  // One reference is the stack's, which it gives up when its frame ends.
+  auto* to = static_cast<Variable*>(take_memory(from->size));
+  std::memcpy(to, from, from->size);
+  to->isa = nullptr;
+  to->flags = from->flags | kNeedsFree | 2 * kRefcountOne;
+  to->forwarding = to;
+  from->forwarding = to;
+  if (from->flags & kHasCopyDispose) to->keep(to, from);
+  return to;
+}
+
+}  // namespace
+
+METALSIM_EXPORT void _Block_object_assign(void* to, const void* from,
+                                          int kind) {
+  auto** place = static_cast<const void**>(to);
+  *place = from;
+  auto* object = const_cast<void*>(from);
+  if ((kind & 15) == kCapturedBlock) *place = _Block_copy(from);
+  if ((kind & 15) == kCapturedObject) objc_retain(static_cast<id>(object));
+  if ((kind & 15) != kCapturedVariable) return;
+  Variable* variable = static_cast<Variable*>(object)->forwarding;
+  if (variable->flags & kNeedsFree) {
+    __atomic_fetch_add(&variable->flags, kRefcountOne, __ATOMIC_RELAXED);
+    *place = variable;
+  } else {
+    *place = move_to_heap(variable);
+  }
+}
+
+METALSIM_EXPORT void _Block_object_dispose(const void* object, int kind) {
+  auto* given = const_cast<void*>(object);
+  if ((kind & 15) == kCapturedBlock) _Block_release(object);
+  if ((kind & 15) == kCapturedObject) objc_release(static_cast<id>(given));
+  if ((kind & 15) != kCapturedVariable) return;
+  Variable* variable = static_cast<Variable*>(given)->forwarding;
+  if (!(variable->flags & kNeedsFree)) return;
+  int32_t left =
+      __atomic_sub_fetch(&variable->flags, kRefcountOne, __ATOMIC_ACQ_REL);
+  if (left & kRefcountMask) return;
+  if (variable->flags & kHasCopyDispose) variable->destroy(variable);
+  give_memory(variable, variable->size);
 }

@@ -22,10 +22,11 @@ uint64_t buffer_length(id self, SEL) {
 
 void* buffer_contents(id self, SEL) {
   auto* buffer = static_cast<Buffer*>(self);
-  // Made on demand: tests of the working set allocate far more than exists.
-  if (!buffer->contents) {
+  // Made on demand: tests of the working set allocate far more than exists. Any
+  // number of threads may be the first to ask.
+  std::call_once(buffer->contents_made, [buffer] {
     buffer->contents = std::make_unique<unsigned char[]>(buffer->length);
-  }
+  });
   return buffer->contents.get();
 }
 

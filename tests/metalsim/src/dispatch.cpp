@@ -74,12 +74,20 @@ objc_msgSend:
   .size objc_msgSend, .-objc_msgSend
 )");
 #elif defined(__aarch64__)
-asm(R"(
-  .text
-  .globl objc_msgSend
-  .type objc_msgSend, %function
-  .p2align 4
-objc_msgSend:
+// Apple's linker knows C's names by their underscore, and no types and sizes.
+#if defined(__APPLE__)
+#define METALSIM_C "_"
+#define METALSIM_TYPE ""
+#define METALSIM_SIZE ""
+#else
+#define METALSIM_C ""
+#define METALSIM_TYPE ".type objc_msgSend, %function\n"
+#define METALSIM_SIZE ".size objc_msgSend, .-objc_msgSend\n"
+#endif
+asm(".text\n.globl " METALSIM_C "objc_msgSend\n" METALSIM_TYPE
+    ".p2align 4\n" METALSIM_C
+    "objc_msgSend:"
+    R"(
   .cfi_startproc
   cbz x0, 1f
   stp x29, x30, [sp, #-224]!
@@ -96,7 +104,7 @@ objc_msgSend:
   stp q2, q3, [sp, #128]
   stp q4, q5, [sp, #160]
   stp q6, q7, [sp, #192]
-  bl metalsim_lookup_imp
+  bl )" METALSIM_C R"(metalsim_lookup_imp
   mov x17, x0
   ldp x0, x1, [sp, #16]
   ldp x2, x3, [sp, #32]
@@ -121,8 +129,7 @@ objc_msgSend:
   movi d3, #0
   ret
   .cfi_endproc
-  .size objc_msgSend, .-objc_msgSend
-)");
+)" METALSIM_SIZE);
 #else
 #error "objc_msgSend is written for x86-64 and aarch64 only"
 #endif

@@ -55,6 +55,13 @@ void encoder_set_buffer(id self, SEL sel, id resource, uint64_t, uint64_t) {
   encoder_use(self, sel, resource, 0);
 }
 
+void encoder_set_pipeline(id self, SEL sel, id) { open_encoder(self, sel); }
+void encoder_set_bytes(id self, SEL sel, const void*, uint64_t, uint64_t) {
+  open_encoder(self, sel);
+}
+void encoder_set_memory(id self, SEL sel, uint64_t, uint64_t) {
+  open_encoder(self, sel);
+}
 void encoder_barrier(id self, SEL sel, uint64_t) { open_encoder(self, sel); }
 void encoder_fence(id self, SEL sel, id) { open_encoder(self, sel); }
 
@@ -75,6 +82,11 @@ Class metal_encoder_class() {
          {"useResource:usage:", "v32@0:8@16Q24", imp(&encoder_use)},
          {"setBuffer:offset:atIndex:", "v40@0:8@16Q24Q32",
           imp(&encoder_set_buffer)},
+         {"setComputePipelineState:", "v24@0:8@16", imp(&encoder_set_pipeline)},
+         {"setBytes:length:atIndex:", "v40@0:8r^v16Q24Q32",
+          imp(&encoder_set_bytes)},
+         {"setThreadgroupMemoryLength:atIndex:", "v32@0:8Q16Q24",
+          imp(&encoder_set_memory)},
          {"memoryBarrierWithScope:", "v24@0:8Q16", imp(&encoder_barrier)},
          {"waitForFence:", "v24@0:8@16", imp(&encoder_fence)},
          {"updateFence:", "v24@0:8@16", imp(&encoder_fence)}});

@@ -74,31 +74,11 @@ id string_with_utf8(id, SEL, const char* text) {
   return text ? autorelease(make_string(text)) : nullptr;
 }
 
-Class string_class();
-
 bool same_text(id one, id other) {
   return is_kind_of(other, string_class()) && text_of(one) == text_of(other);
 }
 
 BOOL string_is_equal(id self, SEL, id other) { return same_text(self, other); }
-
-Class string_class() {
-  static Class cls = [] {
-    Class made = define_class(
-        "NSString", nsobject_class(),
-        {{"UTF8String", "r*16@0:8", imp(&string_utf8)},
-         {"length", "Q16@0:8", imp(&string_length)},
-         {"isEqualToString:", "B24@0:8@16", imp(&string_is_equal)},
-         {"isEqual:", "B24@0:8@16", imp(&string_is_equal)},
-         {"description", "@16@0:8", imp(&object_self)},
-         {"copy", "@16@0:8", imp(&object_retain)}},
-        {{"stringWithUTF8String:", "@24@0:8r*16", imp(&string_with_utf8)}});
-    set_instances<String>(made);
-    register_class(made);
-    return made;
-  }();
-  return cls;
-}
 
 // ---- NSDictionary ----------------------------------------------------------
 
@@ -224,6 +204,24 @@ id make_cause(int code, const std::string& text, const ErrorShape& shape) {
 }();
 
 }  // namespace
+
+Class string_class() {
+  static Class cls = [] {
+    Class made = define_class(
+        "NSString", nsobject_class(),
+        {{"UTF8String", "r*16@0:8", imp(&string_utf8)},
+         {"length", "Q16@0:8", imp(&string_length)},
+         {"isEqualToString:", "B24@0:8@16", imp(&string_is_equal)},
+         {"isEqual:", "B24@0:8@16", imp(&string_is_equal)},
+         {"description", "@16@0:8", imp(&object_self)},
+         {"copy", "@16@0:8", imp(&object_retain)}},
+        {{"stringWithUTF8String:", "@24@0:8r*16", imp(&string_with_utf8)}});
+    set_instances<String>(made);
+    register_class(made);
+    return made;
+  }();
+  return cls;
+}
 
 Dictionary::~Dictionary() {
   for (auto [key, value] : entries) {

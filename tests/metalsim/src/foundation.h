@@ -25,6 +25,9 @@ struct Error : Object {
 
 // Returned with one reference that is the caller's.
 String* make_string(std::string text);
+// Takes over a reference to each item.
+id make_array(std::vector<id> items);
+Class string_class();
 
 // The last three members of metalsim_plan.
 struct ErrorShape {

@@ -46,6 +46,7 @@ struct SharedEvent : Labelled {
 
 struct Buffer : Labelled {
   uint64_t length = 0;
+  std::once_flag contents_made;
   std::unique_ptr<unsigned char[]> contents;
   ~Buffer();
 };
@@ -180,7 +181,8 @@ struct Settings {
   std::atomic<bool> banned{false};         // after a code 4
   std::atomic<bool> abandon_waits{false};  // while resetting
   std::atomic<int> family{0}, debug_layers{0};
-  std::atomic<uint32_t> handler_delay_us{0}, gpu_delay_us{0};
+  std::atomic<uint32_t> handler_delay_us{0}, gpu_delay_us{0},
+      pipeline_delay_us{0};
   std::atomic<uint64_t> random_seed{0};
   std::atomic<uint32_t> random_gpu_us{0}, random_handler_us{0};
   std::atomic<uint64_t> gpu_wait_limit_us{0};

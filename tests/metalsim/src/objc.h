@@ -47,7 +47,8 @@ using Destroy = void (*)(Object*);
 // Makes an instance for +alloc.
 using Create = Object* (*)(Class);
 
-constexpr uint32_t kCacheSize = 512;
+// metal-cpp registers some 3000 selectors before anybody sends one.
+constexpr uint32_t kCacheSize = 4096;
 
 }  // namespace metalsim
 
@@ -78,6 +79,8 @@ METALSIM_EXPORT void* objc_autoreleasePoolPush();
 METALSIM_EXPORT void objc_autoreleasePoolPop(void* token);
 METALSIM_EXPORT void* _Block_copy(const void* block);
 METALSIM_EXPORT void _Block_release(const void* block);
+METALSIM_EXPORT void _Block_object_assign(void* to, const void* from, int kind);
+METALSIM_EXPORT void _Block_object_dispose(const void* object, int kind);
 
 namespace metalsim {
 

@@ -71,7 +71,7 @@ void reset_settings() {
   Settings& s = settings();
   s.no_device = s.fast = s.run_inline = s.banned = s.rootless = false;
   s.family = s.debug_layers = 0;
-  s.handler_delay_us = s.gpu_delay_us = 0;
+  s.handler_delay_us = s.gpu_delay_us = s.pipeline_delay_us = 0;
   s.random_gpu_us = s.random_handler_us = 0;
   s.random_seed = s.gpu_wait_limit_us = 0;
   s.memory_mode = METALSIM_MEMORY_OFF;
@@ -144,6 +144,9 @@ void metalsim_set_handler_delay_us(uint32_t us) {
 }
 
 void metalsim_set_gpu_delay_us(uint32_t us) { settings().gpu_delay_us = us; }
+void metalsim_set_pipeline_delay_us(uint32_t us) {
+  settings().pipeline_delay_us = us;
+}
 
 void metalsim_set_random_delays(uint64_t seed, uint32_t max_gpu_us,
                                 uint32_t max_handler_us) {

@@ -1,0 +1,5 @@
+"""In a Python under machrun: lets it import extension modules that are for macOS."""
+
+import machpy
+
+machpy.install()

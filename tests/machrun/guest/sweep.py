@@ -1,0 +1,121 @@
+"""Faults in every command buffer of an evaluation, under the hooks: sweep.py COUNT.
+
+Each evaluation has a fault planned for its first, second … buffer, once or for good,
+with each code, with handlers that come late or not, and is run under the guard: it
+must raise if a buffer of it has failed, and must not if none has. Prints a JSON
+object of what was counted; COUNT is how many failed evaluations there must be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import threading
+import time
+
+import machpy
+import mlx.core as mx
+
+import mlx_safe
+from mlx_safe import _core
+
+CODES = (2, 3, 5, 8, 9, 0xA, 0xB, 0xE, 0x10, 0x11)  # not 4: it bans the process
+FIRST = (1, 2, 3, 4)
+THREADS = 4
+
+
+def evaluate(second: mx.Stream) -> None:
+    """Several buffers on two GPU streams, and the CPU between."""
+    x = mx.exp(mx.array([1.0, 2.0]))
+    y = mx.add(x, 1, stream=mx.cpu)
+    z = mx.sin(y, stream=second)
+    mx.eval(mx.exp(z), y)
+
+
+def sweep(count: int) -> dict[str, int]:
+    second = mx.new_stream(mx.gpu)
+    found = dict.fromkeys(
+        ("evaluations", "faults", "told", "silent", "untrue", "other"), 0
+    )
+    ways = itertools.cycle(itertools.product(FIRST, CODES, (False, True), (0, 300)))
+    for nth, code, persistent, late_us in ways:
+        if found["faults"] >= count:
+            return found
+        found["evaluations"] += 1
+        before = machpy.failed_buffers()
+        machpy.fail(nth, code, persistent, late_us)
+        told = False
+        try:
+            with mlx_safe.guard():
+                evaluate(second)
+        except mlx_safe.MetalError:
+            told = True
+        except Exception as e:
+            found["other"] += 1
+            print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        machpy.simulator("metalsim_plan_clear", None)()
+        failed = machpy.failed_buffers() > before
+        found["faults"] += failed
+        found["told"] += told and failed
+        found["silent"] += failed and not told
+        found["untrue"] += told and not failed
+        settle(second)
+    return found
+
+
+def settle(second: mx.Stream) -> None:
+    """Takes what MLX has stored, so that the next evaluation begins with nothing."""
+    for stream in (mx.default_stream(mx.gpu), second):
+        with contextlib.suppress(RuntimeError):
+            mx.synchronize(stream)
+
+
+def threads(seconds: float) -> dict[str, int]:
+    """Four threads with a stream each, and a fault every 5 ms."""
+    found = dict.fromkeys(("fine", "told", "other"), 0)
+    lock = threading.Lock()
+    end = time.monotonic() + seconds
+
+    def work() -> None:
+        stream = mx.new_stream(mx.gpu)
+        while time.monotonic() < end:
+            kind = "fine"
+            try:
+                x = mx.ones((64,), stream=stream)
+                for _ in range(20):
+                    x = mx.sin(x, stream=stream)
+                mx.eval(mx.add(x, 1, stream=mx.cpu))
+            except RuntimeError as e:
+                kind = (
+                    "told" if "Command buffer execution failed" in str(e) else "other"
+                )
+            with lock:
+                found[kind] += 1
+
+    workers = [threading.Thread(target=work) for _ in range(THREADS)]
+    before = machpy.failed_buffers()
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        machpy.fail(1, 8)
+        time.sleep(0.005)
+    found["failed"] = machpy.failed_buffers() - before
+    return found
+
+
+if __name__ == "__main__":
+    status = mlx_safe.install()
+    mx.eval(mx.exp(mx.array([1.0])))
+    result = {
+        "mlx": mx.__version__,
+        "mode": status.mode,
+        "verified": status.verified,
+        "hooked": len(status.hooked),
+        "reasons": list(status.reasons),
+        "sweep": sweep(int(sys.argv[1])),
+        "threads": threads(float(sys.argv[2])),
+    }
+    result["counters"] = _core.metal_counters()
+    print(json.dumps(result))

@@ -1,0 +1,61 @@
+// machrun [--python ARGUMENT… | FILE… [-- FUNCTION ARGUMENT…]]
+//
+// Loads Mach-O files, or runs a Python in which machpy.py can. MACHRUN_MACOS is
+// the version of macOS that is pretended, MACHRUN_PYTHON the name of libpython.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "machrun.h"
+
+// For machpy.py, which reaches them by ctypes.
+__attribute__((visibility("default"))) void* machrun_load(const char* path) {
+  return load_image(path, NULL, false);
+}
+__attribute__((visibility("default"))) void* machrun_symbol(const Image* image,
+                                                            const char* name) {
+  return exported(image, name, NULL);
+}
+__attribute__((visibility("default"))) void* machrun_any(const char* name) {
+  return in_all(name);
+}
+
+static void read_settings(void) {
+  const char *version = getenv("MACHRUN_MACOS"),
+             *verbose = getenv("MACHRUN_VERBOSE");
+  unsigned major = 14, minor = 0;
+  if (version != NULL && sscanf(version, "%u.%u", &major, &minor) < 1)
+    refuse(NULL, "MACHRUN_MACOS=%s is not a version", version);
+  g_pretends = major << 16 | minor << 8;
+  g_verbose = verbose ? atoi(verbose) : 0;
+}
+
+// The library of the sysroot, in which extension modules find Python's C API.
+static void open_python(void) {
+  const char* name = getenv("MACHRUN_PYTHON");
+  if (name != NULL && dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
+    refuse(NULL, "MACHRUN_PYTHON=%s: %s", name, dlerror());
+}
+
+int main(int count, char** arguments) {
+  read_settings();
+  setvbuf(stdout, NULL, _IOLBF, 0);
+  open_python();
+  if (count > 1 && !strcmp(arguments[1], "--python")) {
+    int (*run_python)(int, char**) = dlsym(RTLD_DEFAULT, "Py_BytesMain");
+    if (run_python == NULL) refuse(NULL, "MACHRUN_PYTHON is not set");
+    return run_python(count - 1, arguments + 1);
+  }
+  Image* image = NULL;
+  int at = 1;
+  for (; at < count && strcmp(arguments[at], "--"); at++)
+    image = load_image(arguments[at], NULL, false);
+  if (at + 1 >= count || image == NULL) return 0;
+  char name[256];
+  snprintf(name, sizeof name, "_%s", arguments[at + 1]);
+  int (*run)(int, char**) = exported(image, name, NULL);
+  if (run == NULL) refuse(image, "it has no %s", name);
+  return run(count - at - 1, arguments + at + 1);
+}

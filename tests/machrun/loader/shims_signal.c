@@ -1,0 +1,187 @@
+// Signals: other numbers, other structures, and a jump of another layout.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include "shims.h"
+
+// macOS's numbers as Linux's; those that are missing are the same.
+static const struct {
+  int mac, linux_number;
+} kSignals[] = {
+    {kMac_SIGBUS, SIGBUS},   {kMac_SIGSYS, SIGSYS},   {kMac_SIGURG, SIGURG},
+    {kMac_SIGSTOP, SIGSTOP}, {kMac_SIGTSTP, SIGTSTP}, {kMac_SIGCONT, SIGCONT},
+    {kMac_SIGCHLD, SIGCHLD}, {kMac_SIGIO, SIGIO},     {kMac_SIGUSR1, SIGUSR1},
+    {kMac_SIGUSR2, SIGUSR2},
+};
+enum { kSignalKinds = sizeof kSignals / sizeof *kSignals, kSignalsMax = 32 };
+
+int linux_signal_of(int number) {
+  for (int i = 0; i < kSignalKinds; i++)
+    if (kSignals[i].mac == number) return kSignals[i].linux_number;
+  return number == kMac_SIGEMT || number == kMac_SIGINFO ? 0 : number;
+}
+int mac_signal_of(int number) {
+  for (int i = 0; i < kSignalKinds; i++)
+    if (kSignals[i].linux_number == number) return kSignals[i].mac;
+  return number;
+}
+
+static sigset_t linux_mask(uint32_t mask) {
+  sigset_t set;
+  sigemptyset(&set);
+  for (int i = 1; i < kSignalsMax; i++)
+    if (mask >> (i - 1) & 1 && linux_signal_of(i))
+      sigaddset(&set, linux_signal_of(i));
+  return set;
+}
+
+static MacSigaction g_actions[kSignalsMax];  // by Linux's number
+
+// sigtramp.S: calls a handler in a frame from which LLVM's unwinder finds what
+// was interrupted, as macOS's _sigtramp does.
+typedef void Trampoline(void* handler, int number, MacSiginfo* info,
+                        MacUcontext* context);
+
+static Trampoline* trampoline(void) {
+  static Trampoline* found;
+  if (found == NULL) found = (Trampoline*)in_all("_machrun_sigtramp");
+  return found;
+}
+
+static void on_signal(int number, siginfo_t* info, void* context) {
+  int saved = errno;
+  const mcontext_t* from = &((ucontext_t*)context)->uc_mcontext;
+  bool fault = number == SIGSEGV || number == SIGBUS || number == SIGILL ||
+               number == SIGFPE || number == SIGTRAP;
+  MacSiginfo mac = {.signo = mac_signal_of(number),
+                    .code = info->si_code <= 0 ? kMac_SI_USER : info->si_code};
+  if (info->si_code <= 0) {
+    mac.pid = info->si_pid;
+    mac.uid = info->si_uid;
+  } else if (fault) {
+    mac.address = info->si_addr;
+  }
+  MacMcontext machine = {.far = (uint64_t)info->si_addr,
+                         .fp = from->regs[29],
+                         .lr = from->regs[30],
+                         .sp = from->sp,
+                         .pc = from->pc};
+  memcpy(machine.x, from->regs, sizeof machine.x);
+  MacUcontext mac_context = {.mcsize = sizeof machine, .mcontext = &machine};
+  trampoline()(g_actions[number].handler, mac.signo, &mac, &mac_context);
+  errno = saved;
+}
+
+// What stands for a handler that Linux code has installed, and is called with
+// Linux's own number.
+static struct sigaction g_of_linux[kSignalsMax];
+static void call_linux(int mac_number, void* info, void* context) {
+  (void)info;
+  int number = linux_signal_of(mac_number);
+  const struct sigaction* action = &g_of_linux[number];
+  if (action->sa_flags & SA_SIGINFO) {
+    siginfo_t unknown = {.si_signo = number};
+    action->sa_sigaction(number, &unknown, context);
+  } else {
+    action->sa_handler(number);
+  }
+}
+
+static const struct {
+  int mac, linux_flag;
+} kFlags[] = {{kMac_SA_ONSTACK, SA_ONSTACK},
+              {kMac_SA_RESTART, SA_RESTART},
+              {kMac_SA_RESETHAND, (int)SA_RESETHAND},
+              {kMac_SA_NODEFER, SA_NODEFER}};
+
+static MacSigaction told(int number, const struct sigaction* action,
+                         MacSigaction of_mac) {
+  if ((void*)action->sa_sigaction == (void*)on_signal) return of_mac;
+  MacSigaction mac = {(void*)action->sa_handler, 0, 0};
+  for (int i = 0; i < 4; i++)
+    if (action->sa_flags & kFlags[i].linux_flag) mac.flags |= kFlags[i].mac;
+  if (action->sa_handler == SIG_DFL || action->sa_handler == SIG_IGN)
+    return mac;
+  g_of_linux[number] = *action;
+  return (MacSigaction){(void*)call_linux, 0, mac.flags | kMac_SA_SIGINFO};
+}
+
+int mac_sigaction(int mac_number, const MacSigaction* action,
+                  MacSigaction* before) {
+  int number = linux_signal_of(mac_number);
+  if (number <= 0 || number >= kSignalsMax) {
+    errno = EINVAL;
+    return -1;
+  }
+  struct sigaction set = {0}, old;
+  MacSigaction of_mac = g_actions[number];
+  if (action != NULL && action->handler == (void*)call_linux) {
+    set = g_of_linux[number];
+  } else if (action != NULL) {
+    bool plain = action->handler == SIG_DFL || action->handler == SIG_IGN;
+    set.sa_handler = (void (*)(int))action->handler;
+    if (!plain) set.sa_sigaction = on_signal;
+    set.sa_flags = plain ? 0 : SA_SIGINFO;
+    for (int i = 0; i < 4; i++)
+      if (action->flags & kFlags[i].mac) set.sa_flags |= kFlags[i].linux_flag;
+    set.sa_mask = linux_mask(action->mask);
+    if (!plain) g_actions[number] = *action;
+    trampoline();  // not to be looked for in a handler
+  }
+  if (sigaction(number, action ? &set : NULL, &old) != 0) return -1;
+  if (before != NULL) *before = told(number, &old, of_mac);
+  return 0;
+}
+
+int mac_sigaltstack(const MacStack* stack, MacStack* before) {
+  stack_t set = {0}, old;
+  if (stack != NULL) {
+    set.ss_sp = stack->sp;
+    set.ss_size = stack->size;
+    set.ss_flags = stack->flags & kMac_SS_DISABLE ? SS_DISABLE : 0;
+  }
+  int status = sigaltstack(stack ? &set : NULL, &old);
+  if (status == 0 && before != NULL)
+    *before = (MacStack){old.ss_sp, old.ss_size,
+                         (old.ss_flags & SS_DISABLE ? kMac_SS_DISABLE : 0) |
+                             (old.ss_flags & SS_ONSTACK ? kMac_SS_ONSTACK : 0)};
+  return status;
+}
+
+int mac_raise(int number) { return raise(linux_signal_of(number)); }
+
+// ---- sigsetjmp -------------------------------------------------------------
+
+// At 168 in the buffer the mask, at 176 whether it was asked for; of macOS's
+// 196 bytes.
+__attribute__((used)) int machrun_save_mask(uint8_t* buffer, int wanted) {
+  sigset_t set;
+  int64_t flag = wanted;
+  memcpy(buffer + 176, &flag, 8);
+  if (wanted && sigprocmask(SIG_BLOCK, NULL, &set) == 0)
+    memcpy(buffer + 168, &set, 8);
+  return 0;
+}
+__attribute__((used)) void machrun_restore_mask(const uint8_t* buffer) {
+  sigset_t set;
+  sigemptyset(&set);
+  memcpy(&set, buffer + 168, 8);
+  if (buffer[176] & 1) sigprocmask(SIG_SETMASK, &set, NULL);
+}
+
+// clang-format off
+#define JUMP(F) F("x19", "x20", 0) F("x21", "x22", 16) F("x23", "x24", 32) \
+  F("x25", "x26", 48) F("x27", "x28", 64) F("x29", "x30", 80)              \
+  F("d8", "d9", 96) F("d10", "d11", 112) F("d12", "d13", 128) F("d14", "d15", 144)
+#define PUT(a, b, at) "stp " a "," b ",[x0,#" #at "]\n"
+#define GET(a, b, at) "ldp " a "," b ",[x2,#" #at "]\n"
+asm(".text\n.globl mac_sigsetjmp\n.p2align 2\nmac_sigsetjmp:\n" JUMP(PUT)
+    "mov x2,sp\n str x2,[x0,#160]\n b machrun_save_mask\n"
+    ".globl mac_siglongjmp\n.p2align 2\nmac_siglongjmp:\n"
+    "mov x19,x0\n mov w20,w1\n bl machrun_restore_mask\n mov x2,x19\n mov w0,w20\n"
+    "ldr x3,[x2,#160]\n mov sp,x3\n" JUMP(GET)
+    "cmp w0,#0\n csinc w0,w0,wzr,ne\n ret\n");
+// clang-format on

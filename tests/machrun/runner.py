@@ -1,0 +1,92 @@
+"""Runs programs in the emulated process: a Python with MLX's and our macOS wheels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .setup.packages import get_mlx, get_ours, get_site, version_of
+from .setup.places import CACHE, HERE, LOADER, MAIN, PYTHONS, QEMU
+
+LIMIT_S = 300
+
+
+@dataclass
+class Machine:
+    """One choice of versions; every process of it is new.
+
+    Attributes:
+        mlx: a version, or "newest".
+        macos: what is pretended.
+        system: for which macOS MLX's wheel is.
+        ours: the folder with our package in place of the wheel's own; None: without.
+        server: with mlx-lm; only for the versions in packages.PAIRS.
+    """
+
+    mlx: str = "0.32.4"
+    python: str = MAIN
+    macos: str = "14.0"
+    system: str = "14_0"
+    ours: Path | None = field(default_factory=Path)
+    server: bool = False
+
+    @property
+    def version(self) -> str:
+        """MLX's own version."""
+        return version_of(get_mlx(self.mlx, PYTHONS[self.python], self.system))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        python = PYTHONS[self.python]
+        path = [HERE / "guest", get_mlx(self.mlx, python, self.system)]
+        if self.ours is not None:
+            path.append(self.ours if self.ours != Path() else get_ours(python))
+        if self.server:
+            path += get_site(self.mlx)
+        return {
+            "MACHRUN_MACOS": self.macos,
+            "MACHRUN_PYTHON": f"libpython{self.python}.so.1.0",
+            "MACHRUN_SYSROOT": str(python.sysroot),
+            "MACHRUN_QEMU": str(QEMU),
+            "MACHRUN_LOADER": str(LOADER),
+            "MACHRUN_EXECUTABLE": str(HERE / "python"),
+            "PYTHONHOME": str(python.sysroot / "usr"),
+            "PYTHONPATH": ":".join(map(str, path)),
+            # Debian's files are compiled when they are installed, ours never.
+            "PYTHONPYCACHEPREFIX": str(CACHE / "pycache" / python.tag),
+            # With it MLX calls a compiler for the CPU's kernels, at run time.
+            "MLX_DISABLE_COMPILE": "1",
+        }
+
+    def run(
+        self, code: str, limit: float = LIMIT_S, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs Python code; never raises for its exit status."""
+        return subprocess.run(
+            [str(HERE / "python"), "-c", textwrap.dedent(code)],
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            env={**os.environ, **self.environment, **more},
+            check=False,
+        )
+
+
+def load(*files: Path, macos: str = "14.0") -> subprocess.CompletedProcess[str]:
+    """Loads Mach-O files, and nothing else."""
+    sysroot = PYTHONS[MAIN].sysroot
+    return subprocess.run(
+        [str(QEMU), "-L", str(sysroot), str(LOADER), *map(str, files)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env={
+            **os.environ,
+            "MACHRUN_MACOS": macos,
+            "MACHRUN_PYTHON": f"libpython{MAIN}.so.1.0",
+        },
+        check=False,
+    )

@@ -1,0 +1,1 @@
+"""What `make machrun` needs, fetched and built: `python -m machrun.setup`."""

@@ -1,0 +1,55 @@
+"""Fetches and builds what is not there yet: python -m machrun.setup."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from . import debian, native, packages
+from .places import CACHE, MAIN, PYTHONS, SetupError
+
+
+def fetch() -> None:
+    debian.get_all()
+    main = PYTHONS[MAIN]
+    for version in packages.VERSIONS:
+        packages.get_mlx(version, main)
+    packages.get_mlx(packages.NEWEST, main)
+    for python in PYTHONS.values():
+        packages.get_mlx(max(packages.PAIRS), python)
+        packages.get_ours(python)
+    for version in packages.PAIRS:
+        packages.get_site(version)
+
+
+def build() -> None:
+    native.check_abi()
+    native.build_loader()
+    native.build_system()
+    native.build_cxxrt()
+    native.build_metalsim()
+    native.build_accelerate()
+
+
+def timed(step: Callable[[], None]) -> str:
+    start = time.monotonic()
+    step()
+    return f"{step.__name__} {time.monotonic() - start:.0f} s"
+
+
+def main() -> int:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    try:
+        # The network is waited for while the compiler computes.
+        with ThreadPoolExecutor(2) as pool:
+            print("machrun: " + ", ".join(pool.map(timed, (build, fetch))))
+    except SetupError as e:
+        print(f"machrun: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""What ziglang compiles: the loader for Linux, everything else for macOS.
+
+cxxrt.dylib is libc++, libc++abi and libunwind from the sources that ziglang carries:
+compiled for aarch64-macos they have the layouts of Apple's own.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ziglang
+
+from .places import CACHE, HERE, LOADER, ROOT, digest, is_current, made, run
+
+ZIG = Path(ziglang.__file__).parent / "zig"
+LIB = ZIG.parent / "lib"
+MACOS = ["-target", "aarch64-macos.14.0", "-g0", "-fno-sanitize=undefined"]
+LINUX = ["-target", "aarch64-linux-gnu.2.36", "-O1", "-g0", "-fno-sanitize=undefined"]
+CXXRT, SYSTEM = CACHE / "cxxrt.dylib", CACHE / "system.dylib"
+METALSIM, ACCELERATE = CACHE / "metalsim.dylib", CACHE / "accelerate.dylib"
+JOBS = 2
+
+QUIET = ["-w", "-fvisibility=default"]
+LIBCXX = [
+    *("-std=c++23", "-D_LIBCPP_BUILDING_LIBRARY", "-DLIBCXX_BUILDING_LIBCXXABI"),
+    *("-D_LIBCXXABI_BUILDING_LIBRARY", "-DLIBC_NAMESPACE=__llvm_libc_common_utils"),
+    *(f"-I{LIB / part}" for part in ("libcxx/src", "libcxxabi/src", "libcxx/libc")),
+    f"-I{LIB / 'libcxxabi/include'}",
+]
+LIBUNWIND = [f"-I{LIB / 'libunwind/include'}", "-D_LIBUNWIND_IS_NATIVE_ONLY"]
+LIBUNWIND += ["-DNDEBUG", "-fno-rtti", "-fno-exceptions"]
+LIBUNWIND_SOURCES = (
+    *("libunwind.cpp", "UnwindLevel1.c", "UnwindLevel1-gcc-ext.c"),
+    *("UnwindRegistersRestore.S", "UnwindRegistersSave.S"),
+)
+
+
+def zig(*arguments: object, into: Path) -> None:
+    """Runs zig; at a low priority, since whoever waits has other things running.
+
+    The file appears whole: an older one may be mapped by a process that runs.
+    """
+    cache = str(CACHE / "zig")
+    new = into.with_name("new-" + into.name)
+    run(
+        *("nice", "-n", "10", ZIG, *arguments, "-o", new),
+        env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache},
+    )
+    new.replace(into)
+
+
+def _objects(target: Path, sources: list[tuple[Path, list[str]]]) -> list[Path]:
+    """Compiles sources, each with its own options, into objects next to ``target``."""
+    place = target.with_suffix(".objects")
+    place.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(item: tuple[Path, list[str]]) -> Path:
+        source, options = item
+        unit = place / f"{source.parent.name}-{source.name}.o"
+        stamp = digest([source, *options])
+        if not is_current(unit, stamp):
+            compiler = "c++" if source.suffix == ".cpp" else "cc"
+            zig(compiler, *options, "-c", source, into=unit)
+            made(unit, stamp)
+        return unit
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def _dylib(target: Path, name: str, objects: list[Path], *libraries: Path) -> None:
+    """Links a dylib, each of whose imports names the library that it is from."""
+    options = [*MACOS, "-shared", "-nostdlib++", f"-Wl,-install_name,{name}"]
+    zig("c++", *options, *objects, *libraries, into=target)
+
+
+def _build(
+    target: Path, name: str, sources: list[tuple[Path, list[str]]], *libraries: Path
+) -> Path:
+    """A dylib from sources, if one of them or an option has changed."""
+    parts = [*(s for s, _ in sources), *(x for _, o in sources for x in o)]
+    stamp = digest([*parts, *(path.name for path in libraries)])
+    if not is_current(target, stamp):
+        _dylib(target, name, _objects(target, sources), *libraries)
+        made(target, stamp)
+    return target
+
+
+def build_cxxrt() -> Path:
+    """libc++ and libc++abi as one dylib for macOS."""
+    libcxx = LIB / "libcxx/src"
+    files = [*libcxx.glob("*.cpp"), *libcxx.glob("filesystem/*.cpp")]
+    files += [*libcxx.glob("ryu/*.cpp"), *(LIB / "libcxxabi/src").glob("*.cpp")]
+    files = sorted(f for f in files if "noexception" not in f.name)
+    options = [*MACOS, "-O1", *QUIET, *LIBCXX]
+    return _build(CXXRT, "/usr/lib/libc++.1.dylib", [(f, options) for f in files])
+
+
+def build_system() -> Path:
+    """The unwinder, and what calls a signal's handler."""
+    options = [*MACOS, "-O1", *QUIET]
+    sources = [(HERE / "loader" / "sigtramp.S", MACOS)]
+    for name in LIBUNWIND_SOURCES:
+        standard = ["-std=c++20"] if name.endswith(".cpp") else []
+        source = LIB / "libunwind/src" / name
+        sources.append((source, [*options, *LIBUNWIND, *standard]))
+    return _build(SYSTEM, "/usr/lib/system/libunwind.dylib", sources)
+
+
+def build_metalsim() -> Path:
+    """The simulated Metal, from the sources that are built for Linux, too."""
+    place = ROOT / "tests" / "metalsim"
+    options = [*MACOS, "-O1", "-std=c++20", "-fvisibility=hidden"]
+    headers = sorted(place.glob("**/*.h"))
+    options += [f"-DMETALSIM_HEADERS={digest(headers)[:16]}"]
+    sources = [(f, options) for f in sorted(place.glob("src/*.cpp"))]
+    return _build(METALSIM, "/metalsim.dylib", sources, CXXRT)
+
+
+def build_accelerate() -> Path:
+    """The few functions of Accelerate that a small model needs."""
+    sources = [(f, [*MACOS, "-O2"]) for f in sorted(HERE.glob("accelerate/*.c"))]
+    return _build(ACCELERATE, "/accelerate.dylib", sources)
+
+
+def build_loader() -> Path:
+    """The loader, for aarch64 Linux."""
+    place = HERE / "loader"
+    sources = sorted(f for f in place.glob("*.c") if f.name != "abi_check.c")
+    options = [*LINUX, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-rdynamic"]
+    stamp = digest([*sources, *sorted(place.glob("*.h")), *options])
+    if not is_current(LOADER, stamp):
+        zig("cc", *options, *sources, "-lm", "-ldl", "-lpthread", into=LOADER)
+        made(LOADER, stamp)
+    return LOADER
+
+
+def check_abi() -> None:
+    """Holds what the shims believe of macOS against Apple's headers in ziglang."""
+    check = HERE / "loader" / "abi_check.c"
+    zig("cc", *MACOS, "-c", check, into=CACHE / "abi_check.o")

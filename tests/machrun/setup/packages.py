@@ -1,0 +1,125 @@
+"""MLX's wheels for macOS and ours, unpacked; what a server needs besides."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+from .places import (
+    CACHE,
+    MAIN,
+    PYTHONS,
+    ROOT,
+    Python,
+    SetupError,
+    digest,
+    fresh,
+    is_current,
+    made,
+    run,
+)
+
+# Every version of MLX whose behaviour differs, or might.
+VERSIONS = ("0.30.6", "0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3", "0.32.4")
+NEWEST = "newest"
+# The pairs that are supported: see PAIR_… in the Makefile.
+PAIRS = {"0.31.2": "0.31.3", "0.32.4": "0.32.2"}
+# mlx.metallib is 150 MB of code for GPUs, which nothing here reads.
+LEFT_OUT = (".metallib", ".h", ".metal", ".cmake")
+
+
+def _pip(*arguments: object) -> str:
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
+
+
+def _download(python: Python, system: str, wanted: list[str], into: Path) -> list[Path]:
+    platform = ["--platform", f"macosx_{system}_arm64", "--only-binary=:all:"]
+    version = ["--python-version", python.version, "--implementation", "cp"]
+    _pip(
+        "download", "--quiet", *platform, *version, "--no-deps", "--dest", into, *wanted
+    )
+    return sorted(into.glob("*.whl"))
+
+
+def _unpack(wheel: Path, into: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".metallib"):
+                target = into / name  # MLX looks whether it is there
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.touch()
+            elif not name.endswith(LEFT_OUT):
+                archive.extract(name, into)
+
+
+def mlx_directory(version: str, python: Python, system: str = "14_0") -> Path:
+    return CACHE / "mlx" / f"{version}-{python.tag}-{system}"
+
+
+def get_mlx(version: str, python: Python, system: str = "14_0") -> Path:
+    """The folder with the unpacked wheels of mlx and mlx-metal for a macOS."""
+    place = mlx_directory(version, python, system)
+    if not (place / "complete").exists():
+        pin = "" if version == NEWEST else f"=={version}"
+        fresh(place)
+        wheels = fresh(CACHE / "downloads" / place.name)
+        for wheel in _download(
+            python, system, [f"mlx{pin}", f"mlx-metal{pin}"], wheels
+        ):
+            _unpack(wheel, place)
+        shutil.rmtree(wheels)
+        (place / "complete").touch()
+    return place
+
+
+def version_of(place: Path) -> str:
+    """The version of the mlx that is unpacked there."""
+    (found,) = place.glob("mlx-*.dist-info")
+    return found.name[len("mlx-") : -len(".dist-info")]
+
+
+def get_ours(python: Python) -> Path:
+    """Our wheel for this Python, as `make macos-wheels` made it, unpacked."""
+    found = sorted(ROOT.glob(f"dist/mlx_safe-*-{python.wheel}-macosx_14_0_arm64.whl"))
+    if len(found) != 1:
+        raise SetupError(f"dist/ has {len(found)} wheels {python.wheel} for macOS")
+    place = CACHE / "ours" / python.wheel
+    stamp = digest(found)
+    if not is_current(place, stamp):
+        _unpack(found[0], fresh(place))
+        made(place, stamp)
+    return place
+
+
+def _install(place: Path, *wanted: str) -> None:
+    """What pip takes on aarch64 Linux, without MLX: it is the one for macOS here."""
+    python = PYTHONS[MAIN]
+    platforms = [f"--platform=manylinux_2_{n}_aarch64" for n in (17, 28, 34, 35)]
+    version = ["--python-version", python.version, "--implementation", "cp"]
+    options = ["--quiet", "--no-compile", "--only-binary=:all:", *platforms, *version]
+    _pip("install", *options, "--target", fresh(place), *wanted)
+    for name in ("mlx", *(p.name for p in place.glob("mlx-*"))):
+        shutil.rmtree(place / name, ignore_errors=True)
+    (place / "complete").touch()
+
+
+def get_site(mlx_version: str) -> list[Path]:
+    """Folders with mlx-lm and all that the server needs; without MLX itself.
+
+    The dependencies of the newest mlx-lm serve all.
+    """
+    newest = max(PAIRS)
+    rest = CACHE / "site" / "dependencies"
+    own = ["prometheus-client>=0.20", "pydantic>=2.7", "rich>=13"]
+    wanted = [f"mlx-lm=={PAIRS[newest]}", f"mlx=={newest}", *own]
+    if not is_current(rest, " ".join(wanted)):
+        _install(rest, *wanted)
+        for part in rest.glob("mlx_lm*"):
+            shutil.rmtree(part)
+        made(rest, " ".join(wanted))
+    place = CACHE / "site" / f"mlx-lm-{PAIRS[mlx_version]}"
+    if not (place / "complete").exists():
+        _install(place, "--no-deps", f"mlx-lm=={PAIRS[mlx_version]}")
+    return [place, rest]

@@ -1,0 +1,101 @@
+"""Where everything lies; all of it below one directory that may be deleted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+CACHE = Path(os.environ.get("MACHRUN_CACHE", ROOT / ".cache" / "machrun")).resolve()
+HERE = ROOT / "tests" / "machrun"
+TOOLS = CACHE / "tools"
+QEMU = TOOLS / "usr" / "bin" / "qemu-aarch64-static"
+LOADER = CACHE / "machrun"
+LIMIT_S = 900
+
+
+class SetupError(Exception):
+    """What could not be had or built, in one line."""
+
+
+@dataclass(frozen=True)
+class Python:
+    """A CPython for aarch64 Linux, and which of our wheels it runs.
+
+    Attributes:
+        version: as in the names of Debian's packages.
+        suite: Debian's, which has it.
+        wheel: the tag of the wheel of ours that macOS's Python of this version takes.
+    """
+
+    version: str
+    suite: str
+    wheel: str
+
+    @property
+    def tag(self) -> str:
+        return "cp" + self.version.replace(".", "")
+
+    @property
+    def sysroot(self) -> Path:
+        return CACHE / "sysroot" / self.suite
+
+
+# All that Debian's suites have. None has a 3.10, so the cp310 wheel is not run.
+PYTHONS = {
+    p.version: p
+    for p in (
+        Python("3.11", "bookworm", "cp311-cp311"),
+        Python("3.13", "trixie", "cp312-abi3"),
+    )
+}
+MAIN = "3.11"  # the one that runs every version of MLX
+NOT_RUN = {"cp310-cp310": "Debian has no CPython 3.10 for arm64"}
+
+
+def run(*command: object, limit: float = LIMIT_S, **more: object) -> str:
+    """Runs a program; its output, or a SetupError with the last line it said."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=limit, **more
+        )  # type: ignore[call-overload]
+    except FileNotFoundError:
+        raise SetupError(f"{words[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise SetupError(f"{words[0]} took more than {limit:.0f} s") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
+        raise SetupError(f"{Path(words[0]).name} {words[-1]}: {said[-2000:]}")
+    return str(done.stdout)
+
+
+def digest(parts: Iterable[Path | str]) -> str:
+    """Of the contents of files, and of texts."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.read_bytes() if isinstance(part, Path) else part.encode()
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+def is_current(target: Path, stamp: str) -> bool:
+    """Whether ``target`` was made from what ``stamp`` is the digest of."""
+    note = target.with_name(target.name + ".stamp")
+    return target.exists() and note.exists() and note.read_text() == stamp
+
+
+def made(target: Path, stamp: str) -> None:
+    target.with_name(target.name + ".stamp").write_text(stamp)
+
+
+def fresh(directory: Path) -> Path:
+    """An empty directory in the place of whatever was there."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    return directory

@@ -1,0 +1,224 @@
+"""The loader: what it refuses, by name, and what the images may do to it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .runner import Machine, load
+from .setup import native
+from .setup.packages import get_mlx, get_ours
+from .setup.places import CACHE, HERE, MAIN, NOT_RUN, PYTHONS, ROOT, SetupError
+
+OURS = "mlx_safe/_core.cpython-311-darwin.so"
+
+
+@pytest.fixture(scope="module")
+def core() -> bytes:
+    """The extension module in our wheel."""
+    return (get_ours(PYTHONS[MAIN]) / OURS).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def libmlx() -> bytes:
+    return (get_mlx("0.32.4", PYTHONS[MAIN]) / "mlx/lib/libmlx.dylib").read_bytes()
+
+
+def commands(raw: bytes) -> dict[int, int]:
+    """Where the first load command of each kind lies."""
+    (count,) = struct.unpack_from("<I", raw, 16)
+    found: dict[int, int] = {}
+    at = 32
+    for _ in range(count):
+        kind, size = struct.unpack_from("<2I", raw, at)
+        found.setdefault(kind, at)
+        at += size
+    return found
+
+
+def changed(raw: bytes, at: int, value: bytes) -> bytes:
+    return raw[:at] + value + raw[at + len(value) :]
+
+
+def signed_again(raw: bytes) -> bytes:
+    """With the hashes of its pages as they are now."""
+    result = bytearray(raw)
+    offset, _ = struct.unpack_from("<2I", raw, commands(raw)[0x1D] + 8)
+    at = offset + struct.unpack_from(">I", raw, offset + 16)[0]
+    hashes, _, _, slots, covered = struct.unpack_from(">5I", raw, at + 16)
+    page = 1 << raw[at + 39]
+    for i in range(slots):
+        data = raw[i * page : min((i + 1) * page, covered)]
+        start = at + hashes + 32 * i
+        result[start : start + 32] = hashlib.sha256(data).digest()
+    return bytes(result)
+
+
+def for_x86(raw: bytes) -> bytes:
+    return changed(raw, 4, struct.pack("<I", 0x01000007))
+
+
+def for_a_newer_macos(raw: bytes) -> bytes:
+    return changed(raw, commands(raw)[0x32] + 12, struct.pack("<I", 26 << 16 | 2 << 8))
+
+
+def for_ios(raw: bytes) -> bytes:
+    return changed(raw, commands(raw)[0x32] + 8, struct.pack("<I", 2))
+
+
+def of_an_unknown_fixup_format(raw: bytes) -> bytes:
+    at = commands(raw)
+    if 0x80000034 in at:  # the format of the imports
+        (offset,) = struct.unpack_from("<I", raw, at[0x80000034] + 8)
+        return changed(raw, offset + 20, struct.pack("<I", 9))
+    (offset,) = struct.unpack_from("<I", raw, at[0x80000022] + 16)
+    return changed(raw, offset, b"\xe0")
+
+
+def with_an_unreviewed_import(raw: bytes) -> bytes:
+    return raw.replace(b"\0_lseek\0", b"\0_vfork\0").replace(b"_lseek\0", b"_vfork\0")
+
+
+def with_a_symbol_that_is_not_there(raw: bytes) -> bytes:
+    return raw.replace(b"__ZNSt9exceptionD2Ev\0", b"__ZNSt9exceptionD7Ev\0")
+
+
+def with_writable_code(raw: bytes) -> bytes:
+    return changed(raw, commands(raw)[0x19] + 60, struct.pack("<I", 7))
+
+
+def with_a_command_that_dyld_must_know(raw: bytes) -> bytes:
+    return changed(raw, commands(raw)[0x2A], struct.pack("<I", 0x800000FF))
+
+
+def truncated(raw: bytes) -> bytes:
+    return raw[: len(raw) // 2]
+
+
+def unsigned(raw: bytes) -> bytes:
+    return changed(raw, commands(raw)[0x1D], struct.pack("<I", 0x26))
+
+
+BAD: dict[Callable[[bytes], bytes], str] = {
+    for_x86: "for x86_64, not for arm64",
+    for_a_newer_macos: "needs macOS 26.2, and 14.0 is pretended",
+    for_ios: "for platform 2, not for macOS",
+    of_an_unknown_fixup_format: "unknown fixup format: ",
+    with_an_unreviewed_import: "nobody has reviewed the import _vfork of libSystem",
+    with_a_symbol_that_is_not_there: r"Symbol not found: __ZNSt9exceptionD7Ev "
+    r"\(expected in: /usr/lib/libc\+\+.1.dylib\)",
+    with_writable_code: "segment __TEXT is writable and executable",
+    with_a_command_that_dyld_must_know: "unknown load command 0x800000ff that dyld",
+    truncated: "truncated: ",
+    unsigned: "it is not signed: macOS does not load it",
+}
+
+
+def refused(raw: bytes, path: Path, macos: str = "14.0") -> str:
+    """The one line that says why a file does not load."""
+    path.write_bytes(raw)
+    done = load(path, macos=macos)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    (line,) = done.stderr.splitlines()
+    start = f"machrun: {path}: "
+    assert line.startswith(start), line
+    return line[len(start) :]
+
+
+@pytest.mark.parametrize("file", ["core", "libmlx"])
+@pytest.mark.parametrize("change", BAD, ids=lambda c: c.__name__)
+def test_what_is_wrong_is_named_in_one_line(
+    change: Callable[[bytes], bytes],
+    file: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    good = request.getfixturevalue(file)
+    bad = change(good)
+    assert bad != good
+    if change not in (truncated, unsigned):
+        bad = signed_again(bad)
+    assert re.match(BAD[change], refused(bad, tmp_path / "lib.dylib"))
+
+
+def test_a_page_that_is_not_what_was_signed(core: bytes, tmp_path: Path) -> None:
+    (offset,) = struct.unpack_from("<I", core, commands(core)[0x1D] + 8)
+    directory = offset + struct.unpack_from(">I", core, offset + 16)[0]
+    page = 1 << core[directory + 39]
+    for at in (0x4000, offset // 2, offset - 1):
+        bad = changed(core, at, bytes([core[at] ^ 1]))
+        line = refused(bad, tmp_path / "lib.dylib")
+        assert (
+            line == f"page {at // page} is not what was signed: macOS kills the process"
+        )
+
+
+def test_a_file_that_is_no_image(tmp_path: Path) -> None:
+    for raw in (b"", b"\x7fELF" + bytes(60), b"\xcf\xfa\xed\xfe"):
+        assert refused(raw, tmp_path / "lib.dylib").startswith(
+            ("truncated", "not a Mach-O")
+        )
+
+
+def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:
+    (end,) = struct.unpack_from("<I", core, 20)
+    for size in (31, 32, 100, 32 + end // 2, 32 + end, 0x4000, len(core) - 1):
+        refused(core[:size], tmp_path / "lib.dylib")
+
+
+def test_a_newer_macos_is_pretended(tmp_path: Path) -> None:
+    """The same file, refused for 14 and loaded as 26."""
+    good = (CACHE / "metalsim.dylib").read_bytes()
+    bad = signed_again(
+        changed(good, commands(good)[0x32] + 12, struct.pack("<I", 26 << 16))
+    )
+    path = tmp_path / "lib.dylib"
+    assert refused(bad, path) == "needs macOS 26.0, and 14.0 is pretended"
+    assert load(path, macos="26.0").returncode == 0
+
+
+def test_what_the_shims_believe_of_macos_is_in_apples_headers() -> None:
+    native.check_abi()
+
+
+def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
+    place = HERE / "loader"
+    for name in ("macho.h", "abi_check.c"):
+        (tmp_path / name).write_text((place / name).read_text())
+    text = (place / "mac_abi.h").read_text()
+    for true, false in (
+        ("X(O_CREAT, 0x200)", "X(O_CREAT, 0x40)"),
+        ("int32_t dev;", ""),
+    ):
+        assert true in text
+        (tmp_path / "mac_abi.h").write_text(text.replace(true, false))
+        with pytest.raises(SetupError, match=r"static assertion failed"):
+            check = tmp_path / "abi_check.c"
+            native.zig("cc", *native.MACOS, "-c", check, into=tmp_path / "check.o")
+
+
+def test_code_is_not_writable_and_constants_are_not(private_reports: Path) -> None:
+    """What /proc says of the images of a process that has imported everything."""
+    done = Machine().run("""
+        import mlx.core, mlx_safe
+        print(open("/proc/self/maps").read())
+    """)
+    assert done.returncode == 0, done.stderr
+    images = [line for line in done.stdout.splitlines() if ".dylib" in line]
+    assert any("libmlx.dylib" in line for line in images)
+    assert any(" r-xp " in line for line in images)
+    assert not [line for line in images if re.match(r"\S+ .wx", line)]
+
+
+def test_every_wheel_of_ours_is_run_or_named() -> None:
+    built = {
+        path.name.split("-", 2)[2].partition("-macosx")[0]
+        for path in ROOT.glob("dist/mlx_safe-*-macosx_*.whl")
+    }
+    run = {python.wheel for python in PYTHONS.values()}
+    assert built <= run | set(NOT_RUN)

@@ -1,0 +1,133 @@
+"""What each MLX does with a failed command buffer: the table in docs/machrun.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mlx_safe import _mlx_versions
+
+from .runner import Machine
+from .setup.packages import NEWEST, VERSIONS
+from .setup.places import HERE, ROOT
+
+DOCS = ROOT / "docs" / "machrun.md"
+START, END = "<!-- written by tests/machrun -->\n", "<!-- end -->\n"
+LIMIT_S = 600
+AT_ONCE = 4
+WAYS = {"plain": "", "hooks": "hooks", "guard": "hooks, guard"}
+Found = dict[str, dict[str, str]]
+
+
+@cache
+def all_found() -> dict[str, Found]:
+    """Of every version; several at a time, as those that hang only wait."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(VERSIONS, pool.map(cases_of, VERSIONS), strict=True))
+
+
+def found(version: str) -> Found:
+    return all_found()[version]
+
+
+def cases_of(version: str) -> Found:
+    """{how: {case: outcome}}, of one process for each case."""
+    machine = Machine(mlx=version)
+    done = subprocess.run(
+        [str(HERE / "python"), str(HERE / "guest" / "cases.py"), *WAYS],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env={**os.environ, **machine.environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: Found = json.loads(done.stdout)
+    return result
+
+
+def rows(version: str) -> list[str]:
+    """Its rows of the table."""
+    return [
+        f"| {version} | {WAYS[how]} | {' | '.join(outcomes.values())} |"
+        for how, outcomes in found(version).items()
+    ]
+
+
+def table() -> list[str]:
+    heads = list(found(VERSIONS[0])["plain"])
+    head = f"| MLX | with | {' | '.join(heads)} |"
+    line = "|---" * (len(heads) + 2) + "|"
+    return [head, line, *(row for version in VERSIONS for row in rows(version))]
+
+
+def documented() -> str:
+    return DOCS.read_text().split(START)[1].split(END)[0]
+
+
+def write() -> None:
+    """Puts the table into the docs: `make machrun-table`."""
+    before, rest = DOCS.read_text().split(START)
+    after = rest.split(END)[1]
+    DOCS.write_text(f"{before}{START}" + "\n".join(table()) + f"\n{END}{after}")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_table_says_what_each_version_does(
+    version: str, private_reports: Path
+) -> None:
+    text = documented()
+    for row in rows(version):
+        assert row in text, "docs/machrun.md says otherwise: see `make machrun-table`"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_our_table_of_versions_says_the_same(version: str) -> None:
+    """`mlx_safe._mlx_versions`, by which `install` chooses and `doctor` warns."""
+    behaviour = _mlx_versions.behaviour_of(version)
+    alone = set(found(version)["plain"].values())
+    assert (behaviour.raises == "handler") == (alone == {"dies"})
+    assert (behaviour.raises == "nothing") == ("lost" in alone)
+    assert behaviour.can_hang == ("hangs" in alone)
+    dies = "dies" in found(version)["hooks"].values()
+    assert dies == ("ends the process, with the hooks" in behaviour.note)
+
+
+def test_without_hooks_the_intercept_versions_die() -> None:
+    """The control: the simulator's faults are MLX's own death."""
+    for version in ("0.30.6", "0.31.2"):
+        assert set(found(version)["plain"].values()) == {"dies"}
+
+
+def test_the_newest_is_one_of_the_table() -> None:
+    newest = Machine(mlx=NEWEST).version
+    assert newest in VERSIONS, (
+        f"mlx {newest} is out: add it to VERSIONS in setup/packages.py, and run "
+        "`make machrun-table`"
+    )
+
+
+def test_the_message_is_the_one_in_the_readme() -> None:
+    done = Machine(mlx="0.31.2", ours=None).run("""
+        import machpy, mlx.core as mx
+        mx.eval(mx.exp(mx.array([1.0])))
+        machpy.fail(1)
+        mx.eval(mx.exp(mx.array([1.0])))
+    """)
+    assert done.returncode == -6
+    said = re.search(r"terminating due to uncaught exception of type (.*)", done.stderr)
+    assert said is not None and said[1].startswith(
+        "std::runtime_error: [METAL] Command buffer execution failed: "
+        "Insufficient Memory"
+    )
+
+
+if __name__ == "__main__":
+    write()
