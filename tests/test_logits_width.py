@@ -100,7 +100,7 @@ def test_a_model_that_cannot_be_looked_at() -> None:
     with pytest.raises(BadRequest) as caught:
         facts.check_bias({0: 1.0})
     assert caught.value.param == "logit_bias"
-    facts.check_prompt([1, 2, 3], penalties())
+    facts.check_prompt([1, 2, 3], penalties(), "prompt")
 
 
 def penalties(**given: float) -> SimpleNamespace:
@@ -113,13 +113,13 @@ def test_a_penalty_writes_where_the_prompt_says() -> None:
     from mlx_safe.server.replies import BadRequest
 
     facts = ModelFacts(width=40, rows=50)
-    facts.check_prompt([49], penalties())
+    facts.check_prompt([49], penalties(), "prompt")
     with pytest.raises(BadRequest):
-        facts.check_prompt([50], penalties())
+        facts.check_prompt([50], penalties(), "prompt")
     for name in vars(penalties()):
-        facts.check_prompt([39], penalties(**{name: 0.5}))
+        facts.check_prompt([39], penalties(**{name: 0.5}), "prompt")
         with pytest.raises(BadRequest):
-            facts.check_prompt([40], penalties(**{name: 0.5}))
+            facts.check_prompt([40], penalties(**{name: 0.5}), "prompt")
 
 
 # -- what a client sees --------------------------------------------------------------
@@ -232,4 +232,5 @@ def test_a_prompt_with_a_token_that_the_model_does_not_have(
     )
     assert told.status == 400, told.body
     assert "a token that the model does not know" in told.error["message"]
+    assert told.error["param"] == ("messages" if "chat" in path else "prompt")
     assert wide_tokenizer.chat().status == 200

@@ -80,6 +80,7 @@ def test_a_target_that_does_not(
 ) -> None:
     names = {"model": str(types / kind), "draft_model": str(draft_model)}
     before = server.log.count("room for")
+    failures = server.metric("mlx_safe_generation_failures_total")
     for way in ({}, {"seed": 1, "stream": True}):
         told = server.chat(**names, **way)
         assert told.status == 400, told.body
@@ -88,6 +89,8 @@ def test_a_target_that_does_not(
         assert REFUSED[kind] in told.error["message"]
     # What was loaded stays loaded.
     assert server.log.count("room for") == before > 0
+    # A client's mistake is no failure of the server's.
+    assert server.metric("mlx_safe_generation_failures_total") == failures
     assert "Traceback" not in server.log
 
 

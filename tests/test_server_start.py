@@ -140,6 +140,7 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         (("--adapter-path", "/no/adapter"), "--adapter-path /no/adapter"),
         (("--no-such-flag",), "--no-such-flag"),
         (("--max-active-memory-bytes", "5X"), "not '5X'"),
+        (("--served-model-name", "a\tname"), "must be a name"),
     ],
 )
 def test_bad_flags(tiny_model: Path, arguments: tuple[str, ...], contains: str) -> None:

@@ -40,9 +40,7 @@ from .replay import Replays, Resumed
 from .replies import (
     EXPECTED,
     BadRequest,
-    ContextTooLong,
     ModelNotFound,
-    NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
     reply_for,
@@ -319,7 +317,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
         if not found[0]:
             raise BadRequest("The prompt is empty.", prompt_field(request))
-        limits.facts.check_prompt(found[0], args.logits)
+        limits.facts.check_prompt(found[0], args.logits, prompt_field(request))
         # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
         # fail is this request's own.
         for word in args.stop_words:
@@ -485,14 +483,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if isinstance(exc, Held):
             self.admission.hold(ticket)
             return
-        if isinstance(exc, NotEnoughMemory | ContextTooLong):
+        if isinstance(exc, EXPECTED):  # of this request; no failure of the server
             log.info("a request is refused: %s", exc)
             ticket.fail(exc)
             return
         passing = errors.from_exception(exc) or is_allocation_failure(exc)
         if ticket.context is None and not passing:
-            if not isinstance(exc, EXPECTED):
-                log.error("a request could not be begun", exc_info=exc)
+            log.error("a request could not be begun", exc_info=exc)
             self.metrics.failures.labels(reply_for(exc).code).inc()
             ticket.fail(portable(exc))
         else:

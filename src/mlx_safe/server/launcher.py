@@ -201,7 +201,8 @@ def _add_model_flags(parser: Parser) -> None:
 
 
 def _name(text: str) -> str:
-    if not text.strip() or text != text.strip():
+    # One that no request could name: `schema.Name`.
+    if not text.strip() or text != text.strip() or not text.isprintable():
         raise argparse.ArgumentTypeError(f"must be a name, not {text!r}")
     return text
 

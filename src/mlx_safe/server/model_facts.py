@@ -66,13 +66,14 @@ class ModelFacts:
                     param="logit_bias",
                 )
 
-    def check_prompt(self, prompt: list[int], logits: Any) -> None:
+    def check_prompt(self, prompt: list[int], logits: Any, param: str) -> None:
         """Raises `BadRequest` for a prompt with tokens that the model does not have.
 
         A tokenizer can have more than its model: tokens that were added to it alone.
 
         Args:
             logits: mlx-lm's `LogitsProcessorArguments`.
+            param: the field that the prompt is of.
         """
         penalized = any(getattr(logits, name) for name in PENALTIES)
         limit = self.writable if penalized else self.rows
@@ -80,7 +81,8 @@ class ModelFacts:
         if limit is not None and largest >= limit:
             raise BadRequest(
                 f"The prompt has a token that the model does not know ({largest}; it "
-                f"has tokens 0 to {limit - 1})."
+                f"has tokens 0 to {limit - 1}).",
+                param,
             )
 
 
