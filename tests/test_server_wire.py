@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mlx_safe.server import handover, wire
+from mlx_safe.server.request_file import RequestFile
 from support.server import BATCH_RUNS_S, CONTROLLED, Server
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -205,18 +206,16 @@ def test_a_body_that_is_not_read_ends_the_connection(server: Server) -> None:
 def test_what_an_earlier_server_had_read_comes_first() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        earlier = handover.Held(handover.Handover(None), 1, handover.make_file())
+        earlier = RequestFile.make()
         earlier.add(b"x" * 3_000_000)
         earlier.add(b"y")
-        held = handover.Held(handover.Handover(None), 1, earlier._fd)
+        held = handover.Held(handover.Handover(None), 1, RequestFile(earlier.fd))
         reader = io.BufferedReader(wire._Reader(ours, held))
         theirs.sendall(b"z")
         theirs.close()
         assert reader.read() == b"x" * 3_000_000 + b"yz"
         # Should this one die, too, the next has all of it.
-        assert (
-            handover.Held(handover.Handover(None), 1, earlier._fd).taken[-2:] == b"yz"
-        )
+        assert RequestFile(earlier.fd).read()[-2:] == b"yz"
         earlier.close()
 
 

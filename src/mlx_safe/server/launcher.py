@@ -344,8 +344,15 @@ class _Server(ThreadingHTTPServer):
 
     def resume(self, connection: Any) -> None:
         """``connection`` has sent something, or ends."""
-        self._resting.remove(connection)
         self.condition.return_()
+        self._resting.remove(connection)
+
+    def count_reading(self) -> int:
+        """Of those that count, those whose request the supervisor will have."""
+        return sum(
+            held.is_reading and connection not in self._resting
+            for connection, held in list(self._holds.items())
+        )
 
     def shutdown_request(self, request: Any) -> None:
         held = self._holds.pop(request, None)
@@ -535,6 +542,7 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
     for n in told_by:
         signal.signal(n, stop)
     httpd.condition = generator.condition
+    httpd.condition.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)
         httpd.take_over()

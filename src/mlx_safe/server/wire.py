@@ -21,7 +21,8 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from .body import discard
-from .handover import Held, State
+from .handover import Held
+from .request_file import State
 
 __all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
 
@@ -58,6 +59,9 @@ class Resting:
                 with contextlib.suppress(OSError):  # its client was quicker
                     oldest.shutdown(socket.SHUT_RD)  # its thread wakes up
 
+    def __contains__(self, connection: socket.socket) -> bool:
+        return connection in self._sockets
+
     def remove(self, connection: socket.socket) -> None:
         """``connection`` has a request again, or ends."""
         with self._lock:
@@ -87,10 +91,9 @@ class _Reader(io.RawIOBase):
             self._taken = self._taken[count:]
         else:
             try:
-                count = self._connection.recv_into(buffer)
+                count = self._held.receive(self._connection, memoryview(buffer))
             except BlockingIOError:  # only in `Wire._ahead`
                 return None
-            self._held.add(memoryview(buffer)[:count])
         self.count += count
         return count
 
@@ -166,10 +169,13 @@ class Wire(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     server: Any
 
     def setup(self) -> None:
+        # Not `disable_nagle_algorithm`: of a connection that was reset meanwhile, as
+        # health checks are, macOS (xnu) takes no options (EINVAL).
+        with contextlib.suppress(OSError):
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         super().setup()
         self.held: Held = self.server.held(self.connection)
         self._reader = _Reader(self.connection, self.held)
