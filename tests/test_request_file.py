@@ -38,7 +38,7 @@ def connections() -> tuple[socket.socket, socket.socket]:
         return listener.accept()[0], client
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the same piece twice is told apart")
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what came in")
 @pytest.mark.parametrize("text", TEXTS)
 def test_one_server_after_another_is_killed_while_it_reads(text: str) -> None:
     ours, client = connections()

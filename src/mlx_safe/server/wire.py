@@ -10,6 +10,7 @@ Formats: RFC 9112, chunked transfer coding (section 7.1), persistence (9.3).
 from __future__ import annotations
 
 import contextlib
+import email.errors
 import enum
 import io
 import select
@@ -31,6 +32,13 @@ __all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
 KEEP_ALIVE_S = 75.0
 # Each connection has a thread of its own; of those that wait, the oldest goes.
 RESTING_MAX = 256
+
+
+# Of a line among the headers without a name and a colon behind it.
+NO_FIELD = (
+    email.errors.MissingHeaderBodySeparatorDefect,
+    email.errors.FirstHeaderLineIsContinuationDefect,
+)
 
 
 class Framing(enum.Enum):
@@ -172,11 +180,11 @@ class Wire(BaseHTTPRequestHandler):
     server: Any
 
     def setup(self) -> None:
+        super().setup()
         # Not `disable_nagle_algorithm`: of a connection that was reset meanwhile, as
         # health checks are, macOS (xnu) takes no options (EINVAL).
         with contextlib.suppress(OSError):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        super().setup()
         self.held: Held = self.server.held(self.connection)
         self._reader = _Reader(self.connection, self.held)
         self._buffered = io.BufferedReader(self._reader)
@@ -255,7 +263,13 @@ class Wire(BaseHTTPRequestHandler):
         self._head_ends_at = None
         if not super().parse_request():
             return False
-        options = self.headers.get("Connection", "").lower().split(",")
+        if any(isinstance(d, NO_FIELD) for d in self.headers.defects):
+            # What is behind such a line was not read as fields, the length of the
+            # body for one, and the next request would begin in its midst.
+            self.close_connection = True
+            self.send_error(400, "A header cannot be read.")
+            return False
+        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
         if self.request_version != "HTTP/1.1":
             # Such a client, and what stands between, may know nothing of chunks, and
             # of connections that are kept only what the headers of its time said.
@@ -273,7 +287,8 @@ class Wire(BaseHTTPRequestHandler):
         count = self._position() - self._head_ends_at
         if self.headers.get("Transfer-Encoding"):
             return True
-        return bool(self.headers.get("Content-Length", "0").strip() != str(count))
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        return any(length.strip() != str(count) for length in lengths)
 
     # -- answers ------------------------------------------------------------------
 
