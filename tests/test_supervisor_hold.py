@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -276,12 +278,41 @@ def test_a_server_may_take_its_time_to_end(tmp_path: Path) -> None:
         assert client.recv(6) == b"answer"
 
 
-def test_a_connection_that_tells_nothing_of_itself() -> None:
-    """As on macOS one that was reset: neither process may end of it."""
-    reader, writer = os.pipe()
-    os.close(writer)
-    with handover.connection_of(reader) as connection:
-        assert connection.fileno() == reader
+class TellsNothing(socket.socket):
+    """As on macOS one that was reset."""
+
+    def __init__(self, family: int = -1, *kind: int, fileno: int | None = None) -> None:
+        if family == -1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        super().__init__(family, *kind, fileno=fileno)
+
+
+def test_a_connection_that_tells_nothing_of_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither the server nor the supervisor may end of it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        monkeypatch.setattr(socket, "socket", TellsNothing)
+        with handover.connection_of(os.dup(ours.fileno())) as connection:
+            connection.sendall(b"x")
+        assert theirs.recv(1) == b"x"
+
+
+@pytest.mark.usefixtures("no_back_off")
+def test_what_cannot_be_started_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, failures = subprocess.Popen, [OSError(errno.EAGAIN, "no processes")]
+
+    def sometimes(*args: Any, **more: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return start(*args, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", sometimes)
+    assert supervise(tmp_path, "2", "LISTENS", "READY") == (0, 2)
+    assert "cannot be started: no processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -177,12 +177,16 @@ class Supervisor:
         del environment["MLX_SAFE_AUTOINSTALL"]
         with channel:
             with theirs:  # closed here once the child has it
-                self._child = subprocess.Popen(
-                    self._command,
-                    env=environment,
-                    pass_fds=(fd, theirs.fileno()),
-                    stdin=subprocess.DEVNULL,
-                )
+                try:
+                    self._child = subprocess.Popen(
+                        self._command,
+                        env=environment,
+                        pass_fds=(fd, theirs.fileno()),
+                        stdin=subprocess.DEVNULL,
+                    )
+                except OSError as e:  # no memory, no process: that may pass
+                    say(f"the server cannot be started: {e.strerror}")
+                    return 1
             if self._stopping:
                 self._child.terminate()
             while not self._turn(TURN_S, channel):
