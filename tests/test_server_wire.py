@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mlx_safe.server import handover, wire
+from mlx_safe.server.request_file import RequestFile
 from support.server import BATCH_RUNS_S, CONTROLLED, Server
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -202,21 +203,60 @@ def test_a_body_that_is_not_read_ends_the_connection(server: Server) -> None:
     assert head["connection"] == "close"
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "Content-Length: 0\r\nContent-Length: 5",
+        "Content-Length : 5",
+        "a line of its own\r\nContent-Length: 5",
+        " folded\r\nContent-Length: 5",
+        "Connection: x\r\nConnection: close\r\nContent-Length: 5",
+    ],
+)
+def test_a_body_of_unclear_length_ends_the_connection(
+    server: Server, headers: str
+) -> None:
+    """Proxies may read the length otherwise, and pass the body on as such."""
+    with talk(server) as s:
+        request = f"GET /v1/models HTTP/1.1\r\n{headers}\r\n\r\nhello"
+        s.sendall(request.encode() + b"GET /v1/models HTTP/1.1\r\n\r\n")
+        answer = read_all(s)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert head_of(answer)["connection"] == "close"
+
+
+# macOS takes no options for a connection that was reset.
+TAKES_NO_OPTIONS = """
+import errno, socket, sys
+from mlx_safe.cli import main
+def refuse(self, level, *_):
+    if level == socket.IPPROTO_TCP:
+        raise OSError(errno.EINVAL, "Invalid argument")
+    return set_option(self, level, *_)
+set_option, socket.socket.setsockopt = socket.socket.setsockopt, refuse
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_connection_that_takes_no_options_is_no_failure(tiny_model: Path) -> None:
+    with Server(tiny_model, program=TAKES_NO_OPTIONS).wait_ready() as server:
+        assert server.chat().status == 200
+        assert "a handler failed" not in server.log
+
+
 def test_what_an_earlier_server_had_read_comes_first() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        earlier = handover.Held(handover.Handover(None), 1, handover.make_file())
+        earlier = RequestFile.make()
         earlier.add(b"x" * 3_000_000)
         earlier.add(b"y")
-        held = handover.Held(handover.Handover(None), 1, earlier._fd)
+        held = handover.Held(handover.Handover(None), 1, RequestFile(earlier.fd))
         reader = io.BufferedReader(wire._Reader(ours, held))
         theirs.sendall(b"z")
         theirs.close()
         assert reader.read() == b"x" * 3_000_000 + b"yz"
         # Should this one die, too, the next has all of it.
-        assert (
-            handover.Held(handover.Handover(None), 1, earlier._fd).taken[-2:] == b"yz"
-        )
+        assert RequestFile(earlier.fd).read()[-2:] == b"yz"
         earlier.close()
 
 

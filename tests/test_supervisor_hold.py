@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -142,6 +144,25 @@ def test_a_request_that_kills_is_not_run_for_ever(tiny_model: Path) -> None:
         assert server.log.count("ended with status 75") == 2
 
 
+def test_who_still_sends_holds_up_no_restart(tiny_model: Path) -> None:
+    request = raw_chat()
+    inject = "decode:20:4"
+    with Server(tiny_model, "--supervise", inject=inject).wait_ready() as server:
+        with (
+            socket.create_connection(("127.0.0.1", server.port), 90) as silent,
+            socket.create_connection(("127.0.0.1", server.port), 90) as slow,
+        ):
+            slow.sendall(request[:-10])
+            assert server.chat(max_tokens=15).status == 200
+            assert server.chat(max_tokens=15).status == 200
+            assert "could not be answered" not in server.log
+            slow.sendall(request[-10:])
+            silent.sendall(request)
+            for s in (slow, silent):
+                assert s.recv(12) == b"HTTP/1.1 200"
+        assert server.log.count("ended with status 75") >= 1
+
+
 def test_who_comes_while_there_is_no_server_waits_for_it(tmp_path: Path) -> None:
     go = tmp_path / "go"
     with Server(go, program=SUPERVISED) as server:
@@ -226,6 +247,74 @@ def test_a_server_that_worked_may_die_as_often_as_it_likes(tmp_path: Path) -> No
 @pytest.mark.usefixtures("no_back_off")
 def test_one_that_did_not_is_given_up(tmp_path: Path) -> None:
     assert supervise(tmp_path, "9", "LISTENS", "READY") == (1, 6)
+
+
+# One that is given a connection and ends; its files are closed a while before, as those
+# of a large process are on macOS. The next one answers what it is given.
+ENDS_SLOWLY = """
+import os, socket, sys, time
+from mlx_safe.server.handover import Handover, Message
+parent, given = Handover.of_environment(), []
+is_first = not os.path.exists(sys.argv[1])
+open(sys.argv[1], "w").close()
+parent.tell(Message.LISTENS)
+parent.take_over(lambda connection, held: given.append(connection))
+while not given:
+    time.sleep(0.01)
+if is_first:
+    parent._channel.shutdown(socket.SHUT_RDWR)
+    time.sleep(4)
+    sys.exit(1)
+given[0].sendall(b"answer")
+"""
+
+
+@pytest.mark.usefixtures("no_back_off")
+def test_a_server_may_take_its_time_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDS_SLOWLY, str(tmp_path / "lived")]
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname(), 60) as client,
+    ):
+        assert supervisor.Supervisor(listener, command, 30.0).run() == 0
+        assert client.recv(6) == b"answer"
+
+
+class TellsNothing(socket.socket):
+    """As on macOS one that was reset."""
+
+    def __init__(self, family: int = -1, *kind: int, fileno: int | None = None) -> None:
+        if family == -1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        super().__init__(family, *kind, fileno=fileno)
+
+
+def test_a_connection_that_tells_nothing_of_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither the server nor the supervisor may end of it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        monkeypatch.setattr(socket, "socket", TellsNothing)
+        with handover.connection_of(os.dup(ours.fileno())) as connection:
+            connection.sendall(b"x")
+        assert theirs.recv(1) == b"x"
+
+
+@pytest.mark.usefixtures("no_back_off")
+def test_what_cannot_be_started_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, failures = subprocess.Popen, [OSError(errno.EAGAIN, "no processes")]
+
+    def sometimes(*args: Any, **more: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return start(*args, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", sometimes)
+    assert supervise(tmp_path, "2", "LISTENS", "READY") == (0, 2)
+    assert "cannot be started: no processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

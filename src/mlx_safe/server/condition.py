@@ -40,6 +40,8 @@ class Condition:
 
     Attributes:
         restarts: the process is about to leave for another to take its place.
+        count_held: of the clients that count, how many need not be waited for when
+            it restarts: the supervisor keeps what they are sending.
     """
 
     def __init__(self, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -49,6 +51,7 @@ class Condition:
         self._state = "loading"
         self._reason = "the model is being loaded"
         self._answering = 0
+        self.count_held: Callable[[], int] = lambda: 0
         self._leaving = False
         self.restarts = False
         self._refuse_until = 0.0
@@ -105,6 +108,9 @@ class Condition:
         with self._lock:
             self._answering -= 1
 
+    def _waits_for(self) -> int:
+        return self._answering - (self.count_held() if self.restarts else 0)
+
     def leave(self, status: int, answer_rest: Callable[[], None]) -> None:
         """Ends the process with ``status`` once the clients have their answers.
 
@@ -119,12 +125,12 @@ class Condition:
         with self._lock:
             self._leaving = True
         for _ in range(round(ANSWER_TIMEOUT_S / ANSWER_TURN_S)):
-            if not self._answering:
+            if not self._waits_for():
                 break
             answer_rest()
             time.sleep(ANSWER_TURN_S)
-        if self._answering:
-            log.error("%d clients could not be answered", self._answering)
+        if left := self._waits_for():
+            log.error("%d clients could not be answered", left)
         logging.shutdown()
         sys.stdout.flush()
         _reports.remove_run_file()

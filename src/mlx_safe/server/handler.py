@@ -19,7 +19,7 @@ from .answers import Answer
 from .body import Bodies, Hold, discard
 from .choices import GenerationEnded
 from .generator import Asked
-from .handover import Message, State
+from .handover import Message
 from .logprobs import TOP_MAX
 from .metrics import CONTENT_TYPE
 from .model_names import DEFAULT
@@ -31,6 +31,7 @@ from .replies import (
     Reply,
     reply_for,
 )
+from .request_file import State
 from .wire import Wire
 
 __all__ = ["ProtectedHandler"]

@@ -7,9 +7,8 @@ for a request: when the server is dead, by whatever killed it, the files are the
 The parent gives what had no byte of its answer to the next server (`Held.taken`), and
 closes the others, whose clients see that they are cut.
 
-A message is `RECORD`: what, and which connection; files come with it (SCM_RIGHTS). A
-file begins with two bytes, `State` and how many servers died while they ran the
-request; then come the bytes of the request.
+A message is `RECORD`: what, and which connection; files come with it (SCM_RIGHTS):
+the connection and its `request_file`.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ import os
 import select
 import socket
 import struct
-import tempfile
 import threading
 from collections.abc import Callable
 
+from .request_file import RequestFile, State
+
 __all__ = [
-    *("CHANNEL_FD", "Handover", "Held", "Message", "State"),
-    *("HEAD_SIZE", "make_file", "readable", "receive", "send"),
+    *("CHANNEL_FD", "Handover", "Held", "Message"),
+    *("connection_of", "readable", "receive", "send"),
 ]
 
 CHANNEL_FD = "MLX_SAFE_CHANNEL_FD"
 RECORD = struct.Struct("=Bq")
-HEAD_SIZE = 2
 # The parent does nothing but listen; one that is silent for so long is stopped.
 SEND_TIMEOUT_S = 5.0
 
@@ -46,14 +45,6 @@ class Message(enum.IntEnum):
     HOLD = 4  # with the connection and its file
     DONE = 5  # the connection is closed
     TAKE = 6  # the parent's: serve this one, with the connection and its file
-
-
-class State(enum.IntEnum):
-    """How far the request of a connection is."""
-
-    READING = 0  # or waited for
-    RUNNING = 1  # all of it is there, nothing of its answer has been sent
-    BEGUN = 2
 
 
 def send(
@@ -92,15 +83,15 @@ def readable(sockets: list[socket.socket], seconds: float) -> list[socket.socket
     return [by_number[number] for number, _ in poller.poll(seconds * 1000)]
 
 
-def make_file() -> int:
-    """A file without a name, in memory where the system has such."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("mlx-safe-request")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    os.write(fd, bytes(HEAD_SIZE))
-    return fd
+def connection_of(fd: int) -> socket.socket:
+    """The connection that ``fd`` is, whose client may have left by now."""
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        # Python asks of what kind it is, and of a connection that was reset, as by
+        # health checks, macOS (xnu) tells nothing (EINVAL).
+        kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        return socket.socket(*kind, fileno=fd)
 
 
 class Held:
@@ -110,61 +101,47 @@ class Held:
         taken: what an earlier server had read of the request, and did not answer.
     """
 
-    def __init__(self, handover: Handover, key: int, fd: int | None) -> None:
+    def __init__(self, handover: Handover, key: int, file: RequestFile | None) -> None:
         self._handover = handover
         self._key = key
-        self._fd = fd
-        self._state = State.READING
-        self.taken = b""
-        if fd is not None:
-            self._size = os.fstat(fd).st_size
-            self.taken = os.pread(fd, self._size, 0)[HEAD_SIZE:]
+        self._file = file
+        self.taken = b"" if file is None else file.read()
 
-    def add(self, data: bytes | memoryview) -> None:
-        """``data`` of the request was read."""
-        if self._fd is None or self._state is State.BEGUN:
-            return
-        try:
-            self._size += os.pwrite(self._fd, data, self._size)
-        except OSError:  # a full disk: without all of it nobody can run it again
-            self.reach(State.BEGUN)
+    def receive(self, connection: socket.socket, buffer: memoryview) -> int:
+        """Reads from ``connection`` into ``buffer``, as ``recv_into`` does."""
+        if self._file is None:
+            return connection.recv_into(buffer)
+        return self._file.receive(connection, buffer)
 
     def reach(self, state: State) -> None:
         """The request is so far."""
-        if self._fd is None or state is self._state:
-            return
-        self._state = state
-        os.pwrite(self._fd, bytes([state]), 0)
-        if state is State.BEGUN:  # nobody will need what was read of it
-            self._truncate()
+        if self._file is not None and state is not self._file.state:
+            self._file.reach(state)
 
     def next(self, ahead: bytes) -> None:
         """Another request begins, with ``ahead``, which was read already."""
-        if self._fd is None:
-            return
-        self._truncate()
-        self._state = State.READING
-        self.add(ahead)
-        os.pwrite(self._fd, bytes(HEAD_SIZE), 0)
+        if self._file is not None:
+            self._file.next(ahead)
 
-    def _truncate(self) -> None:
-        assert self._fd is not None
-        os.ftruncate(self._fd, HEAD_SIZE)
-        self._size = HEAD_SIZE
+    @property
+    def is_reading(self) -> bool:
+        """Not all of its request is there, and there is a parent that keeps it."""
+        file = self._file
+        return file is not None and file.state is State.READING and self.leave()
 
     def leave(self) -> bool:
         """The next server is to have it; False when there is no parent, or too late."""
         return (
-            self._fd is not None
-            and self._state is not State.BEGUN
+            self._file is not None
+            and self._file.state is not State.BEGUN
             and self._handover.is_there
         )
 
     def close(self) -> None:
         """The connection is closed."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
             self._handover.tell(Message.DONE, self._key)
 
 
@@ -221,11 +198,11 @@ class Handover:
         if self._channel is None:
             return Held(self, 0, None)
         try:
-            key, fd = next(self._keys), make_file()
+            key, file = next(self._keys), RequestFile.make()
         except OSError:  # no more files: it is served, and not held
             return Held(self, 0, None)
-        self.tell(Message.HOLD, key, (connection.fileno(), fd))
-        return Held(self, key, fd)
+        self.tell(Message.HOLD, key, (connection.fileno(), file.fd))
+        return Held(self, key, file)
 
     def take_over(self, serve: Callable[[socket.socket, Held], None]) -> None:
         """Calls ``serve``, on a thread, with what the parent has for this server."""
@@ -244,5 +221,5 @@ class Handover:
             while (got := receive(channel)) is not None:
                 message, key, files = got
                 if message is Message.TAKE and len(files) == 2:
-                    connection = socket.socket(fileno=files[0])
-                    serve(connection, Held(self, key, files[1]))
+                    held = Held(self, key, RequestFile(files[1]))
+                    serve(connection_of(files[0]), held)

@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass
 
 from . import handover
-from .handover import HEAD_SIZE, Message, State
+from .handover import Message
+from .request_file import RequestFile, State
 
 __all__ = ["Holding"]
 
@@ -53,30 +54,19 @@ class _Kept:
     """
 
     connection: socket.socket
-    file: int
+    file: RequestFile
     since: float = math.inf
     looked: bool = False
 
     def close(self) -> None:
         self.connection.close()
-        os.close(self.file)
-
-    @property
-    def size(self) -> int:
-        """Bytes of its request that were read."""
-        return os.fstat(self.file).st_size - HEAD_SIZE
+        self.file.close()
 
     def outlive(self) -> bool:
-        """The server is dead; whether the next one may have it."""
-        state, deaths = os.pread(self.file, HEAD_SIZE, 0)
-        deaths += state == State.RUNNING
-        os.pwrite(self.file, bytes([State.READING, deaths]), 0)
-        return deaths < DEATHS_MAX
-
-    @property
-    def has_begun(self) -> bool:
-        """Something of the answer was sent."""
-        return os.pread(self.file, 1, 0)[0] == State.BEGUN
+        """The server is dead; whether nothing of the answer was sent."""
+        self.file = RequestFile(self.file.fd)  # as the server has left it
+        self.file.settle(self.connection)
+        return self.file.state is not State.BEGUN
 
 
 class Holding:
@@ -110,7 +100,8 @@ class Holding:
     def keep(self, key: int, files: list[int]) -> None:
         """The server has accepted a connection."""
         if len(files) == 2:  # none when this process may not have more
-            self._kept[key] = _Kept(socket.socket(fileno=files[0]), files[1])
+            connection = handover.connection_of(files[0])
+            self._kept[key] = _Kept(connection, RequestFile(files[1]))
         else:
             for fd in files:
                 os.close(fd)
@@ -124,7 +115,7 @@ class Holding:
     def give_to(self, channel: socket.socket) -> None:
         """A server listens: it takes what waits."""
         for key, kept in self._waiting.items():
-            files = (kept.connection.fileno(), kept.file)
+            files = (kept.connection.fileno(), kept.file.fd)
             with contextlib.suppress(OSError):  # it is dead; its end will be heard of
                 handover.send(channel, Message.TAKE, key, files)
             self._kept[key] = kept
@@ -141,9 +132,9 @@ class Holding:
     def server_ended(self) -> None:
         """What it had not begun to answer waits; the others are cut."""
         for kept in self._kept.values():
-            if kept.has_begun:
+            if not kept.outlive():
                 kept.close()
-            elif kept.outlive():
+            elif kept.file.deaths < DEATHS_MAX:
                 self._wait(kept)
             else:
                 self._refuse(kept)
@@ -151,14 +142,14 @@ class Holding:
 
     def accept(self, connection: socket.socket) -> None:
         """A client has come."""
-        self._wait(_Kept(connection, handover.make_file()))
+        self._wait(_Kept(connection, RequestFile.make()))
 
     def _wait(self, kept: _Kept) -> None:
-        size = kept.size + sum(other.size for other in self._waiting.values())
+        size = kept.file.size + sum(other.file.size for other in self._waiting.values())
         if not self._hold_s or len(self) >= CONNECTIONS_MAX or size > BYTES_MAX:
             self._refuse(kept)
             return
-        kept.since = time.monotonic()
+        kept.since, kept.looked = time.monotonic(), False
         self._waiting[next(self._keys)] = kept
 
     def look_round(self) -> None:
@@ -179,8 +170,8 @@ class Holding:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _refuse(self, kept: _Kept) -> threading.Thread:
-        has_asked = kept.size > 0
-        os.close(kept.file)
+        has_asked = kept.file.size > 0
+        kept.file.close()
         answer = _refusal(self.last_start_s)
         thread = threading.Thread(
             target=_answer, args=(kept.connection, answer, has_asked), daemon=True
@@ -193,8 +184,8 @@ def _is_probe(kept: _Kept) -> bool:
     """Looks at what was sent and leaves it there."""
     if kept.looked:
         return False
-    if kept.size:
-        seen = os.pread(kept.file, PROBE_LENGTH, HEAD_SIZE)
+    if kept.file.size:
+        seen = kept.file.read(PROBE_LENGTH)
     else:
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
         try:

@@ -296,8 +296,8 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resting = Resting()
         self.handover = Handover.of_environment()
-        # Connections that an earlier server had, until their handlers have begun;
-        # and those that the next server is to have.
+        # Connections until their handlers have begun, from then on, and those that
+        # the next server is to have.
         self._taken: dict[Any, Held] = {}
         self._holds: dict[Any, Held] = {}
         self._left: set[Any] = set()
@@ -305,8 +305,7 @@ class _Server(ThreadingHTTPServer):
 
     def held(self, connection: Any) -> Held:
         """What the supervisor keeps of ``connection``; asked by its handler."""
-        found = self._taken.pop(connection, None) or self.handover.hold(connection)
-        self._holds[connection] = found
+        found = self._holds[connection] = self._taken.pop(connection)
         return found
 
     def take_over(self) -> None:
@@ -333,10 +332,13 @@ class _Server(ThreadingHTTPServer):
             time.sleep(0.05)  # it waits in the socket's queue, which stays readable
             raise ConnectionAbortedError("the server is leaving")
         try:
-            return super().get_request()
+            connection, address = super().get_request()
         except OSError:
             self.condition.depart()
             raise
+        # At once, and not by its thread: until then nobody else has it.
+        self._taken[connection] = self.handover.hold(connection)
+        return connection, address
 
     def rest(self, connection: Any) -> None:
         """``connection`` has its answer, and is kept."""
@@ -345,11 +347,18 @@ class _Server(ThreadingHTTPServer):
 
     def resume(self, connection: Any) -> None:
         """``connection`` has sent something, or ends."""
-        self._resting.remove(connection)
         self.condition.return_()
+        self._resting.remove(connection)
+
+    def count_reading(self) -> int:
+        """Of those that count, those whose request the supervisor will have."""
+        return sum(
+            held.is_reading and connection not in self._resting
+            for connection, held in list(self._holds.items())
+        )
 
     def shutdown_request(self, request: Any) -> None:
-        held = self._holds.pop(request, None)
+        held = self._holds.pop(request, None) or self._taken.pop(request, None)
         if request not in self._left:
             super().shutdown_request(request)
             if held is not None:
@@ -538,6 +547,7 @@ def _serve_until_told(httpd: _Server, generator: Any) -> None:
     for n in told_by:
         signal.signal(n, stop)
     httpd.condition = generator.condition
+    httpd.condition.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)
         httpd.take_over()

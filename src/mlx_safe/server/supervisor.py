@@ -47,8 +47,10 @@ USER_MISTAKE = 2
 CRASHES_MAX = 5
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0)
 HOLD_S = 60.0
-# As long as a server has closed the channel and lives.
-END_TIMEOUT_S = 2.0
+# So long after the channel was closed a server that still lives is one that goes on
+# without it, and not one that is ending: macOS closes a process's files first, and may
+# take many seconds to free what a large model had.
+END_TIMEOUT_S = 60.0
 TURN_S = 0.2
 FILES_WANTED = 4096
 
@@ -175,12 +177,16 @@ class Supervisor:
         del environment["MLX_SAFE_AUTOINSTALL"]
         with channel:
             with theirs:  # closed here once the child has it
-                self._child = subprocess.Popen(
-                    self._command,
-                    env=environment,
-                    pass_fds=(fd, theirs.fileno()),
-                    stdin=subprocess.DEVNULL,
-                )
+                try:
+                    self._child = subprocess.Popen(
+                        self._command,
+                        env=environment,
+                        pass_fds=(fd, theirs.fileno()),
+                        stdin=subprocess.DEVNULL,
+                    )
+                except OSError as e:  # no memory, no process: that may pass
+                    say(f"the server cannot be started: {e.strerror}")
+                    return 1
             if self._stopping:
                 self._child.terminate()
             while not self._turn(TURN_S, channel):

@@ -10,6 +10,7 @@ Formats: RFC 9112, chunked transfer coding (section 7.1), persistence (9.3).
 from __future__ import annotations
 
 import contextlib
+import email.errors
 import enum
 import io
 import select
@@ -21,7 +22,8 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from .body import discard
-from .handover import Held, State
+from .handover import Held
+from .request_file import State
 
 __all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
 
@@ -30,6 +32,13 @@ __all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
 KEEP_ALIVE_S = 75.0
 # Each connection has a thread of its own; of those that wait, the oldest goes.
 RESTING_MAX = 256
+
+
+# Of a line among the headers without a name and a colon behind it.
+NO_FIELD = (
+    email.errors.MissingHeaderBodySeparatorDefect,
+    email.errors.FirstHeaderLineIsContinuationDefect,
+)
 
 
 class Framing(enum.Enum):
@@ -57,6 +66,9 @@ class Resting:
                 oldest, _ = self._sockets.popitem(last=False)
                 with contextlib.suppress(OSError):  # its client was quicker
                     oldest.shutdown(socket.SHUT_RD)  # its thread wakes up
+
+    def __contains__(self, connection: socket.socket) -> bool:
+        return connection in self._sockets
 
     def remove(self, connection: socket.socket) -> None:
         """``connection`` has a request again, or ends."""
@@ -87,10 +99,9 @@ class _Reader(io.RawIOBase):
             self._taken = self._taken[count:]
         else:
             try:
-                count = self._connection.recv_into(buffer)
+                count = self._held.receive(self._connection, memoryview(buffer))
             except BlockingIOError:  # only in `Wire._ahead`
                 return None
-            self._held.add(memoryview(buffer)[:count])
         self.count += count
         return count
 
@@ -166,11 +177,14 @@ class Wire(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
     server: Any
 
     def setup(self) -> None:
         super().setup()
+        # Not `disable_nagle_algorithm`: of a connection that was reset meanwhile, as
+        # health checks are, macOS (xnu) takes no options (EINVAL).
+        with contextlib.suppress(OSError):
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.held: Held = self.server.held(self.connection)
         self._reader = _Reader(self.connection, self.held)
         self._buffered = io.BufferedReader(self._reader)
@@ -249,7 +263,13 @@ class Wire(BaseHTTPRequestHandler):
         self._head_ends_at = None
         if not super().parse_request():
             return False
-        options = self.headers.get("Connection", "").lower().split(",")
+        if any(isinstance(d, NO_FIELD) for d in self.headers.defects):
+            # What is behind such a line was not read as fields, the length of the
+            # body for one, and the next request would begin in its midst.
+            self.close_connection = True
+            self.send_error(400, "A header cannot be read.")
+            return False
+        options = ",".join(self.headers.get_all("Connection", [])).lower().split(",")
         if self.request_version != "HTTP/1.1":
             # Such a client, and what stands between, may know nothing of chunks, and
             # of connections that are kept only what the headers of its time said.
@@ -267,7 +287,8 @@ class Wire(BaseHTTPRequestHandler):
         count = self._position() - self._head_ends_at
         if self.headers.get("Transfer-Encoding"):
             return True
-        return bool(self.headers.get("Content-Length", "0").strip() != str(count))
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        return any(length.strip() != str(count) for length in lengths)
 
     # -- answers ------------------------------------------------------------------
 
