@@ -156,6 +156,7 @@ OF_CHAT: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": (
         *(1, "x", [], {"tokenize": False}, {"tools": 1}, {"messages": []}),
         *({"chat_template": "x"}, {"return_tensors": "np"}),
+        *({"documents": 1}, {"documents": ["x"]}),
     ),
     "role_mapping": (1, "x", [], {"user": 1}),
     "reasoning_effort": (1, "", []),

@@ -233,6 +233,11 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
     for name in RESERVED:
         if name in value:
             raise refused(f"must not have {name}")
+    documents = value.get("documents")  # transformers goes through them itself
+    if documents is not None and not (
+        isinstance(documents, list) and all(isinstance(d, dict) for d in documents)
+    ):
+        raise refused("must have an array of objects as documents")
     return value
 
 
