@@ -259,13 +259,15 @@ is_first = not os.path.exists(sys.argv[1])
 open(sys.argv[1], "w").close()
 parent.tell(Message.LISTENS)
 parent.take_over(lambda connection, held: given.append(connection))
-while not given:
+end = time.monotonic() + 30
+while not given and time.monotonic() < end:
     time.sleep(0.01)
 if is_first:
     parent._channel.shutdown(socket.SHUT_RDWR)
     time.sleep(4)
     sys.exit(1)
-given[0].sendall(b"answer")
+for connection in given:
+    connection.sendall(b"answer")
 """
 
 
