@@ -123,7 +123,8 @@ typedef struct {
   X(O_DIRECTORY, 0x100000)                                                                      \
   X(O_CLOEXEC, 0x1000000)                                                                       \
   X(F_DUPFD, 0)                                                                                 \
-  X(F_GETFD, 1) X(F_SETFD, 2) X(F_GETFL, 3) X(F_SETFL, 4) X(F_NOCACHE, 48) X(                   \
+  X(F_GETFD, 1)                                                                                 \
+  X(F_SETFD, 2) X(F_GETFL, 3) X(F_SETFL, 4) X(F_NOCACHE, 48) X(                                 \
       F_FULLFSYNC, 51) X(F_DUPFD_CLOEXEC,                                                       \
                          67) X(F_SETNOSIGPIPE,                                                  \
                                73) X(AT_FDCWD, -2) X(AT_SYMLINK_NOFOLLOW,                       \
