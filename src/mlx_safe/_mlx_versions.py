@@ -61,8 +61,8 @@ VERSIONS = (
         (0, 32, 0),
         "nothing",
         "MLX loses faults: mx.eval may return with zeros and raise nothing, so only "
-        "mlx_safe.guard() and epoch() tell; a fault that the CPU's stream waits for ends "
-        "the process, with the hooks, too; 0.32.4 raises them",
+        "mlx_safe.guard() and epoch() tell; a fault that the CPU's stream waits for "
+        "ends the process, with the hooks, too; 0.32.4 raises them",
     ),
     Behaviour(
         (0, 32, 1),
