@@ -47,13 +47,18 @@ def test_a_signal_in_code_for_macos(private_reports: Path) -> None:
         import ctypes, machpy, mlx_safe, mlx.core as mx
         mlx_safe.install(signals=True)
         mx.eval(mx.exp(mx.array([1.0])))
-        # strlen of nothing, called by the simulator's own code
-        machpy.simulator("metalsim_live_objects", ctypes.c_int64, ctypes.c_void_p)(0x10)
+        # a message to what is no object
+        send = machpy.simulator("objc_msgSend", None, ctypes.c_void_p, ctypes.c_void_p)
+        send(0x10, 0x20)
     """)
     assert done.returncode == -11, done.stderr
     report = only_report(private_reports)
     assert report["signal"]["name"] == "SIGSEGV"
     assert report["signal"]["address"] == "0x10"
+    crashed, caller = report["native_stack"][:2]
+    assert crashed["symbol"] == "metalsim_lookup_imp"
+    assert caller["symbol"] == "objc_msgSend"
+    assert crashed["image"].endswith("/metalsim.dylib")
 
 
 def test_a_stack_that_overflows(private_reports: Path) -> None:

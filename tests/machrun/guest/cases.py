@@ -47,7 +47,7 @@ def two_queues() -> None:
 
 
 MANY = 60  # operations: more than MLX puts into one command buffer
-LATE_US, COMPILES_US = 300_000, 1_000_000
+LATE_US, COMPILES_US = 1_500_000, 3_500_000  # on a machine that is busy, too
 
 
 def held_up(last: Callable[[mx.array], mx.array] = mx.tan) -> None:

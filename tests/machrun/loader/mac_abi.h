@@ -112,110 +112,45 @@ typedef struct {
 } MacRuneLocale;
 
 // X(name in Apple's headers, its value): kMac_NAME here.
-// clang-format off: one a line.
-#define MAC_CONSTANTS(X)          \
-  X(O_NONBLOCK, 4)                \
-  X(O_APPEND, 8)                  \
-  X(O_SYNC, 0x80)                 \
-  X(O_NOFOLLOW, 0x100)            \
-  X(O_CREAT, 0x200)               \
-  X(O_TRUNC, 0x400)               \
-  X(O_EXCL, 0x800)                \
-  X(O_DIRECTORY, 0x100000)        \
-  X(O_CLOEXEC, 0x1000000)         \
-  X(F_DUPFD, 0)                   \
-  X(F_GETFD, 1)                   \
-  X(F_SETFD, 2)                   \
-  X(F_GETFL, 3)                   \
-  X(F_SETFL, 4)                   \
-  X(F_NOCACHE, 48)                \
-  X(F_FULLFSYNC, 51)              \
-  X(F_DUPFD_CLOEXEC, 67)          \
-  X(F_SETNOSIGPIPE, 73)           \
-  X(AT_FDCWD, -2)                 \
-  X(AT_SYMLINK_NOFOLLOW, 0x20)    \
-  X(AT_REMOVEDIR, 0x80)           \
-  X(UTIME_NOW, -1)                \
-  X(UTIME_OMIT, -2)               \
-  X(MAP_FIXED, 0x10)              \
-  X(MAP_NORESERVE, 0x40)          \
-  X(MAP_ANON, 0x1000)             \
-  X(SA_ONSTACK, 1)                \
-  X(SA_RESTART, 2)                \
-  X(SA_RESETHAND, 4)              \
-  X(SA_NODEFER, 0x10)             \
-  X(SA_SIGINFO, 0x40)             \
-  X(SS_ONSTACK, 1)                \
-  X(SS_DISABLE, 4)                \
-  X(SI_USER, 0x10001)             \
-  X(SIGEMT, 7)                    \
-  X(SIGBUS, 10)                   \
-  X(SIGSYS, 12)                   \
-  X(SIGURG, 16)                   \
-  X(SIGSTOP, 17)                  \
-  X(SIGTSTP, 18)                  \
-  X(SIGCONT, 19)                  \
-  X(SIGCHLD, 20)                  \
-  X(SIGIO, 23)                    \
-  X(SIGINFO, 29)                  \
-  X(SIGUSR1, 30)                  \
-  X(SIGUSR2, 31)                  \
-  X(SIGABRT, 6)                   \
-  X(SIGSEGV, 11)                  \
-  X(SIGTRAP, 5)                   \
-  X(EDEADLK, 11)                  \
-  X(EAGAIN, 35)                   \
-  X(EINPROGRESS, 36)              \
-  X(EALREADY, 37)                 \
-  X(ENOTSOCK, 38)                 \
-  X(EMSGSIZE, 40)                 \
-  X(EPROTONOSUPPORT, 43)          \
-  X(ENOTSUP, 45)                  \
-  X(EAFNOSUPPORT, 47)             \
-  X(EADDRINUSE, 48)               \
-  X(EADDRNOTAVAIL, 49)            \
-  X(ENETUNREACH, 51)              \
-  X(ECONNABORTED, 53)             \
-  X(ECONNRESET, 54)               \
-  X(ENOBUFS, 55)                  \
-  X(EISCONN, 56)                  \
-  X(ENOTCONN, 57)                 \
-  X(ETIMEDOUT, 60)                \
-  X(ECONNREFUSED, 61)             \
-  X(ELOOP, 62)                    \
-  X(ENAMETOOLONG, 63)             \
-  X(EHOSTUNREACH, 65)             \
-  X(ENOTEMPTY, 66)                \
-  X(ENOLCK, 77)                   \
-  X(ENOSYS, 78)                   \
-  X(EOVERFLOW, 84)                \
-  X(ECANCELED, 89)                \
-  X(EILSEQ, 92)                   \
-  X(_SC_CLK_TCK, 3)               \
-  X(_SC_OPEN_MAX, 5)              \
-  X(_SC_PAGESIZE, 29)             \
-  X(_SC_NPROCESSORS_CONF, 57)     \
-  X(_SC_NPROCESSORS_ONLN, 58)     \
-  X(CLOCK_REALTIME, 0)            \
-  X(CLOCK_MONOTONIC_RAW, 4)       \
-  X(CLOCK_MONOTONIC, 6)           \
-  X(CLOCK_UPTIME_RAW, 8)          \
-  X(CLOCK_PROCESS_CPUTIME_ID, 12) \
-  X(CLOCK_THREAD_CPUTIME_ID, 16)  \
-  X(SOL_SOCKET, 0xffff)           \
-  X(SO_REUSEADDR, 4)              \
-  X(SO_KEEPALIVE, 8)              \
-  X(SO_REUSEPORT, 0x200)          \
-  X(SO_SNDBUF, 0x1001)            \
-  X(SO_RCVBUF, 0x1002)            \
-  X(AF_INET6, 30)                 \
-  X(MSG_DONTWAIT, 0x80)           \
-  X(MSG_WAITALL, 0x40)            \
-  X(AI_PASSIVE, 1)                \
-  X(AI_CANONNAME, 2)              \
-  X(AI_NUMERICHOST, 4)            \
-  X(PTHREAD_MUTEX_RECURSIVE, 2)   \
-  X(PTHREAD_MUTEX_ERRORCHECK, 1)  \
+// clang-format off
+#define MAC_CONSTANTS(X)                                                      \
+  X(O_NONBLOCK, 4)                                                            \
+  X(O_APPEND, 8)                                                              \
+  X(O_SYNC, 0x80)                                                             \
+  X(O_NOFOLLOW, 0x100)                                                        \
+  X(O_CREAT, 0x200)                                                           \
+  X(O_TRUNC, 0x400)                                                           \
+  X(O_EXCL, 0x800)                                                            \
+  X(O_DIRECTORY, 0x100000)                                                    \
+  X(O_CLOEXEC, 0x1000000)                                                     \
+  X(F_DUPFD, 0) X(F_GETFD, 1) X(F_SETFD, 2) X(F_GETFL, 3) X(F_SETFL, 4)       \
+  X(F_NOCACHE, 48) X(F_FULLFSYNC, 51) X(F_DUPFD_CLOEXEC, 67)                  \
+  X(F_SETNOSIGPIPE, 73)                                                       \
+  X(AT_FDCWD, -2) X(AT_SYMLINK_NOFOLLOW, 0x20) X(AT_REMOVEDIR, 0x80)          \
+  X(UTIME_NOW, -1) X(UTIME_OMIT, -2)                                          \
+  X(MAP_FIXED, 0x10) X(MAP_NORESERVE, 0x40) X(MAP_ANON, 0x1000)               \
+  X(SA_ONSTACK, 1) X(SA_RESTART, 2) X(SA_RESETHAND, 4) X(SA_NODEFER, 0x10)    \
+  X(SA_SIGINFO, 0x40) X(SS_ONSTACK, 1) X(SS_DISABLE, 4) X(SI_USER, 0x10001)   \
+  X(SIGEMT, 7) X(SIGBUS, 10) X(SIGSYS, 12) X(SIGURG, 16) X(SIGSTOP, 17)       \
+  X(SIGTSTP, 18) X(SIGCONT, 19) X(SIGCHLD, 20) X(SIGIO, 23) X(SIGINFO, 29)    \
+  X(SIGUSR1, 30) X(SIGUSR2, 31) X(SIGABRT, 6) X(SIGSEGV, 11) X(SIGTRAP, 5)    \
+  X(EDEADLK, 11) X(EAGAIN, 35) X(EINPROGRESS, 36) X(EALREADY, 37)             \
+  X(ENOTSOCK, 38) X(EMSGSIZE, 40) X(EPROTONOSUPPORT, 43) X(ENOTSUP, 45)       \
+  X(EAFNOSUPPORT, 47) X(EADDRINUSE, 48) X(EADDRNOTAVAIL, 49)                  \
+  X(ENETUNREACH, 51) X(ECONNABORTED, 53) X(ECONNRESET, 54) X(ENOBUFS, 55)     \
+  X(EISCONN, 56) X(ENOTCONN, 57) X(ETIMEDOUT, 60) X(ECONNREFUSED, 61)         \
+  X(ELOOP, 62) X(ENAMETOOLONG, 63) X(EHOSTUNREACH, 65) X(ENOTEMPTY, 66)       \
+  X(ENOLCK, 77) X(ENOSYS, 78) X(EOVERFLOW, 84) X(ECANCELED, 89) X(EILSEQ, 92) \
+  X(_SC_CLK_TCK, 3) X(_SC_OPEN_MAX, 5) X(_SC_PAGESIZE, 29)                    \
+  X(_SC_NPROCESSORS_CONF, 57) X(_SC_NPROCESSORS_ONLN, 58)                     \
+  X(CLOCK_REALTIME, 0) X(CLOCK_MONOTONIC_RAW, 4) X(CLOCK_MONOTONIC, 6)        \
+  X(CLOCK_UPTIME_RAW, 8) X(CLOCK_PROCESS_CPUTIME_ID, 12)                      \
+  X(CLOCK_THREAD_CPUTIME_ID, 16)                                              \
+  X(SOL_SOCKET, 0xffff) X(SO_REUSEADDR, 4) X(SO_KEEPALIVE, 8)                 \
+  X(SO_REUSEPORT, 0x200) X(SO_SNDBUF, 0x1001) X(SO_RCVBUF, 0x1002)            \
+  X(AF_INET6, 30) X(MSG_DONTWAIT, 0x80) X(MSG_WAITALL, 0x40)                  \
+  X(AI_PASSIVE, 1) X(AI_CANONNAME, 2) X(AI_NUMERICHOST, 4)                    \
+  X(PTHREAD_MUTEX_RECURSIVE, 2) X(PTHREAD_MUTEX_ERRORCHECK, 1)                \
   X(RUSAGE_INFO_V0, 0)
 // clang-format on
 

@@ -38,8 +38,9 @@ double mac___exp10(double x) { return exp10(x); }
   }
 #define SIMD_ONE(X)                                                           \
   X(acos)                                                                     \
-  X(acosh) X(asin) X(asinh) X(atan) X(atanh) X(cosh) X(expm1) X(log) X(log10) \
-      X(log1p) X(log2) X(sinh) X(tan) X(tanh)
+  X(acosh)                                                                    \
+  X(asin) X(asinh) X(atan) X(atanh) X(cosh) X(expm1) X(log) X(log10) X(log1p) \
+      X(log2) X(sinh) X(tan) X(tanh)
 #define SIMD_TWO(X) X(atan2) X(pow) X(remainder)
 SIMD_ONE(ONE)
 SIMD_TWO(TWO)

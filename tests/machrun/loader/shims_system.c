@@ -17,14 +17,15 @@
 // ---- errno -----------------------------------------------------------------
 
 // Below 35 the numbers are the same, but for these two and EDEADLK.
-#define EACH_ERRNO(X)                                                        \
-  X(EDEADLK)                                                                 \
-  X(EAGAIN) X(EINPROGRESS) X(EALREADY) X(ENOTSOCK) X(EMSGSIZE)               \
-      X(EPROTONOSUPPORT) X(ENOTSUP) X(EAFNOSUPPORT) X(EADDRINUSE)            \
-          X(EADDRNOTAVAIL) X(ENETUNREACH) X(ECONNABORTED) X(ECONNRESET)      \
-              X(ENOBUFS) X(EISCONN) X(ENOTCONN) X(ETIMEDOUT) X(ECONNREFUSED) \
-                  X(ELOOP) X(ENAMETOOLONG) X(EHOSTUNREACH) X(ENOTEMPTY)      \
-                      X(ENOLCK) X(ENOSYS) X(EOVERFLOW) X(ECANCELED) X(EILSEQ)
+#define EACH_ERRNO(X)                                                          \
+  X(EDEADLK)                                                                   \
+  X(EAGAIN)                                                                    \
+  X(EINPROGRESS) X(EALREADY) X(ENOTSOCK) X(EMSGSIZE) X(EPROTONOSUPPORT)        \
+      X(ENOTSUP) X(EAFNOSUPPORT) X(EADDRINUSE) X(EADDRNOTAVAIL) X(ENETUNREACH) \
+          X(ECONNABORTED) X(ECONNRESET) X(ENOBUFS) X(EISCONN) X(ENOTCONN)      \
+              X(ETIMEDOUT) X(ECONNREFUSED) X(ELOOP) X(ENAMETOOLONG)            \
+                  X(EHOSTUNREACH) X(ENOTEMPTY) X(ENOLCK) X(ENOSYS)             \
+                      X(EOVERFLOW) X(ECANCELED) X(EILSEQ)
 
 int mac_errno_of(int number) {
   switch (number) {

@@ -34,6 +34,7 @@ _machrun_sigtramp:
   SAVED(27, 0xe8, 0x01)
   SAVED(28, 0xf0, 0x01)     // 240
   SAVED(29, 0xf8, 0x01)     // 248
+  SAVED(30, 0x80, 0x02)     // 256: what crashed may be a leaf
   SAVED(32, 0x90, 0x02)     // pc, 272
   .cfi_return_column 32
   mov x8, x0

@@ -8,61 +8,54 @@
 #include "machrun.h"
 
 // Has an ABI of its own: a function or object mac_NAME of this loader.
-#define SHIMS(X)                                                               \
-  /* text */                                                                   \
-  X(printf)                                                                    \
-  X(fprintf) X(snprintf) X(snprintf_l) X(asprintf_l) X(sscanf) X(swprintf)     \
-      X(vfprintf) X(vsnprintf) X(newlocale) X(freelocale) X(setlocale)         \
-          X(localeconv_l) X(___mb_cur_max_l) X(strtod_l) X(strtof_l)           \
-              X(wcstold) X(strcoll_l) X(strxfrm_l) X(wcscoll_l) X(wcsxfrm_l)   \
-                  X(strftime_l) X(btowc_l) X(wctob_l) X(mbrlen_l) X(mbrtowc_l) \
-                      X(mbtowc_l) X(wcrtomb_l) X(mbsnrtowcs_l) X(mbsrtowcs_l)  \
-                          X(wcsnrtombs_l) X(_DefaultRuneLocale) X(__maskrune)  \
-                              X(__maskrune_l) X(__tolower) X(__toupper)        \
-                                  X(___tolower_l) X(___toupper_l) X(catopen)   \
-                                      X(catgets) X(catclose) /* threads */     \
-      X(pthread_mutexattr_init) X(pthread_mutexattr_settype)                   \
-          X(pthread_mutexattr_destroy) X(pthread_mutex_init)                   \
-              X(pthread_mutex_lock) X(pthread_mutex_trylock)                   \
-                  X(pthread_mutex_unlock) X(pthread_mutex_destroy)             \
-                      X(pthread_cond_wait) X(pthread_cond_timedwait) X(        \
-                          pthread_cond_signal) X(pthread_cond_broadcast)       \
-                          X(pthread_cond_destroy) X(pthread_rwlock_rdlock) X(  \
-                              pthread_rwlock_wrlock) X(pthread_rwlock_unlock)  \
-                              X(pthread_create) X(pthread_key_create)          \
-                                  X(pthread_threadid_np)                       \
-                                      X(pthread_mach_thread_np)                \
-                                          X(dispatch_once_f) X(__ulock_wait)   \
-                                              X(__ulock_wake) /* signals */    \
-      X(sigaction) X(sigaltstack) X(raise) X(sigsetjmp)                        \
-          X(siglongjmp) /* the system */                                       \
-      X(__error) X(strerror_r) X(__assert_rtn) X(open) X(openat) X(fcntl)      \
-          X(stat) X(lstat) X(fstat) X(statvfs) X(readdir) X(utimensat)         \
-              X(fchmodat) X(unlinkat) X(copyfile_state_alloc)                  \
-                  X(copyfile_state_free) X(fcopyfile) X(vm_page_size) X(       \
-                      __stack_chk_guard) X(__stack_chk_fail) X(__stdinp)       \
-                      X(__stdoutp) X(__stderrp) X(mmap) X(memset_pattern16) X( \
-                          clock_gettime) X(sysconf) X(sysctlbyname) X(uname)   \
-                          X(proc_pid_rusage) X(_availability_version_check)    \
-                              X(_dyld_find_unwind_sections)                    \
-                                  X(_dyld_register_func_for_remove_image)      \
-                                      X(__cxa_atexit) X(_tlv_bootstrap) X(     \
-                                          __chkstk_darwin) X(dyld_stub_binder) \
-                                          X(dladdr) X(dlopen) X(dlsym)         \
-                                              X(dlerror)                       \
-                                                  X(dlclose) /* sockets */     \
-      X(socket) X(bind) X(connect) X(accept) X(setsockopt) X(send) X(recv)     \
-          X(getaddrinfo) X(freeaddrinfo) /* mathematics */                     \
-      X(__sincos_stret) X(__sincosf_stret) X(__exp10)
+// clang-format off
+#define SHIMS(X)                                                              \
+  /* text */                                                                  \
+  X(printf) X(fprintf) X(snprintf) X(snprintf_l) X(asprintf_l) X(sscanf)      \
+  X(swprintf) X(vfprintf) X(vsnprintf) X(newlocale) X(freelocale)             \
+  X(setlocale) X(localeconv_l) X(___mb_cur_max_l) X(strtod_l) X(strtof_l)     \
+  X(wcstold) X(strcoll_l) X(strxfrm_l) X(wcscoll_l) X(wcsxfrm_l)              \
+  X(strftime_l) X(btowc_l) X(wctob_l) X(mbrlen_l) X(mbrtowc_l) X(mbtowc_l)    \
+  X(wcrtomb_l) X(mbsnrtowcs_l) X(mbsrtowcs_l) X(wcsnrtombs_l)                 \
+  X(_DefaultRuneLocale) X(__maskrune) X(__maskrune_l) X(__tolower)            \
+  X(__toupper) X(___tolower_l) X(___toupper_l) X(catopen) X(catgets)          \
+  X(catclose)                                                                 \
+  /* threads */                                                               \
+  X(pthread_mutexattr_init) X(pthread_mutexattr_settype)                      \
+  X(pthread_mutexattr_destroy) X(pthread_mutex_init) X(pthread_mutex_lock)    \
+  X(pthread_mutex_trylock) X(pthread_mutex_unlock) X(pthread_mutex_destroy)   \
+  X(pthread_cond_wait) X(pthread_cond_timedwait) X(pthread_cond_signal)       \
+  X(pthread_cond_broadcast) X(pthread_cond_destroy) X(pthread_rwlock_rdlock)  \
+  X(pthread_rwlock_wrlock) X(pthread_rwlock_unlock) X(pthread_create)         \
+  X(pthread_key_create) X(pthread_threadid_np) X(pthread_mach_thread_np)      \
+  X(dispatch_once_f) X(__ulock_wait) X(__ulock_wake)                          \
+  /* signals */                                                               \
+  X(sigaction) X(sigaltstack) X(raise) X(sigsetjmp) X(siglongjmp)             \
+  /* the system */                                                            \
+  X(__error) X(strerror_r) X(__assert_rtn) X(open) X(openat) X(fcntl)         \
+  X(stat) X(lstat) X(fstat) X(statvfs) X(readdir) X(utimensat) X(fchmodat)    \
+  X(unlinkat) X(copyfile_state_alloc) X(copyfile_state_free) X(fcopyfile)     \
+  X(vm_page_size) X(__stack_chk_guard) X(__stack_chk_fail) X(__stdinp)        \
+  X(__stdoutp) X(__stderrp) X(mmap) X(memset_pattern16) X(clock_gettime)      \
+  X(sysconf) X(sysctlbyname) X(uname) X(proc_pid_rusage)                      \
+  X(_availability_version_check) X(_dyld_find_unwind_sections)                \
+  X(_dyld_register_func_for_remove_image) X(__cxa_atexit) X(_tlv_bootstrap)   \
+  X(__chkstk_darwin) X(dyld_stub_binder) X(dladdr) X(dlopen) X(dlsym)         \
+  X(dlerror) X(dlclose)                                                       \
+  /* sockets */                                                               \
+  X(socket) X(bind) X(connect) X(accept) X(setsockopt) X(send) X(recv)        \
+  X(getaddrinfo) X(freeaddrinfo)                                              \
+  /* mathematics */                                                           \
+  X(__sincos_stret) X(__sincosf_stret) X(__exp10)
 #define SIMD(X)                                                               \
-  X(acos)                                                                     \
-  X(acosh) X(asin) X(asinh) X(atan) X(atan2) X(atanh) X(cosh) X(expm1) X(log) \
-      X(log10) X(log1p) X(log2) X(pow) X(remainder) X(sinh) X(tan) X(tanh)
-#define PYTHON(X)                                                   \
-  X(PyErr_Format)                                                   \
-  X(PyErr_FormatV) X(PyUnicode_FromFormat) X(PyUnicode_FromFormatV) \
-      X(Py_BuildValue) X(PyErr_WarnFormat) X(PyTuple_Pack)          \
-          X(PyObject_CallMethod) X(PyErr_FormatUnraisable)
+  X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atan2) X(atanh) X(cosh)         \
+  X(expm1) X(log) X(log10) X(log1p) X(log2) X(pow) X(remainder) X(sinh)       \
+  X(tan) X(tanh)
+#define PYTHON(X)                                                             \
+  X(PyErr_Format) X(PyErr_FormatV) X(PyUnicode_FromFormat)                    \
+  X(PyUnicode_FromFormatV) X(Py_BuildValue) X(PyErr_WarnFormat) X(PyTuple_Pack) \
+  X(PyObject_CallMethod) X(PyErr_FormatUnraisable)
+// clang-format on
 
 // The same on both systems: numbers, pointers, and structures of the same
 // layout (timespec, tm, div_t, lconv in "C"), no flags but access modes and
