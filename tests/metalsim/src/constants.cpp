@@ -5,7 +5,11 @@
 
 using namespace metalsim;
 
-#define METALSIM_STRING(name) METALSIM_EXPORT id name = make_string(#name);
+// Declared first: the linkage and the visibility are of a declaration.
+#define METALSIM_CONSTANT(name, value) \
+  METALSIM_EXPORT id name;             \
+  id name = make_string(value);
+#define METALSIM_STRING(name) METALSIM_CONSTANT(name, #name)
 #define METALSIM_COUNTER(name) METALSIM_STRING(MTLCommonCounter##name)
 
 METALSIM_STRING(MTLBinaryArchiveDomain)
@@ -55,6 +59,5 @@ METALSIM_STRING(NSRecoveryAttempterErrorKey)
 METALSIM_STRING(NSStringEncodingErrorKey)
 METALSIM_STRING(NSURLErrorKey)
 
-METALSIM_EXPORT id NSLocalizedDescriptionKey =
-    make_string("NSLocalizedDescription");
-METALSIM_EXPORT id NSUnderlyingErrorKey = make_string("NSUnderlyingError");
+METALSIM_CONSTANT(NSLocalizedDescriptionKey, "NSLocalizedDescription")
+METALSIM_CONSTANT(NSUnderlyingErrorKey, "NSUnderlyingError")
