@@ -21,7 +21,7 @@ os.environ["MLX_SAFE_REPORT_DIR"] = _reports_of_this_process.name
 
 # What reads wheels needs the tools of `make check-wheels` and `make contract`.
 READS_WHEELS = importlib.util.find_spec("lief") is not None
-collect_ignore = [] if READS_WHEELS else ["contract", "packaging"]
+collect_ignore = [] if READS_WHEELS else ["contract", "machrun", "packaging"]
 # And what needs clients and proxies those of `make test-clients`.
 HAS_CLIENTS = os.environ.get("MLX_SAFE_TEST_CLIENTS") == "1"
 collect_ignore += [] if HAS_CLIENTS else ["clients"]
@@ -44,7 +44,8 @@ def pytest_report_header() -> list[str]:
     lines = []
     if not READS_WHEELS:
         lines.append(
-            "tests/contract, tests/packaging: left out: make contract, check-wheels"
+            "tests/contract, tests/machrun, tests/packaging: left out: make contract, "
+            "machrun, check-wheels"
         )
     if not HAS_CLIENTS:
         lines.append("tests/clients: left out: make test-clients")
