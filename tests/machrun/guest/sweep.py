@@ -1,9 +1,16 @@
-"""Faults in every command buffer of an evaluation, under the hooks: sweep.py COUNT.
+"""Faults in every command buffer of an evaluation, under the hooks.
+
+sweep.py WITH_CPU WITHOUT_CPU SECONDS: how many evaluations must fail with the CPU's
+stream between the GPU's, and without it; and how long four threads run.
 
 Each evaluation has a fault planned for its first, second … buffer, once or for good,
 with each code, with handlers that come late or not, and is run under the guard: it
 must raise if a buffer of it has failed, and must not if none has. Prints a JSON
-object of what was counted; COUNT is how many failed evaluations there must be.
+object of what was counted.
+
+From 0.32.1 on MLX counts a task too many now and then when an error of the CPU's stream
+surfaces, and waits for ever once it has counted ten (docs/metal.md): there only a short
+part goes over the CPU.
 """
 
 from __future__ import annotations
@@ -26,15 +33,15 @@ FIRST = (1, 2, 3, 4)
 THREADS = 4
 
 
-def evaluate(second: mx.Stream) -> None:
+def evaluate(second: mx.Stream, cpu: bool) -> None:
     """Several buffers on two GPU streams, and the CPU between."""
     x = mx.exp(mx.array([1.0, 2.0]))
-    y = mx.add(x, 1, stream=mx.cpu)
+    y = mx.add(x, 1, stream=mx.cpu if cpu else mx.gpu)
     z = mx.sin(y, stream=second)
     mx.eval(mx.exp(z), y)
 
 
-def sweep(count: int) -> dict[str, int]:
+def sweep(count: int, cpu: bool) -> dict[str, int]:
     second = mx.new_stream(mx.gpu)
     found = dict.fromkeys(
         ("evaluations", "faults", "told", "silent", "untrue", "other"), 0
@@ -49,7 +56,7 @@ def sweep(count: int) -> dict[str, int]:
         told = False
         try:
             with mlx_safe.guard():
-                evaluate(second)
+                evaluate(second, cpu)
         except mlx_safe.MetalError:
             told = True
         except Exception as e:
@@ -72,7 +79,7 @@ def settle(second: mx.Stream) -> None:
             mx.synchronize(stream)
 
 
-def threads(seconds: float) -> dict[str, int]:
+def threads(seconds: float, cpu: bool) -> dict[str, int]:
     """Four threads with a stream each, and a fault every 5 ms."""
     found = dict.fromkeys(("fine", "told", "other"), 0)
     lock = threading.Lock()
@@ -86,7 +93,7 @@ def threads(seconds: float) -> dict[str, int]:
                 x = mx.ones((64,), stream=stream)
                 for _ in range(20):
                     x = mx.sin(x, stream=stream)
-                mx.eval(mx.add(x, 1, stream=mx.cpu))
+                mx.eval(mx.add(x, 1, stream=mx.cpu if cpu else stream))
             except RuntimeError as e:
                 kind = (
                     "told" if "Command buffer execution failed" in str(e) else "other"
@@ -114,8 +121,9 @@ if __name__ == "__main__":
         "verified": status.verified,
         "hooked": len(status.hooked),
         "reasons": list(status.reasons),
-        "sweep": sweep(int(sys.argv[1])),
-        "threads": threads(float(sys.argv[2])),
+        "over the CPU": sweep(int(sys.argv[1]), True),
+        "on the GPU": sweep(int(sys.argv[2]), False),
+        "threads": threads(float(sys.argv[3]), status.mode == "intercept"),
     }
     result["counters"] = _core.metal_counters()
     print(json.dumps(result))

@@ -1,0 +1,111 @@
+"""What tools/check_wheel.py refuses, as behaviour: a wheel that is linked wrongly.
+
+Each change is made in the bytes of our real extension module, and signed again. It
+loads, and then what the rule guards goes wrong.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .runner import Machine
+from .setup.packages import get_ours
+from .setup.places import MAIN, PYTHONS
+from .test_loader import OURS, changed, commands, signed_again
+
+SECTION, SEGMENT = 80, 72
+
+
+def section(raw: bytes, name: bytes) -> tuple[int, int]:
+    """(offset, size) of a section of __TEXT."""
+    at = commands(raw)[0x19]
+    (count,) = struct.unpack_from("<I", raw, at + 64)
+    for i in range(count):
+        start = at + SEGMENT + SECTION * i
+        if raw[start : start + 16].rstrip(b"\0") == name:
+            _, size, offset = struct.unpack_from("<2QI", raw, start + 32)
+            return offset, size
+    raise AssertionError(f"no section {name!r}")
+
+
+def unchanged(raw: bytes) -> bytes:
+    return raw
+
+
+def without_unwind_tables(raw: bytes) -> bytes:
+    """`__unwind_info` without an entry for any function."""
+    offset, size = section(raw, b"__unwind_info")
+    return changed(raw, offset + 4, bytes(size - 4))
+
+
+def without_exception_tables(raw: bytes) -> bytes:
+    """`__gcc_except_tab` whose call sites catch nothing."""
+    offset, size = section(raw, b"__gcc_except_tab")
+    return changed(raw, offset, bytes(size))
+
+
+def bound(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    """What binds to `old` binds to `new`."""
+    assert len(old) == len(new)
+
+    def change(raw: bytes) -> bytes:
+        assert b"\0" + old + b"\0" in raw or old + b"\0" in raw
+        return raw.replace(old + b"\0", new + b"\0")
+
+    change.__name__ = old.decode()
+    return change
+
+
+# Were these of a libc++ of its own, they would be other objects: as here.
+OTHER_TYPE = bound(b"__ZTISt13runtime_error", b"__ZTINSt3__18ios_baseE")
+OTHER_PERSONALITY = bound(b"___gxx_personality_v0", b"___cxa_free_exception")
+
+CALLS = """
+    import machpy, mlx_safe, mlx.core as mx
+    mlx_safe.install()
+    mx.eval(mx.exp(mx.array([1.0])))
+    machpy.fail(1)
+    try:
+        mx.eval(mx.exp(mx.array([1.0])))
+        print("nothing raised")
+    except RuntimeError as e:
+        print(type(e).__name__)
+    try:
+        mlx_safe.install(mode="nonsense")
+    except ValueError:
+        print("ValueError")
+"""
+GOOD = ["RuntimeError", "ValueError"]
+
+
+def said(change: Callable[[bytes], bytes], tmp_path: Path) -> tuple[int, list[str]]:
+    """(status, lines) of a process with the changed wheel."""
+    wheel = tmp_path / "wheel"
+    shutil.copytree(get_ours(PYTHONS[MAIN]), wheel)
+    module = wheel / OURS
+    module.write_bytes(signed_again(change(module.read_bytes())))
+    done = Machine(mlx="0.31.2", ours=wheel).run(CALLS, limit=120)
+    return done.returncode, done.stdout.split()
+
+
+def test_the_wheel_as_it_is(tmp_path: Path) -> None:
+    assert said(unchanged, tmp_path) == (0, GOOD)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [without_unwind_tables, without_exception_tables, OTHER_TYPE, OTHER_PERSONALITY],
+    ids=lambda change: change.__name__,
+)
+def test_what_the_checker_refuses_goes_wrong(
+    change: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    status, lines = said(change, tmp_path)
+    assert (status, lines) != (0, GOOD)
+    # By a death, not by the loader's refusal.
+    assert status != 2
