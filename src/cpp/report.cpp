@@ -172,6 +172,13 @@ void stacks_sections(JsonWriter& json, const Event& event) noexcept {
   dump_python_stacks(json);
 }
 
+// A thread that has begun to write it may create it after it was removed, and
+// not live to see that the process dies. Async-signal-safe; the thread that
+// writes it may be this one.
+void wait_for_run_file() noexcept {
+  for (int ms = 0; ms < 50 && g_state.run_file_busy.load(); ++ms) sleep_ms(1);
+}
+
 void write_sections(JsonWriter& json, const Event& event) noexcept {
   json.begin_object();
   sections::head(json, event, g_state.argv0, g_state.started_ns);
@@ -179,6 +186,7 @@ void write_sections(JsonWriter& json, const Event& event) noexcept {
   // From here on the report tells of the death, and the run file need not.
   if (event.terminal) {
     g_state.death_told.store(true);
+    wait_for_run_file();
     remove_run_file();
   }
   sections::memory(json);
