@@ -53,11 +53,27 @@ def cases_of(version: str) -> Found:
     return result
 
 
+# MLX's handler has let the second queue go on, and is about to store the error, when
+# the evaluation looks for one: which is first differs from run to run.
+RACES = {
+    "0.32.0": "lost or raised",
+    **dict.fromkeys(("0.32.1", "0.32.2", "0.32.3", "0.32.4"), "late or raised"),
+}
+
+
+def cells(version: str, how: str) -> list[str]:
+    outcomes = dict(found(version)[how])
+    both = RACES.get(version, "")
+    if how == "plain" and outcomes["two GPU streams"] in both.split(" or "):
+        outcomes["two GPU streams"] = both
+    return list(outcomes.values())
+
+
 def rows(version: str) -> list[str]:
     """Its rows of the table."""
     return [
-        f"| {version} | {WAYS[how]} | {' | '.join(outcomes.values())} |"
-        for how, outcomes in found(version).items()
+        f"| {version} | {name} | {' | '.join(cells(version, how))} |"
+        for how, name in WAYS.items()
     ]
 
 
