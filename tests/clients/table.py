@@ -45,6 +45,8 @@ def cell(case: Case, client: Client, found: Outcome, whole: Outcome) -> str:
     if found.told:
         status = f" {found.status}" if found.status and found.status >= 400 else ""
         return f"`{found.error.split('.')[-1].strip()}`{status}"
+    if "has hit a token limit" in found.message:  # aider's words for a full context
+        return "`has hit a token limit`"
     if found.text != whole.text:
         return "**silent truncation**"
     if case.name.startswith("503"):
