@@ -20,7 +20,6 @@ from ..memory.sizes import parse_size
 from . import compat, ranks, supervisor
 from .body import DEFAULT_MAX_BYTES, Bodies
 from .handover import Handover, Held, Message
-from .overflow import Overflow
 from .wire import Resting
 
 __all__ = ["check_paths", "run", "serve"]
@@ -28,6 +27,7 @@ __all__ = ["check_paths", "run", "serve"]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .condition import Condition
+    from .overflow import Overflow
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -396,6 +396,9 @@ def run(
     check_paths(model_provider.cli_args)
     _check_kv_flags(own, model_provider.cli_args)
     _check_model_flags(own, model_provider.cli_args)
+    # Not before mlx is known to be there, and sound: it imports it.
+    from .overflow import Overflow
+
     overflow = Overflow(
         own.max_prompt_tokens, own.prompt_overflow_policy, own.prompt_keep_tokens
     )
