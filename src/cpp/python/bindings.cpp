@@ -7,13 +7,13 @@
 #include <cstring>
 #include <string>
 
-#include "bindings_report.h"
-#include "fault_log.h"
+#include "crash/fault_log.h"
+#include "crash/report.h"
+#include "crash/report_context.h"
+#include "crash/terminate.h"
 #include "metal/hooks.h"
-#include "report.h"
-#include "report_context.h"
-#include "terminate.h"
-#include "testing.h"
+#include "python/bindings_report.h"
+#include "python/triggers.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,4 +1,4 @@
-#include "bindings_report.h"
+#include "python/bindings_report.h"
 
 #include <cxxabi.h>
 #include <nanobind/stl/optional.h>
@@ -10,12 +10,12 @@
 #include <optional>
 #include <string>
 
-#include "breadcrumbs.h"
-#include "report.h"
-#include "report_context.h"
-#include "signals.h"
-#include "system_memory.h"
-#include "testing.h"
+#include "crash/breadcrumbs.h"
+#include "crash/report.h"
+#include "crash/report_context.h"
+#include "crash/signals.h"
+#include "python/system_memory.h"
+#include "python/triggers.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,4 +1,4 @@
-#include "terminate.h"
+#include "crash/terminate.h"
 
 #include <cxxabi.h>
 #include <unistd.h>
@@ -9,11 +9,11 @@
 #include <exception>
 #include <typeinfo>
 
-#include "async_io.h"
-#include "async_system.h"
-#include "fault_log.h"
-#include "recrash.h"
-#include "report.h"
+#include "crash/async_io.h"
+#include "crash/async_system.h"
+#include "crash/fault_log.h"
+#include "crash/recrash.h"
+#include "crash/report.h"
 
 namespace mlx_safe {
 namespace {

@@ -1,4 +1,4 @@
-#include "testing.h"
+#include "python/triggers.h"
 
 #include <memory>
 #include <mutex>
@@ -6,14 +6,14 @@
 #include <string>
 #include <thread>
 
-#include "async_io.h"
-#include "fault_log.h"
+#include "crash/async_io.h"
+#include "crash/fault_log.h"
+#include "crash/report.h"
+#include "crash/report_context.h"
 #include "metal/error.h"
 #include "metal/hook_table.h"
 #include "metal/selectors.h"
 #include "objc/block.h"
-#include "report.h"
-#include "report_context.h"
 
 namespace mlx_safe {
 namespace {

@@ -1,9 +1,9 @@
-#include "report_context.h"
+#include "crash/report_context.h"
 
 #include <cstring>
 
-#include "async_io.h"
-#include "async_system.h"
+#include "crash/async_io.h"
+#include "crash/async_system.h"
 
 namespace mlx_safe {
 namespace {

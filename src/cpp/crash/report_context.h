@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "ring.h"
+#include "crash/ring.h"
 
 namespace mlx_safe {
 
