@@ -202,33 +202,35 @@ def test_metal_fault_with_hooks_and_without(
 @pytest.mark.parametrize(
     ("how", "number", "why"),
     [
-        ("os.abort()", signal.SIGABRT, "signal"),
-        ("testing.throw_on_foreign_thread(); time.sleep(200)", signal.SIGABRT, None),
-        ("ctypes.string_at(0)", signal.SIGSEGV, "signal"),
+        ("abort", signal.SIGABRT, "signal"),
+        ("throw", signal.SIGABRT, "terminate"),
+        ("segv", signal.SIGSEGV, "signal"),
     ],
 )
 def test_crash_inside_the_handler(
-    private_reports: Path, how: str, number: int, why: str | None
+    native: Native, private_reports: Path, how: str, number: int, why: str
 ) -> None:
-    done = die(f"    _core.testing_break_reports(False)\n    {how}")
-    assert done.returncode == -number, done.stderr
+    private_reports.mkdir()
+    done = native.run("report_crashes", str(private_reports), "context", how)
+    assert done.returncode == -number, done
     first, second = paths(private_reports)
     text = first.read_text()
     assert '"epoch"' in text
     assert '"context"' not in text and '"complete"' not in text
     minimal = json.loads(second.read_bytes())
     assert minimal["second"] is True and minimal["complete"] is True
-    assert minimal["why"] == (why or "terminate")
+    assert minimal["why"] == why
     assert minimal["signal"]["name"] == "SIGSEGV"
     assert left_over(private_reports) == []
 
 
 def test_a_crash_while_pythons_stacks_are_read_costs_only_them(
-    private_reports: Path,
+    native: Native, private_reports: Path
 ) -> None:
     """Where the thread that died has no GIL, the others run on meanwhile."""
-    done = die("    _core.testing_break_reports(True)\n    ctypes.string_at(0)")
-    assert done.returncode == -signal.SIGSEGV, done.stderr
+    private_reports.mkdir()
+    done = native.run("report_crashes", str(private_reports), "stacks", "segv")
+    assert done.returncode == -signal.SIGSEGV, done
     report = only_report(private_reports)
     assert report["complete"] is True and report["native_stack"]
     assert "cut: a thread went on" in report["python_stacks"]
@@ -692,6 +694,9 @@ def every_kind(
 ) -> list[dict[str, Any]]:
     """Reports of every way to be written, with all there is to tell."""
 
+    def report_crashes(MLX_SAFE_REPORT_DIR: str) -> None:
+        native.run("report_crashes", MLX_SAFE_REPORT_DIR, "context", "abort")
+
     def found(
         run: Callable[..., Any], *arguments: Any, cut: int = 0, **environment: str
     ) -> None:
@@ -729,7 +734,7 @@ def every_kind(
     found(die, "    ctypes.string_at(0)")
     found(die, "    os.kill(os.getpid(), signal.SIGKILL)")
     found(die, "    os.kill(os.getpid(), signal.SIGBUS)")
-    found(die, "    _core.testing_break_reports(False); os.abort()", cut=1)
+    found(report_crashes, cut=1)
     found(
         die,
         "    ctypes.CDLL(None).full_disk(1); os.abort()",

@@ -60,8 +60,6 @@ bool set_report_context(const char* json) noexcept {
   return true;
 }
 
-void break_report_context() noexcept { g_context.store(1 << 30); }
-
 const char* report_context() noexcept { return g_contexts[g_context.load()]; }
 
 int request_begin(const char* id, const char* path) noexcept {

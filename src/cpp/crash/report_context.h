@@ -34,8 +34,6 @@ const MemoryHistory& memory_history() noexcept;
 bool set_report_context(const char* json) noexcept;
 // "" when there is none.
 const char* report_context() noexcept;
-// For tests: whoever reads it crashes.
-void break_report_context() noexcept;
 
 // ---- requests in flight ----------------------------------------------------
 

@@ -8,8 +8,6 @@
 
 #include "crash/async_io.h"
 #include "crash/fault_log.h"
-#include "crash/report.h"
-#include "crash/report_context.h"
 #include "metal/error.h"
 #include "metal/hook_table.h"
 #include "metal/selectors.h"
@@ -114,11 +112,6 @@ std::uint64_t testing_record_fault(std::int32_t code,
 
 void testing_throw_on_foreign_thread(const std::string& message) {
   std::thread([message] { throw std::runtime_error(message); }).detach();
-}
-
-void testing_break_reports(bool only_python_stacks) noexcept {
-  if (!only_python_stacks) return break_report_context();
-  report_set_python_stacks([] { *static_cast<volatile char*>(nullptr) = 1; });
 }
 
 }  // namespace mlx_safe
