@@ -21,8 +21,8 @@ from mlx_lm.models.cache import (
 
 from mlx_safe import epoch, testing
 from mlx_safe._mlx_versions import behaviour_of
-from mlx_safe.server import prompt_cache
-from mlx_safe.server.prompt_cache import PromptCache
+from mlx_safe.server.mlx_lm import prompt_cache
+from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
 from support import child
 from support.server import CONTROLLED, Answer, Server, eventually
 
@@ -55,7 +55,7 @@ HOLDS = """
 import gc, sys
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, LRUPromptCache
-from mlx_safe.server.prompt_cache import PromptCache
+from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
 
 def held(cache):
     # Eight prompts read as one batch, as mlx-lm does; two are stored.
@@ -262,7 +262,7 @@ def test_an_entry_that_fails_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> N
 POISON = """
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, LRUPromptCache
-from mlx_safe.server.prompt_cache import PromptCache
+from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
 
 for kind in (LRUPromptCache, PromptCache):
     fails = mx.linalg.inv(mx.zeros((1, 1, 2, 2)), stream=mx.cpu)
