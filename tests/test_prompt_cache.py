@@ -20,8 +20,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_safe import epoch, testing
-from mlx_safe.server import prompt_cache
-from mlx_safe.server.prompt_cache import PromptCache
+from mlx_safe.server.mlx_lm import prompt_cache
+from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
 from support import child
 from support.server import CONTROLLED, Answer, Server, eventually
 
@@ -54,7 +54,7 @@ HOLDS = """
 import gc, sys
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, LRUPromptCache
-from mlx_safe.server.prompt_cache import PromptCache
+from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
 
 def held(cache):
     # Eight prompts read as one batch, as mlx-lm does; two are stored.

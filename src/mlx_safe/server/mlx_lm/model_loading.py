@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..memory.sizes import format_size
+from ...memory.sizes import format_size
+from ..replies import BadRequest
 from . import compat
 from .model_facts import ModelFacts, look_at
-from .replies import BadRequest
 from .speculative import fit, fixed_caches, why_not_draftable
 
 __all__ = ["Unservable", "replace_model"]

@@ -18,8 +18,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..replies import BadRequest
 from . import compat
-from .replies import BadRequest
 
 __all__ = ["ModelFacts", "look_at"]
 

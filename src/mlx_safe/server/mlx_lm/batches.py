@@ -8,9 +8,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from .admission import Admission
-from .own_failures import OwnFailures
-from .tickets import Ticket
+from ..admission import Admission
+from ..own_failures import OwnFailures
+from ..tickets import Ticket
 
 __all__ = ["watched"]
 

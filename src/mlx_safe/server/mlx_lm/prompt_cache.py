@@ -26,8 +26,8 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from .. import _core
-from .recorder import breadcrumb
+from ... import _core
+from ..recorder import breadcrumb
 
 __all__ = ["PromptCache"]
 

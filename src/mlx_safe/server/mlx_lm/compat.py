@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .._command import MLX, CommandError, Parser, in_one_line, need_mlx
-from .._mlx_versions import parse_version
+from ..._command import MLX, CommandError, Parser, in_one_line, need_mlx
+from ..._mlx_versions import parse_version
 
 __all__ = ["SUPPORTED", "import_server", "missing_seams"]
 

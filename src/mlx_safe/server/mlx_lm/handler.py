@@ -14,16 +14,16 @@ from urllib.parse import unquote
 
 from mlx_lm.server import APIHandler
 
-from . import compat, schema, strict_json
-from .answers import Answer
-from .body import Bodies, Hold, discard
-from .choices import GenerationEnded
-from .generator import Asked
-from .handover import Message
-from .logprobs import TOP_MAX
-from .metrics import CONTENT_TYPE
-from .model_names import DEFAULT
-from .replies import (
+from .. import schema, strict_json
+from ..answers import Answer
+from ..body import Bodies, Hold, discard
+from ..choices import GenerationEnded
+from ..generator import Asked
+from ..handover import Message
+from ..logprobs import TOP_MAX
+from ..metrics import CONTENT_TYPE
+from ..model_names import DEFAULT
+from ..replies import (
     EXPECTED,
     BadRequest,
     ModelNotFound,
@@ -31,8 +31,9 @@ from .replies import (
     Reply,
     reply_for,
 )
-from .request_file import State
-from .wire import Wire
+from ..request_file import State
+from ..wire import Wire
+from . import compat
 
 __all__ = ["ProtectedHandler"]
 
