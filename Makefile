@@ -170,7 +170,7 @@ docs: build/docs.stamp  ## this documentation as a site, in build/site
 
 DOCS := $(wildcard *.md docs/*.md docs/*/*.md docs/*/*.svg) mkdocs.yml tools/docs_pages.py
 build/docs.stamp: $(DOCS) $(SOURCES) | $(VENVS)/docs.tools
-	$(VENVS)/docs/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENVS)/docs/bin/python -m mkdocs build --quiet --strict
 	touch $@
 
 hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware.md

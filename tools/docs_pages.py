@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -20,6 +21,8 @@ PAGES = {
         for name in ("ARCHITECTURE", "CHANGELOG", "CONTRIBUTING", "SECURITY")
     },
 }
+# What a browser would fetch from elsewhere while it shows a page.
+_FETCHED = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"https?://[^\"]+")
 _LINK = re.compile(r"\]\((\.\./)?([\w./-]+\.md)((?:#[^)]*)?)\)")
 
 
@@ -42,3 +45,14 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return f"]({PAGES.get(target, target)}{link[3]})"
 
     return _LINK.sub(turned, markdown)
+
+
+def on_post_page(output: str, page: Page, **_: object) -> str:
+    """Refuses a page that asks another host for anything.
+
+    Raises:
+        PluginError: it names the page and what it would fetch.
+    """
+    if found := _FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri} fetches from elsewhere: {found[0]}")
+    return output
