@@ -36,9 +36,11 @@ class Status:
         mlx_version: version of the installed mlx, or None.
         mlx_notes: what is known of how this version treats a fault, one line each.
         report_dir: directory of the crash reports, or None.
-        reports_written, reports_failed: crash reports of this process.
+        reports_written: crash reports of this process.
+        reports_failed: those that could not be written, or not whole.
         reports_suppressed: faults that got none, as there was one just before.
-        epoch: faults so far. dropped: faults whose record was lost.
+        epoch: faults so far.
+        dropped: faults whose record was lost.
         reasons: one line for each thing that is not active.
     """
 
