@@ -163,7 +163,8 @@ def test_a_drain_ends_when_the_callbacks_have_returned() -> None:
 
 def test_drained_ends_it_earlier() -> None:
     done = leave(
-        "mlx_safe.on_fault(lambda f: (mlx_safe.drained(), time.sleep(3000)), drains=True)"
+        "mlx_safe.on_fault(lambda f: (mlx_safe.drained(), time.sleep(3000)), "
+        "drains=True)"
     )
     assert done.returncode == 75
 
