@@ -19,6 +19,12 @@ ROOT = Path(__file__).parent
 _reports_of_this_process = tempfile.TemporaryDirectory()
 os.environ["MLX_SAFE_REPORT_DIR"] = _reports_of_this_process.name
 
+# What every child starts with: support/startup/sitecustomize.py.
+_imports = tempfile.TemporaryDirectory()
+os.environ["MLX_SAFE_TEST_IMPORTS"] = str(Path(_imports.name) / "imports")
+_path = [str(ROOT / "support" / "startup"), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _path))
+
 # What reads wheels needs the tools of `make check-wheels` and `make contract`.
 READS_WHEELS = importlib.util.find_spec("lief") is not None
 collect_ignore = [] if READS_WHEELS else ["contract", "machrun", "packaging"]
