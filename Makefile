@@ -6,7 +6,7 @@ VENVS := .venvs
 # The two version pairs that must both work, and the tools of the linters.
 PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'cmake>=3.26,<4'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0'
 ifeq ($(shell uname),Darwin)
 PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
@@ -40,10 +40,13 @@ test: test-intercept test-observe test-metal  ## the whole suite, on both pairs 
 ONCE := tests/test_metal.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE) $(ARGS)
 
 # Without the cache, which they would share: the suites run at the same time.
 PYTEST := -m pytest -p no:cacheprovider
+# Of each suite, whose servers mostly wait. WORKERS=0: one process, for a debugger.
+WORKERS ?= 3
+SPREAD := -n $(WORKERS) --dist loadfile
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
 # One of the tests' clients.
@@ -55,10 +58,10 @@ curl:
 	  { echo 'curl is one of the clients of the tests: please install it' >&2; exit 2; }
 
 test-intercept: curl $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
-	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
 test-observe: curl $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
 # What of its programs is missing is installed as root on Debian. Elsewhere it is
 # left out, which the tests say; with MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
