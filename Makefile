@@ -49,37 +49,31 @@ WORKERS ?= 3
 SPREAD := -n $(WORKERS) --dist loadfile
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
-# One of the tests' clients.
-.PHONY: curl
-curl:
-	@command -v curl > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
-	  apt-get -o Acquire::Retries=5 update && \
-	  apt-get -o Acquire::Retries=5 install --yes --no-install-recommends curl; } || \
-	  { echo 'curl is one of the clients of the tests: please install it' >&2; exit 2; }
-
-test-intercept: curl $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
+test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
 	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
-test-observe: curl $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
+test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
-# What of its programs is missing is installed as root on Debian. Elsewhere it is
-# left out, which the tests say; with MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
-test-clients: client-programs $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
+# A program that is missing is named, and its tests are left out; with
+# MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
+test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
 	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
 
-CLIENT_PROGRAMS := node npm haproxy nginx
+CLIENT_PROGRAMS := curl node npm haproxy nginx
 NODE_MODULES := tests/clients/node_modules/.package-lock.json
 
 # nginx lies in a directory that only root looks into. RUNLEVEL: nothing is started.
-.PHONY: client-programs
-client-programs: curl
+.PHONY: client-programs client-modules
+client-programs:  ## installs the clients and proxies of the tests; as root, on Debian
 	@PATH="$$PATH:/usr/sbin"; for program in $(CLIENT_PROGRAMS); do \
 	  command -v $$program > /dev/null || missing="$$missing $$program"; done; \
-	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	if [ -n "$$missing" ]; then \
 	  apt-get -o Acquire::Retries=5 update && \
 	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends \
 	    $$(echo $$missing | sed 's/\bnode\b/nodejs/; s/nginx/nginx-light/'); fi
+
+client-modules:
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory $(NODE_MODULES); fi
 
 $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json

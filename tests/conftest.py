@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support.clients import HAS_CURL
 from support.models import make_model
 from support.native import Native
 
@@ -87,6 +88,8 @@ def pytest_collection_modifyitems(
         native = [i for i in items if "native" in getattr(i, "fixturenames", ())]
         leave_out(config, items, native)
         told.append(f"{len(native)} tests that need tests/native: it is not built")
+    if not HAS_CURL:
+        told.append("curl, as one of the clients of the tests: it is not installed")
 
 
 def leave_out(

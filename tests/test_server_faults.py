@@ -172,9 +172,7 @@ def test_stock_server_without_us(tiny_model: Path, path: str) -> None:
     assert not answer.done
 
 
-def test_a_fault_that_mlx_swallowed(
-    without_replay: Server, undisturbed: Texts
-) -> None:
+def test_a_fault_that_mlx_swallowed(without_replay: Server, undisturbed: Texts) -> None:
     server = without_replay
     faults = server.metric("mlx_safe_faults_total")
     server.plan("decode:9:8:once:record,decode:20:2:once:record")

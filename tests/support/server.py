@@ -51,9 +51,9 @@ NEVER = 10**9  # a step that no test comes to
 # steps from when it is read and takes the place of the one before; "memory" asks
 # for the bytes of MLX's arrays, "steps" for the number of steps so far, "clients" for
 # that of the handlers whose request is in the generator's hands, "connections" for that
-# of the connections accepted so far, "pid" for the server's. "forget" empties the prompt
-# cache, and answers how many prompts were in it. "hold N": the Nth step
-# from now waits, before anything of it is done, for "go"; "hold" asks how many it is
+# of the connections accepted so far, "pid" for the server's. "forget" empties the
+# prompt cache, and answers how many prompts were in it. "hold N": the Nth step from
+# now waits, before anything of it is done, for "go"; "hold" asks how many it is
 # away. mlx-lm fails on a request with the stop word "FAILS".
 CONTROLLED = """
 import gc, os, socket, sys, threading
