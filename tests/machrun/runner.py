@@ -12,6 +12,7 @@ from .setup.packages import get_mlx, get_ours, get_site, version_of
 from .setup.places import CACHE, HERE, LOADER, MAIN, PYTHONS, QEMU
 
 LIMIT_S = 300
+STARTUP = HERE.parent / "support" / "startup"
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         python = PYTHONS[self.python]
-        path = [HERE / "guest", get_mlx(self.mlx, python, self.system)]
+        path = [HERE / "guest", STARTUP, get_mlx(self.mlx, python, self.system)]
         if self.ours is not None:
             path.append(self.ours if self.ours != Path() else get_ours(python))
         if self.server:
