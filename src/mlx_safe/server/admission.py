@@ -27,12 +27,12 @@ from ..memory.estimate import CacheCost, Transients, calibrate
 from ..memory.machine import usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
-from . import compat
 from .limits import Limits
+from .mlx_lm import compat
+from .mlx_lm.prompt_cache import PromptCache
 from .model_limits import context_of
 from .observer import Observer
 from .prefill import PrefillStep
-from .prompt_cache import PromptCache
 from .recorder import breadcrumb
 from .replies import ContextTooLong, NotEnoughMemory, is_allocation_failure
 from .tickets import Claim, Flight, Ticket

@@ -21,14 +21,14 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors, testing
 from .._command import in_one_line
-from . import compat, kv_window
 from .admission import Admission, Held, MemoryFlags, NoRoom
-from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .metrics import Metrics
+from .mlx_lm import compat, kv_window
+from .mlx_lm.batches import watched
+from .mlx_lm.model_loading import replace_model
 from .model_limits import ModelLimits, prompt_field
-from .model_loading import replace_model
 from .model_names import DEFAULT, ModelNames
 from .overflow import Cut, Overflow
 from .own_failures import OwnFailures

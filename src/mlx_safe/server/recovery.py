@@ -15,7 +15,7 @@ from .. import _core, _faults, _reports, errors
 from .admission import Admission
 from .condition import EXIT_REPLACE, Condition
 from .metrics import Metrics
-from .prompt_cache import PromptCache
+from .mlx_lm.prompt_cache import PromptCache
 from .recorder import breadcrumb
 from .replay import REFUSE_FOR_S, Replays
 from .replies import EXPECTED, Unavailable, is_allocation_failure, reply_for

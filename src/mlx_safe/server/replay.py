@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import errors
 from ..memory.demand import STEP_MIN
-from . import compat
+from .mlx_lm import compat
 from .prefill import PrefillStep
 from .replies import is_allocation_failure
 from .tickets import Flight, Ticket
