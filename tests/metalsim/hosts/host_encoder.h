@@ -28,7 +28,7 @@ struct Stream {
 };
 
 struct Options {
-  std::string workload = "basic", hooks, expect, mlx;
+  std::string workload = "basic", hooks, expect, mlx, trace;
   uint64_t fail_nth = 0, seed = 0;
   int code = 8, rounds = 20, debug_layer = 0, family = 0;
   uint32_t after_commands = 0, late_us = 0;

@@ -390,6 +390,8 @@ int main_program(int argc, char** argv) {
   shape_runtime();
   if (!load_hooks(Regime::kMode)) return 4;
   plan_faults();
+  const std::string& trace = options().trace;
+  if (!trace.empty() && METALSIM(metalsim_trace)(trace.c_str()) != 0) return 2;
   if (!Workloads<Regime>::run(options().workload)) {
     std::fprintf(stderr, "no workload %s\n", options().workload.c_str());
     return 2;
@@ -397,6 +399,7 @@ int main_program(int argc, char** argv) {
   Report& r = report();
   r.idle = METALSIM(metalsim_wait_idle)(kIdleLimitMs) != 0;
   METALSIM(metalsim_get_totals)(&r.after);
+  METALSIM(metalsim_trace)(nullptr);
   if (!options().persistent && options().code != 4) {
     if (hooks() && epoch() != 0) Workloads<Regime>::recover();
     r.independent = Workloads<Regime>::independent_work() ? "true" : "false";
