@@ -8,11 +8,13 @@ kernel is given, reference counts and pools are left out.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-# tests/metalsim/sent/VERSION.txt
+# VERSION.txt: what that version and those after it send, up to the next file's.
 RECORDED = Path(__file__).parents[1] / "metalsim" / "sent"
 KINDS = {
     "CommandQueue": "queue",
@@ -24,7 +26,7 @@ KINDS = {
 CLASS = re.compile(rf"\w*?({'|'.join(KINDS)})$")
 OF_ENCODERS = re.compile(r"dispatch|endEncoding")
 OF_DEVICES = re.compile(r"newSharedEvent$")
-# The workloads whose first round the guest's evaluations are, and of which size.
+# Of the hosts, the first round: how many operations fit into a command buffer.
 WORKLOADS = {
     "basic": 40,
     "midgraph": 8,
@@ -33,8 +35,9 @@ WORKLOADS = {
     "fences": 40,
     "sync": 8,
 }
-# A workload without a fault, and with one in its first command buffer.
-FAULTS = {"": 0, ", the first fails": 1}
+# Those with one queue also with a fault in the first command buffer. Of several
+# queues, whose handlers run first differs from run to run.
+FAILING = ("basic", "midgraph")
 Trace = dict[str, list[str]]
 
 
@@ -84,3 +87,35 @@ def written(traces: dict[str, Trace]) -> str:
                     lines.append(said if count == 1 else f"{said} *{count}")
                     count = 0
     return "\n".join(lines[1:]) + "\n"
+
+
+def all_of(traced: Callable[[str, int], str]) -> str:
+    """What is recorded of one version.
+
+    Args:
+        traced: the trace of a workload, and of one whose nth buffer fails.
+    """
+    traces = {name: read(traced(name, 0)) for name in WORKLOADS}
+    for name in FAILING:
+        traces[f"{name}, the first buffer fails"] = read(traced(name, 1))
+    return written(traces)
+
+
+def recorded(version: str) -> Path:
+    """The file that says what a version of MLX sends."""
+    return max(
+        (f for f in RECORDED.glob("*.txt") if order(f.stem) <= order(version)),
+        key=lambda file: order(file.stem),
+    )
+
+
+def order(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def differences(expected: str, found: str) -> str:
+    """Nothing, or the lines that differ, with some around them."""
+    lines = difflib.unified_diff(
+        expected.splitlines(), found.splitlines(), "recorded", "sent", lineterm=""
+    )
+    return "\n".join(lines)

@@ -1,12 +1,14 @@
-"""What MLX sends to Metal: sent.py.
+"""What MLX sends to Metal: sent.py WORKLOAD…
 
 Runs each workload in a process of its own, without hooks, while the simulated Metal
-writes down what is sent. The workloads are those of tests/metalsim/hosts, one round.
-Prints a JSON object: {workload: text of the trace}.
+writes down what is sent: without a fault, and with one in the first command buffer.
+They are the first rounds of those of tests/metalsim/hosts. Prints a JSON object:
+{workload: [text of a trace, with a fault]}.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -16,14 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import machpy
+import mlx.core as mx
 
-OPERATIONS = 8  # in a command buffer: `small` in host_workloads.h
-os.environ["MLX_MAX_OPS_PER_BUFFER"] = str(OPERATIONS)
-LARGE = 40  # what a buffer has where it must not be full
-
-import mlx.core as mx  # noqa: E402  (reads the environment)
-
-Work = Callable[[], None]
+OPERATIONS = int(os.environ["MLX_MAX_OPS_PER_BUFFER"])
+# As in the hosts: so slow that everything is waited for.
+GPU_DELAY_US = 20_000
 
 
 def chain(x: mx.array, length: int, stream: object) -> mx.array:
@@ -36,6 +35,12 @@ def start() -> mx.array:
     return mx.array([1.0, 2.0])
 
 
+def second_stream() -> mx.Stream:
+    """After the first, which MLX makes when it is asked for."""
+    mx.default_stream(mx.gpu)
+    return mx.new_stream(mx.gpu)
+
+
 def basic() -> None:
     mx.eval(chain(start(), 3, mx.gpu))
 
@@ -44,14 +49,8 @@ def midgraph() -> None:
     mx.eval(chain(start(), 4 * OPERATIONS, mx.gpu))
 
 
-def midgraph_async() -> None:
-    x = chain(start(), 4 * OPERATIONS, mx.gpu)
-    mx.async_eval(x)
-    mx.eval(x)
-
-
 def two_queues() -> None:
-    second = mx.new_stream(mx.gpu)
+    second = second_stream()
     one, two = start(), start()
     for _ in range(4):
         following = mx.add(one, two, stream=mx.gpu)
@@ -67,7 +66,7 @@ def gpu_cpu_gpu() -> None:
 
 
 def fences() -> None:
-    second = mx.new_stream(mx.gpu)
+    second = second_stream()
     node = start()
     for _ in range(3):
         on_gpu = chain(node, 2, mx.gpu)
@@ -78,7 +77,7 @@ def fences() -> None:
 
 
 def sync() -> None:
-    second = mx.new_stream(mx.gpu)
+    second = second_stream()
     one = chain(start(), OPERATIONS + 4, mx.gpu)
     two = chain(start(), 3, second)
     mx.async_eval(one)
@@ -89,10 +88,9 @@ def sync() -> None:
     mx.eval(two)
 
 
-WORKLOADS: dict[str, Work] = {
+WORKLOADS: dict[str, Callable[[], None]] = {
     "basic": basic,
     "midgraph": midgraph,
-    "midgraph, async": midgraph_async,
     "two_queues": two_queues,
     "gpu_cpu_gpu": gpu_cpu_gpu,
     "fences": fences,
@@ -100,26 +98,32 @@ WORKLOADS: dict[str, Work] = {
 }
 
 
-def traced(work: Work, fault: int) -> str:
-    """Forks, since each begins with streams that nothing was encoded for."""
+def work_in_child(work: Callable[[], None], fault: int, path: Path) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    delay = machpy.simulator("metalsim_set_gpu_delay_us", None, ctypes.c_uint32)
+    delay(GPU_DELAY_US)
+    trace = machpy.simulator("metalsim_trace", ctypes.c_int, ctypes.c_char_p)
+    if trace(os.fsencode(path)) == 0:
+        machpy.fail(fault)
+        with contextlib.suppress(RuntimeError):
+            work()
+        wait = machpy.simulator("metalsim_wait_idle", ctypes.c_int, ctypes.c_uint64)
+        wait(60_000)
+        trace(None)
+    os._exit(0)
+
+
+def traced(work: Callable[[], None], fault: int) -> str:
+    """Forks: each begins with streams that nothing was encoded for, or dies."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "trace")
         child = os.fork()
         if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            trace = machpy.simulator("metalsim_trace", ctypes.c_int, ctypes.c_char_p)
-            if trace(os.fsencode(path)) == 0:
-                machpy.fail(fault)
-                work()
-                wait = machpy.simulator(
-                    "metalsim_wait_idle", ctypes.c_int, ctypes.c_uint64
-                )
-                wait(60_000)
-            os._exit(0)
+            work_in_child(work, fault, path)
         os.waitpid(child, 0)
         return path.read_text()
 
 
 if __name__ == "__main__":
-    faults = [int(word) for word in sys.argv[1:]] or [0]
-    print(json.dumps({n: {f: traced(w, f) for f in faults} for n, w in WORKLOADS.items()}))
+    works = {name: WORKLOADS[name] for name in sys.argv[1:]}
+    print(json.dumps({n: [traced(w, 0), traced(w, 1)] for n, w in works.items()}))
