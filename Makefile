@@ -37,7 +37,7 @@ test: test-intercept test-observe test-metal  ## the whole suite, on both pairs 
 
 # The simulated Metal's hosts are their own, and processes die alike: which mlx is
 # installed makes no difference to them.
-ONCE := tests/test_metal.py tests/test_reports_written.py tests/test_reports_surroundings.py
+ONCE := tests/test_metal.py tests/test_metal_sent.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE) $(ARGS)
@@ -151,8 +151,9 @@ machrun: machrun-setup $(VENVS)/wheels.ready  ## the macOS binaries of MLX and o
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
 
-machrun-table: machrun-setup  ## writes what each MLX does with a failed buffer into the docs
+machrun-table: machrun-setup  ## writes down anew what each MLX does with a failed buffer, and sends
 	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_versions
+	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_sent
 
 requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels, and the clients
 	$(WHEELS_PYTHON) $(PIP) uv

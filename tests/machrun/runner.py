@@ -25,6 +25,7 @@ class Machine:
         system: for which macOS MLX's wheel is.
         ours: the folder with our package in place of the wheel's own; None: without.
         server: with mlx-lm; only for the versions in packages.PAIRS.
+        platform: what Python says it is on: see guest/darwin.py.
     """
 
     mlx: str = "0.32.4"
@@ -33,6 +34,7 @@ class Machine:
     system: str = "14_0"
     ours: Path | None = field(default_factory=Path)
     server: bool = False
+    platform: str = "darwin"
 
     @property
     def version(self) -> str:
@@ -49,6 +51,7 @@ class Machine:
             path += get_site(self.mlx)
         return {
             "MACHRUN_MACOS": self.macos,
+            "MACHRUN_PLATFORM": self.platform,
             "MACHRUN_PYTHON": f"libpython{self.python}.so.1.0",
             "MACHRUN_SYSROOT": str(python.sysroot),
             "MACHRUN_QEMU": str(QEMU),
