@@ -22,11 +22,13 @@ from mlx_lm.server import ResponseGenerator
 from .. import _core, _reports, errors, testing
 from .._command import in_one_line
 from . import compat, kv_window
-from .admission import Admission, Held, MemoryFlags, NoRoom
 from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
+from .headroom import Headroom, MemoryFlags
+from .in_flight import InFlight, request_of
 from .metrics import Metrics
+from .model_demand import NoRoom
 from .model_limits import ModelLimits, prompt_field
 from .model_loading import replace_model
 from .model_names import DEFAULT, ModelNames
@@ -36,16 +38,18 @@ from .prefill import PrefillStep
 from .ranks import AllStop
 from .recorder import request_id
 from .recovery import Recovery, one_line, portable
-from .replay import Replays, Resumed
+from .replay import Resumed
 from .replies import (
     EXPECTED,
     BadRequest,
     ModelNotFound,
+    NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
     reply_for,
 )
-from .tickets import ClientLeft, Flight, Ticket, ticket_of
+from .request import RUNNING, Disconnected, RequestState
+from .scheduler import Scheduler
 from .watchdog import Watchdog
 
 __all__ = ["Asked", "ProtectedResponseGenerator"]
@@ -65,6 +69,10 @@ CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
 
 # How often ranks agree whether the client of the sequential path is still there.
 SHARE_EVERY_TOKENS = 16
+
+
+class Held(Exception):
+    """The request waits for memory; it will be tokenized again."""
 
 
 class Asked(BaseException):
@@ -106,17 +114,19 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._hold_s = hold_s
         self._overflow = overflow
         self._max_kv_size = max_kv_size
-        self.flight = Flight()
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
         prefill = PrefillStep(model_provider.cli_args)
-        self.replays = Replays(
-            self.flight, replay_attempts if self._one_rank else 0, prefill
+        self.headroom = Headroom(memory, prompt_cache, prefill, self._one_rank)
+        self.scheduler: Scheduler[InFlight] = Scheduler(
+            self.headroom,
+            replay_attempts if self._one_rank else 0,
+            memory.wait_s,
+            prefill.be_careful,
         )
-        self.admission = Admission(
-            self.flight, memory, prompt_cache, prefill, enabled=self._one_rank
-        )
+        prompt_cache.may_store = self._may_store
+        prompt_cache.gives_away = self._gives_away
         self._prefill = prefill
         self._resumed = Resumed()
         self.departures = Departures()
@@ -128,19 +138,16 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 reported=True,
             ),
         )
-        # The ticket that mlx-lm's sequential path works on.
-        self._alone: Ticket | None = None
         self.metrics = Metrics(
-            lambda: len(self.flight), lambda: float(condition.state == "ok")
+            lambda: len(self.scheduler), lambda: float(condition.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
-        self.metrics.watch_memory(self.admission)
+        self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
         self.recovery = Recovery(
             lambda: self.requests,
-            self.flight,
+            self.scheduler,
             condition,
-            self.replays,
-            self.admission,
+            self.headroom,
             prompt_cache,
             self.metrics,
             one_rank=self._one_rank,
@@ -243,7 +250,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         load = provider.load
 
         def load_anew(*named: Any) -> None:
-            ceiling = self.admission.limits.static
+            ceiling = self.headroom.limits.static
             facts = replace_model(provider, named, lambda: ceiling().size)
             limits = ModelLimits.of(provider.model, provider.tokenizer, facts)
             self._overflow.compare(limits.context)
@@ -287,7 +294,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
 
     def _measure(self, provider: Any) -> None:
         try:
-            self.admission.model_loaded(provider)
+            self.headroom.model_loaded(provider)
         except NoRoom as e:
             if self.condition.state == "loading":
                 raise
@@ -322,31 +329,65 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         # fail is this request's own.
         for word in args.stop_words:
             tokenizer.encode(word, add_special_tokens=False)
-        ticket = ticket_of(request)
-        if ticket is not None:
-            ticket.tokenizer = tokenizer
-        if cut is not None and ticket is not None:
-            self._note_cut(cut, ticket)
+        request = request_of(request)
+        request.tokenizer = tokenizer
+        if cut is not None:
+            self._note_cut(cut, request)
         drafts = self.model_provider.draft_model is not None
-        found = self._resumed.prompt(found, ticket, args, drafts)
-        if ticket is not None:
-            keys = compat.cache_keys(found)
-            model = self.model_provider.model_key
-            ticket.prompt_key = (model, keys)
-            self.admission.admit(ticket, model, keys, args.max_tokens)
+        found = self._resumed.prompt(found, request, args, drafts)
+        self._admit(request, compat.cache_keys(found), args.max_tokens)
         return found
 
-    def _note_cut(self, cut: Cut, ticket: Ticket) -> None:
-        if "X-Prompt-Truncated" not in ticket.headers:  # it may be tokenized again
+    def _admit(self, request: InFlight, keys: list[Any], max_tokens: int) -> None:
+        """Has the scheduler let ``request`` run, or raises.
+
+        Raises:
+            Held: it waits; `_next_request` gives it out again.
+            NotEnoughMemory: it has waited long enough.
+            ContextTooLong: it can never run.
+            Disconnected: nobody waits for it any more.
+        """
+        if self._one_rank and request.is_ended:
+            raise Disconnected("the client left before the request was begun")
+        request.prompt_key = key = (self.model_provider.model_key, keys)
+        prompt, total = len(keys), len(keys) + max_tokens
+        reusable = self.headroom.reusable(*key)
+        found = self.scheduler.ask(request, prompt, total, reusable)
+        if found.verdict == "wait":
+            raise Held
+        if found.verdict != "admit":
+            raise self.headroom.refusal(found, prompt, total)
+        self.headroom.make_room(found, *key)
+
+    def _may_store(self, size: int, given: int) -> bool:
+        return self.headroom.may_store(size, given, self.scheduler.load())
+
+    def _gives_away(self) -> bool:
+        """Whether the request that is about to start takes its entry over."""
+        current = self.scheduler.current
+        return current is not None and current.run.takes_over
+
+    def _memory_gauges(self) -> dict[str, float]:
+        return {
+            **self.headroom.gauges(),
+            "held": len(self.scheduler.requests(RequestState.HELD)),
+            "running": len(self.scheduler.requests(*RUNNING)),
+        }
+
+    def _note_cut(self, cut: Cut, request: InFlight) -> None:
+        if "X-Prompt-Truncated" not in request.headers:  # it may be tokenized again
             log.info("a prompt was %s (--max-prompt-tokens)", cut)
             self.metrics.truncations.inc()
-            ticket.headers["X-Prompt-Truncated"] = str(cut)
+            request.headers["X-Prompt-Truncated"] = str(cut)
 
     def make_batch(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
-        cls = watched(cls, self.admission, self._own)
+        if self._one_rank:  # or each would see other requests to leave
+            cls = watched(
+                cls, self.scheduler, lambda: self.headroom.observer, self._own
+            )
         batch = cls(*args, **kwargs)
-        return self.admission.watch(self._prefill.watch(batch))
+        return self.headroom.watch(self._prefill.watch(batch))
 
     def _make_state_machine(
         self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
@@ -370,7 +411,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def resume_processors(self, make: Any, args: Any) -> list[Any]:
         """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
         made = self._own.make(lambda: make(args), list)
-        if self._alone is not None:
+        current = self.scheduler.current
+        if current is not None and current.run.alone:
             made = self._resumed.processors(made)
         return [self._own.processor(processor) for processor in made]
 
@@ -378,15 +420,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
         return self._own.top_logprobs(lambda: make(*args))
 
-    def _current(self) -> Ticket | None:
+    def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start.
 
         With more than one rank a failure is nobody's own: what is mended on each of
         them would differ from then on, such as what they draw.
         """
-        if not self._one_rank:
-            return None
-        return self._alone or self.admission.last_admitted
+        return self.scheduler.current if self._one_rank else None
 
     def _share_request(self, request: Any) -> Any:
         """Where the first rank tells the others; they wait if that fails."""
@@ -406,64 +446,82 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         _reports.sample_memory()
         caught, self._caught = self._caught, None
         if caught is not None:
-            self.recovery.recover(caught)
+            raise caught  # a batch that mlx-lm has goes with its frames
         self.recovery.check_epoch()
-        again = self.replays.next()
-        if again is not None:
-            return again.work()
-        if not self.replays.may_take_new():
-            return None
-        held = self.admission.next_held()
-        if held is not None:
-            return held.work()
+        request = self.scheduler.next()
+        if request is None and self.scheduler.takes_new():
+            request = self._take_new(timeout)
+        return None if request is None else request.work()
+
+    def _take_new(self, timeout: float | None) -> InFlight | None:
+        """One that has come in since; waits for it as mlx-lm does."""
         taken = super()._next_request(timeout)
-        if taken is not None and isinstance(taken[1], AllStop):
-            self._stop = True
-            return None
         if taken is None:
             return None
+        if isinstance(taken[1], AllStop):
+            self._stop = True
+            return None
         try:
-            ticket = Ticket(self.flight, taken, self._before_put, self._on_caught)
+            request = InFlight(
+                self.scheduler, taken, self._before_put, self._on_caught, self._one_rank
+            )
         except RecursionError:
             taken[0].put(BadRequest("The request is nested too deeply."))
             return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
-            self.flight.board(ticket)
-            self.departures.bind(request_id(taken[1]), ticket)
-        return ticket.work()
+            self.scheduler.arrive(request)
+            self.departures.bind(request_id(taken[1]), request)
+        return request
 
     def _serve_single(self, request: Any, *args: Any) -> None:
-        self._alone = request[0]
-        # There mlx-lm fails on a stopped context with more than one rank
-        # (NotImplementedError, 0.31 to 0.32), and on the first rank only.
-        request[0].may_be_stopped = self._one_rank
-        try:
-            super()._serve_single(request, *args)
-        finally:
-            self._alone = None
+        self.scheduler.serve_alone(request[0])
+        super()._serve_single(request, *args)
 
-    def _before_put(self, ticket: Ticket, item: Any) -> None:
+    def _before_put(self, request: InFlight, item: Any) -> None:
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.
-        if ticket is self._alone:
-            if self._has_left(ticket):
-                raise ClientLeft("the client left during the step")
-            self.admission.between_single_steps(ticket, item)
+        if request.run.alone:
+            if self._has_left(request):
+                raise Disconnected("the client left during the step")
+            self._between_single_steps(request, item)
 
-    def _has_left(self, ticket: Ticket) -> bool:
+    def _between_single_steps(self, request: InFlight, item: Any) -> None:
+        """The sequential path has done a step and puts ``item`` for the client.
+
+        Raises:
+            Held: it goes on with smaller steps.
+            NotEnoughMemory: it cannot go on.
+        """
+        if request.claim is None or not self._one_rank:
+            return
+        if isinstance(item, tuple):
+            done, total = item
+            length = request.claim.prompt - total + done
+        elif hasattr(item, "token"):
+            length = request.next_length
+        else:
+            return
+        with self.headroom.observing_step(request.run.length, length):
+            found = self.scheduler.single_step(request, length)
+            if found == "smaller":
+                raise Held
+            if found == "none":
+                raise NotEnoughMemory("there is no memory for the next step")
+
+    def _has_left(self, request: InFlight) -> bool:
         """Whether the client is gone; with more than one rank, as all ranks see it.
 
         Only the first rank knows, and sharing waits for the step that is under way:
         it is done for each piece of the prompt, but not for each token.
         """
         if self._one_rank:
-            return ticket.stopped
-        if len(ticket.produced) % SHARE_EVERY_TOKENS:
+            return request.is_ended
+        if len(request.produced) % SHARE_EVERY_TOKENS:
             return False
-        return bool(self._share_object(ticket.stopped or None))
+        return bool(self._share_object(request.is_ended or None))
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
@@ -472,27 +530,28 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         # With more than one rank the step may be the meeting in such a turn.
         return self.condition.state not in ("loading", "failed")
 
-    def _on_caught(self, ticket: Ticket, exc: Exception) -> None:
+    def _on_caught(self, request: InFlight, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
 
         Before the context was sent it is about this request alone (its model,
         its prompt); afterwards a generation step has failed.
         """
-        if isinstance(exc, ClientLeft):
-            return
         if isinstance(exc, Held):
-            self.admission.hold(ticket)
+            return
+        if isinstance(exc, Disconnected):
+            self.scheduler.cancel(request)  # other ranks learn it here
             return
         if isinstance(exc, EXPECTED):  # of this request; no failure of the server
             log.info("a request is refused: %s", exc)
-            ticket.fail(exc)
+            request.fail(exc)
             return
         passing = errors.from_exception(exc) or is_allocation_failure(exc)
-        if ticket.context is None and not passing:
+        if not request.has_context and not passing:
             log.error("a request could not be begun", exc_info=exc)
             self.metrics.failures.labels(reply_for(exc).code).inc()
-            ticket.fail(portable(exc))
+            request.fail(portable(exc))
         else:
+            self.scheduler.not_begun(request)
             self._caught = exc
 
     def stop(self) -> None:
