@@ -11,33 +11,29 @@ from __future__ import annotations
 import copy
 import logging
 from functools import partial
-from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import mlx.core as mx
-from jinja2.exceptions import TemplateError
 from mlx_lm.server import ResponseGenerator
 
-from .. import _core, _reports, errors, testing
+from .. import _core, _reports, errors
 from .._command import in_one_line
-from . import compat, kv_window
+from . import compat
 from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .headroom import Headroom, MemoryFlags
-from .in_flight import InFlight, request_of
+from .in_flight import InFlight
 from .metrics import Metrics
-from .model_demand import NoRoom
-from .model_limits import ModelLimits, prompt_field
-from .model_loading import replace_model
-from .model_names import DEFAULT, ModelNames
-from .overflow import Cut, Overflow
+from .model_names import ModelNames
+from .overflow import Overflow
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
+from .prompts import Held, Prompts
 from .ranks import AllStop
 from .recorder import request_id
-from .recovery import Recovery, one_line, portable
+from .recovery import Recovery, portable
 from .replay import Resumed
 from .replies import (
     EXPECTED,
@@ -50,6 +46,7 @@ from .replies import (
 )
 from .request import RUNNING, Disconnected, RequestState
 from .scheduler import Scheduler
+from .served_model import ServedModel, where
 from .watchdog import Watchdog
 
 __all__ = ["Asked", "ProtectedResponseGenerator"]
@@ -64,15 +61,8 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
 
-# Not the reason, which tells of files and hosts; it is in the log.
-CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
-
 # How often ranks agree whether the client of the sequential path is still there.
 SHARE_EVERY_TOKENS = 16
-
-
-class Held(Exception):
-    """The request waits for memory; it will be tokenized again."""
 
 
 class Asked(BaseException):
@@ -109,11 +99,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     ) -> None:
         self.condition = condition
         self.names = names
-        # Which model is loaded, and what it can be asked for.
-        self._loaded: tuple[Any, ModelLimits] = (None, ModelLimits())
         self._hold_s = hold_s
         self._overflow = overflow
-        self._max_kv_size = max_kv_size
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
@@ -157,7 +144,26 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._caught: Exception | None = None
         # How often mlx-lm's loop has failed before it asked for work.
         self._starts_without_work = 0
-        self._wrap_load(model_provider, injections)
+        self._model = ServedModel(
+            model_provider,
+            names,
+            self.headroom,
+            overflow,
+            self._resumed,
+            is_first=lambda: condition.state == "loading",
+            detokenizer=self._own.detokenizer,
+            max_kv_size=max_kv_size,
+            injections=injections,
+        )
+        self._prompts = Prompts(
+            self._model,
+            overflow,
+            self.scheduler,
+            self.headroom,
+            self._resumed,
+            self.metrics,
+            self._one_rank,
+        )
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
 
@@ -189,7 +195,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """What needs no turn in the queue; names become those that mlx-lm loads."""
         named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
         args.model = type(args.model)(**named._asdict())
-        key, limits = self._loaded
+        key, limits = self._model.loaded
         if key == named:  # else it will be checked when its model is loaded
             limits.check(args)
             limits.check_length(request, self._overflow.refuses_over(limits.context))
@@ -197,7 +203,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     @property
     def width(self) -> int | None:
         """The width of the loaded model's logits; None: not known. Any thread."""
-        return self._loaded[1].facts.width
+        return self._model.limits.facts.width
 
     # -- the generation thread ----------------------------------------------
 
@@ -234,130 +240,31 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             # What died here before may not have given its memory back yet.
             passing = errors.from_exception(cause) or is_allocation_failure(cause)
             status = EXIT_REPLACE if passing else 2
-            where = "" if passing else _where(self.cli_args)
-            told = in_one_line(cause)
-            log.error("the model cannot be loaded: %s%s", where, told)
+            place = "" if passing else where(self.cli_args)
+            why = in_one_line(cause)
+            log.error("the model cannot be loaded: %s%s", place, why)
             self.condition.restarts = status == EXIT_REPLACE
             self.condition.enter("failed", "the model cannot be loaded")
-            why = Unavailable("The model cannot be loaded.", restarts=True)
-            self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
+            error = Unavailable("The model cannot be loaded.", restarts=True)
+            self.condition.leave(status, lambda: self.recovery.fail_everyone(error))
             return False
         self.condition.enter("ok")
         log.info("ready: %s", _status_line())
         return True
-
-    def _wrap_load(self, provider: Any, injections: bool) -> None:
-        load = provider.load
-
-        def load_anew(*named: Any) -> None:
-            ceiling = self.headroom.limits.static
-            facts = replace_model(provider, named, lambda: ceiling().size)
-            limits = ModelLimits.of(provider.model, provider.tokenizer, facts)
-            self._overflow.compare(limits.context)
-            self._loaded = (provider.model_key, limits)
-            self._resumed.width = facts.width
-
-        provider._load = load_anew
-
-        def load_or_say_why(*named: Any) -> Any:
-            # mlx-lm 0.31.3 forgets the adapters of its command line.
-            named = self.names.default if named[0] == DEFAULT else named
-            try:
-                model, tokenizer = load(*named)
-            except Exception as e:
-                if errors.from_exception(e) or is_allocation_failure(e):
-                    raise  # it may pass
-                if self.condition.state != "loading":
-                    log.info("a model cannot be loaded: %s", one_line(e))
-                if isinstance(e, EXPECTED):
-                    raise
-                raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
-            if self._max_kv_size and provider.draft_model is None:
-                kv_window.limit(model, self._max_kv_size)
-            self._measure(provider)
-            if injections:
-                width = provider.cli_args.num_draft_tokens + 1
-                testing.attach(model, decode_width=width if provider.draft_model else 1)
-            self._resumed.watch(tokenizer, self._own.detokenizer)
-            return model, tokenizer
-
-        provider.load = load_or_say_why
 
     def _is_batchable(self, args: Any) -> bool:
         """mlx-lm asks of the model that is loaded, before it loads the one named.
 
         One that names another is served alone, which any model can be.
         """
-        loaded = self.model_provider.model_key
-        named = (args.model.model, args.model.adapter, args.model.draft)
-        return named == loaded and bool(super()._is_batchable(args))
-
-    def _measure(self, provider: Any) -> None:
-        try:
-            self.headroom.model_loaded(provider)
-        except NoRoom as e:
-            if self.condition.state == "loading":
-                raise
-            # Not the one that the server was started with.
-            log.warning("a model cannot be served: %s", e)
-            raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
+        named = self._model.is_named(args.model)
+        return named and bool(super()._is_batchable(args))
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        limits = self._loaded[1]
-        # Once more: another model may have been asked for when it came.
-        limits.check(args)
-        limit = self._overflow.refuses_over(limits.context)
-        limits.check_length(request, limit)
-        try:
-            limits.count(request, limit, tokenizer.encode)
-            read = super()._tokenize
-            found, cut = self._overflow.fit(
-                request,
-                lambda request: read(tokenizer, request, args),
-                tokenizer.encode,
-                limits.context,
-            )
-        except EXPECTED:
-            raise
-        except Exception as e:
-            raise _unreadable(e, request) from e
-        args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
-        if not found[0]:
-            raise BadRequest("The prompt is empty.", prompt_field(request))
-        limits.facts.check_prompt(found[0], args.logits, prompt_field(request))
-        # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
-        # fail is this request's own.
-        for word in args.stop_words:
-            tokenizer.encode(word, add_special_tokens=False)
-        request = request_of(request)
-        request.tokenizer = tokenizer
-        if cut is not None:
-            self._note_cut(cut, request)
-        drafts = self.model_provider.draft_model is not None
-        found = self._resumed.prompt(found, request, args, drafts)
-        self._admit(request, compat.cache_keys(found), args.max_tokens)
-        return found
-
-    def _admit(self, request: InFlight, keys: list[Any], max_tokens: int) -> None:
-        """Has the scheduler let ``request`` run, or raises.
-
-        Raises:
-            Held: it waits; `_next_request` gives it out again.
-            NotEnoughMemory: it has waited long enough.
-            ContextTooLong: it can never run.
-            Disconnected: nobody waits for it any more.
-        """
-        if self._one_rank and request.is_ended:
-            raise Disconnected("the client left before the request was begun")
-        request.prompt_key = key = (self.model_provider.model_key, keys)
-        prompt, total = len(keys), len(keys) + max_tokens
-        reusable = self.headroom.reusable(*key)
-        found = self.scheduler.ask(request, prompt, total, reusable)
-        if found.verdict == "wait":
-            raise Held
-        if found.verdict != "admit":
-            raise self.headroom.refusal(found, prompt, total)
-        self.headroom.make_room(found, *key)
+        tokenize = super()._tokenize
+        return self._prompts.read(
+            request, args, tokenizer, lambda request: tokenize(tokenizer, request, args)
+        )
 
     def _may_store(self, size: int, given: int) -> bool:
         return self.headroom.may_store(size, given, self.scheduler.load())
@@ -373,12 +280,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             "held": len(self.scheduler.requests(RequestState.HELD)),
             "running": len(self.scheduler.requests(*RUNNING)),
         }
-
-    def _note_cut(self, cut: Cut, request: InFlight) -> None:
-        if "X-Prompt-Truncated" not in request.headers:  # it may be tokenized again
-            log.info("a prompt was %s (--max-prompt-tokens)", cut)
-            self.metrics.truncations.inc()
-            request.headers["X-Prompt-Truncated"] = str(cut)
 
     def make_batch(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
@@ -568,33 +469,6 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
         self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
-
-
-def _unreadable(exc: Exception, request: Any) -> BadRequest:
-    """What a client is told of ``exc``, with which mlx-lm failed to read a prompt."""
-    if type(exc) is TemplateError:  # the template's own words: `raise_exception`
-        why = f"The model's chat template refuses the messages: {one_line(exc)}"
-    else:
-        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
-        why = "The model's tokenizer and chat template cannot make a prompt of this."
-    return BadRequest(why, prompt_field(request))
-
-
-def _where(cli_args: Any) -> str:
-    """Names the flags' models: what cannot be loaded tells little without."""
-    given = [
-        (f"--{flag.replace('_', '-')}", name)
-        for flag in ("model", "draft_model", "adapter_path")
-        if (name := getattr(cli_args, flag))
-    ]
-    absent = [
-        f"there is no directory {name} here ({flag}), "
-        for flag, name in given
-        if not Path(name).exists()
-    ]
-    if absent:
-        return "".join([*absent, "and on the hub: "])
-    return ", ".join(f"{flag} {name}" for flag, name in given) + ": "
 
 
 def _status_line() -> str:
