@@ -162,7 +162,7 @@ def test_an_mlx_lm_that_does_not_fit(version: str, contains: str) -> None:
         f"""
         import sys
         from mlx_safe.cli import main
-        from mlx_safe.server import compat
+        from mlx_safe.server.mlx_lm import compat
         compat._version = lambda: {version!r}
         sys.exit(main(["serve"]))
         """
@@ -186,7 +186,7 @@ def test_an_mlx_lm_whose_seams_have_moved() -> None:
 def test_the_installed_mlx_lm_has_every_seam() -> None:
     import mlx_lm.server
 
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import compat
 
     assert compat.missing_seams(mlx_lm.server) == []
 
@@ -206,7 +206,7 @@ def test_a_seam_that_is_gone(
 ) -> None:
     import mlx_lm.server
 
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import compat
 
     monkeypatch.delattr(f"mlx_lm.server.{seam}")
     assert f"{gone} is gone" in "; ".join(compat.missing_seams(mlx_lm.server))
@@ -227,7 +227,7 @@ def test_an_attribute_that_has_another_name(
     """Nothing but an object that was made can tell."""
     import mlx_lm.server
 
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import compat
 
     cls = getattr(mlx_lm.server, name)
     make = cls.__init__
@@ -244,7 +244,7 @@ def test_an_attribute_that_has_another_name(
 
 def test_a_flag_of_mlx_lm_that_is_gone() -> None:
     from mlx_safe._command import CommandError
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import compat
 
     flags = ("model", "draft_model", "num_draft_tokens", "prefill_step_size")
     cli_args = SimpleNamespace(**dict.fromkeys(flags), prompt_cache_size=1)

@@ -164,8 +164,8 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
     Raises:
         CommandError: one cannot be loaded.
     """
-    from .server import compat
     from .server.launcher import check_paths
+    from .server.mlx_lm import compat
 
     server = compat.import_server()
     check_paths(argparse.Namespace(model=name, adapter_path=adapter, draft_model=draft))
@@ -191,7 +191,7 @@ def _measure(
     explicit: int | None,
     kv_limit: int | None,
 ) -> dict[str, Any]:
-    from .server import compat
+    from .server.mlx_lm import compat
     from .server.model_limits import context_of
 
     transients = Transients()

@@ -74,5 +74,6 @@ draft ``Model.__call__``         `speculative`       takes and gives the target'
                                                      tokens
 ===============================  ==================  ==========================
 
-`compat` checks at start that they are where this patch expects them.
+`mlx_lm` has all that touches mlx-lm (`generator` still apart), and `mlx_lm.compat`
+checks at start that it is where this patch expects it.
 """

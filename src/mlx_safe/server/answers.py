@@ -13,10 +13,11 @@ import json
 import logging
 from typing import Any
 
-from . import compat, logprobs, tool_calls
+from . import logprobs, tool_calls
 from .choices import Choices
 from .generator import Asked
 from .logprobs import Entry, Names
+from .mlx_lm import compat
 
 __all__ = ["Answer"]
 

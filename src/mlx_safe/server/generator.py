@@ -19,13 +19,13 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
-from . import compat
-from .batches import watched
 from .condition import EXIT_REPLACE, Condition
 from .departures import Departures
 from .headroom import Headroom, MemoryFlags
 from .in_flight import InFlight
 from .metrics import Metrics
+from .mlx_lm import compat
+from .mlx_lm.batches import watched
 from .model_names import ModelNames
 from .overflow import Overflow
 from .own_failures import OwnFailures

@@ -22,14 +22,15 @@ from ..memory.estimate import CacheCost, Transients
 from ..memory.machine import usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
-from . import admission, compat
+from . import admission
 from .admission import Ask, Load, SingleStep
 from .limits import Limits
+from .mlx_lm import compat
+from .mlx_lm.prompt_cache import PromptCache
 from .model_demand import NoRoom, demand_of
 from .model_limits import context_of
 from .observer import Observer
 from .prefill import PrefillStep
-from .prompt_cache import PromptCache
 from .recorder import breadcrumb
 from .replies import ContextTooLong, NotEnoughMemory
 

@@ -17,9 +17,10 @@ from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError, Parser
 from ..forensics import startup
 from ..memory.sizes import parse_size
-from . import compat, ranks, supervisor
+from . import ranks, supervisor
 from .body import DEFAULT_MAX_BYTES, Bodies
 from .handover import Handover, Held, Message
+from .mlx_lm import compat
 from .wire import Resting
 
 __all__ = ["check_paths", "run", "serve"]
@@ -406,7 +407,7 @@ def run(
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
-    from .handler import ProtectedHandler
+    from .mlx_lm.handler import ProtectedHandler
     from .recorder import start_sampler
 
     is_first = mx.distributed.init().rank() == 0
@@ -421,7 +422,9 @@ def run(
         handler(generator, *args, system_fingerprint=fingerprint)
 
     startup.tell()  # the log is set up by now
-    watch = on_fault(lambda fault: _leave_on_terminate(fault, lambda: generator))
+    watch = on_fault(
+        lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
+    )
     httpd = _bind(host, port, handle) if is_first else None
     if is_first:
         log.info("listening at http://%s:%s; loading the model", host, port)
@@ -496,8 +499,8 @@ def _make_generator(
     from .condition import Condition
     from .generator import ProtectedResponseGenerator
     from .headroom import MemoryFlags
+    from .mlx_lm.prompt_cache import PromptCache
     from .model_names import ModelNames
-    from .prompt_cache import PromptCache
 
     return ProtectedResponseGenerator(
         model_provider,

@@ -12,7 +12,7 @@ from typing import Any
 from .. import errors
 from ..memory.demand import Demand
 from ..memory.estimate import CacheCost, Transients, calibrate
-from . import compat
+from .mlx_lm import compat
 from .replies import is_allocation_failure
 
 __all__ = ["NoRoom", "demand_of"]

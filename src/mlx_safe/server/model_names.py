@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import compat
+from .mlx_lm import compat
 from .replies import BadRequest, ModelNotFound
 
 __all__ = ["DEFAULT", "ModelNames", "Named"]

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import errors
-from . import compat
+from .mlx_lm import compat
 from .replies import is_allocation_failure
 from .request import Request
 

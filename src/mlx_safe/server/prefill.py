@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 from ..memory.demand import STEP_MIN, step_sizes
-from . import compat
+from .mlx_lm import compat
 
 __all__ = ["PrefillStep"]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from . import compat
 from .headroom import Headroom
 from .in_flight import InFlight, request_of
 from .metrics import Metrics
+from .mlx_lm import compat
 from .model_limits import prompt_field
 from .overflow import Cut, Overflow
 from .recovery import one_line

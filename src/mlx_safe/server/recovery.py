@@ -20,7 +20,7 @@ from .condition import EXIT_REPLACE, Condition
 from .headroom import Headroom
 from .in_flight import InFlight
 from .metrics import Metrics
-from .prompt_cache import PromptCache
+from .mlx_lm.prompt_cache import PromptCache
 from .recorder import breadcrumb
 from .replies import EXPECTED, Unavailable, is_allocation_failure, reply_for
 from .request import RequestState

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from . import compat
 from .in_flight import InFlight
+from .mlx_lm import compat
 
 __all__ = ["Resumed"]
 

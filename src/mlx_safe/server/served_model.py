@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import errors, testing
-from . import kv_window
 from .headroom import Headroom
+from .mlx_lm import kv_window
+from .mlx_lm.model_loading import replace_model
 from .model_demand import NoRoom
 from .model_limits import ModelLimits
-from .model_loading import replace_model
 from .model_names import DEFAULT, ModelNames
 from .overflow import Overflow
 from .recovery import one_line
