@@ -14,9 +14,7 @@ PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md"))
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_names_no_file_that_is_not_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    named = set(
-        re.findall(r"`((?:src|tests|tools|bench|docs|findings)/[\w./-]+)`", text)
-    )
+    named = set(re.findall(r"`((?:src|tests|tools|bench|docs|findings)/[\w./-]+)`", text))
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
