@@ -11,15 +11,16 @@ mlx_lm.server                    here                why
                                  `recovery`          end the generation thread
 ``ResponseGenerator.             `generator`         the one place that every
 _next_request``                                      request passes: its queue is
-                                                     replaced by a `Ticket`
+                                                     replaced by an `InFlight`
 ``ResponseGenerator._tokenize``  `generator`,        refuses or cuts a prompt that
                                  `overflow`,         is too long; tells a bad
                                  `model_limits`      request from a failed
                                                      generation; a replay
                                                      goes on after the tokens that
                                                      its client has
-same, and ``BatchGenerator``     `admission`,        asks for memory, and before
-                                 `batches`           each step
+same, and ``BatchGenerator``     `scheduler`,        asks for memory, and before
+                                 `headroom`,         each step
+                                 `batches`
 ``ResponseGenerator.             `replay`,           stop words, sampler, text and
 _make_state_machine``,           `own_failures`      prefill step of a replay; what
 ``_make_sampler``,                                   fails there ends one request

@@ -5,17 +5,24 @@ Used by the generation thread only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from ..admission import Admission
+from ..in_flight import InFlight
+from ..observer import Observer
 from ..own_failures import OwnFailures
-from ..tickets import Ticket
+from ..scheduler import Scheduler
 
 __all__ = ["watched"]
 
 
-def watched(cls: Any, admission: Admission, own: OwnFailures) -> Any:
+def watched(
+    cls: Any,
+    scheduler: Scheduler[InFlight],
+    observer: Callable[[], Observer],
+    own: OwnFailures,
+) -> Any:
     """The class ``cls`` (mlx-lm's `BatchGenerator`), asking before each step.
 
     Between two steps it also looks for requests that have been stopped. mlx-lm takes
@@ -26,7 +33,7 @@ def watched(cls: Any, admission: Admission, own: OwnFailures) -> Any:
 
     class Watched(cls):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._tickets: dict[Any, Ticket] = {}  # of what is in the batch, by uid
+            self._requests: dict[Any, InFlight] = {}  # of what is in the batch, by uid
             self._missing: set[str] = set()
             self._leaving = False
             super().__init__(*args, **kwargs)
@@ -34,9 +41,9 @@ def watched(cls: Any, admission: Admission, own: OwnFailures) -> Any:
         def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
             insert = super().insert_segments
             uids = own.make(lambda: insert(*args, **kwargs), self._never_inserted)
-            ticket = admission.inserted(uids)
-            if ticket is not None:
-                self._tickets[ticket.uid] = ticket
+            request = scheduler.inserted(*uids)
+            if request is not None:
+                self._requests[request.run.uid] = request
             return uids
 
         def _never_inserted(self) -> Any:
@@ -46,7 +53,7 @@ def watched(cls: Any, admission: Admission, own: OwnFailures) -> Any:
 
         def remove(self, uids: Any, *args: Any, **kwargs: Any) -> Any:
             for uid in uids:
-                self._tickets.pop(uid, None)
+                self._requests.pop(uid, None)
             uids = [uid for uid in uids if uid not in self._missing]
             return super().remove(uids, *args, **kwargs)
 
@@ -54,19 +61,17 @@ def watched(cls: Any, admission: Admission, own: OwnFailures) -> Any:
             if self._leaving:
                 self._leaving = False
                 return [], []
-            leaving = [uid for uid, t in self._tickets.items() if t.stopped]
-            leaving = leaving or [t.uid for t in admission.before_step()]
+            leaving = [uid for uid, r in self._requests.items() if r.is_ended]
+            leaving = leaving or [r.run.uid for r in scheduler.step()]
             if leaving:
                 self._leaving = True
                 return [_sign_of(uid) for uid in leaving], []
-            admission.observer.begin()
+            observer().begin()
             prompts, generated = super().next()
             for response in generated:
                 if response.finish_reason is not None:
-                    self._tickets.pop(response.uid, None)
-            admission.observer.end_of_batch_step(
-                prompts, generated, admission.lengths()
-            )
+                    self._requests.pop(response.uid, None)
+            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths())
             return prompts, generated
 
     Watched.__name__ = cls.__name__

@@ -113,8 +113,8 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
             ``too_large`` (not stored), ``dropped`` (after a failure), and
             ``reused_tokens``, which requests did not have to read.
         may_store: asked before an entry of so many bytes is stored, in the place of
-            others that have so many; may evict what is neither. gives_away: the
-            next entry that is used leaves the cache.
+            others that have so many; may evict what is neither. gives_away:
+            asked when an entry is used, whether it leaves the cache with that.
     """
 
     def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
@@ -122,7 +122,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         self._lru: _Order = _Order()
         self.events: Counter[str] = Counter()
         self.may_store: Callable[[int, int], bool] = lambda size, given: True
-        self.gives_away = False
+        self.gives_away: Callable[[], bool] = lambda: False
 
     # -- what mlx-lm calls -----------------------------------------------------
 
@@ -145,7 +145,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         self.events["hits"] += 1
         self.events["reused_tokens"] += len(tokens) - len(rest)
         nearest = self._nearest(model, tokens)
-        if nearest is not None and self.gives_away:
+        if nearest is not None and self.gives_away():
             # The copy shares its arrays; now they are the request's own.
             self._drop(nearest)
         elif nearest is not None:
