@@ -9,7 +9,8 @@ from __future__ import annotations
 import os as _os
 
 from . import errors
-from ._faults import Fault, Subscription, epoch, faults, on_fault
+from ._fault import Fault
+from ._faults import Subscription, epoch, faults, on_fault
 from ._guard import check, guard
 from ._install import Status, install, status, uninstall
 from ._reports import breadcrumb

@@ -12,6 +12,7 @@ import threading
 import time
 
 from . import _core, _faults
+from ._fault import Fault
 from ._version import __version__
 
 TYPE_CHECKING = False
@@ -156,7 +157,7 @@ def watch_faults() -> None:
             _state.subscription = _faults.watch(_report_fault, _look)
 
 
-def _report_fault(fault: _faults.Fault) -> None:
+def _report_fault(fault: Fault) -> None:
     if fault.source != "terminate":  # the terminate handler has written one
         write_fault(fault.message, fault.code)
 
