@@ -164,10 +164,10 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
     Raises:
         CommandError: one cannot be loaded.
     """
-    from .server.launcher import check_paths
-    from .server.mlx_lm import compat
+    from .server.flags import check_paths
+    from .server.mlx_lm.requirements import import_server
 
-    server = compat.import_server()
+    server = import_server()
     check_paths(argparse.Namespace(model=name, adapter_path=adapter, draft_model=draft))
     loaded = []
     for flag, path, options in (

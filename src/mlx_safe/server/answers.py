@@ -78,7 +78,7 @@ class Answer:
             if handler.stream:
                 self._end_stream()
             else:
-                handler._send_json(200, self._frame([t.take() for t in self._told]))
+                handler.send_json(200, self._frame([t.take() for t in self._told]))
 
     def read_calls(
         self, text: str, context: Any

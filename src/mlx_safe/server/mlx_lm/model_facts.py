@@ -20,6 +20,7 @@ import mlx.nn as nn
 
 from ..replies import BadRequest
 from . import compat
+from .protocols import LogitsProcessorArguments, Model
 
 __all__ = ["ModelFacts", "look_at"]
 
@@ -66,13 +67,15 @@ class ModelFacts:
                     param="logit_bias",
                 )
 
-    def check_prompt(self, prompt: list[int], logits: Any, param: str) -> None:
+    def check_prompt(
+        self, prompt: list[int], logits: LogitsProcessorArguments, param: str
+    ) -> None:
         """Raises `BadRequest` for a prompt with tokens that the model does not have.
 
         A tokenizer can have more than its model: tokens that were added to it alone.
 
         Args:
-            logits: mlx-lm's `LogitsProcessorArguments`.
+            logits: of the request.
             param: the field that the prompt is of.
         """
         penalized = any(getattr(logits, name) for name in PENALTIES)
@@ -86,7 +89,7 @@ class ModelFacts:
             )
 
 
-def look_at(model: Any) -> ModelFacts:
+def look_at(model: Model) -> ModelFacts:
     """The facts of ``model``, by a step of one token that is never evaluated.
 
     Builds a graph and drops it: no weight is read, no memory is taken. Called on the
