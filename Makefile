@@ -25,7 +25,7 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
-  requirements hardware-report
+  requirements docs hardware-report
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -94,6 +94,8 @@ sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests u
 lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, workflows, compiler warnings
 	$(VENVS)/lint/bin/zizmor --offline --no-progress --quiet .github/workflows
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
@@ -160,9 +162,16 @@ requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks th
 	for name in build wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --generate-hashes --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
-	for name in clients aider; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
+	for name in clients aider docs; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --no-annotate --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
+
+docs: build/docs.stamp  ## this documentation as a site, in build/site
+
+DOCS := $(wildcard *.md docs/*.md docs/*/*.md docs/*/*.svg) mkdocs.yml tools/docs_pages.py
+build/docs.stamp: $(DOCS) $(SOURCES) | $(VENVS)/docs.tools
+	NO_MKDOCS_2_WARNING=1 $(VENVS)/docs/bin/python -m mkdocs build --quiet --strict
+	touch $@
 
 hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware.md
 	$(PYTHON) tools/hardware_report.py --machine-check
@@ -174,7 +183,7 @@ $(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
 	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
 	touch $@
 
-$(VENVS)/clients.tools $(VENVS)/aider.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
+$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
 	$(VENVS)/$*/bin/python $(PIP) -r $<
 	touch $@
 

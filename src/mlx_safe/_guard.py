@@ -34,7 +34,7 @@ def check(since: int) -> None:
 class guard:
     """Raises a `MetalError` on leaving the block if there was a fault in it.
 
-    ::
+    As a context manager, and as a decorator:
 
         with mlx_safe.guard():
             mx.eval(y)

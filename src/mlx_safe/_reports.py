@@ -1,6 +1,6 @@
 """Breadcrumbs, and reports of a process that lives on.
 
-The writer itself is native (`src/cpp/report.cpp`) and the same one that writes
+The writer itself is native (`src/cpp/crash/report.cpp`) and the same one that writes
 when the process dies. Everything here may be called from any thread.
 """
 

@@ -132,7 +132,9 @@ def run(
         handler(generator, *args, system_fingerprint=fingerprint)
 
     startup.tell()  # the log is set up by now
-    watch = on_fault(lambda fault: _leave_on_terminate(fault, lambda: generator))
+    watch = on_fault(
+        lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
+    )
     httpd = http_server.bind(host, port, handle) if is_first else None
     if is_first:
         log.info("listening at http://%s:%s; loading the model", host, port)

@@ -1,6 +1,6 @@
 """Faults on demand, on any machine, without a GPU.
 
-For the tests of this project and of any server that runs MLX::
+For the tests of this project and of any server that runs MLX:
 
     from mlx_safe import testing
 

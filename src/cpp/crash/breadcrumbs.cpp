@@ -1,6 +1,6 @@
-#include "breadcrumbs.h"
+#include "crash/breadcrumbs.h"
 
-#include "async_system.h"
+#include "crash/async_system.h"
 
 namespace mlx_safe {
 namespace {

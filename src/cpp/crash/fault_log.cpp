@@ -1,4 +1,4 @@
-#include "fault_log.h"
+#include "crash/fault_log.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "async_system.h"
+#include "crash/async_system.h"
 
 namespace mlx_safe {
 namespace {

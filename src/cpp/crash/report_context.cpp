@@ -1,9 +1,9 @@
-#include "report_context.h"
+#include "crash/report_context.h"
 
 #include <cstring>
 
-#include "async_io.h"
-#include "async_system.h"
+#include "crash/async_io.h"
+#include "crash/async_system.h"
 
 namespace mlx_safe {
 namespace {
@@ -59,8 +59,6 @@ bool set_report_context(const char* json) noexcept {
   g_context.store(next);
   return true;
 }
-
-void break_report_context() noexcept { g_context.store(1 << 30); }
 
 const char* report_context() noexcept { return g_contexts[g_context.load()]; }
 

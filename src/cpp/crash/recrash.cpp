@@ -1,4 +1,4 @@
-#include "recrash.h"
+#include "crash/recrash.h"
 
 #include <setjmp.h>
 #include <signal.h>
@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "async_system.h"
+#include "crash/async_system.h"
 
 namespace mlx_safe {
 namespace {

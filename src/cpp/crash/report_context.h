@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "ring.h"
+#include "crash/ring.h"
 
 namespace mlx_safe {
 
@@ -34,8 +34,6 @@ const MemoryHistory& memory_history() noexcept;
 bool set_report_context(const char* json) noexcept;
 // "" when there is none.
 const char* report_context() noexcept;
-// For tests: whoever reads it crashes.
-void break_report_context() noexcept;
 
 // ---- requests in flight ----------------------------------------------------
 

@@ -1,4 +1,4 @@
-#include "native_stack.h"
+#include "crash/native_stack.h"
 
 #include <dlfcn.h>
 #include <unwind.h>
@@ -9,7 +9,7 @@
 #include <ucontext.h>
 #endif
 
-#include "recrash.h"
+#include "crash/recrash.h"
 
 namespace mlx_safe {
 namespace {

@@ -1,4 +1,4 @@
-#include "report.h"
+#include "crash/report.h"
 
 #include <fcntl.h>
 #include <signal.h>
@@ -10,11 +10,11 @@
 #include <cerrno>
 #include <cstring>
 
-#include "async_io.h"
-#include "async_system.h"
-#include "native_stack.h"
-#include "recrash.h"
-#include "report_sections.h"
+#include "crash/async_io.h"
+#include "crash/async_system.h"
+#include "crash/native_stack.h"
+#include "crash/recrash.h"
+#include "crash/report_sections.h"
 
 namespace mlx_safe {
 namespace {

@@ -7,13 +7,13 @@
 #include <cstring>
 #include <string>
 
-#include "bindings_report.h"
-#include "fault_log.h"
+#include "crash/fault_log.h"
+#include "crash/report.h"
+#include "crash/report_context.h"
+#include "crash/terminate.h"
 #include "metal/hooks.h"
-#include "report.h"
-#include "report_context.h"
-#include "terminate.h"
-#include "testing.h"
+#include "python/bindings_report.h"
+#include "python/triggers.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -122,6 +122,7 @@ NB_MODULE(_core, m) {
   m.def("terminate_uninstall", &terminate_uninstall);
   m.def("terminate_installed", &terminate_installed);
   m.def("terminate_reached", &terminate_reached);
+  m.def("terminate_drainers", &terminate_drainers, "more"_a);
   m.def("terminate_drained", &terminate_drained);
 
   m.def("metal_install", &metal_install, "intercept"_a);

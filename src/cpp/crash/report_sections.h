@@ -2,8 +2,8 @@
 // `native_stack` (see native_stack.h).
 #pragma once
 
-#include "async_io.h"
-#include "report.h"
+#include "crash/async_io.h"
+#include "crash/report.h"
 
 namespace mlx_safe::sections {
 

@@ -7,8 +7,8 @@
 
 #include <cstdint>
 
-#include "async_io.h"
-#include "ring.h"
+#include "crash/async_io.h"
+#include "crash/ring.h"
 
 namespace mlx_safe {
 

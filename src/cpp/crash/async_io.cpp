@@ -1,4 +1,4 @@
-#include "async_io.h"
+#include "crash/async_io.h"
 
 #include <unistd.h>
 

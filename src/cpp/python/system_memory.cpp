@@ -1,4 +1,4 @@
-#include "system_memory.h"
+#include "python/system_memory.h"
 
 #include <unistd.h>
 

@@ -14,7 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "ring.h"
+#include "crash/ring.h"
 
 namespace mlx_safe {
 

@@ -1,4 +1,4 @@
-#include "testing.h"
+#include "python/triggers.h"
 
 #include <memory>
 #include <mutex>
@@ -6,14 +6,12 @@
 #include <string>
 #include <thread>
 
-#include "async_io.h"
-#include "fault_log.h"
+#include "crash/async_io.h"
+#include "crash/fault_log.h"
 #include "metal/error.h"
 #include "metal/hook_table.h"
 #include "metal/selectors.h"
 #include "objc/block.h"
-#include "report.h"
-#include "report_context.h"
 
 namespace mlx_safe {
 namespace {
@@ -114,11 +112,6 @@ std::uint64_t testing_record_fault(std::int32_t code,
 
 void testing_throw_on_foreign_thread(const std::string& message) {
   std::thread([message] { throw std::runtime_error(message); }).detach();
-}
-
-void testing_break_reports(bool only_python_stacks) noexcept {
-  if (!only_python_stacks) return break_report_context();
-  report_set_python_stacks([] { *static_cast<volatile char*>(nullptr) = 1; });
 }
 
 }  // namespace mlx_safe

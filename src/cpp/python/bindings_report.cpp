@@ -1,4 +1,4 @@
-#include "bindings_report.h"
+#include "python/bindings_report.h"
 
 #include <cxxabi.h>
 #include <nanobind/stl/optional.h>
@@ -10,12 +10,11 @@
 #include <optional>
 #include <string>
 
-#include "breadcrumbs.h"
-#include "report.h"
-#include "report_context.h"
-#include "signals.h"
-#include "system_memory.h"
-#include "testing.h"
+#include "crash/breadcrumbs.h"
+#include "crash/report.h"
+#include "crash/report_context.h"
+#include "crash/signals.h"
+#include "python/system_memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -217,8 +216,6 @@ void bind_reports(nb::module_& m) {
   m.def("signals_uninstall", &signals_uninstall);
   m.def("signals_installed", &signals_installed);
   m.def("signals_cover_this_thread", &signals_cover_this_thread);
-  m.def("testing_break_reports", &testing_break_reports,
-        "only_python_stacks"_a);
 }
 
 }  // namespace mlx_safe

@@ -1,15 +1,15 @@
-#include "report_sections.h"
+#include "crash/report_sections.h"
 
 #include <signal.h>
 #include <unistd.h>
 
 #include <initializer_list>
 
-#include "async_system.h"
-#include "breadcrumbs.h"
-#include "fault_log.h"
-#include "native_stack.h"
-#include "report_context.h"
+#include "crash/async_system.h"
+#include "crash/breadcrumbs.h"
+#include "crash/fault_log.h"
+#include "crash/native_stack.h"
+#include "crash/report_context.h"
 
 namespace mlx_safe::sections {
 namespace {

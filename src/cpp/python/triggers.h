@@ -1,4 +1,5 @@
-// Native triggers behind mlx_safe.testing. Not for production use.
+// What mlx_safe.testing calls. Triggers that only our own tests need are in
+// tests/native.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +23,5 @@ void testing_throw_on_foreign_thread(const std::string& message);
 // Throws std::runtime_error for a failure, or when there is no Metal. Not for
 // Metal's threads.
 void testing_run_command_buffer();
-
-// From now on a report of a dying process crashes while it is written: where
-// its context is copied, or where the stacks of Python are read.
-void testing_break_reports(bool only_python_stacks) noexcept;
 
 }  // namespace mlx_safe

@@ -1,4 +1,4 @@
-#include "async_system.h"
+#include "crash/async_system.h"
 
 #include <pthread.h>
 #include <time.h>

@@ -1,4 +1,4 @@
-#include "signals.h"
+#include "crash/signals.h"
 
 #include <signal.h>
 
@@ -6,9 +6,9 @@
 #include <cerrno>
 #include <cstddef>
 
-#include "async_system.h"
-#include "recrash.h"
-#include "report.h"
+#include "crash/async_system.h"
+#include "crash/recrash.h"
+#include "crash/report.h"
 
 namespace mlx_safe {
 namespace {
