@@ -105,7 +105,7 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
     with _state.run_file_lock:
         written = _core.write_run_file()
     if not written:
-        return f"no file in {directory} says that this process runs: cannot write it"
+        return f"cannot write the run file in {directory}"
     return None
 
 

@@ -41,12 +41,16 @@ def doctor(arguments: Sequence[str]) -> int:
         "--model", metavar="PATH", help="load this model, measure it, and size flags"
     )
     parser.add_argument(
-        "--max-active-memory-bytes", metavar="SIZE", help="as if the server had it"
+        "--max-active-memory-bytes",
+        metavar="SIZE",
+        help="the server's flag of this name",
     )
-    parser.add_argument("--max-active-kv-bytes", metavar="SIZE", help="likewise")
+    parser.add_argument(
+        "--max-active-kv-bytes", metavar="SIZE", help="the server's flag of this name"
+    )
     for flag in ("--adapter-path", "--draft-model"):
-        parser.add_argument(flag, metavar="PATH", help="likewise")
-    parser.add_argument("--json", action="store_true", help="for programs")
+        parser.add_argument(flag, metavar="PATH", help="the server's flag of this name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args(list(arguments))
     if asked.model is None and (asked.adapter_path or asked.draft_model):
         raise CommandError("--adapter-path and --draft-model need --model")

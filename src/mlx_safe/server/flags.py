@@ -36,8 +36,8 @@ def _add_recovery_flags(parser: Parser) -> None:
     parser.add_argument(
         "--allow-untested-mlx-lm",
         action="store_true",
-        help="start with an mlx-lm newer than this mlx-safe was tested with, as "
-        "long as it has all that the patch needs",
+        help="start with an mlx-lm that is newer than the tested ones, if it has "
+        "all that this server needs",
     )
     parser.add_argument(
         "--replay-attempts",
@@ -52,17 +52,16 @@ def _add_recovery_flags(parser: Parser) -> None:
         type=_seconds,
         default=600.0,
         metavar="SECONDS",
-        help="a generation step that makes no progress for so long is fatal: clients "
-        "get a 503, the process leaves with status 75; 0: never (default: 600)",
+        help="a generation step without progress for so long is fatal: clients get a "
+        "503, and the process ends with status 75; 0: never (default: 600)",
     )
     parser.add_argument(
         "--keepalive-after",
         type=_seconds,
         default=5.0,
         metavar="SECONDS",
-        help="a stream's comments begin so long after its request was read; until "
-        "then, or its first token, what fails is answered with its own status "
-        "(default: 5)",
+        help="a stream that has no token after so long gets comments, which begin it "
+        "with a 200; a failure before has its own status (default: 5)",
     )
     parser.add_argument(
         "--supervise",
@@ -91,8 +90,8 @@ def _add_prompt_flags(parser: Parser) -> None:
         "--prompt-overflow-policy",
         choices=["error", "truncate"],
         default="error",
-        help="what happens to a longer one: a 400 with code context_length_exceeded, "
-        "or the oldest turns of the chat are left out (default: error)",
+        help="a longer prompt is refused with a 400 (error), or the oldest turns of "
+        "the chat are left out (truncate) (default: error)",
     )
     parser.add_argument(
         "--prompt-keep-tokens",
@@ -165,8 +164,8 @@ def _add_model_flags(parser: Parser) -> None:
         type=_name,
         default=[],
         metavar="NAME",
-        help="a name for --model, which requests may use and /v1/models lists in the "
-        "place of its path; may be given more than once",
+        help="a name for --model: requests may use it, and /v1/models lists it "
+        "instead of the path; may be given more than once",
     )
     parser.add_argument(
         "--only-served-model",
@@ -177,8 +176,8 @@ def _add_model_flags(parser: Parser) -> None:
     parser.add_argument(
         "--allow-model-download",
         action="store_true",
-        help="a request may name a model that is on the hub only: it is downloaded "
-        "(default: what is not on this machine is a 404)",
+        help="download a model of the hub that a request names (default: a model "
+        "that is not on this machine is a 404)",
     )
 
 

@@ -80,7 +80,7 @@ class Server(ThreadingHTTPServer):
         except OSError:
             self.condition.depart()
             raise
-        # At once, and not by its thread: until then nobody else has it.
+        # At once, and not by its thread: until then only this process has it.
         self._taken[connection] = self.handover.hold(connection)
         return connection, address
 

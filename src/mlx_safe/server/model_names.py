@@ -1,6 +1,6 @@
 """What a request may name: models, adapters and drafts, found without loading any.
 
-Looked up on the thread of the request's handler, so that a name that nobody knows
+Looked up on the thread of the request's handler, so that an unknown name
 is refused at once. Reads directories; goes to no hub.
 """
 
@@ -163,7 +163,7 @@ def _check_model(directory: Path, remote_code: bool) -> None:
         config = json.loads((directory / "config.json").read_bytes())
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise _Unsuitable(f"its config.json tells no model_type ({e!r})") from e
+        raise _Unsuitable(f"its config.json has no model_type ({e!r})") from e
     brings_its_own = remote_code and config.get("model_file")
     if not brings_its_own and not hub.knows_model_type(config):
         raise _Unsuitable(f"mlx-lm does not know the type {kind!r}")
@@ -204,7 +204,7 @@ def _same(name: str, known: str | None) -> bool:
 
 
 def _is_dir(name: str) -> bool:
-    # "" is the current directory, which nobody means.
+    # "" would be the current directory.
     try:
         return bool(name) and Path(name).is_dir()
     except (OSError, ValueError):  # too long, a NUL

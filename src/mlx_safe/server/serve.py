@@ -212,8 +212,8 @@ def _make_generator(
 
 
 def _follow_the_first(generator: Any) -> None:
-    # Without clients there is nobody to answer: signals kill, Control-C as well,
-    # and a status that is not 0 makes mlx.launch end the other ranks.
+    # It has no clients to answer: signals kill it, Control-C as well, and a status
+    # that is not 0 makes mlx.launch end the other ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     generator.join()
     generator.stop()

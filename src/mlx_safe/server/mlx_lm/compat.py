@@ -1,4 +1,4 @@
-"""What differs between versions of mlx-lm. It is told apart in this module only.
+"""What differs between versions of mlx-lm. No other module asks for its version.
 
 Generation thread, unless a function says otherwise.
 """
@@ -116,7 +116,7 @@ def text_by_state(
 
     The function made takes a ``Response`` and gives (state, text) of its pieces,
     without markers. States are "normal", "reasoning", "tool", and None at a stop
-    word (0.31, where the generation thread tells them; in 0.32 the handler does).
+    word (0.31, where the generation thread finds them; in 0.32 the handler does).
     """
     if not hasattr(context, "text_sm"):
         return lambda response: [(response.state, response.text)]  # type: ignore[attr-defined]
@@ -210,8 +210,8 @@ def sample_with_this_thread() -> None:
 def keep_processors_in_place() -> None:
     """Lets each request of a batch keep its own penalties and biases (0.31.3).
 
-    There a batch in which nobody has any forgets to take out the place of one that
-    ends: who joins later has his at another's place, or at none. Call it once.
+    There a batch without any of them keeps the place of a request that has ended. One
+    that joins later gets those of another place, or none. Call it once.
     """
     if parse_version(installed_version()) >= (0, 32):
         return

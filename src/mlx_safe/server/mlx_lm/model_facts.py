@@ -3,7 +3,7 @@
 MLX checks no index: a bias for a token that the logits do not have is written where
 other memory begins, and can end the process. A config does not tell how wide they
 are (multimodal ones keep it in `text_config`, 13 of 108 types of mlx-lm 0.31.3 and
-more of 0.32.2 have no `vocab_size`), and what it tells need not be what the weights
+more of 0.32.2 have no `vocab_size`), and what it has need not be what the weights
 are. So the model is asked: MLX's arrays know their shape before they are computed.
 """
 
@@ -102,7 +102,9 @@ def look_at(model: Model) -> ModelFacts:
             logits = model(tokens, cache=compat.make_cache(model))
         width = int(logits.shape[-1])
     except Exception as e:
-        log.warning("this model's logits cannot be looked at (%r): no logit_bias", e)
+        log.warning(
+            "cannot read the width of this model's logits (%r): no logit_bias", e
+        )
         return ModelFacts(None, min(rows, default=None))
     return ModelFacts(width, min(rows, default=width))
 

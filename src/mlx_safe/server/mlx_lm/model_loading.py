@@ -98,8 +98,8 @@ def _check_draft(model: Model, target: Model, facts: ModelFacts) -> None:
     fixed = fixed_caches(compat.make_cache(model))
     if fixed:
         log.warning(
-            "the draft model's cache cannot take tokens back (%s): it drafts worse "
-            "than it could, and answers are slower",
+            "the draft model's cache cannot take tokens back (%s): its drafts get "
+            "worse, and answers slower",
             fixed,
         )
 

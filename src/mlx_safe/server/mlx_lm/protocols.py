@@ -6,7 +6,7 @@ the server starts, with the mlx-lm that is installed. A class here has the name 
 mlx-lm's class, or says what it stands for. A parameter that stands here is one that
 this server passes, or mlx-lm passes to an override, by its place or its name.
 
-What this server subclasses is a class, since mypy lets nobody call a protocol's method
+What this server subclasses is a class, since mypy refuses calls of a protocol's method
 by ``super()``; everything else is a protocol. Attributes that only one version of
 mlx-lm has are in classes that end with that version.
 """

@@ -67,7 +67,7 @@ PLACES: tuple[Place, ...] = (
 # Of each, one version's way is enough.
 ALTERNATIVES: tuple[tuple[str, tuple[Place, ...], tuple[Place, ...]], ...] = (
     (
-        "nothing tells text from reasoning and tool calls",
+        "it does not separate text, reasoning and tool calls",
         ((SERVER, "Response", p.Response031),),
         (
             (SERVER, "GenerationContext", p.GenerationContext032),
@@ -75,12 +75,12 @@ ALTERNATIVES: tuple[tuple[str, tuple[Place, ...], tuple[Place, ...]], ...] = (
         ),
     ),
     (
-        "nothing tells how tokens are spelled",
+        "its tokenizer does not show how tokens are spelled",
         ((TOKENIZER, "TokenizerWrapper", p.Tokenizer031),),
         ((TOKENIZER, "TokenizerWrapper", p.Tokenizer032),),
     ),
     (
-        "nothing tells how far in a stop word an answer is",
+        "its stop words cannot be matched token by token",
         ((GENERATE, "SequenceStateMachine", p.StopWords031),),
         ((GENERATE, "StopSequences", p.StopWords032),),
     ),

@@ -30,7 +30,7 @@ def why_not_draftable(model: Model) -> str | None:
         model: the target. Its caches are made; nothing is evaluated.
     """
     caches = compat.make_cache(model)
-    # It is how mlx-lm tells the target's caches from the draft's, in one list.
+    # mlx-lm separates the target's caches from the draft's by this number.
     if len(caches) != len(model.layers):
         return "its layers share caches"
     fixed = fixed_caches(caches)
