@@ -133,6 +133,7 @@ class Condition:
             log.error("%d clients could not be answered", left)
         logging.shutdown()
         sys.stdout.flush()
+        _reports.finish()
         _reports.remove_run_file()
         if status == EXIT_REPLACE:
             _core.terminate_drained()

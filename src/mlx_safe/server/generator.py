@@ -407,6 +407,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         caught, self._caught = self._caught, None
         if caught is not None:
             self.recovery.recover(caught)
+        self.recovery.hold()
         self.recovery.check_epoch()
         again = self.replays.next()
         if again is not None:

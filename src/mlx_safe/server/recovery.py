@@ -83,6 +83,11 @@ class Recovery:
         seed_anew()  # it may have been drawing
         ticket.fail(told)
 
+    def hold(self) -> None:
+        """Called between any two pieces of work."""
+        assert self._thread_state is not None
+        self._thread_state.hold()
+
     def check_epoch(self) -> None:
         """Raises the error of the faults that have not been dealt with, if any."""
         _faults.check(self._clean_epoch)
@@ -98,7 +103,7 @@ class Recovery:
             return
         if fault is not None and not fault.faults:
             # One that is in the log has its report from there (`watch_faults`).
-            _reports.write_fault(str(fault), fault.code)
+            _reports.write_fault_beside(str(fault), fault.code)
         if not self._one_rank:
             self._give_up_among_ranks(fault, exc)
             return
@@ -218,8 +223,9 @@ class Recovery:
         """Drops whatever the failure may have left unwritten, or may be due to.
 
         Arrays of a failed evaluation read as valid afterwards (both regimes), so
-        the batch goes, whose only owners are the frames of the traceback. Entries
-        of the prompt cache that were complete before the fault may stay.
+        the batch goes, whose only owners are the frames of the traceback: it is
+        free as soon as they are clear. Entries of the prompt cache that were
+        complete before the fault may stay.
         """
         _clear_frames(exc)
         if _leaves_memory_alone(fault, exc) and _epoch_is_exact():
