@@ -1,8 +1,9 @@
 """mlx_lm.server, protected. Start it with ``mlx-safe serve``.
 
-What the patch touches, all of it:
+`serve` runs mlx-lm's own ``main``, whose functions and classes `mlx_lm` replaces and
+subclasses. What it relies on, all of it, stands in `mlx_lm.protocols`, with what is
+overridden and why. `mlx_lm.seams` compares that with the installed mlx-lm at start.
 
-===============================  ==================  ==========================
 mlx_lm.server                    here                why
 ===============================  ==================  ==========================
 ``run`` (module attribute)       `launcher.run`      binds the port first, builds
@@ -76,4 +77,10 @@ draft ``Model.__call__``         `speculative`       takes and gives the target'
 
 `mlx_lm` has all that touches mlx-lm (`generator` still apart), and `mlx_lm.compat`
 checks at start that it is where this patch expects it.
+=======
+- Start: `serve`, `flags`, `supervisor`, `holding`, `handover`.
+- HTTP: `http_server`, `wire`, `body`, `responses`, `endpoints`, `replies`.
+- A request: `schema`, `messages`, `strict_json`, `model_names`, `model_limits`.
+- Generation: `generator`, `admission`, `replay`, `recovery`, `own_failures`.
+- An answer: `answers`, `choices`, `tool_calls`, `logprobs`.
 """

@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus. Thread-safe."""
+"""The metrics of ``/metrics``. Thread-safe."""
 
 from __future__ import annotations
 
