@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import errors
 from ..memory.budget import Decision, Option, Situation, decide
 from ..memory.demand import Demand, Row
 from ..memory.estimate import CacheCost, Transients, calibrate
@@ -34,7 +33,7 @@ from .model_limits import context_of
 from .observer import Observer
 from .prefill import PrefillStep
 from .recorder import breadcrumb
-from .replies import ContextTooLong, NotEnoughMemory, is_allocation_failure
+from .replies import ContextTooLong, NotEnoughMemory, is_of_all
 from .tickets import Claim, Flight, Ticket
 
 __all__ = ["Admission", "Held", "MemoryFlags", "NoRoom"]
@@ -139,7 +138,7 @@ class Admission:
         except NoRoom:
             raise
         except Exception as e:
-            if errors.from_exception(e) is not None or is_allocation_failure(e):
+            if is_of_all(e):
                 raise
             # Only what is active can be looked at then, not what will be.
             log.warning("this model cannot be measured, requests are not: %r", e)

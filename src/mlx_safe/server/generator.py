@@ -43,6 +43,7 @@ from .replies import (
     ModelNotFound,
     Unavailable,
     is_allocation_failure,
+    is_of_all,
     reply_for,
 )
 from .tickets import ClientLeft, Flight, Ticket, ticket_of
@@ -215,8 +216,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise exc
             self.recovery.recover(exc)
         except Exception as e:
-            log.exception("there is no recovery from this")
-            self.recovery.give_up(portable(e))
+            lost = errors.from_exception(e)
+            if lost is None:
+                log.exception("there is no recovery from this")
+            self.recovery.give_up(lost or portable(e))
 
     def _load_first_model(self) -> bool:
         try:
@@ -225,7 +228,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             # Of `load_or_say_why`, whose own text is cut.
             cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
             # What died here before may not have given its memory back yet.
-            passing = errors.from_exception(cause) or is_allocation_failure(cause)
+            fault = errors.from_exception(cause)
+            passing = is_allocation_failure(cause)
+            passing = passing or (fault is not None and (fault.retryable or fault.fatal))
             status = EXIT_REPLACE if passing else 2
             where = "" if passing else _where(self.cli_args)
             told = in_one_line(cause)
@@ -258,7 +263,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             try:
                 model, tokenizer = load(*named)
             except Exception as e:
-                if errors.from_exception(e) or is_allocation_failure(e):
+                if is_of_all(e):
                     raise  # it may pass
                 if self.condition.state != "loading":
                     log.info("a model cannot be loaded: %s", one_line(e))
@@ -313,6 +318,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         except EXPECTED:
             raise
         except Exception as e:
+            if is_of_all(e):
+                raise  # not the prompt's own
             raise _unreadable(e, request) from e
         args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
         if not found[0]:
@@ -428,6 +435,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         except RecursionError:
             taken[0].put(BadRequest("The request is nested too deeply."))
             return None
+        except MemoryError as e:
+            # Nothing knows of it yet: it would wait for ever.
+            taken[0].put(portable(e))
+            return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
             self.flight.board(ticket)
             self.departures.bind(request_id(taken[1]), ticket)
@@ -488,8 +499,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             log.info("a request is refused: %s", exc)
             ticket.fail(exc)
             return
-        passing = errors.from_exception(exc) or is_allocation_failure(exc)
-        if ticket.context is None and not passing:
+        if ticket.context is None and not is_of_all(exc):
             log.error("a request could not be begun", exc_info=exc)
             self.metrics.failures.labels(reply_for(exc).code).inc()
             ticket.fail(portable(exc))

@@ -185,6 +185,9 @@ class Recovery:
         ending: list[Ticket],
     ) -> None:
         fate = f"requests run again: {len(again)}, ended: {len(ending)}"
+        if fault is None and is_allocation_failure(exc):
+            log.warning("no memory is left: %s; %s", one_line(exc), fate)
+            return
         if fault is None:
             log.error("a generation step failed; %s", fate, exc_info=exc)
             return

@@ -29,6 +29,7 @@ from ..replies import (
     ModelNotFound,
     NotEnoughMemory,
     Reply,
+    is_of_all,
     reply_for,
 )
 from ..request_file import State
@@ -234,7 +235,10 @@ class ProtectedHandler(Wire, APIHandler):  # type: ignore[misc]
         except _Refused as e:
             self._end(e.error)
         except Exception as e:
-            log.exception("a request failed before it was begun")
+            if is_of_all(e):
+                log.error("a request cannot be begun: %s", type(e).__name__)
+            else:
+                log.exception("a request failed before it was begun")
             self._end(e)  # handle_completion deals with its own
         finally:
             self.rfile = rfile
@@ -278,6 +282,8 @@ class ProtectedHandler(Wire, APIHandler):  # type: ignore[misc]
         try:
             return super().handle_chat_completions()
         except Exception as e:
+            if is_of_all(e):
+                raise
             # mlx-lm (0.32) fetches images here, and tells the client why it cannot.
             log.info("an image cannot be fetched: %s", e)
             why = BadRequest("An image of the messages cannot be fetched.", "messages")

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..replies import BadRequest
+from ..replies import BadRequest, is_of_all
 from . import compat
 
 __all__ = ["ModelFacts", "look_at"]
@@ -99,6 +99,8 @@ def look_at(model: Any) -> ModelFacts:
             logits = model(tokens, cache=compat.make_cache(model))
         width = int(logits.shape[-1])
     except Exception as e:
+        if is_of_all(e):
+            raise
         log.warning("this model's logits cannot be looked at (%r): no logit_bias", e)
         return ModelFacts(None, min(rows, default=None))
     return ModelFacts(width, min(rows, default=width))
