@@ -6,7 +6,7 @@ VENVS := .venvs
 # The two version pairs that must both work, and the tools of the linters.
 PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'cmake>=3.26,<4'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0'
 ifeq ($(shell uname),Darwin)
 PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
@@ -37,46 +37,43 @@ test: test-intercept test-observe test-metal  ## the whole suite, on both pairs 
 
 # The simulated Metal's hosts are their own, and processes die alike: which mlx is
 # installed makes no difference to them.
-ONCE := tests/test_metal.py tests/test_reports_written.py tests/test_reports_surroundings.py
+ONCE := tests/test_metal.py tests/test_metal_sent.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE) $(ARGS)
 
 # Without the cache, which they would share: the suites run at the same time.
 PYTEST := -m pytest -p no:cacheprovider
+# Of each suite, whose servers mostly wait. WORKERS=0: one process, for a debugger.
+WORKERS ?= 3
+SPREAD := -n $(WORKERS) --dist loadfile
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
-# One of the tests' clients.
-.PHONY: curl
-curl:
-	@command -v curl > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
-	  apt-get -o Acquire::Retries=5 update && \
-	  apt-get -o Acquire::Retries=5 install --yes --no-install-recommends curl; } || \
-	  { echo 'curl is one of the clients of the tests: please install it' >&2; exit 2; }
+test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
+	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
-test-intercept: curl $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
-	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
+test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
-test-observe: curl $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
-
-# What of its programs is missing is installed as root on Debian. Elsewhere it is
-# left out, which the tests say; with MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
-test-clients: client-programs $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
+# A program that is missing is named, and its tests are left out; with
+# MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
+test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
 	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
 
-CLIENT_PROGRAMS := node npm haproxy nginx
+CLIENT_PROGRAMS := curl node npm haproxy nginx
 NODE_MODULES := tests/clients/node_modules/.package-lock.json
 
 # nginx lies in a directory that only root looks into. RUNLEVEL: nothing is started.
-.PHONY: client-programs
-client-programs: curl
+.PHONY: client-programs client-modules
+client-programs:  ## installs the clients and proxies of the tests; as root, on Debian
 	@PATH="$$PATH:/usr/sbin"; for program in $(CLIENT_PROGRAMS); do \
 	  command -v $$program > /dev/null || missing="$$missing $$program"; done; \
-	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	if [ -n "$$missing" ]; then \
 	  apt-get -o Acquire::Retries=5 update && \
 	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends \
 	    $$(echo $$missing | sed 's/\bnode\b/nodejs/; s/nginx/nginx-light/'); fi
+
+client-modules:
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory $(NODE_MODULES); fi
 
 $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
@@ -154,8 +151,9 @@ machrun: machrun-setup $(VENVS)/wheels.ready  ## the macOS binaries of MLX and o
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
 
-machrun-table: machrun-setup  ## writes what each MLX does with a failed buffer into the docs
+machrun-table: machrun-setup  ## writes down anew what each MLX does with a failed buffer, and sends
 	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_versions
+	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_sent
 
 requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels, and the clients
 	$(WHEELS_PYTHON) $(PIP) uv

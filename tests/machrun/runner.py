@@ -12,6 +12,7 @@ from .setup.packages import get_mlx, get_ours, get_site, version_of
 from .setup.places import CACHE, HERE, LOADER, MAIN, PYTHONS, QEMU
 
 LIMIT_S = 300
+STARTUP = HERE.parent / "support" / "startup"
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Machine:
         system: for which macOS MLX's wheel is.
         ours: the folder with our package in place of the wheel's own; None: without.
         server: with mlx-lm; only for the versions in packages.PAIRS.
+        platform: what Python says it is on: see guest/darwin.py.
     """
 
     mlx: str = "0.32.4"
@@ -32,6 +34,7 @@ class Machine:
     system: str = "14_0"
     ours: Path | None = field(default_factory=Path)
     server: bool = False
+    platform: str = "darwin"
 
     @property
     def version(self) -> str:
@@ -41,13 +44,14 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         python = PYTHONS[self.python]
-        path = [HERE / "guest", get_mlx(self.mlx, python, self.system)]
+        path = [HERE / "guest", STARTUP, get_mlx(self.mlx, python, self.system)]
         if self.ours is not None:
             path.append(self.ours if self.ours != Path() else get_ours(python))
         if self.server:
             path += get_site(self.mlx)
         return {
             "MACHRUN_MACOS": self.macos,
+            "MACHRUN_PLATFORM": self.platform,
             "MACHRUN_PYTHON": f"libpython{self.python}.so.1.0",
             "MACHRUN_SYSROOT": str(python.sysroot),
             "MACHRUN_QEMU": str(QEMU),

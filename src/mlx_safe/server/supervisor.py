@@ -31,6 +31,7 @@ __all__ = [
     "Supervisor",
     "cannot_listen",
     "find_address",
+    "how_it_ended",
     "is_supervised",
     "main",
     "replace_this_process",
@@ -88,7 +89,7 @@ def say(text: str) -> None:
     print(f"{now} - SUPERVISOR - {text}", file=sys.stderr, flush=True)
 
 
-def _how(status: int) -> str:
+def how_it_ended(status: int) -> str:
     """A process ended: subprocess says by which signal with a negative number."""
     try:
         return f"by {signal.Signals(-status).name}"
@@ -129,16 +130,17 @@ class Supervisor:
             self._crashes += 1
             if self._crashes > CRASHES_MAX:
                 self._holding.refuse_all()
+                how = how_it_ended(status)
                 say(
                     f"the server has ended {self._crashes} times in a row and "
-                    f"completed no request in between, the last time {_how(status)}: "
+                    f"completed no request in between, the last time {how}: "
                     "giving up. Its log above says why, and `mlx-safe reports` lists "
                     "the crash reports"
                 )
                 return 1
             delay = BACK_OFF_S[min(self._crashes, len(BACK_OFF_S)) - 1]
             say(
-                f"the server has ended {_how(status)}; starting it again "
+                f"the server has ended {how_it_ended(status)}; starting it again "
                 f"in {delay:.0f} s, with {len(self._holding)} connections held"
             )
             self._hold_until(time.monotonic() + delay)

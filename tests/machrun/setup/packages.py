@@ -113,6 +113,7 @@ def get_site(mlx_version: str) -> list[Path]:
     newest = max(PAIRS)
     rest = CACHE / "site" / "dependencies"
     own = ["prometheus-client>=0.20", "pydantic>=2.7", "rich>=13"]
+    own += ["pytest>=8", "pytest-timeout>=2.3"]  # for tests/hardware
     wanted = [f"mlx-lm=={PAIRS[newest]}", f"mlx=={newest}", *own]
     if not is_current(rest, " ".join(wanted)):
         _install(rest, *wanted)
