@@ -42,6 +42,7 @@ from .replies import (
     NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
+    is_of_all,
     reply_for,
 )
 from .request import RUNNING, Disconnected, RequestState
@@ -228,8 +229,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise exc
             self.recovery.recover(exc)
         except Exception as e:
-            log.exception("there is no recovery from this")
-            self.recovery.give_up(portable(e))
+            lost = errors.from_exception(e)
+            if lost is None:
+                log.exception("there is no recovery from this")
+            self.recovery.give_up(lost or portable(e))
 
     def _load_first_model(self) -> bool:
         try:
@@ -238,7 +241,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             # Of `load_or_say_why`, whose own text is cut.
             cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
             # What died here before may not have given its memory back yet.
-            passing = errors.from_exception(cause) or is_allocation_failure(cause)
+            fault = errors.from_exception(cause)
+            passing = is_allocation_failure(cause)
+            passing = passing or (
+                fault is not None and (fault.retryable or fault.fatal)
+            )
             status = EXIT_REPLACE if passing else 2
             place = "" if passing else where(self.cli_args)
             why = in_one_line(cause)
@@ -370,6 +377,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         except RecursionError:
             taken[0].put(BadRequest("The request is nested too deeply."))
             return None
+        except MemoryError as e:
+            # Nothing knows of it yet: it would wait for ever.
+            taken[0].put(portable(e))
+            return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
             self.scheduler.arrive(request)
             self.departures.bind(request_id(taken[1]), request)
@@ -447,8 +458,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             log.info("a request is refused: %s", exc)
             request.fail(exc)
             return
-        passing = errors.from_exception(exc) or is_allocation_failure(exc)
-        if not request.has_context and not passing:
+        if not request.has_context and not is_of_all(exc):
             log.error("a request could not be begun", exc_info=exc)
             self.metrics.failures.labels(reply_for(exc).code).inc()
             request.fail(portable(exc))

@@ -9,11 +9,10 @@ import logging
 from functools import partial
 from typing import Any
 
-from .. import errors
 from ..memory.demand import Demand
 from ..memory.estimate import CacheCost, Transients, calibrate
 from .mlx_lm import compat
-from .replies import is_allocation_failure
+from .replies import is_of_all
 
 __all__ = ["NoRoom", "demand_of"]
 
@@ -40,7 +39,7 @@ def demand_of(provider: Any) -> Demand:
     except NoRoom:
         raise
     except Exception as e:
-        if errors.from_exception(e) is not None or is_allocation_failure(e):
+        if is_of_all(e):
             raise
         # Only what is active can be looked at then, not what will be.
         log.warning("this model cannot be measured, requests are not: %r", e)

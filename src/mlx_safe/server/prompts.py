@@ -20,7 +20,7 @@ from .model_limits import prompt_field
 from .overflow import Cut, Overflow
 from .recovery import one_line
 from .replay import Resumed
-from .replies import EXPECTED, BadRequest
+from .replies import EXPECTED, BadRequest, is_of_all
 from .request import Disconnected
 from .scheduler import Scheduler
 from .served_model import ServedModel
@@ -95,6 +95,8 @@ class Prompts:
         except EXPECTED:
             raise
         except Exception as e:
+            if is_of_all(e):
+                raise  # not the prompt's own
             raise _unreadable(e, work) from e
         args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
         if not found[0]:

@@ -187,6 +187,9 @@ class Recovery:
         ended: int,
     ) -> None:
         fate = f"requests run again: {again}, ended: {ended}"
+        if fault is None and is_allocation_failure(exc):
+            log.warning("no memory is left: %s; %s", one_line(exc), fate)
+            return
         if fault is None:
             log.error("a generation step failed; %s", fate, exc_info=exc)
             return

@@ -19,7 +19,7 @@ from ..generator import Asked
 from ..handover import Message
 from ..logprobs import TOP_MAX
 from ..model_names import DEFAULT
-from ..replies import EXPECTED, BadRequest, NotEnoughMemory, reply_for
+from ..replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
 from ..request_file import State
 from ..responses import DISCONNECTED, error_body
 from . import compat
@@ -138,7 +138,10 @@ class ProtectedHandler(Endpoints, APIHandler):
         except _Refused as e:
             self.end_with(e.error)
         except Exception as e:
-            log.exception("a request failed before it was begun")
+            if is_of_all(e):
+                log.error("a request cannot be begun: %s", type(e).__name__)
+            else:
+                log.exception("a request failed before it was begun")
             self.end_with(e)  # handle_completion deals with its own
         finally:
             self.rfile = rfile
@@ -182,6 +185,8 @@ class ProtectedHandler(Endpoints, APIHandler):
         try:
             return super().handle_chat_completions()
         except Exception as e:
+            if is_of_all(e):
+                raise
             # mlx-lm (0.32) fetches images here, and answers with the reason itself.
             log.info("an image cannot be fetched: %s", e)
             why = BadRequest("An image of the messages cannot be fetched.", "messages")
