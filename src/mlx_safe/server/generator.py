@@ -19,9 +19,9 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
-from .condition import EXIT_REPLACE, Condition
-from .departures import Departures
+from .disconnects import Disconnects
 from .headroom import Headroom, MemoryFlags
+from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
@@ -87,7 +87,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self,
         model_provider: Any,
         prompt_cache: Any,
-        condition: Condition,
+        health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
         overflow: Overflow,
@@ -97,7 +97,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         injections: bool = False,
         hold_s: float | None = None,
     ) -> None:
-        self.condition = condition
+        self.health = health
         self.names = names
         self._hold_s = hold_s
         self._overflow = overflow
@@ -116,7 +116,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         prompt_cache.gives_away = self._gives_away
         self._prefill = prefill
         self._resumed = Resumed()
-        self.departures = Departures()
+        self.disconnects = Disconnects()
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
@@ -126,14 +126,14 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             ),
         )
         self.metrics = Metrics(
-            lambda: len(self.scheduler), lambda: float(condition.state == "ok")
+            lambda: len(self.scheduler), lambda: float(health.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
         self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
         self.recovery = Recovery(
             lambda: self.requests,
             self.scheduler,
-            condition,
+            health,
             self.headroom,
             prompt_cache,
             self.metrics,
@@ -150,7 +150,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.headroom,
             overflow,
             self._resumed,
-            is_first=lambda: condition.state == "loading",
+            is_first=lambda: health.state == "loading",
             detokenizer=self._own.detokenizer,
             max_kv_size=max_kv_size,
             injections=injections,
@@ -182,11 +182,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
-        if not self.condition.wait_loaded(self._hold_s):
+        if not self.health.wait_loaded(self._hold_s):
             raise Unavailable("The model is being loaded.", restarts=True)
-        if self.condition.state in ("failed", "refusing"):
-            restarts = self.condition.restarts
-            raise Unavailable(self.condition.reason, restarts=restarts)
+        if self.health.state in ("failed", "refusing"):
+            restarts = self.health.restarts
+            raise Unavailable(self.health.reason, restarts=restarts)
         self._check_at_the_door(request, args)
         made: tuple[Any, Any] = super().generate(request, args, progress)
         return made
@@ -243,12 +243,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             place = "" if passing else where(self.cli_args)
             why = in_one_line(cause)
             log.error("the model cannot be loaded: %s%s", place, why)
-            self.condition.restarts = status == EXIT_REPLACE
-            self.condition.enter("failed", "the model cannot be loaded")
+            self.health.restarts = status == EXIT_REPLACE
+            self.health.enter("failed", "the model cannot be loaded")
             error = Unavailable("The model cannot be loaded.", restarts=True)
-            self.condition.leave(status, lambda: self.recovery.fail_everyone(error))
+            self.health.leave(status, lambda: self.recovery.fail_everyone(error))
             return False
-        self.condition.enter("ok")
+        self.health.enter("ok")
         log.info("ready: %s", _status_line())
         return True
 
@@ -372,7 +372,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
             self.scheduler.arrive(request)
-            self.departures.bind(request_id(taken[1]), request)
+            self.disconnects.bind(request_id(taken[1]), request)
         return request
 
     def _serve_single(self, request: Any, *args: Any) -> None:
@@ -430,7 +430,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         # nothing to do, so a thread that does not move is in a step that hangs; also
         # when its clients have left, and those that come later wait in the queue.
         # With more than one rank the step may be the meeting in such a turn.
-        return self.condition.state not in ("loading", "failed")
+        return self.health.state not in ("loading", "failed")
 
     def _on_caught(self, request: InFlight, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
@@ -459,7 +459,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
         why = Unavailable("The server is stopping.", restarts=True)
-        self.condition.enter("failed", "the server is stopping")
+        self.health.enter("failed", "the server is stopping")
         self.recovery.fail_everyone(why)
         if self._one_rank:
             self._stop = True
@@ -469,7 +469,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._generation_thread.join(
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
-        self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
+        self.health.leave(0, lambda: self.recovery.fail_everyone(why))
 
 
 def _status_line() -> str:

@@ -240,7 +240,7 @@ class Scheduler(Generic[R]):
 
     def _judge(self, request: R, claim: Claim, reusable: int = 0) -> Decision:
         held = self.requests(RequestState.HELD)
-        # One that was held itself may wait on, whoever else runs.
+        # One that was held itself may wait on, even when nothing else runs.
         ahead = len([r for r in held if r is not request]) + (request.line is not None)
         ask = Ask(
             prompt=claim.prompt,
@@ -357,7 +357,7 @@ class Scheduler(Generic[R]):
     # -- failures --------------------------------------------------------------------
 
     def not_begun(self, request: R) -> None:
-        """mlx-lm has failed to begin with it; the failure is told of next."""
+        """mlx-lm has failed to begin with it; `failure` follows."""
         request.run.failed = True
 
     def failure(self, what: Failure) -> list[R]:

@@ -111,7 +111,7 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
-        request = self.response_generator.departures.request(
+        request = self.response_generator.disconnects.request(
             getattr(self, "request_id", None)
         )
         for name, value in request.headers.items() if request else ():
