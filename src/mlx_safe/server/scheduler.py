@@ -172,7 +172,7 @@ class Scheduler(Generic[R]):
 
     def takes_new(self) -> bool:
         """Whether mlx-lm may have one that has just come, when `next` has none."""
-        return self._limit is None and not self.requests(RequestState.REPLAY)
+        return self._limit is None
 
     def _at_mlx_lm(self) -> list[R]:
         return self.requests(RequestState.WAITING, *RUNNING)
@@ -254,10 +254,9 @@ class Scheduler(Generic[R]):
         return self._memory.admits(ask, self.load())
 
     def _is_behind(self, request: R) -> bool:
-        """Somebody waits for memory whose turn is before this one's."""
-        mine = request.line
-        held = self.requests(RequestState.HELD)
-        return any(mine is None or (r.line or 0) < mine for r in held)
+        """Others wait for memory that came before it."""
+        # One that has a place in the line is given out when its turn has come.
+        return request.line is None and bool(self.requests(RequestState.HELD))
 
     def _hold(self, request: R) -> None:
         if request.line is None:
