@@ -39,13 +39,13 @@ from .replies import (
     EXPECTED,
     BadRequest,
     ModelNotFound,
-    NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
     reply_for,
 )
 from .request import RUNNING, Disconnected, RequestState
 from .scheduler import Scheduler
+from .sequential import Sequential
 from .served_model import ServedModel, where
 from .watchdog import Watchdog
 
@@ -60,9 +60,6 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
-
-# How often ranks agree whether the client of the sequential path is still there.
-SHARE_EVERY_TOKENS = 16
 
 
 class Asked(BaseException):
@@ -155,6 +152,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             max_kv_size=max_kv_size,
             injections=injections,
         )
+        share = None if self._one_rank else self._share_object
+        self._sequential = Sequential(self.scheduler, self.headroom, share)
         self._prompts = Prompts(
             self._model,
             overflow,
@@ -383,47 +382,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
-        # The sequential path looks for clients that left after a token only. The
-        # batched one looks by itself, and an exception would end the batch.
         if request.run.alone:
-            if self._has_left(request):
-                raise Disconnected("the client left during the step")
-            self._between_single_steps(request, item)
-
-    def _between_single_steps(self, request: InFlight, item: Any) -> None:
-        """The sequential path has done a step and puts ``item`` for the client.
-
-        Raises:
-            Held: it goes on with smaller steps.
-            NotEnoughMemory: it cannot go on.
-        """
-        if request.claim is None or not self._one_rank:
-            return
-        if isinstance(item, tuple):
-            done, total = item
-            length = request.claim.prompt - total + done
-        elif hasattr(item, "token"):
-            length = request.next_length
-        else:
-            return
-        with self.headroom.observing_step(request.run.length, length):
-            found = self.scheduler.single_step(request, length)
-            if found == "smaller":
-                raise Held
-            if found == "none":
-                raise NotEnoughMemory("there is no memory for the next step")
-
-    def _has_left(self, request: InFlight) -> bool:
-        """Whether the client is gone; with more than one rank, as all ranks see it.
-
-        Only the first rank knows, and sharing waits for the step that is under way:
-        it is done for each piece of the prompt, but not for each token.
-        """
-        if self._one_rank:
-            return request.is_ended
-        if len(request.produced) % SHARE_EVERY_TOKENS:
-            return False
-        return bool(self._share_object(request.is_ended or None))
+            self._sequential.before_put(request, item)
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
