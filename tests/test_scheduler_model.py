@@ -181,8 +181,9 @@ class Loop:
         self.machine = Machine()
         self.care: int | None = None
         self.attempts = attempts
+        self.wait_s = 0.0 if self.choose(4) == 1 else WAIT_S
         self.scheduler = Watched(
-            self.machine, attempts, WAIT_S, self._be_careful, lambda: self.now
+            self.machine, attempts, self.wait_s, self._be_careful, lambda: self.now
         )
         self.queue: list[Client] = []  # of the server: nobody has looked at them
         self.offered: Client | None = None
@@ -339,7 +340,7 @@ class Loop:
         running = [c for c in self.machine.at_mlx_lm if not c.is_ended]
         found = self.scheduler.ask(client, prompt, total, reusable)
         assert client.claim is not None and self.machine.asked is not None
-        patience = max(WAIT_S, BEGUN_WAIT_S if client.has_context else 0)
+        patience = max(self.wait_s, BEGUN_WAIT_S if client.has_context else 0)
         deadline = self.now + patience if line is None else claim and claim.deadline
         assert client.claim.deadline == deadline
         ask, wanted = self.machine.asked

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_safe.server import logprobs
 from mlx_safe.server.answers import Answer
-from mlx_safe.server.generator import Asked
+from mlx_safe.server.asked import Asked
 from support.server import CONTROLLED, NEVER, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from .generator import Asked
+from .asked import Asked
 from .recorder import name_request
 
 __all__ = ["Choices", "GenerationEnded"]

@@ -19,6 +19,7 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
+from .asked import Asked
 from .disconnects import Disconnects
 from .headroom import Headroom, MemoryFlags
 from .health import EXIT_REPLACE, Health
@@ -49,7 +50,7 @@ from .sequential import Sequential
 from .served_model import ServedModel, where
 from .watchdog import Watchdog
 
-__all__ = ["Asked", "ProtectedResponseGenerator"]
+__all__ = ["ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -60,21 +61,6 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
-
-
-class Asked(BaseException):
-    """What mlx-lm's handler wants to have generated; raised past its own way of
-    answering, ``except Exception`` included.
-
-    Attributes:
-        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
-    """
-
-    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
-        super().__init__("to be answered by `answers.Answer`")
-        self.request = request
-        self.arguments = arguments
-        self.progress = progress
 
 
 class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]

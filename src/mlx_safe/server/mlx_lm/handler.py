@@ -12,10 +12,10 @@ from typing import Any
 
 from .. import schema, strict_json
 from ..answers import Answer
+from ..asked import Asked
 from ..body import Bodies, Hold
 from ..choices import GenerationEnded
 from ..endpoints import Endpoints
-from ..generator import Asked
 from ..handover import Message
 from ..logprobs import TOP_MAX
 from ..model_names import DEFAULT
