@@ -475,6 +475,7 @@ class Loop:
         again = self.scheduler.requests(RequestState.REPLAY)
         level = max((c.attempts for c in again), default=0)
         if self.attempts == 0:
+            assert again == []
             return
         if what is Failure.UNKNOWN or (again and level >= min(2, self.attempts)):
             self.limit = 1
