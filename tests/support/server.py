@@ -143,14 +143,14 @@ REFUSING = """
 import signal, sys, time
 from types import SimpleNamespace
 from mlx_safe.cli import main
-from mlx_safe.server import condition, recovery
+from mlx_safe.server import health, recovery
 recovery.REFUSE_FOR_S = 3600.0
 passed = 0.0
 def pass_the_hour(*_):
     global passed
     passed = 3600.0
 signal.signal(signal.SIGUSR1, pass_the_hour)
-condition.time = SimpleNamespace(
+health.time = SimpleNamespace(
     sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
 )
 sys.exit(main(["serve", *sys.argv[1:]]))
@@ -347,7 +347,7 @@ class Server:
         assert eventually(lambda: self.log.count(text) >= times), self.log
 
     @property
-    def departures(self) -> int:
+    def disconnects(self) -> int:
         """How many clients the log says went away before they had their answer."""
         return self.log.count("went away; its request is cancelled")
 

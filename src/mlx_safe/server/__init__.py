@@ -13,7 +13,7 @@ mlx_lm.server                    here                why
 ``ResponseGenerator.             `generator`         the one place that every
 _next_request``                                      request passes: its queue is
                                                      replaced by an `InFlight`
-``ResponseGenerator._tokenize``  `generator`,        refuses or cuts a prompt that
+``ResponseGenerator._tokenize``  `prompts`,          refuses or cuts a prompt that
                                  `overflow`,         is too long; tells a bad
                                  `model_limits`      request from a failed
                                                      generation; a replay

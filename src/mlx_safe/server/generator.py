@@ -19,9 +19,10 @@ from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
-from .condition import EXIT_REPLACE, Condition
-from .departures import Departures
+from .asked import Asked
+from .disconnects import Disconnects
 from .headroom import Headroom, MemoryFlags
+from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
@@ -39,7 +40,6 @@ from .replies import (
     EXPECTED,
     BadRequest,
     ModelNotFound,
-    NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
     is_of_all,
@@ -47,10 +47,11 @@ from .replies import (
 )
 from .request import RUNNING, Disconnected, RequestState
 from .scheduler import Scheduler
+from .sequential import Sequential
 from .served_model import ServedModel, where
 from .watchdog import Watchdog
 
-__all__ = ["Asked", "ProtectedResponseGenerator"]
+__all__ = ["ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -62,24 +63,6 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
 
-# How often ranks agree whether the client of the sequential path is still there.
-SHARE_EVERY_TOKENS = 16
-
-
-class Asked(BaseException):
-    """What mlx-lm's handler wants to have generated; raised past its own way of
-    answering, ``except Exception`` included.
-
-    Attributes:
-        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
-    """
-
-    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
-        super().__init__("to be answered by `answers.Answer`")
-        self.request = request
-        self.arguments = arguments
-        self.progress = progress
-
 
 class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     """mlx-lm's generator with an end to every request and none to the thread."""
@@ -88,7 +71,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self,
         model_provider: Any,
         prompt_cache: Any,
-        condition: Condition,
+        health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
         overflow: Overflow,
@@ -98,7 +81,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         injections: bool = False,
         hold_s: float | None = None,
     ) -> None:
-        self.condition = condition
+        self.health = health
         self.names = names
         self._hold_s = hold_s
         self._overflow = overflow
@@ -117,7 +100,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         prompt_cache.gives_away = self._gives_away
         self._prefill = prefill
         self._resumed = Resumed()
-        self.departures = Departures()
+        self.disconnects = Disconnects()
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
@@ -127,14 +110,14 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             ),
         )
         self.metrics = Metrics(
-            lambda: len(self.scheduler), lambda: float(condition.state == "ok")
+            lambda: len(self.scheduler), lambda: float(health.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
         self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
         self.recovery = Recovery(
             lambda: self.requests,
             self.scheduler,
-            condition,
+            health,
             self.headroom,
             prompt_cache,
             self.metrics,
@@ -151,11 +134,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.headroom,
             overflow,
             self._resumed,
-            is_first=lambda: condition.state == "loading",
+            is_first=lambda: health.state == "loading",
             detokenizer=self._own.detokenizer,
             max_kv_size=max_kv_size,
             injections=injections,
         )
+        share = None if self._one_rank else self._share_object
+        self._sequential = Sequential(self.scheduler, self.headroom, share)
         self._prompts = Prompts(
             self._model,
             overflow,
@@ -183,11 +168,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
-        if not self.condition.wait_loaded(self._hold_s):
+        if not self.health.wait_loaded(self._hold_s):
             raise Unavailable("The model is being loaded.", restarts=True)
-        if self.condition.state in ("failed", "refusing"):
-            restarts = self.condition.restarts
-            raise Unavailable(self.condition.reason, restarts=restarts)
+        if self.health.state in ("failed", "refusing"):
+            restarts = self.health.restarts
+            raise Unavailable(self.health.reason, restarts=restarts)
         self._check_at_the_door(request, args)
         made: tuple[Any, Any] = super().generate(request, args, progress)
         return made
@@ -250,12 +235,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             place = "" if passing else where(self.cli_args)
             why = in_one_line(cause)
             log.error("the model cannot be loaded: %s%s", place, why)
-            self.condition.restarts = status == EXIT_REPLACE
-            self.condition.enter("failed", "the model cannot be loaded")
+            self.health.restarts = status == EXIT_REPLACE
+            self.health.enter("failed", "the model cannot be loaded")
             error = Unavailable("The model cannot be loaded.", restarts=True)
-            self.condition.leave(status, lambda: self.recovery.fail_everyone(error))
+            self.health.leave(status, lambda: self.recovery.fail_everyone(error))
             return False
-        self.condition.enter("ok")
+        self.health.enter("ok")
         log.info("ready: %s", _status_line())
         return True
 
@@ -383,7 +368,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
             self.scheduler.arrive(request)
-            self.departures.bind(request_id(taken[1]), request)
+            self.disconnects.bind(request_id(taken[1]), request)
         return request
 
     def _serve_single(self, request: Any, *args: Any) -> None:
@@ -394,54 +379,15 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
-        # The sequential path looks for clients that left after a token only. The
-        # batched one looks by itself, and an exception would end the batch.
         if request.run.alone:
-            if self._has_left(request):
-                raise Disconnected("the client left during the step")
-            self._between_single_steps(request, item)
-
-    def _between_single_steps(self, request: InFlight, item: Any) -> None:
-        """The sequential path has done a step and puts ``item`` for the client.
-
-        Raises:
-            Held: it goes on with smaller steps.
-            NotEnoughMemory: it cannot go on.
-        """
-        if request.claim is None or not self._one_rank:
-            return
-        if isinstance(item, tuple):
-            done, total = item
-            length = request.claim.prompt - total + done
-        elif hasattr(item, "token"):
-            length = request.next_length
-        else:
-            return
-        with self.headroom.observing_step(request.run.length, length):
-            found = self.scheduler.single_step(request, length)
-            if found == "smaller":
-                raise Held
-            if found == "none":
-                raise NotEnoughMemory("there is no memory for the next step")
-
-    def _has_left(self, request: InFlight) -> bool:
-        """Whether the client is gone; with more than one rank, as all ranks see it.
-
-        Only the first rank knows, and sharing waits for the step that is under way:
-        it is done for each piece of the prompt, but not for each token.
-        """
-        if self._one_rank:
-            return request.is_ended
-        if len(request.produced) % SHARE_EVERY_TOKENS:
-            return False
-        return bool(self._share_object(request.is_ended or None))
+            self._sequential.before_put(request, item)
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
         # nothing to do, so a thread that does not move is in a step that hangs; also
         # when its clients have left, and those that come later wait in the queue.
         # With more than one rank the step may be the meeting in such a turn.
-        return self.condition.state not in ("loading", "failed")
+        return self.health.state not in ("loading", "failed")
 
     def _on_caught(self, request: InFlight, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
@@ -469,7 +415,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
         why = Unavailable("The server is stopping.", restarts=True)
-        self.condition.enter("failed", "the server is stopping")
+        self.health.enter("failed", "the server is stopping")
         self.recovery.fail_everyone(why)
         if self._one_rank:
             self._stop = True
@@ -479,7 +425,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._generation_thread.join(
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
-        self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
+        self.health.leave(0, lambda: self.recovery.fail_everyone(why))
 
 
 def _status_line() -> str:

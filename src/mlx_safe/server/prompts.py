@@ -17,7 +17,7 @@ from .in_flight import InFlight, request_of
 from .metrics import Metrics
 from .mlx_lm import compat
 from .model_limits import prompt_field
-from .overflow import Cut, Overflow
+from .overflow import Overflow, Truncation
 from .recovery import one_line
 from .replay import Resumed
 from .replies import EXPECTED, BadRequest, is_of_all
@@ -82,7 +82,7 @@ class Prompts:
 
     def _read_and_cut(
         self, work: Any, args: Any, tokenizer: Any, tokenize: Callable[[Any], Any]
-    ) -> tuple[Any, Cut | None]:
+    ) -> tuple[Any, Truncation | None]:
         limits = self._model.limits
         # Once more: another model may have been asked for when it came.
         limits.check(args)
@@ -129,7 +129,7 @@ class Prompts:
             raise self._headroom.refusal(found, prompt, total)
         self._headroom.make_room(found, *key)
 
-    def _note_cut(self, cut: Cut, request: InFlight) -> None:
+    def _note_cut(self, cut: Truncation, request: InFlight) -> None:
         if "X-Prompt-Truncated" not in request.headers:  # it may be tokenized again
             log.info("a prompt was %s (--max-prompt-tokens)", cut)
             self._metrics.truncations.inc()

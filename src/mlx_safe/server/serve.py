@@ -16,9 +16,9 @@ from .._command import CommandError
 from ..forensics import startup
 from . import http_server, ranks, supervisor
 from .body import Bodies
-from .condition import EXIT_REPLACE, Condition
 from .flags import check_flags, own_parser
 from .handover import Message
+from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
 from .mlx_lm.patch import patch, run_main
 from .replies import a_start_takes
@@ -189,7 +189,7 @@ def _make_generator(
     return ProtectedResponseGenerator(
         model_provider,
         PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes),
-        Condition(on_ready),
+        Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
         overflow=overflow,
@@ -233,8 +233,8 @@ def _serve_until_signal(httpd: http_server.Server, generator: Any) -> None:
 
     for n in numbers:
         signal.signal(n, stop)
-    httpd.condition = generator.condition
-    httpd.condition.count_held = httpd.count_reading
+    httpd.health = generator.health
+    httpd.health.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)
         httpd.take_over()

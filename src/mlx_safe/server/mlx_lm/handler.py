@@ -12,10 +12,10 @@ from typing import Any
 
 from .. import schema, strict_json
 from ..answers import Answer
+from ..asked import Asked
 from ..body import Bodies, Hold
 from ..choices import GenerationEnded
 from ..endpoints import Endpoints
-from ..generator import Asked
 from ..handover import Message
 from ..logprobs import TOP_MAX
 from ..model_names import DEFAULT
@@ -111,7 +111,7 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
-        request = self.response_generator.departures.request(
+        request = self.response_generator.disconnects.request(
             getattr(self, "request_id", None)
         )
         for name, value in request.headers.items() if request else ():

@@ -1,0 +1,22 @@
+"""What a handler of mlx-lm's wants to have generated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["Asked"]
+
+
+class Asked(BaseException):
+    """What mlx-lm's handler wants to have generated; raised past its own way of
+    answering, ``except Exception`` included.
+
+    Attributes:
+        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
+    """
+
+    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
+        super().__init__("to be answered by `answers.Answer`")
+        self.request = request
+        self.arguments = arguments
+        self.progress = progress
