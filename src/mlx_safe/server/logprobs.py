@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 from .mlx_lm import compat
 
-__all__ = ["TOP_MAX", "Entry", "Names", "of_chat", "of_completion", "top_logprobs"]
+__all__ = ["Entry", "Names", "of_chat", "of_completion", "top_logprobs"]
 
-# As in the OpenAI API: alternatives per token, and the log-probability of what
-# cannot come, such as a token that a bias forbids (JSON has no infinity).
-TOP_MAX = 20
+# As in the OpenAI API: the log-probability of what cannot come, such as a token that
+# a bias forbids (JSON has no infinity).
 IMPOSSIBLE = -9999.0
 
 

@@ -25,12 +25,13 @@ from . import strict_json
 from .messages import ROLES, Fields, Message, choice, refused
 from .replies import BadRequest
 
-__all__ = ["PATHS", "read", "takes_images"]
+__all__ = ["PATHS", "TOP_LOGPROBS_MAX", "read", "takes_images"]
 
 log = logging.getLogger("mlx_safe.server")
 
 INT64 = 2**63 - 1
 STOPS_MAX = 16
+TOP_LOGPROBS_MAX = 20  # as in the OpenAI API
 CHOICES_MAX = 8  # each is a request of its own to the generator
 # A penalty looks at so many tokens at most; MLX counts them in 32 bits.
 CONTEXT_SIZE_MAX = 2**30
@@ -115,7 +116,7 @@ class Request(Fields):
     presence_context_size: Count | None = None
     frequency_context_size: Count | None = None
     logit_bias: Annotated[dict[str, float], AfterValidator(_bias)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     # Of the API, without a meaning here: they change no answer.
     user: str | None = None
     store: bool | None = None
@@ -283,7 +284,7 @@ class TextRequest(Request):
     prompt: Annotated[str, BeforeValidator(_one_prompt)]
     logprobs: Annotated[
         Annotated[bool, Tag("is_bool")]
-        | Annotated[int, Tag("is_int"), Field(ge=0, le=20)],
+        | Annotated[int, Tag("is_int"), Field(ge=0, le=TOP_LOGPROBS_MAX)],
         choice("true, false or a number of tokens", is_bool=bool, is_int=int),
     ] = False
 

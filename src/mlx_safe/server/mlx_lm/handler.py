@@ -17,7 +17,6 @@ from ..choices import GenerationEnded
 from ..endpoints import Endpoints
 from ..generator import Asked
 from ..handover import Message
-from ..logprobs import TOP_MAX
 from ..model_names import DEFAULT
 from ..replies import EXPECTED, BadRequest, NotEnoughMemory, reply_for
 from ..request_file import State
@@ -192,8 +191,8 @@ class ProtectedHandler(Endpoints, APIHandler):
         super().validate_model_parameters()
 
     def _validate(self, name: str, *args: Any, **more: Any) -> None:
-        if name == "top_logprobs":  # 11 for mlx-lm, 20 in the OpenAI API
-            more["max_val"] = TOP_MAX
+        if name == "top_logprobs":  # 11 for mlx-lm
+            more["max_val"] = schema.TOP_LOGPROBS_MAX
         super()._validate(name, *args, **more)
 
     def handle_completion(
