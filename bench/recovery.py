@@ -120,7 +120,8 @@ recover, restore = recovery.Recovery.recover, thread_state.ThreadState.restore
 def timed(self, exc):
     begin = time.perf_counter()
     recover(self, exc)
-    os.write(1, f"recovered in {1e3 * (time.perf_counter() - begin):.3f} ms\\n".encode())
+    took_ms = 1e3 * (time.perf_counter() - begin)
+    os.write(1, f"recovered in {took_ms:.3f} ms\\n".encode())
 def collected(self):
     gc.collect()
     restore(self)

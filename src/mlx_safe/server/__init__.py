@@ -7,6 +7,6 @@ overridden and why. `mlx_lm.seams` compares that with the installed mlx-lm at st
 - Start: `serve`, `flags`, `supervisor`, `holding`, `handover`.
 - HTTP: `http_server`, `wire`, `body`, `responses`, `endpoints`, `replies`.
 - A request: `schema`, `messages`, `strict_json`, `model_names`, `model_limits`.
-- Generation: `generator`, `admission`, `replay`, `recovery`, `own_failures`.
+- Generation: `generator`, `scheduler`, `request`, `prompts`, `recovery`.
 - An answer: `answers`, `choices`, `tool_calls`, `logprobs`.
 """

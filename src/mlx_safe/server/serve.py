@@ -147,7 +147,7 @@ def run(
 
     _set_retry_after(ready=False)
     generator = _make_generator(options, overflow, model_provider, injections, ready)
-    start_sampler(generator.admission.figures)
+    start_sampler(generator.headroom.figures)
     with watch:
         if httpd is None:
             _follow_the_first(generator)
@@ -180,8 +180,8 @@ def _make_generator(
     on_ready: Callable[[], None],
 ) -> Any:
     """Starts the generation thread, which loads the model."""
-    from .admission import MemoryFlags
     from .generator import ProtectedResponseGenerator
+    from .headroom import MemoryFlags
     from .mlx_lm.prompt_cache import PromptCache
     from .model_names import ModelNames
 

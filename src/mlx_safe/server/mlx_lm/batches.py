@@ -5,20 +5,24 @@ Used by the generation thread only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..admission import Admission
+from ..in_flight import InFlight
+from ..observer import Observer
 from ..own_failures import OwnFailures
-from ..tickets import Ticket
+from ..scheduler import Scheduler
 from .protocols import AnswerResponse, BatchGenerator, PromptResponse, Uid
 
 __all__ = ["watched"]
 
 
 def watched(
-    cls: type[BatchGenerator], admission: Admission, own: OwnFailures
+    cls: type[BatchGenerator],
+    scheduler: Scheduler[InFlight],
+    observer: Callable[[], Observer],
+    own: OwnFailures,
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
 
@@ -30,7 +34,7 @@ def watched(
 
     class Watched(cls):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._tickets: dict[Uid, Ticket] = {}  # of what is in the batch, by uid
+            self._requests: dict[Uid, InFlight] = {}  # of what is in the batch, by uid
             self._missing: set[str] = set()
             self._leaving = False
             super().__init__(*args, **kwargs)
@@ -38,9 +42,9 @@ def watched(
         def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
             insert = super().insert_segments
             uids = own.make(lambda: insert(*args, **kwargs), self._never_inserted)
-            ticket = admission.inserted(uids)
-            if ticket is not None:
-                self._tickets[ticket.uid] = ticket
+            request = scheduler.inserted(*uids)
+            if request is not None:
+                self._requests[request.run.uid] = request
             return uids
 
         def _never_inserted(self) -> tuple[Uid]:
@@ -50,7 +54,7 @@ def watched(
 
         def remove(self, uids: Sequence[Uid], *args: Any, **kwargs: Any) -> Any:
             for uid in uids:
-                self._tickets.pop(uid, None)
+                self._requests.pop(uid, None)
             uids = [uid for uid in uids if uid not in self._missing]
             return super().remove(uids, *args, **kwargs)
 
@@ -58,19 +62,17 @@ def watched(
             if self._leaving:
                 self._leaving = False
                 return [], []
-            leaving = [uid for uid, t in self._tickets.items() if t.stopped]
-            leaving = leaving or [t.uid for t in admission.before_step()]
+            leaving = [uid for uid, r in self._requests.items() if r.is_ended]
+            leaving = leaving or [r.run.uid for r in scheduler.step()]
             if leaving:
                 self._leaving = True
                 return [_Nothing(uid) for uid in leaving], []
-            admission.observer.begin()
+            observer().begin()
             prompts, generated = super().next()
             for response in generated:
                 if response.finish_reason is not None:
-                    self._tickets.pop(response.uid, None)
-            admission.observer.end_of_batch_step(
-                prompts, generated, admission.lengths()
-            )
+                    self._requests.pop(response.uid, None)
+            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths())
             return prompts, generated
 
     Watched.__name__ = cls.__name__

@@ -110,10 +110,10 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
-        ticket = self.response_generator.departures.ticket(
+        request = self.response_generator.departures.request(
             getattr(self, "request_id", None)
         )
-        for name, value in ticket.headers.items() if ticket else ():
+        for name, value in request.headers.items() if request else ():
             self.send_header(name, value)
 
     # -- a request ------------------------------------------------------------------

@@ -117,7 +117,7 @@ class PromptCache(LRUPromptCache):
             ``reused_tokens``, which requests did not have to read.
         may_store: called with the bytes of a new entry, and of those that it
             replaces, before it is stored; False: it is not stored. May evict others.
-        gives_away: the next entry that is used leaves the cache.
+        gives_away: called when an entry is used; True: it leaves the cache with that.
     """
 
     def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
@@ -125,7 +125,7 @@ class PromptCache(LRUPromptCache):
         self._lru: _Order = _Order()
         self.events: Counter[str] = Counter()
         self.may_store: Callable[[int, int], bool] = lambda size, given: True
-        self.gives_away = False
+        self.gives_away: Callable[[], bool] = lambda: False
 
     # -- what mlx-lm calls -----------------------------------------------------
 
@@ -150,7 +150,7 @@ class PromptCache(LRUPromptCache):
         self.events["hits"] += 1
         self.events["reused_tokens"] += len(tokens) - len(rest)
         nearest = self._nearest(model, tokens)
-        if nearest is not None and self.gives_away:
+        if nearest is not None and self.gives_away():
             # The copy shares its arrays; now they are the request's own.
             self._drop(nearest)
         elif nearest is not None:

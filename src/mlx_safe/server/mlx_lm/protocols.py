@@ -89,7 +89,7 @@ class GenerationContext(Protocol):
 
 
 class AnsweredContext(GenerationContext, Protocol):
-    """A context once `Ticket` has passed it on, with what this server adds."""
+    """A context once `InFlight` has passed it on, with what this server adds."""
 
     tokenizer: Tokenizer
 
@@ -442,7 +442,7 @@ class ResponseGenerator:
         """The thread's loop. Overridden by `generator`: run again after a failure."""
 
     def _next_request(self, timeout: float | None) -> Any:
-        """Every request passes here. Overridden: its queue becomes a `Ticket`."""
+        """Every request passes here. Overridden: its queue becomes an `InFlight`."""
 
     def _share_request(self, request: Any) -> Any:
         """With more than one rank. Overridden: one too deeply nested is refused."""
