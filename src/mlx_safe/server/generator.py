@@ -15,7 +15,6 @@ from queue import Queue
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
@@ -25,6 +24,7 @@ from .headroom import Headroom, MemoryFlags
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
+from .mlx_lm.bases import ResponseGenerator
 from .mlx_lm.batches import watched
 from .model_names import ModelNames
 from .overflow import Overflow
@@ -80,7 +80,7 @@ class Asked(BaseException):
         self.progress = progress
 
 
-class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
+class ProtectedResponseGenerator(ResponseGenerator):
     """mlx-lm's generator with an end to every request and none to the thread."""
 
     def __init__(
@@ -199,6 +199,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if key == named:  # else it will be checked when its model is loaded
             limits.check(args)
             limits.check_length(request, self._overflow.refuses_over(limits.context))
+        elif named.draft is not None and key is not None and key[:2] == named[:2]:
+            limits.check_draft()  # the model that is loaded, with another draft model
 
     @property
     def width(self) -> int | None:
@@ -214,7 +216,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if not self._load_first_model():
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
-        self.model_provider.load_default = lambda: None
+        self.model_provider.load_default = lambda: None  # type: ignore[method-assign]
         while not self._stop:
             self._starts_without_work += 1
             try:

@@ -434,7 +434,10 @@ class ResponseGenerator:
     def join(self) -> None: ...
 
     def generate(
-        self, request: CompletionRequest, generation_args: GenerationArguments
+        self,
+        request: CompletionRequest,
+        generation_args: GenerationArguments,
+        progress_callback: Callable[[int, int], None] | None = None,
     ) -> tuple[GenerationContext, Iterator[Response]]:
         """Handler threads. Overridden by `generator`, which raises `Asked`."""
 
