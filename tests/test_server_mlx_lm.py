@@ -150,7 +150,7 @@ def test_what_is_listed_is_looked_for() -> None:
     unseen = {cls.__name__ for cls in types() if cls not in looked_for}
     assert unseen == {
         *("AnsweredContext", "Cache", "CacheEntry", "Model", "ModelProvider032"),
-        *("SampleUtils032", "StopMatcher032", "TransformersTokenizer", "Vision032"),
+        *("SampleUtils032", "StopMatcher032", "Tokenizer", "Vision032"),
     }
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 
@@ -26,6 +27,20 @@ from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.bases import ResponseGenerator
 from .mlx_lm.batches import watched
+from .mlx_lm.prompt_cache import PromptCache
+from .mlx_lm.protocols import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Json,
+    ModelKey,
+    ModelProvider,
+    Processor,
+    Progress,
+    Response,
+    Sampler,
+    Tokenizer,
+)
 from .model_names import ModelNames
 from .overflow import Overflow
 from .own_failures import OwnFailures
@@ -73,7 +88,9 @@ class Asked(BaseException):
         request, arguments, progress: what it calls `ResponseGenerator.generate` with.
     """
 
-    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
+    def __init__(
+        self, request: CompletionRequest, arguments: GenerationArguments, progress: Any
+    ) -> None:
         super().__init__("to be answered by `answers.Answer`")
         self.request = request
         self.arguments = arguments
@@ -85,8 +102,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
 
     def __init__(
         self,
-        model_provider: Any,
-        prompt_cache: Any,
+        model_provider: ModelProvider,
+        prompt_cache: PromptCache,
         condition: Condition,
         replay_attempts: int,
         stall_timeout_s: float,
@@ -169,11 +186,21 @@ class ProtectedResponseGenerator(ResponseGenerator):
 
     # -- called by handler threads -----------------------------------------
 
-    def generate(self, request: Any, args: Any, progress_callback: Any = None) -> Any:
+    def generate(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress_callback: Progress | None = None,
+    ) -> NoReturn:
         """Raises `Asked`: what mlx-lm's handler would do with an answer is ours."""
         raise Asked(request, args, progress_callback)
 
-    def answer(self, request: Any, args: Any, progress: Any) -> tuple[Any, Any]:
+    def answer(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress: Progress,
+    ) -> tuple[GenerationContext, Iterator[Response]]:
         """As mlx-lm's ``generate``: a context, and an iterator of its responses.
 
         Raises:
@@ -188,10 +215,11 @@ class ProtectedResponseGenerator(ResponseGenerator):
             restarts = self.condition.restarts
             raise Unavailable(self.condition.reason, restarts=restarts)
         self._check_at_the_door(request, args)
-        made: tuple[Any, Any] = super().generate(request, args, progress)
-        return made
+        return super().generate(request, args, progress)
 
-    def _check_at_the_door(self, request: Any, args: Any) -> None:
+    def _check_at_the_door(
+        self, request: CompletionRequest, args: GenerationArguments
+    ) -> None:
         """What needs no turn in the queue; names become those that mlx-lm loads."""
         named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
         args.model = type(args.model)(**named._asdict())
@@ -254,7 +282,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         log.info("ready: %s", _status_line())
         return True
 
-    def _is_batchable(self, args: Any) -> bool:
+    def _is_batchable(self, args: GenerationArguments) -> bool:
         """mlx-lm asks of the model that is loaded, before it loads the one named.
 
         One that names another is served alone, which any model can be.
@@ -262,7 +290,12 @@ class ProtectedResponseGenerator(ResponseGenerator):
         named = self._model.is_named(args.model)
         return named and bool(super()._is_batchable(args))
 
-    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+    def _tokenize(
+        self,
+        tokenizer: Tokenizer,
+        request: CompletionRequest,
+        args: GenerationArguments,
+    ) -> tuple[Any, ...]:
         tokenize = super()._tokenize
         return self._prompts.read(
             request, args, tokenizer, lambda request: tokenize(tokenizer, request, args)
@@ -293,8 +326,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
         return self.headroom.watch(self._prefill.watch(batch))
 
     def _make_state_machine(
-        self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        model_key: ModelKey,
+        tokenizer: Tokenizer,
+        stop_words: list[str],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         make = super()._make_state_machine
         made = self._own.make(
             lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
@@ -303,15 +341,25 @@ class ProtectedResponseGenerator(ResponseGenerator):
         stops, *rest = self._resumed.state_machine(made)
         return (self._own.stops(stops), *rest)
 
-    def resume_sampler(self, make: Any, args: Any, tokenizer: Any) -> Any:
+    def resume_sampler(
+        self,
+        make: Callable[[GenerationArguments, Tokenizer], Sampler],
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+    ) -> Sampler:
         """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
         made = self._own.make(
             lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
             lambda: partial(mx.argmax, axis=-1),
         )
-        return self._own.sampler(made)
+        guarded: Sampler = self._own.sampler(made)
+        return guarded
 
-    def resume_processors(self, make: Any, args: Any) -> list[Any]:
+    def resume_processors(
+        self,
+        make: Callable[[GenerationArguments], list[Processor]],
+        args: GenerationArguments,
+    ) -> list[Processor]:
         """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
         made = self._own.make(lambda: make(args), list)
         current = self.scheduler.current
@@ -319,9 +367,12 @@ class ProtectedResponseGenerator(ResponseGenerator):
             made = self._resumed.processors(made)
         return [self._own.processor(processor) for processor in made]
 
-    def top_logprobs(self, make: Any, *args: Any) -> Any:
+    def top_logprobs(
+        self, make: Callable[..., tuple[Json, ...]], *args: Any
+    ) -> tuple[Json, ...]:
         """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
-        return self._own.top_logprobs(lambda: make(*args))
+        found: tuple[Json, ...] = self._own.top_logprobs(lambda: make(*args))
+        return found
 
     def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start.

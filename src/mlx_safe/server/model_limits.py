@@ -13,7 +13,7 @@ from .mlx_lm.protocols import (
     CompletionRequest,
     GenerationArguments,
     Model,
-    TransformersTokenizer,
+    Tokenizer,
 )
 from .mlx_lm.speculative import no_draft, why_not_draftable
 from .replies import ContextTooLong
@@ -30,7 +30,7 @@ SHRINKS = 4
 LONG, PIECE, CUT = 2**18, 2**16, 16
 
 
-def context_of(model: Model, tokenizer: TransformersTokenizer) -> int | None:
+def context_of(model: Model, tokenizer: Tokenizer) -> int | None:
     """Tokens that ``model`` was made for; None: no limit is known."""
     return context_tokens(
         config_of(tokenizer),
@@ -56,9 +56,7 @@ class ModelLimits:
     undraftable: str | None = None
 
     @classmethod
-    def of(
-        cls, model: Model, tokenizer: TransformersTokenizer, facts: ModelFacts
-    ) -> ModelLimits:
+    def of(cls, model: Model, tokenizer: Tokenizer, facts: ModelFacts) -> ModelLimits:
         """Of a model that has just been loaded. Generation thread."""
         context = context_of(model, tokenizer)
         try:

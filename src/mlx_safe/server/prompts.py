@@ -16,7 +16,12 @@ from .headroom import Headroom
 from .in_flight import InFlight, request_of
 from .metrics import Metrics
 from .mlx_lm import compat
-from .mlx_lm.protocols import CompletionRequest, GenerationArguments, Json
+from .mlx_lm.protocols import (
+    CompletionRequest,
+    GenerationArguments,
+    Json,
+    Tokenizer,
+)
 from .model_limits import prompt_field
 from .overflow import Cut, Overflow
 from .recovery import one_line
@@ -30,6 +35,8 @@ __all__ = ["Held", "Prompts"]
 
 log = logging.getLogger("mlx_safe.server")
 
+# mlx-lm's ``_tokenize``, of one tokenizer and arguments.
+Tokenize = Callable[[CompletionRequest], tuple[Any, ...]]
 # Keys of ``chat_template_kwargs`` that are left out one by one to find a wrong one.
 KEYS_TRIED = 4
 
@@ -64,8 +71,12 @@ class Prompts:
         self._one_rank = one_rank
 
     def read(
-        self, work: Any, args: Any, tokenizer: Any, tokenize: Callable[[Any], Any]
-    ) -> Any:
+        self,
+        work: CompletionRequest,
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+        tokenize: Tokenize,
+    ) -> tuple[Any, ...]:
         """What mlx-lm's ``_tokenize`` is to return for ``work``, its request.
 
         Args:
@@ -85,8 +96,12 @@ class Prompts:
         return found
 
     def _read_and_cut(
-        self, work: Any, args: Any, tokenizer: Any, tokenize: Callable[[Any], Any]
-    ) -> tuple[Any, Cut | None]:
+        self,
+        work: CompletionRequest,
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+        tokenize: Tokenize,
+    ) -> tuple[tuple[Any, ...], Cut | None]:
         limits = self._model.limits
         # Once more: another model may have been asked for when it came.
         limits.check(args)
@@ -141,7 +156,7 @@ class Prompts:
 def _at_fault(
     work: CompletionRequest,
     args: GenerationArguments,
-    tokenize: Callable[[CompletionRequest], Any],
+    tokenize: Tokenize,
 ) -> str:
     """The field without which a prompt that cannot be read can be; else the prompt's.
 
