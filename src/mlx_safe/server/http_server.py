@@ -72,6 +72,7 @@ class Server(ThreadingHTTPServer):
     # not while that waits for another request.
 
     def get_request(self) -> tuple[socket.socket, Any]:
+        """Accepts a connection; raises OSError when there is none, or no more may."""
         if not self.condition.arrive():
             time.sleep(0.05)  # it waits in the socket's queue, which stays readable
             raise ConnectionAbortedError("the server is leaving")
@@ -102,6 +103,7 @@ class Server(ThreadingHTTPServer):
         )
 
     def shutdown_request(self, request: Any) -> None:
+        """Closes a connection, unless the next server is to have it."""
         held = self._holds.pop(request, None) or self._taken.pop(request, None)
         if request not in self._left:
             super().shutdown_request(request)
@@ -115,6 +117,7 @@ class Server(ThreadingHTTPServer):
             raise KeyboardInterrupt
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Logs what a handler has ended with."""
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError):
             # It waits for nothing: checks of HAProxy end with a reset.

@@ -86,6 +86,8 @@ def _bias(value: dict[str, float]) -> dict[str, float]:
 
 
 class StreamOptions(Fields):
+    """``stream_options``."""
+
     include_usage: bool = False
 
 
@@ -205,17 +207,22 @@ class Parameters(Fields):
 
 
 class Function(Fields):
+    """A function that a model may call."""
+
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     parameters: Parameters
 
     @classmethod
     def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """``value`` with what may be left out."""
         nothing = {"type": "object", "properties": {}}
         return {**value, "parameters": value.get("parameters", nothing)}
 
 
 class Tool(Fields):
+    """An element of ``tools``."""
+
     type: Literal["function"]
     function: Function
 
@@ -243,6 +250,8 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatRequest(Request):
+    """The body of ``/v1/chat/completions``."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] | None = None
     tool_choice: Any = None
@@ -281,6 +290,8 @@ def _one_prompt(value: Any) -> Any:
 
 
 class TextRequest(Request):
+    """The body of ``/v1/completions``."""
+
     prompt: Annotated[str, BeforeValidator(_one_prompt)]
     logprobs: Annotated[
         Annotated[bool, Tag("is_bool")]
@@ -306,6 +317,7 @@ def read(
 
     Args:
         path: one of `PATHS`.
+        raw: the body, in UTF-8.
         takes_xtc: whether this mlx-lm can do it (`compat.takes_xtc`).
 
     Raises:
