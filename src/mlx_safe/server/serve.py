@@ -21,12 +21,14 @@ from .handover import Message
 from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
 from .mlx_lm.patch import patch, run_main
+from .mlx_lm.protocols import ModelProvider, Server
 from .replies import a_start_takes
 
 __all__ = ["run", "serve"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .generator import ProtectedResponseGenerator
     from .overflow import Overflow
 
 log = logging.getLogger("mlx_safe.server")
@@ -82,10 +84,10 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def run(
-    server: Any,
+    server: Server,
     host: str,
     port: int,
-    model_provider: Any,
+    model_provider: ModelProvider,
     options: argparse.Namespace,
     injections: bool,
 ) -> None:
@@ -123,7 +125,7 @@ def run(
 
     is_first = mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
-    generator: Any = None
+    generator: ProtectedResponseGenerator | None = None
     ProtectedHandler.bodies = Bodies(options.max_request_bytes)
     ProtectedHandler.keepalive_after_s = options.keepalive_after
 
@@ -162,12 +164,15 @@ def _set_retry_after(ready: bool) -> None:
         a_start_takes(seconds)
 
 
-def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
+def _leave_on_terminate(
+    fault: Fault, generator: Callable[[], ProtectedResponseGenerator | None]
+) -> None:
     if fault.source != "terminate":
         return
     for _ in range(round(GENERATOR_WAIT_S / GENERATOR_TURN_S)):
-        if generator() is not None:
-            generator().recovery.give_up(errors.from_faults([fault]))
+        made = generator()
+        if made is not None:
+            made.recovery.give_up(errors.from_faults([fault]))
         time.sleep(GENERATOR_TURN_S)
     os._exit(EXIT_REPLACE)
 
@@ -175,10 +180,10 @@ def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
 def _make_generator(
     options: argparse.Namespace,
     overflow: Overflow,
-    model_provider: Any,
+    model_provider: ModelProvider,
     injections: bool,
     on_ready: Callable[[], None],
-) -> Any:
+) -> ProtectedResponseGenerator:
     """Starts the generation thread, which loads the model."""
     from .generator import ProtectedResponseGenerator
     from .headroom import MemoryFlags
@@ -211,7 +216,7 @@ def _make_generator(
     )
 
 
-def _follow_the_first(generator: Any) -> None:
+def _follow_the_first(generator: ProtectedResponseGenerator) -> None:
     # It has no clients to answer: signals kill it, Control-C as well, and a status
     # that is not 0 makes mlx.launch end the other ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -219,7 +224,9 @@ def _follow_the_first(generator: Any) -> None:
     generator.stop()
 
 
-def _serve_until_signal(httpd: http_server.Server, generator: Any) -> None:
+def _serve_until_signal(
+    httpd: http_server.Server, generator: ProtectedResponseGenerator
+) -> None:
     # SIGHUP: mlx.launch ends a rank on another host by closing its terminal.
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
