@@ -210,7 +210,7 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 
 # Installed first and apart from our wheel, which changes more often.
 $(VENVS)/%.tools: Makefile | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
+	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
 	touch $@
 
 $(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python
