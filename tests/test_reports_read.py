@@ -116,7 +116,7 @@ def test_any_type_in_any_member(data: st.DataObject) -> None:
     report = reports.sample()
     for _ in range(data.draw(st.integers(1, 4))):
         holder: Any = report
-        name = data.draw(st.sampled_from(sorted(report)))
+        name: Any = data.draw(st.sampled_from(sorted(report)))
         inner = report[name]
         if isinstance(inner, list) and inner and data.draw(st.booleans()):
             holder, name = inner, 0

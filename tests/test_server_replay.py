@@ -282,7 +282,7 @@ def test_out_of_memory_makes_smaller_steps_until_it_is_over(
 
 
 def boarded(count: int, flight: Flight) -> list[Ticket]:
-    taken = (Queue(), SimpleNamespace(), None)
+    taken: Any = (Queue(), SimpleNamespace(), None)
     tickets = [
         Ticket(flight, taken, lambda *_: None, lambda *_: None) for _ in range(count)
     ]
