@@ -23,7 +23,7 @@ export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
+.PHONY: help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
   requirements docs hardware-report
 
@@ -79,6 +79,11 @@ client-modules:
 $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
 	npm ci --prefix tests/clients --no-audit --no-fund --fetch-retries=5
 	touch $@
+
+# New examples for FUZZ_S seconds; SEED=N: the one round with that seed.
+FUZZ_S ?= 300
+fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # On a Mac, where the simulated Metal is not built: signals, stacks, the run file.
 test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Metal
