@@ -3,15 +3,13 @@
 
 PYTHON ?= python3
 VENVS := .venvs
-# The two version pairs that must both work, and the tools of the linters.
-PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
-PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
+include requirements/versions.mk
+# On a Mac MLX's package has what it needs; elsewhere its CPU backend is an extra.
+MLX := $(if $(filter Darwin,$(shell uname)),mlx,mlx[cpu])
+PAIR_intercept := '$(MLX)==$(INTERCEPT_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
+PAIR_observe := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(OBSERVE_MLX_LM)'
 TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0'
-ifeq ($(shell uname),Darwin)
-PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
-PAIR_observe := 'mlx==0.32.4' 'mlx-lm==0.32.2'
-endif
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md LICENSE
 WHEEL := build/wheel.stamp
@@ -49,10 +47,10 @@ WORKERS ?= 3
 SPREAD := -n $(WORKERS) --dist loadfile
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
-test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
+test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with the oldest mlx
 	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
-test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
+test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with the newest mlx
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
 # A program that is missing is named, and its tests are left out; with
@@ -209,7 +207,7 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 	touch $@
 
 # Installed first and apart from our wheel, which changes more often.
-$(VENVS)/%.tools: Makefile | $(VENVS)/%/bin/python
+$(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python
 	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
 	touch $@
 

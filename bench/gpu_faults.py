@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_support import ask, head, outcomes, row, together
+
 from support.server import CONTROLLED, Server
 
 FAULT_AT = 40  # the decode step that fails

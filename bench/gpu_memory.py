@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_support import Reply, ask, head, outcomes, prompt, row, together
+
 from support.server import CONTROLLED, Server
 
 # Plain memory of MLX's own, so that it works with every backend. Told "N" it holds all

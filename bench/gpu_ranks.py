@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_support import Reply, ask, head, outcomes, row, together
+
 from support.server import PYTHON, Server, free_port
 
 # Which collectives work, and where: asked of MLX itself, each in both ranks.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_support import ask, head, interval, row, together
+
 from support.server import Server
 
 WORDS = 20  # of each prompt

@@ -22,9 +22,7 @@ def ask_all(server: Server, clients: int, **options: Any) -> list[Answer]:
     def ask(number: int) -> None:
         text = f"{number}: of a ship"
         stream = number % 2 == 1
-        answers.append(
-            server.chat(text, stream=stream, logit_bias=NO_END, **options)
-        )
+        answers.append(server.chat(text, stream=stream, logit_bias=NO_END, **options))
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
     for thread in threads:

@@ -9,15 +9,8 @@ from __future__ import annotations
 import os as _os
 
 from . import errors
-from ._faults import (
-    Fault,
-    Subscription,
-    drained,
-    draining,
-    epoch,
-    faults,
-    on_fault,
-)
+from ._fault import Fault
+from ._faults import Subscription, drained, draining, epoch, faults, on_fault
 from ._guard import check, guard
 from ._install import Status, install, require, status, uninstall
 from ._reports import breadcrumb

@@ -195,4 +195,4 @@ def _drain(told: errors.GPUError) -> None:
             return
         except RuntimeError as e:
             if errors.from_exception(e) is None:
-                _note(told, f"mlx_safe: MLX also reports, of something else: {e}")
+                _note(told, f"mlx_safe: MLX also reports another error: {e}")

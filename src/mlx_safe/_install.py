@@ -187,8 +187,8 @@ def _report_dir() -> tuple[str | None, str | None]:
     wanted = _paths.report_dir()
     if not os.path.isabs(wanted):
         return None, (
-            f"no crash reports: where {wanted} is cannot be told; set "
-            "MLX_SAFE_REPORT_DIR to an absolute path"
+            f"no crash reports: {wanted} is no absolute path; set "
+            "MLX_SAFE_REPORT_DIR to one"
         )
     longest = _core.report_directory_max()
     if len(os.fsencode(wanted)) > longest:

@@ -12,6 +12,7 @@ import threading
 import time
 
 from . import _core, _faults
+from ._fault import Fault
 from ._version import __version__
 
 TYPE_CHECKING = False
@@ -112,7 +113,7 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
     with _state.run_file_lock:
         written = _core.write_run_file()
     if not written:
-        return f"no file in {directory} says that this process runs: cannot write it"
+        return f"cannot write the run file in {directory}"
     return None
 
 
@@ -164,7 +165,7 @@ def watch_faults() -> None:
             _state.subscription = _faults.watch(_report_fault, _look)
 
 
-def _report_fault(fault: _faults.Fault) -> None:
+def _report_fault(fault: Fault) -> None:
     if fault.source != "terminate":  # the terminate handler has written one
         write_fault(fault.message, fault.code)
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeVar
 
-    from ._faults import Fault
+    from ._fault import Fault
 
     T = TypeVar("T")
 

@@ -28,7 +28,7 @@ commands:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from .server.launcher import serve
+    from .server.serve import serve
 
     return serve(arguments)
 

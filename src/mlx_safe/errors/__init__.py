@@ -38,7 +38,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._faults import Fault
+    from .._fault import Fault
 
 __all__ = [
     "CUDA_FAULT_KINDS",

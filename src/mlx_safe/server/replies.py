@@ -1,4 +1,4 @@
-"""What a client is told: one function from an exception to an answer.
+"""Error responses: one function from an exception to an answer.
 
 The table is the HTTP contract of the project; nothing else in the server
 chooses a status. No traceback and no text of an unexpected exception reaches a
@@ -32,7 +32,7 @@ _restart_s = RETRY_AFTER_S
 
 
 def a_start_takes(seconds: float) -> None:
-    """What is told of a restart from now on, rounded up, from 1 to 60."""
+    """``Retry-After`` of a restart from now on: ``seconds`` rounded up, 1 to 60."""
     global _restart_s
     _restart_s = min(max(1, math.ceil(seconds)), RETRY_AFTER_MAX_S)
 

@@ -1,4 +1,4 @@
-"""What of MLX's state a failure can leave unsound, and how it is made sound again.
+"""What of MLX's state a failure can leave unsound, and how it is repaired.
 
 Looked at for MLX 0.31.2 and 0.32.4, each by a test (`test_thread_state.py`):
 
@@ -33,7 +33,7 @@ PENDING_ERRORS_MAX = 8
 
 
 def seed_anew() -> None:
-    """Gives the calling thread a random state that nobody could foretell."""
+    """Gives the calling thread a random state that cannot be predicted."""
     mx.random.seed(int.from_bytes(os.urandom(8), "little"))
 
 

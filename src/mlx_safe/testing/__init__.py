@@ -270,7 +270,7 @@ def attach(model: Any, *, decode_width: int = 1) -> Any:
     """
     cls = type(model)
     if not callable(model):
-        raise TypeError(f"attach() wants a model that can be called, not {model!r}")
+        raise TypeError(f"attach() needs a model that can be called, not {model!r}")
     if getattr(cls, "_mlx_safe_attached", False):
         return model
 

@@ -6,9 +6,9 @@ for its caches (`mlx_lm.models.cache.make_prompt_cache`), so the model answers.
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from .protocols import Cache, Model
 
 __all__ = ["limit"]
 
@@ -17,7 +17,7 @@ __all__ = ["limit"]
 KEEP = 4
 
 
-def limit(model: Any, max_kv_size: int) -> None:
+def limit(model: Model, max_kv_size: int) -> None:
     """From now on caches made for ``model`` hold at most ``max_kv_size`` tokens.
 
     Only those that would grow with the text: a model's own rotating and
@@ -28,7 +28,7 @@ def limit(model: Any, max_kv_size: int) -> None:
     if getattr(cls, "_mlx_safe_kv_window", False):
         return
 
-    def make_cache(self: Any) -> list[Any]:
+    def make_cache(self: Model) -> list[Cache]:
         if hasattr(cls, "make_cache"):
             made = cls.make_cache(self)
         else:

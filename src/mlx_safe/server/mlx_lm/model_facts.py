@@ -3,7 +3,7 @@
 MLX checks no index: a bias for a token that the logits do not have is written where
 other memory begins, and can end the process. A config does not tell how wide they
 are (multimodal ones keep it in `text_config`, 13 of 108 types of mlx-lm 0.31.3 and
-more of 0.32.2 have no `vocab_size`), and what it tells need not be what the weights
+more of 0.32.2 have no `vocab_size`), and what it has need not be what the weights
 are. So the model is asked: MLX's arrays know their shape before they are computed.
 """
 
@@ -20,6 +20,7 @@ import mlx.nn as nn
 
 from ..replies import BadRequest, is_of_all
 from . import compat
+from .protocols import LogitsProcessorArguments, Model
 
 __all__ = ["ModelFacts", "look_at"]
 
@@ -66,13 +67,15 @@ class ModelFacts:
                     param="logit_bias",
                 )
 
-    def check_prompt(self, prompt: list[int], logits: Any, param: str) -> None:
+    def check_prompt(
+        self, prompt: list[int], logits: LogitsProcessorArguments, param: str
+    ) -> None:
         """Raises `BadRequest` for a prompt with tokens that the model does not have.
 
         A tokenizer can have more than its model: tokens that were added to it alone.
 
         Args:
-            logits: mlx-lm's `LogitsProcessorArguments`.
+            logits: of the request.
             param: the field that the prompt is of.
         """
         penalized = any(getattr(logits, name) for name in PENALTIES)
@@ -86,7 +89,7 @@ class ModelFacts:
             )
 
 
-def look_at(model: Any) -> ModelFacts:
+def look_at(model: Model) -> ModelFacts:
     """The facts of ``model``, by a step of one token that is never evaluated.
 
     Builds a graph and drops it: no weight is read, no memory is taken. Called on the
@@ -101,7 +104,9 @@ def look_at(model: Any) -> ModelFacts:
     except Exception as e:
         if is_of_all(e):
             raise
-        log.warning("this model's logits cannot be looked at (%r): no logit_bias", e)
+        log.warning(
+            "cannot read the width of this model's logits (%r): no logit_bias", e
+        )
         return ModelFacts(None, min(rows, default=None))
     return ModelFacts(width, min(rows, default=width))
 

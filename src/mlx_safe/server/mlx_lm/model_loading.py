@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -19,6 +18,7 @@ from ...memory.sizes import format_size
 from ..replies import BadRequest
 from . import compat
 from .model_facts import ModelFacts, look_at
+from .protocols import Model, ModelProvider
 from .speculative import fit, fixed_caches, why_not_draftable
 
 __all__ = ["Unservable", "replace_model"]
@@ -31,7 +31,7 @@ class Unservable(ValueError):
 
 
 def replace_model(
-    provider: Any, named: tuple[Any, ...], ceiling: Callable[[], int]
+    provider: ModelProvider, named: tuple[str | None, ...], ceiling: Callable[[], int]
 ) -> ModelFacts:
     """Loads ``named`` in the place of what mlx-lm's ``provider`` has.
 
@@ -47,7 +47,7 @@ def replace_model(
         # Ranks share the work of loading, and it reads weights.
         unload(provider)
         compat.take_over(provider, compat.load_beside(provider, *named))
-        return look_at(provider.model)
+        return look_at(_target(provider))
     loaded = compat.load_beside(provider, *named)
     facts = _check(loaded, None if provider.model is None else ceiling())
     unload(provider)
@@ -60,11 +60,16 @@ def replace_model(
     return facts
 
 
-def _models(provider: Any) -> list[Any]:
+def _models(provider: ModelProvider) -> list[Model]:
     return [m for m in (provider.model, provider.draft_model) if m is not None]
 
 
-def _check(loaded: Any, ceiling: int | None) -> ModelFacts:
+def _target(provider: ModelProvider) -> Model:
+    assert provider.model is not None, "`ModelProvider._load` loads one or raises"
+    return provider.model
+
+
+def _check(loaded: ModelProvider, ceiling: int | None) -> ModelFacts:
     if ceiling is not None:
         weights = [v for m in _models(loaded) for _, v in tree_flatten(m.parameters())]
         size = sum(value.nbytes for value in weights)
@@ -73,32 +78,33 @@ def _check(loaded: Any, ceiling: int | None) -> ModelFacts:
                 f"its weights are {format_size(size)}, and MLX may hold "
                 f"{format_size(ceiling)}"
             )
-    facts = look_at(loaded.model)
+    target = _target(loaded)
+    facts = look_at(target)
     if loaded.draft_model is not None:
-        _check_draft(loaded, facts)
+        _check_draft(loaded.draft_model, target, facts)
     return facts
 
 
-def _check_draft(loaded: Any, facts: ModelFacts) -> None:
-    draft = look_at(loaded.draft_model)
-    why = why_not_draftable(loaded.model)
+def _check_draft(model: Model, target: Model, facts: ModelFacts) -> None:
+    draft = look_at(model)
+    why = why_not_draftable(target)
     if why is None and None in (draft.width, facts.width):
         why = "the number of its tokens, or of the draft model's, is not known"
     if why is not None:
         raise BadRequest(
             f"No draft model can be used with this model: {why}.", param="draft_model"
         )
-    fit(loaded.draft_model, draft, facts)
-    fixed = fixed_caches(compat.make_cache(loaded.draft_model))
+    fit(model, draft, facts)
+    fixed = fixed_caches(compat.make_cache(model))
     if fixed:
         log.warning(
-            "the draft model's cache cannot take tokens back (%s): it drafts worse "
-            "than it could, and answers are slower",
+            "the draft model's cache cannot take tokens back (%s): its drafts get "
+            "worse, and answers slower",
             fixed,
         )
 
 
-def unload(provider: Any) -> None:
+def unload(provider: ModelProvider) -> None:
     """Gives the memory of the model back that ``provider`` has.
 
     mlx-lm drops its own reference, but its loop's variables have another until the

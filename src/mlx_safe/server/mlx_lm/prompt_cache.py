@@ -20,7 +20,6 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import (
     CacheList,
     KVCache,
-    LRUPromptCache,
     QuantizedKVCache,
     can_trim_prompt_cache,
     trim_prompt_cache,
@@ -28,6 +27,8 @@ from mlx_lm.models.cache import (
 
 from ... import _core
 from ..recorder import breadcrumb
+from .bases import CacheOrder, LRUPromptCache
+from .protocols import Cache, ModelKey
 
 __all__ = ["PromptCache"]
 
@@ -38,17 +39,17 @@ NO_LIMIT = 1 << 63  # mlx-lm's
 class _Entry:
     """What is known of one entry; ``epoch``: the one it was complete in."""
 
-    model: Any
+    model: ModelKey
     tokens: list[int]
     cache_type: str
     epoch: int = -1
     trimmable: bool = False
     protected: bool = False
 
-    def is_for(self, model: Any, tokens: list[int]) -> bool:
+    def is_for(self, model: ModelKey, tokens: list[int]) -> bool:
         return bool(self.model == model) and self.tokens == tokens
 
-    def reusable(self, model: Any, tokens: list[int]) -> int:
+    def reusable(self, model: ModelKey, tokens: list[int]) -> int:
         """How many of ``tokens`` a request with this prompt need not read."""
         if self.model != model:
             return 0
@@ -56,7 +57,7 @@ class _Entry:
         return common if self.trimmable or common == len(self.tokens) else 0
 
 
-class _Order(LRUPromptCache.CacheOrder):  # type: ignore[misc]
+class _Order(CacheOrder):
     """Which entry goes next. mlx-lm takes every decision here.
 
     The order is mlx-lm's own (the oldest answer before the oldest prompt before
@@ -69,15 +70,17 @@ class _Order(LRUPromptCache.CacheOrder):  # type: ignore[misc]
         self.entries: list[_Entry] = []
         self.chosen: _Entry | None = None
 
-    def push(self, model: Any, tokens: Any, cache_type: str = "assistant") -> None:
+    def push(
+        self, model: ModelKey, tokens: list[int], cache_type: str = "assistant"
+    ) -> None:
         super().push(model, tokens, cache_type)
         self.entries.append(_Entry(model, tokens, cache_type))
 
-    def remove(self, model: Any, tokens: Any) -> None:
+    def remove(self, model: ModelKey, tokens: list[int]) -> None:
         super().remove(model, tokens)
         self.entries = [e for e in self.entries if not e.is_for(model, tokens)]
 
-    def pop(self) -> tuple[Any, list[int]]:
+    def pop(self) -> tuple[ModelKey, list[int]]:
         chosen, self.chosen = self.chosen, None
         if chosen is None:
             held = [e for e in self.entries if e.protected]
@@ -97,7 +100,7 @@ class _Order(LRUPromptCache.CacheOrder):  # type: ignore[misc]
         super().push(entry.model, entry.tokens, entry.cache_type)
 
 
-class PromptCache(LRUPromptCache):  # type: ignore[misc]
+class PromptCache(LRUPromptCache):
     """`LRUPromptCache` with a limit in bytes that holds at every moment.
 
     Used by the generation thread only; ``len()``, ``nbytes`` and ``events`` may be
@@ -112,9 +115,9 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         events: how often so far: ``hits``, ``misses``, ``evictions``,
             ``too_large`` (not stored), ``dropped`` (after a failure), and
             ``reused_tokens``, which requests did not have to read.
-        may_store: asked before an entry of so many bytes is stored, in the place of
-            others that have so many; may evict what is neither. gives_away: the
-            next entry that is used leaves the cache.
+        may_store: called with the bytes of a new entry, and of those that it
+            replaces, before it is stored; False: it is not stored. May evict others.
+        gives_away: asked when an entry is used, whether it leaves the cache with that.
     """
 
     def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
@@ -122,11 +125,13 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         self._lru: _Order = _Order()
         self.events: Counter[str] = Counter()
         self.may_store: Callable[[int, int], bool] = lambda size, given: True
-        self.gives_away = False
+        self.gives_away: Callable[[], bool] = lambda: False
 
     # -- what mlx-lm calls -----------------------------------------------------
 
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+    def fetch_nearest_cache(
+        self, model: ModelKey, tokens: list[int]
+    ) -> tuple[list[Cache] | None, list[int]]:
         """A copy of the entry that saves most, and the tokens still to read.
 
         There is always one: mlx-lm cannot go on from an entry that has the whole
@@ -145,7 +150,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         self.events["hits"] += 1
         self.events["reused_tokens"] += len(tokens) - len(rest)
         nearest = self._nearest(model, tokens)
-        if nearest is not None and self.gives_away:
+        if nearest is not None and self.gives_away():
             # The copy shares its arrays; now they are the request's own.
             self._drop(nearest)
         elif nearest is not None:
@@ -154,7 +159,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
 
     def insert_cache(
         self,
-        model: Any,
+        model: ModelKey,
         tokens: list[int],
         prompt_cache: list[Any],
         *,
@@ -174,7 +179,11 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         self._insert(model, _held(stored, tokens), stored, cache_type)
 
     def _insert(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], cache_type: str
+        self,
+        model: ModelKey,
+        tokens: list[int],
+        prompt_cache: list[Any],
+        cache_type: str,
     ) -> None:
         for cache in _leaves(prompt_cache):
             _trim_to_offset(cache)
@@ -200,7 +209,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
             # One by one, so that at most one layer is there twice.
             _make_own(cache)
         if _core.epoch() != epoch:
-            return  # told to the generator by the epoch
+            return  # the generator sees the new epoch as well
         super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
         entry = self._lru.entries[-1]
         entry.epoch, entry.trimmable = epoch, trimmable
@@ -249,7 +258,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         breadcrumb("evict", "prompt cache entry", bytes=freed, left=len(self))
         return freed
 
-    def forget(self, model: Any, tokens: list[int], used: int) -> None:
+    def forget(self, model: ModelKey, tokens: list[int], used: int) -> None:
         """Drops what a request with this prompt used, and what it stored of it.
 
         Args:
@@ -266,12 +275,12 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
             dropped.append(nearest)
         self.events["dropped"] += len(dropped)
 
-    def reusable_tokens(self, model: Any, tokens: list[int]) -> int:
+    def reusable_tokens(self, model: ModelKey, tokens: list[int]) -> int:
         """How many tokens of a prompt need not be read; all but one at most."""
         nearest = self._nearest(model, tokens)
         return 0 if nearest is None else nearest.reusable(model, tokens)
 
-    def reusable_bytes(self, model: Any, tokens: list[int]) -> int:
+    def reusable_bytes(self, model: ModelKey, tokens: list[int]) -> int:
         """What the entry holds that this prompt would use; 0 when there is none."""
         nearest = self._nearest(model, tokens)
         if nearest is None:
@@ -282,7 +291,7 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         return int(self._trie.get(entry.model, entry.tokens).nbytes)
 
     @contextmanager
-    def protecting(self, model: Any, tokens: list[int]) -> Iterator[None]:
+    def protecting(self, model: ModelKey, tokens: list[int]) -> Iterator[None]:
         """Meanwhile the entry that this prompt would use is not evicted."""
         nearest = self._nearest(model, tokens)
         if nearest is None:
@@ -316,10 +325,10 @@ class PromptCache(LRUPromptCache):  # type: ignore[misc]
         self._lru.chosen = entry
         super().trim_to(n_sequences=len(self) - 1)
 
-    def _nearest(self, model: Any, tokens: list[int]) -> _Entry | None:
+    def _nearest(self, model: ModelKey, tokens: list[int]) -> _Entry | None:
         """The entry that mlx-lm's search would choose.
 
-        Found by itself: the search tells the tokens to read and not the entry.
+        Found here: mlx-lm's search returns the tokens to read, and not the entry.
         """
         if not self._lru.entries:
             return None
@@ -343,7 +352,7 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     return low
 
 
-def _begins(entry: _Entry, model: Any, tokens: list[int]) -> bool:
+def _begins(entry: _Entry, model: ModelKey, tokens: list[int]) -> bool:
     size = len(entry.tokens)
     return bool(entry.model == model) and tokens[:size] == entry.tokens
 
@@ -378,7 +387,7 @@ def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
     return tokens[:held]
 
 
-def _trim_to_offset(cache: Any) -> None:
+def _trim_to_offset(cache: Cache) -> None:
     """Leaves off what these two kinds allocate ahead, in steps of 256 tokens."""
     if isinstance(cache, KVCache | QuantizedKVCache) and cache.keys is not None:
         cache.keys, cache.values = tree_map(
@@ -386,7 +395,7 @@ def _trim_to_offset(cache: Any) -> None:
         )
 
 
-def _make_own(cache: Any) -> None:
+def _make_own(cache: Cache) -> None:
     """Evaluates the arrays of ``cache`` into buffers of their own.
 
     ``mx.contiguous`` copies, unless the array fills its buffer but for 16 KB

@@ -18,18 +18,19 @@ import mlx.core as mx
 
 from . import compat
 from .model_facts import ModelFacts
+from .protocols import Array, Cache, Model
 
 __all__ = ["fit", "fixed_caches", "why_not_draftable"]
 
 
-def why_not_draftable(model: Any) -> str | None:
+def why_not_draftable(model: Model) -> str | None:
     """Why no model can draft for ``model``; None when any can.
 
     Args:
         model: the target. Its caches are made; nothing is evaluated.
     """
     caches = compat.make_cache(model)
-    # It is how mlx-lm tells the target's caches from the draft's, in one list.
+    # mlx-lm separates the target's caches from the draft's by this number.
     if len(caches) != len(model.layers):
         return "its layers share caches"
     fixed = fixed_caches(caches)
@@ -38,7 +39,7 @@ def why_not_draftable(model: Any) -> str | None:
     return None
 
 
-def fixed_caches(caches: Iterable[Any]) -> str:
+def fixed_caches(caches: Iterable[Cache]) -> str:
     """The kinds among ``caches``, which are empty, that cannot be shortened later."""
     fixed = {type(c).__name__ for c in _leaves(caches) if not _rewinds(c)}
     return ", ".join(sorted(fixed))
@@ -60,7 +61,7 @@ def _rewinds(cache: Any) -> bool:
     return hasattr(cache, "is_trimmable") and bool(cache.is_trimmable())
 
 
-def fit(draft: Any, has: ModelFacts, target: ModelFacts) -> None:
+def fit(draft: Model, has: ModelFacts, target: ModelFacts) -> None:
     """From now on ``draft`` takes and gives the target's tokens.
 
     Models of one family often differ in how far their vocabulary is padded. What
@@ -78,7 +79,7 @@ def fit(draft: Any, has: ModelFacts, target: ModelFacts) -> None:
         return
     cls = type(draft)
 
-    def __call__(self: Any, tokens: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    def __call__(self: Model, tokens: Array, *args: Any, **kwargs: Any) -> Array:
         logits = cls.__call__(self, mx.minimum(tokens, last), *args, **kwargs)
         shape = (*logits.shape[:-1], wanted - known)
         none = mx.full(shape, -mx.inf, dtype=logits.dtype)
