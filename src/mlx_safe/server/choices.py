@@ -135,5 +135,5 @@ def _of_choice(asked: Asked, name: str, path: str, index: int) -> tuple[str, Ask
     args = asked.arguments
     if index and args.seed is not None:
         seed = (args.seed + index) % 2**64
-        args = dataclasses.replace(args, seed=seed)
+        args = dataclasses.replace(args, seed=seed)  # type: ignore[type-var]
     return name, Asked(request, args, asked.progress)

@@ -47,7 +47,7 @@ from .overflow import Overflow
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .prompts import Held, Prompts
-from .ranks import AllStop
+from .ranks import AllStop, Home
 from .recorder import request_id
 from .recovery import Recovery, portable
 from .replay import Resumed
@@ -95,8 +95,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
         max_kv_size: int | None = None,
         injections: bool = False,
         hold_s: float | None = None,
+        home: Home | None = None,
     ) -> None:
         self.health = health
+        self._home = home
         self.names = names
         self._hold_s = hold_s
         self._overflow = overflow
@@ -165,6 +167,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.metrics,
             self._one_rank,
         )
+        if home is not None and home.lifeline is not None:
+            home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
 
@@ -222,6 +226,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
+        """Called on mlx-lm's thread; with more than one rank ours waits for theirs."""
+        if self._home is None:
+            self._generate_here()
+        else:
+            self._home.run(self._generate_here)
+
+    def _generate_here(self) -> None:
         _core.signals_cover_this_thread()
         self.recovery.begin()
         compat.sample_with_this_thread()
@@ -405,6 +416,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             return None
         if isinstance(taken[1], AllStop):
             self._stop = True
+            if self._home is not None:
+                self._home.end()
             return None
         try:
             request = InFlight(
@@ -462,6 +475,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
         else:
             self.scheduler.not_begun(request)
             self._caught = exc
+
+    def _rank_is_gone(self, rank: int) -> None:
+        """On the lifeline's thread: this one may wait for that rank for ever."""
+        if self.health.state == "failed":
+            return  # it has been answered already, or all end
+        why = f"The server restarts: rank {rank} has ended."
+        self.recovery.give_up(Unavailable(why, restarts=True), reported=True)
 
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
