@@ -16,7 +16,7 @@ from .setup.places import HERE, ROOT
 
 HARDWARE = ROOT / "tests" / "hardware"
 # Of the simulated GPU; what is live beyond it makes a command buffer fail.
-MEMORY = 64 << 20
+MEMORY = 1 << 30
 NOT_RUN = {
     "test_what_is_computed_after_it_is_right": (
         "the simulated GPU computes nothing: only a Mac can show a right number"

@@ -291,6 +291,7 @@ int mac_sysctlbyname(const char* name, void* to, size_t* size, const void* set,
     size_t size;
   } kKnown[] = {{"hw.memsize", NULL, 16ull << 30, 8},
                 {"kern.memorystatus_level", NULL, 50, 4},
+                {"iogpu.wired_limit_mb", NULL, 0, 4},
                 {"hw.model", "Mac14,2", 0, 8},
                 {"machdep.cpu.brand_string", "Apple M2 (simulated)", 0, 21}};
   for (size_t i = 0; i < sizeof kKnown / sizeof *kKnown; i++) {
