@@ -85,7 +85,7 @@ $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
 
 # On a Mac, where the simulated Metal is not built: signals, stacks, the run file.
 test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Metal
-	MLX_SAFE_TEST_NATIVE=none $(VENVS)/observe/bin/python -m pytest $(filter-out tests/test_metal.py,$(ONCE)) $(ARGS)
+	MLX_SAFE_TEST_NATIVE=none $(VENVS)/observe/bin/python -m pytest $(filter-out tests/test_metal%,$(ONCE)) $(ARGS)
 
 sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan

@@ -44,7 +44,7 @@ def said(request: pytest.FixtureRequest, model: Path) -> str:
         [HERE / "python", "-m", "pytest", *options, HARDWARE],
         capture_output=True,
         text=True,
-        timeout=2 * LIMIT_S,
+        timeout=3 * LIMIT_S,
         cwd=ROOT,
         env={
             **os.environ,
@@ -52,6 +52,7 @@ def said(request: pytest.FixtureRequest, model: Path) -> str:
             "MACHRUN_MEMORY": str(MEMORY),
             "MLX_SAFE_TEST_HARDWARE": "1",
             "MLX_SAFE_TEST_TINY_MODEL": str(model),
+            "MLX_SAFE_TEST_START_S": "400",
         },
         check=False,
     )

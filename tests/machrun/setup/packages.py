@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from .places import (
 # Every version of MLX whose behaviour differs, or might.
 VERSIONS = ("0.30.6", "0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3", "0.32.4")
 NEWEST = "newest"
+# Built apart for later macOS; one version of each regime.
+LATER_SYSTEMS = {"0.31.2": "15_0", NEWEST: "26_0"}
 # The pairs that are supported: see PAIR_… in the Makefile.
 PAIRS = {"0.31.2": "0.31.3", "0.32.4": "0.32.2"}
 # mlx.metallib is 150 MB of code for GPUs, which nothing here reads.
@@ -58,10 +61,17 @@ def mlx_directory(version: str, python: Python, system: str = "14_0") -> Path:
     return CACHE / "mlx" / f"{version}-{python.tag}-{system}"
 
 
+def _is_there(version: str, mark: Path) -> bool:
+    """The newest is asked for again after a day."""
+    if not mark.exists():
+        return False
+    return version != NEWEST or time.time() - mark.stat().st_mtime < 24 * 3600
+
+
 def get_mlx(version: str, python: Python, system: str = "14_0") -> Path:
     """The folder with the unpacked wheels of mlx and mlx-metal for a macOS."""
     place = mlx_directory(version, python, system)
-    if not (place / "complete").exists():
+    if not _is_there(version, place / "complete"):
         pin = "" if version == NEWEST else f"=={version}"
         fresh(place)
         wheels = fresh(CACHE / "downloads" / place.name)
