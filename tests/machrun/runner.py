@@ -8,10 +8,13 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.versions import NEWEST_PAIR
+
 from .setup.packages import get_mlx, get_ours, get_site, version_of
 from .setup.places import CACHE, HERE, LOADER, MAIN, PYTHONS, QEMU
 
 LIMIT_S = 300
+STARTUP = HERE.parent / "support" / "startup"
 
 
 @dataclass
@@ -23,11 +26,11 @@ class Machine:
         macos: what is pretended.
         system: for which macOS MLX's wheel is.
         ours: the folder with our package in place of the wheel's own; None: without.
-        server: with mlx-lm; only for the versions in packages.PAIRS.
+        server: with mlx-lm; only for the mlx of a pair in `support.versions`.
         platform: what Python says it is on: see guest/darwin.py.
     """
 
-    mlx: str = "0.32.4"
+    mlx: str = NEWEST_PAIR[0]
     python: str = MAIN
     macos: str = "14.0"
     system: str = "14_0"
@@ -43,7 +46,7 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         python = PYTHONS[self.python]
-        path = [HERE / "guest", get_mlx(self.mlx, python, self.system)]
+        path = [HERE / "guest", STARTUP, get_mlx(self.mlx, python, self.system)]
         if self.ours is not None:
             path.append(self.ours if self.ours != Path() else get_ours(python))
         if self.server:

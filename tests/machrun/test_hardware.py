@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from support.versions import PAIRS
+
 from .runner import LIMIT_S, Machine
-from .setup.packages import PAIRS
 from .setup.places import HERE, ROOT
 
 HARDWARE = ROOT / "tests" / "hardware"

@@ -15,9 +15,9 @@ import pytest
 
 from support import server as servers
 from support.server import CONTROLLED, NEVER, STOCK, Answer, Server
+from support.versions import OLDEST_PAIR, PAIRS
 
 from .runner import Machine
-from .setup.packages import PAIRS
 from .setup.places import HERE
 
 # A command buffer of the GPU that fails, whenever a line of standard input says so.
@@ -214,7 +214,7 @@ def test_a_fatal_fault_answers_everyone_and_leaves(
     server: Server, version: str
 ) -> None:
     assert "Traceback" not in server.log
-    terminates = version == "0.31.2"
+    terminates = version == OLDEST_PAIR[0]
     plan = "any:1:8:once:terminate" if terminates else "any:1:4"
     with server.chatting(3, max_tokens=100_000) as answers:
         server.wait_for_requests(3)
@@ -231,9 +231,10 @@ def test_a_fatal_fault_answers_everyone_and_leaves(
 def test_without_us_the_same_buffer_ends_the_server(
     slow_servers: None, model: Path, tmp_path: Path
 ) -> None:
-    """The control: mlx_lm.server with mlx 0.31.2, and nothing of ours."""
-    options = {"program": STOCK_FAILING, "env": environment_of("0.31.2", tmp_path)}
-    options["env"]["MLX_SAFE_AUTOINSTALL"] = "0"
+    """The control: mlx_lm.server with the older MLX, and nothing of ours."""
+    environment = environment_of(OLDEST_PAIR[0], tmp_path)
+    options = {"program": STOCK_FAILING, "env": environment}
+    environment["MLX_SAFE_AUTOINSTALL"] = "0"
     with Server(model, **options) as server:
         server.wait_ready()
         assert server.chat().status == 200

@@ -20,7 +20,7 @@ def fetch() -> None:
     for version, system in packages.LATER_SYSTEMS.items():
         packages.get_mlx(version, main, system)
     for python in PYTHONS.values():
-        packages.get_mlx(max(packages.PAIRS), python)
+        packages.get_mlx(packages.NEWEST_PAIR[0], python)
         packages.get_ours(python)
     for version in packages.PAIRS:
         packages.get_site(version)
