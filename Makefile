@@ -143,8 +143,17 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 CONTRACT_CACHE ?= .cache/contract
 
 # The observe pair makes the model for a server.
-machrun: machrun-setup $(VENVS)/wheels.ready  ## the macOS binaries of MLX and ours, executed under emulation
-	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(ARGS)
+# Servers and the rest side by side, unless make itself was told how many.
+machrun:  ## the macOS binaries of MLX and ours, executed under emulation
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) machrun-servers machrun-rest
+
+MACHRUN_SERVERS := tests/machrun/test_server.py tests/machrun/test_hardware.py
+.PHONY: machrun-servers machrun-rest
+machrun-servers: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_SERVERS) $(ARGS)
+
+machrun-rest: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(MACHRUN_SERVERS:%=--ignore %) $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup

@@ -54,8 +54,9 @@ threading.Thread(target=listen, daemon=True).start()
 SLOW_START_S, SLOW_ANSWER_S = 400.0, 300.0
 PATHS: dict[str, dict[str, int]] = {"batched": {}, "sequential": {"seed": 1}}
 PHASES = {"prefill": "prefill:1:8", "decode": "decode:4:8"}
-ARGUMENTS = ("--prefill-step-size", "64", "--prompt-cache-size", "0")
-LONG = "x" * 300
+STEP, SMALLER_STEP = 256, 64  # of a prompt; after an out of memory
+ARGUMENTS = ("--prefill-step-size", str(STEP), "--prompt-cache-size", "0")
+LONG = "x" * 600
 Texts = dict[str, str]
 
 
@@ -171,7 +172,8 @@ def test_out_of_memory_makes_smaller_steps_until_it_is_over(server: Server) -> N
     server.plan("decode:3:2")
     as_before = steps()
     server.plan("decode:3:8")
-    assert steps() >= as_before + len(LONG) // 64
+    more = len(LONG) // SMALLER_STEP - len(LONG) // STEP - 1
+    assert steps() >= as_before + more
     # The plan that counts is the last one, and it has struck.
     server.plan(f"any:{NEVER}")
     assert steps() == undisturbed
