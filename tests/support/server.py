@@ -26,7 +26,7 @@ from typing import Any
 
 # The Python of the servers: another one than the tests' own under `make machrun`.
 PYTHON = os.environ.get("MLX_SAFE_TEST_PYTHON", sys.executable)
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "120"))
 REQUEST_TIMEOUT_S = 90.0
 
 # mlx_lm.server as it is, with nothing of ours but the injected fault.
