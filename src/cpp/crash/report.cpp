@@ -68,7 +68,7 @@ struct State {
   std::atomic<std::uint64_t> terminal_thread{0};
   std::atomic<bool> terminal_done{false};
   // A report tells of the death: there is to be no run file.
-  std::atomic<bool> death_told{false};
+  std::atomic<bool> death_reported{false};
 };
 constinit State g_state;
 
@@ -115,7 +115,7 @@ int open_new(const char* path) noexcept {
   int fd = ::open(path, kFlags, kPrivate);
   if (fd < 0 && (errno == EMFILE || errno == ENFILE) && give_up_reserve())
     fd = ::open(path, kFlags, kPrivate);
-  // Somebody took the whole directory away while the process ran.
+  // The whole directory was taken away while the process ran.
   if (fd < 0 && errno == ENOENT &&
       ::mkdir(g_state.directory, kPrivateDirectory) == 0)
     fd = ::open(path, kFlags, kPrivate);
@@ -185,7 +185,7 @@ void write_sections(JsonWriter& json, const Event& event) noexcept {
   if (!json.flush()) return;
   // From here on the report tells of the death, and the run file need not.
   if (event.terminal) {
-    g_state.death_told.store(true);
+    g_state.death_reported.store(true);
     wait_for_run_file();
     remove_run_file();
   }
@@ -223,7 +223,7 @@ int open_without_a_name(const char* prefix) noexcept {
   return fd;
 }
 
-// Keeps the number of a descriptor that there is: Python was told of it.
+// Keeps the number of a descriptor that there is: Python has it.
 void open_stacks_file() noexcept {
   int fd = open_without_a_name(".stacks-");
   if (fd < 0) return;
@@ -333,7 +333,7 @@ void write_second_report(const Event& given, int number,
 }
 
 bool write_run_file() noexcept {
-  if (g_state.death_told.load()) return true;
+  if (g_state.death_reported.load()) return true;
   if (!g_state.active.load() || g_state.run_file_busy.exchange(true))
     return false;
   char temporary[kPathMax];
@@ -367,7 +367,7 @@ bool write_run_file() noexcept {
     if (good) {
       g_state.run_file_pid.store(::getpid());
       // Another thread, which dies, may have removed the one before just now.
-      if (g_state.death_told.load()) remove_run_file();
+      if (g_state.death_reported.load()) remove_run_file();
     } else {
       ::unlink(temporary);
     }
@@ -406,7 +406,7 @@ bool wait_for_terminal() noexcept {
 }
 
 void release_terminal() noexcept {
-  g_state.death_told.store(false);
+  g_state.death_reported.store(false);
   g_state.terminal_done.store(false);
   g_state.terminal_thread.store(0);
 }

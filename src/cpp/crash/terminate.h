@@ -10,7 +10,7 @@ enum class TerminatePolicy {
   // Write the report, then call the handler that was there before. The process
   // dies as it would have died.
   kReport,
-  // Write the report, wake whoever reads the fault log's descriptor, park this
+  // Write the report, wake the reader of the fault log's descriptor, park this
   // thread until `terminate_drained` is called or the time is up, and exit
   // with status 75 (EX_TEMPFAIL): a server answers its clients meanwhile.
   kDrain,
