@@ -102,8 +102,10 @@ def make_model(directory: Path, hidden: int, layers: int) -> Path:
 def ballast(leave: float) -> Any:
     """Another process holds all of the card but ``leave`` GiB meanwhile."""
     command = [sys.executable, "-c", BALLAST, str(leave)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
         try:
             assert process.stdout.readline() == "held\n"
             yield
@@ -128,11 +130,12 @@ def ask(server: Server, client: int, words: int, tokens: int, found: list[Any]) 
 def out_of_memory(model: Path, clients: int, words: int, tokens: int) -> None:
     """Prints a row for each server; the card is as full as it is."""
     print("server | tokens answered | s | outcomes | /health")
-    for name, options in (
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (
         ("stock", {"stock": True}),
         ("protected", {}),
         ("protected, explicit ceiling", {"ceiling": "4500M"}),
-    ):
+    )
+    for name, options in kinds:
         ceiling = options.pop("ceiling", None)
         arguments = ["--max-active-memory-bytes", ceiling] if ceiling else []
         if not options:

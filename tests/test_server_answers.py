@@ -16,7 +16,7 @@ import pytest
 
 from mlx_safe.server import logprobs
 from mlx_safe.server.answers import Answer
-from mlx_safe.server.generator import Asked
+from mlx_safe.server.asked import Asked
 from support.server import CONTROLLED, NEVER, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -342,7 +342,7 @@ def test_a_client_that_leaves_ends_all_choices(
     server: Server, path: str, stream: bool
 ) -> None:
     left = 'mlx_safe_requests_total{outcome="client_left"}'
-    before, departures = server.metric(left), server.departures
+    before, disconnects = server.metric(left), server.disconnects
     body = {
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 100_000,
@@ -353,10 +353,10 @@ def test_a_client_that_leaves_ends_all_choices(
     with server.connected(body):
         server.wait_for_requests(3 if path == "batched" else 1)
         time.sleep(0.3)
-    server.wait_for_log("went away; its request is cancelled", departures + 1)
+    server.wait_for_log("went away; its request is cancelled", disconnects + 1)
     assert eventually(lambda: server.metric(IN_FLIGHT) == 0, 30), server.log
     assert ask(server, stream).status == 200
-    assert server.departures == departures + 1
+    assert server.disconnects == disconnects + 1
     assert server.metric(left) == before + 1
 
 
@@ -437,9 +437,9 @@ class _Written:
         self.wfile = SimpleNamespace(write=self._write, flush=lambda: None)
         self.response_generator = SimpleNamespace(
             answer=lambda *_: self._answer(said),
-            departures=SimpleNamespace(watching=contextlib.nullcontext),
+            disconnects=SimpleNamespace(watching=contextlib.nullcontext),
         )
-        self.response_generator.departures.watching = lambda *_: (
+        self.response_generator.disconnects.watching = lambda *_: (
             contextlib.nullcontext()
         )
 
@@ -473,7 +473,7 @@ class _Written:
     def generate_response(self, *_: Any) -> dict[str, Any]:
         return {}
 
-    def _send_json(self, status: int, body: Any) -> None:
+    def send_json(self, status: int, body: Any) -> None:
         assert status == 200
         self.frames.append(body)
 

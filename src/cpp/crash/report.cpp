@@ -63,6 +63,7 @@ struct State {
   // of a death when no other descriptor is left, or the disk is full.
   Descriptor reserve;
   std::atomic<bool> run_file_busy{false};
+  std::atomic<int> ordinary_busy{0};  // reports of a process that lives on
   std::atomic<std::int64_t> run_file_pid{0};
   std::atomic<std::uint64_t> written{0}, failed{0};
   std::atomic<std::uint64_t> terminal_thread{0};
@@ -172,11 +173,16 @@ void stacks_sections(JsonWriter& json, const Event& event) noexcept {
   dump_python_stacks(json);
 }
 
-// A thread that has begun to write it may create it after it was removed, and
-// not live to see that the process dies. Async-signal-safe; the thread that
-// writes it may be this one.
-void wait_for_run_file() noexcept {
-  for (int ms = 0; ms < 50 && g_state.run_file_busy.load(); ++ms) sleep_ms(1);
+// A thread that has begun to write the run file may create it after it was
+// removed, and not live to see that the process dies; one that writes a report
+// may not live to end it. Async-signal-safe; the thread that writes may be this
+// one.
+void wait_for_writers() noexcept {
+  for (int ms = 0; ms < 50; ++ms) {
+    if (!g_state.run_file_busy.load() && g_state.ordinary_busy.load() == 0)
+      return;
+    sleep_ms(1);
+  }
 }
 
 void write_sections(JsonWriter& json, const Event& event) noexcept {
@@ -186,7 +192,7 @@ void write_sections(JsonWriter& json, const Event& event) noexcept {
   // From here on the report tells of the death, and the run file need not.
   if (event.terminal) {
     g_state.death_reported.store(true);
-    wait_for_run_file();
+    wait_for_writers();
     remove_run_file();
   }
   sections::memory(json);
@@ -283,10 +289,9 @@ void report_set_python_stacks(PythonStacks python_stacks) noexcept {
 
 void report_stop() noexcept { g_state.active.store(false); }
 
-bool write_report(const Event& given, char* path,
-                  std::size_t capacity) noexcept {
-  if (path != nullptr && capacity > 0) path[0] = '\0';
-  if (!g_state.active.load()) return false;
+namespace {
+
+bool write_one(const Event& given, char* path, std::size_t capacity) noexcept {
   Event event = completed(given);
   char own[kPathMax];
   int fd = create_report(event, own, sizeof own);
@@ -301,6 +306,19 @@ bool write_report(const Event& given, char* path,
   ::close(fd);
   (good ? g_state.written : g_state.failed).fetch_add(1);
   if (path != nullptr) copy_text(path, capacity, own);
+  return good;
+}
+
+}  // namespace
+
+bool write_report(const Event& given, char* path,
+                  std::size_t capacity) noexcept {
+  if (path != nullptr && capacity > 0) path[0] = '\0';
+  if (!g_state.active.load()) return false;
+  if (given.terminal) return write_one(given, path, capacity);
+  g_state.ordinary_busy.fetch_add(1);
+  bool good = write_one(given, path, capacity);
+  g_state.ordinary_busy.fetch_sub(1);
   return good;
 }
 
@@ -415,6 +433,7 @@ void report_after_fork_in_child() noexcept {
   release_terminal();
   forget_thread_id();
   g_state.run_file_busy.store(false);
+  g_state.ordinary_busy.store(0);
   if (!g_state.active.load()) return;
   // What two processes hold, neither of them can give up.
   if (give_up_reserve()) open_reserve();

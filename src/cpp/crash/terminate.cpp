@@ -26,6 +26,7 @@ struct State {
   std::atomic<std::terminate_handler> previous{nullptr};
   std::atomic<TerminatePolicy> policy{TerminatePolicy::kReport};
   std::atomic<double> drain_seconds{10.0};
+  std::atomic<int> drainers{0};
   std::atomic<int (*)()> holds_gil{nullptr};
   std::atomic<void* (*)()> release_gil{nullptr};
   std::atomic<bool> reached{false};
@@ -115,6 +116,7 @@ void say(const char* text) noexcept {
   auto release = g_state.release_gil.load();
   if (holds != nullptr && release != nullptr && holds() != 0) release();
   auto left_ms = static_cast<long>(g_state.drain_seconds.load() * 1000);
+  if (g_state.drainers.load() == 0) left_ms = 0;
   for (; left_ms > 0 && !g_state.drained.load(); left_ms -= 10) sleep_ms(10);
   ::_exit(kDrainedExitStatus);
 }
@@ -153,7 +155,9 @@ void say(const char* text) noexcept {
 
   say("mlx-safe: an exception reached std::terminate: ");
   say(g_thrown.message);
-  say("\nmlx-safe: answering the clients, then leaving with status 75\n");
+  say(g_state.drainers.load() == 0
+          ? "\nmlx-safe: nobody answers clients here; leaving with status 75\n"
+          : "\nmlx-safe: answering the clients, then leaving with status 75\n");
   park();
 }
 
@@ -183,11 +187,14 @@ bool terminate_installed() noexcept { return g_state.active.load(); }
 
 bool terminate_reached() noexcept { return g_state.reached.load(); }
 
+void terminate_drainers(int more) noexcept { g_state.drainers.fetch_add(more); }
+
 void terminate_drained() noexcept { g_state.drained.store(true); }
 
 void terminate_after_fork_in_child() noexcept {
   g_state.policy.store(TerminatePolicy::kReport);
   g_state.reached.store(false);
+  g_state.drainers.store(0);
 }
 
 }  // namespace mlx_safe

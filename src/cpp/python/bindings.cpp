@@ -122,6 +122,7 @@ NB_MODULE(_core, m) {
   m.def("terminate_uninstall", &terminate_uninstall);
   m.def("terminate_installed", &terminate_installed);
   m.def("terminate_reached", &terminate_reached);
+  m.def("terminate_drainers", &terminate_drainers, "more"_a);
   m.def("terminate_drained", &terminate_drained);
 
   m.def("metal_install", &metal_install, "intercept"_a);
