@@ -138,7 +138,7 @@ class Copy:
         for part in self._target.copied:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
             (self._place / part).parent.mkdir(parents=True, exist_ok=True)
-            copy(ROOT / part, self._place / part)  # type: ignore[operator]
+            copy(ROOT / part, self._place / part)
         for command in self._target.once:
             if not self._run(command):
                 raise SystemExit(f"this fails without any change: {command}")
