@@ -43,8 +43,8 @@ bool terminate_installed() noexcept;
 bool terminate_reached() noexcept;
 
 // Adds to the number of those who answer clients when the handler is reached
-// under kDrain. With nobody, the process leaves at once: a thread that is parked
-// for nobody only keeps the clients waiting. Any thread.
+// under kDrain. With nobody, the process leaves at once: a thread that is
+// parked for nobody only keeps the clients waiting. Any thread.
 void terminate_drainers(int more) noexcept;
 
 // Tells the parked thread that the clients have their answers; it exits the
