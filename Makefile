@@ -21,7 +21,7 @@ export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
+.PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
   requirements docs hardware-report
 
@@ -99,6 +99,19 @@ test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Me
 sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
 	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
+
+# Minutes of all cores; not in CI. `make mutants ARGS='ledger --only is_closed'` for a part.
+mutants:  ## changes the ledger's code in one place at a time: does a test notice?
+	nice -n 10 $(PYTHON) tools/mutants.py $(ARGS)
+
+coverage-native: build/native-coverage.stamp $(VENVS)/coverage.ready  ## what the native tests run of the C++
+	find build/native-coverage -name '*.gcda' -delete
+	MLX_SAFE_TEST_NATIVE=build/native-coverage $(VENVS)/observe/bin/python $(PYTEST) -q tests/test_metal.py tests/test_reports_surroundings.py
+	$(VENVS)/coverage/bin/gcovr --root . --filter src/cpp --exclude-throw-branches --gcov-ignore-parse-errors=negative_hits.warn build/native-coverage
+
+$(VENVS)/coverage.ready: Makefile | $(VENVS)/coverage/bin/python
+	$(VENVS)/coverage/bin/python $(PIP) 'gcovr==8.3'
+	touch $@
 
 lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, shellcheck, workflows, compiler warnings
 	$(VENVS)/lint/bin/zizmor --offline --no-progress --quiet .github/workflows
@@ -253,8 +266,11 @@ NATIVE_SOURCES := $(shell find src/cpp tests/native tests/metalsim bench -type f
 SANITIZE_build/native :=
 SANITIZE_build/native-asan := address,undefined
 SANITIZE_build/native-tsan := thread
+SANITIZE_build/native-coverage :=
+COVERAGE_build/native-coverage := ON
 
 build/native%stamp: $(NATIVE_SOURCES) | $(VENVS)/observe.tools
-	$(CMAKE) -S tests/native -B $(@:.stamp=) -DSANITIZE=$(SANITIZE_$(@:.stamp=)) > /dev/null
+	$(CMAKE) -S tests/native -B $(@:.stamp=) -DSANITIZE=$(SANITIZE_$(@:.stamp=)) \
+	  -DCOVERAGE=$(or $(COVERAGE_$(@:.stamp=)),OFF) > /dev/null
 	$(CMAKE) --build $(@:.stamp=) --parallel 2
 	touch $@

@@ -599,6 +599,14 @@ def test_python_threads_all_learn_of_their_failures(native: Native) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_ledger_alone(native: Native) -> None:
+    """Each rule, and every order of small programs against a model of the GPU."""
+    for program in ("ledger_rules", "ledger_model"):
+        done = native.run(program)
+        print(done.stdout)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_runtime_that_is_not_there() -> None:
     done = child.run(
         """

@@ -4,7 +4,7 @@
 set -euo pipefail
 build=$(cd "$1" && pwd)
 export MLX_SAFE_METAL_RUNTIME=$build/metalsim/libmetalsim.so
-hooks=$build/libmlx_safe_hooks.so
+hooks=$build/libmlx_safe_hooks_checked.so
 log=$(mktemp)
 cases=$(mktemp)
 trap 'rm -f "$log" "$cases"' EXIT
@@ -24,6 +24,7 @@ run "$build/metalsim/metalsim_selftest"
 run "$build/fuzz_errors" 2 2000
 for regime in intercept observe; do run "$build/fuzz_nserror" 2 1000 $regime; done
 run "$build/rings"
+run "$build/ledger_rules"
 "$build/surroundings" --list > "$cases"
 while read -r case regime; do
   if [[ $case == forked && $build == *tsan ]]; then

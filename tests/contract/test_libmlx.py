@@ -31,7 +31,7 @@ BUILDS += [(v, system) for v in (OLDEST_PAIR[0], "newest") for system in LATER_S
 HOOK = re.compile(r'MLX_SAFE_HOOK\((k\w+), "([^"]+)", \w+, k\w+, (k\w+)\)')
 
 # (kind, selector, need) of each hook.
-HOOKS = HOOK.findall((ROOT / "src/cpp/metal/hooks.cpp").read_text())
+HOOKS = HOOK.findall((ROOT / "src/cpp/metal/hook_list.cpp").read_text())
 REQUIRED = [selector for _, selector, need in HOOKS if need == "kRequired"]
 
 
@@ -103,8 +103,8 @@ def changes(version: str, found: Facts) -> list[str]:
             lines.append(f"{what}: new {new}, gone {gone}")
     if lines:
         lines.insert(0, f"mlx-metal {version} is not as recorded for {last}:")
-        lines.append("See what it means for src/cpp/metal/hooks.cpp, then record it")
-        lines.append(f"in tests/contract/facts.py: {found}")
+        lines.append("See what it means for src/cpp/metal/hook_list.cpp, then")
+        lines.append(f"record it in tests/contract/facts.py: {found}")
     return lines
 
 

@@ -23,7 +23,7 @@ class Native:
 
     @property
     def hooks(self) -> str:
-        return str(self.directory / "libmlx_safe_hooks.so")
+        return str(self.directory / "libmlx_safe_hooks_checked.so")
 
     @property
     def twin(self) -> str:

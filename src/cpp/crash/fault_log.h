@@ -6,8 +6,8 @@
 // claimed its place but not yet filled it.
 //
 // The epoch is the number of faults claimed so far. It grows when a place is
-// claimed, before the record is readable: whoever sees that the epoch has not
-// moved knows that there was no fault.
+// claimed, before the record is readable: a thread that sees that the epoch has
+// not moved knows that there was no fault.
 #pragma once
 
 #include <atomic>

@@ -18,7 +18,7 @@ constexpr std::size_t kCount = sizeof kSignals / sizeof *kSignals;
 constexpr int kWaitLimitMs = 5'000;
 
 struct Guard {
-  std::atomic<std::uint64_t> thread{0};  // that is in the body; 0: nobody
+  std::atomic<std::uint64_t> thread{0};  // that is in the body; 0: none
   bool crashed = false;
   void (*on_crash)(int, const void*, void*) = nullptr;
   void* argument = nullptr;
@@ -87,7 +87,7 @@ bool run_part(void (*body)(void*), void* argument) noexcept {
   std::memcpy(&outer, &g_guard.back, sizeof outer);
   auto on_crash = g_guard.on_crash;
   g_guard.on_crash = [](int, const void*, void*) {};
-  // Not a variable of ours that changes: it might be lost in the jump.
+  // Not a local variable that changes: it might be lost in the jump.
   if (sigsetjmp(g_guard.back, 1) == 0) body(argument);
   bool good = !g_guard.crashed;
   g_guard.crashed = false;

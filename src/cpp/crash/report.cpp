@@ -69,7 +69,7 @@ struct State {
   std::atomic<std::uint64_t> terminal_thread{0};
   std::atomic<bool> terminal_done{false};
   // A report tells of the death: there is to be no run file.
-  std::atomic<bool> death_told{false};
+  std::atomic<bool> death_reported{false};
 };
 constinit State g_state;
 
@@ -116,7 +116,7 @@ int open_new(const char* path) noexcept {
   int fd = ::open(path, kFlags, kPrivate);
   if (fd < 0 && (errno == EMFILE || errno == ENFILE) && give_up_reserve())
     fd = ::open(path, kFlags, kPrivate);
-  // Somebody took the whole directory away while the process ran.
+  // The whole directory was taken away while the process ran.
   if (fd < 0 && errno == ENOENT &&
       ::mkdir(g_state.directory, kPrivateDirectory) == 0)
     fd = ::open(path, kFlags, kPrivate);
@@ -173,12 +173,14 @@ void stacks_sections(JsonWriter& json, const Event& event) noexcept {
   dump_python_stacks(json);
 }
 
-// A thread that has begun to write the run file may create it after it was removed,
-// and not live to see that the process dies; one that writes a report may not live
-// to end it. Async-signal-safe; the thread that writes may be this one.
+// A thread that has begun to write the run file may create it after it was
+// removed, and not live to see that the process dies; one that writes a report
+// may not live to end it. Async-signal-safe; the thread that writes may be this
+// one.
 void wait_for_writers() noexcept {
   for (int ms = 0; ms < 50; ++ms) {
-    if (!g_state.run_file_busy.load() && g_state.ordinary_busy.load() == 0) return;
+    if (!g_state.run_file_busy.load() && g_state.ordinary_busy.load() == 0)
+      return;
     sleep_ms(1);
   }
 }
@@ -189,7 +191,7 @@ void write_sections(JsonWriter& json, const Event& event) noexcept {
   if (!json.flush()) return;
   // From here on the report tells of the death, and the run file need not.
   if (event.terminal) {
-    g_state.death_told.store(true);
+    g_state.death_reported.store(true);
     wait_for_writers();
     remove_run_file();
   }
@@ -227,7 +229,7 @@ int open_without_a_name(const char* prefix) noexcept {
   return fd;
 }
 
-// Keeps the number of a descriptor that there is: Python was told of it.
+// Keeps the number of a descriptor that there is: Python has it.
 void open_stacks_file() noexcept {
   int fd = open_without_a_name(".stacks-");
   if (fd < 0) return;
@@ -349,7 +351,7 @@ void write_second_report(const Event& given, int number,
 }
 
 bool write_run_file() noexcept {
-  if (g_state.death_told.load()) return true;
+  if (g_state.death_reported.load()) return true;
   if (!g_state.active.load() || g_state.run_file_busy.exchange(true))
     return false;
   char temporary[kPathMax];
@@ -383,7 +385,7 @@ bool write_run_file() noexcept {
     if (good) {
       g_state.run_file_pid.store(::getpid());
       // Another thread, which dies, may have removed the one before just now.
-      if (g_state.death_told.load()) remove_run_file();
+      if (g_state.death_reported.load()) remove_run_file();
     } else {
       ::unlink(temporary);
     }
@@ -422,7 +424,7 @@ bool wait_for_terminal() noexcept {
 }
 
 void release_terminal() noexcept {
-  g_state.death_told.store(false);
+  g_state.death_reported.store(false);
   g_state.terminal_done.store(false);
   g_state.terminal_thread.store(0);
 }

@@ -12,11 +12,11 @@ namespace mlx_safe {
 // Bytes of the directory's path; a longer one is as none.
 inline constexpr std::size_t kDirectoryMax = 1023;
 
-// Prepares the crash path: the directory (null or empty: no reports), what is
-// in it of ours beforehand, the unwinder. Returns the descriptor of a file
-// without a name, for Python's stacks on their way into a report; -1: none.
-// Callable again; the descriptor stays the same as long as it is ours. Not for
-// the crash path; one thread at a time.
+// Prepares the crash path: the directory (null or empty: no reports), the files
+// that are made there beforehand, the unwinder. Returns the descriptor of a
+// file without a name, for Python's stacks on their way into a report; -1:
+// none. Callable again; the descriptor stays the same as long as it is ours.
+// Not for the crash path; one thread at a time.
 int report_prepare(const char* directory, const char* argv0) noexcept;
 // What writes the Python stacks of all threads to that descriptor.
 using PythonStacks = void (*)();
@@ -28,7 +28,7 @@ struct Event {
   const char* why = "";
   std::int64_t time_ns = 0;  // 0: now
   int signal = 0;            // 0: none
-  std::int64_t sender = 0;   // process that sent the signal; 0: nobody did
+  std::int64_t sender = 0;   // process that sent the signal; 0: none did
   const void* address = nullptr;
   bool address_known = true;
   const void* signal_context = nullptr;  // third argument of a signal handler
@@ -78,7 +78,7 @@ enum class Claim { kFirst, kSameThread, kOtherThread };
 Claim claim_terminal() noexcept;
 // It has written: others need not wait any longer.
 void terminal_written() noexcept;
-// Waits until then, at most five seconds; false: whoever writes hangs.
+// Waits until then, at most five seconds; false: the writer hangs.
 // Async-signal-safe.
 bool wait_for_terminal() noexcept;
 // The process lives on after all (a handler of the program's own took it).

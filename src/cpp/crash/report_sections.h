@@ -7,7 +7,7 @@
 
 namespace mlx_safe::sections {
 
-// `argv0` null: not told. `started_ns`: when the library was installed.
+// `argv0` null: not known. `started_ns`: when the library was installed.
 void head(JsonWriter& json, const Event& event, const char* argv0,
           std::int64_t started_ns) noexcept;
 void memory(JsonWriter& json) noexcept;

@@ -26,7 +26,7 @@ class SharedWords {
   void store(const Record& record) noexcept {
     std::uint64_t words[kWords];
     std::memcpy(words, &record, sizeof record);
-    // Release: whoever sees one of them sees the stamp that says "busy".
+    // Release: a thread that sees one of them sees the stamp that says "busy".
     for (std::size_t i = 0; i < kWords; ++i)
       words_[i].store(words[i], std::memory_order_release);
   }

@@ -136,7 +136,7 @@ void signals_install() noexcept {
   for (Handled& h : g_handled) {
     struct sigaction now = {};
     if (::sigaction(h.number, nullptr, &now) != 0) continue;
-    // By default nothing of ours is below it: what was on top took us out.
+    // By default this handler is not below it: what was on top took it out.
     if (h.in_chain.load() && !is_default(now)) continue;
     if ((now.sa_flags & SA_SIGINFO) == 0 && now.sa_handler == SIG_IGN) continue;
     h.previous = now;
@@ -151,7 +151,7 @@ void signals_uninstall() noexcept {
     struct sigaction now = {};
     if (!h.in_chain.load() || ::sigaction(h.number, nullptr, &now) != 0)
       continue;
-    if (!is_ours(now)) continue;  // somebody else's is on top of ours
+    if (!is_ours(now)) continue;  // another library's is on top
     ::sigaction(h.number, &h.previous, nullptr);
     h.in_chain.store(false);
   }

@@ -8,7 +8,7 @@ namespace mlx_safe {
 // Handlers that write a report and go on to the ones that were there before, or
 // let the signal do what it would have done. A signal that is ignored is left
 // alone. The calling thread gets an alternate stack. Idempotent, and takes back
-// what somebody has set to the default meanwhile; one thread at a time; not for
+// what was set to the default meanwhile; one thread at a time; not for
 // the crash path.
 void signals_install() noexcept;
 

@@ -148,7 +148,7 @@ void say(const char* text) noexcept {
   death.event.terminal = true;
   run_guarded(&describe, &describe_no_further, nullptr);
   run_guarded(&tell, &tell_of_crash, &death);
-  // Whoever answers the clients must be woken whatever happened.
+  // The thread that answers the clients must be woken whatever happened.
   if (!death.recorded) record_fault(death);
   terminal_written();
   if (!drain) pass_on();
@@ -171,7 +171,7 @@ void terminate_install(const TerminateOptions& options) noexcept {
   g_state.release_gil.store(options.release_gil);
   g_state.active.store(true);
   if (std::get_terminate() == &on_terminate) return;
-  if (g_state.in_chain.load()) return;  // somebody else's is on top of ours
+  if (g_state.in_chain.load()) return;  // another library's is on top
   g_state.previous.store(std::set_terminate(&on_terminate));
   g_state.in_chain.store(true);
 }

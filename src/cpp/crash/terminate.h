@@ -10,7 +10,7 @@ enum class TerminatePolicy {
   // Write the report, then call the handler that was there before. The process
   // dies as it would have died.
   kReport,
-  // Write the report, wake whoever reads the fault log's descriptor, park this
+  // Write the report, wake the reader of the fault log's descriptor, park this
   // thread until `terminate_drained` is called or the time is up, and exit
   // with status 75 (EX_TEMPFAIL): a server answers its clients meanwhile.
   kDrain,
@@ -43,8 +43,8 @@ bool terminate_installed() noexcept;
 bool terminate_reached() noexcept;
 
 // Adds to the number of those who answer clients when the handler is reached
-// under kDrain. With nobody, the process leaves at once: a thread that is parked
-// for nobody only keeps the clients waiting. Any thread.
+// under kDrain. With nobody, the process leaves at once: a thread that is
+// parked for nobody only keeps the clients waiting. Any thread.
 void terminate_drainers(int more) noexcept;
 
 // Tells the parked thread that the clients have their answers; it exits the

@@ -1,4 +1,5 @@
-// Between the hooks (hooks.cpp) and their installation (install.cpp).
+// Between the hooks (hook_list.cpp) and their installation (install.cpp).
+// Nothing here is for the crash path.
 #pragma once
 
 #include <cstdint>
@@ -28,13 +29,15 @@ struct HookSpec {
   Need need;
 };
 
-// hooks.cpp: the one list of hooks, and what they share.
+// hook_list.cpp: the one list of hooks. Any thread.
 const std::vector<HookSpec>& hook_list();
+// hook_state.cpp: what they share. The thread that installs or uninstalls, and
+// the one thread of a forked child.
 void hooks_prepare(Mode mode);
 void hooks_forget_failures();
 void hooks_after_fork_in_child() noexcept;
 
-// install.cpp: asked by every hook; no locks.
+// install.cpp: asked by every hook, on any thread; no locks.
 bool hooks_active() noexcept;
 Mode hook_mode() noexcept;
 // Patches the class of `object` if it was never seen. Quick when it was.

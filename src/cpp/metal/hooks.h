@@ -1,5 +1,5 @@
-// The hooks: what is replaced in Metal's classes, and install, verify, undo.
-// The list of them is `kHooks` in hooks.cpp.
+// The hooks, for those who install them. What is replaced in Metal's classes is
+// the list in hook_list.cpp. Nothing here is for the crash path.
 #pragma once
 
 #include <chrono>
@@ -26,7 +26,7 @@ struct HookCounters {
   std::uint64_t swallowed;  // exceptions kept from std::terminate
   std::uint64_t thrown;     // waits that raised
   // Waits let go although handlers had not run, with a fault in the log for
-  // each, or although work that a failed buffer was to wait for went on.
+  // each, or although work went on that a failed buffer was to wait for.
   std::uint64_t gate_limit;
   std::uint64_t buffer_records, event_records;
 };
@@ -40,6 +40,7 @@ HookStatus install(Mode mode);
 // since stays as it is; our part of its chain only passes on.
 void uninstall();
 
+// Any thread but Metal's; take the lock of the installation, or the ledger's.
 HookStatus status();
 HookCounters counters();
 
@@ -49,12 +50,14 @@ HookCounters counters();
 void wait_for_skipped();
 
 // Lets waits on this thread raise in a process without Python. With Python, the
-// threads that it knows may raise, and no others.
+// threads that it knows may raise, and no others (R18). Any thread, for itself.
 void this_thread_may_throw(bool may);
 
-// How long a wait is held back for handlers that do not run; for tests.
+// How long a wait is held back for handlers that do not run (R19); for tests.
+// Any thread.
 void set_gate_limit(std::chrono::milliseconds limit);
 
+// The one thread of a forked child.
 void after_fork_in_child() noexcept;
 
 }  // namespace mlx_safe::metal

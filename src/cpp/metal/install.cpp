@@ -29,7 +29,7 @@ namespace {
 // or whichever meets a new class, as a rule one of MLX's that encodes). The
 // runtime's own lock is taken, memory is allocated.
 
-// One method of one class that leads to a trampoline of ours.
+// One method of one class that leads to a trampoline.
 struct Patch {
   const HookSpec* spec;
   Class owner;

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <iterator>
-#include <new>
 #include <utility>
+
+// Any thread, with SharedLedger's lock; none of it in the crash path. R1 to R12
+// are the rules of ledger.h.
 
 namespace mlx_safe::metal {
 namespace {
@@ -12,10 +14,10 @@ namespace {
 // evaluation, so it takes a fence with this many failures.
 constexpr std::size_t kPoisonsMax = 64;
 
-// Failures that one may stand for; of more, the last are told by themselves.
+// Failures that one may stand for; of more, the last are raised by themselves.
 constexpr std::size_t kCameBeforeMax = 32;
 
-// With the ledger's lock, so that none is let go of here.
+// R8: who raises `failure` raises `before`, and what that stands for, too.
 void stands_for(const FailureRef& failure, const FailureRef& before) {
   auto add = [&](const std::weak_ptr<Failure>& one) {
     bool itself = !one.owner_before(failure) && !failure.owner_before(one);
@@ -28,86 +30,63 @@ void stands_for(const FailureRef& failure, const FailureRef& before) {
   for (const auto& one : before->came_before) add(one);
 }
 
-// Not on Metal's threads, which it would hold up; gives the lock back
-// meanwhile. Waits until `good()`, in slices: while the process is stopped or
-// the machine sleeps the handlers do not run either, and that costs one slice
-// only.
-template <class Good>
-bool wait_in_slices(std::condition_variable& changed,
-                    std::unique_lock<std::mutex>& lock,
-                    std::chrono::milliseconds limit, Good good) {
-  constexpr std::chrono::milliseconds kSlice{100};
-  for (; limit > kSlice; limit -= kSlice)
-    if (changed.wait_for(lock, kSlice, good)) return true;
-  return changed.wait_for(lock, limit, good);
-}
-
 }  // namespace
 
-// Unless it is said below, each function may be called on any thread, Metal's
-// included, takes the lock (the private ones want it held by their caller), and
-// is not for the crash path.
-
+// R12: this and the next two.
 void Ledger::forget_buffer(Id buffer) {
-  BufferRef old;
-  std::lock_guard lock(mutex_);
   auto it = buffers_.find(buffer);
   // One in flight is alive: Metal calls its handlers yet.
   if (it == buffers_.end()) return;
   if (it->second->sequence != 0 && !it->second->completed) return;
-  old = std::move(it->second);
+  trash_.push_back(std::move(it->second));
   buffers_.erase(it);
 }
 
 void Ledger::forget_queue(Id queue) {
-  std::shared_ptr<Queue> old;
-  std::lock_guard lock(mutex_);
   auto it = queues_.find(queue);
   if (it == queues_.end()) return;
-  old = std::move(it->second);
+  if (it->second->in_flight.empty()) {
+    trash_.push_back(std::move(it->second));
+  } else {
+    leaving_.push_back(std::move(it->second));
+  }
   queues_.erase(it);
-  if (!old->in_flight.empty()) leaving_.push_back(old);
 }
 
 void Ledger::forget_event(Id event) {
-  if (event_count_.load() == 0) return;
-  Event old;
-  std::lock_guard lock(mutex_);
   auto it = events_.find(event);
   if (it == events_.end()) return;
-  old = std::move(it->second);
+  trash_.push_back(std::make_shared<Event>(std::move(it->second)));
   events_.erase(it);
-  event_count_.store(events_.size());
 }
 
-BufferRef& Ledger::open(Id buffer) {
+BufferRef& Ledger::open(Id buffer, std::thread::id by, TimePoint now) {
   BufferRef& record = buffers_[buffer];
   // One that is completed is another; its queue has it still.
   if (!record || record->completed) {
+    if (record) trash_.push_back(std::move(record));
     record = std::make_shared<Buffer>();
     record->address = buffer;
-    record->encoder = std::this_thread::get_id();
-    record->opened = std::chrono::steady_clock::now();
+    record->encoder = by;
+    record->opened = now;
   }
   return record;
 }
 
-void Ledger::signal_encoded(Id buffer, Id event, std::uint64_t value) {
-  objc::Owned held = objc::Owned::retaining(event);
-  std::lock_guard lock(mutex_);
-  BufferRef& record = open(buffer);
-  record->signals.push_back({std::move(held), value, record->waits.size()});
+void Ledger::signal_encoded(Id buffer, objc::Owned event, std::uint64_t value,
+                            const Encoder& by) {
+  BufferRef& record = open(buffer, by.thread, by.now);
+  record->signals.push_back({std::move(event), value, record->waits.size()});
 }
 
-void Ledger::wait_encoded(Id buffer, Id event, std::uint64_t value) {
-  objc::Owned held = objc::Owned::retaining(event);
-  std::lock_guard lock(mutex_);
-  open(buffer)->waits.push_back({std::move(held), value});
+void Ledger::wait_encoded(Id buffer, objc::Owned event, std::uint64_t value,
+                          const Encoder& by) {
+  open(buffer, by.thread, by.now)->waits.push_back({std::move(event), value});
 }
 
-void Ledger::committed(Id buffer, Id queue) {
-  std::lock_guard lock(mutex_);
-  BufferRef& record = open(buffer);
+void Ledger::committed(Id buffer, Id queue, std::thread::id by) {
+  // The time does not matter: only one that is not committed is asked for it.
+  BufferRef& record = open(buffer, by, TimePoint());
   std::shared_ptr<Queue>& q = queues_[queue];
   if (!q) q = std::make_shared<Queue>();
   record->queue = q;
@@ -115,104 +94,127 @@ void Ledger::committed(Id buffer, Id queue) {
   q->in_flight.push_back(record);
   for (const Signal& signal : record->signals) {
     bool before_wait = signal.waits_before < record->waits.size();
-    std::uint64_t need = record->sequence - (before_wait ? 1 : 0);
+    std::uint64_t need = record->sequence - (before_wait ? 1 : 0);  // R2
     events_[signal.event.get()].pending.push_back({signal.value, record, need});
   }
-  event_count_.store(events_.size());
+  if (q->in_flight.size() == 1) mark_early(*record);
 }
 
-BufferRef Ledger::find(Id buffer) {
-  std::lock_guard lock(mutex_);
+BufferRef Ledger::find(Id buffer) const {
   auto it = buffers_.find(buffer);
   if (it == buffers_.end() || it->second->sequence == 0) return nullptr;
   return it->second;
 }
 
-// Metal's completion thread, or the one that commits when the device completes
-// at once.
+const Ledger::Event* Ledger::find_event(Id event) const {
+  auto it = events_.find(event);
+  return it == events_.end() ? nullptr : &it->second;
+}
+
 BufferRef Ledger::completed(Id buffer, FailureRef own) {
-  Trash trash;
-  BufferRef record;
-  {
-    std::lock_guard lock(mutex_);
-    auto it = buffers_.find(buffer);
-    if (it == buffers_.end() || it->second->sequence == 0) return nullptr;
-    // It stays until it has settled, for whoever waits for it only now.
-    record = it->second;
-    record->completed = true;
-    if (tracking_ && own) {
-      // Before anybody can see the signals that were withheld.
-      for (const Signal& s : record->signals) {
-        std::uint64_t from = s.reached < s.value ? s.reached + 1 : s.value;
-        mark(s.event.get(), from, s.value, own, &trash);
-      }
+  // It stays until it has settled, for a thread that waits for it only now.
+  BufferRef record = find(buffer);
+  if (!record) return nullptr;
+  record->completed = true;
+  if (tracking_ && own) {
+    for (const Signal& s : record->signals) {  // R4
+      std::uint64_t from = s.reached < s.value ? s.reached + 1 : s.value;
+      mark(s.event.get(), from, s.value, own);
     }
-    if (own) note_failure_of(record->encoder);
-    record->own = std::move(own);
-    advance(&trash);
   }
-  changed_.notify_all();
+  record->own = std::move(own);
+  advance();
   return record;
 }
 
-// Settles whatever can be: buffers settle in the order of their queue, after
-// the handlers of the buffers that they waited for.
-void Ledger::advance(Trash* trash) {
+// Settles whatever can be (R1).
+void Ledger::advance() {
   for (bool again = true; again;) {
     again = false;
-    for (auto& [address, queue] : queues_) again |= advance(*queue, trash);
-    for (auto& queue : leaving_) again |= advance(*queue, trash);
+    for (auto& [address, queue] : queues_) again |= advance(*queue);
+    for (auto& queue : leaving_) again |= advance(*queue);
   }
   std::erase_if(leaving_, [&](auto& queue) {
     if (!queue->in_flight.empty()) return false;
-    trash->push_back(std::move(queue));
+    trash_.push_back(std::move(queue));
     return true;
   });
 }
 
-bool Ledger::advance(Queue& queue, Trash* trash) {
+bool Ledger::advance(Queue& queue) {
   bool any = false;
   while (!queue.in_flight.empty() && may_settle(*queue.in_flight.front())) {
-    settle(queue.in_flight.front(), trash);
+    settle(queue.in_flight.front());
     any = true;
   }
   return any;
 }
 
-bool Ledger::may_settle(const Buffer& buffer) {
+// R1, of the first buffer of a queue.
+bool Ledger::may_settle(const Buffer& buffer) const {
   if (!buffer.completed) return false;
-  for (const Wait& wait : buffer.waits) {
-    auto it = events_.find(wait.event.get());
-    if (it == events_.end() || it->second.settled >= wait.value) continue;
-    // Whoever signalled the value: the last one up to it, or the first beyond.
-    bool up_to = false;
-    const Pending* beyond = nullptr;
-    for (const Pending& p : it->second.pending) {
-      // A later buffer of the same queue cannot have been waited for.
-      if (p.buffer->queue == buffer.queue &&
-          p.buffer->sequence >= buffer.sequence)
-        continue;
-      if (p.value <= wait.value) {
-        up_to = true;
-        if (!is_settled(p)) return false;
-      } else if (beyond == nullptr || p.value < beyond->value) {
-        beyond = &p;
-      }
+  for (const Wait& wait : buffer.waits)
+    for (const Pending* keeper : keepers_of(buffer, wait)) {
+      if (keeper->value <= wait.value) return false;
+      // One beyond the value is a guess: the value may have come before, and
+      // the event's record have gone. The guess is wrong, or does not matter,
+      // when the two would wait for each other.
+      Seen seen;
+      if (keeper->buffer->completed && !rests_on(*keeper->buffer, buffer, seen))
+        return false;
     }
-    if (!up_to && beyond != nullptr && beyond->buffer->completed &&
-        !is_settled(*beyond))
-      return false;
-  }
   return true;
 }
 
-void Ledger::settle(const BufferRef& front, Trash* trash) {
+// The unsettled signals that a wait of `buffer` depends on (R3).
+std::vector<const Ledger::Pending*> Ledger::keepers_of(const Buffer& buffer,
+                                                       const Wait& wait) const {
+  std::vector<const Pending*> keepers;
+  const Event* event = find_event(wait.event.get());
+  if (event == nullptr || event->settled >= wait.value) return keepers;
+  bool up_to = false;
+  const Pending* beyond = nullptr;
+  for (const Pending& p : event->pending) {
+    // A later buffer of the same queue cannot have been waited for.
+    if (p.buffer->queue == buffer.queue &&
+        p.buffer->sequence >= buffer.sequence)
+      continue;
+    if (p.value <= wait.value) {
+      up_to = true;
+      if (!is_settled(p)) keepers.push_back(&p);
+    } else if (beyond == nullptr || p.value < beyond->value) {
+      beyond = &p;
+    }
+  }
+  if (!up_to && beyond != nullptr && !is_settled(*beyond))
+    keepers.push_back(beyond);
+  return keepers;
+}
+
+// Whether `buffer` cannot settle before `other`, over any number of others, all
+// of which have completed: nothing else will let them settle.
+bool Ledger::rests_on(const Buffer& buffer, const Buffer& other,
+                      Seen& seen) const {
+  for (const BufferRef& before : buffer.queue->in_flight) {
+    if (before->sequence > buffer.sequence) break;
+    if (before.get() == &other) return true;
+    if (!before->completed) return false;
+    if (!seen.insert(before.get()).second) continue;
+    for (const Wait& wait : before->waits)
+      for (const Pending* keeper : keepers_of(*before, wait))
+        if (rests_on(*keeper->buffer, other, seen)) return true;
+  }
+  return false;
+}
+
+void Ledger::settle(const BufferRef& front) {
   BufferRef buffer = front;
   Queue& queue = *buffer->queue;
-  FailureRef why = tracking_ ? inherited(*buffer, trash) : nullptr;
+  FailureRef why = tracking_ ? inherited(*buffer) : nullptr;
   buffer->settled = true;
   queue.settled = buffer->sequence;
   queue.in_flight.pop_front();
+  if (!queue.in_flight.empty()) mark_early(*queue.in_flight.front());
   if (auto it = buffers_.find(buffer->address);
       it != buffers_.end() && it->second == buffer)
     buffers_.erase(it);
@@ -225,40 +227,53 @@ void Ledger::settle(const BufferRef& front, Trash* trash) {
                     [&](const Pending& p) { return p.buffer == buffer; });
       it->second.settled = std::max(it->second.settled, signal.value);
     }
-    if (why) mark(address, signal.value, signal.value, why, trash);
+    if (why) mark(address, signal.value, signal.value, why);
     drop_if_idle(address);
   }
-  trash->push_back(std::move(buffer));
+  trash_.push_back(std::move(buffer));
 }
 
-// Why a buffer's results are not to be trusted; null when they are. A failure
-// that comes in with it stays on its queue.
-FailureRef Ledger::inherited(const Buffer& buffer, Trash* trash) {
+// Why a buffer's results are not to be trusted; null when they are. Its own
+// failure, one that came in (R7) and what stayed (R5, R6); it stays on.
+FailureRef Ledger::inherited(const Buffer& buffer) {
   Queue& queue = *buffer.queue;
   FailureRef why = buffer.own;
   if (why) {
-    stands_for(why, queue.untold);
+    stands_for(why, queue.unraised);
     for (const Wait& wait : buffer.waits)
-      stands_for(why, poison_of(wait.event.get(), wait.value));
+      stands_for(why, failure_of(wait.event.get(), wait.value));
   }
-  if (!why && queue.untold) return queue.untold;
+  if (!why && queue.unraised) return queue.unraised;
   if (!why && buffer.sequence <= queue.tainted_until) return queue.taint;
   for (const Wait& wait : buffer.waits) {
     if (why) break;
-    why = poison_of(wait.event.get(), wait.value);
+    why = failure_of(wait.event.get(), wait.value);
   }
   if (!why) return nullptr;
-  if (!why->told) {
-    trash->push_back(std::exchange(queue.untold, why));
+  if (!why->raised) {
+    trash_.push_back(std::exchange(queue.unraised, why));
   } else {
-    trash->push_back(std::exchange(queue.taint, why));
+    trash_.push_back(std::exchange(queue.taint, why));
     queue.tainted_until = queue.committed;
   }
   return why;
 }
 
+// R5 and R6, of signals that count from now on (R2): the first buffer in flight
+// has not settled, but what stays with the queue is known.
+void Ledger::mark_early(const Buffer& first) {
+  const Queue& queue = *first.queue;
+  bool is_tainted = first.sequence <= queue.tainted_until;
+  FailureRef why = queue.unraised;
+  if (!why && is_tainted) why = queue.taint;
+  if (!why) return;
+  for (const Signal& signal : first.signals)
+    if (signal.waits_before < first.waits.size())
+      mark(signal.event.get(), signal.value, signal.value, why);
+}
+
 void Ledger::mark(Id event, std::uint64_t from, std::uint64_t to,
-                  const FailureRef& failure, Trash* trash) {
+                  const FailureRef& failure) {
   auto& poisons = events_[event].poisons;
   for (Poison& p : poisons)
     if (p.from <= from && to <= p.to) return;
@@ -266,221 +281,154 @@ void Ledger::mark(Id event, std::uint64_t from, std::uint64_t to,
     Poison& first = poisons.front();
     first.from = std::min(first.from, poisons[1].from);
     first.to = std::max(first.to, poisons[1].to);
-    trash->push_back(std::move(poisons[1].failure));
+    trash_.push_back(std::move(poisons[1].failure));
     poisons.erase(poisons.begin() + 1);
   }
   poisons.push_back({from, to, failure});
-  event_count_.store(events_.size());
 }
 
 void Ledger::drop_if_idle(Id event) {
   auto it = events_.find(event);
-  if (it == events_.end() || !it->second.pending.empty() ||
-      !it->second.poisons.empty())
-    return;
-  events_.erase(it);
-  event_count_.store(events_.size());
+  if (it != events_.end() && it->second.pending.empty() &&
+      it->second.poisons.empty())
+    events_.erase(it);
 }
 
 bool Ledger::is_settled(const Pending& p) {
   return p.buffer->settled || p.buffer->queue->settled >= p.need;
 }
 
-// By what signalled `value`: all up to it, or else the first beyond. Not by
-// later signals that have come, too: a failed buffer's come before their time,
-// and may be waiting for whoever waits here.
-bool Ledger::is_closed(const Event& event, std::uint64_t value,
-                       std::uint64_t real) {
-  if (event.settled >= value) return false;
+// R2, of an event that shows `real`. When a later buffer of the queue has
+// signalled, this one is through, and may have failed: its signal may have been
+// withheld, and does not count before its buffer has settled.
+bool Ledger::counts(const Event& event, const Pending& signal,
+                    std::uint64_t real) {
+  return is_settled(signal) &&
+         std::none_of(event.pending.begin(), event.pending.end(),
+                      [&](const Pending& p) {
+                        return p.buffer->queue == signal.buffer->queue &&
+                               p.buffer->sequence > signal.buffer->sequence &&
+                               p.value <= real;
+                      });
+}
+
+// R3. Not by later signals that have come, too: a failed buffer's come before
+// their time, and its next wait may be for the thread that waits here.
+bool Ledger::is_closed(Id address, std::uint64_t value,
+                       std::uint64_t real) const {
+  const Event* event = find_event(address);
+  if (event == nullptr || event->settled >= value) return false;
   bool up_to = false;
   const Pending* beyond = nullptr;
-  for (const Pending& p : event.pending) {
+  for (const Pending& p : event->pending) {
     if (p.value <= value) {
       up_to = true;
-      if (!is_settled(p)) return true;
+      if (!counts(*event, p, real)) return true;
     } else if (p.value <= real &&
                (beyond == nullptr || p.value < beyond->value)) {
       beyond = &p;
     }
   }
-  return !up_to && beyond != nullptr && !is_settled(*beyond);
+  return !up_to && beyond != nullptr && !counts(*event, *beyond, real);
 }
 
-// This and the next wait: not for Metal's threads.
-bool Ledger::settle_event(Id event, std::uint64_t value, std::uint64_t real,
-                          std::chrono::milliseconds limit) {
-  if (event_count_.load() == 0) return true;
-  std::unique_lock lock(mutex_);
-  return wait_in_slices(changed_, lock, limit, [&] {
-    auto it = events_.find(event);
-    return it == events_.end() || !is_closed(it->second, value, real);
-  });
-}
-
-bool Ledger::settle_buffer(const BufferRef& buffer,
-                           std::chrono::milliseconds limit) {
-  std::unique_lock lock(mutex_);
-  return wait_in_slices(changed_, lock, limit, [&] { return buffer->settled; });
-}
-
-void Ledger::wait_skipped(Id event, std::uint64_t value) {
-  auto wait =
-      std::make_shared<const Wait>(Wait{objc::Owned::retaining(event), value});
-  std::lock_guard lock(mutex_);
-  skipped_.push_back(std::move(wait));
-  any_skipped_ = true;
-}
-
-std::vector<Ledger::WaitRef> Ledger::skipped_waits() {
-  if (!any_skipped_.load()) return {};
-  std::lock_guard lock(mutex_);
-  return skipped_;
-}
-
-void Ledger::forget_skipped(const WaitRef& wait) {
-  std::lock_guard lock(mutex_);
-  std::erase(skipped_, wait);
-  any_skipped_ = !skipped_.empty();
-}
-
-bool Ledger::is_pending_beyond(Id event, std::uint64_t value) {
-  if (event_count_.load() == 0) return false;
-  std::lock_guard lock(mutex_);
-  auto it = events_.find(event);
-  return it != events_.end() &&
-         std::any_of(it->second.pending.begin(), it->second.pending.end(),
+bool Ledger::is_pending_beyond(Id address, std::uint64_t value) const {
+  const Event* event = find_event(address);
+  return event != nullptr &&
+         std::any_of(event->pending.begin(), event->pending.end(),
                      [&](const Pending& p) { return p.value > value; });
 }
 
 std::uint64_t Ledger::settled_value(const Event& event, std::uint64_t real) {
   std::uint64_t shown = real;
   for (const Pending& p : event.pending)
-    if (p.value <= real && p.value > event.settled && !is_settled(p))
+    if (p.value <= real && p.value > event.settled && !counts(event, p, real))
       shown = std::min(shown, p.value - 1);
   return shown;
 }
 
-std::uint64_t Ledger::settled_value(Id event, std::uint64_t real) {
-  if (real == 0 || event_count_.load() == 0) return real;
-  std::lock_guard lock(mutex_);
-  auto it = events_.find(event);
-  return it == events_.end() ? real : settled_value(it->second, real);
+std::uint64_t Ledger::settled_value(Id address, std::uint64_t real) const {
+  const Event* event = find_event(address);
+  return event == nullptr ? real : settled_value(*event, real);
 }
 
-std::uint64_t Ledger::visible(Id event, std::uint64_t real) {
-  if (real == 0 || event_count_.load() == 0) return real;
-  std::lock_guard lock(mutex_);
-  auto it = events_.find(event);
-  if (it == events_.end()) return real;
-  std::uint64_t shown = settled_value(it->second, real);
-  for (const Poison& p : it->second.poisons)
+std::uint64_t Ledger::visible(Id address, std::uint64_t real) const {
+  const Event* event = find_event(address);
+  if (event == nullptr) return real;
+  std::uint64_t shown = settled_value(*event, real);
+  for (const Poison& p : event->poisons)
     if (p.from <= shown) shown = p.from - 1;
   return shown;
 }
 
-FailureRef Ledger::poison_of(Id event, std::uint64_t value) {
-  auto it = events_.find(event);
-  if (it == events_.end()) return nullptr;
-  for (const Poison& p : it->second.poisons)
+FailureRef Ledger::failure_of(Id address, std::uint64_t value) const {
+  const Event* event = find_event(address);
+  if (event == nullptr) return nullptr;
+  for (const Poison& p : event->poisons)
     if (p.from <= value && value <= p.to) return p.failure;
   return nullptr;
 }
 
-FailureRef Ledger::failure_of(Id event, std::uint64_t value) {
-  if (event_count_.load() == 0) return nullptr;
-  std::lock_guard lock(mutex_);
-  return poison_of(event, value);
-}
-
-FailureRef Ledger::untold_on(Id queue) {
-  std::lock_guard lock(mutex_);
+FailureRef Ledger::unraised_on(Id queue) const {
   auto it = queues_.find(queue);
-  return it == queues_.end() ? nullptr : it->second->untold;
+  return it == queues_.end() ? nullptr : it->second->unraised;
 }
 
-void Ledger::tell(const FailureRef& failure) {
-  Trash trash;
-  std::lock_guard lock(mutex_);
-  tell_queues(failure, &trash);
-  for (const auto& one : failure->came_before) {
+void Ledger::raised(const FailureRef& failure) {
+  raise_on_queues(failure);
+  for (const auto& one : failure->came_before) {  // R8
     FailureRef before = one.lock();
     if (!before) continue;
-    tell_queues(before, &trash);
-    trash.push_back(std::move(before));
+    raise_on_queues(before);
+    trash_.push_back(std::move(before));
   }
 }
 
-void Ledger::tell_queues(const FailureRef& failure, Trash* trash) {
-  if (failure->told.exchange(true)) return;
+// R6.
+void Ledger::raise_on_queues(const FailureRef& failure) {
+  if (failure->raised.exchange(true)) return;
   for (auto& [address, queue] : queues_) {
-    if (queue->untold != failure) continue;
-    trash->push_back(std::move(queue->taint));
-    queue->taint = std::move(queue->untold);
-    queue->untold = nullptr;
+    if (queue->unraised != failure) continue;
+    trash_.push_back(std::move(queue->taint));
+    queue->taint = std::move(queue->unraised);
+    queue->unraised = nullptr;
     queue->tainted_until = queue->committed;
   }
 }
 
-void Ledger::signalled_by_cpu(Id event, std::uint64_t value,
+void Ledger::signalled_by_cpu(Id address, std::uint64_t value,
                               const FailureRef& failure) {
-  if (!failure && event_count_.load() == 0) return;
-  Trash trash;
-  {
-    std::lock_guard lock(mutex_);
-    if (failure) {
-      mark(event, value, value, failure, &trash);
-    } else if (auto it = events_.find(event); it != events_.end()) {
-      Event& e = it->second;
-      // MLX 0.32 signals for a failed buffer in a handler of its own, and the
-      // failure is not counted yet: such a value settles with its buffer.
-      bool of_a_buffer = std::any_of(
-          e.pending.begin(), e.pending.end(),
-          [&](const Pending& p) { return p.value <= value && !is_settled(p); });
-      if (!of_a_buffer) e.settled = std::max(e.settled, value);
-    }
-  }
-  changed_.notify_all();
+  if (failure) return mark(address, value, value, failure);
+  auto it = events_.find(address);
+  if (it == events_.end()) return;
+  Event& event = it->second;
+  // MLX 0.32 signals for a failed buffer in a handler of its own, and the
+  // failure is not counted yet: such a value settles with its buffer.
+  bool of_a_buffer = std::any_of(
+      event.pending.begin(), event.pending.end(),
+      [&](const Pending& p) { return p.value <= value && !is_settled(p); });
+  if (!of_a_buffer) event.settled = std::max(event.settled, value);
 }
 
-// The thread that installs or uninstalls.
 void Ledger::forget_failures() {
-  Trash trash;
-  std::lock_guard lock(mutex_);
   for (auto it = buffers_.begin(); it != buffers_.end();) {
     if (it->second->sequence != 0) {
       ++it;
       continue;
     }
-    trash.push_back(std::move(it->second));
+    trash_.push_back(std::move(it->second));
     it = buffers_.erase(it);
   }
   for (auto& [address, queue] : queues_) {
-    trash.push_back(std::move(queue->untold));
-    trash.push_back(std::move(queue->taint));
+    trash_.push_back(std::move(queue->unraised));
+    trash_.push_back(std::move(queue->taint));
     queue->tainted_until = 0;
   }
   for (auto it = events_.begin(); it != events_.end();) {
-    for (Poison& p : it->second.poisons) trash.push_back(std::move(p.failure));
+    for (Poison& p : it->second.poisons) trash_.push_back(std::move(p.failure));
     it->second.poisons.clear();
     it = it->second.pending.empty() ? events_.erase(it) : std::next(it);
   }
-  event_count_.store(events_.size());
-  for (WaitRef& wait : skipped_)
-    trash.push_back(std::const_pointer_cast<Wait>(std::move(wait)));
-  skipped_.clear();
-  any_skipped_ = false;
-}
-
-std::pair<std::size_t, std::size_t> Ledger::sizes() {
-  std::lock_guard lock(mutex_);
-  return {buffers_.size(), events_.size()};
-}
-
-// The one thread of a forked child; takes no lock, allocates nothing.
-void Ledger::reset_after_fork() noexcept {
-  // Another thread of the parent may have held the lock, and what it guards may
-  // be half changed: left where it is, and begun anew.
-  new (this) Ledger;
 }
 
 }  // namespace mlx_safe::metal

@@ -1,46 +1,60 @@
 // The ledger: which command buffers are in flight, what they signal and wait
 // for, and what a failed one has spoilt.
 //
-// It knows no Objective-C but the addresses of objects, sends no messages while
-// it holds its lock, and never calls out. Everything may be called on any
-// thread, Metal's included, and nothing in the crash path: it locks and
-// allocates. The lock is held for a look-up or two, or for a pass over one
-// event's entries or the buffers that are encoded or in flight; when a buffer
-// completes, while the queues' first buffers in flight, and what they wait for,
-// are looked at until no more of them settles: that grows with the queues and
-// with what is in flight, not with what has run; `held_up_by` alone takes as
-// long as the square of that. Bounded: a buffer's record
-// goes when it has settled, an event's when nothing is pending or failed
-// on it, and both when the object dies or its address is used again. A queue's
-// stays when the queue dies, until its address is another's or the process
-// ends: MLX makes one for each stream and keeps it.
+// It holds rules only. It takes no lock, reads no clock, waits for nothing,
+// sends no message and never calls out: threads and times are arguments, and
+// objects are addresses. Its callers hold the lock of SharedLedger
+// (shared_ledger.h), so all of it may run on any thread, Metal's included. None
+// of it may run in the crash path: it allocates.
 //
-// Rules, and what forces them (MLX 0.31.2 and 0.32, see docs/metal.md):
-// - An event is signalled by the GPU before the completion handlers of the
-//   signalling buffer run, so a value counts only when that buffer has settled:
-//   its handlers have run, and those of all buffers before it on its queue, and
-//   those of the buffers that signalled what it waited for.
-// - A signal that is followed by a wait in its own buffer counts as soon as the
-//   buffers before its own have settled: the rest of the buffer may be waiting
-//   for whoever waits for this signal.
-// - A buffer committed mid-graph signals nothing, so a failure stays with its
-//   queue until somebody has been told of it; whatever was in flight on the
-//   queue at that moment counts as failed too.
-// - A wait is held up by a signal that is encoded and not committed when it, or
-//   a committed buffer that alone can end it, or one that is before or waited
-//   for by such a buffer, waits for that signal (ledger_held_up.cpp).
+// Each call takes a look-up or two, or a pass over one event's entries. When a
+// buffer completes, the first buffers in flight of all queues are looked at,
+// and what they wait for, until no more of them settles.
+// Bounded: the record of a buffer goes when the buffer has settled, that of an
+// event when nothing is pending or failed on it, and both when the object dies
+// or its address is used again. The record of a queue stays until its address
+// is another's or the process ends: MLX makes one for each stream and keeps it.
+//
+// The rules. docs/metal.md tells which fact of Metal or MLX forces each; R13 to
+// R19 are kept by other units, which it names.
+//
+// R1  A value counts when its buffer has settled: the buffer's last handler has
+//     run, all buffers before it on its queue have settled, and so have those
+//     that signalled what it waited for.
+// R2  A signal that is followed by a wait in its own buffer counts as soon as
+//     the buffers before its own have settled.
+// R3  A wait for a value depends on all pending signals up to that value. When
+//     there is none, it depends on the lowest one beyond it that has come. It
+//     never depends on later ones.
+// R4  The withheld signals of a failed buffer are marked failed before they
+//     can be seen.
+// R5  A failure stays with its queue until it is raised: what settles there
+//     meanwhile counts as failed.
+// R6  What the queue had in flight when the failure was raised counts as failed
+//     too. What is committed later does not.
+// R7  A buffer that waits for a failed value fails its own queue.
+// R8  Who raises a failure raises those, too, on which the failed buffer
+//     depended.
+// R9  A value that the CPU sets counts at once, unless a buffer in flight
+//     signals that value or a lower one: then it counts with that buffer. A
+//     value that the CPU sets from failed data is marked failed.
+// R10 A value that is read is never one that an unsettled buffer has signalled.
+//     Where a wait may raise, it is never a failed one either.
+// R11 A value is never lowered under a higher one that is in flight.
+// R12 When an object dies, or its address is used again, what is known of it is
+//     forgotten; a buffer in flight is alive.
 #pragma once
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "objc/runtime.h"
@@ -48,14 +62,14 @@
 namespace mlx_safe::metal {
 
 using objc::Id;
+using TimePoint = std::chrono::steady_clock::time_point;
 
-// A fault, as those who depend on it will be told.
+// A fault, as the threads that depend on it raise it.
 struct Failure {
   std::string message;
-  objc::Owned error;  // the NSError
-  std::atomic<bool> told{false};
-  // Failures that what failed here depended on anyway: who is told of this one
-  // need not be told of them. Guarded by the ledger's lock.
+  objc::Owned error;  // the NSError; may be null
+  std::atomic<bool> raised{false};
+  // Failures on which what failed here depended (R8). Guarded by the lock.
   std::vector<std::weak_ptr<Failure>> came_before;
 
   Failure(std::string text, objc::Owned held)
@@ -75,6 +89,7 @@ struct Wait {
   objc::Owned event;  // or its address might be another's when it is looked up
   std::uint64_t value;
 };
+using WaitRef = std::shared_ptr<const Wait>;
 
 struct Queue;
 
@@ -82,7 +97,7 @@ struct Buffer {
   Id address;  // until it is completed; then it may be another's
   // MLX encodes a buffer and commits it on one thread.
   std::thread::id encoder;
-  std::chrono::steady_clock::time_point opened;  // its first wait or signal
+  TimePoint opened;  // its first wait or signal
   std::shared_ptr<Queue> queue;
   std::uint64_t sequence = 0;  // on its queue, from 1, in order of commit
   std::vector<Signal> signals;
@@ -96,83 +111,54 @@ using BufferRef = std::shared_ptr<Buffer>;
 
 class Ledger {
  public:
-  // Whether failures are tracked to those who depend on them (intercept), or
-  // only waits are held back (observe).
+  // Whether failures are tracked to what depends on them (intercept), or only
+  // waits are held back (observe).
   void track_failures(bool on) noexcept { tracking_ = on; }
 
-  // An object with this address is new, or gone: whatever was known of an
-  // earlier one at the same address is forgotten.
+  // R12.
   void forget_buffer(Id buffer);
   void forget_queue(Id queue);
   void forget_event(Id event);
 
-  void signal_encoded(Id buffer, Id event, std::uint64_t value);
-  void wait_encoded(Id buffer, Id event, std::uint64_t value);
-  // Right before the real commit.
-  void committed(Id buffer, Id queue);
+  // Which thread encodes, and when.
+  struct Encoder {
+    std::thread::id thread;
+    TimePoint now;
+  };
+  void signal_encoded(Id buffer, objc::Owned event, std::uint64_t value,
+                      const Encoder& by);
+  void wait_encoded(Id buffer, objc::Owned event, std::uint64_t value,
+                    const Encoder& by);
+  // Right before the real commit, on the thread `by`.
+  void committed(Id buffer, Id queue, std::thread::id by);
   // The record of a committed buffer that has not settled; null: there is none.
-  BufferRef find(Id buffer);
+  BufferRef find(Id buffer) const;
 
   // In the last handler of `buffer`. Returns its record, null when it was
-  // committed before there were hooks. With `own`, the buffer failed: its
-  // signals are marked failed, and the caller is to do those that the GPU
-  // withheld.
+  // committed before there were hooks. With `own`, the buffer failed: the
+  // caller is to do the signals that the GPU withheld (R4).
   BufferRef completed(Id buffer, FailureRef own);
 
-  // Waits until what makes `event` reach `value` has settled, `real` being the
-  // value that the event shows. False when that took longer than `limit`, of
-  // which time in which this process did not run is no part.
-  bool settle_event(Id event, std::uint64_t value, std::uint64_t real,
-                    std::chrono::milliseconds limit);
-  bool settle_buffer(const BufferRef& buffer, std::chrono::milliseconds limit);
+  // Whether a wait for `value` that has come must be held back, `real` being
+  // the value that the event shows (R1 to R3).
+  bool is_closed(Id event, std::uint64_t value, std::uint64_t real) const;
 
-  // Waits of failed buffers that the GPU left out, and whose values have not
-  // come yet: the work that signals them is still going on.
-  using WaitRef = std::shared_ptr<const Wait>;
-  void wait_skipped(Id event, std::uint64_t value);
-  std::vector<WaitRef> skipped_waits();
-  void forget_skipped(const WaitRef& wait);
-  // Whether this thread has encoded a signal and not committed it yet.
-  bool is_encoding_here();
-  // Of the signals that this thread has encoded and not committed: those that
-  // a buffer in flight waits for.
-  std::vector<WaitRef> awaited_from_here();
-  // What committed buffers wait for: whoever asks for `held_up_by` looks first
-  // how far these events have got, since no message is sent from here.
-  std::vector<WaitRef> waits_in_flight();
-  using Reached = std::unordered_map<Id, std::uint64_t>;
-  struct HeldUp {
-    std::vector<WaitRef> by;  // signals that are encoded and not committed
-    // Of each of them: its buffer was opened longer than `age` ago, and what
-    // its thread had committed before failed, at most `recent` before that.
-    bool by_failure = false;
-    bool given_up =
-        false;  // of each of them: a wait for it was given up before
-  };
-  // A wait for these signals was ended as nobody seems to commit them.
-  void give_up_on(const std::vector<WaitRef>& open_signals);
-  // What keeps `event` from `value`: in `by` nothing when it may come by what
-  // is committed, or by a CPU. An event that is not in `reached` has reached 0.
-  HeldUp held_up_by(Id event, std::uint64_t value, const Reached& reached,
-                    std::chrono::milliseconds age,
-                    std::chrono::milliseconds recent);
-  // Whether a buffer in flight signals `event` beyond `value`.
-  bool is_pending_beyond(Id event, std::uint64_t value);
+  // Whether a buffer in flight signals `event` beyond `value` (R11).
+  bool is_pending_beyond(Id event, std::uint64_t value) const;
 
-  // The value of `event` that may be shown when it is `real`: never one that
-  // an unsettled buffer has signalled, and (`visible`) never a failed one.
-  std::uint64_t settled_value(Id event, std::uint64_t real);
-  std::uint64_t visible(Id event, std::uint64_t real);
+  // What is to be read of `event` when it is `real` (R10): where a wait may not
+  // raise, and where it may.
+  std::uint64_t settled_value(Id event, std::uint64_t real) const;
+  std::uint64_t visible(Id event, std::uint64_t real) const;
 
   // The failure on which `event` having reached `value` depends; null: none.
-  FailureRef failure_of(Id event, std::uint64_t value);
-  // The failure on `queue` that nobody has been told of; null: none.
-  FailureRef untold_on(Id queue);
-  // Somebody raises it: later work is independent of it.
-  void tell(const FailureRef& failure);
+  FailureRef failure_of(Id event, std::uint64_t value) const;
+  // The failure that stays with `queue` (R5); null: none.
+  FailureRef unraised_on(Id queue) const;
+  // A thread raises it: later work does not depend on it (R6, R8).
+  void raised(const FailureRef& failure);
 
-  // The CPU sets `event` to `value`; with `failure`, from failed data. A value
-  // that a buffer in flight signals too counts when that buffer has settled.
+  // The CPU sets `event` to `value`; with `failure`, from failed data (R9).
   void signalled_by_cpu(Id event, std::uint64_t value,
                         const FailureRef& failure);
 
@@ -180,16 +166,23 @@ class Ledger {
   // again unseen: what is in flight stays, all else is forgotten.
   void forget_failures();
 
-  // Records held now: buffers, events.
-  std::pair<std::size_t, std::size_t> sizes();
-  // Only in a forked child, whose other threads are gone.
-  void reset_after_fork() noexcept;
+  // Records: open buffers, those in flight, and those with all their handlers
+  // run that have not settled.
+  const std::unordered_map<Id, BufferRef>& buffers() const { return buffers_; }
+  std::size_t event_count() const noexcept { return events_.size(); }
+
+  // What was let go of since the last call. To be destroyed without the lock:
+  // releasing an object may run code that comes back to the ledger.
+  using Trash = std::vector<std::shared_ptr<void>>;
+  Trash take_trash() noexcept { return std::exchange(trash_, {}); }
 
  private:
+  friend struct LedgerInspector;  // tests/native: checks the invariants
+
   struct Pending {
     std::uint64_t value;
     BufferRef buffer;
-    std::uint64_t need;  // sequence that its queue must have settled
+    std::uint64_t need;  // sequence that its queue must have settled (R2)
   };
   struct Poison {
     std::uint64_t from, to;  // values that depend on the failure, inclusive
@@ -200,53 +193,43 @@ class Ledger {
     std::vector<Pending> pending;
     std::vector<Poison> poisons;
   };
-  // What is let go of while the lock is held is kept here until it is not:
-  // releasing an object may run code that comes back to us.
-  using Trash = std::vector<std::shared_ptr<void>>;
 
-  BufferRef& open(Id buffer);
-  bool is_awaited(Id event, std::uint64_t value);
-  bool has_failed_around(const Buffer& open, std::chrono::milliseconds age,
-                         std::chrono::milliseconds recent);
-  void note_failure_of(std::thread::id encoder);
-  void advance(Trash* trash);
-  bool advance(Queue& queue, Trash* trash);
-  bool may_settle(const Buffer& buffer);
-  void settle(const BufferRef& buffer, Trash* trash);
-  FailureRef inherited(const Buffer& buffer, Trash* trash);
-  void tell_queues(const FailureRef& failure, Trash* trash);
+  BufferRef& open(Id buffer, std::thread::id by, TimePoint now);
+  void advance();
+  bool advance(Queue& queue);
+  bool may_settle(const Buffer& buffer) const;
+  std::vector<const Pending*> keepers_of(const Buffer& buffer,
+                                         const Wait& wait) const;
+  using Seen = std::unordered_set<const Buffer*>;
+  bool rests_on(const Buffer& buffer, const Buffer& other, Seen& seen) const;
+  void settle(const BufferRef& buffer);
+  FailureRef inherited(const Buffer& buffer);
+  void raise_on_queues(const FailureRef& failure);
+  void mark_early(const Buffer& first);
   void mark(Id event, std::uint64_t from, std::uint64_t to,
-            const FailureRef& failure, Trash* trash);
+            const FailureRef& failure);
   void drop_if_idle(Id event);
+  const Event* find_event(Id event) const;
   static std::uint64_t settled_value(const Event& event, std::uint64_t real);
   static bool is_settled(const Pending& pending);
-  static bool is_closed(const Event& event, std::uint64_t value,
-                        std::uint64_t real);
-  FailureRef poison_of(Id event, std::uint64_t value);
+  static bool counts(const Event& event, const Pending& signal,
+                     std::uint64_t real);
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::atomic<bool> tracking_{false};
-  std::atomic<std::size_t> event_count_{0};  // events_.size(), to look without
-                                             // the lock
+  bool tracking_ = false;
   std::unordered_map<Id, BufferRef> buffers_;
   std::unordered_map<Id, std::shared_ptr<Queue>> queues_;
   std::unordered_map<Id, Event> events_;
-  // When a buffer that a thread had encoded failed last, for some threads.
-  std::vector<std::pair<std::thread::id, std::chrono::steady_clock::time_point>>
-      failed_for_;
-  std::vector<WaitRef> skipped_;
-  std::atomic<bool> any_skipped_{false};
   // Queues that are gone but for buffers in flight.
   std::vector<std::shared_ptr<Queue>> leaving_;
+  Trash trash_;
 };
 
 struct Queue {
   std::uint64_t committed = 0;
   std::uint64_t settled = 0;
   std::deque<BufferRef> in_flight;
-  FailureRef untold;
-  // Buffers up to `tainted_until` count as failed because of `taint`.
+  FailureRef unraised;  // R5
+  // Buffers up to `tainted_until` count as failed because of `taint` (R6).
   FailureRef taint;
   std::uint64_t tainted_until = 0;
 };

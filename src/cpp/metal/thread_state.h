@@ -1,4 +1,5 @@
-// What the hooks remember about the calling thread.
+// What the hooks remember about the calling thread. Any thread, Metal's
+// included; not for the crash path: it allocates.
 //
 // Plain values only, never destroyed: MLX's own thread-local encoders outlive
 // other thread-locals at thread exit and still call hooked methods then.
@@ -18,8 +19,8 @@ struct ThreadState {
   // the thread signals next depends on it. Owned, leaked at thread exit.
   FailureRef* consumed = nullptr;
   bool consumed_passed_on = false;
-  // Failure told by the last `status`, for the `error` that is read next.
-  FailureRef* telling = nullptr;
+  // Failure that the last `status` showed, for the `error` that is read next.
+  FailureRef* shown = nullptr;
 };
 
 inline constinit thread_local ThreadState t_state{};
@@ -29,12 +30,12 @@ inline void remember(FailureRef** slot, FailureRef failure) {
   **slot = std::move(failure);
 }
 
-// The failure that this thread's next signal depends on; null: none. It ends
-// when the thread has passed it on and somebody has raised it: rather one
-// signal too many marked failed than one too few.
+// The failure that this thread's next signal depends on (R18); null: none. It
+// ends when the thread has passed it on and a thread has raised it: rather one
+// signal too many is marked failed than one too few.
 inline FailureRef consumed_failure() {
   if (t_state.consumed == nullptr || !*t_state.consumed) return nullptr;
-  if (t_state.consumed_passed_on && (*t_state.consumed)->told.load())
+  if (t_state.consumed_passed_on && (*t_state.consumed)->raised.load())
     t_state.consumed->reset();
   return *t_state.consumed;
 }

@@ -130,9 +130,9 @@ void adopt_faulthandler(int fd) {
   if (g_faulthandler == nullptr && found.sa_handler != before.sa_handler)
     g_faulthandler = found.sa_handler;
   // What it keeps is freed at Python's end; the process ends somewhat later.
-  static const bool told =
+  static const bool is_registered =
       Py_AtExit([] { report_set_python_stacks(nullptr); }) == 0;
-  if (g_faulthandler != nullptr && told)
+  if (g_faulthandler != nullptr && is_registered)
     report_set_python_stacks([] { g_faulthandler(SIGURG); });
 }
 

@@ -12,8 +12,8 @@ namespace mlx_safe {
 std::uint64_t testing_record_fault(std::int32_t code,
                                    const std::string& message);
 
-// Throws std::runtime_error(message) on a thread that nobody joins and nothing
-// catches, as MLX 0.31.2 does on Metal's completion thread.
+// Throws std::runtime_error(message) on a thread that is not joined and where
+// nothing catches, as MLX 0.31.2 does on Metal's completion thread.
 void testing_throw_on_foreign_thread(const std::string& message);
 
 // Runs one empty command buffer on the real (or simulated) device as MLX does

@@ -44,8 +44,7 @@ void note_message(id object, SEL sel) {
   std::string line = is_ours ? "handlers" : std::to_string(number);
   line += ' ' + object->isa->name + ' ' + sel->name + '\n';
   // At once, since the process may be about to die.
-  [[maybe_unused]] auto written =
-      ::write(all.file, line.data(), line.size());
+  [[maybe_unused]] auto written = ::write(all.file, line.data(), line.size());
 }
 
 }  // namespace metalsim

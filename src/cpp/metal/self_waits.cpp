@@ -1,16 +1,9 @@
-// What is encoded and not committed, and who waits for it.
-//
-// When MLX 0.32 raises in the midst of an evaluation it waits for its streams
-// before it has committed what it has encoded (0.32.1 to 0.32.3: in turn, the
-// CPU's first), and whoever waits for one of those signals, or for a committed
-// buffer that does, waits for ever: the thread that would commit it waits too.
-// Which waits are held up so is found here; what is done about it, in
-// hooks.cpp.
+#include "metal/self_waits.h"
+
 #include <algorithm>
+#include <memory>
 #include <unordered_set>
 #include <utility>
-
-#include "metal/ledger.h"
 
 namespace mlx_safe::metal {
 namespace {
@@ -22,16 +15,19 @@ bool is_in_flight(const Buffer& buffer) {
   return buffer.sequence != 0 && !buffer.completed;
 }
 
-// One look at what is open and in flight; with the ledger's lock, by whoever
-// waits for longer than half a second after a failure.
+WaitRef wait_for(Id event, std::uint64_t value) {
+  return std::make_shared<const Wait>(
+      Wait{objc::Owned::retaining(event), value});
+}
+
+// One look at what is open and in flight (R15).
 class Look {
  public:
   using Buffers = std::vector<const Buffer*>;  // each queue's in its order
 
-  Look(Buffers buffers, const Ledger::Reached& reached)
+  Look(Buffers buffers, const SelfWaits::Reached& reached)
       : buffers_(std::move(buffers)), reached_(reached) {
-    // In rounds, until no more of them is found to stand. Two that wait for
-    // each other alone are held up by nothing that is open, and are not found.
+    // In rounds, until no more of them is found to stand.
     while (find_standing()) {
     }
   }
@@ -69,7 +65,8 @@ class Look {
            (it->second.behind || it->second.wait < signal.waits_before);
   }
 
-  // Who signals nothing here may be a CPU: such a wait is not held up.
+  // A value that no buffer here signals may come from a CPU: a wait for it is
+  // not held up.
   bool is_held(Id event, std::uint64_t value) const {
     if (is_reached(event, value)) return false;
     bool found = false;
@@ -109,8 +106,8 @@ class Look {
   }
 
   // Adds what is open and holds this up, over any number of buffers in flight.
-  // The first signal that brings the value is enough; it counts when lower ones
-  // that are in flight have settled (`is_closed`): they are followed, too.
+  // The first signal that brings the value is enough. It counts when the lower
+  // ones in flight have settled (R3): they are followed, too.
   void follow(Id event, std::uint64_t value, std::vector<Root>* found) {
     std::uint64_t first = ~std::uint64_t{0};
     for (const Buffer* buffer : buffers_)
@@ -128,8 +125,8 @@ class Look {
       }
   }
 
-  // The same for the first `count` waits of a buffer, and all of those before
-  // it on its queue.
+  // Follows the first `count` waits of a buffer, and all waits of the buffers
+  // before it on its queue.
   void follow_waits(const Buffer& last, std::size_t count,
                     std::vector<Root>* found) {
     for (const Buffer* buffer : buffers_) {
@@ -156,28 +153,35 @@ class Look {
   }
 
   Buffers buffers_;
-  const Ledger::Reached& reached_;
+  const SelfWaits::Reached& reached_;
   std::unordered_map<const Buffer*, Stand> stands_;
   std::unordered_set<const Wait*> followed_;
 };
 
 }  // namespace
 
-// As in ledger.cpp: each function may be called on any thread, Metal's
-// included, takes the lock (the private ones want it held by their caller), and
-// is not for the crash path.
+// Each function: any thread, with SharedLedger's lock; not in the crash path.
 
-bool Ledger::is_encoding_here() {
-  std::lock_guard lock(mutex_);
-  return std::any_of(buffers_.begin(), buffers_.end(), [](const auto& entry) {
+void SelfWaits::note_failure(std::thread::id encoder, TimePoint now) {
+  std::erase_if(failed_for_,
+                [&](const auto& failed) { return failed.first == encoder; });
+  if (failed_for_.size() == kFailedForMax)
+    failed_for_.erase(failed_for_.begin());
+  failed_for_.emplace_back(encoder, now);
+}
+
+bool SelfWaits::is_encoding(std::thread::id thread) const {
+  const auto& buffers = ledger_.buffers();
+  return std::any_of(buffers.begin(), buffers.end(), [&](const auto& entry) {
     const Buffer& buffer = *entry.second;
     return buffer.sequence == 0 && !buffer.signals.empty() &&
-           buffer.encoder == std::this_thread::get_id();
+           buffer.encoder == thread;
   });
 }
 
-bool Ledger::is_awaited(Id event, std::uint64_t value) {
-  return std::any_of(buffers_.begin(), buffers_.end(), [&](const auto& entry) {
+bool SelfWaits::is_awaited(Id event, std::uint64_t value) const {
+  const auto& buffers = ledger_.buffers();
+  return std::any_of(buffers.begin(), buffers.end(), [&](const auto& entry) {
     const Buffer& buffer = *entry.second;
     return is_in_flight(buffer) &&
            std::any_of(
@@ -187,60 +191,52 @@ bool Ledger::is_awaited(Id event, std::uint64_t value) {
   });
 }
 
-std::vector<Ledger::WaitRef> Ledger::awaited_from_here() {
+std::vector<WaitRef> SelfWaits::awaited_from(std::thread::id thread) const {
   std::vector<WaitRef> found;
-  std::lock_guard lock(mutex_);
-  for (const auto& [address, buffer] : buffers_) {
-    if (buffer->sequence != 0 || buffer->encoder != std::this_thread::get_id())
-      continue;
+  for (const auto& [address, buffer] : ledger_.buffers()) {
+    if (buffer->sequence != 0 || buffer->encoder != thread) continue;
     for (const Signal& signal : buffer->signals)
       if (is_awaited(signal.event.get(), signal.value))
-        found.push_back(std::make_shared<const Wait>(
-            Wait{objc::Owned::retaining(signal.event.get()), signal.value}));
+        found.push_back(wait_for(signal.event.get(), signal.value));
   }
   return found;
 }
 
-std::vector<Ledger::WaitRef> Ledger::waits_in_flight() {
+std::vector<WaitRef> SelfWaits::waits_in_flight() const {
   std::vector<WaitRef> found;
-  std::lock_guard lock(mutex_);
-  for (const auto& [address, buffer] : buffers_) {
+  for (const auto& [address, buffer] : ledger_.buffers()) {
     if (!is_in_flight(*buffer)) continue;
     for (const Wait& wait : buffer->waits)
-      found.push_back(std::make_shared<const Wait>(
-          Wait{objc::Owned::retaining(wait.event.get()), wait.value}));
+      found.push_back(wait_for(wait.event.get(), wait.value));
   }
   return found;
 }
 
-Ledger::HeldUp Ledger::held_up_by(Id event, std::uint64_t value,
-                                  const Reached& reached,
-                                  std::chrono::milliseconds age,
-                                  std::chrono::milliseconds recent) {
-  HeldUp held;
-  std::lock_guard lock(mutex_);
+SelfWaits::HeldUp SelfWaits::held_up_by(Id event, std::uint64_t value,
+                                        const Reached& reached,
+                                        const Times& times) const {
   Look::Buffers buffers;
-  for (const auto& [address, buffer] : buffers_)
+  for (const auto& [address, buffer] : ledger_.buffers())
     if (!buffer->completed) buffers.push_back(buffer.get());
   std::sort(buffers.begin(), buffers.end(),
             [](const Buffer* a, const Buffer* b) {
               return a->sequence < b->sequence;
             });
-  Look look(std::move(buffers), reached);
+  HeldUp held;
+  std::vector<Look::Root> roots =
+      Look(std::move(buffers), reached).roots(event, value);
+  if (roots.empty()) return held;
   held.by_failure = held.given_up = true;
-  for (Look::Root& root : look.roots(event, value)) {
-    held.by_failure &= has_failed_around(*root.open, age, recent);
+  for (Look::Root& root : roots) {
+    held.by_failure &= has_failed_around(*root.open, times);
     held.given_up &= root.open->given_up;
     held.by.push_back(std::make_shared<const Wait>(std::move(root.wait)));
   }
-  held.by_failure &= !held.by.empty();
-  held.given_up &= !held.by.empty();
   return held;
 }
 
-void Ledger::give_up_on(const std::vector<WaitRef>& open_signals) {
-  std::lock_guard lock(mutex_);
-  for (const auto& [address, buffer] : buffers_) {
+void SelfWaits::give_up_on(const std::vector<WaitRef>& open_signals) {
+  for (const auto& [address, buffer] : ledger_.buffers()) {
     if (buffer->sequence != 0) continue;
     for (const Signal& signal : buffer->signals)
       for (const WaitRef& wait : open_signals)
@@ -250,25 +246,17 @@ void Ledger::give_up_on(const std::vector<WaitRef>& open_signals) {
   }
 }
 
-bool Ledger::has_failed_around(const Buffer& open,
-                               std::chrono::milliseconds age,
-                               std::chrono::milliseconds recent) {
-  auto before = std::chrono::steady_clock::now() - age;
+// R16.
+bool SelfWaits::has_failed_around(const Buffer& open,
+                                  const Times& times) const {
+  TimePoint before = times.now - times.age;
   return open.opened <= before &&
          std::any_of(failed_for_.begin(), failed_for_.end(),
                      [&](const auto& failed) {
                        return failed.first == open.encoder &&
-                              failed.second >= open.opened - recent &&
+                              failed.second >= open.opened - times.recent &&
                               failed.second <= before;
                      });
-}
-
-void Ledger::note_failure_of(std::thread::id encoder) {
-  std::erase_if(failed_for_,
-                [&](const auto& failed) { return failed.first == encoder; });
-  if (failed_for_.size() == kFailedForMax)
-    failed_for_.erase(failed_for_.begin());
-  failed_for_.emplace_back(encoder, std::chrono::steady_clock::now());
 }
 
 }  // namespace mlx_safe::metal
