@@ -453,22 +453,52 @@ class Loop:
 
     def fail(self, what: Failure) -> None:
         """A step fails: mlx-lm loses all that it has."""
-        ran = [c for c in self.machine.at_mlx_lm if c.state in RUNNING]
-        before = {c: c.attempts for c in self.alive}
+        before = {c: (c.state, c.attempts, c.line, c.claim) for c in self.alive}
         for client in list(self.machine.at_mlx_lm):
             self._drop(client)
         self.offered = None
         ending = self.scheduler.failure(what)
-        for client in ending:
-            assert not client.is_ended
+        self._check_failure(what, ending, before)
         self._note_care(what)
-        ran += [c for c in before if c.run.failed and c not in ran]
-        for client, attempts in before.items():
-            struck = client in ran or not ran
-            assert client.attempts == attempts or (struck and client not in ending)
         self.outside()
         for client in ending:
             self.scheduler.fail(client, RuntimeError(what.name))
+
+    def _check_failure(
+        self, what: Failure, ending: list[Client], before: dict[Client, Any]
+    ) -> None:
+        """What has become of those that were in flight, by the words of the manual."""
+        asked = [c for c in before if before[c][0] is RequestState.WAITING]
+        ran = [c for c in before if before[c][0] in RUNNING]
+        ran += [c for c in asked if c.run.failed]
+        kept = []
+        for client, (state, attempts, line, claim) in before.items():
+            waits = state is RequestState.WAITING and not client.run.failed
+            if state is RequestState.FINISHED:
+                assert client.ends == [None]
+            elif state is RequestState.HELD or (waits and line is not None):
+                # It keeps its place and its patience.
+                assert client.state is RequestState.HELD and client not in ending
+                assert (client.line, client.claim) == (line, claim)
+            elif client not in ending:
+                assert client.state is RequestState.REPLAY
+                kept.append(client)
+            if state is RequestState.REPLAY or (waits and ran):
+                # It had no part in it.
+                assert client.attempts == attempts
+                assert client not in ending or self.attempts == 0
+        for client in ran if self.attempts else ():
+            attempts = before[client][1]
+            if client.is_ended or what in (Failure.FINAL, Failure.UNKNOWN):
+                assert client.attempts == attempts
+            else:
+                assert (client in ending) == (attempts == self.attempts)
+                assert client.attempts == attempts + (client not in ending)
+        if what is Failure.FINAL and self.attempts:
+            assert all(c in ending for c in ran if not c.is_ended)
+        if what is Failure.UNKNOWN and self.attempts:
+            assert len(ending) <= 1
+        assert self.attempts or not kept
 
     def _note_care(self, what: Failure) -> None:
         """How many may run at a time from now on, and in which steps."""
