@@ -113,7 +113,8 @@ def listed() -> set[str]:
 
 # Names of ours that mlx-lm has as well, for something else.
 NAMESAKES = {
-    *("_text", "_tools", "add", "cache_type", "lengths", "sampler", "size", "tokens")
+    *("_text", "_tools", "add", "cache_type", "lengths", "sampler", "size", "step"),
+    "tokens",
 }
 # What the lists are about, and those modules that use what is given to them.
 OUTSIDE = [PACKAGE / "server" / f"{name}.py" for name in ("answers", "generator")]
