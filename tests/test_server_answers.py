@@ -235,6 +235,10 @@ class _Spelled:
         return "".join(self._tokens[token] for token in tokens)
 
 
+def _spelled(decoder: str, *tokens: str) -> Any:
+    return _Spelled(decoder, *tokens)
+
+
 @pytest.mark.parametrize(
     ("decoder", "token", "expected"),
     [
@@ -247,7 +251,7 @@ class _Spelled:
     ],
 )
 def test_the_bytes_of_a_token(decoder: str, token: str, expected: bytes) -> None:
-    names = logprobs.Names(_Spelled(decoder, token))
+    names = logprobs.Names(_spelled(decoder, token))
     assert names.bytes(0) == expected
     assert names.bytes(7) == b""  # a place that no token has
 
@@ -259,7 +263,7 @@ def test_what_cannot_come_has_a_number_that_json_has() -> None:
     top = logprobs.top_logprobs(values, 20, None)
     assert [t["id"] for t in top] == [2, 4, 1, 0, 3]
     assert logprobs.top_logprobs(values, 0, None) == ()
-    names = logprobs.Names(_Spelled("SPMStreamingDetokenizer", *"abcde"))
+    names = logprobs.Names(_spelled("SPMStreamingDetokenizer", *"abcde"))
     entry = logprobs.Entry(0, float("-inf"), top)
     (found,) = logprobs.of_chat([entry], names)["content"]
     assert json.loads(json.dumps(found, allow_nan=False))["logprob"] == -9999.0
@@ -483,7 +487,7 @@ GOOD = '{"id": "x", "name": "a", "arguments": {}}'
 
 def _put_together(stream: bool, *said: tuple[str | None, str]) -> tuple[Any, ...]:
     """(content, names of the calls, their ids, why it ended)."""
-    handler = _Written(stream, list(said))
+    handler: Any = _Written(stream, list(said))
     request = SimpleNamespace(request_type="chat", tools=None)
     wanted = SimpleNamespace(logprobs=False, top_logprobs=-1, seed=None)
     Answer(handler, Asked(request, wanted, None)).send()

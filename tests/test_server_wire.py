@@ -84,7 +84,7 @@ def head_of(answer: bytes) -> dict[str, str]:
 def unchunked(answer: bytes) -> tuple[list[bytes], bool]:
     """The chunks of an answer's body, and whether the last one is there."""
     rest = answer.split(b"\r\n\r\n", 1)[1]
-    chunks = []
+    chunks: list[bytes] = []
     while rest:
         size, rest = rest.split(b"\r\n", 1)
         count = int(size, 16)

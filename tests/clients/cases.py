@@ -16,15 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stage import (
-    Client,
-    Drivers,
-    Outcome,
-    SupervisedServer,
-    Task,
-    base_url,
-)
+from protocol import Outcome, Task
 
+from clients.stage import Client, Drivers, SupervisedServer, base_url
 from support import scripted_model
 from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 

@@ -53,6 +53,17 @@ BRANCHES = {
         from mlx_safe import doctor
         print(doctor._system())
     """,
+    (
+        "doctor.py",
+        'return f"{platform.system()} {platform.release()} {platform.machine()}"',
+    ): """
+        from mlx_safe import doctor
+        print(doctor._system())
+    """,
+    ("memory/machine.py", "system=sys.platform,"): """
+        from mlx_safe.memory import machine
+        print(machine.read_machine().system)
+    """,
     ("memory/machine.py", 'if sys.platform != "darwin":'): """
         from mlx_safe.memory import machine
         names = ("hw.memsize", "iogpu.wired_limit_mb", "no.such.name")
@@ -91,8 +102,8 @@ SAYS = {
         "/Users/ada/Library/Application Support/mlx-safe/reports",
     ],
     "_reports.py": ["macOS 14.0"],
-    "doctor.py": ["macOS 14.0 arm64"] * 2,
-    "memory/machine.py": [f"{16 << 30} 0 None {16 << 30}"],
+    "doctor.py": ["macOS 14.0 arm64"] * 3,
+    "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],
     "server/disconnects.py": ["None False True"],
     "server/request_file.py": ["True 0", "-1 False True"],
 }

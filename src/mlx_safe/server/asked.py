@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .mlx_lm.protocols import CompletionRequest, GenerationArguments
+
 __all__ = ["Asked"]
 
 
@@ -15,7 +17,9 @@ class Asked(BaseException):
         request, arguments, progress: what it calls `ResponseGenerator.generate` with.
     """
 
-    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
+    def __init__(
+        self, request: CompletionRequest, arguments: GenerationArguments, progress: Any
+    ) -> None:
         super().__init__("to be answered by `answers.Answer`")
         self.request = request
         self.arguments = arguments

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from .asked import Asked
+from .mlx_lm.protocols import GenerationContext, Progress
 from .recorder import name_request
 
 __all__ = ["Choices", "GenerationEnded"]
@@ -48,7 +49,7 @@ class Choices:
         ]
         self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
-        self._contexts: list[Any] = []
+        self._contexts: list[GenerationContext] = []
         self._is_over = False
 
     def __enter__(self) -> Choices:
@@ -77,7 +78,7 @@ class Choices:
         else:
             yield from self._merged()
 
-    def _generate(self, index: int, progress: Any) -> Iterator[Any]:
+    def _generate(self, index: int, progress: Progress) -> Iterator[Any]:
         _, asked = self._asked[index]
         try:
             context, responses = self._generator.answer(
@@ -90,7 +91,7 @@ class Choices:
             raise GenerationEnded(e) from e
         yield None
 
-    def _note(self, context: Any) -> None:
+    def _note(self, context: GenerationContext) -> None:
         with self._lock:
             self._contexts.append(context)
             is_over = self._is_over
@@ -133,5 +134,6 @@ def _of_choice(asked: Asked, name: str, path: str, index: int) -> tuple[str, Ask
     name_request(request, name, path)
     args = asked.arguments
     if index and args.seed is not None:
-        args = dataclasses.replace(args, seed=(args.seed + index) % 2**64)
+        seed = (args.seed + index) % 2**64
+        args = dataclasses.replace(args, seed=seed)  # type: ignore[type-var]
     return name, Asked(request, args, asked.progress)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
-from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
@@ -26,13 +26,28 @@ from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
+from .mlx_lm.bases import ResponseGenerator
 from .mlx_lm.batches import watched
+from .mlx_lm.prompt_cache import PromptCache
+from .mlx_lm.protocols import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Json,
+    ModelKey,
+    ModelProvider,
+    Processor,
+    Progress,
+    Response,
+    Sampler,
+    Tokenizer,
+)
 from .model_names import ModelNames
 from .overflow import Overflow
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .prompts import Held, Prompts
-from .ranks import AllStop
+from .ranks import AllStop, Home
 from .recorder import request_id
 from .recovery import Recovery, portable
 from .replay import Resumed
@@ -64,13 +79,13 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 STARTS_WITHOUT_WORK_MAX = 20
 
 
-class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
+class ProtectedResponseGenerator(ResponseGenerator):
     """mlx-lm's generator with an end to every request and none to the thread."""
 
     def __init__(
         self,
-        model_provider: Any,
-        prompt_cache: Any,
+        model_provider: ModelProvider,
+        prompt_cache: PromptCache,
         health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
@@ -80,8 +95,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         max_kv_size: int | None = None,
         injections: bool = False,
         hold_s: float | None = None,
+        home: Home | None = None,
     ) -> None:
         self.health = health
+        self._home = home
         self.names = names
         self._hold_s = hold_s
         self._overflow = overflow
@@ -150,16 +167,28 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.metrics,
             self._one_rank,
         )
+        if home is not None and home.lifeline is not None:
+            home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
 
     # -- called by handler threads -----------------------------------------
 
-    def generate(self, request: Any, args: Any, progress_callback: Any = None) -> Any:
+    def generate(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress_callback: Progress | None = None,
+    ) -> NoReturn:
         """Raises `Asked`: what mlx-lm's handler would do with an answer is ours."""
         raise Asked(request, args, progress_callback)
 
-    def answer(self, request: Any, args: Any, progress: Any) -> tuple[Any, Any]:
+    def answer(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress: Progress,
+    ) -> tuple[GenerationContext, Iterator[Response]]:
         """As mlx-lm's ``generate``: a context, and an iterator of its responses.
 
         Raises:
@@ -174,10 +203,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             restarts = self.health.restarts
             raise Unavailable(self.health.reason, restarts=restarts)
         self._check_at_the_door(request, args)
-        made: tuple[Any, Any] = super().generate(request, args, progress)
-        return made
+        return super().generate(request, args, progress)
 
-    def _check_at_the_door(self, request: Any, args: Any) -> None:
+    def _check_at_the_door(
+        self, request: CompletionRequest, args: GenerationArguments
+    ) -> None:
         """What needs no turn in the queue; names become those that mlx-lm loads."""
         named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
         args.model = type(args.model)(**named._asdict())
@@ -185,6 +215,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if key == named:  # else it will be checked when its model is loaded
             limits.check(args)
             limits.check_length(request, self._overflow.refuses_over(limits.context))
+        elif named.draft is not None and key is not None and key[:2] == named[:2]:
+            limits.check_draft()  # the model that is loaded, with another draft model
 
     @property
     def width(self) -> int | None:
@@ -194,13 +226,20 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
+        """Called on mlx-lm's thread; with more than one rank ours waits for theirs."""
+        if self._home is None:
+            self._generate_here()
+        else:
+            self._home.run(self._generate_here)
+
+    def _generate_here(self) -> None:
         _core.signals_cover_this_thread()
         self.recovery.begin()
         compat.sample_with_this_thread()
         if not self._load_first_model():
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
-        self.model_provider.load_default = lambda: None
+        self.model_provider.load_default = lambda: None  # type: ignore[method-assign]
         while not self._stop:
             self._starts_without_work += 1
             try:
@@ -244,7 +283,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         log.info("ready: %s", _status_line())
         return True
 
-    def _is_batchable(self, args: Any) -> bool:
+    def _is_batchable(self, args: GenerationArguments) -> bool:
         """mlx-lm asks of the model that is loaded, before it loads the one named.
 
         One that names another is served alone, which any model can be.
@@ -252,7 +291,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         named = self._model.is_named(args.model)
         return named and bool(super()._is_batchable(args))
 
-    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+    def _tokenize(
+        self,
+        tokenizer: Tokenizer,
+        request: CompletionRequest,
+        args: GenerationArguments,
+    ) -> tuple[Any, ...]:
         tokenize = super()._tokenize
         return self._prompts.read(
             request, args, tokenizer, lambda request: tokenize(tokenizer, request, args)
@@ -283,8 +327,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         return self.headroom.watch(self._prefill.watch(batch))
 
     def _make_state_machine(
-        self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        model_key: ModelKey,
+        tokenizer: Tokenizer,
+        stop_words: list[str],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         make = super()._make_state_machine
         made = self._own.make(
             lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
@@ -293,15 +342,25 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         stops, *rest = self._resumed.state_machine(made)
         return (self._own.stops(stops), *rest)
 
-    def resume_sampler(self, make: Any, args: Any, tokenizer: Any) -> Any:
+    def resume_sampler(
+        self,
+        make: Callable[[GenerationArguments, Tokenizer], Sampler],
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+    ) -> Sampler:
         """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
         made = self._own.make(
             lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
             lambda: partial(mx.argmax, axis=-1),
         )
-        return self._own.sampler(made)
+        guarded: Sampler = self._own.sampler(made)
+        return guarded
 
-    def resume_processors(self, make: Any, args: Any) -> list[Any]:
+    def resume_processors(
+        self,
+        make: Callable[[GenerationArguments], list[Processor]],
+        args: GenerationArguments,
+    ) -> list[Processor]:
         """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
         made = self._own.make(lambda: make(args), list)
         current = self.scheduler.current
@@ -309,9 +368,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             made = self._resumed.processors(made)
         return [self._own.processor(processor) for processor in made]
 
-    def top_logprobs(self, make: Any, *args: Any) -> Any:
+    def top_logprobs(
+        self, make: Callable[..., tuple[Json, ...]], *args: Any
+    ) -> tuple[Json, ...]:
         """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
-        return self._own.top_logprobs(lambda: make(*args))
+        found: tuple[Json, ...] = self._own.top_logprobs(lambda: make(*args))
+        return found
 
     def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start.
@@ -354,6 +416,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return None
         if isinstance(taken[1], AllStop):
             self._stop = True
+            if self._home is not None:
+                self._home.end()
             return None
         try:
             request = InFlight(
@@ -411,6 +475,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         else:
             self.scheduler.not_begun(request)
             self._caught = exc
+
+    def _rank_is_gone(self, rank: int) -> None:
+        """On the lifeline's thread: this one may wait for that rank for ever."""
+        if self.health.state == "failed":
+            return  # it has been answered already, or all end
+        why = f"The server restarts: rank {rank} has ended."
+        self.recovery.give_up(Unavailable(why, restarts=True), reported=True)
 
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""

@@ -42,12 +42,12 @@ class Server(ThreadingHTTPServer):
         self.handover = Handover.of_environment()
         # Connections until their handlers have begun, from then on, and those that
         # the next server is to have.
-        self._taken: dict[Any, Held] = {}
-        self._holds: dict[Any, Held] = {}
-        self._left: set[Any] = set()
+        self._taken: dict[socket.socket, Held] = {}
+        self._holds: dict[socket.socket, Held] = {}
+        self._left: set[socket.socket] = set()
         super().__init__(*args, **kwargs)
 
-    def held(self, connection: Any) -> Held:
+    def held(self, connection: socket.socket) -> Held:
         """What the supervisor keeps of ``connection``; asked by its handler."""
         found = self._holds[connection] = self._taken.pop(connection)
         return found
@@ -55,7 +55,7 @@ class Server(ThreadingHTTPServer):
     def take_over(self) -> None:
         """Serves what was accepted before, by an earlier server or the supervisor."""
 
-        def serve(connection: Any, held: Held) -> None:
+        def serve(connection: socket.socket, held: Held) -> None:
             if not self.health.arrive():
                 return  # the supervisor has it still
             connection.setblocking(True)
@@ -64,14 +64,15 @@ class Server(ThreadingHTTPServer):
 
         self.handover.take_over(serve)
 
-    def leave_open(self, connection: Any) -> None:
+    def leave_open(self, connection: socket.socket) -> None:
         """The next server is to have ``connection``."""
         self._left.add(connection)
 
     # A client counts from before it is accepted until its connection is closed, but
     # not while that waits for another request.
 
-    def get_request(self) -> Any:
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accepts a connection; raises OSError when there is none, or no more may."""
         if not self.health.arrive():
             time.sleep(0.05)  # it waits in the socket's queue, which stays readable
             raise ConnectionAbortedError("the server is leaving")
@@ -84,12 +85,12 @@ class Server(ThreadingHTTPServer):
         self._taken[connection] = self.handover.hold(connection)
         return connection, address
 
-    def rest(self, connection: Any) -> None:
+    def rest(self, connection: socket.socket) -> None:
         """``connection`` has its answer, and is kept."""
         self._resting.add(connection)
         self.health.depart()
 
-    def resume(self, connection: Any) -> None:
+    def resume(self, connection: socket.socket) -> None:
         """``connection`` has sent something, or ends."""
         self.health.return_()
         self._resting.remove(connection)
@@ -102,6 +103,7 @@ class Server(ThreadingHTTPServer):
         )
 
     def shutdown_request(self, request: Any) -> None:
+        """Closes a connection, unless the next server is to have it."""
         held = self._holds.pop(request, None) or self._taken.pop(request, None)
         if request not in self._left:
             super().shutdown_request(request)
@@ -115,6 +117,7 @@ class Server(ThreadingHTTPServer):
             raise KeyboardInterrupt
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Logs what a handler has ended with."""
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError):
             # It waits for nothing: checks of HAProxy end with a reset.
@@ -123,7 +126,7 @@ class Server(ThreadingHTTPServer):
             log.exception("a handler failed")
 
 
-def _peer(connection: Any) -> Any:
+def _peer(connection: socket.socket) -> Any:
     try:
         return connection.getpeername()
     except OSError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._command import CommandError
+from .mlx_lm.protocols import CompletionRequest
 from .model_limits import too_long
 
 __all__ = ["Overflow", "Truncation", "shortenings"]
@@ -21,6 +22,8 @@ __all__ = ["Overflow", "Truncation", "shortenings"]
 log = logging.getLogger("mlx_safe.server")
 
 Message = dict[str, Any]
+# mlx-lm's ``_tokenize``: the prompt, a list of tokens, comes first.
+Read = Callable[[CompletionRequest], tuple[Any, ...]]
 
 SYSTEM_ROLES = ("system", "developer")
 TOOL_ROLES = ("tool", "function")
@@ -102,8 +105,8 @@ class Overflow:
 
     def fit(
         self,
-        request: Any,
-        read: Callable[[Any], tuple[Any, ...]],
+        request: CompletionRequest,
+        read: Read,
         encode: Callable[[str], Sequence[int]],
         context: int | None = None,
     ) -> tuple[tuple[Any, ...], Truncation | None]:
@@ -149,7 +152,10 @@ class Overflow:
         return [*prompt[:keep], *prompt[-(self._max_tokens - keep) :]]
 
     def _cut_messages(
-        self, whole: Any, tokens: int, read: Callable[[Any], tuple[Any, ...]]
+        self,
+        whole: CompletionRequest,
+        tokens: int,
+        read: Read,
     ) -> tuple[tuple[Any, ...], Truncation]:
         assert self._max_tokens is not None
         messages = whole.messages
