@@ -53,11 +53,11 @@ import mlx_lm.server as server
 from mlx_safe.cli import main
 messages = [None, *os.environ["MLX_SAFE_TEST_FAILS"].splitlines()]
 read = server.load
-def load(*args, **kwargs):
+def load(path_or_hf_repo, *args, **kwargs):
     message = messages.pop(0) if messages else None
     if message:
         raise RuntimeError(message)
-    return read(*args, **kwargs)
+    return read(path_or_hf_repo, *args, **kwargs)
 server.load = load
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
