@@ -78,6 +78,7 @@ def used_in(path: Path) -> set[str]:
             and isinstance(node.func, ast.Name)
             and node.func.id in ("getattr", "hasattr", "setattr")
             and isinstance(node.args[1], ast.Constant)
+            and isinstance(node.args[1].value, str)
         ):
             found.add(node.args[1].value)
     return found

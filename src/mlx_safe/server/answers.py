@@ -2,7 +2,7 @@
 
 mlx-lm's own way ends with a 500 at what a model may write, and has no place for
 more than one choice or for log-probabilities in a stream. So its handler only says
-what is to be generated (`generator.Asked`) and what the frame of an answer looks
+what is to be generated (`asked.Asked`) and what the frame of an answer looks
 like (``generate_response``); what goes into it is decided here: an `Answer` reads
 its choices (`choices`) and sends what they have.
 """
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from . import logprobs, tool_calls
+from .asked import Asked
 from .choices import Choices
-from .generator import Asked
 from .logprobs import Entry, Names
 from .mlx_lm import compat
 from .mlx_lm.protocols import AnsweredContext, Json, Response

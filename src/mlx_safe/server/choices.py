@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from .generator import Asked
+from .asked import Asked
 from .mlx_lm.protocols import GenerationContext, Progress
 from .recorder import name_request
 
@@ -53,9 +53,9 @@ class Choices:
         self._is_over = False
 
     def __enter__(self) -> Choices:
-        departures = self._generator.departures
+        disconnects = self._generator.disconnects
         for name, _ in self._asked:
-            watching = departures.watching(name, self._connection)
+            watching = disconnects.watching(name, self._connection)
             self._stack.enter_context(watching)
         return self
 
@@ -65,7 +65,7 @@ class Choices:
             contexts = list(self._contexts)
         for name, _ in self._asked if len(self._asked) > 1 else ():
             # Its thread may wait for the next word of it.
-            request = self._generator.departures.request(name)
+            request = self._generator.disconnects.request(name)
             if request is not None:
                 request.disconnect()
         for context in contexts:

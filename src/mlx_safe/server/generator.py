@@ -19,9 +19,10 @@ import mlx.core as mx
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
-from .condition import EXIT_REPLACE, Condition
-from .departures import Departures
+from .asked import Asked
+from .disconnects import Disconnects
 from .headroom import Headroom, MemoryFlags
+from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
@@ -46,7 +47,7 @@ from .overflow import Overflow
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .prompts import Held, Prompts
-from .ranks import AllStop
+from .ranks import AllStop, Home
 from .recorder import request_id
 from .recovery import Recovery, portable
 from .replay import Resumed
@@ -54,17 +55,18 @@ from .replies import (
     EXPECTED,
     BadRequest,
     ModelNotFound,
-    NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
+    is_of_all,
     reply_for,
 )
 from .request import RUNNING, Disconnected, RequestState
 from .scheduler import Scheduler
+from .sequential import Sequential
 from .served_model import ServedModel, where
 from .watchdog import Watchdog
 
-__all__ = ["Asked", "ProtectedResponseGenerator"]
+__all__ = ["ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -76,26 +78,6 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
 
-# How often ranks agree whether the client of the sequential path is still there.
-SHARE_EVERY_TOKENS = 16
-
-
-class Asked(BaseException):
-    """What mlx-lm's handler wants to have generated; raised past its own way of
-    answering, ``except Exception`` included.
-
-    Attributes:
-        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
-    """
-
-    def __init__(
-        self, request: CompletionRequest, arguments: GenerationArguments, progress: Any
-    ) -> None:
-        super().__init__("to be answered by `answers.Answer`")
-        self.request = request
-        self.arguments = arguments
-        self.progress = progress
-
 
 class ProtectedResponseGenerator(ResponseGenerator):
     """mlx-lm's generator with an end to every request and none to the thread."""
@@ -104,7 +86,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self,
         model_provider: ModelProvider,
         prompt_cache: PromptCache,
-        condition: Condition,
+        health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
         overflow: Overflow,
@@ -113,8 +95,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
         max_kv_size: int | None = None,
         injections: bool = False,
         hold_s: float | None = None,
+        home: Home | None = None,
     ) -> None:
-        self.condition = condition
+        self.health = health
+        self._home = home
         self.names = names
         self._hold_s = hold_s
         self._overflow = overflow
@@ -133,7 +117,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         prompt_cache.gives_away = self._gives_away
         self._prefill = prefill
         self._resumed = Resumed()
-        self.departures = Departures()
+        self.disconnects = Disconnects()
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
@@ -143,14 +127,14 @@ class ProtectedResponseGenerator(ResponseGenerator):
             ),
         )
         self.metrics = Metrics(
-            lambda: len(self.scheduler), lambda: float(condition.state == "ok")
+            lambda: len(self.scheduler), lambda: float(health.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
         self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
         self.recovery = Recovery(
             lambda: self.requests,
             self.scheduler,
-            condition,
+            health,
             self.headroom,
             prompt_cache,
             self.metrics,
@@ -167,11 +151,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.headroom,
             overflow,
             self._resumed,
-            is_first=lambda: condition.state == "loading",
+            is_first=lambda: health.state == "loading",
             detokenizer=self._own.detokenizer,
             max_kv_size=max_kv_size,
             injections=injections,
         )
+        share = None if self._one_rank else self._share_object
+        self._sequential = Sequential(self.scheduler, self.headroom, share)
         self._prompts = Prompts(
             self._model,
             overflow,
@@ -181,6 +167,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.metrics,
             self._one_rank,
         )
+        if home is not None and home.lifeline is not None:
+            home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
 
@@ -209,11 +197,11 @@ class ProtectedResponseGenerator(ResponseGenerator):
             BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
-        if not self.condition.wait_loaded(self._hold_s):
+        if not self.health.wait_loaded(self._hold_s):
             raise Unavailable("The model is being loaded.", restarts=True)
-        if self.condition.state in ("failed", "refusing"):
-            restarts = self.condition.restarts
-            raise Unavailable(self.condition.reason, restarts=restarts)
+        if self.health.state in ("failed", "refusing"):
+            restarts = self.health.restarts
+            raise Unavailable(self.health.reason, restarts=restarts)
         self._check_at_the_door(request, args)
         return super().generate(request, args, progress)
 
@@ -238,6 +226,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
+        """Called on mlx-lm's thread; with more than one rank ours waits for theirs."""
+        if self._home is None:
+            self._generate_here()
+        else:
+            self._home.run(self._generate_here)
+
+    def _generate_here(self) -> None:
         _core.signals_cover_this_thread()
         self.recovery.begin()
         compat.sample_with_this_thread()
@@ -258,8 +253,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
                 raise exc
             self.recovery.recover(exc)
         except Exception as e:
-            log.exception("there is no recovery from this")
-            self.recovery.give_up(portable(e))
+            lost = errors.from_exception(e)
+            if lost is None:
+                log.exception("there is no recovery from this")
+            self.recovery.give_up(lost or portable(e))
 
     def _load_first_model(self) -> bool:
         try:
@@ -268,17 +265,21 @@ class ProtectedResponseGenerator(ResponseGenerator):
             # Of `load_or_say_why`, whose own text is cut.
             cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
             # What died here before may not have given its memory back yet.
-            passing = errors.from_exception(cause) or is_allocation_failure(cause)
+            fault = errors.from_exception(cause)
+            passing = is_allocation_failure(cause)
+            passing = passing or (
+                fault is not None and (fault.retryable or fault.fatal)
+            )
             status = EXIT_REPLACE if passing else 2
             place = "" if passing else where(self.cli_args)
             why = in_one_line(cause)
             log.error("the model cannot be loaded: %s%s", place, why)
-            self.condition.restarts = status == EXIT_REPLACE
-            self.condition.enter("failed", "the model cannot be loaded")
+            self.health.restarts = status == EXIT_REPLACE
+            self.health.enter("failed", "the model cannot be loaded")
             error = Unavailable("The model cannot be loaded.", restarts=True)
-            self.condition.leave(status, lambda: self.recovery.fail_everyone(error))
+            self.health.leave(status, lambda: self.recovery.fail_everyone(error))
             return False
-        self.condition.enter("ok")
+        self.health.enter("ok")
         log.info("ready: %s", _status_line())
         return True
 
@@ -415,6 +416,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             return None
         if isinstance(taken[1], AllStop):
             self._stop = True
+            if self._home is not None:
+                self._home.end()
             return None
         try:
             request = InFlight(
@@ -423,9 +426,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
         except RecursionError:
             taken[0].put(BadRequest("The request is nested too deeply."))
             return None
+        except MemoryError as e:
+            # Nothing knows of it yet: it would wait for ever.
+            taken[0].put(portable(e))
+            return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
             self.scheduler.arrive(request)
-            self.departures.bind(request_id(taken[1]), request)
+            self.disconnects.bind(request_id(taken[1]), request)
         return request
 
     def _serve_single(self, request: Any, *args: Any) -> None:
@@ -436,54 +443,15 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
-        # The sequential path looks for clients that left after a token only. The
-        # batched one looks by itself, and an exception would end the batch.
         if request.run.alone:
-            if self._has_left(request):
-                raise Disconnected("the client left during the step")
-            self._between_single_steps(request, item)
-
-    def _between_single_steps(self, request: InFlight, item: Any) -> None:
-        """The sequential path has done a step and puts ``item`` for the client.
-
-        Raises:
-            Held: it goes on with smaller steps.
-            NotEnoughMemory: it cannot go on.
-        """
-        if request.claim is None or not self._one_rank:
-            return
-        if isinstance(item, tuple):
-            done, total = item
-            length = request.claim.prompt - total + done
-        elif hasattr(item, "token"):
-            length = request.next_length
-        else:
-            return
-        with self.headroom.observing_step(request.run.length, length):
-            found = self.scheduler.single_step(request, length)
-            if found == "smaller":
-                raise Held
-            if found == "none":
-                raise NotEnoughMemory("there is no memory for the next step")
-
-    def _has_left(self, request: InFlight) -> bool:
-        """Whether the client is gone; with more than one rank, as all ranks see it.
-
-        Only the first rank knows, and sharing waits for the step that is under way:
-        it is done for each piece of the prompt, but not for each token.
-        """
-        if self._one_rank:
-            return request.is_ended
-        if len(request.produced) % SHARE_EVERY_TOKENS:
-            return False
-        return bool(self._share_object(request.is_ended or None))
+            self._sequential.before_put(request, item)
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
         # nothing to do, so a thread that does not move is in a step that hangs; also
         # when its clients have left, and those that come later wait in the queue.
         # With more than one rank the step may be the meeting in such a turn.
-        return self.condition.state not in ("loading", "failed")
+        return self.health.state not in ("loading", "failed")
 
     def _on_caught(self, request: InFlight, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
@@ -500,8 +468,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             log.info("a request is refused: %s", exc)
             request.fail(exc)
             return
-        passing = errors.from_exception(exc) or is_allocation_failure(exc)
-        if not request.has_context and not passing:
+        if not request.has_context and not is_of_all(exc):
             log.error("a request could not be begun", exc_info=exc)
             self.metrics.failures.labels(reply_for(exc).code).inc()
             request.fail(portable(exc))
@@ -509,10 +476,17 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.scheduler.not_begun(request)
             self._caught = exc
 
+    def _rank_is_gone(self, rank: int) -> None:
+        """On the lifeline's thread: this one may wait for that rank for ever."""
+        if self.health.state == "failed":
+            return  # it has been answered already, or all end
+        why = f"The server restarts: rank {rank} has ended."
+        self.recovery.give_up(Unavailable(why, restarts=True), reported=True)
+
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
         why = Unavailable("The server is stopping.", restarts=True)
-        self.condition.enter("failed", "the server is stopping")
+        self.health.enter("failed", "the server is stopping")
         self.recovery.fail_everyone(why)
         if self._one_rank:
             self._stop = True
@@ -522,7 +496,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self._generation_thread.join(
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
-        self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
+        self.health.leave(0, lambda: self.recovery.fail_everyone(why))
 
 
 def _status_line() -> str:

@@ -267,7 +267,7 @@ class Headroom:
             self._carry_out(found)
 
     def refusal(self, found: Decision, prompt: int, total: int) -> Exception:
-        """What a client is told of a request that may not run. Sizes in tokens."""
+        """The error of a request that may not run. Sizes in tokens."""
         if found.verdict == "refuse":
             why = self.limits.lowered
             return NotEnoughMemory(

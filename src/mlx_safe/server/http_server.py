@@ -12,8 +12,8 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from . import supervisor
-from .condition import Condition
 from .handover import Handover, Held
+from .health import Health
 from .wire import Resting
 
 __all__ = ["Server", "bind"]
@@ -25,7 +25,7 @@ class Server(ThreadingHTTPServer):
     """One thread for each connection, which a supervisor's next server may take over.
 
     Attributes:
-        condition: of the server; to be set before ``serve_forever``.
+        health: of the server; to be set before ``serve_forever``.
         stop_requested: set by a signal handler; ends ``serve_forever`` with a
             KeyboardInterrupt.
         handover: the channel to the supervisor.
@@ -34,7 +34,7 @@ class Server(ThreadingHTTPServer):
     # The default of 5 refuses connections when clients come all at once.
     request_queue_size = 128
     daemon_threads = True
-    condition: Condition
+    health: Health
     stop_requested = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,7 +56,7 @@ class Server(ThreadingHTTPServer):
         """Serves what was accepted before, by an earlier server or the supervisor."""
 
         def serve(connection: socket.socket, held: Held) -> None:
-            if not self.condition.arrive():
+            if not self.health.arrive():
                 return  # the supervisor has it still
             connection.setblocking(True)
             self._taken[connection] = held
@@ -73,13 +73,13 @@ class Server(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accepts a connection; raises OSError when there is none, or no more may."""
-        if not self.condition.arrive():
+        if not self.health.arrive():
             time.sleep(0.05)  # it waits in the socket's queue, which stays readable
             raise ConnectionAbortedError("the server is leaving")
         try:
             connection, address = super().get_request()
         except OSError:
-            self.condition.depart()
+            self.health.depart()
             raise
         # At once, and not by its thread: until then only this process has it.
         self._taken[connection] = self.handover.hold(connection)
@@ -88,11 +88,11 @@ class Server(ThreadingHTTPServer):
     def rest(self, connection: socket.socket) -> None:
         """``connection`` has its answer, and is kept."""
         self._resting.add(connection)
-        self.condition.depart()
+        self.health.depart()
 
     def resume(self, connection: socket.socket) -> None:
         """``connection`` has sent something, or ends."""
-        self.condition.return_()
+        self.health.return_()
         self._resting.remove(connection)
 
     def count_reading(self) -> int:
@@ -109,7 +109,7 @@ class Server(ThreadingHTTPServer):
             super().shutdown_request(request)
             if held is not None:
                 held.close()
-        self.condition.depart()
+        self.health.depart()
 
     def service_actions(self) -> None:
         """Between two connections: not in the midst of accepting one."""

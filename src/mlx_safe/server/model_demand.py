@@ -9,12 +9,11 @@ import logging
 from functools import partial
 from typing import Any
 
-from .. import errors
 from ..memory.demand import Demand
 from ..memory.estimate import CacheCost, Transients, calibrate
 from .mlx_lm import compat
 from .mlx_lm.protocols import ModelProvider
-from .replies import is_allocation_failure
+from .replies import is_of_all
 
 __all__ = ["NoRoom", "demand_of"]
 
@@ -41,7 +40,7 @@ def demand_of(provider: ModelProvider) -> Demand:
     except NoRoom:
         raise
     except Exception as e:
-        if errors.from_exception(e) is not None or is_allocation_failure(e):
+        if is_of_all(e):
             raise
         # Only what is active can be looked at then, not what will be.
         log.warning("this model cannot be measured, requests are not: %r", e)

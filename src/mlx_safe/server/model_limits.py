@@ -61,6 +61,8 @@ class ModelLimits:
         context = context_of(model, tokenizer)
         try:
             longest = max(map(len, tokenizer.get_vocab()))
+        except MemoryError:
+            raise
         except Exception as e:  # a tokenizer of the model's own may have no list
             log.debug("the tokens are not known: %r", e)
             longest = None

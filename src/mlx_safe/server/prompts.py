@@ -23,10 +23,10 @@ from .mlx_lm.protocols import (
     Tokenizer,
 )
 from .model_limits import prompt_field
-from .overflow import Cut, Overflow
+from .overflow import Overflow, Truncation
 from .recovery import one_line
 from .replay import Resumed
-from .replies import EXPECTED, BadRequest
+from .replies import EXPECTED, BadRequest, is_of_all
 from .request import Disconnected
 from .scheduler import Scheduler
 from .served_model import ServedModel
@@ -101,7 +101,7 @@ class Prompts:
         args: GenerationArguments,
         tokenizer: Tokenizer,
         tokenize: Tokenize,
-    ) -> tuple[tuple[Any, ...], Cut | None]:
+    ) -> tuple[tuple[Any, ...], Truncation | None]:
         limits = self._model.limits
         # Once more: another model may have been asked for when it came.
         limits.check(args)
@@ -114,6 +114,8 @@ class Prompts:
         except EXPECTED:
             raise
         except Exception as e:
+            if is_of_all(e):
+                raise  # not the prompt's own
             raise _unreadable(e, work, _at_fault(work, args, tokenize)) from e
         args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
         if not found[0]:
@@ -146,7 +148,7 @@ class Prompts:
             raise self._headroom.refusal(found, prompt, total)
         self._headroom.make_room(found, *key)
 
-    def _note_cut(self, cut: Cut, request: InFlight) -> None:
+    def _note_cut(self, cut: Truncation, request: InFlight) -> None:
         if "X-Prompt-Truncated" not in request.headers:  # it may be tokenized again
             log.info("a prompt was %s (--max-prompt-tokens)", cut)
             self._metrics.truncations.inc()

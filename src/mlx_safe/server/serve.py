@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import Fault, errors, install, on_fault, testing
-from .._command import CommandError
+from .._command import CommandError, need_mlx
 from ..forensics import startup
 from . import http_server, ranks, supervisor
 from .body import Bodies
-from .condition import EXIT_REPLACE, Condition
 from .flags import check_flags, own_parser
-from .handover import Message
+from .handover import Handover, Message
+from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
 from .mlx_lm.patch import patch, run_main
 from .mlx_lm.protocols import ModelProvider, Server
@@ -66,21 +66,41 @@ def serve(arguments: Sequence[str]) -> int:
         print("\noptions of mlx_lm.server:\n")
         sys.stdout.flush()
     elif options.supervise:
-        if ranks.is_one_of_many():
-            raise CommandError(
-                "--supervise restarts one process, not all ranks; leave it out and "
-                "restart mlx.launch itself (docs/server.md)"
-            )
         supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
+    home = None
+    if ranks.is_one_of_many():
+        need_mlx()
+        home = ranks.Home()
+        try:
+            home.wait_made()
+        except Exception as e:
+            # One of them may be about to start again.
+            print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
+            return EXIT_REPLACE
+        _check_nccl(rest)
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
     run_main(
         server,
         lambda host, port, model_provider: run(
-            server, host, port, model_provider, options, bool(injections)
+            server, host, port, model_provider, options, bool(injections), home
         ),
         rest,
     )
     return 0
+
+
+def _check_nccl(rest: Sequence[str]) -> None:
+    if not ranks.uses_nccl():
+        return
+    if "--pipeline" in rest:
+        raise CommandError(
+            "--pipeline: MLX cannot send from one rank to another with NCCL (0.32); "
+            "leave it out, or start mlx.launch with --backend ring"
+        )
+    # Not before MLX is known to be there: it imports it.
+    from .mlx_lm.compat import meet_on_the_gpu
+
+    meet_on_the_gpu()
 
 
 def run(
@@ -90,6 +110,7 @@ def run(
     model_provider: ModelProvider,
     options: argparse.Namespace,
     injections: bool,
+    home: ranks.Home | None = None,
 ) -> None:
     """Stands in for ``mlx_lm.server.run``. Main thread; ends the process.
 
@@ -102,6 +123,7 @@ def run(
         model_provider: mlx-lm's ``ModelProvider``; has no model yet.
         options: what `own_parser` has found.
         injections: attach the fault plan of ``MLX_SAFE_INJECT`` to the model.
+        home: where the group of ranks was made; None: there is one rank.
 
     Raises:
         CommandError: it cannot start; the message says what to do.
@@ -142,13 +164,18 @@ def run(
         log.info("listening at http://%s:%s; loading the model", host, port)
     patch(server, lambda: generator)
 
+    handover = Handover.of_environment() if httpd is None else httpd.handover
+
     def ready() -> None:
         _set_retry_after(ready=True)
-        if httpd is not None:
-            httpd.handover.tell(Message.READY)
+        handover.tell(Message.READY)
+        if not is_first:  # the others see no request that is completed
+            handover.tell(Message.WORKED)
 
     _set_retry_after(ready=False)
-    generator = _make_generator(options, overflow, model_provider, injections, ready)
+    generator = _make_generator(
+        options, overflow, model_provider, injections, ready, home
+    )
     start_sampler(generator.headroom.figures)
     with watch:
         if httpd is None:
@@ -183,6 +210,7 @@ def _make_generator(
     model_provider: ModelProvider,
     injections: bool,
     on_ready: Callable[[], None],
+    home: ranks.Home | None,
 ) -> ProtectedResponseGenerator:
     """Starts the generation thread, which loads the model."""
     from .generator import ProtectedResponseGenerator
@@ -194,7 +222,7 @@ def _make_generator(
     return ProtectedResponseGenerator(
         model_provider,
         PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes),
-        Condition(on_ready),
+        Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
         overflow=overflow,
@@ -211,6 +239,7 @@ def _make_generator(
             download=options.allow_model_download,
         ),
         injections=injections,
+        home=home,
         # Without a supervisor, requests wait for the model as long as it takes.
         hold_s=options.hold_seconds or None if supervisor.is_supervised() else None,
     )
@@ -240,8 +269,8 @@ def _serve_until_signal(
 
     for n in numbers:
         signal.signal(n, stop)
-    httpd.condition = generator.condition
-    httpd.condition.count_held = httpd.count_reading
+    httpd.health = generator.health
+    httpd.health.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)
         httpd.take_over()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import errors, testing
+from .. import testing
 from .headroom import Headroom
 from .mlx_lm import kv_window
 from .mlx_lm.model_loading import replace_model
@@ -18,7 +18,7 @@ from .model_names import DEFAULT, ModelNames
 from .overflow import Overflow
 from .recovery import one_line
 from .replay import Resumed
-from .replies import EXPECTED, ModelNotFound, is_allocation_failure
+from .replies import EXPECTED, ModelNotFound, is_of_all
 
 __all__ = ["ServedModel", "where"]
 
@@ -104,7 +104,7 @@ class ServedModel:
         try:
             model, tokenizer = self._load(*named)
         except Exception as e:
-            if errors.from_exception(e) or is_allocation_failure(e):
+            if is_of_all(e):
                 raise  # it may pass
             if not self._is_first():
                 log.info("a model cannot be loaded: %s", one_line(e))

@@ -83,6 +83,8 @@ def read(text: str, parser: Parser, tools: object) -> list[Call]:
     """
     try:
         parsed = parser(text, tools)
+    except MemoryError:
+        raise
     except Exception as e:  # whatever it is: a model can write anything
         raise Unreadable(type(e).__name__) from None
     found = parsed if isinstance(parsed, list) else [parsed]
@@ -117,6 +119,8 @@ def _as_text(arguments: object) -> str:
             text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             text.encode()  # half of a pair of surrogates is no text either
             return text
+    except MemoryError:
+        raise
     except Exception as e:
         raise Unreadable(f"its arguments are no JSON: {type(e).__name__}") from None
     raise Unreadable("its arguments are no object")

@@ -12,13 +12,13 @@ from typing import Any
 
 from .. import schema, strict_json
 from ..answers import Answer
+from ..asked import Asked
 from ..body import Bodies, Hold
 from ..choices import GenerationEnded
 from ..endpoints import Endpoints
-from ..generator import Asked
 from ..handover import Message
 from ..model_names import DEFAULT
-from ..replies import EXPECTED, BadRequest, NotEnoughMemory, reply_for
+from ..replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
 from ..request_file import State
 from ..responses import DISCONNECTED, error_body
 from . import compat
@@ -112,7 +112,7 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
-        request = self.response_generator.departures.request(
+        request = self.response_generator.disconnects.request(
             getattr(self, "request_id", None)
         )
         for name, value in request.headers.items() if request else ():
@@ -139,7 +139,10 @@ class ProtectedHandler(Endpoints, APIHandler):
         except _Refused as e:
             self.end_with(e.error)
         except Exception as e:
-            log.exception("a request failed before it was begun")
+            if is_of_all(e):
+                log.error("a request cannot be begun: %s", type(e).__name__)
+            else:
+                log.exception("a request failed before it was begun")
             self.end_with(e)  # handle_completion deals with its own
         finally:
             self.rfile = rfile
@@ -185,6 +188,8 @@ class ProtectedHandler(Endpoints, APIHandler):
         try:
             return super().handle_chat_completions()
         except Exception as e:
+            if is_of_all(e):
+                raise
             # mlx-lm (0.32) fetches images here, and answers with the reason itself.
             log.info("an image cannot be fetched: %s", e)
             why = BadRequest("An image of the messages cannot be fetched.", "messages")
