@@ -72,6 +72,8 @@ def test_what_is_shipped_names_the_tested_versions() -> None:
     for package in ("mlx", "mlx[cpu]"):
         assert f'"{package}>={oldest_mlx}; ' in project
     assert {oldest_mlx, newest_mlx} <= set(EXECUTED) & set(READ)
+    pairs = (f"mlx {mlx} + mlx-lm {lm}" for mlx, lm in (OLDEST_PAIR, NEWEST_PAIR))
+    assert " and ".join(pairs) in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_the_docs_have_the_table() -> None:

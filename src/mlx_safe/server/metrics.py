@@ -102,7 +102,7 @@ class Metrics:
         )
         self.failures = Counter(
             "mlx_safe_generation_failures",
-            "Steps and answers that failed, by the code that clients were told",
+            "Steps and answers that failed, by the code of the error response",
             ["code"],
             registry=self.registry,
         )
