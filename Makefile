@@ -94,7 +94,7 @@ coverage: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## which 
 
 # On a Mac, where the simulated Metal is not built: signals, stacks, the run file.
 test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Metal
-	MLX_SAFE_TEST_NATIVE=none $(VENVS)/observe/bin/python -m pytest $(filter-out tests/test_metal.py,$(ONCE)) $(ARGS)
+	MLX_SAFE_TEST_NATIVE=none $(VENVS)/observe/bin/python -m pytest $(filter-out tests/test_metal%,$(ONCE)) $(ARGS)
 
 sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
@@ -158,8 +158,17 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 CONTRACT_CACHE ?= .cache/contract
 
 # The observe pair makes the model for a server.
-machrun: machrun-setup $(VENVS)/wheels.ready  ## the macOS binaries of MLX and ours, executed under emulation
-	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(ARGS)
+# Servers and the rest side by side, unless make itself was told how many.
+machrun:  ## the macOS binaries of MLX and ours, executed under emulation
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) machrun-servers machrun-rest
+
+MACHRUN_SERVERS := tests/machrun/test_server.py tests/machrun/test_hardware.py
+.PHONY: machrun-servers machrun-rest
+machrun-servers: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_SERVERS) $(ARGS)
+
+machrun-rest: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(MACHRUN_SERVERS:%=--ignore %) $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup

@@ -442,12 +442,12 @@ PATIENT = """
 import sys, time
 from types import SimpleNamespace
 from mlx_safe.cli import main
-from mlx_safe.server import condition
+from mlx_safe.server import health
 def sleep(seconds):
     print("it waits for its clients", flush=True)
     time.sleep(seconds)
-condition.ANSWER_TIMEOUT_S = 600.0
-condition.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+health.ANSWER_TIMEOUT_S = 600.0
+health.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 

@@ -257,14 +257,14 @@ def leaving(stage: Stage, drivers: Drivers) -> Outcomes:
     left = 'mlx_safe_requests_total{outcome="client_left"}'
     outcomes = {}
     for name, driver in drivers.items():
-        departures, seen = server.departures, server.metric(left)
+        disconnects, seen = server.disconnects, server.metric(left)
         outcomes[name] = driver.do(task(server, name, leave=True, max_tokens=ENDLESS))
         if not driver.client.lets_go:
             driver.stop()
         # Its answer would go on for minutes.
         outcomes[name].left &= (
             eventually(lambda seen=seen: server.metric(left) == seen + 1, 10)  # type: ignore[misc]
-            and server.departures == departures + 1
+            and server.disconnects == disconnects + 1
             and server.metric("mlx_safe_requests_in_flight") == 0
         )
     return outcomes

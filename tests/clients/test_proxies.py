@@ -90,7 +90,7 @@ def test_a_503_goes_to_the_other_server(
 
 def test_who_leaves_is_passed_on(proxy: Proxy, two: list[Server]) -> None:
     for stream in (False, True):
-        gone = two[0].departures
+        gone = two[0].disconnects
         two[0].hold(20)
         body = {"messages": [{"role": "user", "content": "left"}], "stream": stream}
         with proxy.connected({**body, "max_tokens": ENDLESS}):

@@ -28,7 +28,7 @@ from support.programs import program
 
 # The Python of the servers: another one than the tests' own under `make machrun`.
 PYTHON = os.environ.get("MLX_SAFE_TEST_PYTHON", sys.executable)
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "120"))
 REQUEST_TIMEOUT_S = 90.0
 
 STOCK = program("stock_server")
@@ -44,14 +44,14 @@ REFUSING = """
 import signal, sys, time
 from types import SimpleNamespace
 from mlx_safe.cli import main
-from mlx_safe.server import condition, recovery
+from mlx_safe.server import health, recovery
 recovery.REFUSE_FOR_S = 3600.0
 passed = 0.0
 def pass_the_hour(*_):
     global passed
     passed = 3600.0
 signal.signal(signal.SIGUSR1, pass_the_hour)
-condition.time = SimpleNamespace(
+health.time = SimpleNamespace(
     sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
 )
 sys.exit(main(["serve", *sys.argv[1:]]))
@@ -249,7 +249,7 @@ class Server:
         assert eventually(lambda: self.log.count(text) >= times), self.log
 
     @property
-    def departures(self) -> int:
+    def disconnects(self) -> int:
         """How many clients the log says went away before they had their answer."""
         return self.log.count("went away; its request is cancelled")
 
