@@ -24,6 +24,7 @@ from mlx_safe.cli import main
 from mlx_safe.memory.estimate import Transients
 from mlx_safe.server import model_demand
 from support import child
+from support.programs import program
 from support.server import CONTROLLED, Answer, Server, eventually
 
 CEILING = 6_000_000
@@ -38,55 +39,9 @@ STRANGERS = ((0.5, 200), (0.7, 200), (1.5, 400), (3.0, 400))
 ENDLESS = 100_000
 ROOM_FOR_ONE = ("--max-active-kv-bytes", "75M")
 
-# The protected server. It takes the first two requests together; when both have begun
-# to answer, somebody takes MLX's memory, until one of them had to be put back for it.
-BALLOON = """
-import sys, time
-import mlx.core as mx
-from mlx_safe.cli import main
-from mlx_safe.server.generator import ProtectedResponseGenerator as Generator
-from mlx_safe.server.request import RUNNING
-from mlx_safe.server.scheduler import Scheduler
-came, held = [], []
-take, step, preempt = Generator._next_request, Scheduler.step, Scheduler._preempt
-def take_both(self, timeout=None):
-    while not came and self.requests.qsize() < 2:
-        time.sleep(0.01)
-    came.append(True)
-    return take(self, timeout)
-def inflate(self):
-    answering = [r for r in self.requests(*RUNNING) if len(r.produced) > 20]
-    if len(answering) == 2 and not self.events["preempted"]:
-        # Until there is room for the next block of one request and not of two. From
-        # a buffer: nothing is computed for it.
-        held.append(mx.array(memoryview(bytearray(100_000 if held else 4_000_000))))
-    return step(self)
-def preempt_and_let_go(self, request):
-    preempt(self, request)
-    held.clear()
-    mx.clear_cache()
-Generator._next_request = take_both
-Scheduler.step, Scheduler._preempt = inflate, preempt_and_let_go
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+BALLOON = program("balloon")
 
-# The protected server, to which each step seems to have taken five times as much
-# besides, once the model is loaded.
-DEAR = """
-import sys
-from mlx_safe.cli import main
-from mlx_safe.memory.estimate import Transients
-from mlx_safe.server.headroom import Headroom
-observe, loaded = Transients.observe, Headroom.model_loaded
-def observe_dear(self, tokens, context, nbytes):
-    observe(self, tokens, context, 5 * nbytes)
-    observe(self, tokens, context, nbytes)
-def loaded_then_dear(self, provider):
-    loaded(self, provider)
-    Transients.observe = observe_dear
-Headroom.model_loaded = loaded_then_dear
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+DEAR = program("dear_steps")
 
 
 def gauges(server: Server) -> dict[str, float]:

@@ -15,18 +15,9 @@ import pytest
 
 from mlx_safe.server import request_file
 from mlx_safe.server.request_file import RequestFile, State
+from support.programs import program
 
-# A server that reads a connection, and says when it has begun.
-READS = """
-import socket, sys
-from mlx_safe.server.request_file import RequestFile
-connection = socket.socket(fileno=int(sys.argv[1]))
-file = RequestFile(int(sys.argv[2]))
-buffer = memoryview(bytearray(1 << 20))
-print(flush=True)
-while file.receive(connection, buffer):
-    pass
-"""
+READS = program("reads_a_request")
 LENGTH = 40_000_000
 # A piece that looks like the one before it, and one that does not.
 TEXTS = {"the same": b"x" * LENGTH, "noise": random.Random(0).randbytes(LENGTH)}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from support import child
+from support.programs import program
 from support.server import CONTROLLED, Answer, Server
 
 WAYS: list[dict[str, Any]] = [
@@ -262,19 +263,7 @@ def test_a_model_that_does_not_fit_into_memory(
         assert loads(server) == before
 
 
-FAILS_LATE = """
-import sys
-import mlx.core as mx
-from mlx_safe.cli import main
-from mlx_safe.server.mlx_lm import model_loading
-evaluate, failures = mx.eval, [False, True]
-def fail(*arrays):
-    if failures and failures.pop(0):
-        raise ValueError("a file cannot be read")
-    evaluate(*arrays)
-model_loading.mx = type("mx", (), {"eval": fail, "clear_cache": mx.clear_cache})
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+FAILS_LATE = program("fails_late")
 
 
 @pytest.mark.parametrize("way", WAYS[:2], ids=str)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from support.programs import program
 from support.server import Answer, Server, free_port
 
 # Ranks that get no error from a lost peer (MLX up to 0.32.0) end after this time. Not
@@ -25,16 +26,7 @@ from support.server import Answer, Server, free_port
 STALL_TIMEOUT = ("--stall-timeout", "8")
 END_TIMEOUT_S = 180.0
 
-# mlx-lm 0.31.3 serves a request with a seed on a stream of its own. On the CPU
-# backend that is a second thread that talks to the same sockets; with a GPU all
-# collectives run on the default stream of the CPU, as they do here with this.
-ONE_STREAM = """
-import importlib, sys
-import mlx.core as mx
-from mlx_safe.cli import main
-importlib.import_module("mlx_lm.generate").generation_stream = mx.cpu
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+ONE_STREAM = program("one_stream")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from mlx_safe.server.recovery import what_it_means
 from mlx_safe.server.request import Request, RequestState
 from mlx_safe.server.scheduler import Failure, Scheduler
 from mlx_safe.testing import metal_message
+from support.programs import program
 from support.server import (
     BATCH_RUNS_S,
     CONTROLLED,
@@ -45,22 +46,7 @@ PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
 
 
-# The protected server; loads its first model, and then fails with what is said in
-# MLX_SAFE_TEST_FAILS, once for each line.
-LOADS_BADLY = """
-import os, sys
-import mlx_lm.server as server
-from mlx_safe.cli import main
-messages = [None, *os.environ["MLX_SAFE_TEST_FAILS"].splitlines()]
-read = server.load
-def load(path_or_hf_repo, *args, **kwargs):
-    message = messages.pop(0) if messages else None
-    if message:
-        raise RuntimeError(message)
-    return read(path_or_hf_repo, *args, **kwargs)
-server.load = load
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+LOADS_BADLY = program("loads_badly")
 
 
 @pytest.fixture

@@ -10,18 +10,12 @@ from typing import Any
 
 import pytest
 
+from support.programs import program
 from support.server import CONTROLLED, Server, eventually
 
 TEXT = "unmistakable words of a prompt"
 
-# The protected server; it writes a second report of a fault an hour after the first.
-RARELY = """
-import sys
-from mlx_safe import _reports
-from mlx_safe.cli import main
-_reports.FAULT_REPORT_EVERY_S = 3600.0
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+RARELY = program("reports_rarely")
 
 
 def only_report(directory: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from support.bad_requests import CHAT, TEXT, Case, cases
+from support.programs import program
 from support.server import Answer, Server
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -392,15 +393,7 @@ def test_the_answer_arrives_though_the_body_is_not_read(tiny_model: Path) -> Non
         assert server.chat().status == 200
 
 
-SLOW = """
-import sys
-from mlx_safe.cli import main
-from mlx_safe.server import body
-body.GRACE_S = 1.0
-body.WAIT_S = 0.5
-body.SMALL_TOTAL = body.SMALL
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+SLOW = program("impatient_with_bodies")
 
 
 def test_slow_bodies(tiny_model: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from mlx_safe.server import handover, holding, supervisor
+from support.programs import program
 from support.server import Answer, Server, eventually
 from test_supervisor import SUPERVISED, pids_of_children
 
@@ -208,19 +209,7 @@ def test_who_is_held_is_told_when_it_ends(tmp_path: Path) -> None:
             assert s.recv(12) == b"HTTP/1.1 503"
 
 
-# A server that says what it is told to, and dies. Its arguments: a file that counts
-# its lives, how many of them it has, what it says in each.
-SAYS = """
-import os, sys, time
-from mlx_safe.server.handover import Handover, Message
-path, lives, *said = sys.argv[1:]
-with open(path, "a") as file:
-    file.write("x")
-parent = Handover.of_environment()
-for name in said:
-    parent.tell(Message[name])
-sys.exit(0 if os.path.getsize(path) >= int(lives) else 1)
-"""
+SAYS = program("says_what_it_is_told")
 
 
 def supervise(tmp_path: Path, *arguments: str) -> tuple[int, int]:
@@ -249,26 +238,7 @@ def test_one_that_did_not_is_given_up(tmp_path: Path) -> None:
     assert supervise(tmp_path, "9", "LISTENS", "READY") == (1, 6)
 
 
-# One that is given a connection and ends; its files are closed a while before, as those
-# of a large process are on macOS. The next one answers what it is given.
-ENDS_SLOWLY = """
-import os, socket, sys, time
-from mlx_safe.server.handover import Handover, Message
-parent, given = Handover.of_environment(), []
-is_first = not os.path.exists(sys.argv[1])
-open(sys.argv[1], "w").close()
-parent.tell(Message.LISTENS)
-parent.take_over(lambda connection, held: given.append(connection))
-end = time.monotonic() + 30
-while not given and time.monotonic() < end:
-    time.sleep(0.01)
-if is_first:
-    parent._channel.shutdown(socket.SHUT_RDWR)
-    time.sleep(4)
-    sys.exit(1)
-for connection in given:
-    connection.sendall(b"answer")
-"""
+ENDS_SLOWLY = program("ends_slowly")
 
 
 @pytest.mark.usefixtures("no_back_off")
@@ -334,13 +304,7 @@ def test_retry_after_is_what_the_last_start_took(took: float | None, told: int) 
     assert json.loads(body)["error"]["retry_after"] == told
 
 
-SLOW_TO_LOAD = """
-import sys, time
-import mlx_lm.server
-from mlx_safe.cli import main
-mlx_lm.server.ModelProvider.load_default = lambda self: time.sleep(600)
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+SLOW_TO_LOAD = program("slow_to_load")
 
 
 def test_a_model_that_takes_long_is_not_waited_for_for_ever(tiny_model: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,7 +93,7 @@ def server(
 ) -> Iterator[Server]:
     environment = environment_of(version, tmp_path_factory.mktemp("reports"))
     inject = f"any:{NEVER}"  # or steps are not counted
-    options = {"program": FAILING, "env": environment, "inject": inject}
+    options: dict[str, Any] = {"program": FAILING, "env": environment, "inject": inject}
     with Server(model, *ARGUMENTS, **options) as started:
         yield started.wait_ready()
 
@@ -235,7 +236,7 @@ def test_without_us_the_same_buffer_ends_the_server(
 ) -> None:
     """The control: mlx_lm.server with the older MLX, and nothing of ours."""
     environment = environment_of(OLDEST_PAIR[0], tmp_path)
-    options = {"program": STOCK_FAILING, "env": environment}
+    options: dict[str, Any] = {"program": STOCK_FAILING, "env": environment}
     environment["MLX_SAFE_AUTOINSTALL"] = "0"
     with Server(model, **options) as server:
         server.wait_ready()

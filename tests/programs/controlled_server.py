@@ -1,0 +1,122 @@
+"""The protected server, told by lines of its standard input.
+
+A fault plan counts steps from when it is read and takes the place of the one before;
+"memory" asks for the bytes of MLX's arrays, "steps" for the number of steps so far,
+"clients" for that of the handlers whose request is in the generator's hands,
+"connections" for that of the connections accepted so far, "pid" for the server's.
+"forget" empties the prompt cache, and answers how many prompts were in it. "hold N":
+the Nth step from now waits, before anything of it is done, for "go"; "hold" asks how
+many it is away. mlx-lm fails on a request with the stop word "FAILS".
+"""
+
+import gc
+import os
+import socket
+import sys
+import threading
+
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.server import ResponseGenerator
+
+from mlx_safe import testing
+from mlx_safe.cli import main
+
+NEVER = 10**9  # a step that no test comes to
+make = ResponseGenerator._make_state_machine
+
+
+def failing(self, model_key, tokenizer, stop_words, *args, **kwargs):
+    if "FAILS" in stop_words:
+        raise ValueError("asked for")
+    return make(self, model_key, tokenizer, stop_words, *args, **kwargs)
+
+
+ResponseGenerator._make_state_machine = failing
+
+
+def forget():
+    caches = [o for o in gc.get_objects() if issubclass(type(o), LRUPromptCache)]
+    count = sum(len(cache) for cache in caches)
+    for cache in caches:
+        cache.trim_to(n_sequences=0)
+    return count
+
+
+counter = testing.inject("any", NEVER)
+count, going, away = testing.step, threading.Event(), NEVER
+
+
+def step(phase):
+    global away
+    if away == 1:
+        going.clear()
+        away = 0
+        going.wait()
+        if away == 0:
+            away = NEVER
+    elif away < NEVER:
+        away -= 1
+    count(phase)
+
+
+testing.step = step
+connections, accept = 0, socket.socket.accept
+
+
+def accepted(self):
+    global connections
+    found = accept(self)
+    connections += 1
+    return found
+
+
+socket.socket.accept = accepted
+
+
+def functions(frame):
+    while frame is not None:
+        yield frame.f_code.co_name
+        frame = frame.f_back
+
+
+def clients():
+    stacks = [set(functions(f)) for f in sys._current_frames().values()]
+    return sum({"handle_completion", "get"} <= stack for stack in stacks)
+
+
+def listen():
+    global away
+    planned: list[testing.Injection] = []
+    for line in sys.stdin:
+        if line == "memory\n":
+            answer = f"memory: {mx.get_active_memory()}\n"
+        elif line == "steps\n":
+            answer = f"steps: {counter.seen}\n"
+        elif line == "clients\n":
+            answer = f"clients: {clients()}\n"
+        elif line == "connections\n":
+            answer = f"connections: {connections}\n"
+        elif line == "pid\n":
+            answer = f"pid: {os.getpid()}\n"
+        elif line == "forget\n":
+            answer = f"forget: {forget()}\n"
+        elif line == "hold\n":
+            answer = f"hold: {away}\n"
+        elif line.startswith("hold "):
+            away = int(line.split()[1])
+            answer = f"holds: {line}"
+        elif line == "go\n":
+            going.set()
+            continue
+        else:
+            for plan in planned:
+                plan.cancel()
+            planned = [testing.inject(**p) for p in testing.parse_plan(line)]
+            answer = f"planned: {line}"
+        # One write, or the log of another thread gets in between.
+        os.write(1, answer.encode())
+
+
+threading.Thread(target=listen, daemon=True).start()
+sys.exit(main(["serve", *sys.argv[1:]]))
