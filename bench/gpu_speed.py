@@ -18,7 +18,11 @@ from support.server import Server
 
 WORDS = 20  # of each prompt
 STOCK = "import mlx_lm.server as server; server.main()"
-PROTECTED = "import sys; from mlx_safe.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+PROTECTED = """
+import sys
+from mlx_safe.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
 
 
 @contextlib.contextmanager
