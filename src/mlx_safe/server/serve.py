@@ -16,17 +16,19 @@ from .._command import CommandError, need_mlx
 from ..forensics import startup
 from . import http_server, ranks, supervisor
 from .body import Bodies
-from .condition import EXIT_REPLACE, Condition
 from .flags import check_flags, own_parser
 from .handover import Handover, Message
+from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
 from .mlx_lm.patch import patch, run_main
+from .mlx_lm.protocols import ModelProvider, Server
 from .replies import a_start_takes
 
 __all__ = ["run", "serve"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .generator import ProtectedResponseGenerator
     from .overflow import Overflow
 
 log = logging.getLogger("mlx_safe.server")
@@ -102,10 +104,10 @@ def _check_nccl(rest: Sequence[str]) -> None:
 
 
 def run(
-    server: Any,
+    server: Server,
     host: str,
     port: int,
-    model_provider: Any,
+    model_provider: ModelProvider,
     options: argparse.Namespace,
     injections: bool,
     home: ranks.Home | None = None,
@@ -145,7 +147,7 @@ def run(
 
     is_first = mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
-    generator: Any = None
+    generator: ProtectedResponseGenerator | None = None
     ProtectedHandler.bodies = Bodies(options.max_request_bytes)
     ProtectedHandler.keepalive_after_s = options.keepalive_after
 
@@ -189,12 +191,15 @@ def _set_retry_after(ready: bool) -> None:
         a_start_takes(seconds)
 
 
-def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
+def _leave_on_terminate(
+    fault: Fault, generator: Callable[[], ProtectedResponseGenerator | None]
+) -> None:
     if fault.source != "terminate":
         return
     for _ in range(round(GENERATOR_WAIT_S / GENERATOR_TURN_S)):
-        if generator() is not None:
-            generator().recovery.give_up(errors.from_faults([fault]))
+        made = generator()
+        if made is not None:
+            made.recovery.give_up(errors.from_faults([fault]))
         time.sleep(GENERATOR_TURN_S)
     os._exit(EXIT_REPLACE)
 
@@ -202,11 +207,11 @@ def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
 def _make_generator(
     options: argparse.Namespace,
     overflow: Overflow,
-    model_provider: Any,
+    model_provider: ModelProvider,
     injections: bool,
     on_ready: Callable[[], None],
     home: ranks.Home | None,
-) -> Any:
+) -> ProtectedResponseGenerator:
     """Starts the generation thread, which loads the model."""
     from .generator import ProtectedResponseGenerator
     from .headroom import MemoryFlags
@@ -217,7 +222,7 @@ def _make_generator(
     return ProtectedResponseGenerator(
         model_provider,
         PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes),
-        Condition(on_ready),
+        Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
         overflow=overflow,
@@ -240,7 +245,7 @@ def _make_generator(
     )
 
 
-def _follow_the_first(generator: Any) -> None:
+def _follow_the_first(generator: ProtectedResponseGenerator) -> None:
     # It has no clients to answer: signals kill it, Control-C as well, and a status
     # that is not 0 makes mlx.launch end the other ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -248,7 +253,9 @@ def _follow_the_first(generator: Any) -> None:
     generator.stop()
 
 
-def _serve_until_signal(httpd: http_server.Server, generator: Any) -> None:
+def _serve_until_signal(
+    httpd: http_server.Server, generator: ProtectedResponseGenerator
+) -> None:
     # SIGHUP: mlx.launch ends a rank on another host by closing its terminal.
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
@@ -262,8 +269,8 @@ def _serve_until_signal(httpd: http_server.Server, generator: Any) -> None:
 
     for n in numbers:
         signal.signal(n, stop)
-    httpd.condition = generator.condition
-    httpd.condition.count_held = httpd.count_reading
+    httpd.health = generator.health
+    httpd.health.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)
         httpd.take_over()
