@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,6 +57,7 @@ tried("send and recv", neighbours)
 """
 
 START_S = 120.0
+QUIET = re.compile("HTTP/1.1|sequences|Prompt processing")
 
 
 class Ranks:
@@ -81,7 +84,10 @@ class Ranks:
 
     def __exit__(self, *exc: object) -> None:
         for server in self.servers:
-            server.process.kill()  # a rank may hang, and its peer with it
+            # A rank may hang, and its peer with it; a server outlives its supervisor.
+            for pid in [server.process.pid, *_children(server)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self._stack.close()
 
     @property
@@ -92,7 +98,7 @@ class Ranks:
         """Asks until there is an answer; the last one."""
         until = time.time() + seconds
         reply = ask(self.first, 20, 4, timeout=seconds)
-        while reply.outcome != "200" and time.time() < until:
+        while reply.status not in (200, 400) and time.time() < until:
             if self.first.process.poll() is not None:
                 break
             time.sleep(0.05)
@@ -112,7 +118,8 @@ class Ranks:
     def tell(self) -> None:
         """The last lines of each log."""
         for rank, server in enumerate(self.servers):
-            for line in server.log.splitlines()[-6:]:
+            lines = [x for x in server.log.splitlines() if not QUIET.search(x)]
+            for line in lines[-6:]:
                 print(f"    rank {rank}: {line[:220]}", flush=True)
 
 
@@ -220,10 +227,12 @@ def _hurt(name: str, ranks: Ranks, hurt: Any, supervised: bool) -> list[Any]:
     return [name, ended - at, outcomes(replies), after]
 
 
-def _child(server: Server) -> int:
-    """The server that a supervisor runs."""
+def _children(server: Server) -> list[int]:
+    """The servers that a supervisor runs: one, or none."""
     path = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-    return int(path.read_text().split()[0])
+    with contextlib.suppress(OSError):
+        return [int(pid) for pid in path.read_text().split()]
+    return []
 
 
 def killed(args: argparse.Namespace, model: Path) -> list[Any]:
@@ -240,8 +249,12 @@ def supervised(args: argparse.Namespace, model: Path) -> list[Any]:
         ranks.wait_served()
         for rank in (1, 0):
             name = f"rank {rank} killed, supervised"
-            pid = _child(ranks.servers[rank])
-            rows.append(_hurt(name, ranks, lambda p=pid: os.kill(p, 9), True))
+            (pid,) = _children(ranks.servers[rank])
+
+            def kill(pid: int = pid) -> None:
+                os.kill(pid, signal.SIGKILL)
+
+            rows.append(_hurt(name, ranks, kill, True))
     return rows
 
 

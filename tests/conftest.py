@@ -83,6 +83,18 @@ def why_no_hardware() -> str | None:
     return None
 
 
+def why_no_card() -> str | None:
+    """The same of tests/hardware/test_cuda.py."""
+    if os.environ.get("MLX_SAFE_TEST_HARDWARE") != "1":
+        return "they run the card out of memory; MLX_SAFE_TEST_HARDWARE=1 runs them"
+    import mlx.core as mx
+
+    read = getattr(mx, "device_info", None)
+    if read is None or "free_memory" not in read():
+        return "MLX computes on no CUDA card here"
+    return None
+
+
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
@@ -93,6 +105,11 @@ def pytest_collection_modifyitems(
         leave_out(config, items, hardware)
         if hardware:
             told.append(f"{len(hardware)} tests of tests/hardware: {reason}")
+    if reason := why_no_card():
+        cuda = [item for item in items if item.get_closest_marker("requires_cuda")]
+        leave_out(config, items, cuda)
+        if cuda:
+            told.append(f"{len(cuda)} tests of tests/hardware/test_cuda.py: {reason}")
     if os.environ.get("MLX_SAFE_TEST_NATIVE") == "none":
         native = [i for i in items if "native" in getattr(i, "fixturenames", ())]
         leave_out(config, items, native)

@@ -69,7 +69,7 @@ def test_what_is_shipped_names_the_tested_versions() -> None:
     assert parse_version(oldest) <= parse_version(newest) < too_new
     project = PYPROJECT.read_text()
     assert f'"{bound}"' in project
-    for package in ("mlx", "mlx[cpu]"):
+    for package in ("mlx", "mlx[cpu]", "mlx[cuda12]", "mlx[cuda13]"):
         assert f'"{package}>={oldest_mlx}; ' in project
     assert {oldest_mlx, newest_mlx} <= set(EXECUTED) & set(READ)
     pairs = (f"mlx {mlx} + mlx-lm {lm}" for mlx, lm in (OLDEST_PAIR, NEWEST_PAIR))

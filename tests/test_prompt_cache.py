@@ -322,17 +322,31 @@ def test_an_entry_outlives_a_fault_of_its_borrower(
     assert (again.text, cached(again) > 100) == (undisturbed[1], True)
 
 
-@pytest.mark.parametrize("fault", ["8", "0xb", "8:once:record"])
-def test_what_a_fault_may_have_spoilt_goes(server: Server, fault: str) -> None:
-    text = f"what of {fault}?"
+# Out of memory: when less was tried, and was not enough.
+@pytest.mark.parametrize("plan", ["decode:2:8,decode:3:8", "decode:2:0xb"])
+def test_what_a_fault_may_have_spoilt_goes(server: Server, plan: str) -> None:
+    text = f"what of {plan}?"
     calm = server.chat(text)
     dropped = metric(server, "prompt_cache_dropped")
-    server.plan(f"decode:2:{fault}")
+    server.plan(plan)
     server.chat("another")
     assert metric(server, "prompt_cache_dropped") > dropped
     again = server.chat(text)
     assert again.text == calm.text
     assert cached(again) <= 1  # the template's first token
+
+
+@pytest.mark.parametrize("fault", ["8", "8:once:record"])
+def test_what_memory_can_hold_stays(server: Server, fault: str) -> None:
+    """The demand was the failed request's own."""
+    text = f"what does {fault} leave?"
+    calm = server.chat(text)
+    before = cached(server.chat(text))
+    assert before > 1
+    server.plan(f"decode:2:{fault}")
+    assert server.chat("another").status == 200
+    again = server.chat(text)
+    assert (again.text, cached(again)) == (calm.text, before)
 
 
 def test_what_a_bug_has_not_touched_stays(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from support.server import CONTROLLED, NEVER, Answer, Server, eventually
 
+SOURCES = Path(__file__).resolve().parent.parent / "src" / "mlx_safe"
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 ADDRESS, ECC, ASSERT, MISALIGNED, LAUNCH = 700, 214, 710, 716, 719
 NO_END = {"0": -100.0, "2": -100.0}
@@ -163,3 +165,21 @@ def test_out_of_memory_anywhere_is_run_again(
     # That of an entry comes when the client has its answer.
     assert eventually(lambda: failing.metric("mlx_safe_resets_total") > resets)
     assert "Traceback" not in failing.log
+
+
+# Of at most twenty numbers, and of three.
+READ_ON_THE_HOST = {"server/logprobs.py": 2, "server/ranks.py": 1}
+
+
+def test_no_large_array_is_read_on_the_host() -> None:
+    """On a card it would be there twice (2 GiB took 4, MLX 0.32.4 with CUDA)."""
+    found: dict[str, int] = {}
+    for path in SOURCES.rglob("*.py"):
+        text = path.read_text()
+        assert "import numpy" not in text and "from numpy" not in text, path
+        count = len(
+            re.findall(r"[\w\])]\.(?:tolist|item)\(\)|memoryview\(mx|mx\.save", text)
+        )
+        if count:
+            found[path.relative_to(SOURCES).as_posix()] = count
+    assert found == READ_ON_THE_HOST

@@ -283,12 +283,28 @@ def test_without_a_package(missing: str, package: str) -> None:
     assert_one_clear_line(done, "is not installed", f"pip install '{package}")
 
 
+NO_DRIVER = "libcuda.so.1: cannot open shared object file: No such file or directory"
+
+
 @pytest.mark.parametrize("command", ["serve", "doctor"])
-def test_a_broken_mlx(tmp_path: Path, command: str) -> None:
-    """Not every library that is missing or does not fit is an ImportError."""
+@pytest.mark.parametrize(
+    ("failure", "why"),
+    [
+        # Not every library that is missing or does not fit is an ImportError.
+        (
+            OSError("libmlx.so:\n no such file"),
+            "mlx cannot be imported (libmlx.so: no ",
+        ),
+        # What mlx[cuda13] 0.32.4 raises on a machine without a driver.
+        (ImportError(NO_DRIVER), "this machine has no NVIDIA driver (libcuda.so.1)"),
+    ],
+)
+def test_a_broken_mlx(
+    tmp_path: Path, command: str, failure: Exception, why: str
+) -> None:
     (tmp_path / "mlx").mkdir()
     core = tmp_path / "mlx" / "core.py"
-    core.write_text('raise OSError("libmlx.so:\\n no such file")')
+    core.write_text(f"raise {failure!r}")
     done = child.run(
         f"""
         import sys
@@ -297,8 +313,7 @@ def test_a_broken_mlx(tmp_path: Path, command: str) -> None:
         sys.exit(main([{command!r}]))
         """
     )
-    why = "mlx-safe: mlx cannot be imported (libmlx.so: no such file): pip install"
-    assert_one_clear_line(done, why)
+    assert_one_clear_line(done, f"mlx-safe: {why}", "pip install")
     assert len(done.stderr.splitlines()) == 1
 
 

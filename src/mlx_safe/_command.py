@@ -46,6 +46,13 @@ def need_mlx() -> None:
     except Exception as e:
         if isinstance(e, ModuleNotFoundError) and e.name in ("mlx", "mlx.core"):
             raise CommandError(f"mlx is not installed: pip install '{MLX}'") from e
+        # MLX's CUDA backend (0.32) is linked with the driver's library.
+        if "libcuda.so" in str(e):
+            raise CommandError(
+                "this machine has no NVIDIA driver (libcuda.so.1), which the installed "
+                "MLX needs: install the driver, or MLX for the CPU: pip uninstall "
+                f"mlx-cuda-12 mlx-cuda-13; pip install --force-reinstall '{MLX}'"
+            ) from e
         raise CommandError(
             f"mlx cannot be imported ({in_one_line(e)}): pip install --upgrade '{MLX}'"
         ) from e

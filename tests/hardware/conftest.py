@@ -1,4 +1,4 @@
-"""What only a Mac can show; everything here is marked requires_metal."""
+"""What only hardware can show: marked requires_cuda in test_cuda.py, else _metal."""
 
 from __future__ import annotations
 
@@ -13,4 +13,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
-            item.add_marker(pytest.mark.requires_metal)
+            cuda = item.path.name == "test_cuda.py"
+            mark = pytest.mark.requires_cuda if cuda else pytest.mark.requires_metal
+            item.add_marker(mark)

@@ -321,7 +321,11 @@ class ProtectedResponseGenerator(ResponseGenerator):
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
         if self._one_rank:  # or each would see other requests to leave
             cls = watched(
-                cls, self.scheduler, lambda: self.headroom.observer, self._own
+                cls,
+                self.scheduler,
+                lambda: self.headroom.observer,
+                self._own,
+                self._prefill.went_well,
             )
         batch = cls(*args, **kwargs)
         return self.headroom.watch(self._prefill.watch(batch))

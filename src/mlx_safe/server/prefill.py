@@ -59,9 +59,15 @@ class PrefillStep:
             compat.set_prefill_step(batch, self.size)
 
     def be_careful(self, level: int | None) -> None:
-        """Smaller steps after ``level`` tries that were in vain; None: as usual."""
-        size = None if level is None else max(STEP_MIN, self.full // 4**level)
+        """Smaller steps after ``level`` tries that were in vain; 0, None: as usual."""
+        size = max(STEP_MIN, self.full // 4**level) if level else None
         self.limit("fault", size)
+
+    def went_well(self) -> None:
+        """A step of a prompt has been read: the next may be twice as large."""
+        size = self._limits.get("fault")
+        if size is not None:
+            self.limit("fault", 2 * size if 2 * size < self.full else None)
 
     def watch(self, batch: BatchGenerator) -> BatchGenerator:
         """Remembers mlx-lm's batch generator, whose steps follow; returns it."""

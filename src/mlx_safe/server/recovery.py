@@ -221,6 +221,24 @@ class Recovery:
         self.fail_everyone(exc)
         self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
+    def _entries_may_stay(
+        self, fault: errors.GPUError | None, exc: Exception, ending: list[InFlight]
+    ) -> bool:
+        """Whether what was complete before a failure may be trusted, and afforded.
+
+        Not after a kernel went astray (9, 0xa, 0xb, …), which may have written
+        anywhere. After out of memory they stay at first: the ceiling has been lowered,
+        and they go one by one, the oldest first, as what runs again needs their room.
+        When that was not enough, it is to have all of it.
+        """
+        if fault is not None and not fault.retryable:
+            return False
+        if _is_out_of_memory(fault, exc):
+            again = self._scheduler.requests(RequestState.REPLAY)
+            if ending or any(request.attempts > 1 for request in again):
+                return False
+        return _epoch_is_exact()
+
     def _reset(
         self, exc: Exception, fault: errors.GPUError | None, ending: list[InFlight]
     ) -> None:
@@ -232,7 +250,7 @@ class Recovery:
         complete before the fault may stay.
         """
         _clear_frames(exc)
-        if _leaves_memory_alone(fault, exc) and _epoch_is_exact():
+        if self._entries_may_stay(fault, exc, ending):
             self._prompt_cache.keep_clean(self._clean_epoch)
             for request in ending if fault is None else ():
                 # Run alone, it failed again: what it began from may be the cause.
@@ -258,23 +276,12 @@ def what_it_means(fault: errors.GPUError | None, exc: Exception) -> Failure:
     """What a failure means for the requests that were in it."""
     if fault is not None and not fault.retryable:
         return Failure.FINAL
-    # What held up the display passes in smaller pieces as well.
-    if _is_out_of_memory(fault, exc) or isinstance(
-        fault, errors.MetalInteractivityError
-    ):
+    if _is_out_of_memory(fault, exc):
         return Failure.TOO_MUCH
+    # What held up the display passes in smaller pieces.
+    if isinstance(fault, errors.MetalInteractivityError):
+        return Failure.TOO_LONG
     return Failure.UNKNOWN if fault is None else Failure.PASSING
-
-
-def _leaves_memory_alone(fault: errors.GPUError | None, exc: Exception) -> bool:
-    """Whether what was complete before a failure may be trusted, and afforded.
-
-    Not after out of memory: the replay is to have what the prompt cache had. Not
-    after a kernel went astray (9, 0xa, 0xb, …), which may have written anywhere.
-    """
-    if fault is None:
-        return not is_allocation_failure(exc)
-    return fault.retryable and not _is_out_of_memory(fault, exc)
 
 
 def _epoch_is_exact() -> bool:

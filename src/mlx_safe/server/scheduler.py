@@ -48,7 +48,8 @@ class Failure(enum.Enum):
     """What a failure of a step means for the requests that were in it."""
 
     PASSING = "they may be tried again"
-    TOO_MUCH = "they may be tried again, fewer at a time and in smaller steps"
+    TOO_MUCH = "they may be tried again, fewer at a time and with less memory"
+    TOO_LONG = "they may be tried again, fewer at a time and in smaller steps"
     FINAL = "they must not be tried again"
     UNKNOWN = "one of them causes it"
 
@@ -362,10 +363,11 @@ class Scheduler(Generic[R]):
     def failure(self, what: Failure) -> list[R]:
         """A step has failed, and mlx-lm has lost all that it had.
 
-        PASSING, TOO_MUCH: those with attempts left are run again. FINAL: those that it
-        struck end. UNKNOWN: all are run again one by one, so that only the one that
-        causes it ends; and that one when it is alone. Those that still wait for their
-        turn had no part in any of it: they are run again, and lose no attempt.
+        PASSING, TOO_MUCH, TOO_LONG: those with attempts left are run again. FINAL:
+        those that it struck end. UNKNOWN: all are run again one by one, so that only
+        the one that causes it ends; and that one when it is alone. Those that still
+        wait for their turn had no part in any of it: they are run again, and lose no
+        attempt.
 
         Returns:
             Those that end; the caller answers them when the state has been reset.
@@ -408,7 +410,9 @@ class Scheduler(Generic[R]):
     def _run_with_care(self, what: Failure) -> None:
         """One at a time the last time, so that one cannot take others along.
 
-        After `TOO_MUCH`, before that fewer at a time, in smaller steps.
+        After `TOO_MUCH` and `TOO_LONG`, before that fewer at a time. Steps are smaller
+        at once after `TOO_LONG`; after `TOO_MUCH` the budget, which has learned, finds
+        the largest that fits, and only where that was too much they are smaller still.
         """
         again = self.requests(RequestState.REPLAY)
         if not again:
@@ -416,9 +420,11 @@ class Scheduler(Generic[R]):
         level = max(request.attempts for request in again)
         if level >= min(2, self._attempts_max):
             self._limit = 1
-        elif what is Failure.TOO_MUCH:
+        elif what is not Failure.PASSING:
             self._limit = max(1, len(again) // 2)
         if what is Failure.TOO_MUCH:
+            self._be_careful(level - 1)
+        elif what is Failure.TOO_LONG:
             self._be_careful(level)
 
     # -- ends ------------------------------------------------------------------------

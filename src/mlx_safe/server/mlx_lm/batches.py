@@ -23,6 +23,7 @@ def watched(
     scheduler: Scheduler[InFlight],
     observer: Callable[[], Observer],
     own: OwnFailures,
+    went_well: Callable[[], None],
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
 
@@ -72,6 +73,8 @@ def watched(
             for response in generated:
                 if response.finish_reason is not None:
                     self._requests.pop(response.uid, None)
+            if any(not response.end_of_prompt for response in prompts):
+                went_well()
             observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths())
             return prompts, generated
 

@@ -1,0 +1,95 @@
+"""A real card: out of memory raises and passes, the ceiling is the card's.
+
+Plain device memory only, as MLX's own arrays are: never more managed memory than free.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlx_safe.memory.ceiling import GPU_SHARE
+from mlx_safe.memory.machine import read_machine, usage
+from support import child
+from support.server import Server
+
+GIB = 2**30
+
+# Takes all that is free and 4 GiB more, 1 GiB at a time, in one evaluation.
+HOG = """
+import mlx.core as mx
+def hog():
+    count = mx.device_info()["free_memory"] // 2**30 + 4
+    return [mx.zeros((1024, 2**19), mx.float16) + i for i in range(count)]
+"""
+
+OUT_OF_MEMORY = f"""
+import mlx_safe
+{HOG}
+try:
+    with mlx_safe.guard():
+        mx.eval(hog())
+except mlx_safe.errors.OutOfMemoryError as e:
+    print("raised", type(e).__name__, e.code, e.retryable)
+mx.clear_cache()
+with mlx_safe.guard():
+    print("after it", (mx.ones((1000,)) + 1).sum().item())
+"""
+
+# The protected server, whose model takes all of the card in a step for as long as the
+# file named by HOG is there.
+HUNGRY = f"""
+import os, sys
+from pathlib import Path
+{HOG}
+import mlx_lm.server as server
+from mlx_safe.cli import main
+load = server.ModelProvider.load
+def loaded(self, *args, **kwargs):
+    model, tokenizer = load(self, *args, **kwargs)
+    kind = type(model)
+    if not getattr(kind, "hungry", False):
+        call = kind.__call__
+        def hungry(self, *args, **kwargs):
+            if Path(os.environ["HOG"]).exists():
+                mx.eval(hog())
+            return call(self, *args, **kwargs)
+        kind.__call__, kind.hungry = hungry, True
+    return model, tokenizer
+server.ModelProvider.load = loaded
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_out_of_memory_raises_and_passes() -> None:
+    told = child.run(OUT_OF_MEMORY, timeout=300).stdout
+    assert "raised CudaOutOfMemoryError 2 True" in told
+    assert "after it 2000.0" in told
+
+
+def test_the_ceiling_is_the_cards(tiny_model: Path) -> None:
+    machine = read_machine()
+    now = usage()
+    assert machine.card is not None and now.card_free is not None
+    assert 0 < now.card_free <= machine.card
+    with Server(tiny_model).wait_ready() as server:
+        ceiling = server.metric("mlx_safe_memory_ceiling_static")
+        assert ceiling <= GPU_SHARE * machine.card + 1
+        assert re.search("of the card|on the card", server.log)
+
+
+def test_a_server_answers_503_and_then_200(tiny_model: Path, tmp_path: Path) -> None:
+    trigger = tmp_path / "hog"
+    arguments = ("--replay-attempts", "0")
+    environment = {"HOG": str(trigger)}
+    with Server(tiny_model, *arguments, program=HUNGRY, env=environment) as server:
+        server.wait_ready()
+        assert server.chat().status == 200
+        trigger.touch()
+        failed = server.chat(timeout=300.0)
+        assert failed.status == 503, (failed, server.log)
+        assert failed.error["code"] == "cuda_out_of_memory"
+        assert "retry-after" in failed.headers
+        trigger.unlink()
+        assert server.chat(timeout=60.0).status == 200
+        assert server.get("/health").status == 200
