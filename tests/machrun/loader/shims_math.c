@@ -19,6 +19,9 @@ SineCosineF mac___sincosf_stret(float x) {
   return (SineCosineF){sinf(x), cosf(x)};
 }
 double mac___exp10(double x) { return exp10(x); }
+// Of MLX's wheels for macOS 15 and later.
+_Float16 mac___fmaxf16(_Float16 x, _Float16 y) { return (_Float16)fmaxf(x, y); }
+_Float16 mac___fminf16(_Float16 x, _Float16 y) { return (_Float16)fminf(x, y); }
 
 #define ONE(name)                                                \
   Doubles mac__simd_##name##_d2(Doubles x) {                     \

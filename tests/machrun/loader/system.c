@@ -46,7 +46,7 @@
   X(socket) X(bind) X(connect) X(accept) X(setsockopt) X(send) X(recv)        \
   X(getaddrinfo) X(freeaddrinfo)                                              \
   /* mathematics */                                                           \
-  X(__sincos_stret) X(__sincosf_stret) X(__exp10)
+  X(__sincos_stret) X(__sincosf_stret) X(__exp10) X(__fmaxf16) X(__fminf16)
 #define SIMD(X)                                                               \
   X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atan2) X(atanh) X(cosh)         \
   X(expm1) X(log) X(log10) X(log1p) X(log2) X(pow) X(remainder) X(sinh)       \
