@@ -69,14 +69,14 @@ BRANCHES = {
         names = ("hw.memsize", "iogpu.wired_limit_mb", "no.such.name")
         print(*map(machine.sysctl, names), machine.read_machine().total)
     """,
-    ("server/departures.py", 'RDHUP = getattr(select, "POLLRDHUP", None)'): """
+    ("server/disconnects.py", 'RDHUP = getattr(select, "POLLRDHUP", None)'): """
         import socket
-        from mlx_safe.server import departures
+        from mlx_safe.server import disconnects
         one, other = socket.socketpair()
         other.send(b"the next request")
-        before = departures._has_left(one)
+        before = disconnects._has_left(one)
         other.close()
-        print(departures.RDHUP, before, departures._has_left(one))
+        print(disconnects.RDHUP, before, disconnects._has_left(one))
     """,
     ("server/request_file.py", 'if hasattr(os, "memfd_create"):'): """
         import os
@@ -104,7 +104,7 @@ SAYS = {
     "_reports.py": ["macOS 14.0"],
     "doctor.py": ["macOS 14.0 arm64"] * 3,
     "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],
-    "server/departures.py": ["None False True"],
+    "server/disconnects.py": ["None False True"],
     "server/request_file.py": ["True 0", "-1 False True"],
 }
 

@@ -188,8 +188,8 @@ def test_what_the_shims_believe_of_macos_is_in_apples_headers() -> None:
 
 def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
     place = HERE / "loader"
-    for name in ("macho.h", "abi_check.c"):
-        (tmp_path / name).write_text((place / name).read_text())
+    check = tmp_path / "abi_check.c"
+    check.write_text((place / check.name).read_text())
     text = (place / "mac_abi.h").read_text()
     for true, false in (
         ("X(O_CREAT, 0x200)", "X(O_CREAT, 0x40)"),
@@ -198,7 +198,6 @@ def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
         assert true in text
         (tmp_path / "mac_abi.h").write_text(text.replace(true, false))
         with pytest.raises(SetupError, match=r"static assertion failed"):
-            check = tmp_path / "abi_check.c"
             native.zig("cc", *native.MACOS, "-c", check, into=tmp_path / "check.o")
 
 

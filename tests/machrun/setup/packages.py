@@ -8,7 +8,9 @@ import time
 import zipfile
 from pathlib import Path
 
-from support.versions import EXECUTED, NEWEST_PAIR, PAIRS
+from support.versions import EXECUTED as EXECUTED
+from support.versions import NEWEST_PAIR as NEWEST_PAIR
+from support.versions import PAIRS as PAIRS
 
 from .places import (
     CACHE,

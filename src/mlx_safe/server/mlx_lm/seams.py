@@ -59,7 +59,7 @@ PLACES: tuple[Place, ...] = (
     (GENERATE, "GenerationBatch", p.AnswerBatch),
     (GENERATE, "PromptProcessingBatch.Response", p.PromptResponse),
     (GENERATE, "GenerationBatch.Response", p.AnswerResponse),
-    (TOKENIZER, "TokenizerWrapper", p.Tokenizer),
+    (TOKENIZER, "TokenizerWrapper", p.TokenizerWrapper),
     (TOKENIZER, "StreamingDetokenizer", p.Detokenizer),
     (CACHE, "", p.Caches),
     ("mlx_lm.utils", "", p.Utils),
