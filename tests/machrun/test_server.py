@@ -181,7 +181,7 @@ def test_out_of_memory_makes_smaller_steps_until_it_is_over(server: Server) -> N
 
 def test_a_client_that_leaves_is_one_quiet_line(server: Server, texts: Texts) -> None:
     """Seen by kqueue, as far as guest/darwin.py has one."""
-    seen = server.departures
+    seen = server.disconnects
     body = {
         "messages": [{"role": "user", "content": "x"}],
         "max_tokens": 100_000,
