@@ -21,6 +21,17 @@ ASKS = re.compile(
     r"(has|get)attr\((os|select|socket|time|signal|resource|fcntl), "
 )
 
+KEPT = """
+        import socket
+        from mlx_safe.server.lifeline import Lifeline
+        one = socket.socket()
+        lifeline = Lifeline.__new__(Lifeline)
+        lifeline._peers = {}
+        lifeline._keep(1, one)
+        names = ("TCP_KEEPALIVE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+        values = (one.getsockopt(socket.IPPROTO_TCP, getattr(socket, n)) for n in names)
+        print(hasattr(socket, "TCP_KEEPIDLE"), *values)
+"""
 # By file and line: Python code that prints what the branch for macOS says.
 BRANCHES = {
     ("_command.py", 'MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"'): """
@@ -78,6 +89,11 @@ BRANCHES = {
         other.close()
         print(disconnects.RDHUP, before, disconnects._has_left(one))
     """,
+    ("server/lifeline.py", "if hasattr(socket, name):"): KEPT,
+    (
+        "server/lifeline.py",
+        "connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)",
+    ): KEPT,
     ("server/request_file.py", 'if hasattr(os, "memfd_create"):'): """
         import os
         from mlx_safe.server.request_file import RequestFile
@@ -105,6 +121,7 @@ SAYS = {
     "doctor.py": ["macOS 14.0 arm64"] * 3,
     "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],
     "server/disconnects.py": ["None False True"],
+    "server/lifeline.py": ["False 5 2 3"] * 2,
     "server/request_file.py": ["True 0", "-1 False True"],
 }
 

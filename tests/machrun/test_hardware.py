@@ -68,7 +68,7 @@ def said(version: str, model: Path) -> str:
             "MACHRUN_MEMORY": str(MEMORY),
             "MLX_SAFE_TEST_HARDWARE": "1",
             "MLX_SAFE_TEST_TINY_MODEL": str(model),
-            "MLX_SAFE_TEST_START_S": "400",
+            "MLX_SAFE_TEST_START_S": "560",
         },
         check=False,
     )

@@ -26,7 +26,13 @@ CONNECT_S = 30.0
 # A rank says with it who it is: a stranger does not know the secret.
 GREETING = struct.Struct("!iii")
 # For a host that is gone without a word: asked after so many idle seconds, as often.
-KEEPALIVE = (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))
+# TCP_KEEPALIVE: macOS's name of TCP_KEEPIDLE.
+KEEPALIVE = (
+    ("TCP_KEEPIDLE", 5),
+    ("TCP_KEEPALIVE", 5),
+    ("TCP_KEEPINTVL", 2),
+    ("TCP_KEEPCNT", 3),
+)
 
 
 def address_of_first() -> str | None:

@@ -22,7 +22,7 @@ from types import ModuleType, TracebackType
 MISSING = {
     os: ("memfd_create", "eventfd", "pidfd_open", "sched_getaffinity"),
     select: ("POLLRDHUP",),
-    socket: ("TCP_INFO",),
+    socket: ("TCP_INFO", "TCP_KEEPIDLE"),
     time: ("CLOCK_BOOTTIME",),
 }
 LIB_SYSTEM = "/usr/lib/libSystem.B.dylib"
@@ -122,6 +122,7 @@ def pretend(version: str) -> None:
     sys.platform = "darwin"
     answer = _uname(version)
     os.uname = lambda: answer
+    socket.TCP_KEEPALIVE = socket.TCP_KEEPIDLE  # by Linux's number
     for module, names in MISSING.items():
         for name in names:
             if hasattr(module, name):

@@ -18,6 +18,9 @@ SineCosine mac___sincos_stret(double x) { return (SineCosine){sin(x), cos(x)}; }
 SineCosineF mac___sincosf_stret(float x) {
   return (SineCosineF){sinf(x), cosf(x)};
 }
+// Of MLX's wheels for macOS 15 and later.
+_Float16 mac___fmaxf16(_Float16 x, _Float16 y) { return (_Float16)fmaxf(x, y); }
+_Float16 mac___fminf16(_Float16 x, _Float16 y) { return (_Float16)fminf(x, y); }
 
 // The two of double, the four of float; a function of one argument ignores `y`.
 #define VECTORS(name)                                          \

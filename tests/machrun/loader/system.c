@@ -36,7 +36,7 @@
   X(socket) X(bind) X(connect) X(accept) X(setsockopt) X(send) X(recv)        \
   X(getaddrinfo)                                                              \
   /* mathematics */                                                           \
-  X(__sincos_stret) X(__sincosf_stret)
+  X(__sincos_stret) X(__sincosf_stret) X(__fmaxf16) X(__fminf16)
 #define PYTHON(X)                                                             \
   X(PyErr_Format) X(PyErr_FormatV) X(PyUnicode_FromFormat) X(Py_BuildValue)   \
   X(PyErr_WarnFormat) X(PyTuple_Pack) X(PyObject_CallMethod)                  \
