@@ -473,7 +473,7 @@ class _Written:
     def generate_response(self, *_: Any) -> dict[str, Any]:
         return {}
 
-    def _send_json(self, status: int, body: Any) -> None:
+    def send_json(self, status: int, body: Any) -> None:
         assert status == 200
         self.frames.append(body)
 

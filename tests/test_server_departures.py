@@ -34,16 +34,16 @@ mlx_lm.server.TimeBudget.__init__.__defaults__ = (3600.0, 25, 10)
 IMPATIENT = """
 import socket, sys
 from mlx_safe.cli import main
-from mlx_safe.server import launcher
-kind = launcher._Server
+from mlx_safe.server import http_server
+kind = http_server.Server
 class Small(kind):
     def get_request(self):
-        from mlx_safe.server.handler import ProtectedHandler
+        from mlx_safe.server.mlx_lm.handler import ProtectedHandler
         ProtectedHandler.timeout = 1
         connection, address = super().get_request()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return connection, address
-launcher._Server = Small
+http_server.Server = Small
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 

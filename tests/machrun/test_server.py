@@ -6,7 +6,6 @@ work beside it fails, and so the hooks tell of real failures of Metal.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from support.server import CONTROLLED, NEVER, Server
 
 from .runner import Machine
 from .setup.packages import PAIRS
-from .setup.places import HERE, ROOT
+from .setup.places import HERE
 
 # A command buffer of the GPU that fails, whenever a line of standard input says so.
 FAILING = CONTROLLED.replace(
@@ -41,16 +40,6 @@ def listen():""",
         elif line == "go\\n":""",
 )
 SLOW_START_S = 400.0
-# Makes the model: any Python with MLX and mlx-lm for this machine.
-PYTHON = ROOT / ".venvs" / "observe" / "bin" / "python"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    program = ROOT / "tests" / "support" / "tiny_model.py"
-    subprocess.run([PYTHON, program, directory], check=True, timeout=300)
-    return directory
 
 
 @pytest.fixture(scope="module", params=PAIRS)

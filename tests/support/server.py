@@ -51,12 +51,14 @@ NEVER = 10**9  # a step that no test comes to
 # steps from when it is read and takes the place of the one before; "memory" asks
 # for the bytes of MLX's arrays, "steps" for the number of steps so far, "clients" for
 # that of the handlers whose request is in the generator's hands, "connections" for that
-# of the connections accepted so far, "pid" for the server's. "hold N": the Nth step
-# from now waits, before anything of it is done, for "go"; "hold" asks how many it is
+# of the connections accepted so far, "pid" for the server's. "forget" empties the
+# prompt cache, and answers how many prompts were in it. "hold N": the Nth step from
+# now waits, before anything of it is done, for "go"; "hold" asks how many it is
 # away. mlx-lm fails on a request with the stop word "FAILS".
 CONTROLLED = """
-import os, socket, sys, threading
+import gc, os, socket, sys, threading
 import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import ResponseGenerator
 from mlx_safe import testing
 from mlx_safe.cli import main
@@ -66,6 +68,12 @@ def failing(self, model_key, tokenizer, stop_words, *args, **kwargs):
         raise ValueError("asked for")
     return make(self, model_key, tokenizer, stop_words, *args, **kwargs)
 ResponseGenerator._make_state_machine = failing
+def forget():
+    caches = [o for o in gc.get_objects() if issubclass(type(o), LRUPromptCache)]
+    count = sum(len(cache) for cache in caches)
+    for cache in caches:
+        cache.trim_to(n_sequences=0)
+    return count
 counter = testing.inject("any", NEVER)
 count, going, away = testing.step, threading.Event(), NEVER
 def step(phase):
@@ -108,6 +116,8 @@ def listen():
             answer = f"connections: {connections}\\n"
         elif line == "pid\\n":
             answer = f"pid: {os.getpid()}\\n"
+        elif line == "forget\\n":
+            answer = f"forget: {forget()}\\n"
         elif line == "hold\\n":
             answer = f"hold: {away}\\n"
         elif line.startswith("hold "):
@@ -343,7 +353,17 @@ class Server:
 
     @property
     def log(self) -> str:
+        """What it has said, or what since `renew`."""
         return "".join(self._lines)
+
+    def renew(self) -> Server:
+        """Nothing is planned, cached or logged: for tests that share `CONTROLLED`."""
+        self.plan(f"any:{NEVER}")
+        # When this is answered, what was before is done with.
+        assert self.chat("another", max_tokens=1).status == 200, self.log
+        self.ask("forget")
+        self._lines.clear()
+        return self
 
     def __enter__(self) -> Server:
         return self

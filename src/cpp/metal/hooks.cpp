@@ -11,9 +11,9 @@
 #include <thread>
 #include <vector>
 
-#include "async_io.h"
-#include "breadcrumbs.h"
-#include "fault_log.h"
+#include "crash/async_io.h"
+#include "crash/breadcrumbs.h"
+#include "crash/fault_log.h"
 #include "metal/error.h"
 #include "metal/hook_table.h"
 #include "metal/ledger.h"

@@ -1,8 +1,9 @@
 """mlx_lm.server, protected. Start it with ``mlx-safe serve``.
 
-What the patch touches, all of it:
+`serve` runs mlx-lm's own ``main``, whose functions and classes `mlx_lm` replaces and
+subclasses. What it relies on, all of it, stands in `mlx_lm.protocols`, with what is
+overridden and why. `mlx_lm.seams` compares that with the installed mlx-lm at start.
 
-===============================  ==================  ==========================
 mlx_lm.server                    here                why
 ===============================  ==================  ==========================
 ``run`` (module attribute)       `launcher.run`      binds the port first, builds
@@ -11,15 +12,16 @@ mlx_lm.server                    here                why
                                  `recovery`          end the generation thread
 ``ResponseGenerator.             `generator`         the one place that every
 _next_request``                                      request passes: its queue is
-                                                     replaced by a `Ticket`
+                                                     replaced by an `InFlight`
 ``ResponseGenerator._tokenize``  `generator`,        refuses or cuts a prompt that
                                  `overflow`,         is too long; tells a bad
                                  `model_limits`      request from a failed
                                                      generation; a replay
                                                      goes on after the tokens that
                                                      its client has
-same, and ``BatchGenerator``     `admission`,        asks for memory, and before
-                                 `batches`           each step
+same, and ``BatchGenerator``     `scheduler`,        asks for memory, and before
+                                 `headroom`,         each step
+                                 `batches`
 ``ResponseGenerator.             `replay`,           stop words, sampler, text and
 _make_state_machine``,           `own_failures`      prefill step of a replay; what
 ``_make_sampler``,                                   fails there ends one request
@@ -73,5 +75,12 @@ draft ``Model.__call__``         `speculative`       takes and gives the target'
                                                      tokens
 ===============================  ==================  ==========================
 
-`compat` checks at start that they are where this patch expects them.
+`mlx_lm` has all that touches mlx-lm (`generator` still apart), and `mlx_lm.compat`
+checks at start that it is where this patch expects it.
+=======
+- Start: `serve`, `flags`, `supervisor`, `holding`, `handover`.
+- HTTP: `http_server`, `wire`, `body`, `responses`, `endpoints`, `replies`.
+- A request: `schema`, `messages`, `strict_json`, `model_names`, `model_limits`.
+- Generation: `generator`, `admission`, `replay`, `recovery`, `own_failures`.
+- An answer: `answers`, `choices`, `tool_calls`, `logprobs`.
 """

@@ -13,10 +13,11 @@ import json
 import logging
 from typing import Any
 
-from . import compat, logprobs, tool_calls
+from . import logprobs, tool_calls
 from .choices import Choices
 from .generator import Asked
 from .logprobs import Entry, Names
+from .mlx_lm import compat
 
 __all__ = ["Answer"]
 
@@ -39,7 +40,7 @@ class Answer:
         self._reads_calls = handler.body.get("tool_choice") != "none"
         if not self._reads_calls:
             asked.request.tools = None
-        self._told = [_Told(i, self) for i in range(handler.n)]
+        self._choices = [_Choice(i, self) for i in range(handler.n)]
         self._is_introduced = False
 
     @property
@@ -63,21 +64,21 @@ class Answer:
         handler = self._handler
         with Choices(handler, self._asked, handler.n) as choices:
             for index, item in choices:
-                told = self._told[index]
+                choice = self._choices[index]
                 if hasattr(item, "token"):
                     handler.heard()
-                    told.add(item)
+                    choice.add(item)
                 elif item is None:
-                    told.end()
+                    choice.end()
                 else:
-                    self._begin(told, item)
-                if handler.stream and (told.has_something or told.ended):
+                    self._begin(choice, item)
+                if handler.stream and (choice.has_something or choice.ended):
                     self._introduce()
-                    self._send_event(self._frame([told.take()]))
+                    self._send_event(self._frame([choice.take()]))
             if handler.stream:
                 self._end_stream()
             else:
-                handler._send_json(200, self._frame([t.take() for t in self._told]))
+                handler.send_json(200, self._frame([t.take() for t in self._choices]))
 
     def read_calls(
         self, text: str, context: Any
@@ -101,11 +102,11 @@ class Answer:
 
     # -- what is sent -------------------------------------------------------------
 
-    def _begin(self, told: _Told, context: Any) -> None:
-        if self._handler.stream and not any(t.begun for t in self._told):
+    def _begin(self, choice: _Choice, context: Any) -> None:
+        if self._handler.stream and not any(t.begun for t in self._choices):
             self._handler._set_stream_headers(200)
             self._handler.end_headers()
-        told.begin(context)
+        choice.begin(context)
 
     def _introduce(self) -> None:
         """Names the choices of a stream before one of them says anything.
@@ -113,16 +114,16 @@ class Answer:
         openai-python's helper (3.57) keeps them in the order of their first deltas,
         and looks them up by index.
         """
-        if self._is_introduced or len(self._told) == 1 or not self.is_chat:
+        if self._is_introduced or len(self._choices) == 1 or not self.is_chat:
             return
         self._is_introduced = True
-        for told in self._told:
-            self._send_event(self._frame([told.introduce()]))
+        for choice in self._choices:
+            self._send_event(self._frame([choice.introduce()]))
 
     def _usage(self) -> tuple[int, int, int]:
         """Tokens of the prompt, of all that was generated, and those in the cache."""
-        context = self._told[0].context
-        completion = sum(told.tokens for told in self._told)
+        context = self._choices[0].context
+        completion = sum(choice.tokens for choice in self._choices)
         return len(context.prompt), completion, context.prompt_cache_count
 
     def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,8 +147,8 @@ class Answer:
         self._handler.wfile.flush()
 
 
-class _Told:
-    """One choice: what its client is still to be told of it.
+class _Choice:
+    """One choice, and what of it has not been sent yet.
 
     Attributes:
         context: mlx-lm's, once there is one. tokens: how many there were so far.

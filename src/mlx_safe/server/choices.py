@@ -64,9 +64,9 @@ class Choices:
             contexts = list(self._contexts)
         for name, _ in self._asked if len(self._asked) > 1 else ():
             # Its thread may wait for the next word of it.
-            ticket = self._generator.departures.ticket(name)
-            if ticket is not None:
-                ticket.leave()
+            request = self._generator.departures.request(name)
+            if request is not None:
+                request.disconnect()
         for context in contexts:
             context.stop()
         self._stack.close()

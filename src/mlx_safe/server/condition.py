@@ -48,7 +48,7 @@ class Condition:
         self._on_ready = on_ready
         self._is_loaded = threading.Event()
         self._lock = threading.Lock()
-        self._state = "loading"
+        self._status = "loading"
         self._reason = "the model is being loaded"
         self._answering = 0
         self.count_held: Callable[[], int] = lambda: 0
@@ -59,9 +59,9 @@ class Condition:
     @property
     def state(self) -> str:
         """One of the names above."""
-        if self._state == "refusing" and time.monotonic() >= self._refuse_until:
-            self.enter("ok")
-        return self._state
+        state = self._status
+        is_over = state == "refusing" and time.monotonic() >= self._refuse_until
+        return "ok" if is_over else state
 
     @property
     def reason(self) -> str | None:
@@ -83,10 +83,10 @@ class Condition:
     def enter(self, state: str, reason: str = "") -> None:
         """Changes the state; nothing leads out of ``failed``."""
         with self._lock:
-            if self._state == "failed":
+            if self._status == "failed":
                 return
-            is_ready = (self._state, state) == ("loading", "ok")
-            self._state, self._reason = state, reason
+            is_ready = (self._status, state) == ("loading", "ok")
+            self._status, self._reason = state, reason
             breadcrumb("server", state)
         self._is_loaded.set()
         if is_ready:
@@ -133,6 +133,7 @@ class Condition:
             log.error("%d clients could not be answered", left)
         logging.shutdown()
         sys.stdout.flush()
+        _reports.finish()
         _reports.remove_run_file()
         if status == EXIT_REPLACE:
             _core.terminate_drained()

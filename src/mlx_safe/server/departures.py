@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .tickets import Ticket
+from .in_flight import InFlight
 
 __all__ = ["Departures"]
 
@@ -30,7 +30,7 @@ class Departures:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._connections: dict[str, socket.socket] = {}
-        self._tickets: dict[str, Ticket] = {}
+        self._requests: dict[str, InFlight] = {}
         self._wake = threading.Event()
         threading.Thread(
             target=self._run, name="mlx-safe-departures", daemon=True
@@ -46,35 +46,35 @@ class Departures:
         finally:
             with self._lock:
                 self._connections.pop(request_id, None)
-                self._tickets.pop(request_id, None)
+                self._requests.pop(request_id, None)
 
-    def bind(self, request_id: str, ticket: Ticket) -> None:
+    def bind(self, request_id: str, request: InFlight) -> None:
         """The generation thread has taken the request; its client is watched now."""
         with self._lock:
             if request_id in self._connections:
-                self._tickets[request_id] = ticket
+                self._requests[request_id] = request
         self._wake.set()
 
-    def ticket(self, request_id: str | None) -> Ticket | None:
+    def request(self, request_id: str | None) -> InFlight | None:
         """What the request was taken as; None before, and when its client left."""
         with self._lock:
-            return self._tickets.get(request_id) if request_id else None
+            return self._requests.get(request_id) if request_id else None
 
     def _run(self) -> None:
         while True:
             with self._lock:
                 watched = [
-                    (n, self._connections[n], t) for n, t in self._tickets.items()
+                    (n, self._connections[n], t) for n, t in self._requests.items()
                 ]
             if not watched:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            for request_id, connection, ticket in watched:
+            for request_id, connection, request in watched:
                 if _has_left(connection):
-                    ticket.leave()
+                    request.disconnect()
                     with self._lock:
-                        self._tickets.pop(request_id, None)
+                        self._requests.pop(request_id, None)
             time.sleep(LOOK_EVERY_S)
 
 

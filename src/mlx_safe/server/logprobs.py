@@ -10,7 +10,7 @@ import codecs
 import math
 from typing import Any, NamedTuple
 
-from . import compat
+from .mlx_lm import compat
 
 __all__ = ["TOP_MAX", "Entry", "Names", "of_chat", "of_completion", "top_logprobs"]
 

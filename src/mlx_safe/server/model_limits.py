@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..memory.context import config_of, context_tokens
-from . import compat
-from .model_facts import ModelFacts
+from .mlx_lm import compat
+from .mlx_lm.model_facts import ModelFacts
 from .replies import ContextTooLong
 
 __all__ = ["ModelLimits", "context_of", "prompt_field", "too_long"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from ..memory.demand import step_sizes
-from . import compat
+from ..memory.demand import STEP_MIN, step_sizes
+from .mlx_lm import compat
 
 __all__ = ["PrefillStep"]
 
@@ -57,6 +57,11 @@ class PrefillStep:
         batch = self._batch() if self._batch is not None else None
         if batch is not None:
             compat.set_prefill_step(batch, self.size)
+
+    def be_careful(self, level: int | None) -> None:
+        """Smaller steps after ``level`` tries that were in vain; None: as usual."""
+        size = None if level is None else max(STEP_MIN, self.full // 4**level)
+        self.limit("fault", size)
 
     def watch(self, batch: Any) -> Any:
         """Remembers mlx-lm's batch generator, whose steps follow; returns it."""

@@ -87,7 +87,7 @@ def read(text: str, parser: Parser, tools: Any) -> list[Call]:
         raise Unreadable(type(e).__name__) from None
     found = parsed if isinstance(parsed, list) else [parsed]
     if not found:
-        raise Unreadable("there is none in it")
+        raise Unreadable("it has no call")
     return [_call(one, tools) for one in found]
 
 
@@ -101,7 +101,7 @@ def _call(parsed: Any, tools: Any) -> Call:
     # The key that Llama's models were trained on.
     arguments = parsed.get("arguments", parsed.get("parameters"))
     if _is_given_up(name, arguments, tools):
-        raise Unreadable("the parser made nothing of it")
+        raise Unreadable("the parser found no call")
     given = parsed.get("id")
     return Call(name, _as_text(arguments), given if isinstance(given, str) else None)
 

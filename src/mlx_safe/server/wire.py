@@ -42,10 +42,10 @@ NO_FIELD = (
 
 
 class Framing(enum.Enum):
-    """How the end of an answer is told."""
+    """How a client finds the end of an answer."""
 
-    WHOLE = "its length was said by who made it"
-    COLLECTED = "its length is told when all of it is there"
+    WHOLE = "by its length, which came with it"
+    COLLECTED = "by its length, which is known when all of it is there"
     CHUNKED = "by a last chunk of length 0"
     CLOSED = "by the end of the connection, to a client of HTTP/1.0"
     NO_BODY = "it has no body"
@@ -144,7 +144,7 @@ class _Writer(io.BufferedIOBase):
         return count
 
     def end(self) -> None:
-        """The answer is complete: tells its end."""
+        """The answer is complete: sends what marks its end."""
         if self.broken or self.framing is None:
             return
         if self.framing is Framing.COLLECTED:
@@ -172,7 +172,7 @@ class Wire(BaseHTTPRequestHandler):
     """One connection, with one request after another. Runs on a thread of its own.
 
     An answer's headers wait for the first byte of its body, so that until then it
-    can be another. Whoever reads the body of a request to its end calls
+    can be another. A caller that has read the body of a request to its end calls
     `body_was_read`; where something is left of it the connection ends.
     """
 

@@ -1,6 +1,6 @@
 """Faults on demand, on any machine, without a GPU.
 
-For the tests of this project and of any server that runs MLX::
+For the tests of this project and of any server that runs MLX:
 
     from mlx_safe import testing
 
@@ -253,7 +253,7 @@ def attach(model: Any, *, decode_width: int = 1) -> Any:
     """
     cls = type(model)
     if not callable(model):
-        raise TypeError(f"attach() wants a model that can be called, not {model!r}")
+        raise TypeError(f"attach() needs a model that can be called, not {model!r}")
     if getattr(cls, "_mlx_safe_attached", False):
         return model
 

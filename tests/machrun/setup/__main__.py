@@ -18,7 +18,7 @@ def fetch() -> None:
         packages.get_mlx(version, main)
     packages.get_mlx(packages.NEWEST, main)
     for python in PYTHONS.values():
-        packages.get_mlx(max(packages.PAIRS), python)
+        packages.get_mlx(packages.NEWEST_PAIR[0], python)
         packages.get_ours(python)
     for version in packages.PAIRS:
         packages.get_site(version)

@@ -7,6 +7,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from support.versions import EXECUTED, NEWEST_PAIR, PAIRS
+
 from .places import (
     CACHE,
     MAIN,
@@ -21,11 +23,8 @@ from .places import (
     run,
 )
 
-# Every version of MLX whose behaviour differs, or might.
-VERSIONS = ("0.30.6", "0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3", "0.32.4")
+VERSIONS = EXECUTED
 NEWEST = "newest"
-# The pairs that are supported: see PAIR_… in the Makefile.
-PAIRS = {"0.31.2": "0.31.3", "0.32.4": "0.32.2"}
 # mlx.metallib is 150 MB of code for GPUs, which nothing here reads.
 LEFT_OUT = (".metallib", ".h", ".metal", ".cmake")
 
@@ -110,9 +109,10 @@ def get_site(mlx_version: str) -> list[Path]:
 
     The dependencies of the newest mlx-lm serve all.
     """
-    newest = max(PAIRS)
+    newest, _ = NEWEST_PAIR
     rest = CACHE / "site" / "dependencies"
     own = ["prometheus-client>=0.20", "pydantic>=2.7", "rich>=13"]
+    own += ["pytest>=8", "pytest-timeout>=2.3"]  # for tests/hardware
     wanted = [f"mlx-lm=={PAIRS[newest]}", f"mlx=={newest}", *own]
     if not is_current(rest, " ".join(wanted)):
         _install(rest, *wanted)

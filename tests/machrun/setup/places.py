@@ -52,6 +52,7 @@ PYTHONS = {
     for p in (
         Python("3.11", "bookworm", "cp311-cp311"),
         Python("3.13", "trixie", "cp312-abi3"),
+        Python("3.14", "forky", "cp312-abi3"),
     )
 }
 MAIN = "3.11"  # the one that runs every version of MLX
