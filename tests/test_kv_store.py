@@ -16,6 +16,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+
+from mlx_safe.kv.directory import Directory, NotOurs
+from mlx_safe.kv.store import Limits, Store
+from mlx_safe.kv.writer import Writer
 from support.kv_files import (
     IDENTITY,
     PLENTY,
@@ -26,16 +30,13 @@ from support.kv_files import (
     restored,
 )
 
-from mlx_safe.kv.directory import Directory, NotOurs
-from mlx_safe.kv.store import Limits, Store
-from mlx_safe.kv.writer import Writer
-
 TOKENS = [n % 97 for n in range(700)]  # two blocks, and 188 more
 OTHER = [n % 89 for n in range(700)]
 
 
 def write(store: Store, tokens: list[int], snapshot: bool = False) -> None:
-    assert all([store.publish(d) for d in drafts(tokens, snapshot=snapshot)])
+    for draft in drafts(tokens, snapshot=snapshot):
+        assert store.publish(draft)
 
 
 def files(path: Path) -> list[Path]:

@@ -19,6 +19,9 @@ from hypothesis.stateful import (
     invariant,
     rule,
 )
+
+from mlx_safe.kv.format import Node
+from mlx_safe.kv.store import Limits, Store
 from support.kv_files import (
     IDENTITY,
     Died,
@@ -28,9 +31,6 @@ from support.kv_files import (
     opened,
     restored,
 )
-
-from mlx_safe.kv.format import Node
-from mlx_safe.kv.store import Limits, Store
 
 # Blocks of three texts that begin alike; a node's file takes 4096 bytes here.
 TEXTS = st.builds(

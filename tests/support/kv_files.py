@@ -154,9 +154,7 @@ class HookedFiles(Files):
         return super().free_bytes(at)
 
 
-def opened(
-    path: Path, limits: Limits = PLENTY, files: Files | None = None
-) -> Store:
+def opened(path: Path, limits: Limits = PLENTY, files: Files | None = None) -> Store:
     store = Store(Directory(path, files), limits)
     store.open()
     return store

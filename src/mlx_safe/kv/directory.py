@@ -34,7 +34,7 @@ from typing import Any
 from .files import Files, leave_out_of_backups
 from .format import BLOCK, SNAPSHOT, Node
 
-__all__ = ["GONE", "Directory", "Entry", "NotOurs", "disk_size", "node_of"]
+__all__ = ["GONE", "Directory", "Entry", "NotOurs", "disk_size", "names", "node_of"]
 
 _STATE = struct.Struct("<8sQdd")
 _MAGIC = b"mlxskvd1"
@@ -122,7 +122,7 @@ class Directory:
         try:
             fd = self.files.open("state", self.fd, write=True)
         except FileNotFoundError:
-            others = [name for name in os.listdir(self.fd) if not name.startswith(".")]
+            others = [name for name in names(self.fd) if not name.startswith(".")]
             if others or not make:
                 raise NotOurs(
                     f"{self.path}: is no directory of KV caches"
@@ -209,7 +209,7 @@ class Directory:
 
     def identities(self) -> list[str]:
         """Whose nodes there are, or were."""
-        return sorted(n for n in os.listdir(self.fd) if _IDENTITY.fullmatch(n))
+        return sorted(n for n in names(self.fd) if _IDENTITY.fullmatch(n))
 
     def scan(self, clean: bool = False) -> dict[tuple[str, str], Entry]:
         """All nodes' files, by identity and name.
@@ -376,6 +376,11 @@ class Directory:
     def _remove(self, name: str, at: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.files.remove(name, at)
+
+
+def names(fd: int) -> list[str]:
+    """What is in the open directory ``fd``; pathlib cannot list one."""
+    return os.listdir(fd)
 
 
 def _temporary() -> str:

@@ -21,12 +21,24 @@ import json
 import os
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-__all__ = ["BLOCK", "BLOCK_TOKENS", "ROOT", "SNAPSHOT", "Damaged", "Node", "chain"]
+__all__ = [
+    "BLOCK",
+    "BLOCK_TOKENS",
+    "HEADER_MAX",
+    "ROOT",
+    "SNAPSHOT",
+    "Damaged",
+    "Node",
+    "chain",
+    "check",
+    "decode",
+    "encode",
+]
 
 BLOCK_TOKENS = 256
 BLOCK, SNAPSHOT = "b", "s"
@@ -171,11 +183,38 @@ def decode(
         Damaged: it is not that.
         OSError: it cannot be read.
     """
-    size = os.fstat(fd).st_size
-    own = node.own_tokens(tokens)
-    if size > most:
+    if (size := os.fstat(fd).st_size) > most:
         raise Damaged(f"{size} bytes, more than the {most} that it can have")
+    own = node.own_tokens(tokens)
     reader = _Reader(fd, size, read)
+    about, kept, sizes = _header(reader, node, len(own))
+    found = reader.take(len(own))
+    if found != own or sha256(own).hexdigest() != kept:
+        raise Damaged("other tokens")
+    return about, list(_pieces(reader, sizes))
+
+
+def check(fd: int, node: Node, read: Callable[[int, int], bytes] = os.read) -> None:
+    """Reads the file, whose tokens are not known.
+
+    Raises:
+        Damaged: it cannot be what its name says.
+        OSError: it cannot be read.
+    """
+    reader = _Reader(fd, os.fstat(fd).st_size, read)
+    tokens = node.end - (node.start if node.kind == BLOCK else 0)
+    _, kept, sizes = _header(reader, node, 4 * tokens)
+    if sha256(reader.take(4 * tokens)).hexdigest() != kept:
+        raise Damaged("a checksum is another")
+    for _ in _pieces(reader, sizes):
+        pass
+
+
+def _header(
+    reader: _Reader, node: Node, tokens: int
+) -> tuple[Any, str, list[tuple[int, str]]]:
+    """``about``, the tokens' checksum, and of each piece its size and checksum."""
+    size = reader.left
     magic, version, length, digest = _FIXED.unpack(reader.take(_FIXED.size))
     if magic != MAGIC:
         raise Damaged("no file of this format")
@@ -186,19 +225,18 @@ def decode(
     text = reader.take(length)
     if sha256(text).digest() != digest:
         raise Damaged("the header's checksum is another")
-    about, kept, sizes = _parse(text, node)
-    if sum(n for n, _ in sizes) + len(own) != reader.left:
+    found = _parse(text, node)
+    if sum(n for n, _ in found[2]) + tokens != reader.left:
         raise Damaged("the length is not that of its pieces")
-    found = reader.take(len(own))
-    if found != own or sha256(own).hexdigest() != kept:
-        raise Damaged("other tokens")
-    pieces = []
+    return found
+
+
+def _pieces(reader: _Reader, sizes: Sequence[tuple[int, str]]) -> Iterator[bytes]:
     for n, expected in sizes:
         piece = reader.take(n)
         if sha256(piece).hexdigest() != expected:
             raise Damaged("a checksum is another")
-        pieces.append(piece)
-    return about, pieces
+        yield piece
 
 
 def _parse(text: bytes, node: Node) -> tuple[Any, str, list[tuple[int, str]]]:

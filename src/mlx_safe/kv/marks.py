@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 
-from .directory import Directory, node_of
+from .directory import Directory, names, node_of
 from .format import Node
 
 __all__ = ["Marks"]
@@ -63,7 +63,7 @@ class Marks:
 
     def of_dead(self) -> Iterator[tuple[str, list[Node]]]:
         """The marks of processes that died, and the nodes that each names."""
-        for name in os.listdir(self._directory.marks):
+        for name in names(self._directory.marks):
             if name in self._own or name.startswith("."):
                 continue
             try:

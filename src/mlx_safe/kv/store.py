@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .directory import GONE, Directory, Entry, disk_size
@@ -132,6 +133,11 @@ class Store:
             )
 
     # -- what is there -------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """Of the directory."""
+        return self._directory.path
 
     def __len__(self) -> int:
         return len(self._index)
@@ -492,6 +498,6 @@ def are_tokens(tokens: Sequence[Any]) -> bool:
     """Whether all are tokens; images have keys of their own in mlx-lm 0.32."""
     return not tokens or (
         all(type(token) is int for token in tokens)
-        and 0 <= min(tokens)
+        and min(tokens) >= 0
         and max(tokens) < TOKEN_MAX
     )

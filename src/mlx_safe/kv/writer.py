@@ -73,6 +73,11 @@ class Writer:
         """Bytes that have been taken and are not yet on disk."""
         return self._waiting
 
+    @property
+    def unconfirmed(self) -> bool:
+        """Something waits for `confirm`."""
+        return bool(self._items) and not self._items[-1].confirmed
+
     def has_room(self, nbytes: int) -> bool:
         """Whether a draft of so many bytes would be taken now."""
         return self._waiting == 0 or self._waiting + nbytes <= self._backlog

@@ -26,6 +26,7 @@ from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.batches import watched
+from .mlx_lm.kv_tier import KVTier
 from .model_names import ModelNames
 from .overflow import Overflow
 from .own_failures import OwnFailures
@@ -114,6 +115,9 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         )
         prompt_cache.may_store = self._may_store
         prompt_cache.gives_away = self._gives_away
+        self._disk: KVTier | None = prompt_cache.disk
+        if self._disk is not None:
+            self._disk.current = lambda: self.scheduler.current
         self._prefill = prefill
         self._resumed = Resumed()
         self.departures = Departures()
@@ -129,6 +133,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             lambda: len(self.scheduler), lambda: float(condition.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
+        if self._disk is not None:
+            self.metrics.watch_kv_disk(self._disk.store, self._disk.writer)
         self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
         self.recovery = Recovery(
             lambda: self.requests,
@@ -154,6 +160,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             detokenizer=self._own.detokenizer,
             max_kv_size=max_kv_size,
             injections=injections,
+            disk=self._disk,
         )
         self._prompts = Prompts(
             self._model,
@@ -285,7 +292,11 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
         if self._one_rank:  # or each would see other requests to leave
             cls = watched(
-                cls, self.scheduler, lambda: self.headroom.observer, self._own
+                cls,
+                self.scheduler,
+                lambda: self.headroom.observer,
+                self._own,
+                self._disk,
             )
         batch = cls(*args, **kwargs)
         return self.headroom.watch(self._prefill.watch(batch))
@@ -350,6 +361,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             raise caught  # a batch that mlx-lm has goes with its frames
         self.recovery.hold()
         self.recovery.check_epoch()
+        if self._disk is not None:
+            self._disk.confirm()
         request = self.scheduler.next()
         if request is None and self.scheduler.takes_new():
             request = self._take_new(timeout)
@@ -383,12 +396,21 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
+        if self._disk is not None:
+            self._keep_on_disk(self._disk, request, item)
         # The sequential path looks for clients that left after a token only. The
         # batched one looks by itself, and an exception would end the batch.
         if request.run.alone:
             if self._has_left(request):
                 raise Disconnected("the client left during the step")
             self._between_single_steps(request, item)
+
+    def _keep_on_disk(self, disk: KVTier, request: InFlight, item: Any) -> None:
+        if hasattr(item, "token"):
+            disk.first_token(request)
+        elif request.run.alone and isinstance(item, tuple):
+            disk.confirm()  # what was taken at the step before
+            disk.checkpoint_alone()
 
     def _between_single_steps(self, request: InFlight, item: Any) -> None:
         """The sequential path has done a step and puts ``item`` for the client.
@@ -469,6 +491,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._generation_thread.join(
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
+        if self._disk is not None:
+            self._disk.close()
         self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
 
 

@@ -229,6 +229,13 @@ class Recovery:
         complete before the fault may stay.
         """
         _clear_frames(exc)
+        if self._prompt_cache.disk is not None:
+            # Of an exception that is no fault nobody knows what it has touched.
+            passing = _is_out_of_memory(fault, exc) or (
+                fault is not None and fault.retryable
+            )
+            stray = not (passing and _epoch_is_exact())
+            self._prompt_cache.disk.fail(stray=stray)
         if _leaves_memory_alone(fault, exc) and _epoch_is_exact():
             self._prompt_cache.keep_clean(self._clean_epoch)
             for request in ending if fault is None else ():

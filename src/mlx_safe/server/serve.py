@@ -14,6 +14,8 @@ from typing import Any
 from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError
 from ..forensics import startup
+from ..kv.directory import Directory, NotOurs
+from ..kv.store import Limits
 from . import http_server, ranks, supervisor
 from .body import Bodies
 from .condition import EXIT_REPLACE, Condition
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from .overflow import Overflow
 
 log = logging.getLogger("mlx_safe.server")
+
+# With --kv-dir alone.
+KV_DISK_BYTES = 20 * 10**9
 
 # How long a fatal fault waits for a generator that is still being made.
 GENERATOR_WAIT_S = 5.0
@@ -114,6 +119,7 @@ def run(
         options.prompt_overflow_policy,
         options.prompt_keep_tokens,
     )
+    disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
@@ -146,13 +152,29 @@ def run(
             httpd.handover.tell(Message.READY)
 
     _set_retry_after(ready=False)
-    generator = _make_generator(options, overflow, model_provider, injections, ready)
+    generator = _make_generator(
+        options, overflow, model_provider, injections, ready, disk
+    )
     start_sampler(generator.headroom.figures)
     with watch:
         if httpd is None:
             _follow_the_first(generator)
         else:
             _serve_until_signal(httpd, generator)
+
+
+def _open_disk(options: argparse.Namespace) -> Directory | None:
+    if options.kv_dir is None:
+        return None
+    if ranks.is_one_of_many():
+        raise CommandError("--kv-dir cannot be used with more than one rank")
+    try:
+        found = Directory(options.kv_dir)
+    except NotOurs as e:
+        raise CommandError(f"--kv-dir {e}") from e
+    if not found.is_private:
+        log.warning("--kv-dir %s: others can read it", options.kv_dir)
+    return found
 
 
 def _set_retry_after(ready: bool) -> None:
@@ -178,17 +200,22 @@ def _make_generator(
     model_provider: Any,
     injections: bool,
     on_ready: Callable[[], None],
+    disk: Directory | None,
 ) -> Any:
     """Starts the generation thread, which loads the model."""
     from .generator import ProtectedResponseGenerator
     from .headroom import MemoryFlags
+    from .mlx_lm.kv_tier import KVTier
     from .mlx_lm.prompt_cache import PromptCache
     from .model_names import ModelNames
 
     cli_args = model_provider.cli_args
+    prompt_cache = PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes)
+    if disk is not None:
+        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or KV_DISK_BYTES))
     return ProtectedResponseGenerator(
         model_provider,
-        PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes),
+        prompt_cache,
         Condition(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
