@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_safe.cli import main
 from mlx_safe.kv.directory import Directory, NotOurs
 from mlx_safe.kv.store import Limits, Store
 from mlx_safe.kv.writer import Writer
@@ -266,6 +267,31 @@ def test_a_directory_with_other_things_is_not_used(tmp_path: Path) -> None:
         Directory(tmp_path / "file")
 
 
+def test_the_command_lists_checks_and_empties(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = opened(tmp_path / "kv")
+    write(store, TOKENS)
+    store.describe(IDENTITY, '{"name": "some-model"}')
+    where = str(tmp_path / "kv")
+    assert main(["kv", "list", where]) == 0
+    assert "2 files  8.2 kB  texts of up to 512 tokens" in (
+        said := capsys.readouterr().out
+    )
+    assert "some-model" in said
+    assert main(["kv", "check", where]) == 0
+    file = files(tmp_path / "kv")[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert main(["kv", "check", where]) == 1
+    assert f"{file.name}: " in capsys.readouterr().out
+    assert main(["kv", "empty", where]) == 0
+    assert not files(tmp_path / "kv")
+    assert not restored(store, TOKENS)  # a server that runs goes on with none
+    assert store.publish(drafts(TOKENS)[0])
+    assert main(["kv", "list", str(tmp_path)]) == 2
+    assert "no directory of KV caches" in capsys.readouterr().err
+
+
 # -- the writer and the epoch ----------------------------------------------------
 
 
@@ -355,7 +381,7 @@ def test_three_processes_at_once(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path), str(n)], env=env
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "kv"), str(n)], env=env
         )
         for n in range(3)
     ]
@@ -364,5 +390,5 @@ def test_three_processes_at_once(tmp_path: Path) -> None:
     finally:
         for process in running:
             process.kill()
-    store = opened(tmp_path)
-    assert store.nbytes == on_disk(tmp_path) <= 6 * 4096
+    store = opened(tmp_path / "kv")
+    assert store.nbytes == on_disk(tmp_path / "kv") <= 6 * 4096

@@ -41,6 +41,7 @@ _MAGIC = b"mlxskvd1"
 TAG = b"""Signature: 8a477f597d28d172789f06886806bc55
 # KV caches of mlx-safe: conversations. `mlx-safe kv empty` removes them.
 """
+_OWN = ("state", "CACHEDIR.TAG", "marks")
 ABOUT = "about.json"
 ABOUT_MAX = 1 << 20
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
@@ -122,7 +123,8 @@ class Directory:
         try:
             fd = self.files.open("state", self.fd, write=True)
         except FileNotFoundError:
-            others = [name for name in names(self.fd) if not name.startswith(".")]
+            # Another server may be making it just now.
+            others = [n for n in names(self.fd) if n[0] != "." and n not in _OWN]
             if others or not make:
                 raise NotOurs(
                     f"{self.path}: is no directory of KV caches"

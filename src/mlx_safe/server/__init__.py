@@ -62,6 +62,7 @@ handle_health_check``
                                                      their request
 ``LRUPromptCache``               `prompt_cache`      entries are complete and hold
                                                      what they count
+same                             `kv_tier`           --kv-dir: from and to the disk
 ``Model.make_cache``             `kv_window`         --max-kv-size
 ``ResponseGenerator.generate``   `model_names`       an unknown model is a 404, at
                                                      once
