@@ -2,8 +2,8 @@
 
 Prints, in turn for both: the next turn's first token after kill -9 over the first
 reading of its prompt; the next token after a fault for want of memory over the same;
-the bytes written over the bytes of new KV of a conversation. With ``--kills N`` a server is
-killed N times at random moments under load; no answer may differ.
+the bytes written over the bytes of new KV of a conversation. With ``--kills N`` a
+server is killed N times at random moments under load; no answer may differ.
 
 Aims, with a model whose reading costs something: 0.15, 0.15, 1.10, and no other answer.
 """

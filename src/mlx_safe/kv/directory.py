@@ -219,7 +219,7 @@ class Directory:
         Args:
             clean: under the lock: what died processes left half written goes.
         """
-        found = {}
+        found: dict[tuple[str, str], Entry] = {}
         for identity in self.identities():
             try:
                 fd = self.files.directory(identity, self.fd)

@@ -209,6 +209,8 @@ class Recovery:
             reported: there is a crash report of it already, as there is of an
                 exception that reached terminate.
         """
+        if self._prompt_cache.disk is not None:
+            self._prompt_cache.disk.withdraw()
         self._condition.restarts = True
         self._condition.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", one_line(exc))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from ... import _core
@@ -100,7 +99,8 @@ class KVTier:
         self._identity = ""
         self._arrays: list[_Array] = []
         self._restored: list[_Restored] = []
-        self._reading: tuple[list[int], list[Any]] | None = None
+        # On the sequential path: who reads a prompt, which, and into what.
+        self._reading: tuple[Any, list[int], list[Any]] | None = None
         self._read_rate, self._restore_rate = _Rate(), _Rate()
         self._progress: tuple[int, int, float] = (0, 0, 0.0)
         self._not_tried = 0
@@ -134,7 +134,7 @@ class KVTier:
             return "there is a draft model"
         if compat.kv_quantization(provider.cli_args).get("kv_bits") is not None:
             return "--kv-bits"
-        caches = compat.make_cache(provider.model)
+        caches: list[Any] = compat.make_cache(provider.model)
         kinds = sorted({type(c).__name__ for c in caches if type(c) is not KVCache})
         if kinds or not caches:
             return f"not proven for {', '.join(kinds) or 'a model without caches'}"
@@ -321,13 +321,13 @@ class KVTier:
         if request is None or not request.run.alone or not self._is_on(model, tokens):
             return caches
         made = caches or compat.make_cache(self._model)
-        self._reading = (tokens[:], made)
+        self._reading = (request, tokens[:], made)
         return made
 
     def checkpoint_alone(self) -> None:
         """The sequential path has read its prompt further."""
         if self._reading is not None:
-            tokens, caches = self._reading
+            _, tokens, caches = self._reading
             if caches and type(caches[0]) is KVCache:
                 self._note_progress(id(tokens), caches[0].offset)
             self.capture(self._key, tokens, caches)
@@ -371,6 +371,8 @@ class KVTier:
         if self.writer.unconfirmed:
             mx.synchronize()
             self.writer.confirm(_core.epoch())
+        if self._reading is not None and self._reading[0].is_ended:
+            self._reading = None  # its memory is to be free
         kept = []
         for restored in self._restored:
             if restored.request is None or restored.request.is_ended:
@@ -391,6 +393,10 @@ class KVTier:
             if restored.mark is not None:
                 self.store.end_restore(restored.mark)
         self._restored = []
+
+    def withdraw(self) -> None:
+        """The process will be replaced: nothing more is written. Any thread."""
+        self.writer.fail(all_of_it=True)
 
     def close(self) -> None:
         """The server stops: what is confirmed is written, if the disk is quick."""
@@ -416,7 +422,7 @@ def _describe(name: Any) -> Any:
 
 
 def _made(piece: bytes, array: _Array) -> mx.array:
-    flat = mx.array(np.frombuffer(piece, np.uint8))
+    flat = mx.array(memoryview(piece))
     return flat.view(getattr(mx, array.dtype)).reshape(array.shape)
 
 
