@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -160,7 +161,9 @@ def fixed(model: str, rounds: int) -> None:
         )
 
 
-def load(running: list[Server], clients: int, requests: int, tokens: int) -> Counter:
+def load(
+    running: list[Server], clients: int, requests: int, tokens: int
+) -> Counter[str]:
     """Each client asks ``requests`` times; counts what became of the requests.
 
     One that is refused asks until it is taken: that is counted, but nothing lost.
@@ -202,7 +205,7 @@ class Restarted:
     """The stock server in a loop that starts it again."""
 
     def __init__(self, model: str, plan: str) -> None:
-        self._start = lambda: Server(model, inject=plan, stock=True)
+        self._start = functools.partial(Server, model, inject=plan, stock=True)
         self.running = [self._start()]
         self.running[0].wait_ready()
         self.starts = 1
@@ -255,7 +258,7 @@ def lost(model: str, every: int, clients: int, requests: int, tokens: int) -> No
 
 
 def _row(
-    name: str, found: Counter, kinds: tuple[str, ...], seconds: float, faults: int
+    name: str, found: Counter[str], kinds: tuple[str, ...], seconds: float, faults: int
 ) -> None:
     counts = " | ".join(f"{found[kind]:{len(kind)}}" for kind in kinds)
     print(f"{name} | {counts} | {seconds:.0f} | {faults}", flush=True)

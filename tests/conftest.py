@@ -42,15 +42,24 @@ collect_ignore += [] if HAS_CLIENTS else ["clients"]
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings
 
-    # No luck: the same cases each time, and however slow the machine is. Here, as
-    # `@given` takes what holds when its file is read.
+    # No luck in CI: the same cases each time, and however slow the machine is. Here,
+    # as `@given` takes what holds when its file is read.
     settings.register_profile(
-        "mlx_safe",
+        "fixed",
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    settings.load_profile("mlx_safe")
+    # `make fuzz`: with the seed of the command line. Nothing is remembered.
+    settings.register_profile(
+        "fuzz",
+        settings.get_profile("fixed"),
+        derandomize=False,
+        database=None,
+        max_examples=500,
+        print_blob=True,
+    )
+    settings.load_profile("fuzz" if os.environ.get("MLX_SAFE_TEST_FUZZ") else "fixed")
 
 
 def pytest_report_header() -> list[str]:

@@ -93,7 +93,8 @@ def test_a_model_that_cannot_be_looked_at() -> None:
     from mlx_safe.server.mlx_lm.model_facts import look_at
     from mlx_safe.server.replies import BadRequest
 
-    facts = look_at(lambda tokens, cache: None)
+    model: Any = lambda tokens, cache: None  # noqa: E731
+    facts = look_at(model)
     assert facts.width is None
     facts.check_bias(None)
     facts.check_bias({})

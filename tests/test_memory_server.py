@@ -103,7 +103,7 @@ def room_told(server: Server) -> str:
     """What the log said at the start, such as ``"2500 tokens"``."""
     told = re.compile(r"room for (.*) \(")
     assert eventually(lambda: bool(told.search(server.log)))
-    return told.findall(server.log)[0]
+    return str(told.findall(server.log)[0])
 
 
 @contextlib.contextmanager

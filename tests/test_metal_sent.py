@@ -11,12 +11,10 @@ import pytest
 
 from support import sent
 from support.native import Native
-
-# For which versions the hosts stand: see tests/metalsim/README.md.
-VERSIONS = ("0.30.6", "0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3", "0.32.4")
+from support.versions import EXECUTED, NEWEST_PAIR, OLDEST_PAIR
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", EXECUTED)
 def test_the_host_sends_what_libmlx_sends(
     version: str, native: Native, tmp_path: Path
 ) -> None:
@@ -35,6 +33,6 @@ def test_the_host_sends_what_libmlx_sends(
 
 def test_a_difference_is_told() -> None:
     """The other side: the versions' own traces differ."""
-    old, new = (sent.recorded(v).read_text() for v in ("0.31.2", "0.32.4"))
+    old, new = (sent.recorded(v).read_text() for v, _ in (OLDEST_PAIR, NEWEST_PAIR))
     assert "+buffer status" in sent.differences(new, old)
     assert sent.differences(new, new) == ""

@@ -442,12 +442,12 @@ PATIENT = """
 import sys, time
 from types import SimpleNamespace
 from mlx_safe.cli import main
-from mlx_safe.server import condition
+from mlx_safe.server import health
 def sleep(seconds):
     print("it waits for its clients", flush=True)
     time.sleep(seconds)
-condition.ANSWER_TIMEOUT_S = 600.0
-condition.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+health.ANSWER_TIMEOUT_S = 600.0
+health.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
@@ -552,7 +552,7 @@ def test_the_real_model_through_the_openai_client(real_model: Path) -> None:
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{server.port}/v1", api_key="-", max_retries=0
         )
-        ask = {"model": "default_model", "messages": question, "max_tokens": 12}
+        ask: Any = {"model": "default_model", "messages": question, "max_tokens": 12}
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(**ask)
         assert caught.value.status_code == 503

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import signal
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
 from support import child
 
@@ -25,7 +27,7 @@ def reports(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.json")) if directory.exists() else []
 
 
-def throw(before: str = "", **environment: str) -> object:
+def throw(before: str = "", **environment: Any) -> subprocess.CompletedProcess[str]:
     return child.run(THROW.format(before=before), **environment)
 
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cases import Stage
-from proxy import PROXIES, program
-from stage import CLIENTS, drivers
-from table import table
 
+from clients.cases import Stage
+from clients.proxy import PROXIES, program
+from clients.stage import CLIENTS, drivers
+from clients.table import table
 from support.clients import REQUIRED
 
 TABLE = os.environ.get("MLX_SAFE_CLIENT_TABLE")

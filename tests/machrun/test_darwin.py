@@ -53,19 +53,30 @@ BRANCHES = {
         from mlx_safe import doctor
         print(doctor._system())
     """,
+    (
+        "doctor.py",
+        'return f"{platform.system()} {platform.release()} {platform.machine()}"',
+    ): """
+        from mlx_safe import doctor
+        print(doctor._system())
+    """,
+    ("memory/machine.py", "system=sys.platform,"): """
+        from mlx_safe.memory import machine
+        print(machine.read_machine().system)
+    """,
     ("memory/machine.py", 'if sys.platform != "darwin":'): """
         from mlx_safe.memory import machine
         names = ("hw.memsize", "iogpu.wired_limit_mb", "no.such.name")
         print(*map(machine.sysctl, names), machine.read_machine().total)
     """,
-    ("server/departures.py", 'RDHUP = getattr(select, "POLLRDHUP", None)'): """
+    ("server/disconnects.py", 'RDHUP = getattr(select, "POLLRDHUP", None)'): """
         import socket
-        from mlx_safe.server import departures
+        from mlx_safe.server import disconnects
         one, other = socket.socketpair()
         other.send(b"the next request")
-        before = departures._has_left(one)
+        before = disconnects._has_left(one)
         other.close()
-        print(departures.RDHUP, before, departures._has_left(one))
+        print(disconnects.RDHUP, before, disconnects._has_left(one))
     """,
     ("server/request_file.py", 'if hasattr(os, "memfd_create"):'): """
         import os
@@ -91,9 +102,9 @@ SAYS = {
         "/Users/ada/Library/Application Support/mlx-safe/reports",
     ],
     "_reports.py": ["macOS 14.0"],
-    "doctor.py": ["macOS 14.0 arm64"] * 2,
-    "memory/machine.py": [f"{16 << 30} 0 None {16 << 30}"],
-    "server/departures.py": ["None False True"],
+    "doctor.py": ["macOS 14.0 arm64"] * 3,
+    "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],
+    "server/disconnects.py": ["None False True"],
     "server/request_file.py": ["True 0", "-1 False True"],
 }
 

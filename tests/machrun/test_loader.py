@@ -188,8 +188,8 @@ def test_what_the_shims_believe_of_macos_is_in_apples_headers() -> None:
 
 def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
     place = HERE / "loader"
-    for name in ("macho.h", "abi_check.c"):
-        (tmp_path / name).write_text((place / name).read_text())
+    check = tmp_path / "abi_check.c"
+    check.write_text((place / check.name).read_text())
     text = (place / "mac_abi.h").read_text()
     for true, false in (
         ("X(O_CREAT, 0x200)", "X(O_CREAT, 0x40)"),
@@ -198,7 +198,6 @@ def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
         assert true in text
         (tmp_path / "mac_abi.h").write_text(text.replace(true, false))
         with pytest.raises(SetupError, match=r"static assertion failed"):
-            check = tmp_path / "abi_check.c"
             native.zig("cc", *native.MACOS, "-c", check, into=tmp_path / "check.o")
 
 
@@ -213,6 +212,25 @@ def test_code_is_not_writable_and_constants_are_not(private_reports: Path) -> No
     assert any("libmlx.dylib" in line for line in images)
     assert any(" r-xp " in line for line in images)
     assert not [line for line in images if re.match(r"\S+ .wx", line)]
+
+
+@pytest.mark.parametrize(
+    "wheel", sorted({*NOT_RUN, *(python.wheel for python in PYTHONS.values())})
+)
+def test_the_wheel_is_run(wheel: str) -> None:
+    """By the Pythons in `PYTHONS`, in test_hooks.py; said here of each."""
+    if reason := NOT_RUN.get(wheel):
+        pytest.skip(f"the wheel {wheel} is not run: {reason}")
+    versions = [v for v, python in PYTHONS.items() if python.wheel == wheel]
+    for version in versions:
+        done = Machine(python=version).run("""
+            import sys, mlx_safe
+            from mlx_safe import _core
+            print("%d.%d" % sys.version_info[:2], mlx_safe.install().verified)
+            print(_core.__file__)
+        """)
+        assert done.stdout.split()[:2] == [version, "True"], done.stderr
+        assert Path(done.stdout.split()[2]).is_relative_to(CACHE / "ours" / wheel)
 
 
 def test_every_wheel_of_ours_is_run_or_named() -> None:

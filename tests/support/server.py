@@ -26,7 +26,7 @@ from typing import Any
 
 # The Python of the servers: another one than the tests' own under `make machrun`.
 PYTHON = os.environ.get("MLX_SAFE_TEST_PYTHON", sys.executable)
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "120"))
 REQUEST_TIMEOUT_S = 90.0
 
 # mlx_lm.server as it is, with nothing of ours but the injected fault.
@@ -143,14 +143,14 @@ REFUSING = """
 import signal, sys, time
 from types import SimpleNamespace
 from mlx_safe.cli import main
-from mlx_safe.server import condition, recovery
+from mlx_safe.server import health, recovery
 recovery.REFUSE_FOR_S = 3600.0
 passed = 0.0
 def pass_the_hour(*_):
     global passed
     passed = 3600.0
 signal.signal(signal.SIGUSR1, pass_the_hour)
-condition.time = SimpleNamespace(
+health.time = SimpleNamespace(
     sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
 )
 sys.exit(main(["serve", *sys.argv[1:]]))
@@ -225,7 +225,8 @@ class Answer:
                 p.get("text") or p.get("delta", {}).get("content") or "" for p in parts
             )
         choice = self.json["choices"][0]
-        return choice.get("text") or choice["message"]["content"]
+        text: str = choice.get("text") or choice["message"]["content"]
+        return text
 
     @property
     def done(self) -> bool:
@@ -347,7 +348,7 @@ class Server:
         assert eventually(lambda: self.log.count(text) >= times), self.log
 
     @property
-    def departures(self) -> int:
+    def disconnects(self) -> int:
         """How many clients the log says went away before they had their answer."""
         return self.log.count("went away; its request is cancelled")
 
@@ -489,9 +490,10 @@ class Server:
                 linger = struct.pack("ii", 1, 0)
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    def chat(
-        self, text: str = "hello there", timeout: float = REQUEST_TIMEOUT_S, **more: Any
-    ) -> Answer:
+    def chat(self, text: str = "hello there", /, **more: Any) -> Answer:
+        """Asks; ``more`` are fields of the body, or ``text`` and ``timeout`` (s)."""
+        text = more.pop("text", text)
+        timeout = more.pop("timeout", REQUEST_TIMEOUT_S)
         messages = [{"role": "user", "content": text}]
         return self.post(
             {"messages": messages, "max_tokens": 8, **more}, timeout=timeout

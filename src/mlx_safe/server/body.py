@@ -62,6 +62,7 @@ class Hold:
         self._taken.append((room, size))
 
     def give_back(self) -> None:
+        """Frees all that was taken. Thread of its handler."""
         for room, size in self._taken:
             room.give_back(size)
         self._taken.clear()

@@ -75,13 +75,13 @@ class Endpoints(Responses):
 
     def handle_health_check(self) -> None:
         """Answers 200 when requests are served, else 503 with the reason."""
-        condition = self.response_generator.condition
+        health = self.response_generator.health
         thread = self.response_generator._generation_thread
-        reason = condition.reason
+        reason = health.reason
         if reason is None and not thread.is_alive():
             reason = "the generation thread has ended"
         if reason is None:
             self.send_json(200, {"status": "ok"})
         else:
-            body = {"status": "unavailable", "state": condition.state, "reason": reason}
+            body = {"status": "unavailable", "state": health.state, "reason": reason}
             self.send_json(503, body)

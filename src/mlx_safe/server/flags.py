@@ -9,6 +9,7 @@ from .._command import CommandError, Parser
 from ..memory.sizes import parse_size
 from . import supervisor
 from .body import DEFAULT_MAX_BYTES
+from .mlx_lm.protocols import CliArgs
 
 __all__ = ["check_flags", "check_paths", "own_parser"]
 
@@ -246,7 +247,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def check_paths(args: argparse.Namespace) -> None:
+def check_paths(args: object) -> None:
     """Refuses paths that mlx-lm could not load, before it starts to load them.
 
     Args:
@@ -287,7 +288,7 @@ def _is_there(path: Path, given: str) -> bool:
     return True
 
 
-def check_flags(options: argparse.Namespace, args: argparse.Namespace) -> None:
+def check_flags(options: argparse.Namespace, args: CliArgs) -> None:
     """Refuses flags that cannot work, alone or together. Reads directories.
 
     Args:
@@ -303,7 +304,7 @@ def check_flags(options: argparse.Namespace, args: argparse.Namespace) -> None:
         raise CommandError("--kv-disk-bytes needs --kv-dir")
 
 
-def _check_kv_flags(options: argparse.Namespace, args: argparse.Namespace) -> None:
+def _check_kv_flags(options: argparse.Namespace, args: CliArgs) -> None:
     if args.prompt_cache_size < 0:
         raise CommandError("--prompt-cache-size: must be 0 or more")
     # With 0 mlx-lm takes requests and never begins with them.
@@ -320,7 +321,7 @@ def _check_kv_flags(options: argparse.Namespace, args: argparse.Namespace) -> No
             raise CommandError(f"--max-kv-size cannot be used with {option}")
 
 
-def _check_model_flags(options: argparse.Namespace, args: argparse.Namespace) -> None:
+def _check_model_flags(options: argparse.Namespace, args: CliArgs) -> None:
     for flag in ("served_model_name", "only_served_model"):
         if getattr(options, flag) and not args.model:
             raise CommandError(f"--{flag.replace('_', '-')} needs --model")

@@ -10,29 +10,45 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
-from mlx_lm.server import ResponseGenerator
 
 from .. import _core, _reports, errors
 from .._command import in_one_line
-from .condition import EXIT_REPLACE, Condition
-from .departures import Departures
+from .asked import Asked
+from .disconnects import Disconnects
 from .headroom import Headroom, MemoryFlags
+from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
+from .mlx_lm.bases import ResponseGenerator
 from .mlx_lm.batches import watched
 from .mlx_lm.kv_tier import KVTier
+from .mlx_lm.prompt_cache import PromptCache
+from .mlx_lm.protocols import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Json,
+    ModelKey,
+    ModelProvider,
+    Processor,
+    Progress,
+    Response,
+    Sampler,
+    Tokenizer,
+)
 from .model_names import ModelNames
 from .overflow import Overflow
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .prompts import Held, Prompts
-from .ranks import AllStop
+from .ranks import AllStop, Home
 from .recorder import request_id
 from .recovery import Recovery, portable
 from .replay import Resumed
@@ -40,17 +56,18 @@ from .replies import (
     EXPECTED,
     BadRequest,
     ModelNotFound,
-    NotEnoughMemory,
     Unavailable,
     is_allocation_failure,
+    is_of_all,
     reply_for,
 )
 from .request import RUNNING, Disconnected, RequestState
 from .scheduler import Scheduler
+from .sequential import Sequential
 from .served_model import ServedModel, where
 from .watchdog import Watchdog
 
-__all__ = ["Asked", "ProtectedResponseGenerator"]
+__all__ = ["ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -62,33 +79,15 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
 
-# How often ranks agree whether the client of the sequential path is still there.
-SHARE_EVERY_TOKENS = 16
 
-
-class Asked(BaseException):
-    """What mlx-lm's handler wants to have generated; raised past its own way of
-    answering, ``except Exception`` included.
-
-    Attributes:
-        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
-    """
-
-    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
-        super().__init__("to be answered by `answers.Answer`")
-        self.request = request
-        self.arguments = arguments
-        self.progress = progress
-
-
-class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
+class ProtectedResponseGenerator(ResponseGenerator):
     """mlx-lm's generator with an end to every request and none to the thread."""
 
     def __init__(
         self,
-        model_provider: Any,
-        prompt_cache: Any,
-        condition: Condition,
+        model_provider: ModelProvider,
+        prompt_cache: PromptCache,
+        health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
         overflow: Overflow,
@@ -97,8 +96,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         max_kv_size: int | None = None,
         injections: bool = False,
         hold_s: float | None = None,
+        home: Home | None = None,
     ) -> None:
-        self.condition = condition
+        self.health = health
+        self._home = home
         self.names = names
         self._hold_s = hold_s
         self._overflow = overflow
@@ -120,7 +121,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self._disk.current = lambda: self.scheduler.current
         self._prefill = prefill
         self._resumed = Resumed()
-        self.departures = Departures()
+        self.disconnects = Disconnects()
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
@@ -130,7 +131,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             ),
         )
         self.metrics = Metrics(
-            lambda: len(self.scheduler), lambda: float(condition.state == "ok")
+            lambda: len(self.scheduler), lambda: float(health.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
         if self._disk is not None:
@@ -139,7 +140,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.recovery = Recovery(
             lambda: self.requests,
             self.scheduler,
-            condition,
+            health,
             self.headroom,
             prompt_cache,
             self.metrics,
@@ -156,12 +157,14 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.headroom,
             overflow,
             self._resumed,
-            is_first=lambda: condition.state == "loading",
+            is_first=lambda: health.state == "loading",
             detokenizer=self._own.detokenizer,
             max_kv_size=max_kv_size,
             injections=injections,
             disk=self._disk,
         )
+        share = None if self._one_rank else self._share_object
+        self._sequential = Sequential(self.scheduler, self.headroom, share)
         self._prompts = Prompts(
             self._model,
             overflow,
@@ -171,16 +174,28 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.metrics,
             self._one_rank,
         )
+        if home is not None and home.lifeline is not None:
+            home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
 
     # -- called by handler threads -----------------------------------------
 
-    def generate(self, request: Any, args: Any, progress_callback: Any = None) -> Any:
+    def generate(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress_callback: Progress | None = None,
+    ) -> NoReturn:
         """Raises `Asked`: what mlx-lm's handler would do with an answer is ours."""
         raise Asked(request, args, progress_callback)
 
-    def answer(self, request: Any, args: Any, progress: Any) -> tuple[Any, Any]:
+    def answer(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress: Progress,
+    ) -> tuple[GenerationContext, Iterator[Response]]:
         """As mlx-lm's ``generate``: a context, and an iterator of its responses.
 
         Raises:
@@ -189,16 +204,17 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
-        if not self.condition.wait_loaded(self._hold_s):
+        if not self.health.wait_loaded(self._hold_s):
             raise Unavailable("The model is being loaded.", restarts=True)
-        if self.condition.state in ("failed", "refusing"):
-            restarts = self.condition.restarts
-            raise Unavailable(self.condition.reason, restarts=restarts)
+        if self.health.state in ("failed", "refusing"):
+            restarts = self.health.restarts
+            raise Unavailable(self.health.reason, restarts=restarts)
         self._check_at_the_door(request, args)
-        made: tuple[Any, Any] = super().generate(request, args, progress)
-        return made
+        return super().generate(request, args, progress)
 
-    def _check_at_the_door(self, request: Any, args: Any) -> None:
+    def _check_at_the_door(
+        self, request: CompletionRequest, args: GenerationArguments
+    ) -> None:
         """What needs no turn in the queue; names become those that mlx-lm loads."""
         named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
         args.model = type(args.model)(**named._asdict())
@@ -206,6 +222,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         if key == named:  # else it will be checked when its model is loaded
             limits.check(args)
             limits.check_length(request, self._overflow.refuses_over(limits.context))
+        elif named.draft is not None and key is not None and key[:2] == named[:2]:
+            limits.check_draft()  # the model that is loaded, with another draft model
 
     @property
     def width(self) -> int | None:
@@ -215,13 +233,20 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
+        """Called on mlx-lm's thread; with more than one rank ours waits for theirs."""
+        if self._home is None:
+            self._generate_here()
+        else:
+            self._home.run(self._generate_here)
+
+    def _generate_here(self) -> None:
         _core.signals_cover_this_thread()
         self.recovery.begin()
         compat.sample_with_this_thread()
         if not self._load_first_model():
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
-        self.model_provider.load_default = lambda: None
+        self.model_provider.load_default = lambda: None  # type: ignore[method-assign]
         while not self._stop:
             self._starts_without_work += 1
             try:
@@ -235,8 +260,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise exc
             self.recovery.recover(exc)
         except Exception as e:
-            log.exception("there is no recovery from this")
-            self.recovery.give_up(portable(e))
+            lost = errors.from_exception(e)
+            if lost is None:
+                log.exception("there is no recovery from this")
+            self.recovery.give_up(lost or portable(e))
 
     def _load_first_model(self) -> bool:
         try:
@@ -245,21 +272,25 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             # Of `load_or_say_why`, whose own text is cut.
             cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
             # What died here before may not have given its memory back yet.
-            passing = errors.from_exception(cause) or is_allocation_failure(cause)
+            fault = errors.from_exception(cause)
+            passing = is_allocation_failure(cause)
+            passing = passing or (
+                fault is not None and (fault.retryable or fault.fatal)
+            )
             status = EXIT_REPLACE if passing else 2
             place = "" if passing else where(self.cli_args)
             why = in_one_line(cause)
             log.error("the model cannot be loaded: %s%s", place, why)
-            self.condition.restarts = status == EXIT_REPLACE
-            self.condition.enter("failed", "the model cannot be loaded")
+            self.health.restarts = status == EXIT_REPLACE
+            self.health.enter("failed", "the model cannot be loaded")
             error = Unavailable("The model cannot be loaded.", restarts=True)
-            self.condition.leave(status, lambda: self.recovery.fail_everyone(error))
+            self.health.leave(status, lambda: self.recovery.fail_everyone(error))
             return False
-        self.condition.enter("ok")
+        self.health.enter("ok")
         log.info("ready: %s", _status_line())
         return True
 
-    def _is_batchable(self, args: Any) -> bool:
+    def _is_batchable(self, args: GenerationArguments) -> bool:
         """mlx-lm asks of the model that is loaded, before it loads the one named.
 
         One that names another is served alone, which any model can be.
@@ -267,7 +298,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         named = self._model.is_named(args.model)
         return named and bool(super()._is_batchable(args))
 
-    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+    def _tokenize(
+        self,
+        tokenizer: Tokenizer,
+        request: CompletionRequest,
+        args: GenerationArguments,
+    ) -> tuple[Any, ...]:
         tokenize = super()._tokenize
         return self._prompts.read(
             request, args, tokenizer, lambda request: tokenize(tokenizer, request, args)
@@ -302,8 +338,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         return self.headroom.watch(self._prefill.watch(batch))
 
     def _make_state_machine(
-        self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        model_key: ModelKey,
+        tokenizer: Tokenizer,
+        stop_words: list[str],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         make = super()._make_state_machine
         made = self._own.make(
             lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
@@ -312,15 +353,25 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         stops, *rest = self._resumed.state_machine(made)
         return (self._own.stops(stops), *rest)
 
-    def resume_sampler(self, make: Any, args: Any, tokenizer: Any) -> Any:
+    def resume_sampler(
+        self,
+        make: Callable[[GenerationArguments, Tokenizer], Sampler],
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+    ) -> Sampler:
         """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
         made = self._own.make(
             lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
             lambda: partial(mx.argmax, axis=-1),
         )
-        return self._own.sampler(made)
+        guarded: Sampler = self._own.sampler(made)
+        return guarded
 
-    def resume_processors(self, make: Any, args: Any) -> list[Any]:
+    def resume_processors(
+        self,
+        make: Callable[[GenerationArguments], list[Processor]],
+        args: GenerationArguments,
+    ) -> list[Processor]:
         """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
         made = self._own.make(lambda: make(args), list)
         current = self.scheduler.current
@@ -328,9 +379,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             made = self._resumed.processors(made)
         return [self._own.processor(processor) for processor in made]
 
-    def top_logprobs(self, make: Any, *args: Any) -> Any:
+    def top_logprobs(
+        self, make: Callable[..., tuple[Json, ...]], *args: Any
+    ) -> tuple[Json, ...]:
         """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
-        return self._own.top_logprobs(lambda: make(*args))
+        found: tuple[Json, ...] = self._own.top_logprobs(lambda: make(*args))
+        return found
 
     def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start.
@@ -375,6 +429,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             return None
         if isinstance(taken[1], AllStop):
             self._stop = True
+            if self._home is not None:
+                self._home.end()
             return None
         try:
             request = InFlight(
@@ -383,9 +439,13 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         except RecursionError:
             taken[0].put(BadRequest("The request is nested too deeply."))
             return None
+        except MemoryError as e:
+            # Nothing knows of it yet: it would wait for ever.
+            taken[0].put(portable(e))
+            return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
             self.scheduler.arrive(request)
-            self.departures.bind(request_id(taken[1]), request)
+            self.disconnects.bind(request_id(taken[1]), request)
         return request
 
     def _serve_single(self, request: Any, *args: Any) -> None:
@@ -398,12 +458,8 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self.recovery.check_epoch()
         if self._disk is not None:
             self._keep_on_disk(self._disk, request, item)
-        # The sequential path looks for clients that left after a token only. The
-        # batched one looks by itself, and an exception would end the batch.
         if request.run.alone:
-            if self._has_left(request):
-                raise Disconnected("the client left during the step")
-            self._between_single_steps(request, item)
+            self._sequential.before_put(request, item)
 
     def _keep_on_disk(self, disk: KVTier, request: InFlight, item: Any) -> None:
         if hasattr(item, "token"):
@@ -412,47 +468,12 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             disk.confirm()  # what was taken at the step before
             disk.checkpoint_alone()
 
-    def _between_single_steps(self, request: InFlight, item: Any) -> None:
-        """The sequential path has done a step and puts ``item`` for the client.
-
-        Raises:
-            Held: it goes on with smaller steps.
-            NotEnoughMemory: it cannot go on.
-        """
-        if request.claim is None or not self._one_rank:
-            return
-        if isinstance(item, tuple):
-            done, total = item
-            length = request.claim.prompt - total + done
-        elif hasattr(item, "token"):
-            length = request.next_length
-        else:
-            return
-        with self.headroom.observing_step(request.run.length, length):
-            found = self.scheduler.single_step(request, length)
-            if found == "smaller":
-                raise Held
-            if found == "none":
-                raise NotEnoughMemory("there is no memory for the next step")
-
-    def _has_left(self, request: InFlight) -> bool:
-        """Whether the client is gone; with more than one rank, as all ranks see it.
-
-        Only the first rank knows, and sharing waits for the step that is under way:
-        it is done for each piece of the prompt, but not for each token.
-        """
-        if self._one_rank:
-            return request.is_ended
-        if len(request.produced) % SHARE_EVERY_TOKENS:
-            return False
-        return bool(self._share_object(request.is_ended or None))
-
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
         # nothing to do, so a thread that does not move is in a step that hangs; also
         # when its clients have left, and those that come later wait in the queue.
         # With more than one rank the step may be the meeting in such a turn.
-        return self.condition.state not in ("loading", "failed")
+        return self.health.state not in ("loading", "failed")
 
     def _on_caught(self, request: InFlight, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
@@ -469,8 +490,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             log.info("a request is refused: %s", exc)
             request.fail(exc)
             return
-        passing = errors.from_exception(exc) or is_allocation_failure(exc)
-        if not request.has_context and not passing:
+        if not request.has_context and not is_of_all(exc):
             log.error("a request could not be begun", exc_info=exc)
             self.metrics.failures.labels(reply_for(exc).code).inc()
             request.fail(portable(exc))
@@ -478,10 +498,17 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             self.scheduler.not_begun(request)
             self._caught = exc
 
+    def _rank_is_gone(self, rank: int) -> None:
+        """On the lifeline's thread: this one may wait for that rank for ever."""
+        if self.health.state == "failed":
+            return  # it has been answered already, or all end
+        why = f"The server restarts: rank {rank} has ended."
+        self.recovery.give_up(Unavailable(why, restarts=True), reported=True)
+
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
         why = Unavailable("The server is stopping.", restarts=True)
-        self.condition.enter("failed", "the server is stopping")
+        self.health.enter("failed", "the server is stopping")
         self.recovery.fail_everyone(why)
         if self._one_rank:
             self._stop = True
@@ -493,7 +520,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         )
         if self._disk is not None:
             self._disk.close()
-        self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
+        self.health.leave(0, lambda: self.recovery.fail_everyone(why))
 
 
 def _status_line() -> str:

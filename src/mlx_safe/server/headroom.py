@@ -27,6 +27,7 @@ from .admission import Ask, Load, SingleStep
 from .limits import Limits
 from .mlx_lm import compat
 from .mlx_lm.prompt_cache import PromptCache
+from .mlx_lm.protocols import BatchGenerator, ModelKey, ModelProvider
 from .model_demand import NoRoom, demand_of
 from .model_limits import context_of
 from .observer import Observer
@@ -76,14 +77,14 @@ class Headroom:
         self._baseline = 0
         self._demand = Demand(CacheCost(), Transients())
         # mlx-lm's batch generator; not kept alive by us.
-        self._batch_ref: weakref.ref[Any] | None = None
+        self._batch_ref: weakref.ref[BatchGenerator] | None = None
         self.observer = Observer(self._demand.transients)
         self.sizing: Sizing | None = None
         self._context: int | None = None
 
     # -- the model ---------------------------------------------------------------
 
-    def model_loaded(self, provider: Any) -> None:
+    def model_loaded(self, provider: ModelProvider) -> None:
         """Measures the model that ``provider`` has just loaded.
 
         Raises:
@@ -97,6 +98,7 @@ class Headroom:
             return
         demand = demand_of(provider)
         self._measured = key
+        assert provider.model is not None
         self._context = context_of(provider.model, provider.tokenizer)
         self._demand = demand
         self.observer = Observer(demand.transients, self.observer.peak)
@@ -166,7 +168,7 @@ class Headroom:
             kv_limit=self._flags.max_active_kv,
         )
 
-    def watch(self, batch: Any) -> Any:
+    def watch(self, batch: BatchGenerator) -> BatchGenerator:
         """Remembers mlx-lm's batch generator; returns it."""
         self._batch_ref = weakref.ref(batch)
         return batch
@@ -255,17 +257,17 @@ class Headroom:
 
     # -- what the generator asks ------------------------------------------------------
 
-    def reusable(self, model: Any, tokens: list[int]) -> int:
+    def reusable(self, model: ModelKey, tokens: list[int]) -> int:
         """Bytes of the prompt-cache entry that this prompt would begin from."""
         return self._prompt_cache.reusable_bytes(model, tokens)
 
-    def make_room(self, found: Decision, model: Any, tokens: list[int]) -> None:
+    def make_room(self, found: Decision, model: ModelKey, tokens: list[int]) -> None:
         """Carries out the admission of a request with this prompt."""
         with self._prompt_cache.protecting(model, tokens):
             self._carry_out(found)
 
     def refusal(self, found: Decision, prompt: int, total: int) -> Exception:
-        """What a client is told of a request that may not run. Sizes in tokens."""
+        """The error of a request that may not run. Sizes in tokens."""
         if found.verdict == "refuse":
             why = self.limits.lowered
             return NotEnoughMemory(

@@ -12,8 +12,8 @@ from http.server import ThreadingHTTPServer
 from typing import Any
 
 from . import supervisor
-from .condition import Condition
 from .handover import Handover, Held
+from .health import Health
 from .wire import Resting
 
 __all__ = ["Server", "bind"]
@@ -25,7 +25,7 @@ class Server(ThreadingHTTPServer):
     """One thread for each connection, which a supervisor's next server may take over.
 
     Attributes:
-        condition: of the server; to be set before ``serve_forever``.
+        health: of the server; to be set before ``serve_forever``.
         stop_requested: set by a signal handler; ends ``serve_forever`` with a
             KeyboardInterrupt.
         handover: the channel to the supervisor.
@@ -34,7 +34,7 @@ class Server(ThreadingHTTPServer):
     # The default of 5 refuses connections when clients come all at once.
     request_queue_size = 128
     daemon_threads = True
-    condition: Condition
+    health: Health
     stop_requested = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,12 +42,12 @@ class Server(ThreadingHTTPServer):
         self.handover = Handover.of_environment()
         # Connections until their handlers have begun, from then on, and those that
         # the next server is to have.
-        self._taken: dict[Any, Held] = {}
-        self._holds: dict[Any, Held] = {}
-        self._left: set[Any] = set()
+        self._taken: dict[socket.socket, Held] = {}
+        self._holds: dict[socket.socket, Held] = {}
+        self._left: set[socket.socket] = set()
         super().__init__(*args, **kwargs)
 
-    def held(self, connection: Any) -> Held:
+    def held(self, connection: socket.socket) -> Held:
         """What the supervisor keeps of ``connection``; asked by its handler."""
         found = self._holds[connection] = self._taken.pop(connection)
         return found
@@ -55,8 +55,8 @@ class Server(ThreadingHTTPServer):
     def take_over(self) -> None:
         """Serves what was accepted before, by an earlier server or the supervisor."""
 
-        def serve(connection: Any, held: Held) -> None:
-            if not self.condition.arrive():
+        def serve(connection: socket.socket, held: Held) -> None:
+            if not self.health.arrive():
                 return  # the supervisor has it still
             connection.setblocking(True)
             self._taken[connection] = held
@@ -64,34 +64,35 @@ class Server(ThreadingHTTPServer):
 
         self.handover.take_over(serve)
 
-    def leave_open(self, connection: Any) -> None:
+    def leave_open(self, connection: socket.socket) -> None:
         """The next server is to have ``connection``."""
         self._left.add(connection)
 
     # A client counts from before it is accepted until its connection is closed, but
     # not while that waits for another request.
 
-    def get_request(self) -> Any:
-        if not self.condition.arrive():
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accepts a connection; raises OSError when there is none, or no more may."""
+        if not self.health.arrive():
             time.sleep(0.05)  # it waits in the socket's queue, which stays readable
             raise ConnectionAbortedError("the server is leaving")
         try:
             connection, address = super().get_request()
         except OSError:
-            self.condition.depart()
+            self.health.depart()
             raise
         # At once, and not by its thread: until then only this process has it.
         self._taken[connection] = self.handover.hold(connection)
         return connection, address
 
-    def rest(self, connection: Any) -> None:
+    def rest(self, connection: socket.socket) -> None:
         """``connection`` has its answer, and is kept."""
         self._resting.add(connection)
-        self.condition.depart()
+        self.health.depart()
 
-    def resume(self, connection: Any) -> None:
+    def resume(self, connection: socket.socket) -> None:
         """``connection`` has sent something, or ends."""
-        self.condition.return_()
+        self.health.return_()
         self._resting.remove(connection)
 
     def count_reading(self) -> int:
@@ -102,12 +103,13 @@ class Server(ThreadingHTTPServer):
         )
 
     def shutdown_request(self, request: Any) -> None:
+        """Closes a connection, unless the next server is to have it."""
         held = self._holds.pop(request, None) or self._taken.pop(request, None)
         if request not in self._left:
             super().shutdown_request(request)
             if held is not None:
                 held.close()
-        self.condition.depart()
+        self.health.depart()
 
     def service_actions(self) -> None:
         """Between two connections: not in the midst of accepting one."""
@@ -115,6 +117,7 @@ class Server(ThreadingHTTPServer):
             raise KeyboardInterrupt
 
     def handle_error(self, request: Any, client_address: Any) -> None:
+        """Logs what a handler has ended with."""
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError):
             # It waits for nothing: checks of HAProxy end with a reset.
@@ -123,7 +126,7 @@ class Server(ThreadingHTTPServer):
             log.exception("a handler failed")
 
 
-def _peer(connection: Any) -> Any:
+def _peer(connection: socket.socket) -> Any:
     try:
         return connection.getpeername()
     except OSError:

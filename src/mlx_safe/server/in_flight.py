@@ -40,7 +40,7 @@ class InFlight(Request):
     Args:
         taken: mlx-lm's queue, request and arguments.
         before_put, on_error: called with it and what is put, before that or instead.
-        may_stop_alone: mlx-lm's sequential path may be told to stop. With more than one
+        may_stop_alone: mlx-lm's sequential path may be stopped. With more than one
             rank it fails on that (NotImplementedError, 0.31 to 0.32), and on the
             first rank only.
 

@@ -9,11 +9,11 @@ import logging
 from functools import partial
 from typing import Any
 
-from .. import errors
 from ..memory.demand import Demand
 from ..memory.estimate import CacheCost, Transients, calibrate
 from .mlx_lm import compat
-from .replies import is_allocation_failure
+from .mlx_lm.protocols import ModelProvider
+from .replies import is_of_all
 
 __all__ = ["NoRoom", "demand_of"]
 
@@ -24,7 +24,7 @@ class NoRoom(ValueError):
     """The user's flags leave no room for the model, or do not suit it."""
 
 
-def demand_of(provider: Any) -> Demand:
+def demand_of(provider: ModelProvider) -> Demand:
     """What requests to the model of ``provider`` take; with a draft model, both.
 
     Of a model that cannot be measured it says nothing: requests take no memory then.
@@ -40,14 +40,14 @@ def demand_of(provider: Any) -> Demand:
     except NoRoom:
         raise
     except Exception as e:
-        if errors.from_exception(e) is not None or is_allocation_failure(e):
+        if is_of_all(e):
             raise
         # Only what is active can be looked at then, not what will be.
         log.warning("this model cannot be measured, requests are not: %r", e)
     return Demand(cost, transients)
 
 
-def _measure(provider: Any, transients: Transients) -> CacheCost:
+def _measure(provider: ModelProvider, transients: Transients) -> CacheCost:
     layers: tuple[Any, ...] = ()
     quantization = compat.kv_quantization(provider.cli_args)
     for model in filter(None, (provider.model, provider.draft_model)):

@@ -14,20 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import errors
 from .mlx_lm import compat
-from .replies import is_allocation_failure
+from .replies import is_of_all
 from .request import Request
 
 __all__ = ["OwnFailures"]
 
 # Called with the request and what it failed with.
 End = Callable[[Any, Exception], None]
-
-
-def _is_of_all(exc: Exception) -> bool:
-    """Whether ``exc`` is about the GPU or its memory, and not about one request."""
-    return errors.from_exception(exc) is not None or is_allocation_failure(exc)
 
 
 class OwnFailures:
@@ -53,7 +47,7 @@ class OwnFailures:
         try:
             return make()
         except Exception as e:
-            if request is None or _is_of_all(e):
+            if request is None or is_of_all(e):
                 raise
             self._end(request, e)
             return instead()
@@ -107,7 +101,7 @@ class OwnFailures:
         try:
             return call()
         except Exception as e:
-            if _is_of_all(e):
+            if is_of_all(e):
                 raise
             self._end(request, e)
             return instead()

@@ -16,11 +16,17 @@ from .headroom import Headroom
 from .in_flight import InFlight, request_of
 from .metrics import Metrics
 from .mlx_lm import compat
+from .mlx_lm.protocols import (
+    CompletionRequest,
+    GenerationArguments,
+    Json,
+    Tokenizer,
+)
 from .model_limits import prompt_field
-from .overflow import Cut, Overflow
+from .overflow import Overflow, Truncation
 from .recovery import one_line
 from .replay import Resumed
-from .replies import EXPECTED, BadRequest
+from .replies import EXPECTED, BadRequest, is_of_all
 from .request import Disconnected
 from .scheduler import Scheduler
 from .served_model import ServedModel
@@ -28,6 +34,11 @@ from .served_model import ServedModel
 __all__ = ["Held", "Prompts"]
 
 log = logging.getLogger("mlx_safe.server")
+
+# mlx-lm's ``_tokenize``, of one tokenizer and arguments.
+Tokenize = Callable[[CompletionRequest], tuple[Any, ...]]
+# Keys of ``chat_template_kwargs`` that are left out one by one to find a wrong one.
+KEYS_TRIED = 4
 
 
 class Held(Exception):
@@ -60,8 +71,12 @@ class Prompts:
         self._one_rank = one_rank
 
     def read(
-        self, work: Any, args: Any, tokenizer: Any, tokenize: Callable[[Any], Any]
-    ) -> Any:
+        self,
+        work: CompletionRequest,
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+        tokenize: Tokenize,
+    ) -> tuple[Any, ...]:
         """What mlx-lm's ``_tokenize`` is to return for ``work``, its request.
 
         Args:
@@ -81,8 +96,12 @@ class Prompts:
         return found
 
     def _read_and_cut(
-        self, work: Any, args: Any, tokenizer: Any, tokenize: Callable[[Any], Any]
-    ) -> tuple[Any, Cut | None]:
+        self,
+        work: CompletionRequest,
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+        tokenize: Tokenize,
+    ) -> tuple[tuple[Any, ...], Truncation | None]:
         limits = self._model.limits
         # Once more: another model may have been asked for when it came.
         limits.check(args)
@@ -95,7 +114,9 @@ class Prompts:
         except EXPECTED:
             raise
         except Exception as e:
-            raise _unreadable(e, work) from e
+            if is_of_all(e):
+                raise  # not the prompt's own
+            raise _unreadable(e, work, _at_fault(work, args, tokenize)) from e
         args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
         if not found[0]:
             raise BadRequest("The prompt is empty.", prompt_field(work))
@@ -127,18 +148,59 @@ class Prompts:
             raise self._headroom.refusal(found, prompt, total)
         self._headroom.make_room(found, *key)
 
-    def _note_cut(self, cut: Cut, request: InFlight) -> None:
+    def _note_cut(self, cut: Truncation, request: InFlight) -> None:
         if "X-Prompt-Truncated" not in request.headers:  # it may be tokenized again
             log.info("a prompt was %s (--max-prompt-tokens)", cut)
             self._metrics.truncations.inc()
             request.headers["X-Prompt-Truncated"] = str(cut)
 
 
-def _unreadable(exc: Exception, work: Any) -> BadRequest:
+def _at_fault(
+    work: CompletionRequest,
+    args: GenerationArguments,
+    tokenize: Tokenize,
+) -> str:
+    """The field without which a prompt that cannot be read can be; else the prompt's.
+
+    Each try reads the whole prompt, so there are few. Each changes the messages only
+    as the first has: mlx-lm joins their parts and parses arguments of tool calls.
+    """
+    if work.request_type != "chat":
+        return prompt_field(work)
+    kwargs, tools = args.chat_template_kwargs or {}, work.tools
+    tries: list[tuple[str, Json, Any]] = [
+        (f"chat_template_kwargs.{name}", _without(kwargs, name), tools)
+        for name in list(kwargs)[:KEYS_TRIED]
+    ]
+    if len(kwargs) > 1:
+        tries.append(("chat_template_kwargs", {}, tools))
+    if tools:
+        tries.append(("tools", kwargs, None))
+    for field, args.chat_template_kwargs, work.tools in tries:
+        try:
+            tokenize(work)
+        except Exception as e:
+            log.debug("no prompt without %s either (%s)", field, type(e).__name__)
+        else:
+            return field
+        finally:
+            args.chat_template_kwargs, work.tools = kwargs or None, tools
+    return prompt_field(work)
+
+
+def _without(values: Json, name: str) -> Json:
+    return {key: value for key, value in values.items() if key != name}
+
+
+def _unreadable(exc: Exception, work: CompletionRequest, field: str) -> BadRequest:
     """What a client gets for ``exc``, with which mlx-lm failed to read a prompt."""
+    what = "the messages" if field == prompt_field(work) else field
     if type(exc) is TemplateError:  # the template's own words: `raise_exception`
-        why = f"The model's chat template refuses the messages: {one_line(exc)}"
+        why = f"The model's chat template refuses {what}: {one_line(exc)}"
+    elif field != prompt_field(work):
+        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
+        why = f"The model's chat template cannot use {what}."
     else:
         log.warning("a prompt cannot be read (%s)", type(exc).__name__)
         why = "The model's tokenizer and chat template cannot make a prompt of this."
-    return BadRequest(why, prompt_field(work))
+    return BadRequest(why, field)

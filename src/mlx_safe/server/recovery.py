@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from .. import _core, _faults, _reports, errors
 from .backoff import REFUSE_FOR_S, Backoff
-from .condition import EXIT_REPLACE, Condition
 from .headroom import Headroom
+from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm.prompt_cache import PromptCache
@@ -53,7 +53,7 @@ class Recovery:
         self,
         requests: Callable[[], Any],
         scheduler: Scheduler[InFlight],
-        condition: Condition,
+        health: Health,
         headroom: Headroom,
         prompt_cache: PromptCache,
         metrics: Metrics,
@@ -62,7 +62,7 @@ class Recovery:
     ) -> None:
         self._requests = requests
         self._scheduler = scheduler
-        self._condition = condition
+        self._health = health
         self._backoff = Backoff()
         self._headroom = headroom
         self._prompt_cache = prompt_cache
@@ -98,7 +98,7 @@ class Recovery:
 
     def recover(self, exc: Exception) -> None:
         """Answers everyone in flight and makes the thread fit for the next."""
-        self._condition.enter("recovering", "the state is being reset after a failure")
+        self._health.enter("recovering", "the state is being reset after a failure")
         fault = self._as_fault(exc)
         error = fault or portable(exc)
         self._metrics.failures.labels(reply_for(error).code).inc()
@@ -125,7 +125,7 @@ class Recovery:
             self._headroom.out_of_memory()
         self._metrics.replays.inc(again)
         try:
-            # Before the answers: whoever tries again at once finds the memory
+            # Before the answers: a client that tries again at once finds the memory
             # free and /health telling so.
             self._reset(exc, fault, ending)
             late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
@@ -135,7 +135,7 @@ class Recovery:
             if fault is not None and self._backoff.fault(self._scheduler.tokens):
                 self._refuse_for_a_while()
             else:
-                self._condition.enter("ok")
+                self._health.enter("ok")
         finally:
             for request in ending:
                 request.fail(error)
@@ -160,7 +160,7 @@ class Recovery:
             count,
             REFUSE_FOR_S,
         )
-        self._condition.refuse_for(
+        self._health.refuse_for(
             REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
         )
 
@@ -187,6 +187,9 @@ class Recovery:
         ended: int,
     ) -> None:
         fate = f"requests run again: {again}, ended: {ended}"
+        if fault is None and is_allocation_failure(exc):
+            log.warning("no memory is left: %s; %s", one_line(exc), fate)
+            return
         if fault is None:
             log.error("a generation step failed; %s", fate, exc_info=exc)
             return
@@ -211,14 +214,14 @@ class Recovery:
         """
         if self._prompt_cache.disk is not None:
             self._prompt_cache.disk.withdraw()
-        self._condition.restarts = True
-        self._condition.enter("failed", "the GPU is lost; the server is restarting")
+        self._health.restarts = True
+        self._health.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", one_line(exc))
         # First of all: it is to tell who was in flight.
         if not (reported or _core.terminate_reached()):
             _reports.write("fault", one_line(exc), getattr(exc, "code", None))
         self.fail_everyone(exc)
-        self._condition.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
+        self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
     def _reset(
         self, exc: Exception, fault: errors.GPUError | None, ending: list[InFlight]

@@ -12,6 +12,13 @@ from typing import Any
 
 from .in_flight import InFlight
 from .mlx_lm import compat
+from .mlx_lm.protocols import (
+    Array,
+    GenerationArguments,
+    Processor,
+    Sampler,
+    Tokenizer,
+)
 
 __all__ = ["Resumed"]
 
@@ -31,7 +38,13 @@ class Resumed:
         # What mlx-lm is given to begin with: prompt and tokens.
         self._prompt: list[int] = []
 
-    def prompt(self, found: Any, request: InFlight, args: Any, drafts: bool) -> Any:
+    def prompt(
+        self,
+        found: tuple[Any, ...],
+        request: InFlight,
+        args: GenerationArguments,
+        drafts: bool,
+    ) -> tuple[Any, ...]:
         """What `_tokenize` found, with the tokens that the client has.
 
         ``drafts``: with speculative decoding the number of draws is not that of
@@ -54,14 +67,16 @@ class Resumed:
             keys.extend(self.tokens)
         return ([*prompt, *self.tokens], segments, *rest)
 
-    def state_machine(self, made: Any) -> Any:
+    def state_machine(self, made: tuple[Any, ...]) -> tuple[Any, ...]:
         """What `_make_state_machine` made, as it was after those tokens."""
         if not self.tokens:
             return made
         stops, *rest = made
         return (compat.stops_after(stops, list(self.tokens)), *rest)
 
-    def sampler(self, sampler: Any, args: Any, tokenizer: Any) -> Any:
+    def sampler(
+        self, sampler: Sampler, args: GenerationArguments, tokenizer: Tokenizer
+    ) -> Sampler:
         """``sampler``, after it has drawn once for each of those tokens.
 
         Only a request with a seed has a random state that can be had again.
@@ -75,7 +90,7 @@ class Resumed:
                 mx.eval(sampler(logprobs))
         return sampler
 
-    def processors(self, made: list[Any]) -> list[Any]:
+    def processors(self, made: list[Processor]) -> list[Processor]:
         """Logits processors of the sequential path, as the batched one has them.
 
         A penalty looks at the prompt and the answer. mlx-lm's sequential path shows
@@ -117,13 +132,13 @@ class Resumed:
 class _Shown:
     """A logits processor that is shown the whole prompt before the answer."""
 
-    def __init__(self, processor: Any, prompt: list[int]) -> None:
+    def __init__(self, processor: Processor, prompt: list[int]) -> None:
         self._processor = processor
-        self._prompt: Any = prompt
+        self._prompt: Array = prompt
         # How many of the tokens mlx-lm shows are the prompt's: all, at first.
         self._of_prompt: int | None = None
 
-    def __call__(self, tokens: Any, logits: Any) -> Any:
+    def __call__(self, tokens: Array, logits: Array) -> Array:
         import mlx.core as mx
 
         if self._of_prompt is None:
@@ -133,5 +148,5 @@ class _Shown:
         return self._processor(shown, logits)
 
 
-def _is_seeded(args: Any) -> bool:
+def _is_seeded(args: GenerationArguments) -> bool:
     return args.seed is not None and args.sampling.temperature > 0

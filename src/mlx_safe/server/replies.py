@@ -22,6 +22,7 @@ __all__ = [
     "Reply",
     "Unavailable",
     "is_allocation_failure",
+    "is_of_all",
     "reply_for",
 ]
 
@@ -99,6 +100,15 @@ class Unavailable(Exception):
 
 # What a request may end with that is no failure of the server.
 EXPECTED = (BadRequest, ContextTooLong, ModelNotFound, NotEnoughMemory)
+
+
+def is_of_all(exc: BaseException) -> bool:
+    """Whether ``exc`` is about the GPU or memory, and not about one request.
+
+    Whatever was being done, it may pass: it takes the way of a fault, and is never
+    the request's own mistake.
+    """
+    return errors.from_exception(exc) is not None or is_allocation_failure(exc)
 
 
 def reply_for(exc: BaseException) -> Reply:

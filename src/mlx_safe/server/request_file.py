@@ -64,6 +64,7 @@ class RequestFile:
         return cls(fd)
 
     def close(self) -> None:
+        """Gives this process's descriptor back; the file lives on elsewhere."""
         os.close(self.fd)
 
     def read(self, count: int | None = None) -> bytes:

@@ -83,7 +83,7 @@ class Responses(Wire):
         if isinstance(exc, DISCONNECTED):
             self.count("client_left")
             self._note_disconnect()
-        elif self.response_generator.condition.restarts and self.leave_to_the_next():
+        elif self.response_generator.health.restarts and self.leave_to_the_next():
             self.count("handed_over")
             log.info("%s is left to the next server", self.request_id)
         else:

@@ -172,7 +172,7 @@ class Scheduler(Generic[R]):
 
     def takes_new(self) -> bool:
         """Whether mlx-lm may have one that has just come, when `next` has none."""
-        return self._limit is None and not self.requests(RequestState.REPLAY)
+        return self._limit is None
 
     def _at_mlx_lm(self) -> list[R]:
         return self.requests(RequestState.WAITING, *RUNNING)
@@ -240,7 +240,7 @@ class Scheduler(Generic[R]):
 
     def _judge(self, request: R, claim: Claim, reusable: int = 0) -> Decision:
         held = self.requests(RequestState.HELD)
-        # One that was held itself may wait on, whoever else runs.
+        # One that was held itself may wait on, even when nothing else runs.
         ahead = len([r for r in held if r is not request]) + (request.line is not None)
         ask = Ask(
             prompt=claim.prompt,
@@ -254,10 +254,9 @@ class Scheduler(Generic[R]):
         return self._memory.admits(ask, self.load())
 
     def _is_behind(self, request: R) -> bool:
-        """Somebody waits for memory whose turn is before this one's."""
-        mine = request.line
-        held = self.requests(RequestState.HELD)
-        return any(mine is None or (r.line or 0) < mine for r in held)
+        """Others wait for memory that came before it."""
+        # One that has a place in the line is given out when its turn has come.
+        return request.line is None and bool(self.requests(RequestState.HELD))
 
     def _hold(self, request: R) -> None:
         if request.line is None:
@@ -357,7 +356,7 @@ class Scheduler(Generic[R]):
     # -- failures --------------------------------------------------------------------
 
     def not_begun(self, request: R) -> None:
-        """mlx-lm has failed to begin with it; the failure is told of next."""
+        """mlx-lm has failed to begin with it; `failure` follows."""
         request.run.failed = True
 
     def failure(self, what: Failure) -> list[R]:

@@ -12,23 +12,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import Fault, errors, install, on_fault, testing
-from .._command import CommandError
+from .._command import CommandError, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
 from ..kv.store import Limits
 from . import http_server, ranks, supervisor
 from .body import Bodies
-from .condition import EXIT_REPLACE, Condition
 from .flags import check_flags, own_parser
-from .handover import Message
+from .handover import Handover, Message
+from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
 from .mlx_lm.patch import patch, run_main
+from .mlx_lm.protocols import ModelProvider, Server
 from .replies import a_start_takes
 
 __all__ = ["run", "serve"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .generator import ProtectedResponseGenerator
     from .overflow import Overflow
 
 log = logging.getLogger("mlx_safe.server")
@@ -69,30 +71,51 @@ def serve(arguments: Sequence[str]) -> int:
         print("\noptions of mlx_lm.server:\n")
         sys.stdout.flush()
     elif options.supervise:
-        if ranks.is_one_of_many():
-            raise CommandError(
-                "--supervise restarts one process, not all ranks; leave it out and "
-                "restart mlx.launch itself (docs/server.md)"
-            )
         supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
+    home = None
+    if ranks.is_one_of_many():
+        need_mlx()
+        home = ranks.Home()
+        try:
+            home.wait_made()
+        except Exception as e:
+            # One of them may be about to start again.
+            print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
+            return EXIT_REPLACE
+        _check_nccl(rest)
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
     run_main(
         server,
         lambda host, port, model_provider: run(
-            server, host, port, model_provider, options, bool(injections)
+            server, host, port, model_provider, options, bool(injections), home
         ),
         rest,
     )
     return 0
 
 
+def _check_nccl(rest: Sequence[str]) -> None:
+    if not ranks.uses_nccl():
+        return
+    if "--pipeline" in rest:
+        raise CommandError(
+            "--pipeline: MLX cannot send from one rank to another with NCCL (0.32); "
+            "leave it out, or start mlx.launch with --backend ring"
+        )
+    # Not before MLX is known to be there: it imports it.
+    from .mlx_lm.compat import meet_on_the_gpu
+
+    meet_on_the_gpu()
+
+
 def run(
-    server: Any,
+    server: Server,
     host: str,
     port: int,
-    model_provider: Any,
+    model_provider: ModelProvider,
     options: argparse.Namespace,
     injections: bool,
+    home: ranks.Home | None = None,
 ) -> None:
     """Stands in for ``mlx_lm.server.run``. Main thread; ends the process.
 
@@ -105,6 +128,7 @@ def run(
         model_provider: mlx-lm's ``ModelProvider``; has no model yet.
         options: what `own_parser` has found.
         injections: attach the fault plan of ``MLX_SAFE_INJECT`` to the model.
+        home: where the group of ranks was made; None: there is one rank.
 
     Raises:
         CommandError: it cannot start; the message says what to do.
@@ -129,7 +153,7 @@ def run(
 
     is_first = mx.distributed.init().rank() == 0
     fingerprint = server.get_system_fingerprint()
-    generator: Any = None
+    generator: ProtectedResponseGenerator | None = None
     ProtectedHandler.bodies = Bodies(options.max_request_bytes)
     ProtectedHandler.keepalive_after_s = options.keepalive_after
 
@@ -146,14 +170,17 @@ def run(
         log.info("listening at http://%s:%s; loading the model", host, port)
     patch(server, lambda: generator)
 
+    handover = Handover.of_environment() if httpd is None else httpd.handover
+
     def ready() -> None:
         _set_retry_after(ready=True)
-        if httpd is not None:
-            httpd.handover.tell(Message.READY)
+        handover.tell(Message.READY)
+        if not is_first:  # the others see no request that is completed
+            handover.tell(Message.WORKED)
 
     _set_retry_after(ready=False)
     generator = _make_generator(
-        options, overflow, model_provider, injections, ready, disk
+        options, overflow, model_provider, injections, ready, home, disk
     )
     start_sampler(generator.headroom.figures)
     with watch:
@@ -184,12 +211,15 @@ def _set_retry_after(ready: bool) -> None:
         a_start_takes(seconds)
 
 
-def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
+def _leave_on_terminate(
+    fault: Fault, generator: Callable[[], ProtectedResponseGenerator | None]
+) -> None:
     if fault.source != "terminate":
         return
     for _ in range(round(GENERATOR_WAIT_S / GENERATOR_TURN_S)):
-        if generator() is not None:
-            generator().recovery.give_up(errors.from_faults([fault]))
+        made = generator()
+        if made is not None:
+            made.recovery.give_up(errors.from_faults([fault]))
         time.sleep(GENERATOR_TURN_S)
     os._exit(EXIT_REPLACE)
 
@@ -197,11 +227,12 @@ def _leave_on_terminate(fault: Fault, generator: Callable[[], Any]) -> None:
 def _make_generator(
     options: argparse.Namespace,
     overflow: Overflow,
-    model_provider: Any,
+    model_provider: ModelProvider,
     injections: bool,
     on_ready: Callable[[], None],
+    home: ranks.Home | None,
     disk: Directory | None,
-) -> Any:
+) -> ProtectedResponseGenerator:
     """Starts the generation thread, which loads the model."""
     from .generator import ProtectedResponseGenerator
     from .headroom import MemoryFlags
@@ -216,7 +247,7 @@ def _make_generator(
     return ProtectedResponseGenerator(
         model_provider,
         prompt_cache,
-        Condition(on_ready),
+        Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
         overflow=overflow,
@@ -233,12 +264,13 @@ def _make_generator(
             download=options.allow_model_download,
         ),
         injections=injections,
+        home=home,
         # Without a supervisor, requests wait for the model as long as it takes.
         hold_s=options.hold_seconds or None if supervisor.is_supervised() else None,
     )
 
 
-def _follow_the_first(generator: Any) -> None:
+def _follow_the_first(generator: ProtectedResponseGenerator) -> None:
     # It has no clients to answer: signals kill it, Control-C as well, and a status
     # that is not 0 makes mlx.launch end the other ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -246,7 +278,9 @@ def _follow_the_first(generator: Any) -> None:
     generator.stop()
 
 
-def _serve_until_signal(httpd: http_server.Server, generator: Any) -> None:
+def _serve_until_signal(
+    httpd: http_server.Server, generator: ProtectedResponseGenerator
+) -> None:
     # SIGHUP: mlx.launch ends a rank on another host by closing its terminal.
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
@@ -260,8 +294,8 @@ def _serve_until_signal(httpd: http_server.Server, generator: Any) -> None:
 
     for n in numbers:
         signal.signal(n, stop)
-    httpd.condition = generator.condition
-    httpd.condition.count_held = httpd.count_reading
+    httpd.health = generator.health
+    httpd.health.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)
         httpd.take_over()

@@ -7,18 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import errors, testing
+from .. import testing
 from .headroom import Headroom
 from .mlx_lm import kv_window
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.model_loading import replace_model
+from .mlx_lm.protocols import CliArgs, ModelDescription, ModelKey, ModelProvider
 from .model_demand import NoRoom
 from .model_limits import ModelLimits
 from .model_names import DEFAULT, ModelNames
 from .overflow import Overflow
 from .recovery import one_line
 from .replay import Resumed
-from .replies import EXPECTED, ModelNotFound, is_allocation_failure
+from .replies import EXPECTED, ModelNotFound, is_of_all
 
 __all__ = ["ServedModel", "where"]
 
@@ -43,7 +44,7 @@ class ServedModel:
 
     def __init__(
         self,
-        provider: Any,
+        provider: ModelProvider,
         names: ModelNames,
         headroom: Headroom,
         overflow: Overflow,
@@ -55,7 +56,7 @@ class ServedModel:
         injections: bool,
         disk: KVTier | None = None,
     ) -> None:
-        self.loaded: tuple[Any, ModelLimits] = (None, ModelLimits())
+        self.loaded: tuple[ModelKey, ModelLimits] = (None, ModelLimits())
         self._provider = provider
         self._names = names
         self._headroom = headroom
@@ -67,11 +68,11 @@ class ServedModel:
         self._injections = injections
         self._disk = disk
         self._load = provider.load
-        provider._load = self._load_anew
-        provider.load = self._load_or_say_why
+        provider._load = self._load_anew  # type: ignore[method-assign,assignment]
+        provider.load = self._load_or_say_why  # type: ignore[method-assign,assignment]
 
     @property
-    def key(self) -> Any:
+    def key(self) -> ModelKey:
         """mlx-lm's, of what it has loaded."""
         return self._provider.model_key
 
@@ -85,7 +86,7 @@ class ServedModel:
         """It has a draft model."""
         return self._provider.draft_model is not None
 
-    def is_named(self, description: Any) -> bool:
+    def is_named(self, description: ModelDescription) -> bool:
         """Whether it is what a request names (mlx-lm's ``ModelDescription``)."""
         named = (description.model, description.adapter, description.draft)
         return bool(named == self.key)
@@ -93,7 +94,9 @@ class ServedModel:
     def _load_anew(self, *named: Any) -> None:
         ceiling = self._headroom.limits.static
         facts = replace_model(self._provider, named, lambda: ceiling().size)
-        limits = ModelLimits.of(self._provider.model, self._provider.tokenizer, facts)
+        model = self._provider.model
+        assert model is not None
+        limits = ModelLimits.of(model, self._provider.tokenizer, facts)
         self._overflow.compare(limits.context)
         self.loaded = (self.key, limits)
         self._resumed.width = facts.width
@@ -104,7 +107,7 @@ class ServedModel:
         try:
             model, tokenizer = self._load(*named)
         except Exception as e:
-            if errors.from_exception(e) or is_allocation_failure(e):
+            if is_of_all(e):
                 raise  # it may pass
             if not self._is_first():
                 log.info("a model cannot be loaded: %s", one_line(e))
@@ -132,7 +135,7 @@ class ServedModel:
             raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
 
 
-def where(cli_args: Any) -> str:
+def where(cli_args: CliArgs) -> str:
     """Names the flags' models: what cannot be loaded says little without."""
     given = [
         (f"--{flag.replace('_', '-')}", name)

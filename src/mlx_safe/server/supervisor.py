@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import _core
 from .._command import CommandError, Parser
-from . import handover
+from . import handover, ranks
 from .handover import Message
 from .holding import Holding
 
@@ -257,6 +257,9 @@ def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float]:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--hold-seconds", type=float, default=HOLD_S)
     known, _ = parser.parse_known_args(list(arguments))
+    if not ranks.is_first():
+        # Only the first rank has clients; here nobody knows the port.
+        return socket.create_server(("127.0.0.1", 0)), known.hold_seconds
     family, address = find_address(known.host, known.port)
     try:
         listener = socket.create_server(address[:2], family=family, backlog=512)

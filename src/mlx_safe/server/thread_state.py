@@ -21,6 +21,8 @@ import os
 
 import mlx.core as mx
 
+from .. import errors
+
 __all__ = ["ThreadState", "seed_anew"]
 
 log = logging.getLogger("mlx_safe.server")
@@ -45,6 +47,9 @@ class ThreadState:
     def restore(self) -> None:
         """After a failure: as it was, with nothing pending.
 
+        Raises:
+            DeviceLostError: nothing can be computed any more.
+
         Not by a search for what is left: ``gc.collect()`` looks at all that Python
         has imported, a quarter of a second where that is a lot.
         """
@@ -63,5 +68,8 @@ class ThreadState:
                 mx.synchronize()
                 return
             except RuntimeError as e:
+                fault = errors.from_exception(e)
+                if fault is not None and fault.fatal:
+                    raise fault from None  # it stays, however often one waits
                 log.info("an error was still pending: %s", str(e).splitlines()[:1])
         log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)

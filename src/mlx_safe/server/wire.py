@@ -180,6 +180,7 @@ class Wire(BaseHTTPRequestHandler):
     server: Any
 
     def setup(self) -> None:
+        """Makes ``rfile``, ``wfile`` and the supervisor's share of the connection."""
         super().setup()
         # Not `disable_nagle_algorithm`: of a connection that was reset meanwhile, as
         # health checks are, macOS (xnu) takes no options (EINVAL).
@@ -194,6 +195,7 @@ class Wire(BaseHTTPRequestHandler):
     # -- connections --------------------------------------------------------------
 
     def handle(self) -> None:
+        """Serves one request after another until the connection is to end."""
         # mlx-lm's handler keeps a request's state in its attributes: of one request
         # nothing may be left for the next.
         fresh = dict(vars(self))
@@ -220,6 +222,7 @@ class Wire(BaseHTTPRequestHandler):
         """Called before each request is read."""
 
     def handle_one_request(self) -> None:
+        """Reads a request, has it answered, and ends the answer."""
         super().handle_one_request()
         unread = self._has_unread()
         self.close_connection = self.close_connection or unread
@@ -260,6 +263,7 @@ class Wire(BaseHTTPRequestHandler):
         return self._reader.count - len(ahead)
 
     def parse_request(self) -> bool:
+        """Reads the head; False when it was refused."""
         self._head_ends_at = None
         if not super().parse_request():
             return False
@@ -297,6 +301,7 @@ class Wire(BaseHTTPRequestHandler):
         return data
 
     def end_headers(self) -> None:
+        """Chooses the framing; the head waits for the first byte of the body."""
         head: list[bytes] = getattr(self, "_headers_buffer", [])  # none to HTTP/0.9
         status = int(head[0].split()[1]) if head else 0
         if 100 <= status < 200:
@@ -355,4 +360,5 @@ class Wire(BaseHTTPRequestHandler):
     # What is logged is what was sent: mlx-lm begins every answer with a 200.
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        """Notes the status, which is logged when the answer has ended."""
         self._logged_code = code

@@ -16,7 +16,7 @@ import socket
 import sys
 import sysconfig
 import time
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 # Those that our code, or that of a library it uses, asks for.
 MISSING = {
@@ -90,6 +90,18 @@ class _CDLL(ctypes.CDLL):
         return super().__new__(cls)
 
 
+def _dyld_find(name: str, *_: object) -> str:
+    raise ValueError(f"dylib {name} could not be found")
+
+
+def _add_macholib() -> None:
+    """Debian leaves it out of its Python; ctypes.util looks for libraries by it."""
+    package = ModuleType("ctypes.macholib")
+    dyld = ModuleType("ctypes.macholib.dyld")
+    package.__path__, package.dyld, dyld.dyld_find = [], dyld, _dyld_find
+    sys.modules.update({"ctypes.macholib": package, "ctypes.macholib.dyld": dyld})
+
+
 def _uname(version: str) -> os.uname_result:
     major = int(version.partition(".")[0])
     darwin = major + 9 if major < 26 else major - 1
@@ -117,3 +129,4 @@ def pretend(version: str) -> None:
     select.KQ_FILTER_READ, select.KQ_EV_ADD, select.KQ_EV_EOF = -1, 0x1, 0x8000
     select.kqueue, select.kevent = kqueue, kevent
     ctypes.CDLL = _CDLL
+    _add_macholib()

@@ -1,13 +1,9 @@
-// Compiled for macOS, and never run: mac_abi.h and macho.h against Apple's
-// headers.
+// Compiled for macOS, and never run: mac_abi.h against Apple's headers.
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libproc.h>
-#include <mach-o/fixup-chains.h>
-#include <mach-o/loader.h>
-#include <mach-o/nlist.h>
 #include <netdb.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -23,12 +19,11 @@
 #include <unistd.h>
 
 #include "mac_abi.h"
-#include "macho.h"
 
 #define CHECK(name, value)                              \
   _Static_assert((uint32_t)(name) == (uint32_t)(value), \
                  #name " is another number");
-MAC_CONSTANTS(CHECK)
+EACH_LIST(CHECK)
 
 #define SAME(type, ours) \
   _Static_assert(sizeof(type) == sizeof(ours), #type " has another size");
@@ -37,7 +32,6 @@ MAC_CONSTANTS(CHECK)
                      sizeof(((type*)0)->member) == sizeof(((ours*)0)->own), \
                  #type "." #member " lies elsewhere");
 
-SAME(struct timespec, MacTime)
 SAME(struct stat, MacStat)
 MEMBER(struct stat, st_mode, MacStat, mode)
 MEMBER(struct stat, st_ino, MacStat, ino)
@@ -72,6 +66,7 @@ _Static_assert(offsetof(struct __darwin_mcontext64, __ss.__fp) ==
                "the frame pointer lies elsewhere");
 SAME(struct utsname, MacUtsname)
 SAME(struct rusage_info_v0, MacRusage0)
+MEMBER(struct rusage_info_v0, ri_resident_size, MacRusage0, resident)
 MEMBER(struct rusage_info_v0, ri_phys_footprint, MacRusage0, phys_footprint)
 SAME(struct sockaddr_storage, MacSockaddr)
 SAME(struct addrinfo, MacAddrinfo)
@@ -95,7 +90,6 @@ CHECK(_PTHREAD_RECURSIVE_MUTEX_SIG_init, kMacRecursiveMutex)
 CHECK(_PTHREAD_FIRSTFIT_MUTEX_SIG_init, kMacFirstFitMutex)
 CHECK(_PTHREAD_COND_SIG_init, kMacCondition)
 CHECK(_PTHREAD_RWLOCK_SIG_init, kMacLock)
-CHECK(_PTHREAD_ONCE_SIG_init, kMacOnce)
 CHECK(_CTYPE_A, kRuneAlpha)
 CHECK(_CTYPE_C, kRuneControl)
 CHECK(_CTYPE_D, kRuneDigit)
@@ -107,49 +101,3 @@ CHECK(_CTYPE_U, kRuneUpper)
 CHECK(_CTYPE_X, kRuneHex)
 CHECK(_CTYPE_B, kRuneBlank)
 CHECK(_CTYPE_R, kRunePrint)
-
-SAME(struct mach_header_64, MachHeader)
-SAME(struct segment_command_64, SegmentCommand)
-MEMBER(struct segment_command_64, initprot, SegmentCommand, initprot)
-MEMBER(struct segment_command_64, fileoff, SegmentCommand, fileoff)
-SAME(struct section_64, Section)
-MEMBER(struct section_64, flags, Section, flags)
-SAME(struct symtab_command, SymtabCommand)
-SAME(struct dylib_command, DylibCommand)
-SAME(struct build_version_command, BuildVersionCommand)
-SAME(struct linkedit_data_command, LinkeditCommand)
-SAME(struct dyld_info_command, DyldInfoCommand)
-MEMBER(struct dyld_info_command, weak_bind_off, DyldInfoCommand,
-       weak_bind.offset)
-SAME(struct nlist_64, Nlist)
-MEMBER(struct nlist_64, n_value, Nlist, value)
-SAME(struct dyld_chained_fixups_header, ChainedFixups)
-MEMBER(struct dyld_chained_starts_in_segment, segment_offset, ChainedStarts,
-       segment_offset)
-MEMBER(struct dyld_chained_starts_in_segment, page_count, ChainedStarts,
-       page_count)
-CHECK(offsetof(struct dyld_chained_starts_in_segment, page_start),
-      offsetof(ChainedStarts, page_start))
-CHECK(MH_MAGIC_64, kMagic64)
-CHECK(CPU_TYPE_ARM64, kCpuArm64)
-CHECK(CPU_TYPE_X86_64, kCpuX86_64)
-CHECK(MH_DYLIB, kDylib)
-CHECK(MH_BUNDLE, kBundle)
-CHECK(MH_WEAK_DEFINES, kWeakDefines)
-CHECK(PLATFORM_MACOS, kPlatformMacos)
-CHECK(SG_READ_ONLY, kReadOnlyAfterFixups)
-CHECK(LC_SYMTAB, kLcSymtab)
-CHECK(LC_LOAD_DYLIB, kLcLoadDylib)
-CHECK(LC_LOAD_WEAK_DYLIB, kLcLoadWeakDylib)
-CHECK(LC_SEGMENT_64, kLcSegment64)
-CHECK(LC_RPATH, kLcRpath)
-CHECK(LC_CODE_SIGNATURE, kLcCodeSignature)
-CHECK(LC_DYLD_INFO_ONLY, kLcDyldInfoOnly)
-CHECK(LC_BUILD_VERSION, kLcBuildVersion)
-CHECK(LC_DYLD_EXPORTS_TRIE, kLcExportsTrie)
-CHECK(LC_DYLD_CHAINED_FIXUPS, kLcChainedFixups)
-CHECK(S_MOD_INIT_FUNC_POINTERS, kModInitFuncs)
-CHECK(S_THREAD_LOCAL_REGULAR, kThreadLocalRegular)
-CHECK(S_THREAD_LOCAL_ZEROFILL, kThreadLocalZerofill)
-CHECK(S_THREAD_LOCAL_VARIABLES, kThreadLocalVariables)
-CHECK(S_INIT_FUNC_OFFSETS, kInitOffsets)

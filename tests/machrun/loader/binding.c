@@ -1,8 +1,6 @@
 // Which library has a symbol: two-level as on macOS, flat for Python's, and
 // coalesced for weak definitions.
-#include <libgen.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -31,18 +29,7 @@ static const struct {
 } kOfSystem[] = {{"system.dylib", "__Unwind_ ___unw_ _unw_ _machrun_ "},
                  {"metalsim.dylib", "__Block_ __NSConcrete "}};
 
-// Where the stand-ins lie: next to the loader.
-static const char* own_directory(void) {
-  static char directory[512];
-  if (directory[0] == '\0') {
-    ssize_t size = readlink("/proc/self/exe", directory, sizeof directory - 1);
-    if (size > 0) dirname(directory);
-  }
-  return directory;
-}
-
-// Whether a name begins with one of `prefixes`, each followed by a space.
-static bool has_prefix(const char* name, const char* prefixes) {
+bool has_prefix(const char* name, const char* prefixes) {
   if (prefixes == NULL) return true;
   const char* at = prefixes;
   for (size_t size; *at != '\0'; at += size + 1) {
@@ -60,33 +47,19 @@ static void plain_name(const char* name, char plain[512]) {
   if (rest != NULL) memmove(version, rest, strlen(rest) + 1);
 }
 
-// Replaces @loader_path; empty where the path has another variable.
-static void expand(const char* path, const Image* loader, char real[1024]) {
-  char directory[512];
-  real[0] = '\0';
-  if (strncmp(path, "@loader_path/", 13)) {
-    if (path[0] == '/') snprintf(real, 1024, "%s", path);
-    return;
-  }
-  strcpy(directory, loader->path);
-  snprintf(real, 1024, "%s/%s", dirname(directory), path + 13);
-}
-
-// Tries the run paths of one image; all commands were checked before.
-static Image* in_run_paths(const Image* from, const char* name) {
-  const MachHeader* header = (const MachHeader*)from->file;
-  const uint8_t* at = from->file + sizeof *header;
-  for (uint32_t i = 0; i < header->ncmds; i++) {
-    const RpathCommand* command = (const void*)at;
-    at += command->cmdsize;
-    if (command->cmd != kLcRpath) continue;
-    char directory[1024], file[2048];
-    expand((const char*)command + command->path, from, directory);
-    snprintf(file, sizeof file, "%s/%s", directory, name);
-    Image* found = directory[0] ? load_image(file, from, true) : NULL;
-    if (found != NULL) return found;
-  }
-  return NULL;
+// Loads PATH, or DIRECTORY/NAME, in which @loader_path is the folder of
+// `loader`; NULL where there is no such file, or another variable in it.
+static Image* load_at(const char* path, const char* name, const Image* loader) {
+  char file[2048];
+  const char* slash = strrchr(loader->path, '/');
+  if (!strncmp(path, "@loader_path/", 13))
+    snprintf(file, sizeof file, "%.*s%s%s", (int)(slash - loader->path),
+             loader->path, path + 12, name);
+  else if (path[0] == '/')
+    snprintf(file, sizeof file, "%s%s", path, name);
+  else
+    return NULL;
+  return load_image(file, loader, true);
 }
 
 static Image* loaded_as(const char* install_name) {
@@ -98,25 +71,25 @@ static Image* loaded_as(const char* install_name) {
 }
 
 static Image* find_image(const char* name, const Image* loader) {
-  char real[1024];
-  if (strncmp(name, "@rpath/", 7)) {
-    expand(name, loader, real);
-    return real[0] ? load_image(real, loader, true) : NULL;
-  }
+  if (strncmp(name, "@rpath/", 7)) return load_at(name, "", loader);
   // As dyld does: the run paths of the loader and of what loaded that.
   Image* found = loaded_as(name);
   for (int i = g_image_count - 1; found == NULL && i >= 0; i--)
-    found = in_run_paths(&g_images[i], name + 7);
+    for (int j = 0; found == NULL && j < g_images[i].run_path_count; j++)
+      found = load_at(g_images[i].run_paths[j], name + 6, &g_images[i]);
   return found;
 }
 
+// What stands for a library of macOS lies next to the loader.
 static Image* load_own(const char* file, const Image* loader) {
   char path[1024];
-  snprintf(path, sizeof path, "%s/%s", own_directory(), file);
+  ssize_t size = readlink("/proc/self/exe", path, sizeof path - 64);
+  while (size > 0 && path[size - 1] != '/') size--;
+  strcpy(path + (size > 0 ? size : 0), file);
   return load_image(path, loader, false);
 }
 
-Library find_library(const char* install_name, const Image* loader, bool weak) {
+Library find_library(const char* install_name, Image* loader, bool weak) {
   char plain[512];
   plain_name(install_name, plain);
   if (!strcmp(plain, kSystem)) return (Library){kSystem, NULL, NULL, true};
@@ -133,13 +106,6 @@ Library find_library(const char* install_name, const Image* loader, bool weak) {
 }
 
 // ---- what an image exports -------------------------------------------------
-
-enum {
-  kExportWeak = 4,
-  kExportKind = 3,
-  kExportElsewhere = 0x18,
-  kAbsolute = 2
-};
 
 // Walks the trie of <mach-o/loader.h>; the node where the name ends, or NULL.
 static const uint8_t* trie_node(const Image* image, const uint8_t* start,
@@ -171,17 +137,18 @@ static const uint8_t* trie_node(const Image* image, const uint8_t* start,
 }
 
 void* exported(const Image* image, const char* name, bool* weak) {
-  if (image->exports.size == 0) return NULL;
-  const uint8_t* start =
-      file_range(image, image->exports.offset, image->exports.size, "exports");
+  const uint8_t* start = image->file + image->exports.offset;
   const uint8_t* end = start + image->exports.size;
   const uint8_t* at = trie_node(image, start, end, name);
   if (at == NULL) return NULL;
   uint64_t flags = read_uleb(image, &at, end);
-  if (flags & kExportElsewhere || (flags & kExportKind) == kAbsolute)
+  uint64_t known = EXPORT_SYMBOL_FLAGS_WEAK_DEFINITION |
+                   EXPORT_SYMBOL_FLAGS_KIND_THREAD_LOCAL;
+  if (flags & ~known)
     refuse(image, "its export %s is of an unknown kind (%#lx)", name, flags);
-  if (weak != NULL) *weak = (flags & kExportWeak) != 0;
-  return at_address(image, image->preferred + read_uleb(image, &at, end));
+  if (weak != NULL) *weak = (flags & EXPORT_SYMBOL_FLAGS_WEAK_DEFINITION) != 0;
+  uint64_t offset = read_uleb(image, &at, end);
+  return at_address(image, image->preferred + offset, 1);
 }
 
 // ---- looking up ------------------------------------------------------------
@@ -194,7 +161,6 @@ void* in_all(const char* name) {
   return in_python(name);
 }
 
-// The strong definition, else the first weak one.
 void* coalesced(const char* name) {
   void* first = NULL;
   for (int i = 0; i < g_image_count; i++) {
@@ -218,8 +184,6 @@ void* in_library(const Library* library, const char* name) {
   return exported(library->image, name, NULL);
 }
 
-enum { kSelf = 0, kMainProgram = -1, kFlat = -2, kCoalesced = -3 };
-
 void* bind_symbol(const Image* image, int ordinal, const char* name,
                   bool weak) {
   const Library* library = NULL;
@@ -229,11 +193,11 @@ void* bind_symbol(const Image* image, int ordinal, const char* name,
     found = in_library(library, name);
     if (found == NULL && library->is_system && !weak)
       refuse(image, "nobody has reviewed the import %s of libSystem", name);
-  } else if (ordinal == kFlat || ordinal == kMainProgram) {
+  } else if (ordinal == BIND_SPECIAL_DYLIB_FLAT_LOOKUP || ordinal == BIND_SPECIAL_DYLIB_MAIN_EXECUTABLE) {
     found = in_all(name);
-  } else if (ordinal == kCoalesced) {
+  } else if (ordinal == BIND_SPECIAL_DYLIB_WEAK_LOOKUP) {
     found = coalesced(name);
-  } else if (ordinal == kSelf) {
+  } else if (ordinal == BIND_SPECIAL_DYLIB_SELF) {
     found = exported(image, name, NULL);
   } else {
     refuse(image, "damaged: %s is of library %d", name, ordinal);

@@ -26,176 +26,143 @@ static int64_t read_sleb(const Image* image, const uint8_t** at,
 
 // ---- chained ---------------------------------------------------------------
 
-enum {
-  kImport = 1,
-  kImportAddend = 2,
-  kImportAddend64 = 3,
-  kPointer64 = 2,
-  kPointer64Offset = 6,
-  kNoStart = 0xffff,
-};
+typedef struct dyld_chained_starts_in_segment ChainedStarts;
 
-typedef struct {
-  const uint8_t* imports;
-  const char* names;
-  uint64_t names_size;
-  uint32_t count, format;
-} Imports;
-
-static const char* name_at(const Image* image, const Imports* imports,
-                           uint64_t offset) {
-  if (offset >= imports->names_size ||
-      !memchr(imports->names + offset, 0, imports->names_size - offset))
-    refuse(image, "truncated: the name of an import is behind its end");
-  return imports->names + offset;
+// The `size` bytes of the fixups at an offset.
+static const void* in_fixups(const Image* image, uint64_t offset,
+                             uint64_t size) {
+  if (offset > image->fixups.size || size > image->fixups.size - offset)
+    refuse(image, "truncated: its fixups end too early");
+  return image->file + image->fixups.offset + offset;
 }
 
-// The address of an import, with the addend that is in the list.
-static uint64_t import_target(const Image* image, const Imports* imports,
-                              uint32_t index) {
-  if (index >= imports->count)
-    refuse(image, "damaged: import %u of %u", index, imports->count);
-  if (imports->format == kImportAddend64) {
-    const uint64_t* entry = (const uint64_t*)imports->imports + 2 * index;
-    const char* name = name_at(image, imports, entry[0] >> 32);
-    int ordinal = (int16_t)(entry[0] & 0xffff);
-    return (uint64_t)bind_symbol(image, ordinal, name, entry[0] >> 16 & 1) +
-           entry[1];
+// The addresses of all imports.
+static uint64_t* import_targets(const Image* image,
+                                const struct dyld_chained_fixups_header* all) {
+  const struct dyld_chained_import* import;
+  if (all->fixups_version != 0 || all->symbols_format != 0 ||
+      all->imports_format != DYLD_CHAINED_IMPORT)
+    refuse(image, "unknown fixup format: version %u, imports of format %u",
+           all->fixups_version, all->imports_format);
+  import = in_fixups(image, all->imports_offset,
+                     (uint64_t)all->imports_count * sizeof *import);
+  uint64_t* targets = calloc(all->imports_count + 1ull, sizeof *targets);
+  if (targets == NULL) refuse(image, "no room for its imports");
+  for (uint32_t i = 0; i < all->imports_count; i++, import++) {
+    uint64_t at = (uint64_t)all->symbols_offset + import->name_offset;
+    const char* name = in_fixups(image, at, 1);
+    if (!memchr(name, 0, image->fixups.size - at))
+      refuse(image, "truncated: the name of an import is behind its end");
+    targets[i] = (uint64_t)bind_symbol(image, (int8_t)import->lib_ordinal, name,
+                                       import->weak_import);
   }
-  size_t step = imports->format == kImport ? 1 : 2;
-  const uint32_t* entry = (const uint32_t*)imports->imports + step * index;
-  int ordinal = (int8_t)(entry[0] & 0xff);
-  const char* name = name_at(image, imports, entry[0] >> 9);
-  void* found = bind_symbol(image, ordinal, name, entry[0] >> 8 & 1);
-  return (uint64_t)found + (step == 2 ? (uint64_t)(int32_t)entry[1] : 0);
+  return targets;
 }
 
 static void follow_chain(const Image* image, uint8_t* at, const uint8_t* end,
-                         uint16_t format, const uint64_t* targets,
-                         uint32_t count) {
-  uint64_t slide = (uint64_t)image->base - image->preferred;
-  for (;;) {
+                         const uint64_t* targets, uint32_t count) {
+  for (uint64_t next = 1; next != 0; at += 4 * next) {
     if (at + 8 > end)
       refuse(image, "damaged: a chain of fixups leaves its segment");
-    uint64_t raw;
+    union {
+      uint64_t value;
+      struct dyld_chained_ptr_64_bind bind;
+      struct dyld_chained_ptr_64_rebase rebase;
+    } raw;
     memcpy(&raw, at, 8);
-    uint64_t next = raw >> 51 & 0xfff, value;
-    if (raw >> 63) {
-      uint32_t index = raw & 0xffffff;
-      if (index >= count)
-        refuse(image, "damaged: import %u of %u", index, count);
-      value = targets[index] + (raw >> 24 & 0xff);
-    } else {
-      value = (raw & 0xfffffffffull) +
-              (format == kPointer64Offset ? (uint64_t)image->base : slide);
-      value |= (raw >> 36 & 0xff) << 56;
-    }
-    memcpy(at, &value, 8);
-    if (next == 0) return;
-    at += 4 * next;
+    next = raw.bind.next;
+    if (raw.bind.bind && raw.bind.ordinal >= count)
+      refuse(image, "damaged: import %u of %u", (unsigned)raw.bind.ordinal,
+             count);
+    raw.value = raw.bind.bind
+                    ? targets[raw.bind.ordinal] + raw.bind.addend
+                    : ((uint64_t)image->base + raw.rebase.target) |
+                          (uint64_t)raw.rebase.high8 << 56;
+    memcpy(at, &raw, 8);
   }
 }
 
 static void fix_segment(const Image* image, const Segment* segment,
                         const ChainedStarts* starts, const uint64_t* targets,
                         uint32_t count) {
-  uint16_t format = starts->pointer_format;
-  if (format != kPointer64 && format != kPointer64Offset)
-    refuse(image, "unknown fixup format: pointers of format %u", format);
-  if (starts->size < sizeof *starts + 2 * starts->page_count)
-    refuse(image, "truncated: its fixups end too early");
+  if (starts->pointer_format != DYLD_CHAINED_PTR_64_OFFSET)
+    refuse(image, "unknown fixup format: pointers of format %u",
+           starts->pointer_format);
   for (int page = 0; page < starts->page_count; page++) {
     uint16_t start = starts->page_start[page];
-    if (start == kNoStart) continue;
-    if (start & 0x8000)
+    if (start == DYLD_CHAINED_PTR_START_NONE) continue;
+    if (start & DYLD_CHAINED_PTR_START_MULTI)
       refuse(image, "unknown fixup format: several chains in a page");
     uint8_t* at = segment->start + (uint64_t)page * starts->page_size + start;
-    follow_chain(image, at, segment->start + segment->size, format, targets,
-                 count);
+    follow_chain(image, at, segment->start + segment->size, targets, count);
   }
 }
 
 static void apply_chained(Image* image) {
-  const uint8_t* all = image->file + image->fixups.offset;
-  uint64_t size = image->fixups.size;
-  const ChainedFixups* header = (const void*)all;
-  if (size < sizeof *header)
-    refuse(image, "truncated: its fixups end too early");
-  if (header->version != 0 || header->symbols_format != 0 ||
-      header->imports_format < kImport ||
-      header->imports_format > kImportAddend64)
-    refuse(image, "unknown fixup format: version %u, imports of format %u",
-           header->version, header->imports_format);
-  static const uint8_t kEntry[] = {0, 4, 8, 16};
-  uint64_t needed =
-      (uint64_t)header->imports_count * kEntry[header->imports_format];
-  if (header->imports_offset > size || needed > size - header->imports_offset ||
-      header->symbols_offset > size || header->starts_offset > size - 4)
-    refuse(image, "truncated: its fixups end too early");
-  Imports imports = {all + header->imports_offset,
-                     (const char*)all + header->symbols_offset,
-                     size - header->symbols_offset, header->imports_count,
-                     header->imports_format};
-  uint64_t* targets = calloc(imports.count + 1, sizeof *targets);
-  if (targets == NULL) refuse(image, "no room for %u imports", imports.count);
-  for (uint32_t i = 0; i < imports.count; i++)
-    targets[i] = import_target(image, &imports, i);
-  const uint32_t* starts = (const void*)(all + header->starts_offset);
-  if (starts[0] != (uint32_t)image->segment_count ||
-      4ull * (starts[0] + 1) > size - header->starts_offset)
-    refuse(image, "damaged: fixups of %u segments", starts[0]);
-  for (uint32_t i = 0; i < starts[0]; i++) {
-    if (starts[i + 1] == 0) continue;
-    uint64_t at = header->starts_offset + (uint64_t)starts[i + 1];
-    if (at + sizeof(ChainedStarts) > size)
-      refuse(image, "truncated: its fixups end too early");
-    fix_segment(image, &image->segments[i], (const void*)(all + at), targets,
-                imports.count);
+  const struct dyld_chained_fixups_header* all =
+      in_fixups(image, 0, sizeof *all);
+  uint64_t* targets = import_targets(image, all);
+  const uint32_t* count = in_fixups(image, all->starts_offset, 4);
+  if (*count != (uint32_t)image->segment_count)
+    refuse(image, "damaged: fixups of %u segments", *count);
+  const uint32_t* offsets =
+      in_fixups(image, all->starts_offset + 4ull, 4ull * *count);
+  for (uint32_t i = 0; i < *count; i++) {
+    if (offsets[i] == 0) continue;
+    uint64_t at = (uint64_t)all->starts_offset + offsets[i];
+    const ChainedStarts* starts = in_fixups(image, at, sizeof *starts);
+    in_fixups(image, at,
+              offsetof(ChainedStarts, page_start) + 2ull * starts->page_count);
+    fix_segment(image, &image->segments[i], starts, targets,
+                all->imports_count);
   }
   free(targets);
 }
 
 // ---- opcodes ---------------------------------------------------------------
 
-typedef struct {
+typedef struct Opcodes Opcodes;
+typedef uint64_t Fix(const Opcodes*, uint64_t before);
+
+struct Opcodes {
   Image* image;
   const uint8_t *at, *end;
-  int segment, ordinal;
-  uint64_t offset;
-  int64_t addend;
+  Fix* fix;  // what comes into a place
+  unsigned segment;
+  int ordinal;
+  uint64_t offset, addend;
   const char* name;
   bool weak_import;
-  enum { kBind, kBindWeak, kBindLazy } kind;
-} Opcodes;
+};
 
-static Opcodes opcodes_of(Image* image, Range range, int kind) {
-  const uint8_t* start =
-      file_range(image, range.offset, range.size, "binding opcodes");
-  return (Opcodes){
-      .image = image, .at = start, .end = start + range.size, .kind = kind};
+static uint64_t rebased(const Opcodes* o, uint64_t before) {
+  return before + (uint64_t)o->image->base - o->image->preferred;
+}
+static uint64_t bound(const Opcodes* o, uint64_t before) {
+  (void)before;
+  return o->addend + (uint64_t)bind_symbol(o->image, o->ordinal, o->name,
+                                           o->weak_import);
+}
+// Where nobody exports it, the image's own private one stays.
+static uint64_t bound_weakly(const Opcodes* o, uint64_t before) {
+  void* found = coalesced(o->name);
+  return found ? o->addend + (uint64_t)found : before;
 }
 
-static uint64_t* place(const Opcodes* o) {
-  const Image* image = o->image;
-  if (o->segment >= image->segment_count ||
-      o->offset + 8 > image->segments[o->segment].size)
-    refuse(image, "damaged: a fixup outside of its segment");
-  return (uint64_t*)(image->segments[o->segment].start + o->offset);
-}
+static uint64_t uleb(Opcodes* o) { return read_uleb(o->image, &o->at, o->end); }
 
-static void rebase(Opcodes* o, uint64_t count, uint64_t skip) {
-  for (; count > 0; count--, o->offset += 8 + skip)
-    *place(o) += (uint64_t)o->image->base - o->image->preferred;
-}
-
-static void bind(Opcodes* o, uint64_t count, uint64_t skip) {
+// Fixes `count` places, each `skip` bytes behind the one before.
+static void fix(Opcodes* o, uint64_t count, uint64_t skip) {
   for (; count > 0; count--, o->offset += 8 + skip) {
-    void* found = o->kind == kBindWeak ? coalesced(o->name)
-                                       : bind_symbol(o->image, o->ordinal,
-                                                     o->name, o->weak_import);
-    // Nobody exports it: the image's own private one stays.
-    if (o->kind == kBindWeak && found == NULL) continue;
-    *place(o) = (uint64_t)found + (uint64_t)o->addend;
+    const Image* image = o->image;
+    const Segment* segment = &image->segments[o->segment];
+    if (o->segment >= (unsigned)image->segment_count || segment->size < 8 ||
+        o->offset > segment->size - 8 || skip > segment->size)
+      refuse(image, "damaged: a fixup outside of its segment");
+    if (o->name == NULL && o->fix != rebased)
+      refuse(image, "damaged: an import without a name");
+    uint64_t* place = (uint64_t*)(segment->start + o->offset);
+    *place = o->fix(o, *place);
   }
 }
 
@@ -206,114 +173,118 @@ static void set_name(Opcodes* o) {
   o->at = end + 1;
 }
 
-static void run_bind(Opcodes o) {
-  while (o.at < o.end) {
-    uint8_t opcode = *o.at & 0xf0, immediate = *o.at & 0x0f;
-    o.at++;
-#define ULEB() read_uleb(o.image, &o.at, o.end)
-    switch (opcode) {
-      case 0x00:
-        if (o.kind == kBindLazy) break;  // one after each
-        return;
-      case 0x10:
-        o.ordinal = immediate;
-        break;
-      case 0x20:
-        o.ordinal = (int)ULEB();
-        break;
-      case 0x30:
-        o.ordinal = immediate ? (int8_t)(0xf0 | immediate) : 0;
-        break;
-      case 0x40:
-        o.weak_import = immediate & 1;
-        set_name(&o);
-        break;
-      case 0x50:
-        if (immediate != 1)
-          refuse(o.image, "unknown fixup format: type %u", immediate);
-        break;
-      case 0x60:
-        o.addend = read_sleb(o.image, &o.at, o.end);
-        break;
-      case 0x70:
-        o.segment = immediate;
-        o.offset = ULEB();
-        break;
-      case 0x80:
-        o.offset += ULEB();
-        break;
-      case 0x90:
-        bind(&o, 1, 0);
-        break;
-      case 0xa0:
-        bind(&o, 1, 0);
-        o.offset += ULEB();
-        break;
-      case 0xb0:
-        bind(&o, 1, 8ull * immediate);
-        break;
-      case 0xc0: {
-        uint64_t count = ULEB(), skip = ULEB();
-        bind(&o, count, skip);
-        break;
-      }
-      default:
-        refuse(o.image, "unknown fixup format: bind opcode %#x", opcode);
-    }
+// What most opcodes do: fix `count` places that lie `skip` apart, and go on by
+// `add`; each of these nothing, one, the opcode's immediate, eight times that, or
+// a number that follows.
+typedef enum { kNone, kOne, kImmediate, kScaled, kUleb } Operand;
+typedef struct {
+  uint8_t opcode;
+  Operand count, skip, add;
+} Step;
+static const Step kRebaseSteps[] = {
+    {REBASE_OPCODE_ADD_ADDR_ULEB, kNone, kNone, kUleb},
+    {REBASE_OPCODE_ADD_ADDR_IMM_SCALED, kNone, kNone, kScaled},
+    {REBASE_OPCODE_DO_REBASE_IMM_TIMES, kImmediate, kNone, kNone},
+    {REBASE_OPCODE_DO_REBASE_ULEB_TIMES, kUleb, kNone, kNone},
+    {REBASE_OPCODE_DO_REBASE_ADD_ADDR_ULEB, kOne, kNone, kUleb},
+    {REBASE_OPCODE_DO_REBASE_ULEB_TIMES_SKIPPING_ULEB, kUleb, kUleb, kNone},
+};
+static const Step kBindSteps[] = {
+    {BIND_OPCODE_ADD_ADDR_ULEB, kNone, kNone, kUleb},
+    {BIND_OPCODE_DO_BIND, kOne, kNone, kNone},
+    {BIND_OPCODE_DO_BIND_ADD_ADDR_ULEB, kOne, kNone, kUleb},
+    {BIND_OPCODE_DO_BIND_ADD_ADDR_IMM_SCALED, kOne, kNone, kScaled},
+    {BIND_OPCODE_DO_BIND_ULEB_TIMES_SKIPPING_ULEB, kUleb, kUleb, kNone},
+};
+
+static uint64_t operand(Opcodes* o, Operand kind, uint8_t immediate) {
+  if (kind == kUleb) return uleb(o);
+  return kind == kNone ? 0 : kind == kOne ? 1 : immediate * (kind == kScaled ? 8 : 1);
+}
+
+static void run_step(Opcodes* o, uint8_t opcode, uint8_t immediate) {
+  bool rebases = o->fix == rebased;
+  const Step* step = rebases ? kRebaseSteps : kBindSteps;
+  size_t left = rebases ? sizeof kRebaseSteps / sizeof *step
+                        : sizeof kBindSteps / sizeof *step;
+  for (; left > 0 && step->opcode != opcode; left--) step++;
+  if (left == 0)
+    refuse(o->image, "unknown fixup format: %s opcode %#x",
+           rebases ? "rebase" : "bind", opcode);
+  uint64_t count = operand(o, step->count, immediate);
+  fix(o, count, operand(o, step->skip, immediate));
+  o->offset += operand(o, step->add, immediate);
+}
+
+static void set_place(Opcodes* o, uint8_t segment) {
+  o->segment = segment;
+  o->offset = uleb(o);
+}
+
+static void check_type(const Opcodes* o, uint8_t type) {
+  if (type != BIND_TYPE_POINTER)  // of rebasing, too
+    refuse(o->image, "unknown fixup format: type %u", type);
+}
+
+static void rebase_one(Opcodes* o, uint8_t opcode, uint8_t immediate) {
+  if (opcode == REBASE_OPCODE_SET_TYPE_IMM)
+    check_type(o, immediate);
+  else if (opcode == REBASE_OPCODE_SET_SEGMENT_AND_OFFSET_ULEB)
+    set_place(o, immediate);
+  else
+    run_step(o, opcode, immediate);
+}
+
+static void bind_one(Opcodes* o, uint8_t opcode, uint8_t immediate) {
+  switch (opcode) {
+    case BIND_OPCODE_SET_TYPE_IMM:
+      return check_type(o, immediate);
+    case BIND_OPCODE_SET_SEGMENT_AND_OFFSET_ULEB:
+      return set_place(o, immediate);
+    case BIND_OPCODE_SET_DYLIB_ORDINAL_IMM:
+      o->ordinal = immediate;
+      return;
+    case BIND_OPCODE_SET_DYLIB_ORDINAL_ULEB:
+      o->ordinal = (int)uleb(o);
+      return;
+    case BIND_OPCODE_SET_DYLIB_SPECIAL_IMM:
+      o->ordinal = immediate ? (int8_t)(0xf0 | immediate) : 0;
+      return;
+    case BIND_OPCODE_SET_SYMBOL_TRAILING_FLAGS_IMM:
+      o->weak_import = immediate & BIND_SYMBOL_FLAGS_WEAK_IMPORT;
+      return set_name(o);
+    case BIND_OPCODE_SET_ADDEND_SLEB:
+      o->addend = (uint64_t)read_sleb(o->image, &o->at, o->end);
+      return;
+    default:
+      run_step(o, opcode, immediate);
   }
 }
 
-static void run_rebase(Opcodes o) {
+enum { kOnce, kLazily };
+
+static void run_opcodes(Image* image, uint32_t offset, uint32_t size, Fix* how,
+                        int when) {
+  Opcodes o = {.image = image, .fix = how};
+  o.at = file_range(image, offset, size, "opcodes");
+  o.end = o.at + size;
   while (o.at < o.end) {
-    uint8_t opcode = *o.at & 0xf0, immediate = *o.at & 0x0f;
-    o.at++;
-    switch (opcode) {
-      case 0x00:
-        return;
-      case 0x10:
-        break;
-      case 0x20:
-        o.segment = immediate;
-        o.offset = ULEB();
-        break;
-      case 0x30:
-        o.offset += ULEB();
-        break;
-      case 0x40:
-        o.offset += 8ull * immediate;
-        break;
-      case 0x50:
-        rebase(&o, immediate, 0);
-        break;
-      case 0x60:
-        rebase(&o, ULEB(), 0);
-        break;
-      case 0x70:
-        rebase(&o, 1, 0);
-        o.offset += ULEB();
-        break;
-      case 0x80: {
-        uint64_t count = ULEB(), skip = ULEB();
-        rebase(&o, count, skip);
-        break;
-      }
-      default:
-        refuse(o.image, "unknown fixup format: rebase opcode %#x", opcode);
-    }
-#undef ULEB
+    uint8_t byte = *o.at++, opcode = byte & BIND_OPCODE_MASK;
+    if (opcode != BIND_OPCODE_DONE)
+      (how == rebased ? rebase_one : bind_one)(&o, opcode, byte & 0x0f);
+    else if (when == kOnce)  // lazily: it is the end of one
+      return;
   }
 }
 
 void apply_fixups(Image* image) {
-  const DyldInfoCommand* info = image->dyld_info;
-  if (image->fixups.size > 0) {
-    apply_chained(image);
-  } else if (info != NULL) {
-    run_rebase(opcodes_of(image, info->rebase, kBind));
-    run_bind(opcodes_of(image, info->bind, kBind));
-    run_bind(opcodes_of(image, info->lazy_bind, kBindLazy));
-    run_bind(opcodes_of(image, info->weak_bind, kBindWeak));
-  } else {
+  const struct dyld_info_command* info = image->dyld_info;
+  if (image->fixups.size > 0) return apply_chained(image);
+  if (info == NULL)
     refuse(image, "unknown fixup format: neither chained nor opcodes");
-  }
+  run_opcodes(image, info->rebase_off, info->rebase_size, rebased, kOnce);
+  run_opcodes(image, info->bind_off, info->bind_size, bound, kOnce);
+  run_opcodes(image, info->lazy_bind_off, info->lazy_bind_size, bound, kLazily);
+  run_opcodes(image, info->weak_bind_off, info->weak_bind_size, bound_weakly,
+              kOnce);
 }

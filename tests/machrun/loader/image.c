@@ -1,6 +1,6 @@
 // Reads, checks and maps a Mach-O file.
 #include <fcntl.h>
-#include <libgen.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,8 +13,6 @@
 
 Image g_images[kImagesMax];
 int g_image_count;
-int g_verbose;
-uint32_t g_pretends = 14 << 16;
 
 _Noreturn void refuse(const Image* image, const char* format, ...) {
   char text[1024];
@@ -34,10 +32,10 @@ const void* file_range(const Image* image, uint64_t offset, uint64_t size,
   return image->file + offset;
 }
 
-uint8_t* at_address(const Image* image, uint64_t address) {
+uint8_t* at_address(const Image* image, uint64_t address, uint64_t size) {
   uint64_t offset = address - image->preferred;
-  if (offset >= image->size)
-    refuse(image, "an address outside of its segments");
+  if (offset > image->size || size > image->size - offset)
+    refuse(image, "damaged: an address outside of its segments");
   return image->base + offset;
 }
 
@@ -52,26 +50,30 @@ Image* image_of(const void* address) {
 
 // ---- load commands ---------------------------------------------------------
 
-static const LoadCommand* command_at(const Image* image, uint64_t* at,
-                                     size_t least) {
-  const LoadCommand* command =
-      file_range(image, *at, sizeof(LoadCommand), "load command");
-  if (command->cmdsize < least || command->cmdsize % 8)
-    refuse(image, "damaged: a load command of %u bytes", command->cmdsize);
-  file_range(image, *at, command->cmdsize, "load command");
-  *at += command->cmdsize;
-  return command;
+void each_command(Image* image, void (*visit)(Image*, const LoadCommand*)) {
+  uint64_t at = sizeof(MachHeader);
+  for (uint32_t i = ((const MachHeader*)image->file)->ncmds; i > 0; i--) {
+    // The largest: so that whatever is read of a shorter one is in the file.
+    const LoadCommand* command =
+        file_range(image, at, sizeof(SegmentCommand), "load command");
+    if (command->cmdsize < sizeof *command || command->cmdsize % 8)
+      refuse(image, "damaged: a load command of %u bytes", command->cmdsize);
+    file_range(image, at, command->cmdsize, "load command");
+    at += command->cmdsize;
+    visit(image, command);
+  }
 }
 
-static void each_command(Image* image,
-                         void (*visit)(Image*, const LoadCommand*)) {
-  const MachHeader* header = (const MachHeader*)image->file;
-  uint64_t at = sizeof *header;
-  for (uint32_t i = 0; i < header->ncmds; i++)
-    visit(image, command_at(image, &at, sizeof(LoadCommand)));
+const char* command_text(const Image* image, const LoadCommand* command,
+                         uint32_t offset) {
+  const char* text = (const char*)command + offset;
+  if (offset >= command->cmdsize ||
+      !memchr(text, '\0', command->cmdsize - offset))
+    refuse(image, "damaged: the text of a load command has no end");
+  return text;
 }
 
-void each_section(Image* image, void (*visit)(Image*, const Section*)) {
+static void each_section(Image* image, void (*visit)(Image*, const Section*)) {
   for (int i = 0; i < image->segment_count; i++) {
     const SegmentCommand* segment = image->segments[i].command;
     const Section* sections = (const Section*)(segment + 1);
@@ -79,24 +81,27 @@ void each_section(Image* image, void (*visit)(Image*, const Section*)) {
   }
 }
 
+enum { kCpuArm64 = 0x0100000c, kCpuX86_64 = 0x01000007, kFat = 0xbebafeca };
+
 static void check_header(const Image* image) {
   const MachHeader* header =
       file_range(image, 0, sizeof *header, "Mach-O header");
-  if (header->magic == kFatMagic)
+  if (header->magic == kFat)
     refuse(image, "for more than one architecture: only arm64 is loaded");
-  if (header->magic != kMagic64) refuse(image, "not a Mach-O file of 64 bits");
+  if (header->magic != MH_MAGIC_64)
+    refuse(image, "not a Mach-O file of 64 bits");
   if (header->cputype != kCpuArm64)
     refuse(image, "for %s, not for arm64",
            header->cputype == kCpuX86_64 ? "x86_64" : "another processor");
   if (header->cpusubtype & 0xffffff)
     refuse(image, "for arm64e or another kind of arm64 than is pretended");
-  if (header->filetype != kDylib && header->filetype != kBundle)
+  if (header->filetype != MH_DYLIB && header->filetype != MH_BUNDLE)
     refuse(image, "neither a dylib nor a bundle (type %u)", header->filetype);
 }
 
 static void check_platform(const Image* image, const LoadCommand* command) {
-  const BuildVersionCommand* build = (const void*)command;
-  if (build->platform != kPlatformMacos)
+  const struct build_version_command* build = (const void*)command;
+  if (build->platform != PLATFORM_MACOS)
     refuse(image, "for platform %u, not for macOS", build->platform);
   if (build->minos > g_pretends)
     refuse(image, "needs macOS %u.%u, and %u.%u is pretended",
@@ -107,65 +112,88 @@ static void check_platform(const Image* image, const LoadCommand* command) {
 static void add_segment(Image* image, const LoadCommand* command) {
   const SegmentCommand* segment = (const void*)command;
   if (segment->cmdsize < sizeof *segment + segment->nsects * sizeof(Section))
-    refuse(image, "damaged: segment %.16s has no room for its sections",
-           segment->segname);
+    refuse(image, "damaged: a segment has no room for its sections");
   if (image->segment_count == kSegmentsMax) refuse(image, "too many segments");
-  file_range(image, segment->fileoff, segment->filesize, segment->segname);
+  file_range(image, segment->fileoff, segment->filesize, "segment");
   if ((segment->initprot & 6) == 6)
     refuse(image, "segment %.16s is writable and executable", segment->segname);
-  if (segment->filesize > segment->vmsize || segment->vmsize > 1ull << 40 ||
-      segment->vmaddr % kPage)
+  // As dyld wants them: in order, so that none lies on another.
+  uint64_t last = image->preferred + image->size, end;
+  if (image->segment_count == 0) image->preferred = last = segment->vmaddr;
+  if (segment->filesize > segment->vmsize || segment->vmaddr < last ||
+      segment->vmaddr % kPage ||
+      __builtin_add_overflow(segment->vmaddr, segment->vmsize, &end) ||
+      end - image->preferred > UINT32_MAX)
     refuse(image, "damaged: segment %.16s lies badly", segment->segname);
+  image->size = (end - image->preferred + kPage - 1) & ~(kPage - 1ull);
   image->segments[image->segment_count++] =
       (Segment){NULL, segment->vmsize, segment};
 }
 
-static Range linkedit(const Image* image, const LoadCommand* command,
+static Range linkedit(const Image* image, uint32_t offset, uint64_t size,
                       const char* what) {
-  const LinkeditCommand* data = (const void*)command;
-  file_range(image, data->dataoff, data->datasize, what);
-  return (Range){data->dataoff, data->datasize};
+  file_range(image, offset, size, what);
+  return (Range){offset, (uint32_t)size};
+}
+
+static void read_symtab(Image* image, const struct symtab_command* table) {
+  linkedit(image, table->symoff, sizeof(struct nlist_64) * table->nsyms,
+           "symbol table");
+  linkedit(image, table->stroff, table->strsize, "names of symbols");
+  image->symtab = table;
+}
+
+static void add_run_path(Image* image, const LoadCommand* command) {
+  const struct rpath_command* path = (const void*)command;
+  if (image->run_path_count == kDependentsMax)
+    refuse(image, "too many run paths");
+  image->run_paths[image->run_path_count++] =
+      command_text(image, command, path->path.offset);
 }
 
 static void read_command(Image* image, const LoadCommand* command) {
+  const struct linkedit_data_command* data = (const void*)command;
+  const struct dyld_info_command* info = (const void*)command;
+  const struct dylib_command* dylib = (const void*)command;
   switch (command->cmd) {
-    case kLcSegment64:
+    case LC_SEGMENT_64:
       return add_segment(image, command);
-    case kLcBuildVersion:
+    case LC_BUILD_VERSION:
       return check_platform(image, command);
-    case kLcSymtab:
-      image->symtab = (const void*)command;
+    case LC_SYMTAB:
+      return read_symtab(image, (const void*)command);
+    case LC_DYLD_INFO_ONLY:
+      image->dyld_info = info;
+      image->exports =
+          linkedit(image, info->export_off, info->export_size, "exports");
       return;
-    case kLcDyldInfo:
-    case kLcDyldInfoOnly:
-      image->dyld_info = (const void*)command;
-      image->exports = image->dyld_info->exported;
+    case LC_DYLD_CHAINED_FIXUPS:
+      image->fixups = linkedit(image, data->dataoff, data->datasize, "fixups");
       return;
-    case kLcChainedFixups:
-      image->fixups = linkedit(image, command, "fixups");
+    case LC_DYLD_EXPORTS_TRIE:
+      image->exports =
+          linkedit(image, data->dataoff, data->datasize, "exports");
       return;
-    case kLcExportsTrie:
-      image->exports = linkedit(image, command, "exports");
+    case LC_CODE_SIGNATURE:
+      image->signature =
+          linkedit(image, data->dataoff, data->datasize, "signature");
       return;
-    case kLcCodeSignature:
-      image->signature = linkedit(image, command, "signature");
-      return;
-    case kLcIdDylib:
+    case LC_ID_DYLIB:
       image->install_name =
-          (const char*)command + ((const DylibCommand*)command)->name;
+          command_text(image, command, dylib->dylib.name.offset);
       return;
-    case kLcLoadDylib:
-    case kLcLoadWeakDylib:
-    case kLcRpath:
+    case LC_RPATH:
+      return add_run_path(image, command);
+    case LC_LOAD_WEAK_DYLIB:
       return;  // later
     default:
-      if (command->cmd & kLcReqDyld)
+      if (command->cmd & LC_REQ_DYLD)
         refuse(image, "unknown load command %#x that dyld must know",
                command->cmd);
   }
 }
 
-static void check_sections(Image* image, const Section* section) {
+static void check_section(Image* image, const Section* section) {
   uint64_t offset = section->addr - image->preferred;
   if (offset > image->size || section->size > image->size - offset)
     refuse(image, "damaged: section %.16s lies badly", section->sectname);
@@ -173,26 +201,19 @@ static void check_sections(Image* image, const Section* section) {
   if (!strncmp(section->sectname, "__eh_frame", 16)) image->eh_frame = place;
   if (!strncmp(section->sectname, "__unwind_info", 16))
     image->unwind_info = place;
-  uint32_t kind = section->flags & 0xff;
-  if (kind != kThreadLocalRegular && kind != kThreadLocalZerofill) return;
+  uint32_t kind = section->flags & SECTION_TYPE;
+  if (kind != S_THREAD_LOCAL_REGULAR && kind != S_THREAD_LOCAL_ZEROFILL) return;
   Range* whole = &image->thread_template;
   if (whole->size == 0) whole->offset = place.offset;
+  if (place.offset < whole->offset)
+    refuse(image, "damaged: section %.16s lies badly", section->sectname);
   whole->size = place.offset + place.size - whole->offset;
 }
 
 // ---- mapping ---------------------------------------------------------------
 
 static void lay_out(Image* image) {
-  uint64_t low = UINT64_MAX, high = 0;
-  for (int i = 0; i < image->segment_count; i++) {
-    const SegmentCommand* segment = image->segments[i].command;
-    if (segment->vmaddr < low) low = segment->vmaddr;
-    if (segment->vmaddr + segment->vmsize > high)
-      high = segment->vmaddr + segment->vmsize;
-  }
   if (image->segment_count == 0) refuse(image, "it has no segments");
-  image->preferred = low;
-  image->size = (high - low + kPage - 1) & ~(uint64_t)(kPage - 1);
   uint8_t* room = mmap(NULL, image->size + kPage, PROT_NONE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (room == MAP_FAILED)
@@ -208,73 +229,93 @@ static void map_segments(Image* image, int file) {
     const SegmentCommand* command = segment->command;
     segment->start = image->base + (command->vmaddr - image->preferred);
     int protection = (int)command->initprot & 7;
-    if (command->filesize > 0 && mmap(segment->start, command->filesize,
-                                      protection, MAP_PRIVATE | MAP_FIXED, file,
-                                      (off_t)command->fileoff) == MAP_FAILED)
-      refuse(image, "segment %.16s cannot be mapped", command->segname);
-    uint64_t mapped = (command->filesize + 4095) & ~4095ull;
-    if (command->vmsize > mapped &&
-        mmap(segment->start + mapped, command->vmsize - mapped, protection,
-             MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1, 0) == MAP_FAILED)
+    uint64_t size = command->filesize, mapped = (size + 4095) & ~4095ull;
+    bool fits =
+        size == 0 ||
+        mmap(segment->start, size, protection, MAP_PRIVATE | MAP_FIXED, file,
+             (off_t)command->fileoff) != MAP_FAILED;
+    if (fits && command->vmsize > mapped)
+      fits = mmap(segment->start + mapped, command->vmsize - mapped, protection,
+                  MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1,
+                  0) != MAP_FAILED;
+    if (!fits)
       refuse(image, "segment %.16s cannot be mapped", command->segname);
     // The file goes on behind the segment's part of it.
-    if (protection & PROT_WRITE && command->filesize < mapped)
-      memset(segment->start + command->filesize, 0, mapped - command->filesize);
+    if (protection & PROT_WRITE && size < mapped)
+      memset(segment->start + size, 0, mapped - size);
   }
 }
 
 static void protect_constants(const Image* image) {
   for (int i = 0; i < image->segment_count; i++) {
     const Segment* segment = &image->segments[i];
-    if (segment->command->flags & kReadOnlyAfterFixups)
+    if (segment->command->flags & SG_READ_ONLY)
       mprotect(segment->start, (segment->size + 4095) & ~4095ull, PROT_READ);
   }
 }
 
 static void add_dependent(Image* image, const LoadCommand* command) {
-  if (command->cmd != kLcLoadDylib && command->cmd != kLcLoadWeakDylib) return;
-  const char* name =
-      (const char*)command + ((const DylibCommand*)command)->name;
+  bool weak = command->cmd == LC_LOAD_WEAK_DYLIB;
+  if (command->cmd != LC_LOAD_DYLIB && !weak) return;
   if (image->dependent_count == kDependentsMax)
     refuse(image, "too many libraries");
-  Library found = find_library(name, image, command->cmd == kLcLoadWeakDylib);
-  image->dependents[image->dependent_count++] = found;
+  const struct dylib_command* dylib = (const void*)command;
+  const char* name = command_text(image, command, dylib->dylib.name.offset);
+  image->dependents[image->dependent_count++] =
+      find_library(name, image, weak);
 }
 
 static void thread_variables(Image* image, const Section* section) {
-  if ((section->flags & 0xff) == kThreadLocalVariables)
+  if ((section->flags & SECTION_TYPE) == S_THREAD_LOCAL_VARIABLES)
     set_up_thread_variables(image, section);
 }
 
 static void run_initialisers(Image* image, const Section* section) {
   extern char** environ;
   static char *arguments[] = {"machrun", NULL}, *apple[] = {NULL};
-  uint32_t kind = section->flags & 0xff;
-  if (kind != kModInitFuncs && kind != kInitOffsets) return;
-  uint8_t* at = at_address(image, section->addr);
-  size_t step = kind == kInitOffsets ? sizeof(uint32_t) : sizeof(uint64_t);
+  bool offsets = (section->flags & SECTION_TYPE) == S_INIT_FUNC_OFFSETS;
+  if (!offsets &&
+      (section->flags & SECTION_TYPE) != S_MOD_INIT_FUNC_POINTERS)
+    return;
+  uint8_t* at = at_address(image, section->addr, section->size);
+  size_t step = offsets ? sizeof(uint32_t) : sizeof(uint64_t);
   for (uint64_t i = 0; i < section->size / step; i++) {
-    uint8_t* code = kind == kInitOffsets ? image->base + ((uint32_t*)at)[i]
-                                         : (uint8_t*)((uint64_t*)at)[i];
-    void (*start)(int, char**, char**, char**) = (void*)code;
+    uint64_t code = offsets ? image->preferred + ((uint32_t*)at)[i]
+                            : ((uint64_t*)at)[i] - (uint64_t)image->base +
+                                  image->preferred;
+    void (*start)(int, char**, char**, char**) =
+        (void*)at_address(image, code, 4);
     start(1, arguments, environ, apple);
   }
 }
 
-Image* load_image(const char* path, const Image* loader, bool quiet) {
-  char real[512];
-  if (realpath(path, real) == NULL || strlen(path) >= sizeof real) {
-    if (quiet) return NULL;
-    refuse(loader, "%s: there is no such file", path);
-  }
-  for (int i = 0; i < g_image_count; i++)
-    if (!strcmp(g_images[i].path, real)) return &g_images[i];
-  if (g_image_count == kImagesMax) refuse(loader, "too many images");
-  Image* image = &g_images[g_image_count];
-  memset(image, 0, sizeof *image);
-  image->number = g_image_count;
-  strcpy(image->path, real);
-  int file = open(real, O_RDONLY | O_CLOEXEC);
+// ---- all of it -------------------------------------------------------------
+
+static const Image* g_loading;
+
+static void on_damage(int number) {
+  refuse(g_loading, "damaged: %s while it was loaded", strsignal(number));
+}
+
+// Fixes an image up and initialises it. Damage that only shows when it is used,
+// a fault, is told as the image's.
+static void bring_up(Image* image) {
+  static const int kFaults[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+  struct sigaction own = {.sa_handler = on_damage}, before[4];
+  const Image* outer = g_loading;
+  g_loading = image;
+  for (int i = 0; i < 4; i++) sigaction(kFaults[i], &own, &before[i]);
+  each_command(image, add_dependent);
+  apply_fixups(image);
+  each_section(image, thread_variables);
+  protect_constants(image);
+  each_section(image, run_initialisers);
+  for (int i = 0; i < 4; i++) sigaction(kFaults[i], &before[i], NULL);
+  g_loading = outer;
+}
+
+static int open_file(Image* image) {
+  int file = open(image->path, O_RDONLY | O_CLOEXEC);
   struct stat found;
   if (file < 0 || fstat(file, &found) != 0 || !S_ISREG(found.st_mode))
     refuse(image, "it cannot be read");
@@ -282,21 +323,30 @@ Image* load_image(const char* path, const Image* loader, bool quiet) {
   image->file =
       mmap(NULL, image->file_size + 1, PROT_READ, MAP_PRIVATE, file, 0);
   if (image->file == MAP_FAILED) refuse(image, "it cannot be read");
+  return file;
+}
+
+Image* load_image(const char* path, const Image* loader, bool quiet) {
+  char* real = realpath(path, NULL);
+  if (real == NULL && quiet) return NULL;
+  if (real == NULL) refuse(loader, "%s: there is no such file", path);
+  for (int i = 0; i < g_image_count; i++)
+    if (!strcmp(g_images[i].path, real)) return &g_images[i];
+  if (g_image_count == kImagesMax) refuse(loader, "too many images");
+  Image* image = &g_images[g_image_count];
+  *image = (Image){.number = g_image_count};
+  if (strlen(real) >= sizeof image->path) refuse(loader, "%s: too long", path);
+  strcpy(image->path, real);
+  free(real);
+  int file = open_file(image);
   check_header(image);
-  image->weak_defines =
-      (((const MachHeader*)image->file)->flags & kWeakDefines) != 0;
   each_command(image, read_command);
   lay_out(image);
-  each_section(image, check_sections);
+  each_section(image, check_section);
   check_signature(image);
   map_segments(image, file);
   close(file);
   g_image_count++;
-  each_command(image, add_dependent);
-  apply_fixups(image);
-  each_section(image, thread_variables);
-  protect_constants(image);
-  if (g_verbose) fprintf(stderr, "machrun: %s at %p\n", real, image->base);
-  each_section(image, run_initialisers);
+  bring_up(image);
   return image;
 }

@@ -1,4 +1,4 @@
-// machrun [--python ARGUMENT… | FILE… [-- FUNCTION ARGUMENT…]]
+// machrun --python ARGUMENT… | --imports | FILE… [-- FUNCTION ARGUMENT…]
 //
 // Loads Mach-O files, or runs a Python in which machpy.py can. MACHRUN_MACOS is
 // the version of macOS that is pretended, MACHRUN_PYTHON the name of libpython.
@@ -22,14 +22,14 @@ __attribute__((visibility("default"))) void* machrun_any(const char* name) {
   return in_all(name);
 }
 
+uint32_t g_pretends;
+
 static void read_settings(void) {
-  const char *version = getenv("MACHRUN_MACOS"),
-             *verbose = getenv("MACHRUN_VERBOSE");
+  const char* version = getenv("MACHRUN_MACOS");
   unsigned major = 14, minor = 0;
   if (version != NULL && sscanf(version, "%u.%u", &major, &minor) < 1)
     refuse(NULL, "MACHRUN_MACOS=%s is not a version", version);
   g_pretends = major << 16 | minor << 8;
-  g_verbose = verbose ? atoi(verbose) : 0;
 }
 
 // The library of the sysroot, in which extension modules find Python's C API.
@@ -43,6 +43,7 @@ int main(int count, char** arguments) {
   read_settings();
   setvbuf(stdout, NULL, _IOLBF, 0);
   open_python();
+  if (count > 1 && !strcmp(arguments[1], "--imports")) return print_imports();
   if (count > 1 && !strcmp(arguments[1], "--python")) {
     int (*run_python)(int, char**) = dlsym(RTLD_DEFAULT, "Py_BytesMain");
     if (run_python == NULL) refuse(NULL, "MACHRUN_PYTHON is not set");

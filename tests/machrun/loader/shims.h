@@ -29,10 +29,32 @@ static inline va_list* linux_list(va_list* list, void* stack) {
   return list;
 }
 
-// Without the `L` of long double, which is a double on macOS.
-const char* linux_format(const char* format, char copy[1024]);
+// A number on macOS and on Linux: `static const Pair kX[] = {LIST(PAIR)};` of a
+// list in mac_abi.h.
+typedef struct {
+  int mac, own;
+} Pair;
+#define PAIR(name, value) {value, name},
+#define COUNT(array) (sizeof(array) / sizeof *(array))
 
-int mac_errno_of(int number);    // Linux's number as macOS's
-int linux_errno_of(int number);  // and back
-int linux_signal_of(int number);
-int mac_signal_of(int number);
+// shims_translate.c: `otherwise` for what is not in the table.
+int to_own(const Pair* table, size_t count, int value, int otherwise);
+int to_mac(const Pair* table, size_t count, int value, int otherwise);
+// Ends the process where a flag is not in the table, naming `what`.
+int flags_to_own(const Pair* table, size_t count, int flags, const char* what);
+// Leaves out what macOS has not.
+int flags_to_mac(const Pair* table, size_t count, int flags);
+#define TO_OWN(table, ...) to_own(table, COUNT(table), __VA_ARGS__)
+#define TO_MAC(table, ...) to_mac(table, COUNT(table), __VA_ARGS__)
+#define FLAGS_TO_OWN(table, ...) flags_to_own(table, COUNT(table), __VA_ARGS__)
+#define FLAGS_TO_MAC(table, ...) flags_to_mac(table, COUNT(table), __VA_ARGS__)
+
+// Functions of vectors in shims_math.c, of one argument and of two.
+// clang-format off
+#define SIMD_ONE(X)                                                           \
+  X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atanh) X(cosh) X(expm1) X(log)  \
+  X(log10) X(log1p) X(log2) X(sinh) X(tan) X(tanh)
+#define SIMD_TWO(X) X(atan2) X(pow) X(remainder)
+// clang-format on
+
+int mac_errno_of(int number);  // Linux's number as macOS's

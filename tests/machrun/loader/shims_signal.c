@@ -7,34 +7,21 @@
 
 #include "shims.h"
 
-// macOS's numbers as Linux's; those that are missing are the same.
-static const struct {
-  int mac, linux_number;
-} kSignals[] = {
-    {kMac_SIGBUS, SIGBUS},   {kMac_SIGSYS, SIGSYS},   {kMac_SIGURG, SIGURG},
-    {kMac_SIGSTOP, SIGSTOP}, {kMac_SIGTSTP, SIGTSTP}, {kMac_SIGCONT, SIGCONT},
-    {kMac_SIGCHLD, SIGCHLD}, {kMac_SIGIO, SIGIO},     {kMac_SIGUSR1, SIGUSR1},
-    {kMac_SIGUSR2, SIGUSR2},
-};
-enum { kSignalKinds = sizeof kSignals / sizeof *kSignals, kSignalsMax = 32 };
+static const Pair kSignals[] = {
+    SIGNALS(PAIR){kMac_SIGEMT, 0},  // Linux has neither of these
+    {kMac_SIGINFO, 0}};
+static const Pair kFlags[] = {SA_FLAGS(PAIR)};
+static const Pair kStackFlags[] = {STACK_FLAGS(PAIR)};
+enum { kSignalsMax = 32 };
 
-int linux_signal_of(int number) {
-  for (int i = 0; i < kSignalKinds; i++)
-    if (kSignals[i].mac == number) return kSignals[i].linux_number;
-  return number == kMac_SIGEMT || number == kMac_SIGINFO ? 0 : number;
-}
-int mac_signal_of(int number) {
-  for (int i = 0; i < kSignalKinds; i++)
-    if (kSignals[i].linux_number == number) return kSignals[i].mac;
-  return number;
-}
+static int own_signal(int number) { return TO_OWN(kSignals, number, number); }
 
 static sigset_t linux_mask(uint32_t mask) {
   sigset_t set;
   sigemptyset(&set);
   for (int i = 1; i < kSignalsMax; i++)
-    if (mask >> (i - 1) & 1 && linux_signal_of(i))
-      sigaddset(&set, linux_signal_of(i));
+    if (mask >> (i - 1) & 1 && own_signal(i))
+      sigaddset(&set, own_signal(i));
   return set;
 }
 
@@ -56,7 +43,7 @@ static void on_signal(int number, siginfo_t* info, void* context) {
   const mcontext_t* from = &((ucontext_t*)context)->uc_mcontext;
   bool fault = number == SIGSEGV || number == SIGBUS || number == SIGILL ||
                number == SIGFPE || number == SIGTRAP;
-  MacSiginfo mac = {.signo = mac_signal_of(number),
+  MacSiginfo mac = {.signo = TO_MAC(kSignals, number, number),
                     .code = info->si_code <= 0 ? kMac_SI_USER : info->si_code};
   if (info->si_code <= 0) {
     mac.pid = info->si_pid;
@@ -80,7 +67,7 @@ static void on_signal(int number, siginfo_t* info, void* context) {
 static struct sigaction g_of_linux[kSignalsMax];
 static void call_linux(int mac_number, void* info, void* context) {
   (void)info;
-  int number = linux_signal_of(mac_number);
+  int number = own_signal(mac_number);
   const struct sigaction* action = &g_of_linux[number];
   if (action->sa_flags & SA_SIGINFO) {
     siginfo_t unknown = {.si_signo = number};
@@ -90,19 +77,11 @@ static void call_linux(int mac_number, void* info, void* context) {
   }
 }
 
-static const struct {
-  int mac, linux_flag;
-} kFlags[] = {{kMac_SA_ONSTACK, SA_ONSTACK},
-              {kMac_SA_RESTART, SA_RESTART},
-              {kMac_SA_RESETHAND, (int)SA_RESETHAND},
-              {kMac_SA_NODEFER, SA_NODEFER}};
-
 static MacSigaction told(int number, const struct sigaction* action,
                          MacSigaction of_mac) {
   if ((void*)action->sa_sigaction == (void*)on_signal) return of_mac;
-  MacSigaction mac = {(void*)action->sa_handler, 0, 0};
-  for (int i = 0; i < 4; i++)
-    if (action->sa_flags & kFlags[i].linux_flag) mac.flags |= kFlags[i].mac;
+  MacSigaction mac = {(void*)action->sa_handler, 0,
+                      FLAGS_TO_MAC(kFlags, action->sa_flags)};
   if (action->sa_handler == SIG_DFL || action->sa_handler == SIG_IGN)
     return mac;
   g_of_linux[number] = *action;
@@ -111,7 +90,7 @@ static MacSigaction told(int number, const struct sigaction* action,
 
 int mac_sigaction(int mac_number, const MacSigaction* action,
                   MacSigaction* before) {
-  int number = linux_signal_of(mac_number);
+  int number = own_signal(mac_number);
   if (number <= 0 || number >= kSignalsMax) {
     errno = EINVAL;
     return -1;
@@ -122,12 +101,11 @@ int mac_sigaction(int mac_number, const MacSigaction* action,
     set = g_of_linux[number];
   } else if (action != NULL) {
     bool plain = action->handler == SIG_DFL || action->handler == SIG_IGN;
-    set.sa_handler = (void (*)(int))action->handler;
-    if (!plain) set.sa_sigaction = on_signal;
-    set.sa_flags = plain ? 0 : SA_SIGINFO;
-    for (int i = 0; i < 4; i++)
-      if (action->flags & kFlags[i].mac) set.sa_flags |= kFlags[i].linux_flag;
+    set.sa_flags = FLAGS_TO_OWN(kFlags, action->flags, "sigaction");
     set.sa_mask = linux_mask(action->mask);
+    if (plain) set.sa_handler = (void (*)(int))action->handler;
+    if (!plain) set.sa_sigaction = on_signal;
+    if (!plain) set.sa_flags |= SA_SIGINFO;
     if (!plain) g_actions[number] = *action;
     trampoline();  // not to be looked for in a handler
   }
@@ -138,20 +116,19 @@ int mac_sigaction(int mac_number, const MacSigaction* action,
 
 int mac_sigaltstack(const MacStack* stack, MacStack* before) {
   stack_t set = {0}, old;
-  if (stack != NULL) {
-    set.ss_sp = stack->sp;
-    set.ss_size = stack->size;
-    set.ss_flags = stack->flags & kMac_SS_DISABLE ? SS_DISABLE : 0;
-  }
+  if (stack != NULL)
+    set = (stack_t){.ss_sp = stack->sp,
+                    .ss_size = stack->size,
+                    .ss_flags = FLAGS_TO_OWN(kStackFlags, stack->flags,
+                                             "sigaltstack")};
   int status = sigaltstack(stack ? &set : NULL, &old);
   if (status == 0 && before != NULL)
     *before = (MacStack){old.ss_sp, old.ss_size,
-                         (old.ss_flags & SS_DISABLE ? kMac_SS_DISABLE : 0) |
-                             (old.ss_flags & SS_ONSTACK ? kMac_SS_ONSTACK : 0)};
+                         FLAGS_TO_MAC(kStackFlags, old.ss_flags)};
   return status;
 }
 
-int mac_raise(int number) { return raise(linux_signal_of(number)); }
+int mac_raise(int number) { return raise(own_signal(number)); }
 
 // ---- sigsetjmp -------------------------------------------------------------
 

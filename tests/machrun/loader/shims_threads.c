@@ -7,129 +7,104 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "shims.h"
 
 enum { kReady = 0x4d616368 };
 
-static pthread_mutex_t g_making = PTHREAD_MUTEX_INITIALIZER;
+typedef union {
+  pthread_mutex_t mutex;
+  pthread_cond_t condition;
+  pthread_rwlock_t lock;
+} Own;
 
-static void* make_mutex(int64_t signature) {
+static Own* make(int64_t signature) {
+  Own* made = calloc(1, sizeof *made);
   pthread_mutexattr_t attributes;
   pthread_mutexattr_init(&attributes);
-  if (signature == kMacRecursiveMutex)
-    pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
-  else if (signature == kMacErrorCheckMutex)
-    pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_ERRORCHECK);
-  else if (signature != kMacMutex && signature != kMacFirstFitMutex)
-    refuse(NULL, "a mutex with the signature %#lx", signature);
-  pthread_mutex_t* made = malloc(sizeof *made);
-  pthread_mutex_init(made, &attributes);
+  switch (signature) {
+    case kMacCondition:
+      pthread_cond_init(&made->condition, NULL);
+      return made;
+    case kMacLock:
+      pthread_rwlock_init(&made->lock, NULL);
+      return made;
+    case kMacRecursiveMutex:
+      pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
+      break;
+    case kMacErrorCheckMutex:
+      pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_ERRORCHECK);
+      break;
+    case kMacMutex:
+    case kMacFirstFitMutex:
+      break;
+    default:
+      refuse(NULL, "an object of pthread with the signature %#lx", signature);
+  }
+  pthread_mutex_init(&made->mutex, &attributes);
   return made;
 }
 
-static void* make_condition(int64_t signature) {
-  if (signature != kMacCondition)
-    refuse(NULL, "a condition with the signature %#lx", signature);
-  pthread_cond_t* made = malloc(sizeof *made);
-  pthread_cond_init(made, NULL);
-  return made;
-}
-
-static void* make_lock(int64_t signature) {
-  if (signature != kMacLock)
-    refuse(NULL, "a read-write lock with the signature %#lx", signature);
-  pthread_rwlock_t* made = malloc(sizeof *made);
-  pthread_rwlock_init(made, NULL);
-  return made;
-}
-
-static void* own(MacPthread* object, void* (*make)(int64_t)) {
+static void* own(MacPthread* object) {
+  static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
   if (__atomic_load_n(&object->signature, __ATOMIC_ACQUIRE) != kReady) {
-    pthread_mutex_lock(&g_making);
+    pthread_mutex_lock(&making);
     if (object->signature != kReady) {
       object->own = make(object->signature);
       __atomic_store_n(&object->signature, kReady, __ATOMIC_RELEASE);
     }
-    pthread_mutex_unlock(&g_making);
+    pthread_mutex_unlock(&making);
   }
   return object->own;
 }
 
-// None of these objects is in use when it is destroyed.
-static int destroy(MacPthread* object, void (*end)(void*)) {
-  if (object->signature == kReady) {
-    end(object->own);
-    free(object->own);
+// Functions of one such object.
+#define OF_ONE(name)                                 \
+  int mac_pthread_##name(MacPthread* object) {       \
+    return mac_errno_of(pthread_##name(own(object))); \
   }
+OF_ONE(mutex_lock)
+OF_ONE(mutex_trylock)
+OF_ONE(mutex_unlock)
+OF_ONE(cond_signal)
+OF_ONE(cond_broadcast)
+OF_ONE(rwlock_rdlock)
+OF_ONE(rwlock_wrlock)
+OF_ONE(rwlock_unlock)
+
+int mac_pthread_cond_wait(MacPthread* condition, MacPthread* mutex) {
+  return mac_errno_of(pthread_cond_wait(own(condition), own(mutex)));
+}
+int mac_pthread_cond_timedwait(MacPthread* condition, MacPthread* mutex,
+                               const struct timespec* until) {
+  return mac_errno_of(
+      pthread_cond_timedwait(own(condition), own(mutex), until));
+}
+// A mutex or a condition, which nobody uses any more; the kind that the system
+// says EBUSY of cannot be told apart here.
+int mac_pthread_destroy(MacPthread* object) {
+  if (object->signature == kReady) free(object->own);
   object->signature = 0;
   return 0;
 }
 
-#define MUTEX(object) ((pthread_mutex_t*)own(object, make_mutex))
-#define CONDITION(object) ((pthread_cond_t*)own(object, make_condition))
-#define LOCK(object) ((pthread_rwlock_t*)own(object, make_lock))
-
+// The attributes of a mutex are the signature that it begins with.
 int mac_pthread_mutexattr_init(MacPthread* attributes) {
   attributes->signature = kMacMutex;
   return 0;
 }
 int mac_pthread_mutexattr_settype(MacPthread* attributes, int type) {
+  if (type < 0 || type > kMac_PTHREAD_MUTEX_RECURSIVE) return EINVAL;
   attributes->signature =
       type == kMac_PTHREAD_MUTEX_RECURSIVE    ? kMacRecursiveMutex
       : type == kMac_PTHREAD_MUTEX_ERRORCHECK ? kMacErrorCheckMutex
                                               : kMacMutex;
   return 0;
 }
-int mac_pthread_mutexattr_destroy(MacPthread* attributes) {
-  (void)attributes;
-  return 0;
-}
 int mac_pthread_mutex_init(MacPthread* mutex, const MacPthread* attributes) {
   mutex->signature = attributes ? attributes->signature : kMacMutex;
   return 0;
-}
-int mac_pthread_mutex_lock(MacPthread* mutex) {
-  return mac_errno_of(pthread_mutex_lock(MUTEX(mutex)));
-}
-int mac_pthread_mutex_trylock(MacPthread* mutex) {
-  return mac_errno_of(pthread_mutex_trylock(MUTEX(mutex)));
-}
-int mac_pthread_mutex_unlock(MacPthread* mutex) {
-  return mac_errno_of(pthread_mutex_unlock(MUTEX(mutex)));
-}
-static void end_mutex(void* mutex) { pthread_mutex_destroy(mutex); }
-int mac_pthread_mutex_destroy(MacPthread* mutex) {
-  return destroy(mutex, end_mutex);
-}
-int mac_pthread_cond_wait(MacPthread* condition, MacPthread* mutex) {
-  return mac_errno_of(pthread_cond_wait(CONDITION(condition), MUTEX(mutex)));
-}
-int mac_pthread_cond_timedwait(MacPthread* condition, MacPthread* mutex,
-                               const struct timespec* until) {
-  return mac_errno_of(
-      pthread_cond_timedwait(CONDITION(condition), MUTEX(mutex), until));
-}
-int mac_pthread_cond_signal(MacPthread* condition) {
-  return pthread_cond_signal(CONDITION(condition));
-}
-int mac_pthread_cond_broadcast(MacPthread* condition) {
-  return pthread_cond_broadcast(CONDITION(condition));
-}
-static void end_condition(void* condition) { pthread_cond_destroy(condition); }
-int mac_pthread_cond_destroy(MacPthread* condition) {
-  return destroy(condition, end_condition);
-}
-int mac_pthread_rwlock_rdlock(MacPthread* lock) {
-  return mac_errno_of(pthread_rwlock_rdlock(LOCK(lock)));
-}
-int mac_pthread_rwlock_wrlock(MacPthread* lock) {
-  return mac_errno_of(pthread_rwlock_wrlock(LOCK(lock)));
-}
-int mac_pthread_rwlock_unlock(MacPthread* lock) {
-  return mac_errno_of(pthread_rwlock_unlock(LOCK(lock)));
 }
 
 int mac_pthread_create(pthread_t* thread, const void* attributes,
@@ -148,10 +123,6 @@ int mac_pthread_threadid_np(pthread_t thread, uint64_t* id) {
     refuse(NULL, "pthread_threadid_np of another thread");
   *id = (uint64_t)gettid();
   return 0;
-}
-unsigned mac_pthread_mach_thread_np(pthread_t thread) {
-  (void)thread;
-  return (unsigned)gettid();
 }
 
 // The predicate is ~0 once it has run, which callers look at themselves.
@@ -176,8 +147,8 @@ int mac___ulock_wait(uint32_t operation, void* address, uint64_t value,
   if (!wide && (operation & 0xff) != kUlock32)
     refuse(NULL, "__ulock_wait with the operation %#x", operation);
   if (wide && *(volatile uint64_t*)address != value) return 0;
-  uint64_t limit = wide ? 10000 : timeout_us ? timeout_us : UINT32_MAX;
-  if (timeout_us && timeout_us < limit) limit = timeout_us;
+  uint64_t limit = timeout_us ? timeout_us : UINT32_MAX;
+  if (wide && limit > 10000) limit = 10000;
   struct timespec time = {(time_t)(limit / 1000000),
                           (long)(limit % 1000000) * 1000};
   syscall(SYS_futex, address, FUTEX_WAIT_PRIVATE, (uint32_t)value, &time, NULL,

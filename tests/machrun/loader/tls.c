@@ -67,15 +67,11 @@ asm(".text\n.globl tlv_thunk\n.p2align 2\ntlv_thunk:\n"
 // clang-format on
 
 void set_up_thread_variables(Image* image, const Section* section) {
-  Descriptor* all = (Descriptor*)at_address(image, section->addr);
+  extern void tlv_thunk(void);
+  Descriptor* all =
+      (Descriptor*)at_address(image, section->addr, section->size);
   for (uint64_t i = 0; i < section->size / sizeof *all; i++) {
     all[i].thunk = tlv_thunk;
     all[i].image = (uint64_t)image->number;
   }
-}
-
-void tlv_atexit(void (*destroy)(void*), void* object) {
-  extern int __cxa_thread_atexit_impl(void (*)(void*), void*, void*);
-  static int handle;
-  __cxa_thread_atexit_impl(destroy, object, &handle);
 }

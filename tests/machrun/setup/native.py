@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ziglang
 
-from .places import CACHE, HERE, LOADER, ROOT, digest, is_current, made, run
+from .places import CACHE, HERE, LOADER, ROOT, digest, fresh, is_current, made, run
 
 ZIG = Path(ziglang.__file__).parent / "zig"
 LIB = ZIG.parent / "lib"
@@ -44,8 +44,9 @@ def zig(*arguments: object, into: Path) -> None:
     """
     cache = str(CACHE / "zig")
     new = into.with_name("new-" + into.name)
+    output = [f"-femit-bin={new}"] if arguments[0] == "build-obj" else ["-o", new]
     run(
-        *("nice", "-n", "10", ZIG, *arguments, "-o", new),
+        *("nice", "-n", "10", ZIG, *arguments, *output),
         env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache},
     )
     new.replace(into)
@@ -80,7 +81,8 @@ def _build(
     target: Path, name: str, sources: list[tuple[Path, list[str]]], *libraries: Path
 ) -> Path:
     """A dylib from sources, if one of them or an option has changed."""
-    parts = [*(s for s, _ in sources), *(x for _, o in sources for x in o)]
+    parts: list[Path | str] = [source for source, _ in sources]
+    parts += [option for _, options in sources for option in options]
     stamp = digest([*parts, *(path.name for path in libraries)])
     if not is_current(target, stamp):
         _dylib(target, name, _objects(target, sources), *libraries)
@@ -126,13 +128,26 @@ def build_accelerate() -> Path:
 
 
 def build_loader() -> Path:
-    """The loader, for aarch64 Linux."""
+    """The loader, for aarch64 Linux; it reads Mach-O by Apple's own headers."""
     place = HERE / "loader"
     sources = sorted(f for f in place.glob("*.c") if f.name != "abi_check.c")
+    headers = CACHE / "headers"
     options = [*LINUX, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-rdynamic"]
-    stamp = digest([*sources, *sorted(place.glob("*.h")), *options])
+    stamp = digest([*sources, *sorted(place.glob("*.[hz]*")), *options])
     if not is_current(LOADER, stamp):
-        zig("cc", *options, *sources, "-lm", "-ldl", "-lpthread", into=LOADER)
+        fresh(headers)
+        (headers / "mach-o").symlink_to(LIB / "libc/include/any-darwin-any/mach-o")
+        hashes = CACHE / "sha256.o"
+        zig(
+            "build-obj",
+            *LINUX[:2],
+            "-O",
+            "ReleaseFast",
+            place / "sha256.zig",
+            into=hashes,
+        )
+        libraries = ["-lm", "-ldl", "-lpthread"]
+        zig("cc", *options, f"-I{headers}", *sources, hashes, *libraries, into=LOADER)
         made(LOADER, stamp)
     return LOADER
 

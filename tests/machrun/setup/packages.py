@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
-from support.versions import EXECUTED, NEWEST_PAIR, PAIRS
+from support.versions import EXECUTED as EXECUTED
+from support.versions import NEWEST_PAIR as NEWEST_PAIR
+from support.versions import PAIRS as PAIRS
 
 from .places import (
     CACHE,
@@ -25,6 +28,8 @@ from .places import (
 
 VERSIONS = EXECUTED
 NEWEST = "newest"
+# Built apart for later macOS; one version of each regime.
+LATER_SYSTEMS = {min(PAIRS): "15_0", NEWEST: "26_0"}
 # mlx.metallib is 150 MB of code for GPUs, which nothing here reads.
 LEFT_OUT = (".metallib", ".h", ".metal", ".cmake")
 
@@ -57,10 +62,17 @@ def mlx_directory(version: str, python: Python, system: str = "14_0") -> Path:
     return CACHE / "mlx" / f"{version}-{python.tag}-{system}"
 
 
+def _is_there(version: str, mark: Path) -> bool:
+    """The newest is asked for again after a day."""
+    if not mark.exists():
+        return False
+    return version != NEWEST or time.time() - mark.stat().st_mtime < 24 * 3600
+
+
 def get_mlx(version: str, python: Python, system: str = "14_0") -> Path:
     """The folder with the unpacked wheels of mlx and mlx-metal for a macOS."""
     place = mlx_directory(version, python, system)
-    if not (place / "complete").exists():
+    if not _is_there(version, place / "complete"):
         pin = "" if version == NEWEST else f"=={version}"
         fresh(place)
         wheels = fresh(CACHE / "downloads" / place.name)

@@ -6,6 +6,7 @@ Generation thread, unless a function says otherwise.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,7 +29,13 @@ from .requirements import installed_version
 __all__ = [
     *("attends", "batch_caches", "cache_keys", "guarded_stops", "is_shared_sampler"),
     *("keep_processors_in_place", "kv_quantization", "load_beside"),
-    *("make_cache", "sample_with_this_thread", "set_prefill_step", "spelling"),
+    *(
+        "make_cache",
+        "meet_on_the_gpu",
+        "sample_with_this_thread",
+        "set_prefill_step",
+        "spelling",
+    ),
     *("stops_after", "take_over", "takes_images", "takes_xtc", "text_by_state"),
     *("tokenizer_repairs", "try_quantization"),
 ]
@@ -233,6 +240,26 @@ def takes_xtc() -> bool:
 
 
 # -- caches -----------------------------------------------------------------------
+
+
+def meet_on_the_gpu() -> None:
+    """Lets mlx-lm's ranks meet where NCCL can.
+
+    `sharded_load` ends with a sum on the CPU's stream (0.31.3 to 0.32.2), which MLX's
+    NCCL backend takes for one of the card's: "There is no Stream(gpu, 1) in current
+    thread", on whatever thread (0.32.4).
+    """
+    import mlx.core as mx
+
+    all_sum = mx.distributed.all_sum
+
+    @functools.wraps(all_sum)
+    def on_the_gpu(x: Any, *, group: Any = None, stream: Any = None) -> Any:
+        if stream is mx.cpu or stream == mx.Device(mx.cpu, 0):
+            stream = None
+        return all_sum(x, group=group, stream=stream)
+
+    mx.distributed.all_sum = on_the_gpu
 
 
 def make_cache(model: Model) -> list[Cache]:

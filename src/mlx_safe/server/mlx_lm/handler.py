@@ -12,14 +12,13 @@ from typing import Any
 
 from .. import schema, strict_json
 from ..answers import Answer
+from ..asked import Asked
 from ..body import Bodies, Hold
 from ..choices import GenerationEnded
 from ..endpoints import Endpoints
-from ..generator import Asked
 from ..handover import Message
-from ..logprobs import TOP_MAX
 from ..model_names import DEFAULT
-from ..replies import EXPECTED, BadRequest, NotEnoughMemory, reply_for
+from ..replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
 from ..request_file import State
 from ..responses import DISCONNECTED, error_body
 from . import compat
@@ -83,6 +82,7 @@ class ProtectedHandler(Endpoints, APIHandler):
     _headers_buffer: list[bytes]
 
     def begin(self) -> None:
+        """Called before each request is read."""
         self.created = int(time.time())  # mlx-lm sets it once for each connection
         self._asked_at = time.monotonic()
 
@@ -91,6 +91,7 @@ class ProtectedHandler(Endpoints, APIHandler):
     # takes its time has comments before.
 
     def shape(self, data: bytes) -> bytes:
+        """What of ``data``, written by mlx-lm, is sent."""
         if data.startswith(COMMENT) and not self._is_late():
             return b""
         # What mlx-lm itself refuses; it writes the body in one go.
@@ -111,7 +112,7 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
-        request = self.response_generator.departures.request(
+        request = self.response_generator.disconnects.request(
             getattr(self, "request_id", None)
         )
         for name, value in request.headers.items() if request else ():
@@ -138,13 +139,17 @@ class ProtectedHandler(Endpoints, APIHandler):
         except _Refused as e:
             self.end_with(e.error)
         except Exception as e:
-            log.exception("a request failed before it was begun")
+            if is_of_all(e):
+                log.error("a request cannot be begun: %s", type(e).__name__)
+            else:
+                log.exception("a request failed before it was begun")
             self.end_with(e)  # handle_completion deals with its own
         finally:
             self.rfile = rfile
             self.body = None  # the handler itself is in cycles, and lives on
 
     def handle_expect_100(self) -> bool:
+        """Leaves ``Expect: 100-continue`` to `body`."""
         return True  # not before `body` knows that it will read on
 
     def _take_request(self, hold: Hold) -> Exception | None:
@@ -179,26 +184,31 @@ class ProtectedHandler(Endpoints, APIHandler):
             raise strict_json.wrong(place, "is an image, which this model cannot read")
 
     def handle_chat_completions(self) -> CompletionRequest:
+        """mlx-lm's request of a chat. Raises `_Refused` for an image."""
         try:
             return super().handle_chat_completions()
         except Exception as e:
+            if is_of_all(e):
+                raise
             # mlx-lm (0.32) fetches images here, and answers with the reason itself.
             log.info("an image cannot be fetched: %s", e)
             why = BadRequest("An image of the messages cannot be fetched.", "messages")
             raise _Refused(why) from e
 
     def validate_model_parameters(self) -> None:
+        """Takes ``n`` as well."""
         self.n = self.body.get("n", 1)
         super().validate_model_parameters()
 
     def _validate(self, name: str, *args: Any, **more: Any) -> None:
-        if name == "top_logprobs":  # 11 for mlx-lm, 20 in the OpenAI API
-            more["max_val"] = TOP_MAX
+        if name == "top_logprobs":  # 11 for mlx-lm
+            more["max_val"] = schema.TOP_LOGPROBS_MAX
         super()._validate(name, *args, **more)
 
     def handle_completion(
         self, request: CompletionRequest, stop_words: list[str]
     ) -> None:
+        """Answers ``request``; raises nothing."""
         if self.requested_model == DEFAULT:
             self.requested_model = self.response_generator.names.default_name
         self._asked_at = time.monotonic()

@@ -187,7 +187,7 @@ class KVTier:
         """
         if not self._is_on(model, tokens):
             return None
-        found = self._find(tokens)
+        found = self._on_disk(tokens)
         if found is None or found.end - have < BLOCK_TOKENS:
             return None
         if not self._is_cheaper(found, have):
@@ -206,7 +206,7 @@ class KVTier:
         self.store.events["restored_tokens"] += end
         return caches, tokens[end:]
 
-    def _find(self, tokens: list[int]) -> Found | None:
+    def _on_disk(self, tokens: list[int]) -> Found | None:
         keys = chain(self._identity, tokens[:-1])
 
         def found() -> Found | None:

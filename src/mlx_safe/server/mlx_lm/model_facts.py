@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..replies import BadRequest
+from ..replies import BadRequest, is_of_all
 from . import compat
 from .protocols import LogitsProcessorArguments, Model
 
@@ -102,6 +102,8 @@ def look_at(model: Model) -> ModelFacts:
             logits = model(tokens, cache=compat.make_cache(model))
         width = int(logits.shape[-1])
     except Exception as e:
+        if is_of_all(e):
+            raise
         log.warning(
             "cannot read the width of this model's logits (%r): no logit_bias", e
         )

@@ -15,11 +15,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ...memory.sizes import format_size
-from ..replies import BadRequest
 from . import compat
 from .model_facts import ModelFacts, look_at
 from .protocols import Model, ModelProvider
-from .speculative import fit, fixed_caches, why_not_draftable
+from .speculative import fit, fixed_caches, no_draft, why_not_draftable
 
 __all__ = ["Unservable", "replace_model"]
 
@@ -91,9 +90,7 @@ def _check_draft(model: Model, target: Model, facts: ModelFacts) -> None:
     if why is None and None in (draft.width, facts.width):
         why = "the number of its tokens, or of the draft model's, is not known"
     if why is not None:
-        raise BadRequest(
-            f"No draft model can be used with this model: {why}.", param="draft_model"
-        )
+        raise no_draft(why)
     fit(model, draft, facts)
     fixed = fixed_caches(compat.make_cache(model))
     if fixed:

@@ -118,7 +118,7 @@ class PromptCache(LRUPromptCache):
             ``reused_tokens``, which requests did not have to read.
         may_store: called with the bytes of a new entry, and of those that it
             replaces, before it is stored; False: it is not stored. May evict others.
-        gives_away: asked when an entry is used, whether it leaves the cache with that.
+        gives_away: called when an entry is used; True: it leaves the cache with that.
         disk: keeps on disk what is stored, and restores what is not here; or None.
     """
 

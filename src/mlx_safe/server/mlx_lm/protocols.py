@@ -24,6 +24,7 @@ Uid = Hashable  # of a request in a batch
 ModelKey = Any  # what the prompt cache knows a model by
 Array = Any  # `mx.array`: MLX ships no types that mypy may follow here
 Json = dict[str, Any]
+Progress = Callable[[int, int], None]  # tokens of a prompt read, and all
 Sampler = Callable[[Array], Array]
 Processor = Callable[[Array, Array], Array]
 
@@ -89,7 +90,7 @@ class GenerationContext(Protocol):
 
 
 class AnsweredContext(GenerationContext, Protocol):
-    """A context once `Ticket` has passed it on, with what this server adds."""
+    """A context once `InFlight` has passed it on, with what this server adds."""
 
     tokenizer: Tokenizer
 
@@ -153,6 +154,15 @@ class KVCache(Cache, Protocol):
     def to_quantized(self, group_size: int, bits: int) -> Cache: ...
 
 
+class BatchKVCache(Cache, Protocol):
+    """The same of a batch: a row's tokens end at ``_idx``, before them is padding."""
+
+    keys: Any
+    values: Any
+    left_padding: Any
+    _idx: int
+
+
 class RotatingKVCache(Cache, Protocol):
     """Of the last ``max_size`` tokens."""
 
@@ -213,7 +223,7 @@ class ModelProvider032(ModelProvider, Protocol):
     processor: Any
 
 
-class Tokenizer(Protocol):
+class TokenizerWrapper(Protocol):
     """mlx-lm's wrapper, and what it passes on to transformers' tokenizer."""
 
     tool_call_start: str | None
@@ -226,13 +236,13 @@ class Tokenizer(Protocol):
         """Replaced by `compat` for short prompts (0.31.3)."""
 
 
-class Tokenizer031(Tokenizer, Protocol):
+class Tokenizer031(TokenizerWrapper, Protocol):
     """With the class of its detokenizers (mlx-lm 0.31)."""
 
     _detokenizer_class: Any
 
 
-class Tokenizer032(Tokenizer, Protocol):
+class Tokenizer032(TokenizerWrapper, Protocol):
     """With the detokenizer that is copied for each answer (mlx-lm 0.32)."""
 
     _detokenizer: Any
@@ -253,7 +263,7 @@ class Vision032(Protocol):
     cache_key: list[int]
 
 
-class TransformersTokenizer(Tokenizer, Protocol):
+class Tokenizer(TokenizerWrapper, Protocol):
     """What the wrapper passes on to transformers, whose names these are."""
 
     eos_token_ids: set[int]
@@ -305,6 +315,9 @@ class PromptBatch(Protocol):
 
     prompt_cache: list[Cache]
     prefill_step_size: int
+    # Row by row; tokens: those that are in the caches.
+    uids: list[Uid]
+    tokens: list[list[int]]
 
 
 class AnswerBatch(Protocol):
@@ -340,7 +353,7 @@ class BatchGenerator:
     _prompt_batch: PromptBatch
     _generation_batch: AnswerBatch
     # Their uids come first.
-    _unprocessed_sequences: Sequence[tuple[Any, ...]]
+    _unprocessed_sequences: Sequence[Sequence[Any]]
 
     def insert_segments(self, segments: Any, *args: Any, **kwargs: Any) -> Any:
         """Overridden by `batches`: a failure is the request's own."""
@@ -434,7 +447,10 @@ class ResponseGenerator:
     def join(self) -> None: ...
 
     def generate(
-        self, request: CompletionRequest, generation_args: GenerationArguments
+        self,
+        request: CompletionRequest,
+        generation_args: GenerationArguments,
+        progress_callback: Progress | None = None,
     ) -> tuple[GenerationContext, Iterator[Response]]:
         """Handler threads. Overridden by `generator`, which raises `Asked`."""
 
@@ -442,7 +458,7 @@ class ResponseGenerator:
         """The thread's loop. Overridden by `generator`: run again after a failure."""
 
     def _next_request(self, timeout: float | None) -> Any:
-        """Every request passes here. Overridden: its queue becomes a `Ticket`."""
+        """Every request passes here. Overridden: its queue becomes an `InFlight`."""
 
     def _share_request(self, request: Any) -> Any:
         """With more than one rank. Overridden: one too deeply nested is refused."""

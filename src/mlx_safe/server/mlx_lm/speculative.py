@@ -16,11 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..replies import BadRequest
 from . import compat
 from .model_facts import ModelFacts
 from .protocols import Array, Cache, Model
 
-__all__ = ["fit", "fixed_caches", "why_not_draftable"]
+__all__ = ["fit", "fixed_caches", "no_draft", "why_not_draftable"]
 
 
 def why_not_draftable(model: Model) -> str | None:
@@ -37,6 +38,13 @@ def why_not_draftable(model: Model) -> str | None:
     if fixed:
         return f"its cache cannot take tokens back ({fixed})"
     return None
+
+
+def no_draft(why: str) -> BadRequest:
+    """The refusal of a request for a draft model where none can be used."""
+    return BadRequest(
+        f"No draft model can be used with this model: {why}.", param="draft_model"
+    )
 
 
 def fixed_caches(caches: Iterable[Cache]) -> str:

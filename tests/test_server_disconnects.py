@@ -22,8 +22,8 @@ LEAVES_IN = {"prefill": (5, 300 * STEP_SIZE), "decode": (20, 5)}
 ONLY_WRITES = (
     """
 import mlx_lm.server
-from mlx_safe.server import departures
-departures.LOOK_EVERY_S = 3600.0
+from mlx_safe.server import disconnects
+disconnects.LOOK_EVERY_S = 3600.0
 mlx_lm.server.TimeBudget.__init__.__defaults__ = (3600.0, 25, 10)
 """
     + CONTROLLED
@@ -66,7 +66,7 @@ def test_leaving(
     step, length = LEAVES_IN[phase]
     messages = [{"role": "user", "content": "x" * length}]
     body = {"messages": messages, "max_tokens": 20_000, "stream": stream}
-    seen = server.departures
+    seen = server.disconnects
     server.hold(step)
     with server.connected({**body, **PATHS[path]}, reset=reset):
         server.wait_held()
@@ -79,7 +79,7 @@ def test_leaving(
     assert server.chat(**PATHS[path]).status == 200
     steps = server.ask("steps") - before
     assert steps <= 12  # the one it left in, and those for eight tokens
-    assert server.departures == seen + 1
+    assert server.disconnects == seen + 1
     assert "Traceback" not in server.log
     assert server.metric("mlx_safe_resets_total") == 0
 
@@ -114,7 +114,7 @@ def test_keep_alive_comments_cannot_kill_the_handler(server: Server, path: str) 
     """One client goes in the midst of them; another has them all, and its answer."""
     body = {"messages": [{"role": "user", "content": "y" * 3000}], "max_tokens": 8}
     body.update(stream=True, **PATHS[path])
-    seen = server.departures
+    seen = server.disconnects
     server.hold(10)
     with server.connected(body, reset=True) as s:
         server.wait_held()
@@ -130,7 +130,7 @@ def test_keep_alive_comments_cannot_kill_the_handler(server: Server, path: str) 
     comments = [x for x in answer.body.splitlines() if x.startswith(": keepalive")]
     assert len(comments) >= 3000 // STEP_SIZE
     server.wait_for_log("went away", seen + 1)
-    assert server.departures == seen + 1
+    assert server.disconnects == seen + 1
     assert server.metric("mlx_safe_requests_in_flight") == 0
     assert "Traceback" not in server.log
     assert "a handler failed" not in server.log
@@ -153,7 +153,7 @@ def test_a_client_that_reads_no_more_has_left(tiny_model: Path) -> None:
 
 def test_others_in_the_batch_go_on(server: Server) -> None:
     (alone,) = server.chats(1, max_tokens=600)
-    seen = server.departures
+    seen = server.disconnects
     server.hold(100)
     with server.chatting(1, max_tokens=600) as stays:
         server.wait_held(BATCH_RUNS_S)

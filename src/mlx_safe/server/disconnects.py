@@ -18,13 +18,13 @@ from typing import Any
 
 from .in_flight import InFlight
 
-__all__ = ["Departures"]
+__all__ = ["Disconnects"]
 
 # A decode step takes 10 to 100 ms on the machines this is for.
 LOOK_EVERY_S = 0.02
 
 
-class Departures:
+class Disconnects:
     """The connections that are watched, by the id of their request. Thread-safe."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Departures:
         self._requests: dict[str, InFlight] = {}
         self._wake = threading.Event()
         threading.Thread(
-            target=self._run, name="mlx-safe-departures", daemon=True
+            target=self._run, name="mlx-safe-disconnects", daemon=True
         ).start()
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""The server's condition: what /health says, and the way out.
+"""The health of the server: what /health says, and the way out.
 
 One object per server, shared by the generation thread, the handler threads and
-the thread that is told of faults. Thread-safe.
+the thread that hears of faults. Thread-safe.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from .. import _core, _reports
 from .recorder import breadcrumb
 
-__all__ = ["EXIT_REPLACE", "Condition"]
+__all__ = ["EXIT_REPLACE", "Health"]
 
 log = logging.getLogger("mlx_safe.server")
 
-# EX_TEMPFAIL: whoever started the process should start it again.
+# EX_TEMPFAIL: the parent should start the process again.
 EXIT_REPLACE = 75
 # How long the process waits for clients that send their requests or get their
 # answers. Turns are counted, not seconds: while the process was stopped they could
@@ -29,7 +29,7 @@ ANSWER_TIMEOUT_S = 5.0
 ANSWER_TURN_S = 0.01
 
 
-class Condition:
+class Health:
     """``loading`` → ``ok`` ⇄ ``recovering``, ``refusing``; ``failed`` is the end.
 
     While ``recovering`` (a few hundredths of a second) requests are taken and
