@@ -299,6 +299,8 @@ def test_the_command_lists_checks_and_empties(
 def test_a_stray_write_withdraws_what_is_not_published(
     tmp_path: Path, operation: str
 ) -> None:
+    armed = False
+
     def hook(name: str) -> None:
         nonlocal armed
         if armed and name == operation:
@@ -308,7 +310,6 @@ def test_a_stray_write_withdraws_what_is_not_published(
             failing.join(10)
             assert not failing.is_alive()
 
-    armed = False
     store = opened(tmp_path, PLENTY, HookedFiles(hook))
     writer = Writer(store)
     for draft in drafts(TOKENS):

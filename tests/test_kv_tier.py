@@ -47,7 +47,7 @@ def read(provider: Any, tokens: list[int], caches: list[Any]) -> mx.array:
 
 
 def cached(provider: Any) -> list[Any]:
-    caches = make_prompt_cache(provider.model)
+    caches: list[Any] = make_prompt_cache(provider.model)
     mx.eval(read(provider, TOKENS, caches))
     return caches
 
