@@ -117,6 +117,7 @@ NAMESAKES = {
         "_tools",
         "add",
         "cache_type",
+        "close",
         "lengths",
         "sampler",
         "size",

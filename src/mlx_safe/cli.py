@@ -24,6 +24,7 @@ commands:
   doctor   what this machine is, and what fits; --model PATH sizes the flags
   status   what is active on this machine, and for what is not, why
   reports  the crash reports: list, show, export, prune
+  kv       KV caches on disk: list, check, empty
 """
 
 
@@ -69,12 +70,19 @@ def _reports(arguments: Sequence[str]) -> int:
     return reports(arguments)
 
 
+def _kv(arguments: Sequence[str]) -> int:
+    from .kv.command import kv
+
+    return kv(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "run": _run_program,
     "doctor": _doctor,
     "status": _status,
     "reports": _reports,
+    "kv": _kv,
 }
 
 

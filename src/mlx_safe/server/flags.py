@@ -30,6 +30,7 @@ def own_parser() -> Parser:
     _add_prompt_flags(parser)
     _add_memory_flags(parser)
     _add_model_flags(parser)
+    _add_disk_flags(parser)
     return parser
 
 
@@ -182,6 +183,22 @@ def _add_model_flags(parser: Parser) -> None:
     )
 
 
+def _add_disk_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--kv-dir",
+        metavar="DIR",
+        help="keep KV caches on disk in DIR, so that conversations outlive memory, "
+        "faults and the process; the files hold what was said (default: not kept)",
+    )
+    parser.add_argument(
+        "--kv-disk-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="how much --kv-dir may hold, such as 50G; what was used least goes first "
+        "(default with --kv-dir: 20G)",
+    )
+
+
 def _name(text: str) -> str:
     # One that no request could name: `schema.Name`.
     if not text.strip() or text != text.strip() or not text.isprintable():
@@ -283,6 +300,8 @@ def check_flags(options: argparse.Namespace, args: CliArgs) -> None:
     check_paths(args)
     _check_kv_flags(options, args)
     _check_model_flags(options, args)
+    if options.kv_disk_bytes and not options.kv_dir:
+        raise CommandError("--kv-disk-bytes needs --kv-dir")
 
 
 def _check_kv_flags(options: argparse.Namespace, args: CliArgs) -> None:

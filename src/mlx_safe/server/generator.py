@@ -28,6 +28,7 @@ from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.bases import ResponseGenerator
 from .mlx_lm.batches import watched
+from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.prompt_cache import PromptCache
 from .mlx_lm.protocols import (
     CompletionRequest,
@@ -115,6 +116,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         )
         prompt_cache.may_store = self._may_store
         prompt_cache.gives_away = self._gives_away
+        self._disk: KVTier | None = prompt_cache.disk
+        if self._disk is not None:
+            self._disk.current = lambda: self.scheduler.current
         self._prefill = prefill
         self._resumed = Resumed()
         self.disconnects = Disconnects()
@@ -130,6 +134,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             lambda: len(self.scheduler), lambda: float(health.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
+        if self._disk is not None:
+            self.metrics.watch_kv_disk(self._disk.store, self._disk.writer)
         self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
         self.recovery = Recovery(
             lambda: self.requests,
@@ -155,6 +161,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             detokenizer=self._own.detokenizer,
             max_kv_size=max_kv_size,
             injections=injections,
+            disk=self._disk,
         )
         share = None if self._one_rank else self._share_object
         self._sequential = Sequential(self.scheduler, self.headroom, share)
@@ -326,6 +333,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
                 lambda: self.headroom.observer,
                 self._own,
                 self._prefill.went_well,
+                self._disk,
             )
         batch = cls(*args, **kwargs)
         return self.headroom.watch(self._prefill.watch(batch))
@@ -408,6 +416,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             raise caught  # a batch that mlx-lm has goes with its frames
         self.recovery.hold()
         self.recovery.check_epoch()
+        if self._disk is not None:
+            self._disk.confirm()
         request = self.scheduler.next()
         if request is None and self.scheduler.takes_new():
             request = self._take_new(timeout)
@@ -447,8 +457,17 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
+        if self._disk is not None:
+            self._keep_on_disk(self._disk, request, item)
         if request.run.alone:
             self._sequential.before_put(request, item)
+
+    def _keep_on_disk(self, disk: KVTier, request: InFlight, item: Any) -> None:
+        if hasattr(item, "token"):
+            disk.first_token(request)
+        elif request.run.alone and isinstance(item, tuple):
+            disk.confirm()  # what was taken at the step before
+            disk.checkpoint_alone()
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
@@ -500,6 +519,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self._generation_thread.join(
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
+        if self._disk is not None:
+            self._disk.close()
         self.health.leave(0, lambda: self.recovery.fail_everyone(why))
 
 

@@ -26,6 +26,26 @@ PROMPT_CACHE_EVENTS = {
 }
 
 
+KV_DISK_EVENTS = {
+    "restored": "Requests that began from KV caches on disk",
+    "restored_tokens": "Prompt tokens that came from disk",
+    "restored_bytes": "Bytes read from disk",
+    "written": "Files written",
+    "written_bytes": "Bytes written",
+    "not_written": "Blocks not written: no room, over the bound, or withdrawn",
+    "evicted": "Files that went to make room",
+    "damaged": "Files that were not what they should be, and went",
+    "dropped": "Files that went because they were damaged, or after a stray write",
+    "suspects": "Files that were being restored when a process died, and went",
+}
+
+
+def _kv_events(events: Mapping[str, int]) -> dict[str, float]:
+    found: dict[str, float] = {**events}
+    lost = [n for name, n in found.items() if name.startswith("not_written_")]
+    return {**found, "not_written": sum(lost)}
+
+
 MEMORY_EVENTS = {
     "held": "Requests that had to wait for memory",
     "refused": "Requests refused for want of memory that would fit later",
@@ -145,6 +165,19 @@ class Metrics:
         self._count(name, PROMPT_CACHE_EVENTS, lambda: cache.events)
         self._gauge(f"{name}_bytes", "Bytes of its entries", lambda: cache.nbytes)
         self._gauge(f"{name}_entries", "Entries in it", lambda: len(cache))
+
+    def watch_kv_disk(self, store: Any, writer: Any) -> None:
+        """``store``, ``writer``: of `mlx_safe.kv`; read at each scrape."""
+        name = "mlx_safe_kv_disk"
+        self._count(name, KV_DISK_EVENTS, lambda: _kv_events(store.events))
+        self._gauge(f"{name}_bytes", "Bytes of all files there", lambda: store.nbytes)
+        self._gauge(f"{name}_files", "Files there", lambda: len(store))
+        self._gauge(
+            f"{name}_on", "1 while the tier works", lambda: float(store.off is None)
+        )
+        self._gauge(
+            f"{name}_waiting_bytes", "Bytes still to write", lambda: writer.waiting
+        )
 
     def watch_memory(
         self,

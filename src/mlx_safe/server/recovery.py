@@ -212,6 +212,8 @@ class Recovery:
             reported: there is a crash report of it already, as there is of an
                 exception that reached terminate.
         """
+        if self._prompt_cache.disk is not None:
+            self._prompt_cache.disk.withdraw()
         self._health.restarts = True
         self._health.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", one_line(exc))
@@ -250,6 +252,13 @@ class Recovery:
         complete before the fault may stay.
         """
         _clear_frames(exc)
+        if self._prompt_cache.disk is not None:
+            # Of an exception that is no fault nobody knows what it has touched.
+            passing = _is_out_of_memory(fault, exc) or (
+                fault is not None and fault.retryable
+            )
+            stray = not (passing and _epoch_is_exact())
+            self._prompt_cache.disk.fail(stray=stray)
         if self._entries_may_stay(fault, exc, ending):
             self._prompt_cache.keep_clean(self._clean_epoch)
             for request in ending if fault is None else ():

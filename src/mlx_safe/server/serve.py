@@ -14,6 +14,8 @@ from typing import Any
 from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError, need_mlx
 from ..forensics import startup
+from ..kv.directory import Directory, NotOurs
+from ..kv.store import Limits
 from . import http_server, ranks, supervisor
 from .body import Bodies
 from .flags import check_flags, own_parser
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from .overflow import Overflow
 
 log = logging.getLogger("mlx_safe.server")
+
+# With --kv-dir alone.
+KV_DISK_BYTES = 20 * 10**9
 
 # How long a fatal fault waits for a generator that is still being made.
 GENERATOR_WAIT_S = 5.0
@@ -138,6 +143,7 @@ def run(
         options.prompt_overflow_policy,
         options.prompt_keep_tokens,
     )
+    disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
@@ -174,7 +180,7 @@ def run(
 
     _set_retry_after(ready=False)
     generator = _make_generator(
-        options, overflow, model_provider, injections, ready, home
+        options, overflow, model_provider, injections, ready, home, disk
     )
     start_sampler(generator.headroom.figures)
     with watch:
@@ -182,6 +188,20 @@ def run(
             _follow_the_first(generator)
         else:
             _serve_until_signal(httpd, generator)
+
+
+def _open_disk(options: argparse.Namespace) -> Directory | None:
+    if options.kv_dir is None:
+        return None
+    if ranks.is_one_of_many():
+        raise CommandError("--kv-dir cannot be used with more than one rank")
+    try:
+        found = Directory(options.kv_dir)
+    except NotOurs as e:
+        raise CommandError(f"--kv-dir {e}") from e
+    if not found.is_private:
+        log.warning("--kv-dir %s: others can read it", options.kv_dir)
+    return found
 
 
 def _set_retry_after(ready: bool) -> None:
@@ -211,17 +231,22 @@ def _make_generator(
     injections: bool,
     on_ready: Callable[[], None],
     home: ranks.Home | None,
+    disk: Directory | None,
 ) -> ProtectedResponseGenerator:
     """Starts the generation thread, which loads the model."""
     from .generator import ProtectedResponseGenerator
     from .headroom import MemoryFlags
+    from .mlx_lm.kv_tier import KVTier
     from .mlx_lm.prompt_cache import PromptCache
     from .model_names import ModelNames
 
     cli_args = model_provider.cli_args
+    prompt_cache = PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes)
+    if disk is not None:
+        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or KV_DISK_BYTES))
     return ProtectedResponseGenerator(
         model_provider,
-        PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes),
+        prompt_cache,
         Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,

@@ -10,6 +10,7 @@ from typing import Any
 from .. import testing
 from .headroom import Headroom
 from .mlx_lm import kv_window
+from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.model_loading import replace_model
 from .mlx_lm.protocols import CliArgs, ModelDescription, ModelKey, ModelProvider
 from .model_demand import NoRoom
@@ -53,6 +54,7 @@ class ServedModel:
         detokenizer: Callable[[Any], Any],
         max_kv_size: int | None,
         injections: bool,
+        disk: KVTier | None = None,
     ) -> None:
         self.loaded: tuple[ModelKey, ModelLimits] = (None, ModelLimits())
         self._provider = provider
@@ -64,6 +66,7 @@ class ServedModel:
         self._detokenizer = detokenizer
         self._max_kv_size = max_kv_size
         self._injections = injections
+        self._disk = disk
         self._load = provider.load
         provider._load = self._load_anew  # type: ignore[method-assign,assignment]
         provider.load = self._load_or_say_why  # type: ignore[method-assign,assignment]
@@ -114,6 +117,8 @@ class ServedModel:
         if self._max_kv_size and not self.has_draft:
             kv_window.limit(model, self._max_kv_size)
         self._measure()
+        if self._disk is not None:
+            self._disk.model_loaded(self._provider)
         if self._injections:
             width = self._provider.cli_args.num_draft_tokens + 1
             testing.attach(model, decode_width=width if self.has_draft else 1)

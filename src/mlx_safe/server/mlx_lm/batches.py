@@ -13,6 +13,7 @@ from ..in_flight import InFlight
 from ..observer import Observer
 from ..own_failures import OwnFailures
 from ..scheduler import Scheduler
+from .kv_tier import KVTier
 from .protocols import AnswerResponse, BatchGenerator, PromptResponse, Uid
 
 __all__ = ["watched"]
@@ -24,6 +25,7 @@ def watched(
     observer: Callable[[], Observer],
     own: OwnFailures,
     went_well: Callable[[], None],
+    disk: KVTier | None = None,
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
 
@@ -70,6 +72,10 @@ def watched(
                 return [_Nothing(uid) for uid in leaving], []
             observer().begin()
             prompts, generated = super().next()
+            for prompt in prompts if disk is not None else ():
+                request = self._requests.get(prompt.uid)
+                if disk is not None and request is not None:
+                    disk.checkpoint(self, prompt.uid, request.prompt_key)
             for response in generated:
                 if response.finish_reason is not None:
                     self._requests.pop(response.uid, None)

@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
 from ... import _core
 from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
+from .kv_tier import KVTier
 from .protocols import Cache, ModelKey
 
 __all__ = ["PromptCache"]
@@ -118,6 +119,7 @@ class PromptCache(LRUPromptCache):
         may_store: called with the bytes of a new entry, and of those that it
             replaces, before it is stored; False: it is not stored. May evict others.
         gives_away: called when an entry is used; True: it leaves the cache with that.
+        disk: keeps on disk what is stored, and restores what is not here; or None.
     """
 
     def __init__(self, max_size: int = 10, max_bytes: int | None = None) -> None:
@@ -126,6 +128,7 @@ class PromptCache(LRUPromptCache):
         self.events: Counter[str] = Counter()
         self.may_store: Callable[[int, int], bool] = lambda size, given: True
         self.gives_away: Callable[[], bool] = lambda: False
+        self.disk: KVTier | None = None
 
     # -- what mlx-lm calls -----------------------------------------------------
 
@@ -137,6 +140,21 @@ class PromptCache(LRUPromptCache):
         There is always one: mlx-lm cannot go on from an entry that has the whole
         prompt (0.31.3: IndexError, 0.32.2: ValueError, and its loop ends).
         """
+        if self.disk is None:
+            return self._fetch(model, tokens)
+        have = self.reusable_tokens(model, tokens)
+        restored = self.disk.restore(model, tokens, have)
+        if restored is None:
+            cache, rest = self._fetch(model, tokens)
+        else:
+            cache, rest = restored
+            self.events["hits"] += 1
+            self.events["reused_tokens"] += len(tokens) - len(rest)
+        return self.disk.follow(model, tokens, cache), rest
+
+    def _fetch(
+        self, model: ModelKey, tokens: list[int]
+    ) -> tuple[list[Cache] | None, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is not None and not rest:
             if can_trim_prompt_cache(cache):
@@ -187,6 +205,8 @@ class PromptCache(LRUPromptCache):
     ) -> None:
         for cache in _leaves(prompt_cache):
             _trim_to_offset(cache)
+        if self.disk is not None:
+            self.disk.capture(model, tokens, prompt_cache)
         size = sum(cache.nbytes for cache in prompt_cache)
         if size > self.max_bytes or self.max_size < 1:
             self.events["too_large"] += 1

@@ -154,6 +154,15 @@ class KVCache(Cache, Protocol):
     def to_quantized(self, group_size: int, bits: int) -> Cache: ...
 
 
+class BatchKVCache(Cache, Protocol):
+    """The same of a batch: a row's tokens end at ``_idx``, before them is padding."""
+
+    keys: Any
+    values: Any
+    left_padding: Any
+    _idx: int
+
+
 class RotatingKVCache(Cache, Protocol):
     """Of the last ``max_size`` tokens."""
 
@@ -306,6 +315,9 @@ class PromptBatch(Protocol):
 
     prompt_cache: list[Cache]
     prefill_step_size: int
+    # Row by row; tokens: those that are in the caches.
+    uids: list[Uid]
+    tokens: list[list[int]]
 
 
 class AnswerBatch(Protocol):

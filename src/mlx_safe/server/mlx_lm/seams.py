@@ -53,7 +53,8 @@ PLACES: tuple[Place, ...] = (
         )
     ),
     (SERVER, "LRUPromptCache.CacheOrder", p.CacheOrder),
-    *((CACHE, cls.__name__, cls) for cls in (p.KVCache, p.RotatingKVCache)),
+    *((CACHE, cls.__name__, cls) for cls in (p.KVCache, p.BatchKVCache)),
+    (CACHE, "RotatingKVCache", p.RotatingKVCache),
     *((CACHE, cls.__name__, cls) for cls in (p.ChunkedKVCache, p.CacheList)),
     (GENERATE, "PromptProcessingBatch", p.PromptBatch),
     (GENERATE, "GenerationBatch", p.AnswerBatch),

@@ -1,0 +1,395 @@
+"""The KV store on disk: what it never gives, when it gives up, what goes first."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import random
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from mlx_safe.cli import main
+from mlx_safe.kv.directory import Directory, NotOurs
+from mlx_safe.kv.store import Limits, Store
+from mlx_safe.kv.writer import Writer
+from support.kv_files import (
+    IDENTITY,
+    PLENTY,
+    HookedFiles,
+    drafts,
+    on_disk,
+    opened,
+    restored,
+)
+
+TOKENS = [n % 97 for n in range(700)]  # two blocks, and 188 more
+OTHER = [n % 89 for n in range(700)]
+
+
+def write(store: Store, tokens: list[int], snapshot: bool = False) -> None:
+    for draft in drafts(tokens, snapshot=snapshot):
+        assert store.publish(draft)
+
+
+def files(path: Path) -> list[Path]:
+    return sorted(path.glob("*/*.kv"))
+
+
+def test_what_was_written_comes_back_after_a_restart(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    write(first, TOKENS, snapshot=True)
+    first.close()
+    store = opened(tmp_path)
+    assert [n.end for n in restored(store, TOKENS)] == [256, 512]
+    assert [n.end for n in restored(store, TOKENS, states=True)] == [256, 512, 700]
+    assert not restored(store, OTHER)
+    assert [n.end for n in restored(store, [*TOKENS[:300], 5, *TOKENS])] == [256]
+    modes = {p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
+    assert modes == {0o600}
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_dir()} == {
+        0o700
+    }
+    assert tmp_path.stat().st_mode & 0o777 == 0o700
+
+
+def test_none_of_a_thousand_damaged_files_is_restored(tmp_path: Path) -> None:
+    chance = random.Random(16)
+    store = opened(tmp_path)
+    write(store, OTHER, snapshot=True)
+    foreign = [file.read_bytes() for file in files(tmp_path)]
+    for _ in range(1000):
+        write(store, TOKENS, snapshot=True)
+        whole = restored(store, TOKENS, states=True)
+        assert len(whole) == 3
+        node = chance.choice(whole)
+        file = tmp_path / IDENTITY / node.name
+        file.write_bytes(data := spoiled(file.read_bytes(), foreign, chance))
+        # Fails when a byte of it is another; what comes before it is still good.
+        given = restored(store, TOKENS, states=True)
+        assert node not in given, data
+        assert not file.exists()
+    assert store.events["damaged"] == 1000
+    assert store.off is None
+
+
+def spoiled(data: bytes, foreign: list[bytes], chance: random.Random) -> bytes:
+    made = bytearray(data)
+    how = chance.choice(["flip", "cut", "grow", "zeros", "foreign", "swap"])
+    if how == "flip":
+        made[chance.randrange(len(made))] ^= 1 << chance.randrange(8)
+    elif how == "cut":
+        del made[chance.randrange(len(made)) :]
+    elif how == "grow":
+        made += b"\0" * chance.randint(1, 5000)
+    elif how == "zeros":
+        begin = chance.randrange(len(made) - 64)
+        made[begin : begin + 64] = b"\0" * 64 if any(made[begin : begin + 64]) else b"1"
+    elif how == "foreign":
+        return chance.choice(foreign)
+    else:  # two halves of different files
+        return bytes(made[: len(made) // 2]) + foreign[0][len(made) // 2 :]
+    return bytes(made)
+
+
+def forged(data: bytes, change: Callable[[dict[str, object]], None]) -> bytes:
+    """With another header, whose checksum is right: somebody means it."""
+    length = struct.unpack_from("<I", data, 12)[0]
+    header = json.loads(data[48 : 48 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    fixed = data[:12] + struct.pack("<I", len(text)) + sha256(text).digest()
+    return fixed + text + data[48 + length :]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h.update(pieces=[[-1, "0" * 64]]),
+        lambda h: h.update(pieces=[[1 << 62, "0" * 64]]),
+        lambda h: h.update(pieces=[[True, None]]),
+        lambda h: h.update(pieces={"a": 1}),
+        lambda h: h.update(pieces=None),
+        lambda h: h.update(end=10**30),
+        lambda h: h.update(start="0"),
+        lambda h: h.update(identity="f" * 32),
+        lambda h: h.pop("about"),
+        lambda h: h.update(tokens="0" * 64),
+    ],
+)
+def test_a_forged_header_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, object]], None]
+) -> None:
+    store = opened(tmp_path)
+    write(store, TOKENS)
+    file = tmp_path / IDENTITY / drafts(TOKENS)[1].node.name
+    file.write_bytes(forged(file.read_bytes(), change))
+    assert [n.end for n in restored(store, TOKENS)] == [256]
+    assert store.events["damaged"] == 1
+    assert store.off is None
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory", "huge", "other owner's"])
+def test_what_is_no_plain_file_is_never_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path / "kv")
+    write(store, TOKENS)
+    file = tmp_path / "kv" / IDENTITY / drafts(TOKENS)[1].node.name
+    data = file.read_bytes()
+    if kind != "other owner's":
+        file.unlink()
+    if kind == "link":
+        (tmp_path / "elsewhere").write_bytes(data)
+        file.symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "directory":
+        file.mkdir()
+    elif kind == "huge":  # without taking any of the disk, or the memory
+        with file.open("wb") as out:
+            out.truncate(1 << 40)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    read = restored(store, TOKENS)
+    assert [n.end for n in read] == ([] if kind == "other owner's" else [256])
+    assert kind != "link" or (tmp_path / "elsewhere").read_bytes() == data
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("at", ["directory", "create", "write", "sync", "rename"])
+def test_a_disk_that_fails_turns_it_off_with_one_warning(
+    tmp_path: Path, code: int, at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(operation: str) -> None:
+        if broken and operation == at:
+            raise OSError(code, os.strerror(code))
+
+    broken = False
+    store = opened(tmp_path, PLENTY, HookedFiles(fail))
+    write(store, TOKENS)
+    broken = True
+    caplog.set_level(logging.WARNING)
+    for draft in drafts(OTHER):
+        assert not store.publish(draft)
+    assert store.off == os.strerror(code)
+    assert store.find(IDENTITY, TOKENS, 700, blocks=True, states=False) is None
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert os.strerror(code) in caplog.text
+    assert len(files(tmp_path)) == 2
+    assert not list(tmp_path.glob("*/tmp-*"))
+
+
+def test_what_was_used_least_goes_first_and_ends_before_beginnings(
+    tmp_path: Path,
+) -> None:
+    store = opened(tmp_path, Limits(4 * 4096, free=0))
+    write(store, TOKENS)
+    write(store, OTHER)
+    for draft in drafts(TOKENS):  # as if both had been long ago, this one longer
+        os.utime(tmp_path / IDENTITY / draft.node.name, ns=(1000, 1000))
+    for draft in drafts(OTHER):
+        os.utime(tmp_path / IDENTITY / draft.node.name, ns=(2000, 2000))
+    store.close()
+    store = opened(tmp_path, Limits(4 * 4096, free=0))
+    third = [7] * 256
+    write(store, third)
+    assert [n.end for n in restored(store, TOKENS)] == [256]
+    assert len(restored(store, OTHER)) == 2
+    mark = store.begin_restore([drafts(TOKENS)[0].node])
+    assert mark is not None
+    store.end_restore(mark)
+    write(store, [8] * 256)
+    assert len(restored(store, TOKENS)) == 1, "it was used just now"
+    assert len(restored(store, OTHER)) == 1
+    assert store.nbytes == on_disk(tmp_path) == 4 * 4096
+
+
+def test_another_servers_use_counts(tmp_path: Path) -> None:
+    here, there = (opened(tmp_path, Limits(2 * 4096, free=0)) for _ in range(2))
+    write(here, [1] * 256)
+    write(here, [2] * 256)
+    for file in files(tmp_path):
+        os.utime(file, ns=(1000, 1000))
+    for store in (here, there):
+        store.drop([])
+        store._seen = store._settled = -1  # looks again
+        store.open()
+    mark = there.begin_restore([drafts([1] * 256)[0].node])
+    assert mark is not None
+    write(here, [3] * 256)
+    assert restored(here, [1] * 256)
+    assert not restored(here, [2] * 256)
+
+
+def test_it_writes_no_more_than_so_much_an_hour(tmp_path: Path) -> None:
+    limits = Limits(10**9, per_hour=3 * 4096, free=0)
+    write(store := opened(tmp_path, limits), TOKENS)
+    store.close()
+    store = opened(tmp_path, limits)  # a restart gives no more
+    written = [store.publish(d) for d in [*drafts([1] * 256), *drafts([2] * 256)]]
+    assert written == [True, False]
+    assert store.events["not_written_hourly"] == 1
+
+
+def test_it_leaves_room_on_the_disk(tmp_path: Path) -> None:
+    class Small(HookedFiles):
+        free = 10 * 4096
+
+        def free_bytes(self, at: int) -> tuple[int, int]:
+            return self.free, 1 << 40
+
+    disk = Small(lambda _: None)
+    store = opened(tmp_path, Limits(10**9, free=3 * 4096), disk)
+    write(store, TOKENS)
+    disk.free = 3 * 4096  # others have filled it: ours gives way
+    write(store, [1] * 256)
+    assert len(files(tmp_path)) == 2
+    disk.free = 0
+    assert not store.publish(drafts(OTHER)[0])
+    assert store.off is None
+
+
+def test_a_directory_with_other_things_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(NotOurs, match=r"thesis\.txt"):
+        Directory(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotOurs):
+        Directory(tmp_path / "file")
+
+
+def test_the_command_lists_checks_and_empties(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = opened(tmp_path / "kv")
+    write(store, TOKENS)
+    store.describe(IDENTITY, '{"name": "some-model"}')
+    where = str(tmp_path / "kv")
+    assert main(["kv", "list", where]) == 0
+    assert "2 files  8.2 kB  texts of up to 512 tokens" in (
+        said := capsys.readouterr().out
+    )
+    assert "some-model" in said
+    assert main(["kv", "check", where]) == 0
+    file = files(tmp_path / "kv")[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert main(["kv", "check", where]) == 1
+    assert f"{file.name}: " in capsys.readouterr().out
+    assert main(["kv", "empty", where]) == 0
+    assert not files(tmp_path / "kv")
+    assert not restored(store, TOKENS)  # a server that runs goes on with none
+    assert store.publish(drafts(TOKENS)[0])
+    assert main(["kv", "list", str(tmp_path)]) == 2
+    assert "no directory of KV caches" in capsys.readouterr().err
+
+
+# -- the writer and the epoch ----------------------------------------------------
+
+
+@pytest.mark.parametrize("operation", ["before", "create", "write", "date", "sync"])
+def test_a_stray_write_withdraws_what_is_not_published(
+    tmp_path: Path, operation: str
+) -> None:
+    armed = False
+
+    def hook(name: str) -> None:
+        nonlocal armed
+        if armed and name == operation:
+            armed = False
+            failing = threading.Thread(target=lambda: writer.fail(all_of_it=True))
+            failing.start()
+            failing.join(10)
+            assert not failing.is_alive()
+
+    store = opened(tmp_path, PLENTY, HookedFiles(hook))
+    writer = Writer(store)
+    for draft in drafts(TOKENS):
+        assert writer.offer(draft, 7)
+    writer.confirm(7)
+    armed = True
+    if operation == "before":
+        hook("before")
+    while writer.write_one():
+        pass
+    assert not armed
+    assert files(tmp_path) == []
+    assert writer.waiting == 0
+    assert not list(tmp_path.glob("*/tmp-*"))
+
+
+def test_only_what_a_later_point_of_its_epoch_confirms_is_written(
+    tmp_path: Path,
+) -> None:
+    writer = Writer(store := opened(tmp_path))
+    first, second = drafts(TOKENS)
+    assert writer.offer(first, 7)
+    assert not writer.write_one()
+    writer.confirm(7)
+    assert writer.offer(second, 7)
+    writer.fail(all_of_it=False)  # a fault that wrote nowhere
+    assert writer.write_one()
+    assert not writer.write_one()
+    assert [n.end for n in restored(store, TOKENS)] == [256]
+    assert writer.offer(second, 7)
+    writer.confirm(8)
+    assert not writer.write_one()
+    assert [n.end for n in restored(store, TOKENS)] == [256]
+
+
+def test_the_backlog_is_bounded_and_takes_one_that_is_larger(tmp_path: Path) -> None:
+    writer = Writer(opened(tmp_path), backlog=100)
+    first, second = drafts(TOKENS)
+    assert writer.offer(first, 0)
+    assert not writer.offer(second, 0)
+    writer.confirm(0)
+    writer.start()
+    assert writer.flush(30)
+    assert writer.offer(second, 0)
+    writer.confirm(0)
+    writer.close(30)
+    assert len(files(tmp_path)) == 2
+
+
+TWO_PROCESSES = """
+import sys, random
+from pathlib import Path
+from support.kv_files import drafts, opened, restored
+from mlx_safe.kv.store import Limits
+store = opened(Path(sys.argv[1]), Limits(6 * 4096, free=0))
+chance = random.Random(int(sys.argv[2]))
+for _ in range(150):
+    tokens = [w for _ in range(3) for w in [chance.randrange(3)] * 256]
+    if chance.random() < 0.5:
+        for draft in drafts(tokens, snapshot=True):
+            store.publish(draft)
+    else:
+        restored(store, tokens, states=chance.random() < 0.5)
+assert store.off is None, store.off
+assert not store.events["damaged"]
+"""
+
+
+def test_three_processes_at_once(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, str(tmp_path / "kv"), str(n)], env=env
+        )
+        for n in range(3)
+    ]
+    try:
+        assert [process.wait(120) for process in running] == [0, 0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    store = opened(tmp_path / "kv")
+    assert store.nbytes == on_disk(tmp_path / "kv") <= 6 * 4096

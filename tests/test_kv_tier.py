@@ -1,0 +1,180 @@
+"""What of a cache goes to disk, and when; without a server."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+from mlx_safe import testing
+from mlx_safe.kv.directory import Directory
+from mlx_safe.kv.store import Limits
+from mlx_safe.server.mlx_lm import kv_tier
+from mlx_safe.server.mlx_lm.kv_tier import KVTier
+
+TOKENS = [3 + n % 50 for n in range(600)]
+
+
+@pytest.fixture
+def provider(tiny_model: Path) -> Any:
+    model, _ = load(str(tiny_model))
+    return SimpleNamespace(
+        model=model,
+        draft_model=None,
+        model_key=(str(tiny_model), None, None),
+        cli_args=SimpleNamespace(kv_bits=None),
+    )
+
+
+@pytest.fixture
+def tier(provider: Any, tmp_path: Path) -> Iterator[KVTier]:
+    made = KVTier(Directory(tmp_path / "kv"), Limits(10**9, free=0))
+    made.model_loaded(provider)
+    yield made
+    made.close()
+    made.store.close()
+
+
+def read(provider: Any, tokens: list[int], caches: list[Any]) -> mx.array:
+    return provider.model(mx.array([tokens]), cache=caches)
+
+
+def cached(provider: Any) -> list[Any]:
+    caches: list[Any] = make_prompt_cache(provider.model)
+    mx.eval(read(provider, TOKENS, caches))
+    return caches
+
+
+def files(tmp_path: Path) -> list[Path]:
+    return list(tmp_path.glob("kv/*/*.kv"))
+
+
+def flush(tier: KVTier) -> None:
+    assert tier.writer.flush(60)
+
+
+def test_what_comes_back_is_the_same_bit_for_bit(
+    provider: Any, tier: KVTier, tmp_path: Path
+) -> None:
+    caches = cached(provider)
+    tier.capture(provider.model_key, TOKENS, caches)
+    assert not files(tmp_path), "not before a later point of the loop"
+    tier.confirm()
+    flush(tier)
+    assert len(files(tmp_path)) == 2
+    found = tier.restore(provider.model_key, TOKENS, 0)
+    assert found is not None
+    restored, rest = found
+    assert rest == TOKENS[512:]
+    for old, new in zip(caches, restored, strict=True):
+        assert new.offset == 512
+        for a, b in ((old.keys, new.keys), (old.values, new.values)):
+            assert a.dtype == b.dtype
+            assert mx.array_equal(a[..., :512, :], b).item()
+    plain = make_prompt_cache(provider.model)
+    mx.eval(read(provider, TOKENS[:512], plain))
+    expected = read(provider, rest, plain)
+    assert mx.array_equal(read(provider, rest, restored), expected).item()
+    assert tier.restore(provider.model_key, TOKENS, 300) is None, "less than a block"
+
+
+def test_a_fault_while_bytes_are_taken(
+    provider: Any, tier: KVTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = kv_tier._bytes
+
+    def failing(x: mx.array) -> bytes:
+        if not done:
+            done.append(testing.record_fault(8))
+        return take(x)
+
+    done: list[Any] = []
+    caches = cached(provider)
+    monkeypatch.setattr(kv_tier, "_bytes", failing)
+    tier.capture(provider.model_key, TOKENS, caches)
+    assert done
+    tier.confirm()
+    flush(tier)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("stray", [False, True])
+def test_a_fault_before_the_later_point(
+    provider: Any, tier: KVTier, tmp_path: Path, stray: bool
+) -> None:
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    testing.record_fault(9 if stray else 8)
+    tier.fail(stray=stray)
+    tier.confirm()
+    flush(tier)
+    assert not files(tmp_path)
+    # Nor where nobody has been told of it yet.
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    testing.record_fault(8)
+    tier.confirm()
+    flush(tier)
+    assert not files(tmp_path)
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    tier.confirm()
+    flush(tier)
+    assert len(files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("stray", [False, True])
+def test_a_fault_of_a_request_that_began_from_files(
+    provider: Any, tier: KVTier, tmp_path: Path, stray: bool
+) -> None:
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    tier.confirm()
+    flush(tier)
+    tier.current = lambda: SimpleNamespace(is_ended=False)
+    assert tier.restore(provider.model_key, TOKENS, 0) is not None
+    assert list((tmp_path / "kv" / "marks").iterdir())
+    tier.fail(stray=stray)
+    assert len(files(tmp_path)) == (0 if stray else 2)
+    assert not list((tmp_path / "kv" / "marks").iterdir())
+
+
+def test_another_model_does_not_get_them(
+    provider: Any, tier: KVTier, tiny_model: Path, tmp_path: Path
+) -> None:
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    tier.confirm()
+    flush(tier)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny_model.iterdir():
+        data = bytearray(file.read_bytes())
+        if file.suffix == ".safetensors":
+            data[-1] ^= 1  # the same heads and sizes
+        (other / file.name).write_bytes(data)
+    provider.model_key = (str(other), None, None)
+    tier.model_loaded(provider)
+    assert tier.restore(provider.model_key, TOKENS, 0) is None
+
+
+def test_a_kind_of_cache_that_is_not_proven_stays_in_memory(
+    provider: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    provider.model.make_cache = lambda: [
+        RotatingKVCache(max_size=32) for _ in provider.model.layers
+    ]
+    tier = KVTier(Directory(tmp_path / "kv"), Limits(10**9, free=0))
+    tier.model_loaded(provider)
+    tier.model_loaded(provider)
+    said = [r for r in caplog.records if "stay in memory" in r.getMessage()]
+    assert len(said) == 1
+    assert "RotatingKVCache" in said[0].getMessage()
+    caches = provider.model.make_cache()
+    tier.capture(provider.model_key, TOKENS, caches)
+    assert tier.restore(provider.model_key, TOKENS, 0) is None
+    tier.close()
+    tier.store.close()
