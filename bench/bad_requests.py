@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def small_values(size: int) -> bytes:
     return b'{"messages": [' + b"[]," * (size // 3) + b"[]]}"
 
 
-BODIES = {
+BODIES: dict[str, Callable[[], bytes]] = {
     "32 MiB of text": lambda: chat_of(32 * MIB - 100),
     "100 MB of text": lambda: chat_of(100_000_000),
     "32 MiB of small values": lambda: small_values(32 * MIB - 100),

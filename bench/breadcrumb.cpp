@@ -6,8 +6,8 @@
 #include <thread>
 #include <vector>
 
-#include "async_system.h"
-#include "breadcrumbs.h"
+#include "crash/async_system.h"
+#include "crash/breadcrumbs.h"
 
 namespace {
 

@@ -1,12 +1,16 @@
 """What a fault costs: the time until the next token, and the requests lost.
 
-First, for prompts of several lengths: the time between the token before a fault and
+First the fixed part: how long the thread that generates is in `Recovery.recover`, and
+how long a client with a prompt of a few tokens waits; beside it the same with a
+``gc.collect()`` in the reset, which is what freed the arrays until 0.1.
+
+Then, for prompts of several lengths: the time between the token before a fault and
 the token after it, as the client of a stream sees it, next to the time that reading
 as many tokens takes with nothing in the prompt cache (from a new request to its
 first token). That is the floor of a replay that has to read prompt and answer again;
 one that finds the prompt in the prompt cache is below it.
 
-Then the same load on `mlx-safe serve` and on the stock ``mlx_lm.server`` that a loop
+At last the same load on `mlx-safe serve` and on the stock ``mlx_lm.server`` that a loop
 starts again whenever it has ended or is not healthy. Every so many decode steps of a
 process there is a fault; to the stock server it is what MLX makes of it: an abort
 with 0.31.2, an exception with 0.32.
@@ -16,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
+import re
 import statistics
 import sys
 import threading
@@ -28,7 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from support.server import CONTROLLED, Server
+from support.server import CONTROLLED, NEVER, Server
 
 ANSWER = 12  # tokens of each answer in the first part
 FAULT_AT = 8  # the decode step that fails
@@ -107,7 +113,57 @@ def recovery(model: str, lengths: list[int], rounds: int) -> None:
             )
 
 
-def load(running: list[Server], clients: int, requests: int, tokens: int) -> Counter:
+# The server says how long each recovery takes; COLLECTS as it was.
+TIMED = """
+import gc, os, time
+from mlx_safe.server import recovery, thread_state
+recover, restore = recovery.Recovery.recover, thread_state.ThreadState.restore
+def timed(self, exc):
+    begin = time.perf_counter()
+    recover(self, exc)
+    took_ms = 1e3 * (time.perf_counter() - begin)
+    os.write(1, f"recovered in {took_ms:.3f} ms\\n".encode())
+def collected(self):
+    gc.collect()
+    restore(self)
+recovery.Recovery.recover = timed
+if COLLECTS:
+    thread_state.ThreadState.restore = collected
+"""
+
+
+def fixed(model: str, rounds: int) -> None:
+    """Measures the fixed part and prints its table."""
+    print("reset | in recover() | fault to next token, 2 words | faults")
+    waits: dict[bool, list[float]] = {True: [], False: []}
+    counter = f"any:{NEVER}"
+    programs = {x: TIMED.replace("COLLECTS", str(x)) + CONTROLLED for x in waits}
+    with (
+        Server(model, program=programs[True], inject=counter) as before,
+        Server(model, program=programs[False], inject=counter) as after,
+    ):
+        servers = {True: before, False: after}
+        for server in servers.values():
+            server.wait_ready()
+            fault(server, 2, 8)
+        for i in range(rounds):
+            for collects in (True, False) if i % 2 else (False, True):
+                waits[collects].append(fault(servers[collects], 2, 8)[0] * 1e3)
+    for collects, server in servers.items():
+        found = re.findall(r"recovered in ([0-9.]+) ms", server.log)
+        spent = [float(ms) for ms in found][1:]
+        name = "with gc.collect()" if collects else "as it is"
+        print(
+            f"{name:17} | {statistics.median(spent):.1f} ms ({min(spent):.1f} to "
+            f"{max(spent):.1f}) | {statistics.median(waits[collects]):.0f} ms | "
+            f"{len(spent)}",
+            flush=True,
+        )
+
+
+def load(
+    running: list[Server], clients: int, requests: int, tokens: int
+) -> Counter[str]:
     """Each client asks ``requests`` times; counts what became of the requests.
 
     One that is refused asks until it is taken: that is counted, but nothing lost.
@@ -149,7 +205,7 @@ class Restarted:
     """The stock server in a loop that starts it again."""
 
     def __init__(self, model: str, plan: str) -> None:
-        self._start = lambda: Server(model, inject=plan, stock=True)
+        self._start = functools.partial(Server, model, inject=plan, stock=True)
         self.running = [self._start()]
         self.running[0].wait_ready()
         self.starts = 1
@@ -202,7 +258,7 @@ def lost(model: str, every: int, clients: int, requests: int, tokens: int) -> No
 
 
 def _row(
-    name: str, found: Counter, kinds: tuple[str, ...], seconds: float, faults: int
+    name: str, found: Counter[str], kinds: tuple[str, ...], seconds: float, faults: int
 ) -> None:
     counts = " | ".join(f"{found[kind]:{len(kind)}}" for kind in kinds)
     print(f"{name} | {counts} | {seconds:.0f} | {faults}", flush=True)
@@ -213,14 +269,20 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--words", type=int, nargs="+", default=[50, 200, 800])
     parser.add_argument("--rounds", type=int, default=4)
+    parts = ["fixed", "recovery", "lost"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--every", type=int, default=60)
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
     args = parser.parse_args()
     print(f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
-    recovery(args.model, args.words, args.rounds)
-    lost(args.model, args.every, args.clients, args.requests, args.tokens)
+    if "fixed" in args.parts:
+        fixed(args.model, 3 * args.rounds)
+    if "recovery" in args.parts:
+        recovery(args.model, args.words, args.rounds)
+    if "lost" in args.parts:
+        lost(args.model, args.every, args.clients, args.requests, args.tokens)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from support.clients import HAS_CURL
 from support.models import make_model
 from support.native import Native
 
 ROOT = Path(__file__).parent
+LEFT_OUT = "mlx_safe_left_out"
 
 # Before any test imports mlx_safe, which at once says there that it runs.
 _reports_of_this_process = tempfile.TemporaryDirectory()
 os.environ["MLX_SAFE_REPORT_DIR"] = _reports_of_this_process.name
+
+# What every child starts with: support/startup/sitecustomize.py. The workers of
+# pytest-xdist have it of the process that started them.
+if "MLX_SAFE_TEST_IMPORTS" not in os.environ:
+    _imports = tempfile.TemporaryDirectory()
+    os.environ["MLX_SAFE_TEST_IMPORTS"] = str(Path(_imports.name) / "imports")
+    _path = [str(ROOT / "support" / "startup"), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _path))
 
 # What reads wheels needs the tools of `make check-wheels` and `make contract`.
 READS_WHEELS = importlib.util.find_spec("lief") is not None
@@ -29,15 +42,24 @@ collect_ignore += [] if HAS_CLIENTS else ["clients"]
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, settings
 
-    # No luck: the same cases each time, and however slow the machine is. Here, as
-    # `@given` takes what holds when its file is read.
+    # No luck in CI: the same cases each time, and however slow the machine is. Here,
+    # as `@given` takes what holds when its file is read.
     settings.register_profile(
-        "mlx_safe",
+        "fixed",
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    settings.load_profile("mlx_safe")
+    # `make fuzz`: with the seed of the command line. Nothing is remembered.
+    settings.register_profile(
+        "fuzz",
+        settings.get_profile("fixed"),
+        derandomize=False,
+        database=None,
+        max_examples=500,
+        print_blob=True,
+    )
+    settings.load_profile("fuzz" if os.environ.get("MLX_SAFE_TEST_FUZZ") else "fixed")
 
 
 def pytest_report_header() -> list[str]:
@@ -75,6 +97,8 @@ def pytest_collection_modifyitems(
         native = [i for i in items if "native" in getattr(i, "fixturenames", ())]
         leave_out(config, items, native)
         told.append(f"{len(native)} tests that need tests/native: it is not built")
+    if not HAS_CURL:
+        told.append("curl, as one of the clients of the tests: it is not installed")
 
 
 def leave_out(
@@ -87,6 +111,19 @@ def leave_out(
 left_out = pytest.StashKey[list[str]]()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: what it left out is said once, by us."""
+    told = node.config.stash.setdefault(left_out, [])
+    told += [line for line in node.workeroutput.get(LEFT_OUT, []) if line not in told]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        told = session.config.stash.get(left_out, [])
+        session.config.workeroutput[LEFT_OUT] = told
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
@@ -94,35 +131,60 @@ def pytest_terminal_summary(
         terminalreporter.write_line(f"did not run: {line}")
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the tiny random model."""
-    return make_model("tiny_model.py", tmp_path_factory.mktemp("tiny-model"))
+MakeModel = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Makes a model, or finds the one that another worker has made."""
+    ours = tmp_path_factory.getbasetemp()
+    shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
+
+    def make(name: str, program: str, *arguments: str) -> Path:
+        directory = shared / name
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not directory.exists():
+                made = make_model(program, ours / f"{name}-made", *arguments)
+                made.rename(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_once: MakeModel) -> Path:
+    """Directory of the tiny random model.
+
+    ``MLX_SAFE_TEST_TINY_MODEL``: one that was made where numbers are right.
+    """
+    if given := os.environ.get("MLX_SAFE_TEST_TINY_MODEL"):
+        return Path(given)
+    return make_once("tiny-model", "tiny_model.py")
+
+
+@pytest.fixture(scope="session")
+def draft_model(make_once: MakeModel) -> Path:
     """Another tiny random model, which drafts little of what the first says."""
-    return make_model("tiny_model.py", tmp_path_factory.mktemp("draft-model"), "1")
+    return make_once("draft-model", "tiny_model.py", "1")
 
 
 @pytest.fixture(scope="session")
-def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide_model(make_once: MakeModel) -> Path:
     """A tiny random model of several times that size."""
-    return make_model("tiny_model.py", tmp_path_factory.mktemp("wide"), "0", "256")
+    return make_once("wide-model", "tiny_model.py", "0", "256")
 
 
 @pytest.fixture(scope="session")
-def scripted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scripted_model(make_once: MakeModel) -> Path:
     """Directory of the model that thinks and calls a tool."""
-    return make_model("scripted_model.py", tmp_path_factory.mktemp("scripted-model"))
+    return make_once("scripted-model", "scripted_model.py")
 
 
 @pytest.fixture(scope="session")
-def scripted_draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scripted_draft_model(make_once: MakeModel) -> Path:
     """Follows the same script, but makes other choices."""
-    directory = tmp_path_factory.mktemp("scripted-draft-model")
-    return make_model("scripted_model.py", directory, "1")
+    return make_once("scripted-draft-model", "scripted_model.py", "1")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import inspect
 import pickle
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 
 import mlx.core as mx
 import pytest
@@ -183,14 +183,14 @@ class TestGuard:
             testing.record_fault(8)
             yield 2
 
-        seen = []
+        seen: list[int] = []
         with pytest.raises(mlx_safe.errors.MetalOutOfMemoryError):
             seen += iter(tokens())
         assert list(seen) in ([], [1, 2])
 
     def test_a_generator_that_is_left_early(self) -> None:
         @mlx_safe.guard()
-        def tokens() -> Iterator[int]:
+        def tokens() -> Generator[int, None, None]:
             while True:
                 yield 1
 

@@ -29,7 +29,7 @@ mx.fast.metal_kernel = lambda *_, **__: Kernel()
 sys.modules["hf_olmo"] = types.ModuleType("hf_olmo")
 sys.path.insert(0, {tests!r})
 from support import model_types
-from mlx_safe.server.model_facts import look_at
+from mlx_safe.server.mlx_lm.model_facts import look_at
 found = {{}}
 for name in model_types.model_types():
     try:
@@ -65,7 +65,7 @@ def test_quantized_and_adapted_weights(tied: bool) -> None:
     import mlx.nn as nn
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    from mlx_safe.server.model_facts import look_at
+    from mlx_safe.server.mlx_lm.model_facts import look_at
 
     model = make_llama(tie_word_embeddings=tied)
     nn.quantize(model, group_size=32, bits=4)
@@ -80,7 +80,7 @@ def test_quantized_and_adapted_weights(tied: bool) -> None:
 def test_what_the_weights_are_counts_not_what_the_config_says() -> None:
     import mlx.nn as nn
 
-    from mlx_safe.server.model_facts import look_at
+    from mlx_safe.server.mlx_lm.model_facts import look_at
 
     model = make_llama(tie_word_embeddings=False)
     model.lm_head = nn.Linear(64, 40, bias=False)
@@ -90,10 +90,11 @@ def test_what_the_weights_are_counts_not_what_the_config_says() -> None:
 
 
 def test_a_model_that_cannot_be_looked_at() -> None:
-    from mlx_safe.server.model_facts import look_at
+    from mlx_safe.server.mlx_lm.model_facts import look_at
     from mlx_safe.server.replies import BadRequest
 
-    facts = look_at(lambda tokens, cache: None)
+    model: Any = lambda tokens, cache: None  # noqa: E731
+    facts = look_at(model)
     assert facts.width is None
     facts.check_bias(None)
     facts.check_bias({})
@@ -109,7 +110,7 @@ def penalties(**given: float) -> SimpleNamespace:
 
 
 def test_a_penalty_writes_where_the_prompt_says() -> None:
-    from mlx_safe.server.model_facts import ModelFacts
+    from mlx_safe.server.mlx_lm.model_facts import ModelFacts
     from mlx_safe.server.replies import BadRequest
 
     facts = ModelFacts(width=40, rows=50)

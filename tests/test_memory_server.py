@@ -22,7 +22,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from mlx_safe.cli import main
 from mlx_safe.memory.estimate import Transients
-from mlx_safe.server import admission
+from mlx_safe.server import model_demand
 from support import child
 from support.server import CONTROLLED, Answer, Server, eventually
 
@@ -44,30 +44,29 @@ BALLOON = """
 import sys, time
 import mlx.core as mx
 from mlx_safe.cli import main
-from mlx_safe.server.admission import Admission
 from mlx_safe.server.generator import ProtectedResponseGenerator as Generator
+from mlx_safe.server.request import RUNNING
+from mlx_safe.server.scheduler import Scheduler
 came, held = [], []
-take, before_step, preempt = (
-    Generator._next_request, Admission.before_step, Admission._preempt
-)
+take, step, preempt = Generator._next_request, Scheduler.step, Scheduler._preempt
 def take_both(self, timeout=None):
     while not came and self.requests.qsize() < 2:
         time.sleep(0.01)
     came.append(True)
     return take(self, timeout)
 def inflate(self):
-    answering = [t for t in self._running() if len(t.produced) > 20]
+    answering = [r for r in self.requests(*RUNNING) if len(r.produced) > 20]
     if len(answering) == 2 and not self.events["preempted"]:
         # Until there is room for the next block of one request and not of two. From
         # a buffer: nothing is computed for it.
         held.append(mx.array(memoryview(bytearray(100_000 if held else 4_000_000))))
-    return before_step(self)
-def preempt_and_let_go(self, ticket):
-    preempt(self, ticket)
+    return step(self)
+def preempt_and_let_go(self, request):
+    preempt(self, request)
     held.clear()
     mx.clear_cache()
 Generator._next_request = take_both
-Admission.before_step, Admission._preempt = inflate, preempt_and_let_go
+Scheduler.step, Scheduler._preempt = inflate, preempt_and_let_go
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
@@ -77,15 +76,15 @@ DEAR = """
 import sys
 from mlx_safe.cli import main
 from mlx_safe.memory.estimate import Transients
-from mlx_safe.server.admission import Admission
-observe, loaded = Transients.observe, Admission.model_loaded
+from mlx_safe.server.headroom import Headroom
+observe, loaded = Transients.observe, Headroom.model_loaded
 def observe_dear(self, tokens, context, nbytes):
     observe(self, tokens, context, 5 * nbytes)
     observe(self, tokens, context, nbytes)
 def loaded_then_dear(self, provider):
     loaded(self, provider)
     Transients.observe = observe_dear
-Admission.model_loaded = loaded_then_dear
+Headroom.model_loaded = loaded_then_dear
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
@@ -104,7 +103,7 @@ def room_told(server: Server) -> str:
     """What the log said at the start, such as ``"2500 tokens"``."""
     told = re.compile(r"room for (.*) \(")
     assert eventually(lambda: bool(told.search(server.log)))
-    return told.findall(server.log)[0]
+    return str(told.findall(server.log)[0])
 
 
 @contextlib.contextmanager
@@ -501,8 +500,8 @@ def test_a_cache_that_cannot_be_quantized_is_told_of() -> None:
     )
     flags = SimpleNamespace(kv_bits=4, kv_group_size=64, quantized_kv_start=5000)
     provider = SimpleNamespace(model=model, draft_model=None, cli_args=flags)
-    with pytest.raises(admission.NoRoom, match=r"--kv-bits 4 .*Rotating"):
-        admission._measure(provider, Transients())
+    with pytest.raises(model_demand.NoRoom, match=r"--kv-bits 4 .*Rotating"):
+        model_demand._measure(provider, Transients())
 
 
 @NO_KV_BITS

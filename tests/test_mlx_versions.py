@@ -10,10 +10,25 @@ import pytest
 
 import mlx_safe
 from mlx_safe import _mlx_versions, doctor
-from mlx_safe._mlx_versions import VERSIONS, behaviour_of, notes_of
+from mlx_safe._mlx_versions import (
+    VERSIONS,
+    behaviour_of,
+    notes_of,
+    parse_version,
+)
+from mlx_safe.server.mlx_lm import requirements
 from support import child
+from support.versions import (
+    EXECUTED,
+    NEWEST_PAIR,
+    OLDEST_PAIR,
+    READ,
+    TOO_NEW_MLX_LM,
+)
 
-DOCS = Path(__file__).parent.parent / "docs" / "metal.md"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs" / "metal.md"
+PYPROJECT = ROOT / "pyproject.toml"
 
 
 @pytest.mark.parametrize(
@@ -40,6 +55,23 @@ def test_the_row_of_a_version(version: str | None, raises: str, can_hang: bool) 
 def test_rows_are_in_order() -> None:
     assert all(a.since < b.since for a, b in itertools.pairwise(VERSIONS))
     assert VERSIONS[-1].since <= _mlx_versions.NEWEST
+
+
+def test_what_is_shipped_names_the_tested_versions() -> None:
+    """requirements/versions.mk is the one list; these cannot read it."""
+    (oldest_mlx, oldest), (newest_mlx, newest) = OLDEST_PAIR, NEWEST_PAIR
+    assert parse_version(newest_mlx) == _mlx_versions.NEWEST
+    assert f"newer than {newest_mlx}," in _mlx_versions._UNKNOWN
+    bound = f"mlx-lm>={oldest},<{TOO_NEW_MLX_LM}"
+    assert bound == requirements.REQUIREMENT
+    too_new = (*parse_version(TOO_NEW_MLX_LM), 0)
+    assert (parse_version(oldest), too_new) == requirements.SUPPORTED
+    assert parse_version(oldest) <= parse_version(newest) < too_new
+    project = PYPROJECT.read_text()
+    assert f'"{bound}"' in project
+    for package in ("mlx", "mlx[cpu]"):
+        assert f'"{package}>={oldest_mlx}; ' in project
+    assert {oldest_mlx, newest_mlx} <= set(EXECUTED) & set(READ)
 
 
 def test_the_docs_have_the_table() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_safe._command import CommandError
-from mlx_safe.server.overflow import Cut, Overflow, shortenings
+from mlx_safe.server.overflow import Overflow, Truncation, shortenings
 from mlx_safe.server.replies import ContextTooLong
 from support import child
 from support.server import CONTROLLED, Answer, Server, eventually
@@ -103,7 +103,7 @@ def test_what_stays_is_whole(chat: list[Message], limit: int, keep: int) -> None
     if cut is None:
         assert kept == list(range(len(chat)))
         return
-    assert cut == Cut(
+    assert cut == Truncation(
         _length(before, range(len(chat))), len(found[0]), len(chat) - len(kept)
     )
     assert _keeps(before, kept)

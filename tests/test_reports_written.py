@@ -202,33 +202,35 @@ def test_metal_fault_with_hooks_and_without(
 @pytest.mark.parametrize(
     ("how", "number", "why"),
     [
-        ("os.abort()", signal.SIGABRT, "signal"),
-        ("testing.throw_on_foreign_thread(); time.sleep(200)", signal.SIGABRT, None),
-        ("ctypes.string_at(0)", signal.SIGSEGV, "signal"),
+        ("abort", signal.SIGABRT, "signal"),
+        ("throw", signal.SIGABRT, "terminate"),
+        ("segv", signal.SIGSEGV, "signal"),
     ],
 )
 def test_crash_inside_the_handler(
-    private_reports: Path, how: str, number: int, why: str | None
+    native: Native, private_reports: Path, how: str, number: int, why: str
 ) -> None:
-    done = die(f"    _core.testing_break_reports(False)\n    {how}")
-    assert done.returncode == -number, done.stderr
+    private_reports.mkdir()
+    done = native.run("report_crashes", str(private_reports), "context", how)
+    assert done.returncode == -number, done
     first, second = paths(private_reports)
     text = first.read_text()
     assert '"epoch"' in text
     assert '"context"' not in text and '"complete"' not in text
     minimal = json.loads(second.read_bytes())
     assert minimal["second"] is True and minimal["complete"] is True
-    assert minimal["why"] == (why or "terminate")
+    assert minimal["why"] == why
     assert minimal["signal"]["name"] == "SIGSEGV"
     assert left_over(private_reports) == []
 
 
 def test_a_crash_while_pythons_stacks_are_read_costs_only_them(
-    private_reports: Path,
+    native: Native, private_reports: Path
 ) -> None:
     """Where the thread that died has no GIL, the others run on meanwhile."""
-    done = die("    _core.testing_break_reports(True)\n    ctypes.string_at(0)")
-    assert done.returncode == -signal.SIGSEGV, done.stderr
+    private_reports.mkdir()
+    done = native.run("report_crashes", str(private_reports), "stacks", "segv")
+    assert done.returncode == -signal.SIGSEGV, done
     report = only_report(private_reports)
     assert report["complete"] is True and report["native_stack"]
     assert "cut: a thread went on" in report["python_stacks"]
@@ -692,6 +694,9 @@ def every_kind(
 ) -> list[dict[str, Any]]:
     """Reports of every way to be written, with all there is to tell."""
 
+    def report_crashes(MLX_SAFE_REPORT_DIR: str) -> None:
+        native.run("report_crashes", MLX_SAFE_REPORT_DIR, "context", "abort")
+
     def found(
         run: Callable[..., Any], *arguments: Any, cut: int = 0, **environment: str
     ) -> None:
@@ -729,7 +734,7 @@ def every_kind(
     found(die, "    ctypes.string_at(0)")
     found(die, "    os.kill(os.getpid(), signal.SIGKILL)")
     found(die, "    os.kill(os.getpid(), signal.SIGBUS)")
-    found(die, "    _core.testing_break_reports(False); os.abort()", cut=1)
+    found(report_crashes, cut=1)
     found(
         die,
         "    ctypes.CDLL(None).full_disk(1); os.abort()",
@@ -800,19 +805,13 @@ BEARABLE = {
     "__stack_chk_guard", "_GLOBAL_OFFSET_TABLE_", "_Unwind_Resume",
     "_ZSt9terminatev", "__clang_call_terminate",
 }  # fmt: skip
-CRASH_PATH = (
-    "async_io",
-    "async_system",
-    "breadcrumbs",
-    "fault_log",
-    "native_stack",
-    "recrash",
-    "report",
-    "report_context",
-    "report_sections",
-    "signals",
-    "terminate",
-)
+# The folder is the list: what is called while the process dies lies in it.
+CRASH_PATH = sorted((Path(__file__).parents[1] / "src/cpp/crash").glob("*.cpp"))
+
+
+def objects_of(native: Native, unit: str) -> Path:
+    built = native.directory / "mlx_safe/CMakeFiles/mlx_safe_native.dir/src/cpp"
+    return built / f"{unit}.cpp.o"
 
 
 def undefined(path: Path) -> set[str]:
@@ -831,23 +830,20 @@ def undefined(path: Path) -> set[str]:
 
 
 def test_the_crash_path_calls_nothing_unsafe(native: Native) -> None:
-    objects = native.directory / "mlx_safe/CMakeFiles/mlx_safe_native.dir/src/cpp"
-    for name in CRASH_PATH:
-        called = {
-            s for s in undefined(objects / f"{name}.cpp.o") if "8mlx_safe" not in s
-        }
-        assert called <= SAFE | BEARABLE, (name, called - SAFE - BEARABLE)
+    for source in CRASH_PATH:
+        path = objects_of(native, f"crash/{source.stem}")
+        called = {s for s in undefined(path) if "8mlx_safe" not in s}
+        assert called <= SAFE | BEARABLE, (source.name, called - SAFE - BEARABLE)
     # The test sees what it is to forbid.
-    assert any("Znw" in s for s in undefined(objects / "metal/ledger.cpp.o"))
+    assert any("Znw" in s for s in undefined(objects_of(native, "metal/ledger")))
 
 
 def test_ours_calls_only_ours_in_the_crash_path(native: Native) -> None:
     """What those call of ours is in those files, too."""
-    objects = native.directory / "mlx_safe/CMakeFiles/mlx_safe_native.dir/src/cpp"
     defined: set[str] = set()
     called: set[str] = set()
-    for name in CRASH_PATH:
-        path = objects / f"{name}.cpp.o"
+    for source in CRASH_PATH:
+        path = objects_of(native, f"crash/{source.stem}")
         out = subprocess.run(
             ["nm", str(path)], capture_output=True, text=True, check=True, timeout=60
         ).stdout

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_safe.server import logprobs
 from mlx_safe.server.answers import Answer
-from mlx_safe.server.generator import Asked
+from mlx_safe.server.asked import Asked
 from support.server import CONTROLLED, NEVER, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -235,6 +235,10 @@ class _Spelled:
         return "".join(self._tokens[token] for token in tokens)
 
 
+def _spelled(decoder: str, *tokens: str) -> Any:
+    return _Spelled(decoder, *tokens)
+
+
 @pytest.mark.parametrize(
     ("decoder", "token", "expected"),
     [
@@ -247,7 +251,7 @@ class _Spelled:
     ],
 )
 def test_the_bytes_of_a_token(decoder: str, token: str, expected: bytes) -> None:
-    names = logprobs.Names(_Spelled(decoder, token))
+    names = logprobs.Names(_spelled(decoder, token))
     assert names.bytes(0) == expected
     assert names.bytes(7) == b""  # a place that no token has
 
@@ -259,7 +263,7 @@ def test_what_cannot_come_has_a_number_that_json_has() -> None:
     top = logprobs.top_logprobs(values, 20, None)
     assert [t["id"] for t in top] == [2, 4, 1, 0, 3]
     assert logprobs.top_logprobs(values, 0, None) == ()
-    names = logprobs.Names(_Spelled("SPMStreamingDetokenizer", *"abcde"))
+    names = logprobs.Names(_spelled("SPMStreamingDetokenizer", *"abcde"))
     entry = logprobs.Entry(0, float("-inf"), top)
     (found,) = logprobs.of_chat([entry], names)["content"]
     assert json.loads(json.dumps(found, allow_nan=False))["logprob"] == -9999.0
@@ -342,7 +346,7 @@ def test_a_client_that_leaves_ends_all_choices(
     server: Server, path: str, stream: bool
 ) -> None:
     left = 'mlx_safe_requests_total{outcome="client_left"}'
-    before, departures = server.metric(left), server.departures
+    before, disconnects = server.metric(left), server.disconnects
     body = {
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 100_000,
@@ -353,10 +357,10 @@ def test_a_client_that_leaves_ends_all_choices(
     with server.connected(body):
         server.wait_for_requests(3 if path == "batched" else 1)
         time.sleep(0.3)
-    server.wait_for_log("went away; its request is cancelled", departures + 1)
+    server.wait_for_log("went away; its request is cancelled", disconnects + 1)
     assert eventually(lambda: server.metric(IN_FLIGHT) == 0, 30), server.log
     assert ask(server, stream).status == 200
-    assert server.departures == departures + 1
+    assert server.disconnects == disconnects + 1
     assert server.metric(left) == before + 1
 
 
@@ -437,9 +441,9 @@ class _Written:
         self.wfile = SimpleNamespace(write=self._write, flush=lambda: None)
         self.response_generator = SimpleNamespace(
             answer=lambda *_: self._answer(said),
-            departures=SimpleNamespace(watching=contextlib.nullcontext),
+            disconnects=SimpleNamespace(watching=contextlib.nullcontext),
         )
-        self.response_generator.departures.watching = lambda *_: (
+        self.response_generator.disconnects.watching = lambda *_: (
             contextlib.nullcontext()
         )
 
@@ -473,7 +477,7 @@ class _Written:
     def generate_response(self, *_: Any) -> dict[str, Any]:
         return {}
 
-    def _send_json(self, status: int, body: Any) -> None:
+    def send_json(self, status: int, body: Any) -> None:
         assert status == 200
         self.frames.append(body)
 
@@ -483,7 +487,7 @@ GOOD = '{"id": "x", "name": "a", "arguments": {}}'
 
 def _put_together(stream: bool, *said: tuple[str | None, str]) -> tuple[Any, ...]:
     """(content, names of the calls, their ids, why it ended)."""
-    handler = _Written(stream, list(said))
+    handler: Any = _Written(stream, list(said))
     request = SimpleNamespace(request_type="chat", tools=None)
     wanted = SimpleNamespace(logprobs=False, top_logprobs=-1, seed=None)
     Answer(handler, Asked(request, wanted, None)).send()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.models import make_model
-from support.server import Server, free_port
+from support.server import CONTROLLED, Server, free_port
 from test_server_start import assert_one_clear_line, serve
 
 # Types whose caches are of every kind that mlx-lm has, and what comes of them. Their
@@ -92,6 +92,23 @@ def test_a_target_that_does_not(
     # A client's mistake is no failure of the server's.
     assert server.metric("mlx_safe_generation_failures_total") == failures
     assert "Traceback" not in server.log
+
+
+def test_a_target_that_does_not_is_known_at_once(
+    types: Path, draft_model: Path
+) -> None:
+    """Of the model that is loaded it is known before: nobody waits for a turn."""
+    target = types / "gemma3_text"
+    with Server(target, program=CONTROLLED).wait_ready() as server:
+        server.hold(3)
+        with server.chatting(1, seed=1):
+            server.wait_held()
+            told = server.chat(draft_model=str(draft_model))
+            assert (told.status, told.error["param"]) == (400, "draft_model")
+            assert REFUSED["gemma3_text"] in told.error["message"]
+            assert server.ask("hold") == 0, "the other is still in its step"
+            server.go()
+        assert server.chat().status == 200
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "mamba2"])

@@ -53,6 +53,18 @@ def undisturbed(tiny_model: Path) -> Texts:
     return texts
 
 
+@pytest.fixture(scope="module")
+def one_without_replay(tiny_model: Path) -> Iterator[Server]:
+    with Server(tiny_model, *NO_REPLAY, program=CONTROLLED).wait_ready() as server:
+        yield server
+
+
+@pytest.fixture
+def without_replay(one_without_replay: Server) -> Server:
+    """A server that tests share, as good as new."""
+    return one_without_replay.renew()
+
+
 def assert_told(answer: Answer, code: str, status: int = 503) -> None:
     """The answer is the contract's, as a stream or not."""
     assert answer.broken is None
@@ -101,30 +113,31 @@ def struck(server: Server, plan: str, clients: int, **more: Any) -> list[Answer]
 @pytest.mark.parametrize("phase", ["prefill:1", "decode:9"])
 @pytest.mark.parametrize("path", ["batched", "sequential"])
 def test_fault(
-    tiny_model: Path,
+    without_replay: Server,
     undisturbed: Texts,
     path: str,
     phase: str,
     stream: bool,
     clients: int,
 ) -> None:
-    more = PATHS[path]
-    with Server(tiny_model, *NO_REPLAY, inject=f"{phase}:8").wait_ready() as server:
-        answers = server.chats(clients, max_tokens=TOKENS, stream=stream, **more)
-        assert len(answers) == clients
-        failed = [a for a in answers if a.error]
-        assert failed
-        for answer in failed:
-            assert_told(answer, "metal_out_of_memory")
-        for answer in answers:
-            if answer not in failed:
-                assert answer.text in undisturbed.values()
-        if path == "sequential":
-            assert len(failed) == 1
-        assert_serves(server, undisturbed)
-        assert "Traceback" not in server.log
-        server.wait_for_log("fault of the GPU")
-        assert server.log.count("fault of the GPU") == 1
+    server = without_replay
+    server.plan(f"{phase}:8")
+    more = {"max_tokens": TOKENS, "stream": stream, **PATHS[path]}
+    answers = server.chats(clients, **more)
+    assert len(answers) == clients
+    failed = [a for a in answers if a.error]
+    assert failed
+    for answer in failed:
+        assert_told(answer, "metal_out_of_memory")
+    for answer in answers:
+        if answer not in failed:
+            assert answer.text in undisturbed.values()
+    if path == "sequential":
+        assert len(failed) == 1
+    assert_serves(server, undisturbed)
+    assert "Traceback" not in server.log
+    server.wait_for_log("fault of the GPU")
+    assert server.log.count("fault of the GPU") == 1
 
 
 @pytest.mark.parametrize(
@@ -135,12 +148,11 @@ def test_fault(
     ],
 )
 def test_all_of_a_batch_are_told(
-    tiny_model: Path, undisturbed: Texts, plan: str, code: str, status: int
+    without_replay: Server, undisturbed: Texts, plan: str, code: str, status: int
 ) -> None:
-    with Server(tiny_model, *NO_REPLAY, program=CONTROLLED).wait_ready() as server:
-        for answer in struck(server, plan, 3):
-            assert_told(answer, code, status)
-        assert_serves(server, undisturbed)
+    for answer in struck(without_replay, plan, 3):
+        assert_told(answer, code, status)
+    assert_serves(without_replay, undisturbed)
 
 
 @pytest.mark.parametrize("path", ["batched", "sequential"])
@@ -160,18 +172,18 @@ def test_stock_server_without_us(tiny_model: Path, path: str) -> None:
     assert not answer.done
 
 
-def test_a_fault_that_mlx_swallowed(tiny_model: Path, undisturbed: Texts) -> None:
-    inject = "decode:9:8:once:record,decode:20:2:once:record"
-    with Server(tiny_model, *NO_REPLAY, inject=inject).wait_ready() as server:
-        assert_told(server.chat(max_tokens=TOKENS), "metal_out_of_memory")
-        assert_told(
-            server.chat(max_tokens=TOKENS, stream=True, **SEQUENTIAL), "metal_timeout"
-        )
-        assert_serves(server, undisturbed)
-        assert "mlx_safe_faults_total 2.0" in server.get("/metrics").body
+def test_a_fault_that_mlx_swallowed(without_replay: Server, undisturbed: Texts) -> None:
+    server = without_replay
+    faults = server.metric("mlx_safe_faults_total")
+    server.plan("decode:9:8:once:record,decode:20:2:once:record")
+    assert_told(server.chat(max_tokens=TOKENS), "metal_out_of_memory")
+    more = {"max_tokens": TOKENS, "stream": True, **SEQUENTIAL}
+    assert_told(server.chat(**more), "metal_timeout")
+    assert_serves(server, undisturbed)
+    assert server.metric("mlx_safe_faults_total") == faults + 2
 
 
-def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
+def test_each_code_has_its_answer(without_replay: Server, undisturbed: Texts) -> None:
     expected = [
         (0x2, 503, "metal_timeout"),
         (0x3, 503, "metal_hang"),
@@ -186,16 +198,14 @@ def test_each_code_has_its_answer(tiny_model: Path, undisturbed: Texts) -> None:
         (0x10, 500, "internal_generation_error"),
         (0x11, 500, "internal_generation_error"),
     ]
-    with Server(tiny_model, *NO_REPLAY, program=CONTROLLED) as server:
-        server.wait_ready()
-        for number, status, code in expected:
-            server.plan(f"decode:1:{number}")
-            answer = server.chat()
-            assert_told(answer, code, status)
-            kind = {503: "resource_exhausted_error", 500: "internal_server_error"}
-            assert answer.error["type"] == kind[status]
-            assert server.chat().status == 200
-        assert_serves(server, undisturbed)
+    kind = {503: "resource_exhausted_error", 500: "internal_server_error"}
+    for number, status, code in expected:
+        without_replay.plan(f"decode:1:{number}")
+        answer = without_replay.chat()
+        assert_told(answer, code, status)
+        assert answer.error["type"] == kind[status]
+        assert without_replay.chat().status == 200
+    assert_serves(without_replay, undisturbed)
 
 
 def test_a_lasting_fault_kills_nothing(tiny_model: Path) -> None:
@@ -256,19 +266,18 @@ class TestOtherFailures:
     )
     def test_a_bug(
         self,
-        tiny_model: Path,
+        without_replay: Server,
         undisturbed: Texts,
         more: dict[str, int],
         step: str,
         stream: bool,
     ) -> None:
-        inject = f"{step}:0:once:bug"
-        with Server(tiny_model, *NO_REPLAY, inject=inject).wait_ready() as server:
-            answer = server.chat(max_tokens=TOKENS, stream=stream, **more)
-            assert_told(answer, "internal_generation_error", 500)
-            assert answer.error["type"] == "internal_server_error"
-            assert "injected" not in answer.body
-            assert_serves(server, undisturbed)
+        without_replay.plan(f"{step}:0:once:bug")
+        answer = without_replay.chat(max_tokens=TOKENS, stream=stream, **more)
+        assert_told(answer, "internal_generation_error", 500)
+        assert answer.error["type"] == "internal_server_error"
+        assert "injected" not in answer.body
+        assert_serves(without_replay, undisturbed)
 
     @pytest.mark.parametrize("name", KILLERS)
     def test_what_kills_the_stock_server_without_any_fault(
@@ -433,12 +442,12 @@ PATIENT = """
 import sys, time
 from types import SimpleNamespace
 from mlx_safe.cli import main
-from mlx_safe.server import condition
+from mlx_safe.server import health
 def sleep(seconds):
     print("it waits for its clients", flush=True)
     time.sleep(seconds)
-condition.ANSWER_TIMEOUT_S = 600.0
-condition.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+health.ANSWER_TIMEOUT_S = 600.0
+health.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
@@ -543,7 +552,7 @@ def test_the_real_model_through_the_openai_client(real_model: Path) -> None:
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{server.port}/v1", api_key="-", max_retries=0
         )
-        ask = {"model": "default_model", "messages": question, "max_tokens": 12}
+        ask: Any = {"model": "default_model", "messages": question, "max_tokens": 12}
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(**ask)
         assert caught.value.status_code == 503

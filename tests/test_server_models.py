@@ -266,7 +266,7 @@ FAILS_LATE = """
 import sys
 import mlx.core as mx
 from mlx_safe.cli import main
-from mlx_safe.server import model_loading
+from mlx_safe.server.mlx_lm import model_loading
 evaluate, failures = mx.eval, [False, True]
 def fail(*arrays):
     if failures and failures.pop(0):

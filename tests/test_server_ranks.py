@@ -7,10 +7,12 @@ ends by itself, with the launcher and without it.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +194,65 @@ def test_mlx_launch_ends_the_other_ranks(tiny_model: Path, tmp_path: Path) -> No
         assert "rank 1 exited with code 75" in server.log
 
 
-def test_supervise_is_for_one_process(tiny_model: Path) -> None:
-    with Server(tiny_model, "--supervise", env={"MLX_RANK": "0"}) as server:
-        assert server.wait() == 2
-        assert "--supervise restarts one process, not all ranks" in server.log
-        assert server.log.count("\n") == 1
+@contextmanager
+def stream_of(server: Server) -> Iterator[Any]:
+    """The lines of a stream that has begun and does not end by itself."""
+    ask = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+    with closing(server.connect()) as connection:
+        body = json.dumps({**ask, "max_tokens": 100_000})
+        connection.request("POST", "/v1/chat/completions", body)
+        response = connection.getresponse()
+        while not response.readline().startswith(b"data: {"):
+            pass
+        yield response
+
+
+def error_in(response: Any) -> Any:
+    """Of the event that ends a stream; None when it is cut."""
+    with suppress(OSError, IncompleteRead):
+        for line in response:
+            if b'"error"' in line:
+                assert b"[DONE]" in response.read()
+                return json.loads(line.removeprefix(b"data: "))["error"]
+    return None
+
+
+def test_a_rank_that_is_killed_ends_the_others_at_once(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Whatever the backend makes of it: MLX 0.31.2 has nothing, nor has NCCL."""
+    with two_ranks(tiny_model, tmp_path, inject=("", "")) as ranks:
+        with stream_of(ranks[0]) as lines:
+            ranks[1].process.kill()
+            assert error_in(lines)["code"] == "unavailable"
+        # --stall-timeout is the default of ten minutes here.
+        assert ranks[0].wait() == 75
+
+
+def child_of(server: Server) -> int:
+    """The server that a supervisor runs."""
+    pid = server.process.pid
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(found[0])
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_supervisors_bring_all_ranks_back_together(
+    tiny_model: Path, tmp_path: Path, killed: int
+) -> None:
+    with two_ranks(
+        tiny_model, tmp_path, "--supervise", inject=("", ""), program=None
+    ) as ranks:
+        first = ranks[0]
+        text = first.chat().text
+        before = [child_of(rank) for rank in ranks]
+        with stream_of(first) as lines:
+            os.kill(before[killed], signal.SIGKILL)
+            error = error_in(lines)
+            assert error is None if killed == 0 else error["code"] == "unavailable"
+        assert first.chat().text == text
+        assert all(
+            child_of(rank) != pid for rank, pid in zip(ranks, before, strict=True)
+        )
+        first.process.send_signal(signal.SIGTERM)
+        assert ends(ranks) == [0, 0]

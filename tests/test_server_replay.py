@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +22,12 @@ from mlx_safe.errors import (
     MetalOutOfMemoryError,
     MetalTimeoutError,
 )
+from mlx_safe.memory.budget import Decision
+from mlx_safe.server.admission import Ask, Load, SingleStep
 from mlx_safe.server.prefill import PrefillStep
-from mlx_safe.server.replay import Replays
-from mlx_safe.server.tickets import Flight, Ticket
+from mlx_safe.server.recovery import what_it_means
+from mlx_safe.server.request import Request, RequestState
+from mlx_safe.server.scheduler import Failure, Scheduler
 from mlx_safe.testing import metal_message
 from support.server import (
     BATCH_RUNS_S,
@@ -281,113 +283,135 @@ def test_out_of_memory_makes_smaller_steps_until_it_is_over(
         assert steps() == undisturbed
 
 
-def boarded(count: int, flight: Flight) -> list[Ticket]:
-    taken = (Queue(), SimpleNamespace(), None)
-    tickets = [
-        Ticket(flight, taken, lambda *_: None, lambda *_: None) for _ in range(count)
-    ]
-    for ticket in tickets:
-        flight.board(ticket)
-    return tickets
+class Unlimited:
+    """Memory for everything."""
+
+    step_size = 2048
+
+    def admits(self, ask: Ask, load: Load) -> Decision:
+        return Decision(False, 0, False, self.step_size, "admit")
+
+    def has_room_for_step(self, load: Load) -> bool:
+        return True
+
+    def single_step(self, load: Load) -> SingleStep:
+        return "fits"
 
 
-def given_out(replays: Replays) -> list[Ticket]:
-    """All that may run now."""
-    return list(iter(replays.next, None))
+class Quiet(Request):
+    """A request whose answer nobody reads."""
+
+    def send(self, item: Any) -> None:
+        pass
+
+    def stop_run(self) -> None:
+        pass
 
 
-@pytest.mark.parametrize(
-    "memory",
-    [
-        MetalOutOfMemoryError("Insufficient Memory", code=8),
-        MetalInteractivityError("Impacting Interactivity", code=0xE),
-    ],
-    ids=["memory", "interactivity"],
-)
-def test_out_of_memory_lets_fewer_run_until_it_is_over(memory: MetalError) -> None:
-    """So does what held up the display: only smaller pieces of work pass."""
-    flight = Flight()
-    tickets = boarded(4, flight)
+def scheduler(settings: SimpleNamespace, attempts: int = 2) -> Scheduler[Quiet]:
+    prefill = PrefillStep(settings)
+    return Scheduler(Unlimited(), attempts, 60.0, prefill.be_careful)
+
+
+def begin(scheduler: Scheduler[Quiet], request: Quiet) -> Quiet:
+    assert scheduler.ask(request, 10, 20).verdict == "admit"
+    return request
+
+
+def begun(count: int, scheduler: Scheduler[Quiet]) -> list[Quiet]:
+    requests = [Quiet() for _ in range(count)]
+    for request in requests:
+        scheduler.arrive(request)
+        begin(scheduler, request)
+    return requests
+
+
+def given_out(scheduler: Scheduler[Quiet]) -> list[Quiet]:
+    """All that may run now, which mlx-lm begins with."""
+    return [begin(scheduler, request) for request in iter(scheduler.next, None)]
+
+
+@pytest.mark.parametrize("failure", [Failure.TOO_MUCH, Failure.PASSING])
+def test_out_of_memory_lets_fewer_run_until_it_is_over(failure: Failure) -> None:
     settings = SimpleNamespace(prefill_step_size=2048)
-    replays = Replays(flight, 2, PrefillStep(settings))
-    timeout = MetalTimeoutError("Caused GPU Timeout Error", code=2)
+    runs = scheduler(settings)
+    requests = begun(4, runs)
 
-    def fail(fault: MetalError) -> list[Ticket]:
-        again, ending = replays.sort(fault, fault)
-        assert not ending
-        replays.line_up(again)
-        return given_out(replays)
-
-    assert fail(memory) == tickets[:2]
+    assert runs.failure(failure) == []
+    if failure is Failure.PASSING:
+        assert given_out(runs) == requests
+        assert settings.prefill_step_size == 2048
+        return
+    assert given_out(runs) == requests[:2]
     assert settings.prefill_step_size == 512
-    running = fail(memory)
-    for ticket in tickets:
-        assert running == [ticket]
+    assert runs.failure(failure) == []
+    for request in requests:
+        assert given_out(runs) == [request]
         assert settings.prefill_step_size == 128
-        assert not replays.may_take_new()
-        ticket.complete()
-        running = given_out(replays)
-    assert running == []
+        assert not runs.takes_new()
+        runs.complete(request)
+    assert given_out(runs) == []
     # Everything is as before.
-    assert replays.may_take_new()
-    assert settings.prefill_step_size == 2048
-    tickets = boarded(4, flight)
-    assert fail(timeout) == tickets
+    assert runs.takes_new()
     assert settings.prefill_step_size == 2048
 
 
 def test_those_that_wait_for_their_turn_lose_no_attempt() -> None:
     """One request fails again and again; it alone is told so."""
-    flight = Flight()
-    tickets = boarded(3, flight)
-    step = PrefillStep(SimpleNamespace(prefill_step_size=2048))
-    replays = Replays(flight, 2, step)
-    fault = MetalOutOfMemoryError("Insufficient Memory", code=8)
-    again, ending = replays.sort(fault, fault)
-    for _ in range(2):
-        assert (again, ending) == (tickets, [])
-        replays.line_up(again)
-        assert replays.next() is tickets[0]
-        assert replays.next() is None
-        again, ending = replays.sort(fault, fault)
-    assert (again, ending) == (tickets[1:], [tickets[0]])
+    runs = scheduler(SimpleNamespace(prefill_step_size=2048))
+    requests = begun(3, runs)
+    assert runs.failure(Failure.TOO_MUCH) == []
+    for left in (1, 0):
+        assert given_out(runs) == requests[:1]
+        assert runs.failure(Failure.TOO_MUCH) == [requests[0]][left:]
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 3])
 def test_one_that_fails_every_time_takes_nobody_with_it(attempts: int) -> None:
     """Whatever the fault: in the end each is alone."""
-    flight = Flight()
-    tickets = boarded(3, flight)
-    bad = tickets[1]
-    step = PrefillStep(SimpleNamespace(prefill_step_size=2048))
-    replays = Replays(flight, attempts, step)
-    fault = MetalTimeoutError("Caused GPU Timeout Error", code=2)
-    running, ended = list(tickets), []
+    runs = scheduler(SimpleNamespace(prefill_step_size=2048), attempts)
+    requests = begun(3, runs)
+    bad = requests[1]
+    running, ended = list(requests), []
     while running:
         if bad in running:
-            again, ending = replays.sort(fault, fault)
-            replays.line_up(again)
-            for ticket in ending:
-                ticket.fail(fault)
-            ended += ending
+            for request in runs.failure(Failure.PASSING):
+                runs.fail(request, RuntimeError())
+                ended.append(request)
         else:
-            running[0].complete()
-        running = given_out(replays)
+            runs.complete(running[0])
+        running = given_out(runs)
     assert ended == [bad]
-    assert replays.may_take_new()
+    assert runs.takes_new()
 
 
 def test_a_fault_that_must_not_be_tried_again_ends_only_those_it_struck() -> None:
-    flight = Flight()
-    tickets = boarded(3, flight)
-    step = PrefillStep(SimpleNamespace(prefill_step_size=2048))
-    replays = Replays(flight, 2, step)
-    memory = MetalOutOfMemoryError("Insufficient Memory", code=8)
-    again, _ = replays.sort(memory, memory)
-    replays.line_up(again)
-    assert given_out(replays) == tickets[:1]
-    access = MetalAccessError("Caused GPU Address Fault Error", code=0xB)
-    assert replays.sort(access, access) == (tickets[1:], tickets[:1])
+    runs = scheduler(SimpleNamespace(prefill_step_size=2048))
+    requests = begun(3, runs)
+    runs.failure(Failure.TOO_MUCH)
+    assert given_out(runs) == requests[:1]
+    assert runs.failure(Failure.FINAL) == requests[:1]
+    assert runs.requests(RequestState.REPLAY) == requests[1:]
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (MetalTimeoutError("Caused GPU Timeout Error", code=2), Failure.PASSING),
+        (MetalOutOfMemoryError("Insufficient Memory", code=8), Failure.TOO_MUCH),
+        # What held up the display: only smaller pieces of work pass.
+        (
+            MetalInteractivityError("Impacting Interactivity", code=0xE),
+            Failure.TOO_MUCH,
+        ),
+        (MetalAccessError("Caused GPU Address Fault Error", code=0xB), Failure.FINAL),
+        (RuntimeError("[malloc] Unable to allocate 1 bytes."), Failure.TOO_MUCH),
+        (ValueError("of the model"), Failure.UNKNOWN),
+    ],
+)
+def test_what_a_failure_means(error: Exception, failure: Failure) -> None:
+    fault = error if isinstance(error, MetalError) else None
+    assert what_it_means(fault, error) is failure
 
 
 def test_one_that_mlx_lm_has_not_begun_with_loses_no_attempt(server: Server) -> None:

@@ -99,13 +99,40 @@ def test_a_fault_that_the_request_outlives(
     inject = "decode:5:8,decode:9:8"
     with Server(tiny_model, inject=inject, program=RARELY).wait_ready() as server:
         assert server.chat(TEXT, max_tokens=64).status == 200
-        assert server.metric("mlx_safe_reports_written_total") == 1
         assert server.metric("mlx_safe_reports_suppressed_total") == 1
+        # It is written beside the recovery, and not in it.
+        written = "mlx_safe_reports_written_total"
+        assert eventually(lambda: server.metric(written) == 1)
         (path,) = (p for p in private_reports.iterdir() if p.name[0].isdigit())
         report = json.loads(path.read_text())
         assert report["why"] == "fault" and report["code"] == 8
         assert "Insufficient Memory" in report["exception_message"]
         assert len(report["requests"]) == 1
+
+
+# Takes its time to write the report of a fault.
+SLOWLY = """
+import sys, time
+from mlx_safe import _reports
+from mlx_safe.cli import main
+stacks = _reports._python_stacks
+def slowly(directory):
+    print("a report is being written", flush=True)
+    time.sleep(1)
+    return stacks(directory)
+_reports._python_stacks = slowly
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_who_ends_waits_for_the_report_of_a_fault(
+    tiny_model: Path, private_reports: Path
+) -> None:
+    with Server(tiny_model, inject="decode:5:8", program=SLOWLY).wait_ready() as server:
+        assert server.chat(TEXT, max_tokens=8).status == 200
+        server.wait_for_log("a report is being written")
+        assert server.stop() == 0
+    assert only_report(private_reports)["code"] == 8
 
 
 def test_sigkill_and_sigterm(tiny_model: Path, private_reports: Path) -> None:

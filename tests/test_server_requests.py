@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,15 @@ def odd_cases() -> list[Case]:
 def test_null_and_what_samplers_cannot_take(
     server: Server, undisturbed: None, path: str
 ) -> None:
+    def ask(case: Case) -> Answer:
+        return server.post(case.also(**PATHS[path]), case.path)
+
     wrong = []
-    for case in odd_cases():
-        answer = server.post(case.also(**PATHS[path]), case.path)
+    found = odd_cases()
+    # One by one, each would wait for most of the innocent's answer.
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, found))
+    for case, answer in zip(found, answers, strict=True):
         # XTC fails in mlx-lm 0.31.3, whatever is asked of it, and is refused.
         expected = (200, 400) if "odd" in case.kind else (200,)
         if answer.status not in expected:
@@ -448,6 +455,60 @@ def test_a_model_without_a_chat_template(tiny_model: Path, tmp_path: Path) -> No
         empty = {"role": "assistant", "content": ""}
         found = server.post({**body, "messages": [*HELLO, empty, *HELLO]})
         assert choices(found) == choices(expected)
+
+
+# Fails by the words of its author, by a type, and by what tools have.
+STRICT_TEMPLATE = """
+{%- if style is defined and style != "plain" -%}
+  {{- raise_exception("style must be plain") -}}
+{%- endif -%}
+{%- if depth is defined -%}{{- "x" * depth -}}{%- endif -%}
+{%- if low is defined and low > high -%}{{- raise_exception("low over high") -}}
+{%- endif -%}
+{%- for tool in tools or [] -%}{{- 1 + tool.function.name -}}{%- endfor -%}
+{%- for m in messages -%}
+  {%- if m.content == "never" -%}{{- raise_exception("never say never") -}}{%- endif -%}
+  {{- m.role + ": " + m.content -}}
+{%- endfor -%}
+"""
+
+
+@pytest.mark.parametrize("way", [{}, {"seed": 1}, {"stream": True}], ids=str)
+def test_what_a_template_cannot_use_is_named(
+    strict_server: Server, way: dict[str, Any]
+) -> None:
+    kwargs = "chat_template_kwargs"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    wrong: list[tuple[dict[str, Any], str, str]] = [
+        ({kwargs: {"style": "odd"}}, f"{kwargs}.style", "style must be plain"),
+        ({kwargs: {"a": 1, "style": "odd"}}, f"{kwargs}.style", "style must be plain"),
+        ({kwargs: {"depth": "deep"}}, f"{kwargs}.depth", "cannot use"),
+        ({kwargs: {"low": 2, "high": 1, "style": 0}}, kwargs, "refuses"),
+        ({"tools": [tool]}, "tools", "cannot use tools"),
+        ({"text": "never", kwargs: {"a": 1}}, "messages", "never say never"),
+        ({"text": "never"}, "messages", "refuses the messages: never say never"),
+    ]
+    for body, param, message in wrong:
+        answer = strict_server.chat(**{**body, **way})
+        assert (answer.status, answer.error["param"]) == (400, param), body
+        assert message in answer.error["message"]
+    assert (
+        strict_server.chat(**way, chat_template_kwargs={"style": "plain"}).status == 200
+    )
+
+
+@pytest.fixture(scope="module")
+def strict_server(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    model = tmp_path_factory.mktemp("strict") / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = STRICT_TEMPLATE
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    with Server(model).wait_ready() as server:
+        yield server
 
 
 def test_penalties_stay_with_their_request(tiny_model: Path) -> None:

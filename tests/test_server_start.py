@@ -74,7 +74,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_paths_that_cannot_be_read_are_no_tracebacks(tmp_path: Path) -> None:
     from mlx_safe._command import CommandError
-    from mlx_safe.server.launcher import check_paths
+    from mlx_safe.server.flags import check_paths
 
     # What may not be read is read all the same by root, as whom CI runs.
     loop = tmp_path / "loop"
@@ -82,8 +82,11 @@ def test_paths_that_cannot_be_read_are_no_tracebacks(tmp_path: Path) -> None:
     for path, why in (
         (str(loop), f"cannot be read: {os.strerror(errno.ELOOP)}"),
         ("/" + 300 * "a", f"cannot be read: {os.strerror(errno.ENAMETOOLONG)}"),
-        ("~nobody-of-this-name/m", "no such directory (~ stands for nothing here)"),
-        ("~/m", "no such directory (~ stands for nothing here)"),
+        (
+            "~nobody-of-this-name/m",
+            "no such directory (the shell does not expand ~ here)",
+        ),
+        ("~/m", "no such directory (the shell does not expand ~ here)"),
     ):
         with pytest.raises(CommandError, match=re.escape(why)):
             check_paths(Namespace(model=path))
@@ -162,8 +165,8 @@ def test_an_mlx_lm_that_does_not_fit(version: str, contains: str) -> None:
         f"""
         import sys
         from mlx_safe.cli import main
-        from mlx_safe.server import compat
-        compat._version = lambda: {version!r}
+        from mlx_safe.server.mlx_lm import requirements
+        requirements.installed_version = lambda: {version!r}
         sys.exit(main(["serve"]))
         """
     )
@@ -186,9 +189,9 @@ def test_an_mlx_lm_whose_seams_have_moved() -> None:
 def test_the_installed_mlx_lm_has_every_seam() -> None:
     import mlx_lm.server
 
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import seams
 
-    assert compat.missing_seams(mlx_lm.server) == []
+    assert seams.missing_seams(mlx_lm.server) == []
 
 
 @pytest.mark.parametrize(
@@ -206,10 +209,10 @@ def test_a_seam_that_is_gone(
 ) -> None:
     import mlx_lm.server
 
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import seams
 
     monkeypatch.delattr(f"mlx_lm.server.{seam}")
-    assert f"{gone} is gone" in "; ".join(compat.missing_seams(mlx_lm.server))
+    assert f"{gone} is gone" in "; ".join(seams.missing_seams(mlx_lm.server))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +230,7 @@ def test_an_attribute_that_has_another_name(
     """Nothing but an object that was made can tell."""
     import mlx_lm.server
 
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import seams
 
     cls = getattr(mlx_lm.server, name)
     make = cls.__init__
@@ -238,13 +241,13 @@ def test_an_attribute_that_has_another_name(
         setattr(self, f"{attribute}_", self.__dict__.pop(attribute))
 
     monkeypatch.setattr(cls, "__init__", renamed)
-    missing = "; ".join(compat.missing_seams(mlx_lm.server))
+    missing = "; ".join(seams.missing_seams(mlx_lm.server))
     assert f"{name}.{attribute}" in missing and "is gone" in missing
 
 
 def test_a_flag_of_mlx_lm_that_is_gone() -> None:
     from mlx_safe._command import CommandError
-    from mlx_safe.server import compat
+    from mlx_safe.server.mlx_lm import requirements
 
     flags = ("model", "draft_model", "num_draft_tokens", "prefill_step_size")
     cli_args = SimpleNamespace(**dict.fromkeys(flags), prompt_cache_size=1)
@@ -252,7 +255,7 @@ def test_a_flag_of_mlx_lm_that_is_gone() -> None:
         model=None, draft_model=None, model_key=None, cli_args=cli_args
     )
     with pytest.raises(CommandError, match=r"\.prompt_cache_bytes is gone"):
-        compat.check_provider(provider)
+        requirements.check_provider(provider)
 
 
 @pytest.mark.parametrize(

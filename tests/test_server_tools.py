@@ -29,7 +29,7 @@ PROPERTIES = {
     "integer": {"type": "integer"},
     "object": {"type": "object"},
 }
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
@@ -183,7 +183,15 @@ def every_parser() -> list[Any]:
 
 
 # What clients send as tools, good and bad: parsers look into them.
-OFFERED = [None, TOOLS, [], [{}], [{"function": {"name": "run"}}], ["run"], 5]
+OFFERED: list[Any] = [
+    None,
+    TOOLS,
+    [],
+    [{}],
+    [{"function": {"name": "run"}}],
+    ["run"],
+    5,
+]
 
 
 @pytest.mark.parametrize("parser", every_parser(), ids=tool_calls.parser_name)

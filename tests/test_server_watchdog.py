@@ -46,7 +46,7 @@ def test_a_stall_is_noticed_when_its_client_has_left(tiny_model: Path) -> None:
         with server.connected(body):
             server.wait_held()
         assert server.wait() == 75
-        assert server.departures == 1
+        assert server.disconnects == 1
         assert "no progress for 4 s" in server.log
 
 

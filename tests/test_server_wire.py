@@ -84,7 +84,7 @@ def head_of(answer: bytes) -> dict[str, str]:
 def unchunked(answer: bytes) -> tuple[list[bytes], bool]:
     """The chunks of an answer's body, and whether the last one is there."""
     rest = answer.split(b"\r\n\r\n", 1)[1]
-    chunks = []
+    chunks: list[bytes] = []
     while rest:
         size, rest = rest.split(b"\r\n", 1)
         count = int(size, 16)
@@ -283,7 +283,7 @@ def test_leaving_a_connection_that_was_kept(
     """With a second request already behind the first."""
     size, step = (300 * 64, 5) if when == "prefill" else (5, 20)
     body = ask("x" * size, max_tokens=20_000, stream=True, **PATHS[path])
-    seen = server.departures
+    seen = server.disconnects
     with talk(server) as s:
         s.sendall(raw(ask()))
         read_until(s, b"\r\n\r\n")
@@ -295,7 +295,7 @@ def test_leaving_a_connection_that_was_kept(
     assert server.metric("mlx_safe_requests_in_flight") == 0
     server.go()
     assert server.chat(**PATHS[path]).status == 200
-    assert server.departures == seen + 1
+    assert server.disconnects == seen + 1
 
 
 def test_a_health_check_that_is_reset_is_no_client_that_left(server: Server) -> None:
@@ -349,8 +349,8 @@ def test_of_many_that_wait_the_oldest_goes(tiny_model: Path) -> None:
 def test_connections_that_wait_hold_up_no_end(tiny_model: Path) -> None:
     program = (
         """
-from mlx_safe.server import condition
-condition.ANSWER_TIMEOUT_S = 600.0
+from mlx_safe.server import health
+health.ANSWER_TIMEOUT_S = 600.0
 """
         + CONTROLLED
     )

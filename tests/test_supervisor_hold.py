@@ -24,7 +24,7 @@ from test_supervisor import SUPERVISED, pids_of_children
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 CHAT = "/v1/chat/completions"
-LONG = {"text": "hello " * 400, "max_tokens": 300}
+LONG: dict[str, Any] = {"text": "hello " * 400, "max_tokens": 300}
 
 
 def kill_the_server(server: Server) -> None:
@@ -285,10 +285,16 @@ def test_a_server_may_take_its_time_to_end(tmp_path: Path) -> None:
 class TellsNothing(socket.socket):
     """As on macOS one that was reset."""
 
-    def __init__(self, family: int = -1, *kind: int, fileno: int | None = None) -> None:
+    def __init__(
+        self,
+        family: int = -1,
+        type: int = -1,
+        proto: int = -1,
+        fileno: int | None = None,
+    ) -> None:
         if family == -1:
             raise OSError(errno.EINVAL, "Invalid argument")
-        super().__init__(family, *kind, fileno=fileno)
+        super().__init__(family, type, proto, fileno)
 
 
 def test_a_connection_that_tells_nothing_of_itself(

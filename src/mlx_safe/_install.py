@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 
-__all__ = ["Status", "install", "status", "uninstall"]
+__all__ = ["Status", "install", "require", "status", "uninstall"]
 
 _lock = threading.RLock()
 
@@ -36,9 +36,11 @@ class Status:
         mlx_version: version of the installed mlx, or None.
         mlx_notes: what is known of how this version treats a fault, one line each.
         report_dir: directory of the crash reports, or None.
-        reports_written, reports_failed: crash reports of this process.
+        reports_written: crash reports of this process.
+        reports_failed: those that could not be written, or not whole.
         reports_suppressed: faults that got none, as there was one just before.
-        epoch: faults so far. dropped: faults whose record was lost.
+        epoch: faults so far.
+        dropped: faults whose record was lost.
         reasons: one line for each thing that is not active.
     """
 
@@ -185,8 +187,8 @@ def _report_dir() -> tuple[str | None, str | None]:
     wanted = _paths.report_dir()
     if not os.path.isabs(wanted):
         return None, (
-            f"no crash reports: where {wanted} is cannot be told; set "
-            "MLX_SAFE_REPORT_DIR to an absolute path"
+            f"no crash reports: {wanted} is no absolute path; set "
+            "MLX_SAFE_REPORT_DIR to one"
         )
     longest = _core.report_directory_max()
     if len(os.fsencode(wanted)) > longest:
@@ -241,9 +243,9 @@ def install(
             installed mlx: intercept below 0.32.0, observe from there on.
         on_terminate: what happens when an exception reaches std::terminate.
             ``"report"``: a crash report is written and the process dies as it
-            would have. ``"drain"``: the thread is parked, `on_fault` callbacks
-            are called so that a server can answer its clients, and the process
-            leaves with status 75.
+            would have. ``"drain"``: the thread is parked, the callbacks of
+            ``on_fault(…, drains=True)`` answer the clients, and the process leaves
+            with status 75; at once when there are none.
         drain_seconds: how long a parked thread waits before it exits anyway.
         signals: SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE and SIGTRAP leave a crash
             report, too; then the handlers that were there before run (faulthandler's
@@ -350,6 +352,28 @@ def uninstall() -> None:
         _core.metal_uninstall()
         _core.terminate_uninstall()
         _state.__init__()  # type: ignore[misc]
+
+
+def require() -> Status:
+    """Raises unless faults of the GPU are caught in this process.
+
+    For a program that must not run unprotected. On a machine without Metal there
+    are no command buffers to hook, and nothing is raised.
+
+    Returns:
+        What `status` says.
+
+    Raises:
+        RuntimeError: `install` was not called, or the hooks are not verified; the
+            message names the reasons.
+    """
+    found = status()
+    if not found.installed:
+        raise RuntimeError("mlx_safe is not installed: call mlx_safe.install()")
+    if _core.metal_status()["runtime"] and not found.verified:
+        why = "; ".join(found.reasons)
+        raise RuntimeError(f"faults of the GPU are not caught here: {why}")
+    return found
 
 
 def regime() -> str | None:

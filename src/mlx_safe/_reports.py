@@ -1,6 +1,6 @@
 """Breadcrumbs, and reports of a process that lives on.
 
-The writer itself is native (`src/cpp/report.cpp`) and the same one that writes
+The writer itself is native (`src/cpp/crash/report.cpp`) and the same one that writes
 when the process dies. Everything here may be called from any thread.
 """
 
@@ -12,6 +12,7 @@ import threading
 import time
 
 from . import _core, _faults
+from ._fault import Fault
 from ._version import __version__
 
 TYPE_CHECKING = False
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "breadcrumb",
+    "finish",
     "keep_fresh",
     "refresh_run_file",
     "remove_run_file",
@@ -31,6 +33,7 @@ __all__ = [
     "watch_faults",
     "write",
     "write_fault",
+    "write_fault_beside",
 ]
 
 # A fault that lasts must not fill the disk: the report of the first tells most.
@@ -40,6 +43,10 @@ FAULT_REPORTS_MAX = 20
 # A tenth of a second old at most, however many steps a second there are.
 SAMPLE_EVERY_S = 0.1
 RUN_FILE_EVERY_S = 5.0
+
+# For a disk that hangs. In turns: see `_faults.END_TURNS`.
+FINISH_WAIT_S = 2.0
+FINISH_TURNS = 20
 
 
 def breadcrumb(text: str, /, **fields: str | int | float | bool | None) -> None:
@@ -64,12 +71,14 @@ class _State:
 
     def __init__(self) -> None:
         self.directory: str | None = None
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # held while a report is written
+        self.count_lock = threading.Lock()
         self.fault_reports = 0
         self.suppressed = 0
         self.last_fault_report = float("-inf")
         self.told_failure = False
         self.subscription: _faults.Subscription | None = None
+        self.writing: threading.Thread | None = None
         self.sampled_at = float("-inf")
         self.run_file_lock = threading.Lock()
         self.run_file_at = float("-inf")
@@ -104,7 +113,7 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
     with _state.run_file_lock:
         written = _core.write_run_file()
     if not written:
-        return f"no file in {directory} says that this process runs: cannot write it"
+        return f"cannot write the run file in {directory}"
     return None
 
 
@@ -156,24 +165,61 @@ def watch_faults() -> None:
             _state.subscription = _faults.watch(_report_fault, _look)
 
 
-def _report_fault(fault: _faults.Fault) -> None:
+def _report_fault(fault: Fault) -> None:
     if fault.source != "terminate":  # the terminate handler has written one
         write_fault(fault.message, fault.code)
 
 
 def write_fault(message: str, code: int) -> None:
     """A report of a fault, unless there was one just before; arguments of `write`."""
+    if _is_to_be_written():
+        write("fault", message, code)
+
+
+def write_fault_beside(message: str, code: int) -> None:
+    """`write_fault` on a thread of its own, for whoever has better to do than wait.
+
+    What the process dies of before it is written tells of it as well: it leaves a
+    breadcrumb first. An end in good order waits for it (`finish`).
+    """
+    _core.breadcrumb("fault", message[:95], {"code": code})
+    if _state.directory is None or not _is_to_be_written():
+        return
+    # No daemon: the interpreter's end waits for it.
+    thread = threading.Thread(
+        target=write, args=("fault", message, code), name="mlx-safe-report"
+    )
+    _state.writing = thread
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be started any more
+        _state.writing = None
+        write("fault", message, code)
+
+
+def finish() -> None:
+    """Waits for a report that is being written; for an end by ``os._exit``."""
+    thread = _state.writing
+    for _ in range(FINISH_TURNS if thread is not None else 0):
+        assert thread is not None
+        thread.join(FINISH_WAIT_S / FINISH_TURNS)
+        if not thread.is_alive():
+            return
+
+
+def _is_to_be_written() -> bool:
+    """Whether a fault gets a report of its own now; counts it."""
     now = time.monotonic()
-    with _state.lock:
+    with _state.count_lock:
         if (
             now - _state.last_fault_report < FAULT_REPORT_EVERY_S
             or _state.fault_reports >= FAULT_REPORTS_MAX
         ):
             _state.suppressed += 1
-            return
+            return False
         _state.last_fault_report = now
         _state.fault_reports += 1
-    write("fault", message, code)
+        return True
 
 
 def write(why: str, message: str, code: int | None = None) -> str | None:

@@ -20,6 +20,7 @@ usage: mlx-safe [--version] COMMAND ...
 
 commands:
   serve    mlx_lm.server, protected: takes every flag of it
+  run      any Python program that uses MLX, protected: run -- COMMAND ...
   doctor   what this machine is, and what fits; --model PATH sizes the flags
   status   what is active on this machine, and for what is not, why
   reports  the crash reports: list, show, export, prune
@@ -27,9 +28,15 @@ commands:
 
 
 def _serve(arguments: Sequence[str]) -> int:
-    from .server.launcher import serve
+    from .server.serve import serve
 
     return serve(arguments)
+
+
+def _run_program(arguments: Sequence[str]) -> int:
+    from .running.command import run
+
+    return run(arguments)
 
 
 def _doctor(arguments: Sequence[str]) -> int:
@@ -64,6 +71,7 @@ def _reports(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
+    "run": _run_program,
     "doctor": _doctor,
     "status": _status,
     "reports": _reports,

@@ -41,12 +41,16 @@ def doctor(arguments: Sequence[str]) -> int:
         "--model", metavar="PATH", help="load this model, measure it, and size flags"
     )
     parser.add_argument(
-        "--max-active-memory-bytes", metavar="SIZE", help="as if the server had it"
+        "--max-active-memory-bytes",
+        metavar="SIZE",
+        help="the server's flag of this name",
     )
-    parser.add_argument("--max-active-kv-bytes", metavar="SIZE", help="likewise")
+    parser.add_argument(
+        "--max-active-kv-bytes", metavar="SIZE", help="the server's flag of this name"
+    )
     for flag in ("--adapter-path", "--draft-model"):
-        parser.add_argument(flag, metavar="PATH", help="likewise")
-    parser.add_argument("--json", action="store_true", help="for programs")
+        parser.add_argument(flag, metavar="PATH", help="the server's flag of this name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args(list(arguments))
     if asked.model is None and (asked.adapter_path or asked.draft_model):
         raise CommandError("--adapter-path and --draft-model need --model")
@@ -164,10 +168,10 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
     Raises:
         CommandError: one cannot be loaded.
     """
-    from .server import compat
-    from .server.launcher import check_paths
+    from .server.flags import check_paths
+    from .server.mlx_lm.requirements import import_server
 
-    server = compat.import_server()
+    server = import_server()
     check_paths(argparse.Namespace(model=name, adapter_path=adapter, draft_model=draft))
     loaded = []
     for flag, path, options in (
@@ -191,7 +195,7 @@ def _measure(
     explicit: int | None,
     kv_limit: int | None,
 ) -> dict[str, Any]:
-    from .server import compat
+    from .server.mlx_lm import compat
     from .server.model_limits import context_of
 
     transients = Transients()

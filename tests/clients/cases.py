@@ -16,15 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stage import (
-    Client,
-    Drivers,
-    Outcome,
-    SupervisedServer,
-    Task,
-    base_url,
-)
+from protocol import Outcome, Task
 
+from clients.stage import Client, Drivers, SupervisedServer, base_url
 from support import scripted_model
 from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
@@ -263,14 +257,14 @@ def leaving(stage: Stage, drivers: Drivers) -> Outcomes:
     left = 'mlx_safe_requests_total{outcome="client_left"}'
     outcomes = {}
     for name, driver in drivers.items():
-        departures, seen = server.departures, server.metric(left)
+        disconnects, seen = server.disconnects, server.metric(left)
         outcomes[name] = driver.do(task(server, name, leave=True, max_tokens=ENDLESS))
         if not driver.client.lets_go:
             driver.stop()
         # Its answer would go on for minutes.
         outcomes[name].left &= (
             eventually(lambda seen=seen: server.metric(left) == seen + 1, 10)  # type: ignore[misc]
-            and server.departures == departures + 1
+            and server.disconnects == disconnects + 1
             and server.metric("mlx_safe_requests_in_flight") == 0
         )
     return outcomes

@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from stage import HERE
-
+from clients.stage import HERE
 from support.server import Server, eventually, free_port
 
 # Where Debian has nginx; only root looks there.

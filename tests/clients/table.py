@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cases import CASES, Case, Outcome
-from stage import Client
+from protocol import Outcome
+
+from clients.cases import CASES, Case
+from clients.stage import Client
 
 WHOLE = "whole answer"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cases import CASES, Case, Stage
-from stage import CLIENTS, Client
+
+from clients.cases import CASES, Case, Stage
+from clients.stage import CLIENTS, Client
 
 CELLS = [
     pytest.param(case, client, id=f"{case.name}-{client.name}")

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cases import CALM, ENDLESS, NO_REPLAY, POSTED, Stage, start_all
-from proxy import PROXIES, Proxy
 
+from clients.cases import CALM, ENDLESS, NO_REPLAY, POSTED, Stage, start_all
+from clients.proxy import PROXIES, Proxy
 from support.server import CONTROLLED, Answer, Server, eventually
 
 # A body larger than what HAProxy holds of one by itself, 16 KB.
@@ -35,8 +35,10 @@ def two(tiny_model: Path) -> Iterator[list[Server]]:
 
 @pytest.fixture(scope="module", params=PROXIES)
 def running(request: pytest.FixtureRequest, two: list[Server]) -> Iterator[Proxy]:
-    with Proxy(request.param, two) as proxy:
-        yield proxy.wait_ready()
+    proxy = Proxy(request.param, two)
+    with proxy:
+        proxy.wait_ready()
+        yield proxy
 
 
 @pytest.fixture
@@ -51,7 +53,10 @@ def proxy(running: Proxy, two: list[Server]) -> Iterator[Proxy]:
 def asks_the_first(proxy: Proxy, two: list[Server]) -> bool:
     asked = two[0].log.count(POSTED)
     assert proxy.chat(max_tokens=1).status == 200
-    return two[0].log.count(POSTED) > asked or bool(time.sleep(0.2))
+    if two[0].log.count(POSTED) > asked:
+        return True
+    time.sleep(0.2)
+    return False
 
 
 def test_a_stream_comes_as_it_is_made(proxy: Proxy, two: list[Server]) -> None:
@@ -85,7 +90,7 @@ def test_a_503_goes_to_the_other_server(
 
 def test_who_leaves_is_passed_on(proxy: Proxy, two: list[Server]) -> None:
     for stream in (False, True):
-        gone = two[0].departures
+        gone = two[0].disconnects
         two[0].hold(20)
         body = {"messages": [{"role": "user", "content": "left"}], "stream": stream}
         with proxy.connected({**body, "max_tokens": ENDLESS}):

@@ -19,6 +19,7 @@ import pytest
 from contract.disassembly import Library, library_of, plain_name
 from contract.facts import KNOWN, RECORDED, UNSEEN, Facts
 from mlx_safe import _install, _mlx_versions
+from support.versions import NEWEST_PAIR, OLDEST_PAIR, READ
 
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("CONTRACT_CACHE", ROOT / ".cache" / "contract"))
@@ -26,7 +27,7 @@ CACHE = Path(os.environ.get("CONTRACT_CACHE", ROOT / ".cache" / "contract"))
 # one version of each regime is looked at.
 SYSTEM, LATER_SYSTEMS = "14_0", ("15_0", "26_0")
 BUILDS = [(version, SYSTEM) for version in (*KNOWN, "newest")]
-BUILDS += [(v, system) for v in ("0.31.2", "newest") for system in LATER_SYSTEMS]
+BUILDS += [(v, system) for v in (OLDEST_PAIR[0], "newest") for system in LATER_SYSTEMS]
 HOOK = re.compile(r'MLX_SAFE_HOOK\((k\w+), "([^"]+)", \w+, k\w+, (k\w+)\)')
 
 # (kind, selector, need) of each hook.
@@ -211,10 +212,15 @@ def test_exceptions_come_from_the_systems_runtime(mlx: tuple[str, Library]) -> N
         )
 
 
+def test_every_version_has_its_facts() -> None:
+    assert tuple(KNOWN) == READ
+
+
 def test_a_change_is_told(mlx: tuple[str, Library]) -> None:
     """The other side: this version's facts as those of one that differs."""
     version, lib = mlx
-    other = "0.32.4" if _install._regime("auto", version) == "intercept" else "0.31.2"
+    intercepts = _install._regime("auto", version) == "intercept"
+    other, _ = NEWEST_PAIR if intercepts else OLDEST_PAIR
     told = "\n".join(changes(other, facts_of(lib)))
     assert f"mlx-metal {other} is not as recorded" in told
     assert "throwing completion handlers" in told

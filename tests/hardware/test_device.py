@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import platform
 import signal
+import subprocess
 from pathlib import Path
+
+import pytest
 
 import mlx_safe
 from mlx_safe import _install, _mlx_versions
@@ -73,15 +76,25 @@ def test_ordinary_work_is_no_fault() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_real_out_of_memory_raises_and_the_process_goes_on() -> None:
-    done = child.run(
-        OUT_OF_MEMORY.format(suite=suite()),
-        timeout=LIMIT_S,
-        **hog.ENVIRONMENT,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "raised 8" in done.stdout
-    assert "after it 1000.0 epoch" in done.stdout and "epoch 0" not in done.stdout
+@pytest.fixture(scope="module")
+def out_of_memory() -> subprocess.CompletedProcess[str]:
+    code = OUT_OF_MEMORY.format(suite=suite())
+    return child.run(code, timeout=LIMIT_S, **hog.ENVIRONMENT)
+
+
+def test_a_real_out_of_memory_raises_and_the_process_goes_on(
+    out_of_memory: subprocess.CompletedProcess[str],
+) -> None:
+    assert out_of_memory.returncode == 0, out_of_memory.stderr
+    assert "raised 8" in out_of_memory.stdout
+    assert "after it" in out_of_memory.stdout
+    assert "epoch 0" not in out_of_memory.stdout
+
+
+def test_what_is_computed_after_it_is_right(
+    out_of_memory: subprocess.CompletedProcess[str],
+) -> None:
+    assert "after it 1000.0 epoch" in out_of_memory.stdout, out_of_memory.stderr
 
 
 def test_without_us_it_kills_the_process_or_raises_as_mlx_says() -> None:

@@ -10,7 +10,7 @@ from support.server import Server
 # The protected server, whose model takes all of the GPU's memory in a step for
 # as long as the file named by HOG is there.
 HUNGRY = """
-import os, sys
+import functools, os, sys
 sys.path.insert(0, os.environ["TESTS"])
 from pathlib import Path
 import mlx.core as mx
@@ -18,6 +18,7 @@ import mlx_lm.server as server
 from mlx_safe.cli import main
 from support.hog import hog
 load = server.ModelProvider.load
+@functools.wraps(load)  # its parameters are looked at
 def loaded(self, *args, **kwargs):
     model, tokenizer = load(self, *args, **kwargs)
     kind = type(model)

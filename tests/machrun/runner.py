@@ -8,10 +8,13 @@ import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.versions import NEWEST_PAIR
+
 from .setup.packages import get_mlx, get_ours, get_site, version_of
 from .setup.places import CACHE, HERE, LOADER, MAIN, PYTHONS, QEMU
 
 LIMIT_S = 300
+STARTUP = HERE.parent / "support" / "startup"
 
 
 @dataclass
@@ -23,15 +26,17 @@ class Machine:
         macos: what is pretended.
         system: for which macOS MLX's wheel is.
         ours: the folder with our package in place of the wheel's own; None: without.
-        server: with mlx-lm; only for the versions in packages.PAIRS.
+        server: with mlx-lm; only for the mlx of a pair in `support.versions`.
+        platform: what Python says it is on: see guest/darwin.py.
     """
 
-    mlx: str = "0.32.4"
+    mlx: str = NEWEST_PAIR[0]
     python: str = MAIN
     macos: str = "14.0"
     system: str = "14_0"
     ours: Path | None = field(default_factory=Path)
     server: bool = False
+    platform: str = "darwin"
 
     @property
     def version(self) -> str:
@@ -41,13 +46,14 @@ class Machine:
     @property
     def environment(self) -> dict[str, str]:
         python = PYTHONS[self.python]
-        path = [HERE / "guest", get_mlx(self.mlx, python, self.system)]
+        path = [HERE / "guest", STARTUP, get_mlx(self.mlx, python, self.system)]
         if self.ours is not None:
             path.append(self.ours if self.ours != Path() else get_ours(python))
         if self.server:
             path += get_site(self.mlx)
         return {
             "MACHRUN_MACOS": self.macos,
+            "MACHRUN_PLATFORM": self.platform,
             "MACHRUN_PYTHON": f"libpython{self.python}.so.1.0",
             "MACHRUN_SYSROOT": str(python.sysroot),
             "MACHRUN_QEMU": str(QEMU),

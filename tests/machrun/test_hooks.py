@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from .runner import LIMIT_S, Machine
+from .setup.packages import NEWEST
 from .setup.places import HERE
 
 FAULTS, THREADS_S = 60, 1.5
@@ -17,11 +18,13 @@ FAULTS, THREADS_S = 60, 1.5
 MACHINES = {
     "0.30.6": Machine(mlx="0.30.6"),
     "0.31.2": Machine(mlx="0.31.2"),
-    "0.31.2 macOS 15": Machine(mlx="0.31.2", macos="15.0"),
+    # MLX has a wheel for each macOS, built apart, and pip takes the newest that fits.
+    "0.31.2 macOS 15": Machine(mlx="0.31.2", macos="15.0", system="15_0"),
     "0.32.1": Machine(mlx="0.32.1"),
     "0.32.4": Machine(mlx="0.32.4"),
-    "0.32.4 macOS 26": Machine(mlx="0.32.4", macos="26.0"),
-    "0.32.4 cp312-abi3": Machine(mlx="0.32.4", python="3.13"),
+    "newest macOS 26": Machine(mlx=NEWEST, macos="26.0", system="26_0"),
+    "0.32.4 cp312-abi3 3.13": Machine(mlx="0.32.4", python="3.13"),
+    "0.32.4 cp312-abi3 3.14": Machine(mlx="0.32.4", python="3.14"),
 }
 
 
@@ -39,7 +42,7 @@ def test_every_fault_is_told(name: str, private_reports: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    early = machine.mlx < "0.32"
+    early = machine.version < "0.32"
     assert found["mode"] == ("intercept" if early else "observe")
     assert found["verified"] and found["reasons"] == []
     for sweep in (found["over the CPU"], found["on the GPU"]):

@@ -1,29 +1,30 @@
 """`mlx-safe serve` on the macOS wheels, with both mlx-lm: a fault costs no request.
 
-The model's numbers are right, as everything is computed on the CPU's stream; GPU
-work beside it fails, and so the hooks tell of real failures of Metal.
+The main cases of the server suites (tests/test_server_*.py), of one server for each
+pair. The model's numbers are right, and its texts real, as everything is computed on
+the CPU's stream; GPU work beside it fails, and so the hooks tell of real failures of
+Metal.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support import server as servers
-from support.server import CONTROLLED, NEVER, Server
+from support.server import CONTROLLED, NEVER, STOCK, Answer, Server
+from support.versions import OLDEST_PAIR, PAIRS
 
 from .runner import Machine
-from .setup.packages import PAIRS
-from .setup.places import HERE, ROOT
+from .setup.places import HERE
 
 # A command buffer of the GPU that fails, whenever a line of standard input says so.
-FAILING = CONTROLLED.replace(
-    "def listen():",
-    """def work_on_the_gpu():
-    import machpy
+ON_THE_GPU = """
+import machpy, os, sys, threading
+import mlx.core as mx
+def work_on_the_gpu():
     with mx.stream(mx.gpu):
         mx.eval(mx.exp(mx.array([1.0])))
         machpy.fail(1)
@@ -32,81 +33,213 @@ FAILING = CONTROLLED.replace(
             mx.synchronize()
         except RuntimeError as e:
             os.write(1, f"metal: {e}\\n".encode())
-def listen():""",
-).replace(
+"""
+FAILING = ON_THE_GPU + CONTROLLED.replace(
     'elif line == "go\\n":',
     """elif line == "metal\\n":
             threading.Thread(target=work_on_the_gpu, daemon=True).start()
             continue
         elif line == "go\\n":""",
 )
-SLOW_START_S = 400.0
-# Makes the model: any Python with MLX and mlx-lm for this machine.
-PYTHON = ROOT / ".venvs" / "observe" / "bin" / "python"
+STOCK_FAILING = (
+    ON_THE_GPU
+    + """
+def listen():
+    for line in sys.stdin:
+        work_on_the_gpu()
+threading.Thread(target=listen, daemon=True).start()
+"""
+    + STOCK
+)
+SLOW_START_S, SLOW_ANSWER_S = 400.0, 300.0
+PATHS: dict[str, dict[str, int]] = {"batched": {}, "sequential": {"seed": 1}}
+PHASES = {"prefill": "prefill:1:8", "decode": "decode:4:8"}
+STEP, SMALLER_STEP = 256, 64  # of a prompt; after an out of memory
+ARGUMENTS = ("--prefill-step-size", str(STEP), "--prompt-cache-size", "0")
+LONG = "x" * 600
+Texts = dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("model")
-    program = ROOT / "tests" / "support" / "tiny_model.py"
-    subprocess.run([PYTHON, program, directory], check=True, timeout=300)
-    return directory
-
-
-@pytest.fixture(scope="module", params=PAIRS)
-def server(
-    request: pytest.FixtureRequest,
-    model: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Server]:
-    machine = Machine(mlx=request.param, server=True)
-    reports = tmp_path_factory.mktemp("reports")
-    environment = {
-        **machine.environment,
-        "MACHRUN_DEVICE": "cpu",
-        "MLX_SAFE_REPORT_DIR": str(reports),
-    }
+@pytest.fixture(scope="module", autouse=True)
+def slow_servers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(servers, "PYTHON", str(HERE / "python"))
         patch.setattr(servers, "START_TIMEOUT_S", SLOW_START_S)
-        steps = f"any:{NEVER}"  # or they are not counted
-        with Server(model, program=FAILING, env=environment, inject=steps) as started:
-            yield started.wait_ready()
+        patch.setattr(servers, "REQUEST_TIMEOUT_S", SLOW_ANSWER_S)
+        yield
+
+
+def environment_of(version: str, reports: Path) -> dict[str, str]:
+    return {
+        **Machine(mlx=version, server=True).environment,
+        "MACHRUN_DEVICE": "cpu",
+        "MLX_SAFE_REPORT_DIR": str(reports),
+    }
+
+
+@pytest.fixture(scope="module", params=PAIRS)
+def version(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def server(
+    version: str,
+    slow_servers: None,
+    model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    environment = environment_of(version, tmp_path_factory.mktemp("reports"))
+    inject = f"any:{NEVER}"  # or steps are not counted
+    options = {"program": FAILING, "env": environment, "inject": inject}
+    with Server(model, *ARGUMENTS, **options) as started:
+        yield started.wait_ready()
+
+
+@pytest.fixture(scope="module")
+def texts(server: Server) -> Texts:
+    """What is answered without a fault, by path."""
+    found = {path: server.chat(**more).text for path, more in PATHS.items()}
+    assert all(found.values())
+    return found
+
+
+def assert_told(answer: Answer, code: str) -> None:
+    assert answer.broken is None and answer.error["code"] == code
+    assert answer.error["retry_after"] == 5
+    if answer.events:
+        assert answer.status == 200 and answer.done
+    else:
+        assert answer.status == 503 and answer.headers["retry-after"] == "5"
 
 
 def test_it_is_ready_with_hooks_on_the_real_binaries(server: Server) -> None:
     assert "Metal is hooked and the hooks are verified" in server.log
+    assert server.get("/health").json == {"status": "ok"}
 
 
-@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("path", PATHS)
 def test_a_failed_step_is_replayed_exactly(
-    server: Server, more: dict[str, int]
+    server: Server, texts: Texts, path: str, phase: str, stream: bool
 ) -> None:
-    whole = server.chat("Tell me.", **more)
-    assert whole.status == 200 and len(whole.text) > 0
-    again = server.log.count("requests run again: 1")
-    server.plan("any:4")
-    replayed = server.chat("Tell me.", **more)
-    assert (replayed.status, replayed.text) == (200, whole.text)
-    server.wait_for_log("requests run again: 1", again + 1)
+    again = server.metric("mlx_safe_replays_total")
+    server.plan(PHASES[phase])
+    replayed = server.chat(stream=stream, **PATHS[path])
+    assert (replayed.status, replayed.error, replayed.text) == (200, None, texts[path])
+    assert not stream or replayed.done
+    assert server.metric("mlx_safe_replays_total") == again + 1
 
 
-def test_a_stream_goes_on_after_a_fault(server: Server) -> None:
-    whole = server.chat("Go on.", stream=True)
-    server.plan("any:5")
-    replayed = server.chat("Go on.", stream=True)
-    assert replayed.done and replayed.error is None
-    assert replayed.text == whole.text
-
-
-def test_a_buffer_that_fails_in_the_middle_is_a_fault_of_metal(server: Server) -> None:
-    """Seen by the hooks alone: MLX's own work was on the CPU."""
-    whole = server.chat("Once more.", max_tokens=12)
+def test_all_of_a_batch_are_replayed(server: Server) -> None:
+    whole = [answer.text for answer in server.chats(3)]
+    again = server.metric("mlx_safe_replays_total")
     server.hold(4)
-    with server.chatting(1, max_tokens=12) as answers:
+    with server.chatting(3) as answers:
+        server.wait_held()
+        server.wait_for_clients(3)
+        server.plan("any:1:8")
+        server.go()
+    assert [answer.text for answer in answers] == whole
+    assert server.metric("mlx_safe_replays_total") > again
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(8, "metal_out_of_memory"), (2, "metal_timeout")]
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_fault_that_stays_is_told(
+    server: Server, texts: Texts, path: str, number: int, code: str
+) -> None:
+    for stream in (False, True):
+        server.plan(f"decode:1:{number}:persistent")
+        assert_told(server.chat(stream=stream, **PATHS[path]), code)
+    server.plan(f"any:{NEVER}")
+    assert server.chat(**PATHS[path]).text == texts[path]
+    assert server.get("/health").json == {"status": "ok"}
+
+
+def test_out_of_memory_makes_smaller_steps_until_it_is_over(server: Server) -> None:
+    def steps() -> int:
+        before = server.ask("steps")
+        assert server.chat(LONG).status == 200
+        return server.ask("steps") - before
+
+    server.plan(f"any:{NEVER}")
+    undisturbed = steps()
+    server.plan("decode:3:2")
+    as_before = steps()
+    server.plan("decode:3:8")
+    more = len(LONG) // SMALLER_STEP - len(LONG) // STEP - 1
+    assert steps() >= as_before + more
+    # The plan that counts is the last one, and it has struck.
+    server.plan(f"any:{NEVER}")
+    assert steps() == undisturbed
+
+
+def test_a_client_that_leaves_is_one_quiet_line(server: Server, texts: Texts) -> None:
+    """Seen by kqueue, as far as guest/darwin.py has one."""
+    seen = server.departures
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 100_000,
+        "stream": True,
+    }
+    with server.connected(body) as connection:
+        assert connection.recv(100)
+    server.wait_for_log("went away; its request is cancelled", seen + 1)
+    assert server.chat().text == texts["batched"]
+    assert server.metric("mlx_safe_requests_in_flight") == 0
+
+
+def test_a_buffer_that_fails_in_the_middle_is_a_fault_of_metal(
+    server: Server, texts: Texts
+) -> None:
+    """Seen by the hooks alone: MLX's own work was on the CPU."""
+    again = server.metric("mlx_safe_replays_total")
+    server.hold(4)
+    with server.chatting(1) as answers:
         server.wait_held()
         server.tell("metal")
         server.wait_for_log("metal: [METAL] Command buffer execution failed")
         server.go()
-    assert answers[0].status == 200
-    assert len(answers[0].text) == len(whole.text)
+    (answer,) = answers
+    assert answer.status == 200
+    assert server.metric("mlx_safe_replays_total") == again + 1
+    assert answer.text == server.chat("hello from client 0").text
+
+
+# The last of a server's, which it ends.
+def test_a_fatal_fault_answers_everyone_and_leaves(
+    server: Server, version: str
+) -> None:
+    assert "Traceback" not in server.log
+    terminates = version == OLDEST_PAIR[0]
+    plan = "any:1:8:once:terminate" if terminates else "any:1:4"
+    with server.chatting(3, max_tokens=100_000) as answers:
+        server.wait_for_requests(3)
+        server.wait_for_clients(3)
+        server.hold(1)
+        server.wait_held()
+        server.plan(plan)
+        server.go()
+    for answer in answers:
+        assert_told(answer, answer.error["code"] if terminates else "metal_device_lost")
+    assert server.wait(SLOW_ANSWER_S) == 75
+
+
+def test_without_us_the_same_buffer_ends_the_server(
+    slow_servers: None, model: Path, tmp_path: Path
+) -> None:
+    """The control: mlx_lm.server with the older MLX, and nothing of ours."""
+    environment = environment_of(OLDEST_PAIR[0], tmp_path)
+    options = {"program": STOCK_FAILING, "env": environment}
+    environment["MLX_SAFE_AUTOINSTALL"] = "0"
+    with Server(model, **options) as server:
+        server.wait_ready()
+        assert server.chat().status == 200
+        server.tell("metal")
+        assert server.wait(SLOW_ANSWER_S) == -6
+        assert "std::runtime_error: [METAL] Command buffer execution" in server.log

@@ -125,8 +125,8 @@ def test_without_hooks_the_intercept_versions_die() -> None:
 def test_the_newest_is_one_of_the_table() -> None:
     newest = Machine(mlx=NEWEST).version
     assert newest in VERSIONS, (
-        f"mlx {newest} is out: add it to VERSIONS in setup/packages.py, and run "
-        "`make machrun-table`"
+        f"mlx {newest} is out: add it to EXECUTED_MLX in requirements/versions.mk, "
+        "and run `make machrun-table`"
     )
 
 

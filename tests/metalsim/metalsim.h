@@ -171,6 +171,12 @@ METALSIM_API int64_t metalsim_live_objects(const char* class_name);
 // 0 once a hook has taken itself out (added ones can only be neutralised).
 METALSIM_API uint32_t metalsim_modified_methods(void);
 
+// From now on appends a line for each message that is sent through
+// objc_msgSend, and so from outside, to the file: THREAD CLASS SELECTOR. THREAD
+// is "handlers" on the thread that runs completion handlers, and otherwise a
+// number, given as the threads come, from 1. NULL: no more. -1: not opened.
+METALSIM_API int metalsim_trace(const char* path);
+
 #if defined(__cplusplus)
 }  // extern "C"
 #endif

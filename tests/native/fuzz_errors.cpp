@@ -11,8 +11,8 @@
 #include <random>
 #include <string>
 
-#include "async_io.h"
-#include "fault_log.h"
+#include "crash/async_io.h"
+#include "crash/fault_log.h"
 
 namespace {
 

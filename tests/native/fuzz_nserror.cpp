@@ -8,8 +8,8 @@
 #include <cstdio>
 #include <random>
 
+#include "crash/fault_log.h"
 #include "drive.h"
-#include "fault_log.h"
 #include "metal/error.h"
 
 namespace {

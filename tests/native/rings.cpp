@@ -10,9 +10,9 @@
 #include <thread>
 #include <vector>
 
-#include "breadcrumbs.h"
-#include "fault_log.h"
-#include "report_context.h"
+#include "crash/breadcrumbs.h"
+#include "crash/fault_log.h"
+#include "crash/report_context.h"
 
 using namespace mlx_safe;
 

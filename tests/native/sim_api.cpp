@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "fault_log.h"
+#include "crash/fault_log.h"
 #include "metal/hooks.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

@@ -10,10 +10,10 @@
 #include <exception>
 #include <thread>
 
-#include "breadcrumbs.h"
-#include "report.h"
-#include "signals.h"
-#include "terminate.h"
+#include "crash/breadcrumbs.h"
+#include "crash/report.h"
+#include "crash/signals.h"
+#include "crash/terminate.h"
 
 namespace {
 

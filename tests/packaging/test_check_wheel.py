@@ -136,7 +136,7 @@ def wrong_tag(files: Contents) -> None:
 
 ANY = {
     "a file too many": (adding("mlx_safe/x.dylib", b"x"), "does not belong here"),
-    "a module too few": (without("server/launcher.py"), "launcher.py is missing"),
+    "a module too few": (without("server/serve.py"), "serve.py is missing"),
     "no requirements": (emptied("/METADATA"), "METADATA requires [] for server"),
     "no command": (emptied("/entry_points.txt"), "not the command mlx-safe"),
     "a command too many": (

@@ -117,12 +117,14 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "store": (1, "x"),
     "service_tier": (1, []),
 }
+NO_CONTENT: tuple[Any, ...] = (1, True, {}, [1], [{}], [[]])
+NO_CALLS: tuple[Any, ...] = (1, "x", {"a": 1}, [1], [{}], [{"function": 1}])
 OF_CHAT: dict[str, tuple[Any, ...]] = {
     "messages": (
         *(1, "x", {}, [], [1], ["x"], [[]], [{}], [None]),
         *([{"role": 1, "content": "x"}], [{"role": "alien", "content": "x"}]),
         *([{"role": "user"}], [{"role": "user", "content": None}]),
-        *([{"role": "user", "content": x}] for x in (1, True, {}, [1], [{}], [[]])),
+        *([{"role": "user", "content": x}] for x in NO_CONTENT),
         [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": [{"type": "text", "text": 1}]}],
         [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}],
@@ -130,10 +132,7 @@ OF_CHAT: dict[str, tuple[Any, ...]] = {
         [{"role": "user", "content": [{"type": "image_url", "image_url": "file:x"}]}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": 1}]}],
         [{"role": "user", "content": "x", "name": 1}],
-        *(
-            [{"role": "assistant", "tool_calls": x}]
-            for x in (1, "x", {"a": 1}, [1], [{}], [{"function": 1}])
-        ),
+        *([{"role": "assistant", "tool_calls": x}] for x in NO_CALLS),
         [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}],
         [{"role": "assistant", "tool_calls": [{"type": "custom"}]}],
         [{"role": "tool", "content": 1, "tool_call_id": "1"}],
@@ -180,6 +179,7 @@ def _with(path: str, field: str, value: str, more: Any = ()) -> bytes:
 
 def _wrong(path: str) -> Iterator[tuple[str, str, str]]:
     """(field, kind, value as text) of what must be refused."""
+    value: Any
     for field, bounds in NUMBERS.items():
         for value in (*bounds, "x", True, [], {}):
             yield field, f"{value!r}", json.dumps(value)
@@ -190,12 +190,12 @@ def _wrong(path: str) -> Iterator[tuple[str, str, str]]:
         for literal in (NAN, INFINITY, TOO_LARGE, DIGITS):
             yield field, literal[:9], literal
     for field in STRINGS:
-        for text in (1, True, [], {}, "", "a\0b", "x" * 5000):
-            yield field, f"{text!r}"[:9], json.dumps(text)
+        for value in (1, True, [], {}, "", "a\0b", "x" * 5000):
+            yield field, f"{value!r}"[:9], json.dumps(value)
         yield field, "a surrogate", SURROGATE
     for field in BOOLEANS:
-        for truth in (1, "x", [], {}):
-            yield field, f"{truth!r}", json.dumps(truth)
+        for value in (1, "x", [], {}):
+            yield field, f"{value!r}", json.dumps(value)
     for field, values in {**OTHERS, **(OF_CHAT if path == CHAT else OF_TEXT)}.items():
         for i, value in enumerate(values):
             yield field, f"{i}: {value!r}"[:40], json.dumps(value)

@@ -9,7 +9,7 @@ import textwrap
 
 
 def run(
-    code: str, timeout: float = 300.0, **environment: str
+    code: str, /, timeout: float = 300.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs ``code`` with this interpreter; never raises for its exit status."""
     return subprocess.run(

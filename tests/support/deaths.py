@@ -22,7 +22,7 @@ SIGNALS = """
 """
 
 
-def die(code: str, before: str = "", **environment: str) -> Done:
+def die(code: str, before: str = "", **environment: Any) -> Done:
     """Runs ``code`` in a child that has signals installed."""
     return child.run(SIGNALS.format(before=before) + code, **environment)
 

@@ -212,7 +212,7 @@ def model_types() -> list[str]:
 
     found = []
     for info in pkgutil.iter_modules(mlx_lm.models.__path__):
-        spec = info.module_finder.find_spec(info.name, None)  # type: ignore[call-arg]
+        spec = info.module_finder.find_spec(info.name, None)
         assert spec is not None and spec.origin is not None
         source = Path(spec.origin).read_text(encoding="utf-8")
         if "class ModelArgs" in source or "ModelArgs," in source:

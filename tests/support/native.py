@@ -6,6 +6,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from support import child
 
@@ -66,7 +67,7 @@ PYTHON = """
 
 
 def in_python(
-    native: Native, code: str, before: str = "", **environment: str
+    native: Native, code: str, before: str = "", **environment: Any
 ) -> subprocess.CompletedProcess[str]:
     program = PYTHON.format(before=before) + code
     return child.run(program, MLX_SAFE_METAL_RUNTIME=native.runtime, **environment)

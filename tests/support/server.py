@@ -26,7 +26,7 @@ from typing import Any
 
 # The Python of the servers: another one than the tests' own under `make machrun`.
 PYTHON = os.environ.get("MLX_SAFE_TEST_PYTHON", sys.executable)
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "120"))
 REQUEST_TIMEOUT_S = 90.0
 
 # mlx_lm.server as it is, with nothing of ours but the injected fault.
@@ -51,12 +51,14 @@ NEVER = 10**9  # a step that no test comes to
 # steps from when it is read and takes the place of the one before; "memory" asks
 # for the bytes of MLX's arrays, "steps" for the number of steps so far, "clients" for
 # that of the handlers whose request is in the generator's hands, "connections" for that
-# of the connections accepted so far, "pid" for the server's. "hold N": the Nth step
-# from now waits, before anything of it is done, for "go"; "hold" asks how many it is
+# of the connections accepted so far, "pid" for the server's. "forget" empties the
+# prompt cache, and answers how many prompts were in it. "hold N": the Nth step from
+# now waits, before anything of it is done, for "go"; "hold" asks how many it is
 # away. mlx-lm fails on a request with the stop word "FAILS".
 CONTROLLED = """
-import os, socket, sys, threading
+import gc, os, socket, sys, threading
 import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import ResponseGenerator
 from mlx_safe import testing
 from mlx_safe.cli import main
@@ -66,6 +68,12 @@ def failing(self, model_key, tokenizer, stop_words, *args, **kwargs):
         raise ValueError("asked for")
     return make(self, model_key, tokenizer, stop_words, *args, **kwargs)
 ResponseGenerator._make_state_machine = failing
+def forget():
+    caches = [o for o in gc.get_objects() if issubclass(type(o), LRUPromptCache)]
+    count = sum(len(cache) for cache in caches)
+    for cache in caches:
+        cache.trim_to(n_sequences=0)
+    return count
 counter = testing.inject("any", NEVER)
 count, going, away = testing.step, threading.Event(), NEVER
 def step(phase):
@@ -108,6 +116,8 @@ def listen():
             answer = f"connections: {connections}\\n"
         elif line == "pid\\n":
             answer = f"pid: {os.getpid()}\\n"
+        elif line == "forget\\n":
+            answer = f"forget: {forget()}\\n"
         elif line == "hold\\n":
             answer = f"hold: {away}\\n"
         elif line.startswith("hold "):
@@ -133,14 +143,14 @@ REFUSING = """
 import signal, sys, time
 from types import SimpleNamespace
 from mlx_safe.cli import main
-from mlx_safe.server import condition, recovery
+from mlx_safe.server import health, recovery
 recovery.REFUSE_FOR_S = 3600.0
 passed = 0.0
 def pass_the_hour(*_):
     global passed
     passed = 3600.0
 signal.signal(signal.SIGUSR1, pass_the_hour)
-condition.time = SimpleNamespace(
+health.time = SimpleNamespace(
     sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
 )
 sys.exit(main(["serve", *sys.argv[1:]]))
@@ -215,7 +225,8 @@ class Answer:
                 p.get("text") or p.get("delta", {}).get("content") or "" for p in parts
             )
         choice = self.json["choices"][0]
-        return choice.get("text") or choice["message"]["content"]
+        text: str = choice.get("text") or choice["message"]["content"]
+        return text
 
     @property
     def done(self) -> bool:
@@ -337,13 +348,23 @@ class Server:
         assert eventually(lambda: self.log.count(text) >= times), self.log
 
     @property
-    def departures(self) -> int:
+    def disconnects(self) -> int:
         """How many clients the log says went away before they had their answer."""
         return self.log.count("went away; its request is cancelled")
 
     @property
     def log(self) -> str:
+        """What it has said, or what since `renew`."""
         return "".join(self._lines)
+
+    def renew(self) -> Server:
+        """Nothing is planned, cached or logged: for tests that share `CONTROLLED`."""
+        self.plan(f"any:{NEVER}")
+        # When this is answered, what was before is done with.
+        assert self.chat("another", max_tokens=1).status == 200, self.log
+        self.ask("forget")
+        self._lines.clear()
+        return self
 
     def __enter__(self) -> Server:
         return self
@@ -469,9 +490,10 @@ class Server:
                 linger = struct.pack("ii", 1, 0)
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    def chat(
-        self, text: str = "hello there", timeout: float = REQUEST_TIMEOUT_S, **more: Any
-    ) -> Answer:
+    def chat(self, text: str = "hello there", /, **more: Any) -> Answer:
+        """Asks; ``more`` are fields of the body, or ``text`` and ``timeout`` (s)."""
+        text = more.pop("text", text)
+        timeout = more.pop("timeout", REQUEST_TIMEOUT_S)
         messages = [{"role": "user", "content": text}]
         return self.post(
             {"messages": messages, "max_tokens": 8, **more}, timeout=timeout

@@ -52,7 +52,9 @@ MARKERS = {
 }
 
 
-def calls(text: str, parser: str = "json_tools", readable: bool | None = None) -> Any:
+def calls(
+    text: str, parser: str = "json_tools", readable: bool | None = None
+) -> Spoken:
     """A model that calls a tool with ``text``, between two words."""
     start, end = MARKERS[parser]
     last = (end, " done") if end else ()
@@ -202,7 +204,7 @@ def make(directory: Path, spoken: Spoken) -> None:
         assert not head[:, ids[token]].any(), f"{token!r} comes twice"
         head[ids[following], ids[token]] = 5
     layer = "model.layers.0."
-    weights = {
+    weights: dict[str, Any] = {
         "model.embed_tokens.weight": np.eye(len(ids), width),
         "lm_head.weight": head,
         "model.norm.weight": np.ones(width),

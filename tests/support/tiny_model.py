@@ -45,7 +45,8 @@ def make_tokenizer(
     )
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens(list(special))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
+    make: Any = PreTrainedTokenizerFast
+    tokenizer = make(tokenizer_object=raw, eos_token="<eos>")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
     return tokenizer

@@ -143,8 +143,8 @@ def _metadata(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
     if f"{_info(tags)}/METADATA" in names:
         text = archive.read(f"{_info(tags)}/METADATA").decode()
         metadata = HeaderParser().parsestr(text)
-        expected = {"Name": "mlx-safe", "Version": tags.version, **PROMISED}
-        for key, value in expected.items():
+        promised = {"Name": "mlx-safe", "Version": tags.version, **PROMISED}
+        for key, value in promised.items():
             if metadata[key] != value:
                 yield f"METADATA has the {key} {metadata[key]}, not {value}"
         yield from _needed(metadata.get_all("Requires-Dist", []))
@@ -164,10 +164,10 @@ def _needed(requirements: list[str]) -> Iterator[str]:
     found: dict[str | None, set[str]] = {extra: set() for extra in NEEDED}
     for requirement in requirements:
         name, _, marker = requirement.partition(";")
-        extra = re.search(r"""extra == ["'](\w+)["']""", marker)
+        told = re.search(r"""extra == ["'](\w+)["']""", marker)
         distribution = re.match(r"[\w.-]+", name)
         if distribution is not None:
-            found.setdefault(extra and extra[1], set()).add(distribution[0])
+            found.setdefault(told and told[1], set()).add(distribution[0])
     for extra, names in found.items():
         if names != NEEDED.get(extra):
             yield f"METADATA requires {sorted(names)} for {extra or 'all'}"

@@ -141,9 +141,9 @@ def _bindings(binary: lief.MachO.Binary, python: str) -> Iterator[str]:
             if name not in (OF_LIBSYSTEM if library == LIBSYSTEM else _of_libcxx()):
                 yield f"{name} is not known to be in the {library} of macOS 14"
     for name in OF_THE_SYSTEM:
-        found = sorted(origins[name])
-        if found != [LIBCXX]:
-            yield f"{name} binds to {found or 'nothing'}, not to {LIBCXX}"
+        if origins[name] != {LIBCXX}:
+            bound = sorted(origins[name]) or "nothing"
+            yield f"{name} binds to {bound}, not to {LIBCXX}"
     yield from python_abi.check(of_python, python)
 
 

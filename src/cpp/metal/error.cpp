@@ -3,8 +3,8 @@
 #include <atomic>
 #include <cstring>
 
-#include "async_io.h"
-#include "async_system.h"
+#include "crash/async_io.h"
+#include "crash/async_system.h"
 #include "metal/selectors.h"
 
 namespace mlx_safe::metal {

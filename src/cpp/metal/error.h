@@ -1,8 +1,8 @@
 // What a failed command buffer says of its failure.
 #pragma once
 
-#include "breadcrumbs.h"
-#include "fault_log.h"
+#include "crash/breadcrumbs.h"
+#include "crash/fault_log.h"
 #include "objc/runtime.h"
 
 namespace mlx_safe::metal {

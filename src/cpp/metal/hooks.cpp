@@ -11,9 +11,9 @@
 #include <thread>
 #include <vector>
 
-#include "async_io.h"
-#include "breadcrumbs.h"
-#include "fault_log.h"
+#include "crash/async_io.h"
+#include "crash/breadcrumbs.h"
+#include "crash/fault_log.h"
 #include "metal/error.h"
 #include "metal/hook_table.h"
 #include "metal/ledger.h"
@@ -417,21 +417,23 @@ bool is_same(const std::vector<Ledger::WaitRef>& one,
                              });
 }
 
-// The same when it is a thread of the CPU stream that MLX waits for while it
-// holds back what that thread, or a committed buffer for which it waits, is
-// waiting for: when MLX 0.32 raises a failure in the midst of an evaluation it
-// waits for the CPU's streams first, and commits the GPU's later. The rule: a
-// wait that is held up by signals of a thread that has committed nothing for a
-// second since what it had committed before failed is ended by doing those
-// signals, and any other that the same open signals hold up, when they have
-// held one up for as long as any wait of ours may take.
+// A wait of a CPU stream's thread, which must end although MLX holds back what
+// it waits for. MLX 0.32 raises a failure in the midst of an evaluation: it
+// waits for the CPU's streams first, and commits the GPU's buffers later. So a
+// CPU stream may wait for a signal that the raising thread has encoded and not
+// committed.
+//
+// The rule: such a wait is ended by doing those signals. That happens as soon
+// as the thread that encoded them has committed nothing for a second since what
+// it had committed before failed. Any other wait that the same open signals
+// hold up is ended when they have held one up for as long as a wait here may
+// take.
 //
 // In the first case MLX is raising already. A buffer that was opened later than
-// 100 ms after the failure may be of a new evaluation, in which nobody raises:
-// that is the second, and a fault counted, as it is not known what is read
-// then. It is the open signals that are done, not what waits for them: so what
-// was committed runs, and is through before the memory is let go of that it
-// uses.
+// 100 ms after the failure may be of a new evaluation, which raises nothing.
+// That is the second case: a fault is counted, as it is not known what is read
+// then. The open signals are done, and not what waits for them. So what was
+// committed runs, and is through before the memory that it uses is let go of.
 bool wait_on_cpu_stream(bool (*original)(Id, Selector, std::uint64_t,
                                          std::uint64_t),
                         Id self, Selector selector, std::uint64_t value) {

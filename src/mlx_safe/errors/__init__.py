@@ -32,12 +32,13 @@ from ._metal import (
     is_metal_message,
     kind_of,
 )
+from ._reply import Reply, fault_reply, is_allocation_failure, memory_reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._faults import Fault
+    from .._fault import Fault
 
 __all__ = [
     "CUDA_FAULT_KINDS",
@@ -57,12 +58,15 @@ __all__ = [
     "MetalOutOfMemoryError",
     "MetalTimeoutError",
     "OutOfMemoryError",
+    "Reply",
     "cuda_kind_of",
     "from_exception",
     "from_faults",
+    "is_allocation_failure",
     "is_metal_message",
     "kind_in_message",
     "kind_of",
+    "reply_for",
 ]
 
 
@@ -85,6 +89,23 @@ def from_exception(exc: BaseException) -> GPUError | None:
     message = str(exc)
     kind = kind_in_message(message)
     return None if kind is None else kind.make(message)
+
+
+def reply_for(exc: BaseException) -> Reply | None:
+    """The error response to a request that ``exc`` has ended.
+
+    For a fault of the GPU, MLX's own text included, and for a failed allocation; None
+    for any other exception, which is the server's own affair. 503 with a
+    ``retry_after`` where the same request may succeed later, 500 where it will not.
+    """
+    fault = from_exception(exc)
+    if fault is not None:
+        return fault_reply(fault)
+    if is_allocation_failure(exc):
+        return memory_reply(
+            "There is not enough memory for this request at the moment."
+        )
+    return None
 
 
 def from_faults(faults: Sequence[Fault]) -> MetalError:

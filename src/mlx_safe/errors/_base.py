@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .._faults import Fault
+    from .._fault import Fault
 
 __all__ = ["DeviceLostError", "FaultKind", "GPUError", "OutOfMemoryError"]
 

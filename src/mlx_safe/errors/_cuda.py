@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .._faults import Fault
+    from .._fault import Fault
 
 __all__ = [
     "CUDA_FAULT_KINDS",
@@ -27,6 +27,7 @@ __all__ = [
     "CudaError",
     "CudaOutOfMemoryError",
     "cuda_kind_of",
+    "cuda_text",
     "from_message",
 ]
 
@@ -216,6 +217,11 @@ def cuda_kind_of(code: int) -> FaultKind:
         retryable=True,
         advice="Please report this message, with the versions of driver and MLX.",
     )
+
+
+def cuda_text(code: int) -> str:
+    """What CUDA says of the error number ``code`` (``cudaGetErrorString``)."""
+    return next((text for kind, text in _ROWS if kind.code == code), "unknown error")
 
 
 def from_message(message: str) -> FaultKind | None:

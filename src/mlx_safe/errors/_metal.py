@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from .._faults import Fault
+    from .._fault import Fault
 
 __all__ = [
     "FAULT_KINDS",

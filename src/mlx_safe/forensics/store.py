@@ -117,7 +117,7 @@ def mark_told(entry: Entry) -> bool:
     except FileExistsError:
         return False
     except OSError as e:
-        log.debug("cannot mark %s as told: %s", entry.path, e)
+        log.debug("cannot mark %s as announced: %s", entry.path, e)
     return True  # better twice than never
 
 

@@ -27,14 +27,18 @@ class Situation:
     """How things stand. Sizes in bytes.
 
     Attributes:
-        ceiling: what may be active now. later: what may be again later (the
+        ceiling: what may be active now.
+        later: what may be again later (the
             ceiling without what was learned from faults).
-        active: what is active. pool: what MLX keeps beside that.
+        active: what is active.
+        pool: what MLX keeps beside that.
         evictable: what the entries of the prompt cache hold that the request
-            does not reuse. reusable: what the entry holds that it does.
+            does not reuse.
+        reusable: what the entry holds that it does.
         baseline: what is active when nothing runs and the prompt cache is empty.
         running: requests that will end and give memory back.
-        promised: it is not too long, whatever an estimate says now. alone: nothing
+        promised: it is not too long, whatever an estimate says now.
+        alone: nothing
             else runs.
         may_wait: the request has time left.
         kv_limit: what the caches of all running requests may hold
@@ -62,9 +66,11 @@ class Option:
     Attributes:
         growth: bytes that all running requests, this one among them, will still
             grow by, with the transient of a step.
-        alone: bytes that it would grow by if it ran alone, likewise. least: of
+        alone: bytes that it would grow by if it ran alone, likewise.
+        least: of
             them, what its caches take in any case.
-        kv: bytes of the caches of all of them at the end. kv_alone: of its own.
+        kv: bytes of the caches of all of them at the end.
+        kv_alone: of its own.
     """
 
     step: int
@@ -80,8 +86,10 @@ class Decision:
     """What to do, in the order of the attributes, and then the verdict.
 
     Attributes:
-        free_pool: ``mx.clear_cache()``. evict: bytes of prompt-cache entries to
-            evict, oldest first. take_over: the entry to be reused is not copied.
+        free_pool: ``mx.clear_cache()``.
+        evict: bytes of prompt-cache entries to
+            evict, oldest first.
+        take_over: the entry to be reused is not copied.
         step: the step to read prompts with.
         verdict: ``"admit"``; ``"wait"``; ``"refuse"``: it would fit later;
             ``"never"``: not even alone.

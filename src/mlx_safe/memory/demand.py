@@ -34,7 +34,8 @@ class Row:
     """One request. Tokens.
 
     Attributes:
-        prompt: of its prompt. total: with those that it may still generate.
+        prompt: of its prompt.
+        total: with those that it may still generate.
         is_reading: its prompt has not been read to the end.
     """
 

@@ -41,7 +41,8 @@ class LayerCost:
     """What one layer's cache costs for one sequence. Bytes.
 
     Attributes:
-        per_slot: bytes of one token's place. constant: bytes in any case.
+        per_slot: bytes of one token's place.
+        constant: bytes in any case.
         window: places kept at most; None when all tokens are.
         quantized: bytes of one place after the cache was quantized, which
             happens at ``quantized_from`` tokens; None when it is not.

@@ -45,8 +45,10 @@ class Usage:
     """What is used now. Bytes.
 
     Attributes:
-        active: held by live MLX arrays. peak: the most since the last
-            ``mx.reset_peak_memory``. pool: freed, but kept by MLX for reuse.
+        active: held by live MLX arrays.
+        peak: the most since the last
+            ``mx.reset_peak_memory``.
+        pool: freed, but kept by MLX for reuse.
         footprint: the process, as the system counts it (macOS phys_footprint,
             which jetsam compares; Linux RSS); None where it cannot be read.
         available: what the system could still give; None where unknown.

@@ -22,11 +22,14 @@ class Sizing:
     """What fits. Bytes, and tokens.
 
     Attributes:
-        model: the weights. ceiling: what may be active. step: tokens of a prompt
+        model: the weights.
+        ceiling: what may be active.
+        step: tokens of a prompt
             that can well be read at once, and transient: what that takes.
             prompt_cache: its limit.
         room_tokens: the longest request that is served, prompt and answer
-            together, while nothing else runs. two_tokens: the same for each of
+            together, while nothing else runs.
+        two_tokens: the same for each of
             two that come at once.
         context: tokens that the model was made for; None: no limit is known.
     """

@@ -2,7 +2,7 @@
 
 mlx-lm's own way ends with a 500 at what a model may write, and has no place for
 more than one choice or for log-probabilities in a stream. So its handler only says
-what is to be generated (`generator.Asked`) and what the frame of an answer looks
+what is to be generated (`asked.Asked`) and what the frame of an answer looks
 like (``generate_response``); what goes into it is decided here: an `Answer` reads
 its choices (`choices`) and sends what they have.
 """
@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from . import compat, logprobs, tool_calls
+from . import logprobs, tool_calls
+from .asked import Asked
 from .choices import Choices
-from .generator import Asked
 from .logprobs import Entry, Names
+from .mlx_lm import compat
+from .mlx_lm.protocols import AnsweredContext, Json, Response
+
+if TYPE_CHECKING:
+    from .mlx_lm.handler import ProtectedHandler
 
 __all__ = ["Answer"]
 
@@ -31,7 +37,7 @@ class Answer:
         asked: what mlx-lm's handler wants to have generated.
     """
 
-    def __init__(self, handler: Any, asked: Asked) -> None:
+    def __init__(self, handler: ProtectedHandler, asked: Asked) -> None:
         self._handler = handler
         self._asked = asked
         self._tools = asked.request.tools
@@ -39,7 +45,7 @@ class Answer:
         self._reads_calls = handler.body.get("tool_choice") != "none"
         if not self._reads_calls:
             asked.request.tools = None
-        self._told = [_Told(i, self) for i in range(handler.n)]
+        self._choices = [_Choice(i, self) for i in range(handler.n)]
         self._is_introduced = False
 
     @property
@@ -63,24 +69,24 @@ class Answer:
         handler = self._handler
         with Choices(handler, self._asked, handler.n) as choices:
             for index, item in choices:
-                told = self._told[index]
+                choice = self._choices[index]
                 if hasattr(item, "token"):
                     handler.heard()
-                    told.add(item)
+                    choice.add(item)
                 elif item is None:
-                    told.end()
+                    choice.end()
                 else:
-                    self._begin(told, item)
-                if handler.stream and (told.has_something or told.ended):
+                    self._begin(choice, item)
+                if handler.stream and (choice.has_something or choice.ended):
                     self._introduce()
-                    self._send_event(self._frame([told.take()]))
+                    self._send_event(self._frame([choice.take()]))
             if handler.stream:
                 self._end_stream()
             else:
-                handler._send_json(200, self._frame([t.take() for t in self._told]))
+                handler.send_json(200, self._frame([t.take() for t in self._choices]))
 
     def read_calls(
-        self, text: str, context: Any
+        self, text: str, context: AnsweredContext
     ) -> tuple[list[tool_calls.Call], list[str]]:
         """(calls, what is none) of what stood between a model's markers."""
         if not self._reads_calls:
@@ -101,11 +107,11 @@ class Answer:
 
     # -- what is sent -------------------------------------------------------------
 
-    def _begin(self, told: _Told, context: Any) -> None:
-        if self._handler.stream and not any(t.begun for t in self._told):
+    def _begin(self, choice: _Choice, context: AnsweredContext) -> None:
+        if self._handler.stream and not any(t.begun for t in self._choices):
             self._handler._set_stream_headers(200)
             self._handler.end_headers()
-        told.begin(context)
+        choice.begin(context)
 
     def _introduce(self) -> None:
         """Names the choices of a stream before one of them says anything.
@@ -113,21 +119,21 @@ class Answer:
         openai-python's helper (3.57) keeps them in the order of their first deltas,
         and looks them up by index.
         """
-        if self._is_introduced or len(self._told) == 1 or not self.is_chat:
+        if self._is_introduced or len(self._choices) == 1 or not self.is_chat:
             return
         self._is_introduced = True
-        for told in self._told:
-            self._send_event(self._frame([told.introduce()]))
+        for choice in self._choices:
+            self._send_event(self._frame([choice.introduce()]))
 
     def _usage(self) -> tuple[int, int, int]:
         """Tokens of the prompt, of all that was generated, and those in the cache."""
-        context = self._told[0].context
-        completion = sum(told.tokens for told in self._told)
+        context = self._choices[0].context
+        completion = sum(choice.tokens for choice in self._choices)
         return len(context.prompt), completion, context.prompt_cache_count
 
-    def _frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _frame(self, choices: list[Json]) -> Json:
         usage = () if self._handler.stream else self._usage()
-        frame: dict[str, Any] = self._handler.generate_response("", None, *usage)
+        frame: Json = self._handler.generate_response("", None, *usage)
         frame["choices"] = choices
         return frame
 
@@ -140,24 +146,24 @@ class Answer:
         handler.wfile.write(b"data: [DONE]\n\n")
         handler.wfile.flush()
 
-    def _send_event(self, value: dict[str, Any]) -> None:
+    def _send_event(self, value: Json) -> None:
         data = json.dumps(value, allow_nan=False)
         self._handler.wfile.write(f"data: {data}\n\n".encode())
         self._handler.wfile.flush()
 
 
-class _Told:
-    """One choice: what its client is still to be told of it.
+class _Choice:
+    """One choice, and what of it has not been sent yet.
 
     Attributes:
-        context: mlx-lm's, once there is one. tokens: how many there were so far.
+        tokens: how many there were so far.
     """
 
     def __init__(self, index: int, answer: Answer) -> None:
         self._index = index
         self._answer = answer
-        self.context: Any = None
-        self._read: Any = None
+        self._context: AnsweredContext | None = None
+        self._read: Callable[[Response], list[tuple[str | None, str]]]
         self._names: Names | None = None
         self.tokens = 0
         self.ended = False
@@ -177,16 +183,22 @@ class _Told:
     @property
     def begun(self) -> bool:
         """Whether its prompt has been read as tokens."""
-        return self.context is not None
+        return self._context is not None
 
-    def begin(self, context: Any) -> None:
+    @property
+    def context(self) -> AnsweredContext:
+        """mlx-lm's, of a choice that has begun."""
+        assert self._context is not None
+        return self._context
+
+    def begin(self, context: AnsweredContext) -> None:
         """It is generated now."""
-        self.context = context
+        self._context = context
         self._read = compat.text_by_state(context)
         if self._answer.wants_logprobs:
             self._names = Names(context.tokenizer)
 
-    def add(self, response: Any) -> None:
+    def add(self, response: Response) -> None:
         """Takes one token, and the text that it completes, from mlx-lm."""
         self.tokens += 1
         if self._names is not None:
@@ -231,16 +243,16 @@ class _Told:
         """Whether there is something to send before the end."""
         return bool(self._text or self._reasoning or self._calls)
 
-    def introduce(self) -> dict[str, Any]:
+    def introduce(self) -> Json:
         """The delta that says nothing but whose message it is."""
         self._is_first = False
         delta = {"role": "assistant", "content": ""}
         bare = {"index": self._index, "finish_reason": None, "logprobs": None}
         return {**bare, "delta": delta}
 
-    def take(self) -> dict[str, Any]:
+    def take(self) -> Json:
         """What there is, as an element of ``choices``; it is sent with that."""
-        choice: dict[str, Any] = {
+        choice: Json = {
             "index": self._index,
             "finish_reason": self._finish if self.ended else None,
             "logprobs": self._logprobs(),
@@ -257,9 +269,9 @@ class _Told:
         self._is_first = False
         return choice
 
-    def _message(self) -> dict[str, Any]:
+    def _message(self) -> Json:
         # In each delta, clients that add up would have "assistantassistant…".
-        message: dict[str, Any] = {"role": "assistant"} if self._is_first else {}
+        message: Json = {"role": "assistant"} if self._is_first else {}
         if self._text:
             message["content"] = self._text
         if self._reasoning:
@@ -272,13 +284,13 @@ class _Told:
             ]
         return message
 
-    def _whole_message(self) -> dict[str, Any]:
+    def _whole_message(self) -> Json:
         message = self._message()
         for call in message.get("tool_calls", ()):
             del call["index"]
         return {"content": None if self._calls else "", **message}
 
-    def _tool_call(self, index: int, call: tool_calls.Call) -> dict[str, Any]:
+    def _tool_call(self, index: int, call: tool_calls.Call) -> Json:
         name = call.id
         if not name or name in self._ids:
             name = tool_calls.new_id()
@@ -286,7 +298,7 @@ class _Told:
         function = {"name": call.name, "arguments": call.arguments}
         return {"index": index, "type": "function", "id": name, "function": function}
 
-    def _logprobs(self) -> dict[str, Any] | None:
+    def _logprobs(self) -> Json | None:
         if self._names is None:
             return None
         if self._answer.is_chat:

@@ -1,7 +1,7 @@
 """Reading the body of a request: bounded in size, in time, and in memory of all.
 
 A body has a length (``Content-Length``) or comes in chunks (RFC 9112, section 7.1).
-What cannot be read is told at once, and the connection ends there: where the next
+What cannot be read is refused at once, and the connection ends there: where the next
 request would begin is not known.
 """
 
@@ -62,6 +62,7 @@ class Hold:
         self._taken.append((room, size))
 
     def give_back(self) -> None:
+        """Frees all that was taken. Thread of its handler."""
         for room, size in self._taken:
             room.give_back(size)
         self._taken.clear()

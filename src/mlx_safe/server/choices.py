@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from .generator import Asked
+from .asked import Asked
+from .mlx_lm.protocols import GenerationContext, Progress
 from .recorder import name_request
 
 __all__ = ["Choices", "GenerationEnded"]
@@ -48,13 +49,13 @@ class Choices:
         ]
         self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
-        self._contexts: list[Any] = []
+        self._contexts: list[GenerationContext] = []
         self._is_over = False
 
     def __enter__(self) -> Choices:
-        departures = self._generator.departures
+        disconnects = self._generator.disconnects
         for name, _ in self._asked:
-            watching = departures.watching(name, self._connection)
+            watching = disconnects.watching(name, self._connection)
             self._stack.enter_context(watching)
         return self
 
@@ -64,9 +65,9 @@ class Choices:
             contexts = list(self._contexts)
         for name, _ in self._asked if len(self._asked) > 1 else ():
             # Its thread may wait for the next word of it.
-            ticket = self._generator.departures.ticket(name)
-            if ticket is not None:
-                ticket.leave()
+            request = self._generator.disconnects.request(name)
+            if request is not None:
+                request.disconnect()
         for context in contexts:
             context.stop()
         self._stack.close()
@@ -77,7 +78,7 @@ class Choices:
         else:
             yield from self._merged()
 
-    def _generate(self, index: int, progress: Any) -> Iterator[Any]:
+    def _generate(self, index: int, progress: Progress) -> Iterator[Any]:
         _, asked = self._asked[index]
         try:
             context, responses = self._generator.answer(
@@ -90,7 +91,7 @@ class Choices:
             raise GenerationEnded(e) from e
         yield None
 
-    def _note(self, context: Any) -> None:
+    def _note(self, context: GenerationContext) -> None:
         with self._lock:
             self._contexts.append(context)
             is_over = self._is_over
@@ -133,5 +134,6 @@ def _of_choice(asked: Asked, name: str, path: str, index: int) -> tuple[str, Ask
     name_request(request, name, path)
     args = asked.arguments
     if index and args.seed is not None:
-        args = dataclasses.replace(args, seed=(args.seed + index) % 2**64)
+        seed = (args.seed + index) % 2**64
+        args = dataclasses.replace(args, seed=seed)  # type: ignore[type-var]
     return name, Asked(request, args, asked.progress)

@@ -10,45 +10,63 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
-from jinja2.exceptions import TemplateError
-from mlx_lm.server import ResponseGenerator
 
-from .. import _core, _reports, errors, testing
+from .. import _core, _reports, errors
 from .._command import in_one_line
-from . import compat, kv_window
-from .admission import Admission, Held, MemoryFlags, NoRoom
-from .batches import watched
-from .condition import EXIT_REPLACE, Condition
-from .departures import Departures
+from .asked import Asked
+from .disconnects import Disconnects
+from .headroom import Headroom, MemoryFlags
+from .health import EXIT_REPLACE, Health
+from .in_flight import InFlight
 from .metrics import Metrics
-from .model_limits import ModelLimits, prompt_field
-from .model_loading import replace_model
-from .model_names import DEFAULT, ModelNames
-from .overflow import Cut, Overflow
+from .mlx_lm import compat
+from .mlx_lm.bases import ResponseGenerator
+from .mlx_lm.batches import watched
+from .mlx_lm.prompt_cache import PromptCache
+from .mlx_lm.protocols import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Json,
+    ModelKey,
+    ModelProvider,
+    Processor,
+    Progress,
+    Response,
+    Sampler,
+    Tokenizer,
+)
+from .model_names import ModelNames
+from .overflow import Overflow
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
-from .ranks import AllStop
+from .prompts import Held, Prompts
+from .ranks import AllStop, Home
 from .recorder import request_id
-from .recovery import Recovery, one_line, portable
-from .replay import Replays, Resumed
+from .recovery import Recovery, portable
+from .replay import Resumed
 from .replies import (
     EXPECTED,
     BadRequest,
     ModelNotFound,
     Unavailable,
     is_allocation_failure,
+    is_of_all,
     reply_for,
 )
-from .tickets import ClientLeft, Flight, Ticket, ticket_of
+from .request import RUNNING, Disconnected, RequestState
+from .scheduler import Scheduler
+from .sequential import Sequential
+from .served_model import ServedModel, where
 from .watchdog import Watchdog
 
-__all__ = ["Asked", "ProtectedResponseGenerator"]
+__all__ = ["ProtectedResponseGenerator"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -60,36 +78,15 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 # mlx-lm's loop that fails so often before it asks for work will not get further.
 STARTS_WITHOUT_WORK_MAX = 20
 
-# Not the reason, which tells of files and hosts; it is in the log.
-CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
 
-# How often ranks agree whether the client of the sequential path is still there.
-SHARE_EVERY_TOKENS = 16
-
-
-class Asked(BaseException):
-    """What mlx-lm's handler wants to have generated; raised past its own way of
-    answering, ``except Exception`` included.
-
-    Attributes:
-        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
-    """
-
-    def __init__(self, request: Any, arguments: Any, progress: Any) -> None:
-        super().__init__("to be answered by `answers.Answer`")
-        self.request = request
-        self.arguments = arguments
-        self.progress = progress
-
-
-class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
+class ProtectedResponseGenerator(ResponseGenerator):
     """mlx-lm's generator with an end to every request and none to the thread."""
 
     def __init__(
         self,
-        model_provider: Any,
-        prompt_cache: Any,
-        condition: Condition,
+        model_provider: ModelProvider,
+        prompt_cache: PromptCache,
+        health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
         overflow: Overflow,
@@ -98,28 +95,29 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         max_kv_size: int | None = None,
         injections: bool = False,
         hold_s: float | None = None,
+        home: Home | None = None,
     ) -> None:
-        self.condition = condition
+        self.health = health
+        self._home = home
         self.names = names
-        # Which model is loaded, and what it can be asked for.
-        self._loaded: tuple[Any, ModelLimits] = (None, ModelLimits())
         self._hold_s = hold_s
         self._overflow = overflow
-        self._max_kv_size = max_kv_size
-        self.flight = Flight()
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
         prefill = PrefillStep(model_provider.cli_args)
-        self.replays = Replays(
-            self.flight, replay_attempts if self._one_rank else 0, prefill
+        self.headroom = Headroom(memory, prompt_cache, prefill, self._one_rank)
+        self.scheduler: Scheduler[InFlight] = Scheduler(
+            self.headroom,
+            replay_attempts if self._one_rank else 0,
+            memory.wait_s,
+            prefill.be_careful,
         )
-        self.admission = Admission(
-            self.flight, memory, prompt_cache, prefill, enabled=self._one_rank
-        )
+        prompt_cache.may_store = self._may_store
+        prompt_cache.gives_away = self._gives_away
         self._prefill = prefill
         self._resumed = Resumed()
-        self.departures = Departures()
+        self.disconnects = Disconnects()
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
@@ -128,19 +126,16 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 reported=True,
             ),
         )
-        # The ticket that mlx-lm's sequential path works on.
-        self._alone: Ticket | None = None
         self.metrics = Metrics(
-            lambda: len(self.flight), lambda: float(condition.state == "ok")
+            lambda: len(self.scheduler), lambda: float(health.state == "ok")
         )
         self.metrics.watch_prompt_cache(prompt_cache)
-        self.metrics.watch_memory(self.admission)
+        self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
         self.recovery = Recovery(
             lambda: self.requests,
-            self.flight,
-            condition,
-            self.replays,
-            self.admission,
+            self.scheduler,
+            health,
+            self.headroom,
             prompt_cache,
             self.metrics,
             one_rank=self._one_rank,
@@ -150,17 +145,50 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._caught: Exception | None = None
         # How often mlx-lm's loop has failed before it asked for work.
         self._starts_without_work = 0
-        self._wrap_load(model_provider, injections)
+        self._model = ServedModel(
+            model_provider,
+            names,
+            self.headroom,
+            overflow,
+            self._resumed,
+            is_first=lambda: health.state == "loading",
+            detokenizer=self._own.detokenizer,
+            max_kv_size=max_kv_size,
+            injections=injections,
+        )
+        share = None if self._one_rank else self._share_object
+        self._sequential = Sequential(self.scheduler, self.headroom, share)
+        self._prompts = Prompts(
+            self._model,
+            overflow,
+            self.scheduler,
+            self.headroom,
+            self._resumed,
+            self.metrics,
+            self._one_rank,
+        )
+        if home is not None and home.lifeline is not None:
+            home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
 
     # -- called by handler threads -----------------------------------------
 
-    def generate(self, request: Any, args: Any, progress_callback: Any = None) -> Any:
+    def generate(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress_callback: Progress | None = None,
+    ) -> NoReturn:
         """Raises `Asked`: what mlx-lm's handler would do with an answer is ours."""
         raise Asked(request, args, progress_callback)
 
-    def answer(self, request: Any, args: Any, progress: Any) -> tuple[Any, Any]:
+    def answer(
+        self,
+        request: CompletionRequest,
+        args: GenerationArguments,
+        progress: Progress,
+    ) -> tuple[GenerationContext, Iterator[Response]]:
         """As mlx-lm's ``generate``: a context, and an iterator of its responses.
 
         Raises:
@@ -169,39 +197,49 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             BadRequest, ContextTooLong: the loaded model cannot do it.
             Exception: it could not be begun. The iterator raises as well.
         """
-        if not self.condition.wait_loaded(self._hold_s):
+        if not self.health.wait_loaded(self._hold_s):
             raise Unavailable("The model is being loaded.", restarts=True)
-        if self.condition.state in ("failed", "refusing"):
-            restarts = self.condition.restarts
-            raise Unavailable(self.condition.reason, restarts=restarts)
+        if self.health.state in ("failed", "refusing"):
+            restarts = self.health.restarts
+            raise Unavailable(self.health.reason, restarts=restarts)
         self._check_at_the_door(request, args)
-        made: tuple[Any, Any] = super().generate(request, args, progress)
-        return made
+        return super().generate(request, args, progress)
 
-    def _check_at_the_door(self, request: Any, args: Any) -> None:
+    def _check_at_the_door(
+        self, request: CompletionRequest, args: GenerationArguments
+    ) -> None:
         """What needs no turn in the queue; names become those that mlx-lm loads."""
         named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
         args.model = type(args.model)(**named._asdict())
-        key, limits = self._loaded
+        key, limits = self._model.loaded
         if key == named:  # else it will be checked when its model is loaded
             limits.check(args)
             limits.check_length(request, self._overflow.refuses_over(limits.context))
+        elif named.draft is not None and key is not None and key[:2] == named[:2]:
+            limits.check_draft()  # the model that is loaded, with another draft model
 
     @property
     def width(self) -> int | None:
         """The width of the loaded model's logits; None: not known. Any thread."""
-        return self._loaded[1].facts.width
+        return self._model.limits.facts.width
 
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
+        """Called on mlx-lm's thread; with more than one rank ours waits for theirs."""
+        if self._home is None:
+            self._generate_here()
+        else:
+            self._home.run(self._generate_here)
+
+    def _generate_here(self) -> None:
         _core.signals_cover_this_thread()
         self.recovery.begin()
         compat.sample_with_this_thread()
         if not self._load_first_model():
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
-        self.model_provider.load_default = lambda: None
+        self.model_provider.load_default = lambda: None  # type: ignore[method-assign]
         while not self._stop:
             self._starts_without_work += 1
             try:
@@ -215,8 +253,10 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
                 raise exc
             self.recovery.recover(exc)
         except Exception as e:
-            log.exception("there is no recovery from this")
-            self.recovery.give_up(portable(e))
+            lost = errors.from_exception(e)
+            if lost is None:
+                log.exception("there is no recovery from this")
+            self.recovery.give_up(lost or portable(e))
 
     def _load_first_model(self) -> bool:
         try:
@@ -225,132 +265,75 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
             # Of `load_or_say_why`, whose own text is cut.
             cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
             # What died here before may not have given its memory back yet.
-            passing = errors.from_exception(cause) or is_allocation_failure(cause)
+            fault = errors.from_exception(cause)
+            passing = is_allocation_failure(cause)
+            passing = passing or (
+                fault is not None and (fault.retryable or fault.fatal)
+            )
             status = EXIT_REPLACE if passing else 2
-            where = "" if passing else _where(self.cli_args)
-            told = in_one_line(cause)
-            log.error("the model cannot be loaded: %s%s", where, told)
-            self.condition.restarts = status == EXIT_REPLACE
-            self.condition.enter("failed", "the model cannot be loaded")
-            why = Unavailable("The model cannot be loaded.", restarts=True)
-            self.condition.leave(status, lambda: self.recovery.fail_everyone(why))
+            place = "" if passing else where(self.cli_args)
+            why = in_one_line(cause)
+            log.error("the model cannot be loaded: %s%s", place, why)
+            self.health.restarts = status == EXIT_REPLACE
+            self.health.enter("failed", "the model cannot be loaded")
+            error = Unavailable("The model cannot be loaded.", restarts=True)
+            self.health.leave(status, lambda: self.recovery.fail_everyone(error))
             return False
-        self.condition.enter("ok")
+        self.health.enter("ok")
         log.info("ready: %s", _status_line())
         return True
 
-    def _wrap_load(self, provider: Any, injections: bool) -> None:
-        load = provider.load
-
-        def load_anew(*named: Any) -> None:
-            ceiling = self.admission.limits.static
-            facts = replace_model(provider, named, lambda: ceiling().size)
-            limits = ModelLimits.of(provider.model, provider.tokenizer, facts)
-            self._overflow.compare(limits.context)
-            self._loaded = (provider.model_key, limits)
-            self._resumed.width = facts.width
-
-        provider._load = load_anew
-
-        def load_or_say_why(*named: Any) -> Any:
-            # mlx-lm 0.31.3 forgets the adapters of its command line.
-            named = self.names.default if named[0] == DEFAULT else named
-            try:
-                model, tokenizer = load(*named)
-            except Exception as e:
-                if errors.from_exception(e) or is_allocation_failure(e):
-                    raise  # it may pass
-                if self.condition.state != "loading":
-                    log.info("a model cannot be loaded: %s", one_line(e))
-                if isinstance(e, EXPECTED):
-                    raise
-                raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
-            if self._max_kv_size and provider.draft_model is None:
-                kv_window.limit(model, self._max_kv_size)
-            self._measure(provider)
-            if injections:
-                width = provider.cli_args.num_draft_tokens + 1
-                testing.attach(model, decode_width=width if provider.draft_model else 1)
-            self._resumed.watch(tokenizer, self._own.detokenizer)
-            return model, tokenizer
-
-        provider.load = load_or_say_why
-
-    def _is_batchable(self, args: Any) -> bool:
+    def _is_batchable(self, args: GenerationArguments) -> bool:
         """mlx-lm asks of the model that is loaded, before it loads the one named.
 
         One that names another is served alone, which any model can be.
         """
-        loaded = self.model_provider.model_key
-        named = (args.model.model, args.model.adapter, args.model.draft)
-        return named == loaded and bool(super()._is_batchable(args))
+        named = self._model.is_named(args.model)
+        return named and bool(super()._is_batchable(args))
 
-    def _measure(self, provider: Any) -> None:
-        try:
-            self.admission.model_loaded(provider)
-        except NoRoom as e:
-            if self.condition.state == "loading":
-                raise
-            # Not the one that the server was started with.
-            log.warning("a model cannot be served: %s", e)
-            raise ModelNotFound(CANNOT_BE_LOADED, "model") from e
+    def _tokenize(
+        self,
+        tokenizer: Tokenizer,
+        request: CompletionRequest,
+        args: GenerationArguments,
+    ) -> tuple[Any, ...]:
+        tokenize = super()._tokenize
+        return self._prompts.read(
+            request, args, tokenizer, lambda request: tokenize(tokenizer, request, args)
+        )
 
-    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        limits = self._loaded[1]
-        # Once more: another model may have been asked for when it came.
-        limits.check(args)
-        limit = self._overflow.refuses_over(limits.context)
-        limits.check_length(request, limit)
-        try:
-            limits.count(request, limit, tokenizer.encode)
-            read = super()._tokenize
-            found, cut = self._overflow.fit(
-                request,
-                lambda request: read(tokenizer, request, args),
-                tokenizer.encode,
-                limits.context,
-            )
-        except EXPECTED:
-            raise
-        except Exception as e:
-            raise _unreadable(e, request) from e
-        args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
-        if not found[0]:
-            raise BadRequest("The prompt is empty.", prompt_field(request))
-        limits.facts.check_prompt(found[0], args.logits, prompt_field(request))
-        # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
-        # fail is this request's own.
-        for word in args.stop_words:
-            tokenizer.encode(word, add_special_tokens=False)
-        ticket = ticket_of(request)
-        if ticket is not None:
-            ticket.tokenizer = tokenizer
-        if cut is not None and ticket is not None:
-            self._note_cut(cut, ticket)
-        drafts = self.model_provider.draft_model is not None
-        found = self._resumed.prompt(found, ticket, args, drafts)
-        if ticket is not None:
-            keys = compat.cache_keys(found)
-            model = self.model_provider.model_key
-            ticket.prompt_key = (model, keys)
-            self.admission.admit(ticket, model, keys, args.max_tokens)
-        return found
+    def _may_store(self, size: int, given: int) -> bool:
+        return self.headroom.may_store(size, given, self.scheduler.load())
 
-    def _note_cut(self, cut: Cut, ticket: Ticket) -> None:
-        if "X-Prompt-Truncated" not in ticket.headers:  # it may be tokenized again
-            log.info("a prompt was %s (--max-prompt-tokens)", cut)
-            self.metrics.truncations.inc()
-            ticket.headers["X-Prompt-Truncated"] = str(cut)
+    def _gives_away(self) -> bool:
+        """Whether the request that is about to start takes its entry over."""
+        current = self.scheduler.current
+        return current is not None and current.run.takes_over
+
+    def _memory_gauges(self) -> dict[str, float]:
+        return {
+            **self.headroom.gauges(),
+            "held": len(self.scheduler.requests(RequestState.HELD)),
+            "running": len(self.scheduler.requests(*RUNNING)),
+        }
 
     def make_batch(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
-        cls = watched(cls, self.admission, self._own)
+        if self._one_rank:  # or each would see other requests to leave
+            cls = watched(
+                cls, self.scheduler, lambda: self.headroom.observer, self._own
+            )
         batch = cls(*args, **kwargs)
-        return self.admission.watch(self._prefill.watch(batch))
+        return self.headroom.watch(self._prefill.watch(batch))
 
     def _make_state_machine(
-        self, model_key: Any, tokenizer: Any, stop_words: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        model_key: ModelKey,
+        tokenizer: Tokenizer,
+        stop_words: list[str],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
         make = super()._make_state_machine
         made = self._own.make(
             lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
@@ -359,34 +342,46 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         stops, *rest = self._resumed.state_machine(made)
         return (self._own.stops(stops), *rest)
 
-    def resume_sampler(self, make: Any, args: Any, tokenizer: Any) -> Any:
+    def resume_sampler(
+        self,
+        make: Callable[[GenerationArguments, Tokenizer], Sampler],
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+    ) -> Sampler:
         """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
         made = self._own.make(
             lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
             lambda: partial(mx.argmax, axis=-1),
         )
-        return self._own.sampler(made)
+        guarded: Sampler = self._own.sampler(made)
+        return guarded
 
-    def resume_processors(self, make: Any, args: Any) -> list[Any]:
+    def resume_processors(
+        self,
+        make: Callable[[GenerationArguments], list[Processor]],
+        args: GenerationArguments,
+    ) -> list[Processor]:
         """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
         made = self._own.make(lambda: make(args), list)
-        if self._alone is not None:
+        current = self.scheduler.current
+        if current is not None and current.run.alone:
             made = self._resumed.processors(made)
         return [self._own.processor(processor) for processor in made]
 
-    def top_logprobs(self, make: Any, *args: Any) -> Any:
+    def top_logprobs(
+        self, make: Callable[..., tuple[Json, ...]], *args: Any
+    ) -> tuple[Json, ...]:
         """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
-        return self._own.top_logprobs(lambda: make(*args))
+        found: tuple[Json, ...] = self._own.top_logprobs(lambda: make(*args))
+        return found
 
-    def _current(self) -> Ticket | None:
+    def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start.
 
         With more than one rank a failure is nobody's own: what is mended on each of
         them would differ from then on, such as what they draw.
         """
-        if not self._one_rank:
-            return None
-        return self._alone or self.admission.last_admitted
+        return self.scheduler.current if self._one_rank else None
 
     def _share_request(self, request: Any) -> Any:
         """Where the first rank tells the others; they wait if that fails."""
@@ -406,99 +401,92 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         _reports.sample_memory()
         caught, self._caught = self._caught, None
         if caught is not None:
-            self.recovery.recover(caught)
+            raise caught  # a batch that mlx-lm has goes with its frames
+        self.recovery.hold()
         self.recovery.check_epoch()
-        again = self.replays.next()
-        if again is not None:
-            return again.work()
-        if not self.replays.may_take_new():
-            return None
-        held = self.admission.next_held()
-        if held is not None:
-            return held.work()
+        request = self.scheduler.next()
+        if request is None and self.scheduler.takes_new():
+            request = self._take_new(timeout)
+        return None if request is None else request.work()
+
+    def _take_new(self, timeout: float | None) -> InFlight | None:
+        """One that has come in since; waits for it as mlx-lm does."""
         taken = super()._next_request(timeout)
-        if taken is not None and isinstance(taken[1], AllStop):
-            self._stop = True
-            return None
         if taken is None:
             return None
+        if isinstance(taken[1], AllStop):
+            self._stop = True
+            if self._home is not None:
+                self._home.end()
+            return None
         try:
-            ticket = Ticket(self.flight, taken, self._before_put, self._on_caught)
+            request = InFlight(
+                self.scheduler, taken, self._before_put, self._on_caught, self._one_rank
+            )
         except RecursionError:
             taken[0].put(BadRequest("The request is nested too deeply."))
             return None
+        except MemoryError as e:
+            # Nothing knows of it yet: it would wait for ever.
+            taken[0].put(portable(e))
+            return None
         if self._rank == 0:  # elsewhere nobody waits for the answer
-            self.flight.board(ticket)
-            self.departures.bind(request_id(taken[1]), ticket)
-        return ticket.work()
+            self.scheduler.arrive(request)
+            self.disconnects.bind(request_id(taken[1]), request)
+        return request
 
     def _serve_single(self, request: Any, *args: Any) -> None:
-        self._alone = request[0]
-        # There mlx-lm fails on a stopped context with more than one rank
-        # (NotImplementedError, 0.31 to 0.32), and on the first rank only.
-        request[0].may_be_stopped = self._one_rank
-        try:
-            super()._serve_single(request, *args)
-        finally:
-            self._alone = None
+        self.scheduler.serve_alone(request[0])
+        super()._serve_single(request, *args)
 
-    def _before_put(self, ticket: Ticket, item: Any) -> None:
+    def _before_put(self, request: InFlight, item: Any) -> None:
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
-        # The sequential path looks for clients that left after a token only. The
-        # batched one looks by itself, and an exception would end the batch.
-        if ticket is self._alone:
-            if self._has_left(ticket):
-                raise ClientLeft("the client left during the step")
-            self.admission.between_single_steps(ticket, item)
-
-    def _has_left(self, ticket: Ticket) -> bool:
-        """Whether the client is gone; with more than one rank, as all ranks see it.
-
-        Only the first rank knows, and sharing waits for the step that is under way:
-        it is done for each piece of the prompt, but not for each token.
-        """
-        if self._one_rank:
-            return ticket.stopped
-        if len(ticket.produced) % SHARE_EVERY_TOKENS:
-            return False
-        return bool(self._share_object(ticket.stopped or None))
+        if request.run.alone:
+            self._sequential.before_put(request, item)
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
         # nothing to do, so a thread that does not move is in a step that hangs; also
         # when its clients have left, and those that come later wait in the queue.
         # With more than one rank the step may be the meeting in such a turn.
-        return self.condition.state not in ("loading", "failed")
+        return self.health.state not in ("loading", "failed")
 
-    def _on_caught(self, ticket: Ticket, exc: Exception) -> None:
+    def _on_caught(self, request: InFlight, exc: Exception) -> None:
         """mlx-lm has caught ``exc`` and ended the request with it.
 
         Before the context was sent it is about this request alone (its model,
         its prompt); afterwards a generation step has failed.
         """
-        if isinstance(exc, ClientLeft):
-            return
         if isinstance(exc, Held):
-            self.admission.hold(ticket)
+            return
+        if isinstance(exc, Disconnected):
+            self.scheduler.cancel(request)  # other ranks learn it here
             return
         if isinstance(exc, EXPECTED):  # of this request; no failure of the server
             log.info("a request is refused: %s", exc)
-            ticket.fail(exc)
+            request.fail(exc)
             return
-        passing = errors.from_exception(exc) or is_allocation_failure(exc)
-        if ticket.context is None and not passing:
+        if not request.has_context and not is_of_all(exc):
             log.error("a request could not be begun", exc_info=exc)
             self.metrics.failures.labels(reply_for(exc).code).inc()
-            ticket.fail(portable(exc))
+            request.fail(portable(exc))
         else:
+            self.scheduler.not_begun(request)
             self._caught = exc
+
+    def _rank_is_gone(self, rank: int) -> None:
+        """On the lifeline's thread: this one may wait for that rank for ever."""
+        if self.health.state == "failed":
+            return  # it has been answered already, or all end
+        why = f"The server restarts: rank {rank} has ended."
+        self.recovery.give_up(Unavailable(why, restarts=True), reported=True)
 
     def stop(self) -> None:
         """Answers everyone 503, then ends the process with status 0."""
         why = Unavailable("The server is stopping.", restarts=True)
-        self.condition.enter("failed", "the server is stopping")
+        self.health.enter("failed", "the server is stopping")
         self.recovery.fail_everyone(why)
         if self._one_rank:
             self._stop = True
@@ -508,34 +496,7 @@ class ProtectedResponseGenerator(ResponseGenerator):  # type: ignore[misc]
         self._generation_thread.join(
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S
         )
-        self.condition.leave(0, lambda: self.recovery.fail_everyone(why))
-
-
-def _unreadable(exc: Exception, request: Any) -> BadRequest:
-    """What a client is told of ``exc``, with which mlx-lm failed to read a prompt."""
-    if type(exc) is TemplateError:  # the template's own words: `raise_exception`
-        why = f"The model's chat template refuses the messages: {one_line(exc)}"
-    else:
-        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
-        why = "The model's tokenizer and chat template cannot make a prompt of this."
-    return BadRequest(why, prompt_field(request))
-
-
-def _where(cli_args: Any) -> str:
-    """Names the flags' models: what cannot be loaded tells little without."""
-    given = [
-        (f"--{flag.replace('_', '-')}", name)
-        for flag in ("model", "draft_model", "adapter_path")
-        if (name := getattr(cli_args, flag))
-    ]
-    absent = [
-        f"there is no directory {name} here ({flag}), "
-        for flag, name in given
-        if not Path(name).exists()
-    ]
-    if absent:
-        return "".join([*absent, "and on the hub: "])
-    return ", ".join(f"{flag} {name}" for flag, name in given) + ": "
+        self.health.leave(0, lambda: self.recovery.fail_everyone(why))
 
 
 def _status_line() -> str:

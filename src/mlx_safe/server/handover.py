@@ -2,8 +2,8 @@
 
 The two share a socket pair. For each connection that the server accepts it hands the
 parent the connection itself and a file without a name, in which it keeps what it has
-read of the request and how far it is with the answer. Nothing is told for a token, nor
-for a request: when the server is dead, by whatever killed it, the files are there.
+read of the request and how far it is with the answer. No message is sent for a token or
+a request: when the server is dead, by whatever killed it, the files are there.
 The parent gives what had no byte of its answer to the next server (`Held.taken`), and
 closes the others, whose clients see that they are cut.
 
@@ -37,7 +37,7 @@ SEND_TIMEOUT_S = 5.0
 
 
 class Message(enum.IntEnum):
-    """What is told over the channel. By the server, except for `TAKE`."""
+    """What is sent over the channel: by the server, except for `TAKE`."""
 
     LISTENS = 1  # from now on it accepts connections itself
     READY = 2  # the model is loaded
@@ -50,7 +50,7 @@ class Message(enum.IntEnum):
 def send(
     channel: socket.socket, message: Message, key: int = 0, files: tuple[int, ...] = ()
 ) -> None:
-    """Sends one record. Raises OSError when nobody is there."""
+    """Sends one record. Raises OSError when the other end is closed."""
     record = RECORD.pack(message, key)
     sent = socket.send_fds(channel, [record], list(files))
     while sent < len(record):
@@ -89,7 +89,7 @@ def connection_of(fd: int) -> socket.socket:
         return socket.socket(fileno=fd)
     except OSError:
         # Python asks of what kind it is, and of a connection that was reset, as by
-        # health checks, macOS (xnu) tells nothing (EINVAL).
+        # health checks, macOS (xnu) returns EINVAL.
         kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         return socket.socket(*kind, fileno=fd)
 
@@ -156,7 +156,7 @@ class Handover:
         self._lock = threading.Lock()
         self._keys = itertools.count(1)
         self._channel = None if fd is None else socket.socket(fileno=fd)
-        self._told: set[Message] = set()
+        self._sent: set[Message] = set()
         if self._channel is not None:
             self._channel.settimeout(None)
             # Of what is sent only: the parent may have nothing to say for days.
@@ -175,7 +175,7 @@ class Handover:
         return self._channel is not None
 
     def tell(self, message: Message, key: int = 0, files: tuple[int, ...] = ()) -> None:
-        """Tells the parent; one that does not listen is not told again."""
+        """Sends ``message`` to the parent; no more once it does not listen."""
         with self._lock:
             if self._channel is None:
                 return
@@ -189,8 +189,8 @@ class Handover:
 
     def tell_once(self, message: Message) -> None:
         """As `tell`, the first time."""
-        if message not in self._told:
-            self._told.add(message)
+        if message not in self._sent:
+            self._sent.add(message)
             self.tell(message)
 
     def hold(self, connection: socket.socket) -> Held:

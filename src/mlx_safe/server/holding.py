@@ -34,7 +34,7 @@ RETRY_AFTER_MAX_S = 60
 # others wait.
 ANSWER_TIMEOUT_S = 10.0
 ANSWERED_AT_ONCE_MAX = 64
-# What asks whether there is a server, and is to be told at once.
+# Asks whether there is a server, and needs the answer at once.
 PROBES = tuple(
     method + path + end
     for method in (b"GET ", b"HEAD ")

@@ -98,7 +98,7 @@ class Limits:
 
     @property
     def lowered(self) -> str | None:
-        """What clients are told of a ceiling that a fault has lowered; else None."""
+        """For clients: that a fault has lowered the ceiling; None when none has."""
         static = self.static().size
         low = self._learned.value(static)
         if low is None:

@@ -10,17 +10,17 @@ import codecs
 import math
 from typing import Any, NamedTuple
 
-from . import compat
+from .mlx_lm import compat
+from .mlx_lm.protocols import Array, Json, Tokenizer
 
-__all__ = ["TOP_MAX", "Entry", "Names", "of_chat", "of_completion", "top_logprobs"]
+__all__ = ["Entry", "Names", "of_chat", "of_completion", "top_logprobs"]
 
-# As in the OpenAI API: alternatives per token, and the log-probability of what
-# cannot come, such as a token that a bias forbids (JSON has no infinity).
-TOP_MAX = 20
+# As in the OpenAI API: the log-probability of what cannot come, such as a token that
+# a bias forbids (JSON has no infinity).
 IMPOSSIBLE = -9999.0
 
 
-def top_logprobs(logprobs: Any, count: int, tokenizer: Any) -> tuple[Any, ...]:
+def top_logprobs(logprobs: Array, count: int, tokenizer: object) -> tuple[Json, ...]:
     """Stands in for ``mlx_lm.server._format_top_logprobs``; generation thread.
 
     That (0.31.3, 0.32.2) gives them in no order, and fails with a ``count`` of more
@@ -44,7 +44,7 @@ def top_logprobs(logprobs: Any, count: int, tokenizer: Any) -> tuple[Any, ...]:
 class Names:
     """What the tokens of one tokenizer are called, and the bytes that they are."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._spelling = compat.spelling(tokenizer)
         self._added = tokenizer.added_tokens_decoder
@@ -88,10 +88,10 @@ class Entry(NamedTuple):
 
     token: int
     logprob: float
-    top: tuple[Any, ...]
+    top: tuple[Json, ...]
 
 
-def of_chat(entries: list[Entry], names: Names) -> dict[str, Any]:
+def of_chat(entries: list[Entry], names: Names) -> Json:
     """``logprobs`` of a chat's choice; with the ``id`` of each token, as mlx-lm has."""
     return {
         "content": [
@@ -106,7 +106,7 @@ def of_chat(entries: list[Entry], names: Names) -> dict[str, Any]:
     }
 
 
-def of_completion(entries: list[Entry], names: Names, begins: int) -> dict[str, Any]:
+def of_completion(entries: list[Entry], names: Names, begins: int) -> Json:
     """``logprobs`` of a completion's choice, and a chat's ``content`` as mlx-lm has.
 
     Args:
@@ -131,7 +131,7 @@ def of_completion(entries: list[Entry], names: Names, begins: int) -> dict[str, 
     }
 
 
-def _named(token: int, logprob: float, names: Names) -> dict[str, Any]:
+def _named(token: int, logprob: float, names: Names) -> Json:
     raw = names.bytes(token)
     try:
         name = raw.decode()

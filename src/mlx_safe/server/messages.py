@@ -86,6 +86,8 @@ class Fields(BaseModel):
 
 
 class TextPart(Fields):
+    """A part of a content that is text."""
+
     type: Literal["text"]
     text: str
 
@@ -98,6 +100,8 @@ class RefusalPart(Fields):
 
 
 class ImageUrl(Fields):
+    """The API's form of an image: ``data:image/…;base64,…`` or http(s)."""
+
     url: str
 
 
@@ -172,25 +176,33 @@ def readable_arguments(value: Any) -> str:
 
 
 class Function(Fields):
+    """What a call calls; ``arguments`` is the text of a JSON object."""
+
     name: str = Field(min_length=1)
     arguments: Annotated[str, BeforeValidator(readable_arguments)]
 
     @classmethod
     def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """``value`` with what may be left out."""
         return {"arguments": "", **value}
 
 
 class ToolCall(Fields):
+    """A call that an assistant has made, as the client sends it back."""
+
     id: str | None = None
     type: Literal["function"]
     function: Function
 
     @classmethod
     def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """``value`` with what may be left out."""
         return {"type": "function", **value}
 
 
 class Message(Fields):
+    """One message of a chat; other keys go to the chat template as they are."""
+
     role: str
     content: Content | None = None
     name: str | None = None

@@ -1,4 +1,4 @@
-"""What /metrics tells Prometheus. Thread-safe."""
+"""The metrics of ``/metrics``. Thread-safe."""
 
 from __future__ import annotations
 
@@ -146,13 +146,15 @@ class Metrics:
         self._gauge(f"{name}_bytes", "Bytes of its entries", lambda: cache.nbytes)
         self._gauge(f"{name}_entries", "Entries in it", lambda: len(cache))
 
-    def watch_memory(self, admission: Any) -> None:
-        """``admission``: an `admission.Admission`; read at each scrape."""
-        name, gauges = "mlx_safe_memory", MEMORY_GAUGES
-        self._count(name, MEMORY_EVENTS, lambda: admission.events)
-        self.registry.register(
-            _Values(GaugeMetricFamily, name, gauges, admission.gauges)
-        )
+    def watch_memory(
+        self,
+        events: Callable[[], Mapping[str, float]],
+        gauges: Callable[[], Mapping[str, float]],
+    ) -> None:
+        """``events``, ``gauges``: by the names above; read at each scrape."""
+        name, texts = "mlx_safe_memory", MEMORY_GAUGES
+        self._count(name, MEMORY_EVENTS, events)
+        self.registry.register(_Values(GaugeMetricFamily, name, texts, gauges))
 
     def render(self) -> bytes:
         """The registry in Prometheus's text format."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..memory.context import config_of, context_tokens
-from . import compat
-from .model_facts import ModelFacts
+from .mlx_lm import compat
+from .mlx_lm.model_facts import ModelFacts
+from .mlx_lm.protocols import (
+    CompletionRequest,
+    GenerationArguments,
+    Model,
+    Tokenizer,
+)
+from .mlx_lm.speculative import no_draft, why_not_draftable
 from .replies import ContextTooLong
 
 __all__ = ["ModelLimits", "context_of", "prompt_field", "too_long"]
@@ -24,7 +30,7 @@ SHRINKS = 4
 LONG, PIECE, CUT = 2**18, 2**16, 16
 
 
-def context_of(model: Any, tokenizer: Any) -> int | None:
+def context_of(model: Model, tokenizer: Tokenizer) -> int | None:
     """Tokens that ``model`` was made for; None: no limit is known."""
     return context_tokens(
         config_of(tokenizer),
@@ -41,27 +47,42 @@ class ModelLimits:
         facts: what it does with token ids.
         context: tokens that the model was made for; None: no limit is known.
         longest: characters that one token can stand for at most; None: not known.
+        undraftable: why no draft model can be used; None: one may be.
     """
 
     facts: ModelFacts = field(default_factory=ModelFacts)
     context: int | None = None
     longest: int | None = None
+    undraftable: str | None = None
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, facts: ModelFacts) -> ModelLimits:
+    def of(cls, model: Model, tokenizer: Tokenizer, facts: ModelFacts) -> ModelLimits:
+        """Of a model that has just been loaded. Generation thread."""
         context = context_of(model, tokenizer)
         try:
             longest = max(map(len, tokenizer.get_vocab()))
+        except MemoryError:
+            raise
         except Exception as e:  # a tokenizer of the model's own may have no list
             log.debug("the tokens are not known: %r", e)
             longest = None
-        return cls(facts, context, longest)
+        try:
+            undraftable = why_not_draftable(model)
+        except Exception as e:  # found out when a draft model is loaded
+            log.debug("whether a model can draft for this one is not known: %r", e)
+            undraftable = None
+        return cls(facts, context, longest, undraftable)
 
-    def check(self, args: Any) -> None:
+    def check_draft(self) -> None:
+        """Raises `BadRequest` when no draft model can be used with this model."""
+        if self.undraftable is not None:
+            raise no_draft(self.undraftable)
+
+    def check(self, args: GenerationArguments) -> None:
         """Refuses, or puts right, what ``args`` want of tokens.
 
         Args:
-            args: mlx-lm's ``GenerationArguments``; ``top_k`` may be changed.
+            args: of the request; ``top_k`` may be changed.
 
         Raises:
             BadRequest: there is no such token.
@@ -72,14 +93,13 @@ class ModelLimits:
         if size is not None and args.sampling.top_k >= size:
             args.sampling.top_k = 0
 
-    def check_length(self, request: Any, limit: int | None) -> None:
+    def check_length(self, request: CompletionRequest, limit: int | None) -> None:
         """Refuses a prompt that must be too long, before its tokens are counted.
 
         Counting takes sixty times the text in memory (tokenizers 0.23), and its time
         of the thread that generates.
 
         Args:
-            request: mlx-lm's ``CompletionRequest``.
             limit: tokens of a prompt at most; None: no limit.
 
         Raises:
@@ -92,7 +112,10 @@ class ModelLimits:
             raise too_long(f"at least {least}", limit, request)
 
     def count(
-        self, request: Any, limit: int | None, encode: Callable[..., Any]
+        self,
+        request: CompletionRequest,
+        limit: int | None,
+        encode: Callable[..., list[int]],
     ) -> None:
         """The same, of the tokens of a long text, counted in pieces up to the limit.
 
@@ -121,7 +144,9 @@ class ModelLimits:
         return max(1, wanted)
 
 
-def too_long(tokens: int | str, limit: int, request: Any) -> ContextTooLong:
+def too_long(
+    tokens: int | str, limit: int, request: CompletionRequest
+) -> ContextTooLong:
     """LiteLLM and langchain-openai know the case by these words."""
     return ContextTooLong(
         f"The prompt is too long: {tokens} tokens. This model's maximum context "
@@ -130,16 +155,16 @@ def too_long(tokens: int | str, limit: int, request: Any) -> ContextTooLong:
     )
 
 
-def prompt_field(request: Any) -> str:
+def prompt_field(request: CompletionRequest) -> str:
     """The API's name of the prompt of mlx-lm's ``CompletionRequest``."""
     return "messages" if request.request_type == "chat" else "prompt"
 
 
-def _characters(request: Any) -> int:
+def _characters(request: CompletionRequest) -> int:
     return sum(map(len, _texts(request)))
 
 
-def _texts(request: Any) -> Iterator[str]:
+def _texts(request: CompletionRequest) -> Iterator[str]:
     if request.request_type != "chat":
         yield request.prompt
         return

@@ -1,6 +1,6 @@
 """What a request may name: models, adapters and drafts, found without loading any.
 
-Looked up on the thread of the request's handler, so that a name that nobody knows
+Looked up on the thread of the request's handler, so that an unknown name
 is refused at once. Reads directories; goes to no hub.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import compat
+from .mlx_lm import hub
 from .replies import BadRequest, ModelNotFound
 
 __all__ = ["DEFAULT", "ModelNames", "Named"]
@@ -136,14 +136,14 @@ class ModelNames:
         if self._only_served:
             raise unknown
         try:
-            local = Path(name) if _is_dir(name) else compat.cached_model(name)
+            local = Path(name) if _is_dir(name) else hub.cached_model(name)
             if local is not None:
                 _check_model(local, self._remote_code)
                 return str(local)
         except _Unsuitable as e:
             log.info("a request names %s, which is no model: %s", _shown(name), e)
             raise unknown from e
-        if self._download and compat.is_hub_name(name):
+        if self._download and hub.is_hub_name(name):
             return name
         raise unknown
 
@@ -163,9 +163,9 @@ def _check_model(directory: Path, remote_code: bool) -> None:
         config = json.loads((directory / "config.json").read_bytes())
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise _Unsuitable(f"its config.json tells no model_type ({e!r})") from e
+        raise _Unsuitable(f"its config.json has no model_type ({e!r})") from e
     brings_its_own = remote_code and config.get("model_file")
-    if not brings_its_own and not compat.knows_model_type(config):
+    if not brings_its_own and not hub.knows_model_type(config):
         raise _Unsuitable(f"mlx-lm does not know the type {kind!r}")
     missing = [name for name in _weights(directory) if not _is_file(directory / name)]
     if missing:
@@ -184,8 +184,8 @@ def _weights(directory: Path) -> Iterator[str]:
 
 
 def _in_hub_cache() -> Iterator[str]:
-    for name in compat.cached_names():
-        local = compat.cached_model(name)
+    for name in hub.cached_names():
+        local = hub.cached_model(name)
         try:
             if local is not None:
                 _check_model(local, remote_code=False)
@@ -204,7 +204,7 @@ def _same(name: str, known: str | None) -> bool:
 
 
 def _is_dir(name: str) -> bool:
-    # "" is the current directory, which nobody means.
+    # "" would be the current directory.
     try:
         return bool(name) and Path(name).is_dir()
     except (OSError, ValueError):  # too long, a NUL

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._command import CommandError
+from .mlx_lm.protocols import CompletionRequest
 from .model_limits import too_long
 
-__all__ = ["Cut", "Overflow", "shortenings"]
+__all__ = ["Overflow", "Truncation", "shortenings"]
 
 log = logging.getLogger("mlx_safe.server")
 
 Message = dict[str, Any]
+# mlx-lm's ``_tokenize``: the prompt, a list of tokens, comes first.
+Read = Callable[[CompletionRequest], tuple[Any, ...]]
 
 SYSTEM_ROLES = ("system", "developer")
 TOOL_ROLES = ("tool", "function")
@@ -28,7 +31,7 @@ BEGINNERS = ("user", "assistant")  # of a turn, and of a step in it
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncation:
     """What was done to a prompt: its tokens before and after."""
 
     before: int
@@ -102,11 +105,11 @@ class Overflow:
 
     def fit(
         self,
-        request: Any,
-        read: Callable[[Any], tuple[Any, ...]],
+        request: CompletionRequest,
+        read: Read,
         encode: Callable[[str], Sequence[int]],
         context: int | None = None,
-    ) -> tuple[tuple[Any, ...], Cut | None]:
+    ) -> tuple[tuple[Any, ...], Truncation | None]:
         """What ``read`` makes of ``request``, cut if need be, and how it was cut.
 
         Args:
@@ -133,7 +136,7 @@ class Overflow:
             raise too_long(tokens, limit, request)
         if request.request_type != "chat":
             prompt = self._cut_tokens(found[0], encode(""))
-            return (prompt, [prompt], *found[2:]), Cut(tokens, len(prompt), 0)
+            return (prompt, [prompt], *found[2:]), Truncation(tokens, len(prompt), 0)
         return self._cut_messages(whole, tokens, read)
 
     def _cut_tokens(self, prompt: list[int], empty: Sequence[int]) -> list[int]:
@@ -149,8 +152,11 @@ class Overflow:
         return [*prompt[:keep], *prompt[-(self._max_tokens - keep) :]]
 
     def _cut_messages(
-        self, whole: Any, tokens: int, read: Callable[[Any], tuple[Any, ...]]
-    ) -> tuple[tuple[Any, ...], Cut]:
+        self,
+        whole: CompletionRequest,
+        tokens: int,
+        read: Read,
+    ) -> tuple[tuple[Any, ...], Truncation]:
         assert self._max_tokens is not None
         messages = whole.messages
         read_so_far: dict[tuple[int, ...], tuple[Any, ...]] = {}
@@ -173,7 +179,9 @@ class Overflow:
             if first < len(choices):
                 kept = choices[first]
                 found = read_so_far[tuple(kept)]
-                return found, Cut(tokens, len(found[0]), len(messages) - len(kept))
+                return found, Truncation(
+                    tokens, len(found[0]), len(messages) - len(kept)
+                )
         # Even the system prompt and the last message alone.
         raise too_long(tokens, self._max_tokens, whole)
 

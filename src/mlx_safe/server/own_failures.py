@@ -14,20 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import errors
-from . import compat
-from .replies import is_allocation_failure
-from .tickets import Ticket
+from .mlx_lm import compat
+from .replies import is_of_all
+from .request import Request
 
 __all__ = ["OwnFailures"]
 
 # Called with the request and what it failed with.
-Tell = Callable[[Ticket, Exception], None]
-
-
-def _is_of_all(exc: Exception) -> bool:
-    """Whether ``exc`` is about the GPU or its memory, and not about one request."""
-    return errors.from_exception(exc) is not None or is_allocation_failure(exc)
+End = Callable[[Any, Exception], None]
 
 
 class OwnFailures:
@@ -36,26 +30,26 @@ class OwnFailures:
     Args:
         current: the request that mlx-lm is about to start; None: not known, then
             nothing is wrapped.
-        tell: ends a request.
+        end: ends a request.
 
     Attributes:
         answers: whose text was asked for last; None: not known.
     """
 
-    def __init__(self, current: Callable[[], Ticket | None], tell: Tell) -> None:
+    def __init__(self, current: Callable[[], Request | None], end: End) -> None:
         self._current = current
-        self._tell = tell
-        self.answers: Ticket | None = None
+        self._end = end
+        self.answers: Request | None = None
 
     def make(self, make: Callable[[], Any], instead: Callable[[], Any]) -> Any:
         """What ``make`` returns; when it fails, what ``instead`` does."""
-        ticket = self._current()
+        request = self._current()
         try:
             return make()
         except Exception as e:
-            if ticket is None or _is_of_all(e):
+            if request is None or is_of_all(e):
                 raise
-            self._tell(ticket, e)
+            self._end(request, e)
             return instead()
 
     def sampler(self, sampler: Any) -> Any:
@@ -70,11 +64,11 @@ class OwnFailures:
 
     def stops(self, stops: Any) -> Any:
         """``stops`` (of `_make_state_machine`); none is seen when they fail."""
-        ticket = self._current()
-        if ticket is None:
+        request = self._current()
+        if request is None:
             return stops
         return compat.guarded_stops(
-            stops, lambda call, instead: self.run(ticket, call, instead)
+            stops, lambda call, instead: self.run(request, call, instead)
         )
 
     def top_logprobs(self, top: Callable[[], Any]) -> Any:
@@ -83,55 +77,55 @@ class OwnFailures:
 
     def detokenizer(self, detokenizer: Any) -> Any:
         """``detokenizer``, which has no more text when it has failed."""
-        ticket = self._current()
+        request = self._current()
         return (
-            detokenizer if ticket is None else _Detokenizer(detokenizer, self, ticket)
+            detokenizer if request is None else _Detokenizer(detokenizer, self, request)
         )
 
     def _guarded(self, call: Any, instead: Callable[..., Any]) -> Any:
-        ticket = self._current()
-        if ticket is None:
+        request = self._current()
+        if request is None:
             return call
 
         def guarded(*args: Any) -> Any:
-            return self.run(ticket, lambda: call(*args), lambda: instead(*args))
+            return self.run(request, lambda: call(*args), lambda: instead(*args))
 
         return guarded
 
     def run(
-        self, ticket: Ticket, call: Callable[[], Any], instead: Callable[[], Any]
+        self, request: Request, call: Callable[[], Any], instead: Callable[[], Any]
     ) -> Any:
-        """What ``call`` returns; ends ``ticket`` when it fails, once."""
-        if ticket.stopped:
+        """What ``call`` returns; ends ``request`` when it fails, once."""
+        if request.is_ended:
             return instead()
         try:
             return call()
         except Exception as e:
-            if _is_of_all(e):
+            if is_of_all(e):
                 raise
-            self._tell(ticket, e)
+            self._end(request, e)
             return instead()
 
 
 class _Detokenizer:
     """A detokenizer of mlx-lm's; ``last_segment`` is read after each token."""
 
-    def __init__(self, made: Any, own: OwnFailures, ticket: Ticket) -> None:
+    def __init__(self, made: Any, own: OwnFailures, request: Request) -> None:
         self._made = made
         self._own = own
-        self._ticket = ticket
+        self._request = request
 
     def add_token(self, token: int) -> None:
-        self._own.run(self._ticket, lambda: self._made.add_token(token), lambda: None)
+        self._own.run(self._request, lambda: self._made.add_token(token), lambda: None)
 
     def finalize(self) -> None:
-        self._own.run(self._ticket, self._made.finalize, lambda: None)
+        self._own.run(self._request, self._made.finalize, lambda: None)
 
     @property
     def last_segment(self) -> Any:
         # mlx-lm (0.31, 0.32) asks for the log-probabilities next.
-        self._own.answers = self._ticket
-        return self._own.run(self._ticket, lambda: self._made.last_segment, lambda: "")
+        self._own.answers = self._request
+        return self._own.run(self._request, lambda: self._made.last_segment, lambda: "")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)

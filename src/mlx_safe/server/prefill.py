@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
-from ..memory.demand import step_sizes
-from . import compat
+from ..memory.demand import STEP_MIN, step_sizes
+from .mlx_lm import compat
+from .mlx_lm.protocols import BatchGenerator, CliArgs
 
 __all__ = ["PrefillStep"]
 
@@ -18,12 +18,12 @@ class PrefillStep:
     when a request begins, the batched one at each step.
     """
 
-    def __init__(self, cli_args: Any) -> None:
+    def __init__(self, cli_args: CliArgs) -> None:
         self.full = max(1, int(cli_args.prefill_step_size))
         self._cli_args = cli_args
         self._comfortable = self.full
         self._limits: dict[str, int] = {}
-        self._batch: weakref.ref[Any] | None = None
+        self._batch: weakref.ref[BatchGenerator] | None = None
 
     @property
     def size(self) -> int:
@@ -58,7 +58,12 @@ class PrefillStep:
         if batch is not None:
             compat.set_prefill_step(batch, self.size)
 
-    def watch(self, batch: Any) -> Any:
+    def be_careful(self, level: int | None) -> None:
+        """Smaller steps after ``level`` tries that were in vain; None: as usual."""
+        size = None if level is None else max(STEP_MIN, self.full // 4**level)
+        self.limit("fault", size)
+
+    def watch(self, batch: BatchGenerator) -> BatchGenerator:
         """Remembers mlx-lm's batch generator, whose steps follow; returns it."""
         self._batch = weakref.ref(batch)
         return batch

@@ -1,6 +1,6 @@
 """What of the server's work goes into crash reports: figures, never text.
 
-The native side keeps it (`src/cpp/breadcrumbs.h`, `report_context.h`), so that it
+The native side keeps it (`src/cpp/crash/breadcrumbs.h`, `report_context.h`), so that it
 is still there when the process dies. Any thread.
 """
 

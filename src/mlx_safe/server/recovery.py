@@ -1,4 +1,7 @@
-"""What follows a failure: who is told what, and what may not be used again."""
+"""What follows a failure: the state of MLX is reset, and everyone gets an answer.
+
+Who runs again, the scheduler says.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,19 @@ from typing import Any
 import mlx.core as mx
 
 from .. import _core, _faults, _reports, errors
-from .admission import Admission
-from .condition import EXIT_REPLACE, Condition
+from .backoff import REFUSE_FOR_S, Backoff
+from .headroom import Headroom
+from .health import EXIT_REPLACE, Health
+from .in_flight import InFlight
 from .metrics import Metrics
-from .prompt_cache import PromptCache
+from .mlx_lm.prompt_cache import PromptCache
 from .recorder import breadcrumb
-from .replay import REFUSE_FOR_S, Replays
 from .replies import EXPECTED, Unavailable, is_allocation_failure, reply_for
+from .request import RequestState
+from .scheduler import Failure, Scheduler
 from .thread_state import ThreadState, seed_anew
-from .tickets import Flight, Ticket
 
-__all__ = ["GenerationFailed", "Recovery", "one_line", "portable"]
+__all__ = ["GenerationFailed", "Recovery", "one_line", "portable", "what_it_means"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -47,20 +52,19 @@ class Recovery:
     def __init__(
         self,
         requests: Callable[[], Any],
-        flight: Flight,
-        condition: Condition,
-        replays: Replays,
-        admission: Admission,
+        scheduler: Scheduler[InFlight],
+        health: Health,
+        headroom: Headroom,
         prompt_cache: PromptCache,
         metrics: Metrics,
         *,
         one_rank: bool,
     ) -> None:
         self._requests = requests
-        self._flight = flight
-        self._condition = condition
-        self._replays = replays
-        self._admission = admission
+        self._scheduler = scheduler
+        self._health = health
+        self._backoff = Backoff()
+        self._headroom = headroom
         self._prompt_cache = prompt_cache
         self._metrics = metrics
         self._one_rank = one_rank
@@ -72,16 +76,21 @@ class Recovery:
         """Called by the generation thread, before all else."""
         self._thread_state = ThreadState()
 
-    def end_alone(self, ticket: Ticket, exc: Exception) -> None:
+    def end_alone(self, request: InFlight, exc: Exception) -> None:
         """Ends the request whose own ``exc`` is; the others go on as if nothing was.
 
         Called in the midst of a step.
         """
-        told = portable(exc)
-        self._metrics.failures.labels(reply_for(told).code).inc()
+        error = portable(exc)
+        self._metrics.failures.labels(reply_for(error).code).inc()
         log.error("one request fails; the others go on", exc_info=exc)
         seed_anew()  # it may have been drawing
-        ticket.fail(told)
+        request.fail(error)
+
+    def hold(self) -> None:
+        """Called between any two pieces of work."""
+        assert self._thread_state is not None
+        self._thread_state.hold()
 
     def check_epoch(self) -> None:
         """Raises the error of the faults that have not been dealt with, if any."""
@@ -89,49 +98,47 @@ class Recovery:
 
     def recover(self, exc: Exception) -> None:
         """Answers everyone in flight and makes the thread fit for the next."""
-        self._condition.enter("recovering", "the state is being reset after a failure")
+        self._health.enter("recovering", "the state is being reset after a failure")
         fault = self._as_fault(exc)
-        told = fault or portable(exc)
-        self._metrics.failures.labels(reply_for(told).code).inc()
+        error = fault or portable(exc)
+        self._metrics.failures.labels(reply_for(error).code).inc()
         if fault is not None and fault.fatal:
             self.give_up(fault)
             return
         if fault is not None and not fault.faults:
             # One that is in the log has its report from there (`watch_faults`).
-            _reports.write_fault(str(fault), fault.code)
+            _reports.write_fault_beside(str(fault), fault.code)
         if not self._one_rank:
             self._give_up_among_ranks(fault, exc)
             return
-        again, ending = self._replays.sort(fault, exc)
-        self._log_failure(exc, fault, again, ending)
+        ending = self._scheduler.failure(what_it_means(fault, exc))
+        again = len(self._scheduler.requests(RequestState.REPLAY))
+        self._log_failure(exc, fault, again, len(ending))
         breadcrumb(
             "recovery",
-            type(told).__name__,
+            type(error).__name__,
             code=None if fault is None else fault.code,
-            again=len(again),
+            again=again,
             ended=len(ending),
         )
-        if isinstance(fault, errors.OutOfMemoryError) or (
-            fault is None and is_allocation_failure(exc)
-        ):
-            self._admission.out_of_memory()
-        self._metrics.replays.inc(len(again))
+        if _is_out_of_memory(fault, exc):
+            self._headroom.out_of_memory()
+        self._metrics.replays.inc(again)
         try:
-            # Before the answers: whoever tries again at once finds the memory
+            # Before the answers: a client that tries again at once finds the memory
             # free and /health telling so.
             self._reset(exc, fault, ending)
             late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
             if late:
                 self.give_up(errors.from_faults(late))
             self._clean_epoch = _core.epoch()
-            if fault is not None and self._replays.back_off():
+            if fault is not None and self._backoff.fault(self._scheduler.tokens):
                 self._refuse_for_a_while()
             else:
-                self._condition.enter("ok")
+                self._health.enter("ok")
         finally:
-            self._replays.line_up(again)
-            for ticket in ending:
-                ticket.fail(told)
+            for request in ending:
+                request.fail(error)
 
     def _give_up_among_ranks(
         self, fault: errors.GPUError | None, exc: Exception
@@ -147,13 +154,13 @@ class Recovery:
         self.give_up(Unavailable(why, restarts=True))
 
     def _refuse_for_a_while(self) -> None:
-        count = self._replays.faults_without_progress
+        count = self._backoff.faults_in_a_row
         log.error(
             "%d faults in a row: new requests are refused for %d s",
             count,
             REFUSE_FOR_S,
         )
-        self._condition.refuse_for(
+        self._health.refuse_for(
             REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
         )
 
@@ -176,10 +183,13 @@ class Recovery:
         self,
         exc: Exception,
         fault: errors.GPUError | None,
-        again: list[Ticket],
-        ending: list[Ticket],
+        again: int,
+        ended: int,
     ) -> None:
-        fate = f"requests run again: {len(again)}, ended: {len(ending)}"
+        fate = f"requests run again: {again}, ended: {ended}"
+        if fault is None and is_allocation_failure(exc):
+            log.warning("no memory is left: %s; %s", one_line(exc), fate)
+            return
         if fault is None:
             log.error("a generation step failed; %s", fate, exc_info=exc)
             return
@@ -187,8 +197,7 @@ class Recovery:
 
     def fail_everyone(self, exc: Exception) -> None:
         """Also those that are still in the queue."""
-        for ticket in self._flight.tickets():
-            ticket.fail(exc)
+        self._scheduler.fail_everyone(exc)
         while True:
             try:
                 queue, *_ = self._requests().get_nowait()
@@ -203,32 +212,33 @@ class Recovery:
             reported: there is a crash report of it already, as there is of an
                 exception that reached terminate.
         """
-        self._condition.restarts = True
-        self._condition.enter("failed", "the GPU is lost; the server is restarting")
+        self._health.restarts = True
+        self._health.enter("failed", "the GPU is lost; the server is restarting")
         log.error("the process must be replaced: %s", one_line(exc))
         # First of all: it is to tell who was in flight.
         if not (reported or _core.terminate_reached()):
             _reports.write("fault", one_line(exc), getattr(exc, "code", None))
         self.fail_everyone(exc)
-        self._condition.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
+        self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
     def _reset(
-        self, exc: Exception, fault: errors.GPUError | None, ending: list[Ticket]
+        self, exc: Exception, fault: errors.GPUError | None, ending: list[InFlight]
     ) -> None:
         """Drops whatever the failure may have left unwritten, or may be due to.
 
         Arrays of a failed evaluation read as valid afterwards (both regimes), so
-        the batch goes, whose only owners are the frames of the traceback. Entries
-        of the prompt cache that were complete before the fault may stay.
+        the batch goes, whose only owners are the frames of the traceback: it is
+        free as soon as they are clear. Entries of the prompt cache that were
+        complete before the fault may stay.
         """
         _clear_frames(exc)
         if _leaves_memory_alone(fault, exc) and _epoch_is_exact():
             self._prompt_cache.keep_clean(self._clean_epoch)
-            for ticket in ending if fault is None else ():
+            for request in ending if fault is None else ():
                 # Run alone, it failed again: what it began from may be the cause.
-                used = getattr(ticket.context, "prompt_cache_count", -1)
-                if ticket.prompt_key is not None and used >= 0:
-                    self._prompt_cache.forget(*ticket.prompt_key, used)
+                used = getattr(request.context, "prompt_cache_count", -1)
+                if request.prompt_key is not None and used >= 0:
+                    self._prompt_cache.forget(*request.prompt_key, used)
         else:
             # In place: a replaced cache would live on in mlx-lm's frames.
             self._prompt_cache.clear()
@@ -236,6 +246,24 @@ class Recovery:
         self._thread_state.restore()
         mx.clear_cache()
         self._metrics.resets.inc()
+
+
+def _is_out_of_memory(fault: errors.GPUError | None, exc: Exception) -> bool:
+    if fault is None:
+        return is_allocation_failure(exc)
+    return isinstance(fault, errors.OutOfMemoryError)
+
+
+def what_it_means(fault: errors.GPUError | None, exc: Exception) -> Failure:
+    """What a failure means for the requests that were in it."""
+    if fault is not None and not fault.retryable:
+        return Failure.FINAL
+    # What held up the display passes in smaller pieces as well.
+    if _is_out_of_memory(fault, exc) or isinstance(
+        fault, errors.MetalInteractivityError
+    ):
+        return Failure.TOO_MUCH
+    return Failure.UNKNOWN if fault is None else Failure.PASSING
 
 
 def _leaves_memory_alone(fault: errors.GPUError | None, exc: Exception) -> bool:
@@ -246,7 +274,7 @@ def _leaves_memory_alone(fault: errors.GPUError | None, exc: Exception) -> bool:
     """
     if fault is None:
         return not is_allocation_failure(exc)
-    return fault.retryable and not isinstance(fault, errors.OutOfMemoryError)
+    return fault.retryable and not _is_out_of_memory(fault, exc)
 
 
 def _epoch_is_exact() -> bool:

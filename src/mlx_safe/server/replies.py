@@ -1,4 +1,4 @@
-"""What a client is told: one function from an exception to an answer.
+"""Error responses: one function from an exception to an answer.
 
 The table is the HTTP contract of the project; nothing else in the server
 chooses a status. No traceback and no text of an unexpected exception reaches a
@@ -8,9 +8,10 @@ client, since it may quote a prompt.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
 
 from .. import errors
+from ..errors import Reply, is_allocation_failure
+from ..errors._reply import RETRY_AFTER_S, memory_reply
 
 __all__ = [
     "EXPECTED",
@@ -21,17 +22,17 @@ __all__ = [
     "Reply",
     "Unavailable",
     "is_allocation_failure",
+    "is_of_all",
     "reply_for",
 ]
 
-RETRY_AFTER_S = 5
 RETRY_AFTER_MAX_S = 60
 # Of a refusal that lasts until the next server is there.
 _restart_s = RETRY_AFTER_S
 
 
 def a_start_takes(seconds: float) -> None:
-    """What is told of a restart from now on, rounded up, from 1 to 60."""
+    """``Retry-After`` of a restart from now on: ``seconds`` rounded up, 1 to 60."""
     global _restart_s
     _restart_s = min(max(1, math.ceil(seconds)), RETRY_AFTER_MAX_S)
 
@@ -101,41 +102,13 @@ class Unavailable(Exception):
 EXPECTED = (BadRequest, ContextTooLong, ModelNotFound, NotEnoughMemory)
 
 
-class Reply(NamedTuple):
-    """An error answer. ``retry_after`` is in seconds; None: do not retry."""
+def is_of_all(exc: BaseException) -> bool:
+    """Whether ``exc`` is about the GPU or memory, and not about one request.
 
-    status: int
-    type: str
-    code: str
-    message: str
-    retry_after: int | None = None
-    param: str | None = None
-
-    def error(self) -> dict[str, Any]:
-        """The object under the key ``error``, as the OpenAI API has it."""
-        found: dict[str, Any] = {
-            "message": self.message,
-            "type": self.type,
-            "param": self.param,
-            "code": self.code,
-        }
-        if self.retry_after is not None:
-            found["retry_after"] = self.retry_after
-        return found
-
-
-def is_allocation_failure(exc: BaseException) -> bool:
-    """Whether MLX (or Python) could not get memory, with no buffer failed.
-
-    MLX's allocators begin their messages with ``[malloc``, ``[metal::malloc]``
-    or, when the number of buffers is at its limit, ``[metal::malloc] Resource
-    limit`` (0.29 to 0.32).
+    Whatever was being done, it may pass: it takes the way of a fault, and is never
+    the request's own mistake.
     """
-    if isinstance(exc, MemoryError):
-        return True
-    return isinstance(exc, RuntimeError) and str(exc).startswith(
-        ("[malloc", "[metal::malloc]", "[MetalAllocator", "[Allocator")
-    )
+    return errors.from_exception(exc) is not None or is_allocation_failure(exc)
 
 
 def reply_for(exc: BaseException) -> Reply:
@@ -161,45 +134,19 @@ def reply_for(exc: BaseException) -> Reply:
             param=exc.param,
         )
     if isinstance(exc, NotEnoughMemory):
-        return _memory_reply(str(exc))
+        return memory_reply(str(exc))
     if isinstance(exc, Unavailable):
         after = _restart_s if exc.restarts else RETRY_AFTER_S
         return Reply(503, "service_unavailable_error", "unavailable", str(exc), after)
     fault = errors.from_exception(exc)
-    if fault is not None and (fault.retryable or fault.fatal):
-        return _fault_reply(fault)
-    if is_allocation_failure(exc):
-        return _memory_reply(
-            "There is not enough memory for this request at the moment."
+    found = errors.reply_for(fault or exc)
+    if found is None:
+        return Reply(
+            500,
+            "internal_server_error",
+            "internal_generation_error",
+            "The server failed while generating. The request was not completed.",
         )
-    return Reply(
-        500,
-        "internal_server_error",
-        "internal_generation_error",
-        "The server failed while generating. The request was not completed.",
-    )
-
-
-def _memory_reply(message: str) -> Reply:
-    return Reply(
-        503,
-        "resource_exhausted_error",
-        "insufficient_memory",
-        message,
-        RETRY_AFTER_S,
-    )
-
-
-def _fault_reply(fault: errors.GPUError) -> Reply:
-    # What can be retried has one type; the code tells which fault it was.
-    kind = "resource_exhausted" if fault.retryable else "service_unavailable"
-    what = f"failed during generation ({fault.name})"
-    if isinstance(fault, errors.OutOfMemoryError):
-        what = "ran out of memory during generation"
-    return Reply(
-        503,
-        f"{kind}_error",
-        fault.kind.slug,
-        f"The GPU {what}. The request was not completed.",
-        _restart_s if fault.fatal else RETRY_AFTER_S,
-    )
+    if fault is not None and fault.fatal:
+        found.retry_after = _restart_s
+    return found

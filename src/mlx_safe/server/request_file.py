@@ -64,6 +64,7 @@ class RequestFile:
         return cls(fd)
 
     def close(self) -> None:
+        """Gives this process's descriptor back; the file lives on elsewhere."""
         os.close(self.fd)
 
     def read(self, count: int | None = None) -> bytes:
@@ -91,7 +92,7 @@ class RequestFile:
 
     def receive(self, connection: socket.socket, buffer: memoryview) -> int:
         """Reads from ``connection`` into ``buffer``, as ``recv_into`` does."""
-        if self.state is State.BEGUN:  # nobody will need it
+        if self.state is State.BEGUN:  # it is not needed any more
             count = connection.recv_into(buffer)
             self._total += count
             return count
@@ -100,7 +101,7 @@ class RequestFile:
         piece = buffer[:count]
         try:
             self._append(piece)
-        except OSError:  # a full disk: without all of it nobody can run it again
+        except OSError:  # a full disk: a part of it cannot be run again
             self.reach(State.BEGUN)
             return self.receive(connection, buffer)
         self._moving = count
@@ -120,7 +121,7 @@ class RequestFile:
         """The request is so far."""
         self.state = state
         self._write_head()
-        if state is State.BEGUN:  # nobody will need what was read of it
+        if state is State.BEGUN:  # what was read of it is not needed any more
             os.ftruncate(self.fd, HEAD.size)
 
     def next(self, ahead: bytes) -> None:

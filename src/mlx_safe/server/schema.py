@@ -25,12 +25,13 @@ from . import strict_json
 from .messages import ROLES, Fields, Message, choice, refused
 from .replies import BadRequest
 
-__all__ = ["PATHS", "read", "takes_images"]
+__all__ = ["PATHS", "TOP_LOGPROBS_MAX", "read", "takes_images"]
 
 log = logging.getLogger("mlx_safe.server")
 
 INT64 = 2**63 - 1
 STOPS_MAX = 16
+TOP_LOGPROBS_MAX = 20  # as in the OpenAI API
 CHOICES_MAX = 8  # each is a request of its own to the generator
 # A penalty looks at so many tokens at most; MLX counts them in 32 bits.
 CONTEXT_SIZE_MAX = 2**30
@@ -85,6 +86,8 @@ def _bias(value: dict[str, float]) -> dict[str, float]:
 
 
 class StreamOptions(Fields):
+    """``stream_options``."""
+
     include_usage: bool = False
 
 
@@ -115,7 +118,7 @@ class Request(Fields):
     presence_context_size: Count | None = None
     frequency_context_size: Count | None = None
     logit_bias: Annotated[dict[str, float], AfterValidator(_bias)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     # Of the API, without a meaning here: they change no answer.
     user: str | None = None
     store: bool | None = None
@@ -204,17 +207,22 @@ class Parameters(Fields):
 
 
 class Function(Fields):
+    """A function that a model may call."""
+
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
     parameters: Parameters
 
     @classmethod
     def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """``value`` with what may be left out."""
         nothing = {"type": "object", "properties": {}}
         return {**value, "parameters": value.get("parameters", nothing)}
 
 
 class Tool(Fields):
+    """An element of ``tools``."""
+
     type: Literal["function"]
     function: Function
 
@@ -242,6 +250,8 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChatRequest(Request):
+    """The body of ``/v1/chat/completions``."""
+
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] | None = None
     tool_choice: Any = None
@@ -280,10 +290,12 @@ def _one_prompt(value: Any) -> Any:
 
 
 class TextRequest(Request):
+    """The body of ``/v1/completions``."""
+
     prompt: Annotated[str, BeforeValidator(_one_prompt)]
     logprobs: Annotated[
         Annotated[bool, Tag("is_bool")]
-        | Annotated[int, Tag("is_int"), Field(ge=0, le=20)],
+        | Annotated[int, Tag("is_int"), Field(ge=0, le=TOP_LOGPROBS_MAX)],
         choice("true, false or a number of tokens", is_bool=bool, is_int=int),
     ] = False
 
@@ -305,6 +317,7 @@ def read(
 
     Args:
         path: one of `PATHS`.
+        raw: the body, in UTF-8.
         takes_xtc: whether this mlx-lm can do it (`compat.takes_xtc`).
 
     Raises:

@@ -4,7 +4,7 @@ A small parent that never imports MLX. It opens the listening socket and gives i
 to the server, a child process. While no server listens the parent accepts itself, and
 holds what comes in until the next one takes it; so it does with what the last one had
 accepted and not begun to answer (`handover`). What must not wait is answered 503, each
-client on a thread of its own, so that a slow one keeps nobody waiting.
+client on a thread of its own, so that a slow one delays no other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import _core
 from .._command import CommandError, Parser
-from . import handover
+from . import handover, ranks
 from .handover import Message
 from .holding import Holding
 
@@ -31,6 +31,7 @@ __all__ = [
     "Supervisor",
     "cannot_listen",
     "find_address",
+    "how_it_ended",
     "is_supervised",
     "main",
     "replace_this_process",
@@ -59,7 +60,7 @@ def replace_this_process(arguments: Sequence[str]) -> None:
     """Becomes the supervisor, in which nothing of mlx_safe is installed."""
     os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
     sys.stdout.flush()
-    _core.remove_run_file()  # its end tells nothing of a server's
+    _core.remove_run_file()  # the end of this process is no crash of a server
     os.execv(sys.executable, [sys.executable, "-m", __name__, *arguments])
 
 
@@ -88,7 +89,7 @@ def say(text: str) -> None:
     print(f"{now} - SUPERVISOR - {text}", file=sys.stderr, flush=True)
 
 
-def _how(status: int) -> str:
+def how_it_ended(status: int) -> str:
     """A process ended: subprocess says by which signal with a negative number."""
     try:
         return f"by {signal.Signals(-status).name}"
@@ -129,17 +130,17 @@ class Supervisor:
             self._crashes += 1
             if self._crashes > CRASHES_MAX:
                 self._holding.refuse_all()
+                how = how_it_ended(status)
                 say(
-                    f"the server has ended {self._crashes} times in a row and "
-                    f"completed no request in between, the last time {_how(status)}: "
-                    "giving up. Its log above says why, and `mlx-safe reports` lists "
-                    "the crash reports"
+                    f"the server has ended {self._crashes} times in a row without a "
+                    f"completed request, the last time {how}: giving up. The "
+                    "log above says why. `mlx-safe reports` lists the crash reports"
                 )
                 return 1
             delay = BACK_OFF_S[min(self._crashes, len(BACK_OFF_S)) - 1]
             say(
-                f"the server has ended {_how(status)}; starting it again "
-                f"in {delay:.0f} s, with {len(self._holding)} connections held"
+                f"the server has ended {how_it_ended(status)}; starting it again "
+                f"in {delay:.0f} s; {len(self._holding)} connections wait for it"
             )
             self._hold_until(time.monotonic() + delay)
             if self._stopping:
@@ -256,6 +257,9 @@ def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float]:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--hold-seconds", type=float, default=HOLD_S)
     known, _ = parser.parse_known_args(list(arguments))
+    if not ranks.is_first():
+        # Only the first rank has clients; here nobody knows the port.
+        return socket.create_server(("127.0.0.1", 0)), known.hold_seconds
     family, address = find_address(known.host, known.port)
     try:
         listener = socket.create_server(address[:2], family=family, backlog=512)

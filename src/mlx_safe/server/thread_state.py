@@ -1,4 +1,4 @@
-"""What of MLX's state a failure can leave unsound, and how it is made sound again.
+"""What of MLX's state a failure can leave unsound, and how it is repaired.
 
 Looked at for MLX 0.31.2 and 0.32.4, each by a test (`test_thread_state.py`):
 
@@ -7,17 +7,21 @@ Looked at for MLX 0.31.2 and 0.32.4, each by a test (`test_thread_state.py`):
   that draws raises. A new seed mends it.
 - the default device and stream: a generator that is dropped inside ``mx.stream``
   leaves the block when it is collected, which may be later, and in another order.
+  Nothing of mlx-lm's is in a cycle when its frames are cleared, so that nothing
+  waits for the collector; but whatever it finds later, this thread's are set anew
+  at each turn.
 - errors that a stream has stored (0.32): a wait raises them, each once.
 - compiled functions: one that raised is traced anew when it is called again.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 
 import mlx.core as mx
+
+from .. import errors
 
 __all__ = ["ThreadState", "seed_anew"]
 
@@ -29,7 +33,7 @@ PENDING_ERRORS_MAX = 8
 
 
 def seed_anew() -> None:
-    """Gives the calling thread a random state that nobody could foretell."""
+    """Gives the calling thread a random state that cannot be predicted."""
     mx.random.seed(int.from_bytes(os.urandom(8), "little"))
 
 
@@ -41,13 +45,22 @@ class ThreadState:
         self._stream = mx.default_stream(self._device)
 
     def restore(self) -> None:
-        """After a failure: as it was, with nothing pending."""
-        # First: blocks of `mx.stream` in what is collected end only now.
-        gc.collect()
-        mx.set_default_device(self._device)
-        mx.set_default_stream(self._stream)
+        """After a failure: as it was, with nothing pending.
+
+        Raises:
+            DeviceLostError: nothing can be computed any more.
+
+        Not by a search for what is left: ``gc.collect()`` looks at all that Python
+        has imported, a quarter of a second where that is a lot.
+        """
+        self.hold()
         self._fetch_pending_errors()
         seed_anew()
+
+    def hold(self) -> None:
+        """The default device and stream are what they were. Under a microsecond."""
+        mx.set_default_device(self._device)
+        mx.set_default_stream(self._stream)
 
     def _fetch_pending_errors(self) -> None:
         for _ in range(PENDING_ERRORS_MAX):
@@ -55,5 +68,8 @@ class ThreadState:
                 mx.synchronize()
                 return
             except RuntimeError as e:
+                fault = errors.from_exception(e)
+                if fault is not None and fault.fatal:
+                    raise fault from None  # it stays, however often one waits
                 log.info("an error was still pending: %s", str(e).splitlines()[:1])
         log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)

@@ -71,7 +71,7 @@ def apart(text: str, parser: Parser) -> list[str]:
     return re.split(rf"(?<={end})(?=\s*{begin})", text)
 
 
-def read(text: str, parser: Parser, tools: Any) -> list[Call]:
+def read(text: str, parser: Parser, tools: object) -> list[Call]:
     """The calls in ``text``, a part of `apart`; one or more.
 
     Args:
@@ -83,15 +83,17 @@ def read(text: str, parser: Parser, tools: Any) -> list[Call]:
     """
     try:
         parsed = parser(text, tools)
+    except MemoryError:
+        raise
     except Exception as e:  # whatever it is: a model can write anything
         raise Unreadable(type(e).__name__) from None
     found = parsed if isinstance(parsed, list) else [parsed]
     if not found:
-        raise Unreadable("there is none in it")
+        raise Unreadable("it has no call")
     return [_call(one, tools) for one in found]
 
 
-def _call(parsed: Any, tools: Any) -> Call:
+def _call(parsed: object, tools: object) -> Call:
     if not isinstance(parsed, dict):
         raise Unreadable("it is no object")
     name = parsed.get("name")
@@ -101,12 +103,12 @@ def _call(parsed: Any, tools: Any) -> Call:
     # The key that Llama's models were trained on.
     arguments = parsed.get("arguments", parsed.get("parameters"))
     if _is_given_up(name, arguments, tools):
-        raise Unreadable("the parser made nothing of it")
+        raise Unreadable("the parser found no call")
     given = parsed.get("id")
     return Call(name, _as_text(arguments), given if isinstance(given, str) else None)
 
 
-def _as_text(arguments: Any) -> str:
+def _as_text(arguments: object) -> str:
     try:
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
@@ -117,12 +119,14 @@ def _as_text(arguments: Any) -> str:
             text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             text.encode()  # half of a pair of surrogates is no text either
             return text
+    except MemoryError:
+        raise
     except Exception as e:
         raise Unreadable(f"its arguments are no JSON: {type(e).__name__}") from None
     raise Unreadable("its arguments are no object")
 
 
-def _is_given_up(name: str, arguments: Any, tools: Any) -> bool:
+def _is_given_up(name: str, arguments: object, tools: object) -> bool:
     """Whether this is how mlx-lm's ``glm47`` (0.31, 0.32) says that it read nothing.
 
     It raises never, but makes any text the one argument "raw" of a tool that is
@@ -133,7 +137,7 @@ def _is_given_up(name: str, arguments: Any, tools: Any) -> bool:
     return name not in _names(tools)
 
 
-def _names(tools: Any) -> set[Any]:
+def _names(tools: object) -> set[str]:
     functions = [
         tool.get("function")
         for tool in (tools if isinstance(tools, list) else [])

@@ -42,10 +42,10 @@ NO_FIELD = (
 
 
 class Framing(enum.Enum):
-    """How the end of an answer is told."""
+    """How a client finds the end of an answer."""
 
-    WHOLE = "its length was said by who made it"
-    COLLECTED = "its length is told when all of it is there"
+    WHOLE = "by its length, which came with it"
+    COLLECTED = "by its length, which is known when all of it is there"
     CHUNKED = "by a last chunk of length 0"
     CLOSED = "by the end of the connection, to a client of HTTP/1.0"
     NO_BODY = "it has no body"
@@ -144,7 +144,7 @@ class _Writer(io.BufferedIOBase):
         return count
 
     def end(self) -> None:
-        """The answer is complete: tells its end."""
+        """The answer is complete: sends what marks its end."""
         if self.broken or self.framing is None:
             return
         if self.framing is Framing.COLLECTED:
@@ -172,7 +172,7 @@ class Wire(BaseHTTPRequestHandler):
     """One connection, with one request after another. Runs on a thread of its own.
 
     An answer's headers wait for the first byte of its body, so that until then it
-    can be another. Whoever reads the body of a request to its end calls
+    can be another. A caller that has read the body of a request to its end calls
     `body_was_read`; where something is left of it the connection ends.
     """
 
@@ -180,6 +180,7 @@ class Wire(BaseHTTPRequestHandler):
     server: Any
 
     def setup(self) -> None:
+        """Makes ``rfile``, ``wfile`` and the supervisor's share of the connection."""
         super().setup()
         # Not `disable_nagle_algorithm`: of a connection that was reset meanwhile, as
         # health checks are, macOS (xnu) takes no options (EINVAL).
@@ -194,6 +195,7 @@ class Wire(BaseHTTPRequestHandler):
     # -- connections --------------------------------------------------------------
 
     def handle(self) -> None:
+        """Serves one request after another until the connection is to end."""
         # mlx-lm's handler keeps a request's state in its attributes: of one request
         # nothing may be left for the next.
         fresh = dict(vars(self))
@@ -220,6 +222,7 @@ class Wire(BaseHTTPRequestHandler):
         """Called before each request is read."""
 
     def handle_one_request(self) -> None:
+        """Reads a request, has it answered, and ends the answer."""
         super().handle_one_request()
         unread = self._has_unread()
         self.close_connection = self.close_connection or unread
@@ -260,6 +263,7 @@ class Wire(BaseHTTPRequestHandler):
         return self._reader.count - len(ahead)
 
     def parse_request(self) -> bool:
+        """Reads the head; False when it was refused."""
         self._head_ends_at = None
         if not super().parse_request():
             return False
@@ -297,6 +301,7 @@ class Wire(BaseHTTPRequestHandler):
         return data
 
     def end_headers(self) -> None:
+        """Chooses the framing; the head waits for the first byte of the body."""
         head: list[bytes] = getattr(self, "_headers_buffer", [])  # none to HTTP/0.9
         status = int(head[0].split()[1]) if head else 0
         if 100 <= status < 200:
@@ -355,4 +360,5 @@ class Wire(BaseHTTPRequestHandler):
     # What is logged is what was sent: mlx-lm begins every answer with a 200.
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
+        """Notes the status, which is logged when the answer has ended."""
         self._logged_code = code

@@ -1,6 +1,6 @@
 """Faults on demand, on any machine, without a GPU.
 
-For the tests of this project and of any server that runs MLX::
+For the tests of this project and of any server that runs MLX:
 
     from mlx_safe import testing
 
@@ -26,6 +26,7 @@ import threading
 import time
 
 from .. import _core, _reports, errors
+from ..errors import _cuda
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Injection",
     "attach",
+    "cuda_message",
     "inject",
     "metal_message",
     "parse_plan",
@@ -46,7 +48,7 @@ __all__ = [
 
 ENVIRONMENT = "MLX_SAFE_INJECT"
 PHASES = ("prefill", "decode", "any")
-ACTIONS = ("raise", "record", "terminate", "bug", "stall")
+ACTIONS = ("raise", "record", "terminate", "bug", "stall", "cuda")
 
 # What Metal says before the bracket (WebKit's and MLX users' reports).
 _WORDING = {
@@ -74,6 +76,18 @@ def metal_message(code: int) -> str:
         f"[METAL] Command buffer execution failed: {wording} ({code & 0xFFFFFFFF:08x}:"
         f"{name})"
     )
+
+
+def cuda_message(code: int) -> str:
+    """What MLX's CUDA backend (0.31 to 0.32) says of error number ``code``.
+
+    Memory is asked for by a call of its own; anything else is told by whatever call
+    comes next.
+    """
+    call = "cudaStreamSynchronize(stream)"
+    if code == 2:
+        call = "cudaMallocAsync(&data, size, stream)"
+    return f"{call} failed: {_cuda.cuda_text(code)}"
 
 
 def _check_code(code: int) -> None:
@@ -158,13 +172,14 @@ def inject(
     Args:
         phase: ``"prefill"``, ``"decode"`` or ``"any"``: which steps count.
         step: the one that fails; with ``persistent``, the first that does.
-        code: IOGPU code; any number of 32 bits.
+        code: IOGPU code; any number of 32 bits. With ``"cuda"`` a number of CUDA's,
+            such as 2 (out of memory) or 719 (a failed kernel).
         action: ``"raise"`` raises MLX's own error from the step. ``"record"``
             puts a fault into the log and lets the step go on, as when MLX
             swallows the error. ``"terminate"`` throws on a foreign thread, as
             MLX 0.31.2 does without hooks: the process ends. ``"bug"`` raises a
             ValueError that has nothing to do with the GPU. ``"stall"`` lets the
-            step hang for an hour.
+            step hang for an hour. ``"cuda"`` raises what MLX's CUDA backend would.
 
     Raises:
         ValueError: an argument is none of the above.
@@ -230,6 +245,8 @@ def step(phase: str) -> None:
             throw_on_foreign_thread(metal_message(plan.code))
         elif plan.action == "stall":
             time.sleep(3600)
+        elif plan.action == "cuda":
+            raise RuntimeError(cuda_message(plan.code))
         elif plan.action == "bug":
             raise ValueError("injected: not a fault of the GPU")
         else:
@@ -253,7 +270,7 @@ def attach(model: Any, *, decode_width: int = 1) -> Any:
     """
     cls = type(model)
     if not callable(model):
-        raise TypeError(f"attach() wants a model that can be called, not {model!r}")
+        raise TypeError(f"attach() needs a model that can be called, not {model!r}")
     if getattr(cls, "_mlx_safe_attached", False):
         return model
 

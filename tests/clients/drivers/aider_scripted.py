@@ -33,7 +33,7 @@ from protocol import KEY, MODEL, Left, Outcome, Task, begun, serve
 RETRY_TIMEOUT_S = 0.25  # it tries again once, after a quarter of a second
 
 
-class Output(InputOutput):
+class Output(InputOutput):  # type: ignore[misc]
     """What is said to the user, kept."""
 
     def __init__(self) -> None:

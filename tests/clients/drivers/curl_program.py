@@ -31,6 +31,7 @@ def ask(task: Task, outcome: Outcome) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as curl:
+        assert curl.stderr is not None
         try:
             last = read(curl, task, outcome)
         except Left:
@@ -46,6 +47,7 @@ def ask(task: Task, outcome: Outcome) -> None:
 def read(curl: subprocess.Popen[str], task: Task, outcome: Outcome) -> str:
     """What it prints, as it comes; the last line."""
     line = ""
+    assert curl.stdout is not None
     for raw in curl.stdout:
         line = raw.strip()
         found = line.removeprefix("data: ")

@@ -34,7 +34,7 @@ async def ask(task: Task, outcome: Outcome) -> None:
         outcome.finish = answer.response_metadata.get("finish_reason")
         piece(task, outcome, answer.content)
         return
-    whole = None
+    whole: Any = None
     parts = model.astream(task.prompt)
     try:
         async for part in parts:

@@ -23,7 +23,7 @@ def ask(task: Task, outcome: Outcome) -> None:
     asking = client(task.base_url)
     if not task.retries:
         asking = asking.with_options(max_retries=0)
-    answer = asking.chat.completions.create(
+    answer: Any = asking.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": task.prompt}],
         max_tokens=task.max_tokens,

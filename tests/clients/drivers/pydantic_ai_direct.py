@@ -31,9 +31,9 @@ def model(base_url: str, retries: bool) -> OpenAIChatModel:
 
 def text_of(event: Any) -> str:
     if isinstance(event, PartStartEvent) and isinstance(event.part, TextPart):
-        return event.part.content
+        return str(event.part.content)
     if isinstance(event, PartDeltaEvent) and isinstance(event.delta, TextPartDelta):
-        return event.delta.content_delta
+        return str(event.delta.content_delta)
     return ""
 
 

@@ -44,6 +44,8 @@ class MachLoader:
         run = ctypes.pythonapi.PyModule_ExecDef
         run.argtypes = [ctypes.py_object, ctypes.c_void_p]
         run(module, self._definition)  # ctypes raises what it has set
+        if self.name == "mlx.core" and (memory := os.environ.get("MACHRUN_MEMORY")):
+            limit_memory(int(memory))
         if self.name == "mlx.core" and os.environ.get("MACHRUN_DEVICE") == "cpu":
             # Where numbers must be right: no kernel of the GPU computes anything.
             module.set_default_device(module.cpu)
@@ -89,6 +91,12 @@ def fail(nth: int, code: int = 8, persistent: bool = False, late_us: int = 0) ->
 def slow_pipelines(us: int) -> None:
     """Making a pipeline takes so long (`metalsim_set_pipeline_delay_us`)."""
     simulator("metalsim_set_pipeline_delay_us", None, ctypes.c_uint32)(us)
+
+
+def limit_memory(size: int) -> None:
+    """The GPU has so many bytes; more in all live buffers, and work fails (code 8)."""
+    kinds = (ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
+    simulator("metalsim_set_memory", None, *kinds)(1, size, 0)
 
 
 def failed_buffers() -> int:

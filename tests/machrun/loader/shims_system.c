@@ -130,13 +130,14 @@ int mac_sysctlbyname(const char* name, void* to, size_t* size, const void* set,
                      size_t set_size) {
   (void)set, (void)set_size;
   static const uint64_t memory = 16ull << 30;
-  static const uint32_t level = 50;
+  static const uint32_t level = 50, wired = 0;
   static const struct {
     const char* name;
     const void* value;
     size_t size;
   } kKnown[] = {{"hw.memsize", &memory, 8},
                 {"kern.memorystatus_level", &level, 4},
+                {"iogpu.wired_limit_mb", &wired, 4},
                 {"hw.model", "Mac14,2", 8},
                 {"machdep.cpu.brand_string", "Apple M2 (simulated)", 21}};
   for (size_t i = 0; i < COUNT(kKnown); i++) {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from . import debian, native, packages
-from .places import CACHE, MAIN, PYTHONS, SetupError
+from .places import CACHE, MAIN, NOT_RUN, PYTHONS, SetupError
 
 
 def fetch() -> None:
@@ -17,8 +17,10 @@ def fetch() -> None:
     for version in packages.VERSIONS:
         packages.get_mlx(version, main)
     packages.get_mlx(packages.NEWEST, main)
+    for version, system in packages.LATER_SYSTEMS.items():
+        packages.get_mlx(version, main, system)
     for python in PYTHONS.values():
-        packages.get_mlx(max(packages.PAIRS), python)
+        packages.get_mlx(packages.NEWEST_PAIR[0], python)
         packages.get_ours(python)
     for version in packages.PAIRS:
         packages.get_site(version)
@@ -45,6 +47,8 @@ def main() -> int:
         # The network is waited for while the compiler computes.
         with ThreadPoolExecutor(2) as pool:
             print("machrun: " + ", ".join(pool.map(timed, (build, fetch))))
+        for wheel, reason in NOT_RUN.items():
+            print(f"machrun: NOT RUN: the wheel {wheel}: {reason}")
     except SetupError as e:
         print(f"machrun: {e}", file=sys.stderr)
         return 2

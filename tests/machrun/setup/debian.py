@@ -6,6 +6,7 @@ architecture and another suite than this machine's, and the machine stays as it 
 
 from __future__ import annotations
 
+import plistlib
 import re
 from pathlib import Path
 
@@ -15,11 +16,15 @@ from .places import CACHE, PYTHONS, QEMU, TOOLS, Python, SetupError, fresh, run
 LIBRARIES = {
     "bookworm": ("libssl3", "libffi8", "zlib1g"),
     "trixie": ("libssl3t64", "libffi8", "zlib1g", "libzstd1"),
+    "forky": ("libssl3t64", "libffi8", "zlib1g", "libzstd1"),
 }
 COMMON = (
     *("libc6", "libgcc-s1", "libstdc++6", "libexpat1", "libbz2-1.0", "liblzma5"),
     *("libsqlite3-0", "libuuid1", "libcrypt1"),
 )
+# What qemu finds where a program asks for it by its absolute path.
+SYSTEM_VERSION = Path("System/Library/CoreServices/SystemVersion.plist")
+MACOS = {"ProductName": "macOS", "ProductVersion": "14.0", "ProductBuildVersion": "0A0"}
 SOURCES = (Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d"))
 
 
@@ -105,6 +110,9 @@ def get_sysroot(python: Python) -> Path:
         if not (python.sysroot / "lib").exists():  # of Debian 13 another package's
             (python.sysroot / "lib").symlink_to("usr/lib")
         done.touch()
+    if not (plist := python.sysroot / SYSTEM_VERSION).exists():
+        plist.parent.mkdir(parents=True, exist_ok=True)
+        plist.write_bytes(plistlib.dumps(MACOS))
     return python.sysroot
 
 

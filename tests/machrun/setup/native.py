@@ -81,7 +81,8 @@ def _build(
     target: Path, name: str, sources: list[tuple[Path, list[str]]], *libraries: Path
 ) -> Path:
     """A dylib from sources, if one of them or an option has changed."""
-    parts = [*(s for s, _ in sources), *(x for _, o in sources for x in o)]
+    parts: list[Path | str] = [source for source, _ in sources]
+    parts += [option for _, options in sources for option in options]
     stamp = digest([*parts, *(path.name for path in libraries)])
     if not is_current(target, stamp):
         _dylib(target, name, _objects(target, sources), *libraries)

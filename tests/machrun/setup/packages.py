@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
+
+from support.versions import EXECUTED as EXECUTED
+from support.versions import NEWEST_PAIR as NEWEST_PAIR
+from support.versions import PAIRS as PAIRS
 
 from .places import (
     CACHE,
@@ -21,11 +26,10 @@ from .places import (
     run,
 )
 
-# Every version of MLX whose behaviour differs, or might.
-VERSIONS = ("0.30.6", "0.31.2", "0.32.0", "0.32.1", "0.32.2", "0.32.3", "0.32.4")
+VERSIONS = EXECUTED
 NEWEST = "newest"
-# The pairs that are supported: see PAIR_… in the Makefile.
-PAIRS = {"0.31.2": "0.31.3", "0.32.4": "0.32.2"}
+# Built apart for later macOS; one version of each regime.
+LATER_SYSTEMS = {min(PAIRS): "15_0", NEWEST: "26_0"}
 # mlx.metallib is 150 MB of code for GPUs, which nothing here reads.
 LEFT_OUT = (".metallib", ".h", ".metal", ".cmake")
 
@@ -58,10 +62,17 @@ def mlx_directory(version: str, python: Python, system: str = "14_0") -> Path:
     return CACHE / "mlx" / f"{version}-{python.tag}-{system}"
 
 
+def _is_there(version: str, mark: Path) -> bool:
+    """The newest is asked for again after a day."""
+    if not mark.exists():
+        return False
+    return version != NEWEST or time.time() - mark.stat().st_mtime < 24 * 3600
+
+
 def get_mlx(version: str, python: Python, system: str = "14_0") -> Path:
     """The folder with the unpacked wheels of mlx and mlx-metal for a macOS."""
     place = mlx_directory(version, python, system)
-    if not (place / "complete").exists():
+    if not _is_there(version, place / "complete"):
         pin = "" if version == NEWEST else f"=={version}"
         fresh(place)
         wheels = fresh(CACHE / "downloads" / place.name)
@@ -110,9 +121,10 @@ def get_site(mlx_version: str) -> list[Path]:
 
     The dependencies of the newest mlx-lm serve all.
     """
-    newest = max(PAIRS)
+    newest, _ = NEWEST_PAIR
     rest = CACHE / "site" / "dependencies"
     own = ["prometheus-client>=0.20", "pydantic>=2.7", "rich>=13"]
+    own += ["pytest>=8", "pytest-timeout>=2.3"]  # for tests/hardware
     wanted = [f"mlx-lm=={PAIRS[newest]}", f"mlx=={newest}", *own]
     if not is_current(rest, " ".join(wanted)):
         _install(rest, *wanted)

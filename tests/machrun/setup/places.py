@@ -17,6 +17,8 @@ TOOLS = CACHE / "tools"
 QEMU = TOOLS / "usr" / "bin" / "qemu-aarch64-static"
 LOADER = CACHE / "machrun"
 LIMIT_S = 900
+# Also what takes long and adds little.
+ALL = os.environ.get("MACHRUN_ALL") == "1"
 
 
 class SetupError(Exception):
@@ -46,16 +48,21 @@ class Python:
         return CACHE / "sysroot" / self.suite
 
 
-# All that Debian's suites have. None has a 3.10, so the cp310 wheel is not run.
+# What Debian's suites have (bullseye: 3.9; forky also 3.13 and 3.15, for which MLX has
+# no wheel), each version from the suite that keeps it. There is no 3.10, and no package
+# of PyPI carries one.
 PYTHONS = {
     p.version: p
     for p in (
         Python("3.11", "bookworm", "cp311-cp311"),
         Python("3.13", "trixie", "cp312-abi3"),
+        Python("3.14", "forky", "cp312-abi3"),
     )
 }
 MAIN = "3.11"  # the one that runs every version of MLX
-NOT_RUN = {"cp310-cp310": "Debian has no CPython 3.10 for arm64"}
+NOT_RUN = {
+    "cp310-cp310": "neither Debian nor PyPI has a CPython 3.10 for Linux on arm64"
+}
 
 
 def run(*command: object, limit: float = LIMIT_S, **more: object) -> str:

@@ -28,7 +28,7 @@ struct Stream {
 };
 
 struct Options {
-  std::string workload = "basic", hooks, expect, mlx;
+  std::string workload = "basic", hooks, expect, mlx, trace;
   uint64_t fail_nth = 0, seed = 0;
   int code = 8, rounds = 20, debug_layer = 0, family = 0;
   uint32_t after_commands = 0, late_us = 0;
@@ -41,6 +41,8 @@ inline Options& options() {
   static Options one;
   return one;
 }
+
+inline bool is_before_0_31() { return options().mlx.rfind("0.30", 0) == 0; }
 
 // ---- data ------------------------------------------------------------------
 
@@ -222,7 +224,10 @@ class EncoderBase {
   EncoderBase(const EncoderBase&) = delete;
   EncoderBase& operator=(const EncoderBase&) = delete;
 
-  id buffer() const { return buffer_.get(); }
+  id buffer() {
+    if (!buffer_) next_buffer();
+    return buffer_.get();
+  }
   bool needs_commit() const { return operations_ > options().ops_per_buffer; }
 
   void add_handler(std::function<void(id)> function) {
@@ -271,9 +276,10 @@ class EncoderBase {
     ++operations_;
   }
 
-  void commit_buffer() {
+  void commit_buffer(bool makes_next = true) {
     send(buffer(), SEL_(commit));
-    next_buffer();
+    buffer_ = Ref();
+    if (makes_next) next_buffer();
   }
 
   bool encoding() const { return static_cast<bool>(encoder_); }

@@ -3,8 +3,10 @@
 // generations of Metal back end.
 #pragma once
 
+#include <algorithm>
 #include <map>
 #include <optional>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -124,7 +126,8 @@ class Graph {
       }
       synchronizer_->inputs = outputs;
       synchronizer_->event = event_of(synchronizer_->stream);
-      visit(synchronizer_);
+      count_uses(synchronizer_);
+      order();
     }
 
     Ptr run() {
@@ -135,7 +138,10 @@ class Graph {
         Regime::abandon(events_, open_streams_);
         throw;
       }
-      for (Stream stream : open_streams_) {
+      std::vector<Stream> open(open_streams_.begin(), open_streams_.end());
+      // It has them in a hash table.
+      if (is_before_0_31()) std::reverse(open.begin(), open.end());
+      for (Stream stream : open) {
         auto event = events_.find(stream.index);
         if (event != events_.end()) event->second.signal(stream);
         if (stream.gpu) Regime::finalize(stream);
@@ -144,15 +150,41 @@ class Graph {
     }
 
    private:
-    // Inputs before what uses them; and which arrays cross between streams.
-    void visit(const Ptr& node) {
-      if (!seen_.insert(node.get()).second) return;
+    // How many use each array; and which cross between streams.
+    void count_uses(const Ptr& node) {
       for (auto& input : node->inputs) {
         if (input->status != NodeT::kUnscheduled) continue;
         if (!(input->stream == node->stream)) crossing_.insert(input.get());
-        visit(input);
+        if (uses_[input.get()]++ == 0) count_uses(input);
       }
-      tape_.push_back(node);
+    }
+
+    // Inputs before what uses them: breadth first from the end, and depth first
+    // where that becomes wider than MLX's MLX_BFS_MAX_WIDTH.
+    void order() {
+      constexpr size_t kMaxWidth = 20;
+      std::vector<std::pair<Ptr, size_t>> put_off;
+      std::vector<Ptr> reversed{synchronizer_};
+      for (size_t next = 0; next < reversed.size() || !put_off.empty();) {
+        size_t input = 0;
+        Ptr node;
+        if (next < reversed.size()) {
+          node = reversed[next++];
+        } else {
+          std::tie(node, input) = put_off.back();
+          put_off.pop_back();
+        }
+        for (; input < node->inputs.size(); ++input) {
+          const Ptr& wanted = node->inputs[input];
+          if (wanted->status != NodeT::kUnscheduled) continue;
+          if (reversed.size() - next >= kMaxWidth) {
+            put_off.emplace_back(node, input);
+            break;
+          }
+          if (--uses_[wanted.get()] == 0) reversed.push_back(wanted);
+        }
+      }
+      tape_.assign(reversed.rbegin(), reversed.rend());
     }
 
     Event& event_of(Stream stream) {
@@ -163,10 +195,9 @@ class Graph {
 
     void wait_for_inputs(const Ptr& node) {
       for (auto& input : node->inputs) {
+        // Also on the stream that it is computed on.
         if (crossing_.count(input.get())) {
-          if (!(input->stream == node->stream)) {
-            fences_.at(input->stream.index).wait(node->stream);
-          }
+          fences_.at(input->stream.index).wait(node->stream);
         } else if (input->event) {
           if (input->event->is_signaled()) {
             input->event.reset();
@@ -207,7 +238,8 @@ class Graph {
     bool async_;
     Ptr synchronizer_;
     std::vector<Ptr> tape_;
-    std::unordered_set<NodeT*> seen_, crossing_;
+    std::unordered_map<NodeT*, int> uses_;
+    std::unordered_set<NodeT*> crossing_;
     std::map<int, Event> events_;
     std::map<int, Fence> fences_;
     std::set<Stream> open_streams_;

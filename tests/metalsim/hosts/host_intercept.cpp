@@ -31,7 +31,7 @@ struct Intercept {
       ScopedPool pool;
       Ref waited = Ref::share(buffer());
       end_encoding();
-      commit();
+      commit_buffer(!is_before_0_31());
       send(waited.get(), SEL_(waitUntilCompleted));
       if (exiting_ || !has_failed(waited.get())) return;
       throw std::runtime_error("[METAL] Command buffer execution failed: " +

@@ -182,8 +182,7 @@ struct Observe {
       for (auto& waited : waits) {
         if (error->store_if_valid(waited->load())) break;
       }
-      bool failed = has_failed(buffer);
-      if (!error->valid() && failed) {
+      if (!error->valid() && has_failed(buffer)) {
         error->set(std::make_shared<std::string>(
             "[METAL] Command buffer execution failed: " + message_of(buffer) +
             "."));
@@ -191,7 +190,7 @@ struct Observe {
       if (error->valid()) {
         for (auto& signal : signals) signal.state->poison(error);
       }
-      if (!failed) return;
+      if (!has_failed(buffer)) return;
       // Metal does not signal for a failed buffer.
       for (auto& signal : signals) {
         set_value(signal.state->event.get(), signal.value);

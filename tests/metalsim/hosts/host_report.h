@@ -149,6 +149,7 @@ inline bool read_option(const std::string& argument) {
   return take(argument, "workload", o.workload) ||
          take(argument, "hooks", o.hooks) ||
          take(argument, "expect", o.expect) || take(argument, "mlx", o.mlx) ||
+         take(argument, "trace", o.trace) ||
          take(argument, "fail-nth", o.fail_nth) ||
          take(argument, "code", o.code) ||
          take(argument, "after-commands", o.after_commands) ||

@@ -22,6 +22,7 @@ class Workloads {
 
   // False: no such workload.
   static bool run(const std::string& name) {
+    make_streams(name);
     if (name == "basic") return each_round(&basic);
     if (name == "midgraph") return each_round(&midgraph);
     if (name == "two_queues") return each_round(&two_queues);
@@ -49,7 +50,7 @@ class Workloads {
   // What a server does once it knows of a fault. In the newer MLX an error
   // may still be stored in a stream; synchronizing brings it out.
   static void recover() {
-    if (!Regime::kObserve) return;
+    if (!Regime::kObserve || !options().trace.empty()) return;
     for (Stream stream : {kGpu, kOtherGpu, kThirdGpu}) {
       try {
         Regime::synchronize(stream);
@@ -60,6 +61,17 @@ class Workloads {
 
  private:
   using Results = std::vector<Ptr>;
+
+  // A stream has its queue and first command buffer from the beginning; in 0.30
+  // from its first use.
+  static void make_streams(const std::string& name) {
+    if (is_before_0_31()) return;
+    Regime::encoder(kGpu);
+    bool two = name == "two_queues" || name == "fences" || name == "sync" ||
+               name == "held_up";
+    if (two) Regime::encoder(kOtherGpu);
+    if (name == "held_up") Regime::encoder(kThirdGpu);
+  }
 
   // ---- judging -------------------------------------------------------------
 
@@ -369,6 +381,14 @@ inline void tune_workload() {
   if (small && o.ops_per_buffer == 40) o.ops_per_buffer = 8;
 }
 
+// What is sent from now on, with a GPU so slow that everything is waited for.
+inline bool start_trace() {
+  const std::string& path = options().trace;
+  if (path.empty()) return true;
+  METALSIM(metalsim_set_gpu_delay_us)(20'000);
+  return METALSIM(metalsim_trace)(path.c_str()) == 0;
+}
+
 // 0 if the run was what --expect says; without it, if there is a report.
 inline int judge() {
   const Report& r = report();
@@ -390,6 +410,7 @@ int main_program(int argc, char** argv) {
   shape_runtime();
   if (!load_hooks(Regime::kMode)) return 4;
   plan_faults();
+  if (!start_trace()) return 2;
   if (!Workloads<Regime>::run(options().workload)) {
     std::fprintf(stderr, "no workload %s\n", options().workload.c_str());
     return 2;
@@ -397,6 +418,7 @@ int main_program(int argc, char** argv) {
   Report& r = report();
   r.idle = METALSIM(metalsim_wait_idle)(kIdleLimitMs) != 0;
   METALSIM(metalsim_get_totals)(&r.after);
+  METALSIM(metalsim_trace)(nullptr);
   if (!options().persistent && options().code != 4) {
     if (hooks() && epoch() != 0) Workloads<Regime>::recover();
     r.independent = Workloads<Regime>::independent_work() ? "true" : "false";

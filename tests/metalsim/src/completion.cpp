@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "metal.h"
+#include "trace.h"
 
 namespace metalsim {
 namespace {
@@ -94,6 +95,7 @@ std::deque<Finished>::iterator next_due(Completion& state) {
 }
 
 void run() {
+  this_thread_runs_handlers();
   Completion& state = completion();
   std::unique_lock guard(state.lock);
   for (;;) {

@@ -6,9 +6,12 @@
 #include <cstdlib>
 
 #include "objc.h"
+#include "trace.h"
 
 extern "C" __attribute__((visibility("hidden"), used)) IMP
 metalsim_lookup_imp(id self, SEL sel) {
+  if (metalsim::is_tracing.load(std::memory_order_relaxed))
+    metalsim::note_message(self, sel);
   return metalsim::find_implementation(self->isa, sel);
 }
 

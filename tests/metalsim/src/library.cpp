@@ -110,8 +110,14 @@ void ignore_object(id, SEL, id) {}
 void ignore_number(id, SEL, uint64_t) {}
 void ignore_value(id, SEL, const void*, uint64_t, uint64_t) {}
 
-void plain_class(const char* name, std::initializer_list<MethodSpec> methods) {
-  Class made = define_class(name, nsobject_class(), methods);
+id make_descriptor(id self, SEL) {
+  auto* cls = static_cast<Class>(self);
+  return autorelease(cls->create(cls));
+}
+
+void plain_class(const char* name, std::initializer_list<MethodSpec> methods,
+                 std::initializer_list<MethodSpec> class_methods = {}) {
+  Class made = define_class(name, nsobject_class(), methods, class_methods);
   set_instances<Object>(made);
   register_class(made);
 }
@@ -149,7 +155,8 @@ id buffer_heap(id, SEL) { return nullptr; }
   plain_class("MTLFunctionDescriptor",
               {{"setName:", "v24@0:8@16", imp(&ignore_object)},
                {"setSpecializedName:", "v24@0:8@16", imp(&ignore_object)},
-               {"setConstantValues:", "v24@0:8@16", imp(&ignore_object)}});
+               {"setConstantValues:", "v24@0:8@16", imp(&ignore_object)}},
+              {{"functionDescriptor", "@16@0:8", imp(&make_descriptor)}});
   for (int family = 0; family < kFamilies; ++family) {
     add_methods(
         device_class(family),

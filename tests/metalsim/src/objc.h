@@ -154,10 +154,12 @@ void restore_removed_selectors();
 
 // ---- messages --------------------------------------------------------------
 
+// Not through objc_msgSend, which is for what comes from outside.
 template <class R = void, class... A>
 R send(id object, SEL sel, A... args) {
-  auto* call = reinterpret_cast<R (*)(id, SEL, A...)>(&objc_msgSend);
-  return call(object, sel, args...);
+  if (object == nullptr) return R();
+  IMP found = find_implementation(object->isa, sel);
+  return reinterpret_cast<R (*)(id, SEL, A...)>(found)(object, sel, args...);
 }
 
 // What `[super sel]` compiles to inside a method that `owner` owns.

@@ -1,0 +1,131 @@
+"""The command ``mlx-safe run``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from .._command import CommandError, Parser
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["environment", "run"]
+
+STARTUP = str(Path(__file__).resolve().parent / "startup")
+FD = "{fd}"
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mlx-safe run",
+        usage="mlx-safe run [options] -- COMMAND [ARGUMENT ...]",
+        allow_abbrev=False,
+        description="Runs a Python program with the GPU's faults caught in it, in its "
+        "children, and in what it executes instead of itself. The program is not "
+        "changed. Python's -I, -E and -S switch this off.",
+    )
+    parser.add_argument(
+        "--asgi",
+        action="store_true",
+        help="what uvicorn serves answers faults as mlx_safe.asgi.protect does",
+    )
+    parser.add_argument(
+        "--no-signals",
+        action="store_true",
+        help="no crash reports for SIGSEGV and its like",
+    )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="start the program again when it ends with status 75 or by a signal",
+    )
+    parser.add_argument(
+        "--listen",
+        metavar="[HOST:]PORT",
+        help=f"with --supervise: open a socket that stays open over restarts, and put "
+        f"its descriptor where {FD} stands in the command, as in uvicorn --fd {FD}",
+    )
+    parser.add_argument("command", nargs="...", help="the program and its arguments")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Becomes the program, or its supervisor; returns the exit status.
+
+    Raises:
+        CommandError: it cannot be started; the message says what to do.
+    """
+    own, command = _split(list(arguments))
+    asked = _parser().parse_args(own)
+    if not command:
+        raise CommandError("what is to be run? mlx-safe run [options] -- COMMAND ...")
+    program = shutil.which(command[0])
+    if program is None:
+        raise CommandError(f"{command[0]}: no such command")
+    if asked.listen and not asked.supervise:
+        raise CommandError("--listen needs --supervise")
+    if bool(asked.listen) != any(FD in word for word in command):
+        raise CommandError(f"--listen and {FD} in the command need each other")
+    words = [
+        *([] if asked.no_signals else ["signals"]),
+        *(["asgi"] if asked.asgi else []),
+    ]
+    env = environment(os.environ, words)
+    if not asked.supervise:
+        sys.stdout.flush()
+        os.execve(program, command, env)
+    from . import restarts
+
+    with contextlib.ExitStack() as stack:
+        listener = None
+        if asked.listen:
+            listener = stack.enter_context(_listen(asked.listen))
+            fd = str(listener.fileno())
+            command = [word.replace(FD, fd) for word in command]
+        return restarts.Restarts([program, *command[1:]], env, listener).run()
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our options and the program's words; the ``--`` between them may be left out."""
+    if "--" in arguments:
+        at = arguments.index("--")
+        return arguments[:at], arguments[at + 1 :]
+    own: list[str] = []
+    while arguments and arguments[0].startswith("-"):
+        own.append(arguments.pop(0))
+        if own[-1] == "--listen" and arguments:
+            own.append(arguments.pop(0))
+    return own, arguments
+
+
+def environment(base: os._Environ[str], words: Sequence[str]) -> dict[str, str]:
+    """``base`` with what protects a Python that is started in it."""
+    path = [STARTUP, *filter(None, [base.get("PYTHONPATH")])]
+    return {
+        **base,
+        "PYTHONPATH": os.pathsep.join(path),
+        "MLX_SAFE_RUN": ",".join(words),
+    }
+
+
+def _listen(where: str) -> socket.socket:
+    from ..server import supervisor
+
+    host, colon, port = where.rpartition(":")
+    host = host.strip("[]") if colon else "127.0.0.1"
+    if not port.isdecimal():
+        raise CommandError(f"--listen {where}: must be a port, or HOST:PORT")
+    family, address = supervisor.find_address(host, int(port))
+    try:
+        listener = socket.create_server(address[:2], family=family, backlog=512)
+    except OSError as e:
+        why = os.strerror(e.errno) if e.errno else str(e)
+        raise CommandError(f"--listen {where}: {why}") from e
+    listener.set_inheritable(True)
+    return listener

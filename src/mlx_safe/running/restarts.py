@@ -1,0 +1,81 @@
+"""``mlx-safe run --supervise``: starts a program again when a fault has ended it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+
+from ..server.supervisor import BACK_OFF_S, CRASHES_MAX, how_it_ended, say
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["Restarts"]
+
+# EX_TEMPFAIL: start me again.
+EXIT_REPLACE = 75
+# One that has lived so long is not counted among the crashes in a row.
+SOUND_S = 60.0
+
+
+class Restarts:
+    """Runs one program after another.
+
+    Args:
+        command: the program's path and its arguments.
+        environment: of the program.
+        listener: a socket that each of them inherits, under the same descriptor.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        listener: socket.socket | None,
+    ) -> None:
+        self._command = list(command)
+        self._environment = dict(environment)
+        self._fds = () if listener is None else (listener.fileno(),)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+
+    def _stop(self, number: int, frame: object) -> None:
+        """Signal handler: passes the signal on and restarts no more."""
+        self._stopping.set()
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
+
+    def run(self) -> int:
+        """Returns the exit status for this process."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # nohup, and shells for what they start in the background, have it ignored.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
+        crashes = 0
+        while True:
+            began = time.monotonic()
+            status = self._run_once()
+            if self._stopping.is_set() or (status >= 0 and status != EXIT_REPLACE):
+                return status if status >= 0 else 128 - status
+            crashes = 0 if time.monotonic() - began > SOUND_S else crashes
+            crashes += 1
+            how = how_it_ended(status)
+            if crashes > CRASHES_MAX:
+                say(f"the program has ended {crashes} times in a row, {how}: giving up")
+                return 1
+            delay = BACK_OFF_S[min(crashes, len(BACK_OFF_S)) - 1]
+            say(f"the program has ended {how}; starting it again in {delay:.0f} s")
+            if self._stopping.wait(delay):
+                return 0
+
+    def _run_once(self) -> int:
+        self._child = subprocess.Popen(
+            self._command, env=self._environment, pass_fds=self._fds
+        )
+        if self._stopping.is_set():
+            self._child.terminate()
+        return self._child.wait()

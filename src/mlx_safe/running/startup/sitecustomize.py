@@ -1,0 +1,105 @@
+"""Python imports this at its start, in each process that has the environment of
+``mlx-safe run``: children that are spawned, and programs that execute themselves again.
+
+It costs a process nothing until MLX is imported, which most never do, so it imports
+nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import ModuleType
+    from typing import Any
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_WORDS = os.environ.get("MLX_SAFE_RUN", "").split(",")
+
+
+def _protect_this_process(_: ModuleType) -> None:
+    """After MLX has been loaded, and before anybody can use it."""
+    try:
+        import mlx_safe
+    except ImportError as e:
+        # Another environment than the one that `mlx-safe` is installed in.
+        print(
+            f"mlx-safe: {sys.executable} is not protected ({e}): install mlx-safe "
+            "into the environment that the program runs in",
+            file=sys.stderr,
+        )
+        return
+    mlx_safe.install(signals="signals" in _WORDS)
+
+
+def _protect_applications(uvicorn_config: ModuleType) -> None:
+    """What uvicorn serves is put under protection, whoever starts uvicorn."""
+    config: Any = uvicorn_config
+    load = config.Config.load
+
+    def load_and_protect(self: Any) -> None:
+        load(self)
+        try:
+            from mlx_safe import asgi
+        except ImportError:
+            return  # has been said when MLX was imported
+        self.loaded_app = asgi.protect(self.loaded_app)
+
+    config.Config.load = load_and_protect
+
+
+class _AfterImport:
+    """A finder that calls a function once a module has been loaded."""
+
+    def __init__(self, calls: dict[str, Callable[[ModuleType], None]]) -> None:
+        self._calls = calls
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        call = self._calls.pop(name, None)
+        if call is None:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None and spec.loader is not None:
+                self._call_after(spec.loader, call)
+                return spec
+        return None
+
+    @staticmethod
+    def _call_after(loader: Any, call: Callable[[ModuleType], None]) -> None:
+        run = loader.exec_module
+
+        def run_and_call(module: ModuleType) -> None:
+            run(module)
+            call(module)
+
+        loader.exec_module = run_and_call
+
+
+def _run_the_next() -> None:
+    """The environment's own sitecustomize, which this one hides."""
+    path = [p for p in sys.path if os.path.abspath(p or ".") != _HERE]
+    spec = PathFinder.find_spec("sitecustomize", path)
+    if spec is not None and spec.loader is not None:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["sitecustomize"] = module
+        spec.loader.exec_module(module)
+
+
+if "MLX_SAFE_RUN" in os.environ:
+    _calls: dict[str, Callable[[ModuleType], None]] = {
+        "mlx.core": _protect_this_process
+    }
+    if "asgi" in _WORDS:
+        _calls["uvicorn.config"] = _protect_applications
+    sys.meta_path.insert(0, _AfterImport(_calls))
+_run_the_next()

@@ -1,0 +1,26 @@
+"""What a handler of mlx-lm's wants to have generated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .mlx_lm.protocols import CompletionRequest, GenerationArguments
+
+__all__ = ["Asked"]
+
+
+class Asked(BaseException):
+    """What mlx-lm's handler wants to have generated; raised past its own way of
+    answering, ``except Exception`` included.
+
+    Attributes:
+        request, arguments, progress: what it calls `ResponseGenerator.generate` with.
+    """
+
+    def __init__(
+        self, request: CompletionRequest, arguments: GenerationArguments, progress: Any
+    ) -> None:
+        super().__init__("to be answered by `answers.Answer`")
+        self.request = request
+        self.arguments = arguments
+        self.progress = progress

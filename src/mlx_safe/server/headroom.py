@@ -1,0 +1,336 @@
+"""How much memory is left for requests, and what is done to have more of it.
+
+`Headroom` looks at MLX, the prompt cache and the ceiling, has `admission` decide, and
+carries the decision out. With more than one rank all is admitted: the ranks must agree
+on what they run, and each has a memory of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..memory.budget import Decision, Situation
+from ..memory.demand import Demand, Row
+from ..memory.estimate import CacheCost, Transients
+from ..memory.machine import usage
+from ..memory.sizes import format_size
+from ..memory.sizing import Sizing, format_tokens, sizing
+from . import admission
+from .admission import Ask, Load, SingleStep
+from .limits import Limits
+from .mlx_lm import compat
+from .mlx_lm.prompt_cache import PromptCache
+from .mlx_lm.protocols import BatchGenerator, ModelKey, ModelProvider
+from .model_demand import NoRoom, demand_of
+from .model_limits import context_of
+from .observer import Observer
+from .prefill import PrefillStep
+from .recorder import breadcrumb
+from .replies import ContextTooLong, NotEnoughMemory
+
+__all__ = ["Headroom", "MemoryFlags"]
+
+log = logging.getLogger("mlx_safe.server")
+
+EVERYTHING_FITS = Decision(
+    free_pool=False, evict=0, take_over=False, step=0, verdict="admit"
+)
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """The server's flags. Bytes; seconds. None: no limit of the user's."""
+
+    max_active_kv: int | None = None
+    max_active_memory: int | None = None
+    wait_s: float = 60.0
+
+
+class Headroom:
+    """The memory of one server. Used by the generation thread only.
+
+    Attributes of other threads' interest, read without a lock: ``sizing`` and
+    ``limits``.
+    """
+
+    def __init__(
+        self,
+        flags: MemoryFlags,
+        prompt_cache: PromptCache,
+        prefill: PrefillStep,
+        enabled: bool = True,
+    ) -> None:
+        self._flags = flags
+        self._prompt_cache = prompt_cache
+        self._user_limit = prompt_cache.max_bytes if prompt_cache.is_limited else None
+        self._prefill = prefill
+        self._enabled = enabled
+        self.limits = Limits(flags.max_active_memory)
+        self._measured: Any = None
+        self._baseline = 0
+        self._demand = Demand(CacheCost(), Transients())
+        # mlx-lm's batch generator; not kept alive by us.
+        self._batch_ref: weakref.ref[BatchGenerator] | None = None
+        self.observer = Observer(self._demand.transients)
+        self.sizing: Sizing | None = None
+        self._context: int | None = None
+
+    # -- the model ---------------------------------------------------------------
+
+    def model_loaded(self, provider: ModelProvider) -> None:
+        """Measures the model that ``provider`` has just loaded.
+
+        Raises:
+            RuntimeError: MLX failed while it did, as any step can.
+            NoRoom: nothing could be served with it, and a flag is why.
+        """
+        if not self._enabled:
+            return
+        key = provider.model_key
+        if key == self._measured:
+            return
+        demand = demand_of(provider)
+        self._measured = key
+        assert provider.model is not None
+        self._context = context_of(provider.model, provider.tokenizer)
+        self._demand = demand
+        self.observer = Observer(demand.transients, self.observer.peak)
+        self._baseline = int(mx.get_active_memory()) - int(self._prompt_cache.nbytes)
+        self._size_up()
+
+    def _size_up(self) -> None:
+        ceiling = self.limits.present()
+        self._prefill.settle(None)
+        self.sizing = sizing(
+            model=self._baseline,
+            ceiling=ceiling.size,
+            demand=self._demand,
+            steps=self._prefill.sizes,
+            prompt_cache=self._user_limit,
+            kv_limit=self._flags.max_active_kv,
+            context=self._context,
+        )
+        self._prompt_cache.limit_bytes(self.sizing.prompt_cache)
+        # A larger step would cost more prompt-cache entries than it is worth.
+        self._prefill.settle(self.sizing.step)
+        log.info("%s (%s)", self.sizing, ceiling.reason.source)
+        breadcrumb("ceiling", ceiling.reason.source, bytes=ceiling.size)
+        if self.sizing.room_tokens > 0:
+            return
+        flag = self._flag_without_room()
+        if flag is not None:
+            self._measured = None
+            raise NoRoom(flag)
+        log.error(
+            "the model leaves no room below the ceiling, and nothing can be served: "
+            "take a smaller model, or set --max-active-memory-bytes"
+        )
+
+    def _flag_without_room(self) -> str | None:
+        """Which flag leaves no room for even one token, and what it would have to."""
+        least = self._demand.option([Row(1, 1)], 0, self._prefill.sizes()[-1])
+        kv, memory = self._flags.max_active_kv, self._flags.max_active_memory
+        if kv is not None and kv < least.kv:
+            return (
+                f"--max-active-kv-bytes {kv}: the cache of the shortest prompt needs "
+                f"{format_size(least.kv)}"
+            )
+        if memory is None:
+            return None
+        needed = format_size(self._baseline + least.growth)
+        return (
+            f"--max-active-memory-bytes {memory}: the model and one step of a prompt "
+            f"need {needed}"
+        )
+
+    @property
+    def _room_tokens(self) -> int:
+        return 0 if self.sizing is None else self.sizing.room_tokens
+
+    # -- the situation -------------------------------------------------------------
+
+    def _situation(self) -> Situation:
+        return Situation(
+            ceiling=self.limits.now().size,
+            later=self.limits.static().size,
+            active=int(mx.get_active_memory()),
+            pool=int(mx.get_cache_memory()),
+            evictable=max(0, int(self._prompt_cache.nbytes)),
+            baseline=self._baseline,
+            may_wait=False,
+            kv_limit=self._flags.max_active_kv,
+        )
+
+    def watch(self, batch: BatchGenerator) -> BatchGenerator:
+        """Remembers mlx-lm's batch generator; returns it."""
+        self._batch_ref = weakref.ref(batch)
+        return batch
+
+    def _with_caches(self, load: Load) -> Load:
+        """``load``, with what the caches of its requests hold."""
+        batch = self._batch_ref() if self._batch_ref is not None else None
+        if batch is None:
+            return replace(load, held=self._demand.cost.at_least(load.length))
+        nbytes, waiting = compat.batch_caches(batch)
+        # Those that mlx-lm has not begun with have at most what they took over.
+        owned = sum(load.owned.get(uid, 0) for uid in waiting)
+        return replace(load, held=nbytes + owned)
+
+    def out_of_memory(self) -> None:
+        """A fault or an allocation failure: lowers the ceiling below what is active."""
+        self.limits.out_of_memory(int(mx.get_active_memory()), self._baseline)
+
+    def gauges(self) -> dict[str, float]:
+        """What `metrics.MEMORY_GAUGES` shows of the memory. Any thread."""
+        now = usage()
+        found = {
+            "active": now.active,
+            "peak": max(self.observer.peak, now.peak),
+            "pool": now.pool,
+            "ceiling": self.limits.now().size,
+            "ceiling_static": self.limits.static().size,
+            "model": self._baseline,
+            "prompt_cache_limit": self._prompt_cache.max_bytes,
+        }
+        if now.footprint is not None:
+            found["footprint"] = now.footprint
+        return {name: float(value) for name, value in found.items()}
+
+    def figures(self) -> dict[str, int]:
+        """What crash reports tell besides MLX's and the system's. Any thread."""
+        return {"peak": self.observer.peak, "ceiling": self.limits.now().size}
+
+    # -- what the scheduler asks ------------------------------------------------------
+
+    def admits(self, ask: Ask, load: Load) -> Decision:
+        """Whether a request may run beside ``load``. Changes nothing."""
+        if not self._enabled:
+            return EVERYTHING_FITS
+        return admission.for_request(
+            self._demand,
+            self._situation(),
+            self._with_caches(load),
+            ask,
+            self._prefill.sizes,
+            self._room_tokens,
+        )
+
+    def has_room_for_step(self, load: Load) -> bool:
+        """Makes room for the next step of a batch; False: there is none."""
+        if not self._enabled:
+            return True
+        found = admission.for_step(
+            self._demand,
+            self._situation(),
+            self._with_caches(load),
+            self._prefill.sizes,
+        )
+        return self._carried_out(found)
+
+    def single_step(self, load: Load) -> SingleStep:
+        """The same for the sequential path."""
+        if not self._enabled:
+            return "fits"
+        size = self._prefill.size
+        found = admission.for_single_step(
+            self._demand,
+            self._situation(),
+            self._with_caches(load),
+            size,
+            self._prefill.sizes,
+        )
+        if not self._carried_out(found):
+            return "none"
+        return "smaller" if found.step < size else "fits"
+
+    @property
+    def step_size(self) -> int:
+        """Tokens of a prompt that are read in one step."""
+        return self._prefill.size
+
+    # -- what the generator asks ------------------------------------------------------
+
+    def reusable(self, model: ModelKey, tokens: list[int]) -> int:
+        """Bytes of the prompt-cache entry that this prompt would begin from."""
+        return self._prompt_cache.reusable_bytes(model, tokens)
+
+    def make_room(self, found: Decision, model: ModelKey, tokens: list[int]) -> None:
+        """Carries out the admission of a request with this prompt."""
+        with self._prompt_cache.protecting(model, tokens):
+            self._carry_out(found)
+
+    def refusal(self, found: Decision, prompt: int, total: int) -> Exception:
+        """The error of a request that may not run. Sizes in tokens."""
+        if found.verdict == "refuse":
+            why = self.limits.lowered
+            return NotEnoughMemory(
+                "There is not enough memory for this request at the moment: "
+                f"{format_size(found.missing)} are missing for its "
+                f"{prompt} tokens and {total - prompt} more"
+                f"{f' ({why})' if why else ''}."
+            )
+        return ContextTooLong(
+            f"The request needs memory for {total} tokens "
+            f"({prompt} of the prompt, {total - prompt} to "
+            "generate); this server has room for "
+            f"{format_tokens(self._room_tokens)}."
+        )
+
+    @contextmanager
+    def observing_step(self, before: int, after: int) -> Iterator[None]:
+        """Held between two steps of the sequential path, while room is made.
+
+        Args:
+            before, after: tokens in its caches, before the step that has ended and
+                after it; 0 before the first.
+        """
+        if before:
+            self.observer.end(after - before, after)
+        yield
+        self.observer.begin()
+
+    def may_store(self, size: int, given: int, load: Load) -> bool:
+        """Whether the prompt cache may have so many bytes; evicts for them.
+
+        Args:
+            given: bytes of its entries that go for it in any case.
+        """
+        if not self._enabled:
+            return True
+        found = admission.for_store(
+            self._demand,
+            self._situation(),
+            self._with_caches(load),
+            self._prefill.size,
+            size,
+            given,
+        )
+        return self._carried_out(found)
+
+    def _carried_out(self, found: Decision) -> bool:
+        if found.verdict == "admit":
+            self._carry_out(found)
+        return found.verdict == "admit"
+
+    def _carry_out(self, found: Decision) -> None:
+        if not self._enabled:
+            return
+        # A pool in use saves allocations; it goes only when it is in the way.
+        if found.free_pool and mx.get_cache_memory() > 0:
+            mx.clear_cache()
+        evicted = 0
+        while evicted < found.evict:
+            size = self._prompt_cache.evict_oldest()
+            if size == 0:
+                break
+            evicted += size
+        if evicted:
+            mx.clear_cache()
+        self._prefill.limit("memory", found.step)

@@ -1,0 +1,145 @@
+"""A request as mlx-lm has it: in the place of the queue that it answers on.
+
+mlx-lm gives each request a queue and, from its generation thread, puts on it:
+a ``GenerationContext``, then any number of (done, total) progress tuples and
+``Response`` objects, and at the end None or an exception. An `InFlight` stands in
+for that queue, so it sees all of it, on the batched and the sequential path and
+in every supported version, without a look into mlx-lm's frames. It tells the
+scheduler of it, which knows so which tokens the client has, and the request can be
+run again from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .recorder import Place
+from .request import Request, RequestState
+from .scheduler import Scheduler
+
+__all__ = ["InFlight", "request_of"]
+
+_ATTRIBUTE = "_mlx_safe_request"
+
+
+def request_of(work: Any) -> InFlight:
+    """What mlx-lm's request ``work``, made by `InFlight.work`, stands for."""
+    found: InFlight = getattr(work, _ATTRIBUTE)
+    return found
+
+
+class InFlight(Request):
+    """One request in flight; has the ``put`` of the queue it stands for.
+
+    ``put`` and `work` are called by the generation thread only, `fail` and
+    `disconnect` by any.
+
+    Args:
+        taken: mlx-lm's queue, request and arguments.
+        before_put, on_error: called with it and what is put, before that or instead.
+        may_stop_alone: mlx-lm's sequential path may be stopped. With more than one
+            rank it fails on that (NotImplementedError, 0.31 to 0.32), and on the
+            first rank only.
+
+    Attributes:
+        context: mlx-lm's, of this run; the first goes to the client's handler.
+        headers: HTTP headers that go with the answer.
+        prompt_key: (model, tokens), as the prompt cache knows its prompt.
+        tokenizer: that its prompt was read with; its handler has it with the context.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler[InFlight],
+        taken: tuple[Any, Any, Any],
+        before_put: Callable[[InFlight, Any], None],
+        on_error: Callable[[InFlight, Exception], None],
+        may_stop_alone: bool = True,
+    ) -> None:
+        super().__init__()
+        self._scheduler = scheduler
+        self._queue, request, self._args = taken
+        # mlx-lm changes the messages while it reads them.
+        self._request = copy.deepcopy(request)
+        self._before_put = before_put
+        self._on_error = on_error
+        self._may_stop_alone = may_stop_alone
+        self.context: Any = None
+        self.headers: dict[str, str] = {}
+        self.prompt_key: tuple[Any, list[Any]] | None = None
+        self.tokenizer: Any = None
+        self._place = Place(request)
+
+    def work(self) -> tuple[InFlight, Any, Any]:
+        """What mlx-lm is to do: the request, or the rest of it."""
+        request = copy.deepcopy(self._request)
+        setattr(request, _ATTRIBUTE, self)
+        args = dataclasses.replace(
+            self._args, max_tokens=self._args.max_tokens - len(self.produced)
+        )
+        return self, request, args
+
+    def put(self, item: Any) -> None:
+        """Passes ``item`` on, unless a fault has made it worthless.
+
+        Raises:
+            GPUError: there was a fault since the last reset: what this step
+                computed may be garbage.
+            Disconnected: nobody waits for it any more (sequential path only).
+        """
+        if isinstance(item, Exception):
+            # mlx-lm has ended the request with it.
+            self._on_error(self, item)
+            return
+        self._before_put(self, item)
+        if item is None:
+            self._scheduler.complete(self)
+        elif isinstance(item, tuple):
+            self._place.prefilled(*item)
+            if self.state is not RequestState.HELD:
+                self.send(item)
+        elif hasattr(item, "token"):
+            is_last = item.finish_reason is not None
+            if self._scheduler.token(self, item.token, is_last):
+                self._place.produced(len(self.produced))
+                self.send(item)
+        else:
+            self._begin(item)
+
+    def _begin(self, context: Any) -> None:
+        """A handler that is done, or whose client left, stops its context."""
+        self.context = context
+        self._place.begun(len(context.prompt))
+        if self.is_ended:  # its client left while the prompt was tokenized
+            self.stop_run()
+        if not self._scheduler.begin(self):
+            return
+        context.stop = lambda: self._scheduler.cancel(self)
+        context.tokenizer = self.tokenizer
+        self.send(context)
+
+    def begin_again(self) -> None:
+        """This run makes the answer from its first token, the client's included."""
+        self._scheduler.repeat(self)
+
+    def fail(self, exc: Exception) -> bool:
+        """Ends the request with ``exc``; False when it had ended already."""
+        return self._scheduler.fail(self, exc)
+
+    def disconnect(self) -> None:
+        """Its client has closed the connection: ends the request."""
+        self._scheduler.disconnect(self)
+
+    def send(self, item: Any) -> None:
+        self._queue.put(item)
+
+    def stop_run(self) -> None:
+        context = self.context
+        if context is not None and (self._may_stop_alone or not self.run.alone):
+            type(context).stop(context)
+
+    def note_end(self, how: str) -> None:
+        self._place.ended(len(self.produced), how)

@@ -1,0 +1,11 @@
+"""Everything that touches mlx-lm. No module outside this folder imports it.
+
+- `protocols`: all that is relied on, as types. `seams` compares it with the installed
+  mlx-lm, `requirements` says which version to install.
+- `patch`: replaces functions of mlx-lm's server. `bases` has the classes that
+  `handler`, `batches` and `prompt_cache` subclass.
+- `compat`: what differs between versions.
+- `hub`, `kv_window`, `model_facts`, `model_loading`, `speculative`: its models.
+
+Imports nothing itself: the process that supervises the server has no mlx.
+"""

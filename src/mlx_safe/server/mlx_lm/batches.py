@@ -1,0 +1,89 @@
+"""mlx-lm's batch generator, held between its steps.
+
+Used by the generation thread only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..in_flight import InFlight
+from ..observer import Observer
+from ..own_failures import OwnFailures
+from ..scheduler import Scheduler
+from .protocols import AnswerResponse, BatchGenerator, PromptResponse, Uid
+
+__all__ = ["watched"]
+
+
+def watched(
+    cls: type[BatchGenerator],
+    scheduler: Scheduler[InFlight],
+    observer: Callable[[], Observer],
+    own: OwnFailures,
+) -> type[BatchGenerator]:
+    """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
+
+    Between two steps it also looks for requests that have been stopped. mlx-lm takes
+    those out only when it has a response for them and its turn of half a second is
+    over (`TimeBudget`, 0.31 to 0.32). So it gets an empty response for them instead of
+    a step, and then none, which ends its turn.
+    """
+
+    class Watched(cls):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._requests: dict[Uid, InFlight] = {}  # of what is in the batch, by uid
+            self._missing: set[str] = set()
+            self._leaving = False
+            super().__init__(*args, **kwargs)
+
+        def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
+            insert = super().insert_segments
+            uids = own.make(lambda: insert(*args, **kwargs), self._never_inserted)
+            request = scheduler.inserted(*uids)
+            if request is not None:
+                self._requests[request.run.uid] = request
+            return uids
+
+        def _never_inserted(self) -> tuple[Uid]:
+            """A uid for a request that failed here; the next turn removes it."""
+            self._missing.add(uid := f"never inserted {len(self._missing)}")
+            return (uid,)
+
+        def remove(self, uids: Sequence[Uid], *args: Any, **kwargs: Any) -> Any:
+            for uid in uids:
+                self._requests.pop(uid, None)
+            uids = [uid for uid in uids if uid not in self._missing]
+            return super().remove(uids, *args, **kwargs)
+
+        def next(self) -> tuple[Sequence[PromptResponse], Sequence[AnswerResponse]]:
+            if self._leaving:
+                self._leaving = False
+                return [], []
+            leaving = [uid for uid, r in self._requests.items() if r.is_ended]
+            leaving = leaving or [r.run.uid for r in scheduler.step()]
+            if leaving:
+                self._leaving = True
+                return [_Nothing(uid) for uid in leaving], []
+            observer().begin()
+            prompts, generated = super().next()
+            for response in generated:
+                if response.finish_reason is not None:
+                    self._requests.pop(response.uid, None)
+            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths())
+            return prompts, generated
+
+    Watched.__name__ = cls.__name__
+    return Watched
+
+
+@dataclass
+class _Nothing:
+    """A `PromptResponse` of a prompt that was not read any further."""
+
+    uid: Uid
+    progress: tuple[int, int] = (0, 0)
+    end_of_segment: bool = False
+    end_of_prompt: bool = False

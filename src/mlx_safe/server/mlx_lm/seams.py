@@ -1,0 +1,229 @@
+"""Looks whether mlx-lm has what `protocols` lists, before anything is patched.
+
+The order of calls is a fact about mlx-lm as well: what this server does at one call
+holds for the next ones. It stands here, and a test compares it with both versions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from ..._command import in_one_line
+from . import protocols as p
+
+__all__ = ["BATCHED_CALLS", "SEQUENTIAL_CALLS", "missing_of_provider", "missing_seams"]
+
+SERVER = "mlx_lm.server"
+GENERATE = "mlx_lm.generate"
+CACHE = "mlx_lm.models.cache"
+TOKENIZER = "mlx_lm.tokenizer_utils"
+
+# One request that joins a batch, on the generation thread: from `_next_request` on
+# the request is the one that `_tokenize` was called with, until its detokenizer has
+# been made. So `replay` and `own_failures` know whose sampler is being made.
+BATCHED_CALLS = (
+    *("_next_request", "_is_batchable", "_tokenize", "_make_state_machine"),
+    *("fetch_nearest_cache", "GenerationContext"),
+    *("_make_sampler", "_make_logits_processors", "insert_segments", "detokenizer"),
+)
+# One request of the sequential path, up to its first token.
+SEQUENTIAL_CALLS = (
+    *("_next_request", "_is_batchable", "load", "_serve_single", "_tokenize"),
+    *("_make_state_machine", "GenerationContext"),
+    *("_make_sampler", "_make_logits_processors", "fetch_nearest_cache", "detokenizer"),
+)
+
+Place = tuple[str, str, type]  # module, class in it or "", type of `protocols`
+
+# Every version has these.
+PLACES: tuple[Place, ...] = (
+    (SERVER, "", p.Server),
+    *(
+        (SERVER, cls.__name__, cls)
+        for cls in (
+            *(p.ResponseGenerator, p.APIHandler, p.ModelProvider, p.BatchGenerator),
+            *(p.LRUPromptCache, p.CompletionRequest, p.ModelDescription),
+            *(p.SamplingArguments, p.LogitsProcessorArguments),
+            *(p.GenerationArguments, p.GenerationContext, p.Response),
+        )
+    ),
+    (SERVER, "LRUPromptCache.CacheOrder", p.CacheOrder),
+    *((CACHE, cls.__name__, cls) for cls in (p.KVCache, p.RotatingKVCache)),
+    *((CACHE, cls.__name__, cls) for cls in (p.ChunkedKVCache, p.CacheList)),
+    (GENERATE, "PromptProcessingBatch", p.PromptBatch),
+    (GENERATE, "GenerationBatch", p.AnswerBatch),
+    (GENERATE, "PromptProcessingBatch.Response", p.PromptResponse),
+    (GENERATE, "GenerationBatch.Response", p.AnswerResponse),
+    (TOKENIZER, "TokenizerWrapper", p.TokenizerWrapper),
+    (TOKENIZER, "StreamingDetokenizer", p.Detokenizer),
+    (CACHE, "", p.Caches),
+    ("mlx_lm.utils", "", p.Utils),
+)
+# Of each, one version's way is enough.
+ALTERNATIVES: tuple[tuple[str, tuple[Place, ...], tuple[Place, ...]], ...] = (
+    (
+        "it does not separate text, reasoning and tool calls",
+        ((SERVER, "Response", p.Response031),),
+        (
+            (SERVER, "GenerationContext", p.GenerationContext032),
+            (GENERATE, "TextStateMachine", p.TextStateMachine),
+        ),
+    ),
+    (
+        "its tokenizer does not show how tokens are spelled",
+        ((TOKENIZER, "TokenizerWrapper", p.Tokenizer031),),
+        ((TOKENIZER, "TokenizerWrapper", p.Tokenizer032),),
+    ),
+    (
+        "its stop words cannot be matched token by token",
+        ((GENERATE, "SequenceStateMachine", p.StopWords031),),
+        ((GENERATE, "StopSequences", p.StopWords032),),
+    ),
+)
+# What is looked into once the object that has it is there.
+PARTS = (p.PromptBatch, p.AnswerBatch, p.CacheTrie, p.CacheOrder, p.CliArgs)
+
+
+def missing_seams(server: Any) -> list[str]:
+    """What mlx-lm does not have as expected, one line for each; empty when all fits.
+
+    Makes a generator, a batch and a prompt cache, all empty, to look at them. Call it
+    before ``server`` is patched.
+
+    Args:
+        server: the module ``mlx_lm.server``.
+    """
+    missing = [line for place in PLACES for line in _missing_at(server, place)]
+    for lacking, *ways in ALTERNATIVES:
+        if all(
+            [line for at in way for line in _missing_at(server, at)] for way in ways
+        ):
+            missing.append(lacking)
+    return missing or _missing_of_made(server)
+
+
+def missing_of_provider(provider: Any) -> list[str]:
+    """The same of mlx-lm's `ModelProvider`, which only its ``main`` can make."""
+    return list(_missing_attributes("ModelProvider", provider, p.ModelProvider))
+
+
+def _is_missing(server: Any, place: Place) -> bool:
+    return any(_missing_at(server, place))
+
+
+def _missing_at(server: Any, place: Place) -> Iterator[str]:
+    module, path, wanted = place
+    found = server if module == SERVER else _imported(module)
+    for part in path.split(".") if path else ():
+        found = getattr(found, part, None)
+    label = f"{module}.{path}" if path else module
+    for name, method in methods(wanted).items():
+        yield from _missing_method(f"{label}.{name}", found, name, method)
+    for name in attributes(wanted):
+        if not _has(found, name):
+            yield f"{label}.{name} is gone"
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def methods(wanted: type) -> dict[str, Any]:
+    """The methods that ``wanted``, of `protocols`, lists; by name."""
+    return {
+        name: getattr(cls, name)
+        for cls in _of_protocols(wanted)
+        for name in vars(cls)
+        if inspect.isfunction(call := getattr(cls, name))
+        and call.__module__ == p.__name__
+    }
+
+
+def attributes(wanted: type) -> dict[str, Any]:
+    """The attributes that ``wanted``, of `protocols`, lists, and their types."""
+    names = {name for cls in _of_protocols(wanted) for name in _annotated(cls)}
+    hints = typing.get_type_hints(wanted)
+    return {name: hints[name] for name in sorted(names)}
+
+
+def _of_protocols(wanted: type) -> list[type]:
+    return [cls for cls in wanted.__mro__ if cls.__module__ == p.__name__]
+
+
+def _annotated(cls: type) -> list[str]:
+    return list(vars(cls).get("__annotations__", {}))
+
+
+def _missing_method(label: str, holder: Any, name: str, wanted: Any) -> Iterator[str]:
+    found = getattr(holder, name, None)
+    if found is None:
+        yield f"{label} is gone"
+        return
+    expected = _parameters(wanted)
+    has = _parameters(found)[: len(expected)]
+    if has != expected:
+        yield f"{label} takes ({', '.join(has)}), not ({', '.join(expected)})"
+
+
+def _parameters(call: Any) -> tuple[str, ...]:
+    """The names of those that are not collected by a star, without "self"."""
+    stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = inspect.signature(call).parameters.values()
+    names = [q.name for q in found if q.kind not in stars]
+    return tuple(names[1:] if names[:1] == ["self"] else names)
+
+
+def _has(holder: Any, name: str) -> bool:
+    """Whether ``holder``, a module or a class, has ``name``, or its methods set it."""
+    if hasattr(holder, name):
+        return True
+    if not inspect.isclass(holder):
+        return False
+    # Of an object's attributes a class knows the names that its methods use; the
+    # `__init__` of a dataclass sets them all.
+    calls = [value for value in vars(holder).values() if inspect.isfunction(value)]
+    return any(name in call.__code__.co_names for call in calls)
+
+
+def _missing_of_made(server: Any) -> list[str]:
+    class Idle(server.ResponseGenerator):  # type: ignore[misc]
+        def _generate(self) -> None:
+            """Nothing, so that its thread ends."""
+
+    try:
+        made = (
+            (Idle(types.SimpleNamespace(cli_args=None), None), p.ResponseGenerator),
+            (server.BatchGenerator(None), p.BatchGenerator),
+            (server.LRUPromptCache(), p.LRUPromptCache),
+        )
+        return [
+            line
+            for found, cls in made
+            for line in _missing_attributes(cls.__name__, found, cls)
+        ]
+    except Exception as e:
+        return [f"an object cannot be made: {in_one_line(e)}"]
+
+
+def _missing_attributes(label: str, found: Any, wanted: type) -> Iterator[str]:
+    """Of an object, and of those parts of it that this server looks into."""
+    for name, hint in attributes(wanted).items():
+        try:
+            value = getattr(found, name)
+        except AttributeError:
+            yield f"{label}.{name} is gone"
+            continue
+        if hint in PARTS and value is not None:
+            yield from _missing_attributes(f"{label}.{name}", value, hint)
+    if wanted in PARTS:
+        for name in methods(wanted):
+            if not hasattr(found, name):
+                yield f"{label}.{name} is gone"

@@ -1,0 +1,98 @@
+"""Which models can draft for which, so that a draft never changes greedy text.
+
+Speculative decoding reads several tokens at once and takes back those that were
+drafted wrongly. mlx-lm asks once, of empty caches, whether that is possible; a
+rotating cache says yes then, and takes back nothing when its window is full (0.31.3,
+0.32.2): from there on the text is another. So the target's caches are asked here.
+
+A draft may be any model: what it drafts is checked by the target. Only its tokens
+must be the target's, or MLX reads and writes beside the arrays (`fit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+from ..replies import BadRequest
+from . import compat
+from .model_facts import ModelFacts
+from .protocols import Array, Cache, Model
+
+__all__ = ["fit", "fixed_caches", "no_draft", "why_not_draftable"]
+
+
+def why_not_draftable(model: Model) -> str | None:
+    """Why no model can draft for ``model``; None when any can.
+
+    Args:
+        model: the target. Its caches are made; nothing is evaluated.
+    """
+    caches = compat.make_cache(model)
+    # mlx-lm separates the target's caches from the draft's by this number.
+    if len(caches) != len(model.layers):
+        return "its layers share caches"
+    fixed = fixed_caches(caches)
+    if fixed:
+        return f"its cache cannot take tokens back ({fixed})"
+    return None
+
+
+def no_draft(why: str) -> BadRequest:
+    """The refusal of a request for a draft model where none can be used."""
+    return BadRequest(
+        f"No draft model can be used with this model: {why}.", param="draft_model"
+    )
+
+
+def fixed_caches(caches: Iterable[Cache]) -> str:
+    """The kinds among ``caches``, which are empty, that cannot be shortened later."""
+    fixed = {type(c).__name__ for c in _leaves(caches) if not _rewinds(c)}
+    return ", ".join(sorted(fixed))
+
+
+def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
+    for cache in caches:
+        if hasattr(cache, "caches"):
+            yield from _leaves(cache.caches)
+        else:
+            yield cache
+
+
+def _rewinds(cache: Any) -> bool:
+    """Whether ``cache``, which is empty, can be shortened however long it gets."""
+    # Windows: of rotating caches and of chunks. What has left them does not return.
+    if getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None):
+        return False
+    return hasattr(cache, "is_trimmable") and bool(cache.is_trimmable())
+
+
+def fit(draft: Model, has: ModelFacts, target: ModelFacts) -> None:
+    """From now on ``draft`` takes and gives the target's tokens.
+
+    Models of one family often differ in how far their vocabulary is padded. What
+    the draft cannot read becomes its last token, and what the target does not have
+    it never drafts. It keeps its class's name and stays an instance of it.
+
+    Args:
+        has, target: what is known of both; all of it.
+    """
+    assert has.rows is not None and has.width is not None
+    assert target.rows is not None and target.width is not None
+    last, width, wanted = has.rows - 1, has.width, target.width
+    known = min(width, wanted, target.rows)
+    if last + 1 >= wanted and width == known == wanted:
+        return
+    cls = type(draft)
+
+    def __call__(self: Model, tokens: Array, *args: Any, **kwargs: Any) -> Array:
+        logits = cls.__call__(self, mx.minimum(tokens, last), *args, **kwargs)
+        shape = (*logits.shape[:-1], wanted - known)
+        none = mx.full(shape, -mx.inf, dtype=logits.dtype)
+        return mx.concatenate([logits[..., :known], none], axis=-1)
+
+    draft.__class__ = type(
+        cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__}
+    )

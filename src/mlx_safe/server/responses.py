@@ -1,0 +1,158 @@
+"""Bodies of answers: JSON, and errors in the form of the OpenAI API.
+
+Knows nothing of mlx-lm. Every status and text of an error comes from `replies`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from .body import discard
+from .replies import BadRequest, Reply, reply_for
+from .wire import Wire
+
+if TYPE_CHECKING:
+    from .generator import ProtectedResponseGenerator
+
+__all__ = ["DISCONNECTED", "Responses", "error_body"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# What a read or a write ends with when its client has left, or reads no further
+# (`Responses.timeout`).
+DISCONNECTED = (ConnectionError, TimeoutError)
+
+
+def error_body(reply: Reply) -> bytes:
+    """``{"error": …}`` as the OpenAI API has it, in UTF-8."""
+    return json.dumps({"error": reply.error()}).encode()
+
+
+class Responses(Wire):
+    """Sends the answers of one connection. Runs on a thread of its own."""
+
+    response_generator: ProtectedResponseGenerator
+    # Of the request that is being answered, as soon as its body has been read.
+    request_id: str
+    requested_model: str
+    created: int
+    stream: bool
+    timeout = 120  # seconds for one read or write; a body has limits of its own
+    # http.server's own.
+    command = ""
+    request_version: str
+    _allow: str | None = None
+
+    if TYPE_CHECKING:
+
+        def _set_cors_headers(self) -> None:
+            """The last headers of any answer; another base class has it."""
+
+    def send_error(
+        self, code: int, message: str | None = None, explain: str | None = None
+    ) -> None:
+        """Answers what http.server refuses before it has found a method for it.
+
+        Args:
+            code: the HTTP status.
+            message, explain: not sent, since they quote the client.
+        """
+        if self.request_version == "HTTP/0.9":
+            self.request_version = self.protocol_version  # or there is no status line
+        self.close_connection = True
+        phrase = HTTPStatus(code).phrase
+        self.end_with(
+            BadRequest(
+                f"The request cannot be read ({phrase}).",
+                status=code,
+                code="_".join(phrase.lower().replace("-", " ").split()),
+            )
+        )
+        discard(self.connection)
+
+    def end_with(self, exc: Exception) -> None:
+        """Counts that the request has ended with ``exc``, and answers it.
+
+        The next server answers instead when this one is about to be replaced and
+        nothing has been sent. Raises nothing.
+        """
+        if isinstance(exc, DISCONNECTED):
+            self.count("client_left")
+            self._note_disconnect()
+        elif self.response_generator.health.restarts and self.leave_to_the_next():
+            self.count("handed_over")
+            log.info("%s is left to the next server", self.request_id)
+        else:
+            self.count(reply_for(exc).code)
+            self._send_failure(exc)
+
+    def count(self, outcome: str) -> None:
+        """Counts a request that has ended so, for ``/metrics``."""
+        self.response_generator.metrics.requests.labels(outcome).inc()
+
+    def _note_disconnect(self) -> None:
+        self.abandon()
+        request_id = getattr(self, "request_id", "-")
+        log.info("the client of %s went away; its request is cancelled", request_id)
+
+    def _send_failure(self, exc: Exception) -> None:
+        reply = reply_for(exc)
+        try:
+            if not self.wfile.sent:
+                self.drop_head()  # of the 200 that mlx-lm had begun
+                self.send_body(
+                    *(reply.status, "application/json", error_body(reply)),
+                    retry_after=reply.retry_after,
+                )
+            elif self.stream:
+                self._send_error_event(reply)
+            else:
+                self.abandon()
+        except DISCONNECTED:
+            self._note_disconnect()
+
+    def _send_error_event(self, reply: Reply) -> None:
+        event = {
+            "id": getattr(self, "request_id", None),
+            "object": "error",
+            "model": getattr(self, "requested_model", None),
+            "created": getattr(self, "created", int(time.time())),
+            "error": reply.error(),
+        }
+        self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
+        self.wfile.flush()
+
+    def send_json(self, status: int, value: dict[str, Any]) -> None:
+        """Answers with ``value``. Raises OSError when the client has left."""
+        self.send_body(status, "application/json", json.dumps(value).encode())
+
+    def send_body(
+        self,
+        status: int,
+        content_type: str,
+        body: bytes,
+        retry_after: int | None = None,
+    ) -> None:
+        """Answers with ``body``.
+
+        Args:
+            retry_after: seconds for the header of that name; None: no header.
+
+        Raises:
+            OSError: the client has left.
+        """
+        self.send_response(status)
+        self.send_header("Content-type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        if retry_after is not None:
+            self.send_header("Retry-After", str(retry_after))
+        if self._allow is not None:
+            self.send_header("Allow", self._allow)
+        self._set_cors_headers()
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()

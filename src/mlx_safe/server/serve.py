@@ -1,0 +1,284 @@
+"""``mlx-safe serve``: mlx_lm.server's own ``main`` with another ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import Fault, errors, install, on_fault, testing
+from .._command import CommandError, need_mlx
+from ..forensics import startup
+from . import http_server, ranks, supervisor
+from .body import Bodies
+from .flags import check_flags, own_parser
+from .handover import Handover, Message
+from .health import EXIT_REPLACE, Health
+from .mlx_lm import requirements
+from .mlx_lm.patch import patch, run_main
+from .mlx_lm.protocols import ModelProvider, Server
+from .replies import a_start_takes
+
+__all__ = ["run", "serve"]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .generator import ProtectedResponseGenerator
+    from .overflow import Overflow
+
+log = logging.getLogger("mlx_safe.server")
+
+# How long a fatal fault waits for a generator that is still being made.
+GENERATOR_WAIT_S = 5.0
+GENERATOR_TURN_S = 0.01
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Runs the protected server until a signal stops it.
+
+    Args:
+        arguments: the command line after ``mlx-safe serve``.
+
+    Returns:
+        the exit status, after ``--help``. A server that has run ends the process
+        itself: with 0, or with 75 when it must be replaced.
+
+    Raises:
+        CommandError: it cannot start; the message says what to do.
+    """
+    parser = own_parser()
+    options, rest = parser.parse_known_args(list(arguments))
+    # mlx-lm's own, read here because a mistake in them is a traceback there.
+    for name in ("prompt_cache_bytes", "prefill_step_size"):
+        if getattr(options, name) is not None:
+            rest += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    try:
+        injections = testing.plan_from_environment()
+    except ValueError as e:
+        raise CommandError(str(e)) from e
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        print("\noptions of mlx_lm.server:\n")
+        sys.stdout.flush()
+    elif options.supervise:
+        supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
+    home = None
+    if ranks.is_one_of_many():
+        need_mlx()
+        home = ranks.Home()
+        try:
+            home.wait_made()
+        except Exception as e:
+            # One of them may be about to start again.
+            print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
+            return EXIT_REPLACE
+        _check_nccl(rest)
+    server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
+    run_main(
+        server,
+        lambda host, port, model_provider: run(
+            server, host, port, model_provider, options, bool(injections), home
+        ),
+        rest,
+    )
+    return 0
+
+
+def _check_nccl(rest: Sequence[str]) -> None:
+    if not ranks.uses_nccl():
+        return
+    if "--pipeline" in rest:
+        raise CommandError(
+            "--pipeline: MLX cannot send from one rank to another with NCCL (0.32); "
+            "leave it out, or start mlx.launch with --backend ring"
+        )
+    # Not before MLX is known to be there: it imports it.
+    from .mlx_lm.compat import meet_on_the_gpu
+
+    meet_on_the_gpu()
+
+
+def run(
+    server: Server,
+    host: str,
+    port: int,
+    model_provider: ModelProvider,
+    options: argparse.Namespace,
+    injections: bool,
+    home: ranks.Home | None = None,
+) -> None:
+    """Stands in for ``mlx_lm.server.run``. Main thread; ends the process.
+
+    The port is bound before the model is loaded: a port in use is noticed at
+    once, and a client that comes early waits instead of being refused.
+
+    Args:
+        server: the module ``mlx_lm.server``.
+        host, port: the address to listen on.
+        model_provider: mlx-lm's ``ModelProvider``; has no model yet.
+        options: what `own_parser` has found.
+        injections: attach the fault plan of ``MLX_SAFE_INJECT`` to the model.
+        home: where the group of ranks was made; None: there is one rank.
+
+    Raises:
+        CommandError: it cannot start; the message says what to do.
+    """
+    requirements.check_provider(model_provider)
+    check_flags(options, model_provider.cli_args)
+    # Not before mlx is known to be there, and sound: it imports it.
+    from .overflow import Overflow
+
+    overflow = Overflow(
+        options.max_prompt_tokens,
+        options.prompt_overflow_policy,
+        options.prompt_keep_tokens,
+    )
+    install(on_terminate="drain", signals=True)
+    # MLX must be imported and the classes derived before the thread starts.
+    import mlx.core as mx
+
+    from .mlx_lm.handler import ProtectedHandler
+    from .recorder import start_sampler
+
+    is_first = mx.distributed.init().rank() == 0
+    fingerprint = server.get_system_fingerprint()
+    generator: ProtectedResponseGenerator | None = None
+    ProtectedHandler.bodies = Bodies(options.max_request_bytes)
+    ProtectedHandler.keepalive_after_s = options.keepalive_after
+
+    def handle(*args: Any) -> None:
+        handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
+        handler(generator, *args, system_fingerprint=fingerprint)
+
+    startup.tell()  # the log is set up by now
+    watch = on_fault(
+        lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
+    )
+    httpd = http_server.bind(host, port, handle) if is_first else None
+    if is_first:
+        log.info("listening at http://%s:%s; loading the model", host, port)
+    patch(server, lambda: generator)
+
+    handover = Handover.of_environment() if httpd is None else httpd.handover
+
+    def ready() -> None:
+        _set_retry_after(ready=True)
+        handover.tell(Message.READY)
+        if not is_first:  # the others see no request that is completed
+            handover.tell(Message.WORKED)
+
+    _set_retry_after(ready=False)
+    generator = _make_generator(
+        options, overflow, model_provider, injections, ready, home
+    )
+    start_sampler(generator.headroom.figures)
+    with watch:
+        if httpd is None:
+            _follow_the_first(generator)
+        else:
+            _serve_until_signal(httpd, generator)
+
+
+def _set_retry_after(ready: bool) -> None:
+    """Lets ``Retry-After`` of a restart be what the last start took."""
+    seconds = supervisor.start_took(ready)
+    if seconds is not None:
+        a_start_takes(seconds)
+
+
+def _leave_on_terminate(
+    fault: Fault, generator: Callable[[], ProtectedResponseGenerator | None]
+) -> None:
+    if fault.source != "terminate":
+        return
+    for _ in range(round(GENERATOR_WAIT_S / GENERATOR_TURN_S)):
+        made = generator()
+        if made is not None:
+            made.recovery.give_up(errors.from_faults([fault]))
+        time.sleep(GENERATOR_TURN_S)
+    os._exit(EXIT_REPLACE)
+
+
+def _make_generator(
+    options: argparse.Namespace,
+    overflow: Overflow,
+    model_provider: ModelProvider,
+    injections: bool,
+    on_ready: Callable[[], None],
+    home: ranks.Home | None,
+) -> ProtectedResponseGenerator:
+    """Starts the generation thread, which loads the model."""
+    from .generator import ProtectedResponseGenerator
+    from .headroom import MemoryFlags
+    from .mlx_lm.prompt_cache import PromptCache
+    from .model_names import ModelNames
+
+    cli_args = model_provider.cli_args
+    return ProtectedResponseGenerator(
+        model_provider,
+        PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes),
+        Health(on_ready),
+        replay_attempts=options.replay_attempts,
+        stall_timeout_s=options.stall_timeout,
+        overflow=overflow,
+        max_kv_size=options.max_kv_size,
+        memory=MemoryFlags(
+            max_active_kv=options.max_active_kv_bytes,
+            max_active_memory=options.max_active_memory_bytes,
+            wait_s=options.memory_wait,
+        ),
+        names=ModelNames(
+            cli_args,
+            served=options.served_model_name,
+            only_served=options.only_served_model,
+            download=options.allow_model_download,
+        ),
+        injections=injections,
+        home=home,
+        # Without a supervisor, requests wait for the model as long as it takes.
+        hold_s=options.hold_seconds or None if supervisor.is_supervised() else None,
+    )
+
+
+def _follow_the_first(generator: ProtectedResponseGenerator) -> None:
+    # It has no clients to answer: signals kill it, Control-C as well, and a status
+    # that is not 0 makes mlx.launch end the other ranks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    generator.join()
+    generator.stop()
+
+
+def _serve_until_signal(
+    httpd: http_server.Server, generator: ProtectedResponseGenerator
+) -> None:
+    # SIGHUP: mlx.launch ends a rank on another host by closing its terminal.
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    numbers = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+
+    def stop(number: int, frame: object) -> None:
+        # Once is enough: what follows takes seconds. Not SIG_IGN: Python complains
+        # of a signal that is ignored when it has arrived already.
+        for n in numbers:
+            signal.signal(n, lambda *_: None)
+        httpd.stop_requested = True
+
+    for n in numbers:
+        signal.signal(n, stop)
+    httpd.health = generator.health
+    httpd.health.count_held = httpd.count_reading
+    try:
+        httpd.handover.tell(Message.LISTENS)
+        httpd.take_over()
+        httpd.serve_forever(poll_interval=0.1)
+    except KeyboardInterrupt:
+        log.info("stopping")
+    finally:
+        httpd.server_close()
+        # Not through the interpreter's end: MLX's static objects and the daemon
+        # threads of handlers do not always survive it (seen with MLX 0.32.4).
+        generator.stop()

@@ -1,0 +1,291 @@
+"""`mlx_safe.asgi.protect`, with Starlette and uvicorn as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mlx_safe import asgi, epoch, testing
+from support import asgi_app
+
+SUITE = Path(__file__).parent
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    raised: BaseException | None
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+async def asked(app: Any, path: str, **more: Any) -> Answer:
+    """One GET of ``path``, as a server makes it."""
+    where, _, query = path.partition("?")
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": where,
+        "raw_path": where.encode(),
+        "query_string": query.encode(),
+        "headers": [],
+        **more,
+    }
+    sent: list[Any] = []
+
+    received = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive() -> Any:
+        if not received:
+            await asyncio.sleep(300)
+        return received.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raised = None
+    try:
+        await app(scope, receive, send)
+    except Exception as e:
+        raised = e
+    start, *parts = sent
+    assert [p["type"] for p in parts] == ["http.response.body"] * len(parts)
+    if raised is None:
+        assert [p.get("more_body", False) for p in parts][-1] is False
+        assert not any(not p.get("more_body", False) for p in parts[:-1])
+    return Answer(
+        start["status"],
+        {k.decode(): v.decode() for k, v in start["headers"]},
+        b"".join(p.get("body", b"") for p in parts),
+        raised,
+    )
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "middleware"])
+def app(request: pytest.FixtureRequest) -> Any:
+    return asgi.protect(asgi_app.make(request.param), health="/health")
+
+
+def ask(app: Any, path: str) -> Answer:
+    return asyncio.run(asked(app, path))
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/raises", 503, "metal_out_of_memory"),
+        ("/raises?code=2", 503, "metal_timeout"),
+        ("/raises?code=9", 500, "internal_generation_error"),
+        ("/wraps", 503, "metal_out_of_memory"),
+        ("/memory", 503, "insufficient_memory"),
+        ("/quotes", 503, "metal_out_of_memory"),
+        ("/quotes?status=507", 503, "metal_out_of_memory"),
+        ("/hides", 503, "metal_timeout"),
+    ],
+)
+def test_a_fault_has_the_contracts_answer(
+    app: Any, path: str, status: int, code: str
+) -> None:
+    answer = ask(app, path)
+    assert (answer.status, answer.json["error"]["code"]) == (status, code)
+    assert answer.headers.get("retry-after") == ("5" if status == 503 else None)
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    assert answer.raised is None
+
+
+def test_below_v1_messages_it_is_anthropics(app: Any) -> None:
+    answer = ask(app, "/v1/messages")
+    assert answer.status == 503
+    assert answer.json["type"] == "error"
+    assert answer.json["error"]["type"] == "overloaded_error"
+
+
+def test_what_is_no_fault_stays_as_it_is(app: Any) -> None:
+    answer = ask(app, "/own")
+    assert (answer.status, answer.json) == (500, {"detail": "mine"})
+    assert answer.headers["x-mine"] == "1"
+    answer = ask(app, "/own?raise=1")
+    assert (answer.status, answer.body) == (500, b"Internal Server Error")
+    assert isinstance(answer.raised, ValueError)  # the server logs it
+    # A status that says something else is not taken for the fault of another request.
+    answer = ask(app, "/hides?status=501")
+    assert (answer.status, answer.body) == (501, b"it failed")
+    assert ask(app, "/nothing").status == 404
+
+
+@pytest.mark.parametrize("how", ["raise", "quote"])
+def test_a_stream_that_fails_says_so_and_ends(app: Any, how: str) -> None:
+    answer = ask(app, f"/fails_later?how={how}")
+    assert answer.status == 200
+    events = answer.body.decode().split("\n\n")
+    assert events[:2] == ["data: one", "data: two"]
+    assert events[-2:] == ["data: [DONE]", ""]
+    error = json.loads(events[-3].removeprefix("data: "))["error"]
+    assert error["code"] == "metal_out_of_memory"
+    assert answer.raised is None
+
+
+def test_a_stream_that_says_so_itself_is_left_alone(app: Any) -> None:
+    body = ask(app, "/fails_later?how=done").body
+    assert body.count(b"[DONE]") == 1
+    assert b"metal_out_of_memory" not in body
+    assert ask(app, "/fails_later?how=well").body == b"data: one\n\ndata: two\n\n"
+
+
+def test_what_is_no_stream_of_events_is_cut(app: Any) -> None:
+    answer = ask(app, "/fails_later?type=text/plain")
+    assert answer.body == b"data: one\n\ndata: two\n\n"
+    assert answer.raised is not None
+
+
+def test_a_background_task_runs_and_nobody_waits_for_it(app: Any) -> None:
+    asgi_app.events.clear()
+    assert ask(app, "/background").json == {"ok": True}
+    assert asgi_app.events == ["background began", "background ended"]
+
+
+def test_a_client_that_leaves_ends_the_application(app: Any) -> None:
+    async def leave() -> None:
+        task = asyncio.ensure_future(asked(app, "/waits"))
+        while "waits" not in asgi_app.events:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asgi_app.events[-1] == "cancelled"
+
+    asgi_app.events.clear()
+    asyncio.run(asyncio.wait_for(leave(), 60))
+
+
+def test_the_lifespan_passes_by(app: Any) -> None:
+    async def live() -> list[str]:
+        wanted = ["lifespan.startup", "lifespan.shutdown"]
+        sent: list[str] = []
+
+        async def receive() -> Any:
+            return {"type": wanted.pop(0)}
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+
+        await app({"type": "lifespan", "asgi": {"version": "3.0"}}, receive, send)
+        return sent
+
+    assert asyncio.run(live()) == [
+        "lifespan.startup.complete",
+        "lifespan.shutdown.complete",
+    ]
+
+
+def test_health(app: Any) -> None:
+    assert ask(app, "/health").json == {"status": "ok"}
+
+
+def test_faults_of_before_are_nobodys() -> None:
+    testing.record_fault(8)
+    before = epoch()
+    answer = ask(asgi.protect(asgi_app.make()), "/own")
+    assert (answer.status, epoch()) == (500, before)
+
+
+# -- a process that must be replaced -------------------------------------------------
+
+
+class Served(NamedTuple):
+    port: int
+    process: subprocess.Popen[str]
+
+    def get(self, path: str) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read()
+        headers = {k.lower(): v for k, v in response.getheaders()}
+        return Answer(response.status, headers, body, None)
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "support.asgi_app", str(listener.fileno())],
+            cwd=SUITE,
+            pass_fds=(listener.fileno(),),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield Served(listener.getsockname()[1], process)
+        finally:
+            process.kill()
+            process.communicate(timeout=60)
+
+
+def test_all_who_wait_are_answered_before_the_process_leaves(served: Served) -> None:
+    answers: dict[str, Answer] = {}
+
+    def get(path: str) -> None:
+        answers[path] = served.get(path)
+
+    paths = ["/waits", "/streams", "/in_a_thread"]
+    assert served.get("/health").status == 200
+    threads = [threading.Thread(target=get, args=(path,)) for path in paths]
+    for thread in threads:
+        thread.start()
+    # They are answered only when the process is lost.
+    threads[0].join(1.0)
+    assert not answers
+    dead = served.get("/dies")
+    for thread in threads:
+        thread.join(120)
+    for answer in (dead, answers["/waits"], answers["/in_a_thread"]):
+        assert answer.status == 503
+        assert answer.json["error"]["code"] == "metal_out_of_memory"
+        assert answer.headers["retry-after"] == "5"
+    stream = answers["/streams"]
+    assert stream.status == 200
+    assert stream.body.startswith(b"data: one\n\n")
+    assert stream.body.endswith(b"data: [DONE]\n\n")
+    assert served.process.wait(120) == 75
+
+
+def test_code_4_ends_the_process_with_75(served: Served) -> None:
+    answer = served.get("/raises?code=4")
+    assert answer.status == 503
+    assert answer.json["error"]["code"] == "metal_device_lost"
+    assert served.process.wait(120) == 75
+
+
+def test_a_websocket_works_and_is_closed_when_the_process_is_lost(
+    served: Served,
+) -> None:
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    with connect(f"ws://127.0.0.1:{served.port}/echo") as websocket:
+        websocket.send("hello")
+        assert websocket.recv(timeout=60) == "hello"
+        assert served.get("/raises?code=4").status == 503
+        with pytest.raises(ConnectionClosed) as closed:
+            websocket.recv(timeout=60)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012
+    assert served.process.wait(120) == 75

@@ -1,0 +1,240 @@
+"""``mlx-safe run``: programs that know nothing of mlx_safe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.server import eventually, free_port
+
+SUITE = Path(__file__).parent
+LIMIT_S = 120.0
+MLX_SAFE = [sys.executable, "-m", "mlx_safe"]
+IS_PROTECTED = """
+import sys, mlx.core
+print(sys.argv[1:], "mlx_safe" in sys.modules)
+"""
+
+
+def mlx_safe_run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*MLX_SAFE, "run", *words],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def program(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "program.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_program_is_protected_as_soon_as_it_has_mlx(tmp_path: Path) -> None:
+    path = program(tmp_path, IS_PROTECTED)
+    done = mlx_safe_run("--", sys.executable, path, "--supervise", "x")
+    assert done.stdout == "['--supervise', 'x'] True\n", done.stderr
+    assert done.returncode == 0
+
+
+def test_what_has_no_mlx_is_left_alone() -> None:
+    code = "import sys; print([m for m in sys.modules if m.startswith('mlx')])"
+    assert mlx_safe_run(sys.executable, "-c", code).stdout == "[]\n"
+
+
+def test_children_that_are_spawned_and_what_is_executed_next(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        """
+import multiprocessing, os, sys
+
+def child():
+    import mlx.core
+    print("spawned", "mlx_safe" in sys.modules, flush=True)
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        os.execv(sys.executable, [sys.executable, "-P", sys.argv[0], "again"])
+    process = multiprocessing.get_context("spawn").Process(target=child)
+    process.start()
+    process.join()
+    import mlx.core
+    print("executed", "mlx_safe" in sys.modules)
+""",
+    )
+    done = mlx_safe_run("--", sys.executable, path)
+    assert done.stdout == "spawned True\nexecuted True\n", done.stderr
+
+
+def test_the_environments_own_sitecustomize_still_runs(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "sitecustomize.py").write_text("print('own')\n")
+    path = program(tmp_path, IS_PROTECTED)
+    done = mlx_safe_run("--", sys.executable, path, PYTHONPATH=str(own))
+    # Once in mlx-safe itself, which becomes the program.
+    assert done.stdout == "own\nown\n[] True\n", done.stderr
+
+
+def test_a_death_leaves_a_report(tmp_path: Path, private_reports: Path) -> None:
+    path = program(
+        tmp_path,
+        """
+import mlx.core, time
+from mlx_safe import testing  # to make the fault; the program itself needs it not
+testing.throw_on_foreign_thread()
+time.sleep(300)
+""",
+    )
+    done = mlx_safe_run("--", sys.executable, path)
+    assert done.returncode == -signal.SIGABRT
+    (report,) = private_reports.rglob("*.json")
+    assert json.loads(report.read_text())["why"] == "terminate"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "what is to be run? mlx-safe run [options] -- COMMAND ..."),
+        (("--", "no-such-program"), "no-such-program: no such command"),
+        (("--listen", "0", "--", "true"), "--listen needs --supervise"),
+        (
+            ("--supervise", "--listen", "0", "--", "true"),
+            "--listen and {fd} in the command need each other",
+        ),
+        (
+            ("--supervise", "--listen", "x:y", "--", "true", "{fd}"),
+            "--listen x:y: must be a port, or HOST:PORT",
+        ),
+        (("--sometimes", "--", "true"), "unrecognized arguments: --sometimes"),
+    ],
+)
+def test_a_mistake_is_one_line(words: tuple[str, ...], said: str) -> None:
+    done = mlx_safe_run(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"mlx-safe: {said}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_supervise_starts_what_a_fault_has_ended_again(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        """
+import os, pathlib, signal, sys
+seen = pathlib.Path(sys.argv[1])
+seen.write_text(seen.read_text() + "x" if seen.exists() else "x")
+if len(seen.read_text()) == 1:
+    sys.exit(75)
+if len(seen.read_text()) == 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(3)
+""",
+    )
+    done = mlx_safe_run("--supervise", "--", sys.executable, path, str(tmp_path / "n"))
+    assert done.returncode == 3
+    assert (tmp_path / "n").read_text() == "xxx"
+    assert "ended with status 75; starting it again in 0 s" in done.stderr
+    assert "ended by SIGKILL; starting it again in 1 s" in done.stderr
+
+
+def test_supervise_gives_up_on_what_dies_each_time() -> None:
+    code = (
+        "import sys; from mlx_safe.running import restarts; "
+        "restarts.BACK_OFF_S = (0.0,); "
+        "sys.exit(restarts.Restarts(['/bin/sh', '-c', 'exit 75'], {}, None).run())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "6 times in a row, with status 75: giving up" in done.stderr
+
+
+def get(port: int, path: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{port}{path}", timeout=60
+        ) as got:
+            return got.status, got.read()
+    except urllib.error.HTTPError as e:
+        with e:
+            return e.code, e.read()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextlib.contextmanager
+def running(*words: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [*MLX_SAFE, "run", *words], cwd=SUITE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()  # its supervisor passes it on
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate(timeout=60)
+
+
+UVICORN = [sys.executable, "-m", "uvicorn", "--factory", "support.asgi_app:make"]
+
+
+def test_an_application_that_is_not_changed_answers_and_comes_back() -> None:
+    port = free_port()
+    words = ["--supervise", "--asgi", "--listen", str(port), "--", *UVICORN]
+    with running(*words, "--fd", "{fd}") as process:
+        assert eventually(lambda: listens(port))
+        assert get(port, "/background")[0] == 200
+        status, body = get(port, "/raises")
+        assert status == 503
+        assert json.loads(body)["error"]["code"] == "metal_out_of_memory"
+        status, body = get(port, "/dies")
+        assert status == 503
+        # The socket stays open: nobody is refused, and what the one that leaves has
+        # not answered yet waits for the next.
+        assert eventually(lambda: get(port, "/background")[0] == 200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, 128 + signal.SIGTERM)
+
+
+def test_a_stop_ends_the_program_too(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        "import os, pathlib, sys, time\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\ntime.sleep(300)\n",
+    )
+    seen = tmp_path / "pid"
+    with running("--supervise", "--", sys.executable, path, str(seen)) as process:
+        eventually(lambda: seen.exists() and seen.read_text() != "")
+        pid = int(seen.read_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(pid, 0)
+            time.sleep(0.05)

@@ -1,0 +1,694 @@
+"""The scheduler alone, driven through any order of what can happen to it.
+
+`Loop` stands for mlx-lm: it asks for requests, begins with them, makes steps and
+tokens, loses all that it has in a failure. What happens next is chosen by bytes, which
+hypothesis draws, so that it finds orders that nobody thought of and makes them short.
+Neither MLX nor mlx-lm is imported: thousands of steps a second.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mlx_safe.server
+from mlx_safe.memory.budget import Decision, Situation
+from mlx_safe.memory.demand import Demand, Row, step_sizes
+from mlx_safe.memory.estimate import CacheCost, LayerCost, Transients
+from mlx_safe.server import admission
+from mlx_safe.server.admission import Ask, Load, SingleStep
+from mlx_safe.server.request import (
+    ENDED,
+    RUNNING,
+    TRANSITIONS,
+    Disconnected,
+    IllegalTransition,
+    Request,
+    RequestState,
+    Run,
+    diagram,
+)
+from mlx_safe.server.scheduler import BEGUN_WAIT_S, Failure, Scheduler
+
+ROOT = Path(__file__).resolve().parent.parent
+ATTEMPTS = 2
+WAIT_S = 20.0
+STEP = 256
+BASELINE = 1000
+CEILING = 8000
+ROOM = 4000  # tokens of a request that there is always room for
+# A byte for each token.
+DEMAND = Demand(CacheCost(((LayerCost(per_slot=1), 1),)), Transients())
+
+
+class Client(Request):
+    """A request, and what its client has of it."""
+
+    def __init__(self, prompt: int, answer: int, alone: bool, seeded: bool) -> None:
+        super().__init__()
+        self.prompt, self.answer = prompt, answer
+        self.is_single, self.is_seeded = alone, seeded
+        self.got: list[int] = []
+        self.ends: list[Any] = []
+        self.notes: list[str] = []
+        self.is_cancelled = False
+        self.is_stopped = False
+        # Of this run at mlx-lm: tokens to read, tokens in its caches, the next one.
+        self.unread = self.length = self.at = 0
+
+    def send(self, item: Any) -> None:
+        assert not self.is_cancelled
+        self.ends.append(item)
+
+    def stop_run(self) -> None:
+        self.is_stopped = True
+
+    def note_end(self, how: str) -> None:
+        self.notes.append(how)
+
+
+class Machine:
+    """The memory: what the caches and the prompt cache hold, and a ceiling."""
+
+    step_size = STEP
+
+    def __init__(self) -> None:
+        self.ceiling = CEILING
+        self.others = 0  # bytes that nobody here can give back
+        self.prompt_cache = 0
+        self.asked: tuple[Ask, Decision] | None = None
+        self.at_mlx_lm: list[Client] = []
+
+    @property
+    def caches(self) -> int:
+        return sum(client.length for client in self.at_mlx_lm)
+
+    def _situation(self) -> Situation:
+        return Situation(
+            ceiling=self.ceiling,
+            later=CEILING,
+            active=BASELINE + self.others + self.prompt_cache + self.caches,
+            evictable=self.prompt_cache,
+            baseline=BASELINE,
+            may_wait=False,
+        )
+
+    def _steps(self, rows: int) -> list[int]:
+        return step_sizes(STEP, rows)
+
+    def _done(self, found: Decision) -> bool:
+        if found.verdict == "admit":
+            assert found.evict <= self.prompt_cache
+            self.prompt_cache -= found.evict
+            self.step_size = found.step
+        return found.verdict == "admit"
+
+    def admits(self, ask: Ask, load: Load) -> Decision:
+        load = replace(load, held=self.caches)
+        found = admission.for_request(
+            DEMAND, self._situation(), load, ask, self._steps, ROOM
+        )
+        self.asked = (ask, found)
+        if found.verdict == "admit" and load.rows:
+            # All of it, to the end: those that run, and this one, in bytes.
+            rows = [*load.rows, Row(ask.prompt, ask.total)]
+            total = sum(row.total for row in rows)
+            assert BASELINE + self.others + total <= self.ceiling
+        if found.verdict == "never":
+            assert ask.total > ROOM and not ask.begun
+        if found.verdict == "refuse":
+            assert not (ask.may_wait and ask.ahead)
+        if found.verdict == "wait":
+            assert ask.may_wait
+        assert ask.step_max is None or found.step <= max(ask.step_max, 64)
+        return found
+
+    def has_room_for_step(self, load: Load) -> bool:
+        load = replace(load, held=self.caches)
+        found = admission.for_step(DEMAND, self._situation(), load, self._steps)
+        if self._done(found):
+            active = BASELINE + self.others + self.caches + self.prompt_cache
+            assert active + len(load.rows) <= max(self.ceiling, CEILING)
+            assert len(load.rows) == 1 or active + len(load.rows) <= self.ceiling
+        return found.verdict == "admit"
+
+    def single_step(self, load: Load) -> SingleStep:
+        assert len(load.rows) == 1 and load.length > 0
+        size = self.step_size
+        load = replace(load, held=self.caches)
+        found = admission.for_single_step(
+            DEMAND, self._situation(), load, size, self._steps
+        )
+        if not self._done(found):
+            return "none"
+        assert found.step == size or load.rows[0].is_reading
+        return "smaller" if found.step < size else "fits"
+
+
+class Watched(Scheduler[Client]):
+    """Notes which transitions there were."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: Counter[tuple[RequestState, RequestState]] = Counter()
+
+    def _change(self, request: Client, state: RequestState) -> bool:
+        old = request.state
+        changed = super()._change(request, state)
+        if changed:
+            self.seen[old, state] += 1
+        return changed
+
+
+class Loop:
+    """mlx-lm, its clients and its misfortunes; ``choices`` say what happens."""
+
+    def __init__(self, choices: bytes, attempts: int = ATTEMPTS) -> None:
+        self.choices = iter(choices)
+        self.is_calm = False
+        self.now = 0.0
+        self.machine = Machine()
+        self.care: int | None = None
+        self.attempts = attempts
+        self.wait_s = 0.0 if self.choose(4) == 1 else WAIT_S
+        self.scheduler = Watched(
+            self.machine, attempts, self.wait_s, self._be_careful, lambda: self.now
+        )
+        self.queue: list[Client] = []  # of the server: nobody has looked at them
+        self.offered: Client | None = None
+        self.batch: list[Client] = []
+        self.single: Client | None = None
+        self.arrived: list[Client] = []
+        self.limit: int | None = None  # how many may run at a time
+        self.events: Counter[str] = Counter()
+        self.steps = 0
+
+    def _be_careful(self, level: int | None) -> None:
+        self.care = level
+
+    def choose(self, n: int) -> int:
+        """A number below ``n``; 0 when nothing is chosen any more."""
+        return 0 if self.is_calm else next(self.choices, 0) % n
+
+    @property
+    def alive(self) -> list[Client]:
+        return [c for c in self.arrived if not c.is_ended]
+
+    # -- from outside ------------------------------------------------------------
+
+    def outside(self) -> None:
+        """What can happen at any moment, on another thread."""
+        what = self.choose(16)
+        if what == 1:
+            self.leave()
+        elif what == 2:
+            self.now += (1.0, 7.0, WAIT_S, BEGUN_WAIT_S)[self.choose(4)]
+        elif what == 3:
+            self.machine.ceiling = CEILING - 2000 * self.choose(4)
+            self.machine.others = 1500 * self.choose(6)
+        elif what == 4:
+            self.come()
+        elif what == 5:
+            self.end_some()
+
+    def end_some(self) -> None:
+        """One request fails by itself, or the server is told to stop."""
+        if self.choose(4) == 1:
+            self.scheduler.fail_everyone(RuntimeError("the server stops"))
+            assert not self.alive
+        elif self.alive:
+            client = self.alive[self.choose(len(self.alive))]
+            assert self.scheduler.fail(client, RuntimeError("its own"))
+            assert not self.scheduler.fail(client, RuntimeError("once more"))
+
+    def come(self) -> None:
+        prompt = (20, 300, 1500, 3000, 9000)[self.choose(5)]
+        answer = (1, 2, 5, 200)[self.choose(4)]
+        kind = self.choose(4)
+        self.queue.append(Client(prompt, answer, kind == 1, kind == 2))
+
+    def leave(self) -> None:
+        if self.alive:
+            client = self.alive[self.choose(len(self.alive))]
+            if self.choose(2):
+                client.is_cancelled = not client.ends
+                self.scheduler.cancel(client)
+            else:
+                self.scheduler.disconnect(client)
+            assert client.is_stopped
+
+    # -- mlx-lm's loop -------------------------------------------------------------
+
+    def turn(self) -> None:
+        self.steps += 1
+        self.outside()
+        if self.offered is not None and not self._must_drain(self.offered):
+            self.begin(self.offered)
+        elif self.offered is None and (self._is_idle() or self.choose(3)):
+            self.offered = self.take()
+            self.check()
+        elif self.choose(12) == 1:
+            self.fail(tuple(Failure)[self.choose(4)])
+        elif self.single is not None:
+            self.step_alone(self.single)
+        elif self.batch:
+            self.step()
+        self.check()
+
+    def _is_idle(self) -> bool:
+        return not self.batch and self.single is None
+
+    def _must_drain(self, client: Client) -> bool:
+        return self.single is not None or (client.is_single and bool(self.batch))
+
+    def take(self) -> Client | None:
+        # mlx-lm's sequential path asks for no other meanwhile.
+        if self.single is not None:
+            return None
+        held = self.scheduler.held()
+        replays = self.scheduler.requests(RequestState.REPLAY)
+        running = [c for c in self.machine.at_mlx_lm if not c.is_ended]
+        client = self.scheduler.next()
+        assert self.scheduler.current is None
+        if not replays and not running:
+            self.limit = None
+        assert self.scheduler.takes_new() == (self.limit is None)
+        is_full = self.limit is not None and len(running) >= self.limit
+        if replays:
+            assert client is (None if is_full else replays[0])
+        elif self.limit is not None:
+            assert client is None
+        elif client is not None:
+            assert client in held
+            late = [c for c in held if c.claim and c.claim.deadline <= self.now]
+            assert client is (late or held)[0]
+        else:
+            for waiting in held:
+                assert waiting.claim and self.now < waiting.claim.deadline
+            has_all = not running and self.machine.ceiling == CEILING
+            assert not (held and has_all and not self.machine.others), "could run"
+            if self.queue:
+                client = self.queue.pop(0)
+                self.arrived.append(client)
+                self.scheduler.arrive(client)
+        return client
+
+    def begin(self, client: Client) -> None:
+        self.offered = None
+        if self.choose(16) == 1:
+            self.scheduler.not_begun(client)
+            self.fail(tuple(Failure)[self.choose(4)])
+            return
+        if client.is_ended:
+            return
+        client.at = len(client.produced)
+        prompt, total = client.prompt + client.at, client.prompt + client.answer
+        if client.is_seeded:
+            self.scheduler.repeat(client)
+            client.at, prompt = 0, client.prompt
+        if client.is_single:
+            self.scheduler.serve_alone(client)
+        reusable = self.machine.prompt_cache // 2 if self.choose(2) else 0
+        found = self._ask(client, prompt, total, reusable)
+        if found.verdict == "admit":
+            assert self.scheduler.current is client
+            assert client.run.takes_over == found.take_over
+            assert client.run.owned == (reusable if found.take_over else 0)
+            self._start(client, prompt)
+        elif found.verdict == "wait":
+            assert client.state is RequestState.HELD
+        else:
+            assert client.state is RequestState.WAITING
+            self.events["too_long" if found.verdict == "never" else "refused"] += 1
+            self.scheduler.fail(client, MemoryError(found.verdict))
+
+    def _ask(self, client: Client, prompt: int, total: int, reusable: int) -> Decision:
+        """What the scheduler answers, and what it must have asked for that."""
+        line, claim = client.line, client.claim
+        held = self.scheduler.held()
+        running = [c for c in self.machine.at_mlx_lm if not c.is_ended]
+        found = self.scheduler.ask(client, prompt, total, reusable)
+        assert client.claim is not None and self.machine.asked is not None
+        patience = max(self.wait_s, BEGUN_WAIT_S if client.has_context else 0)
+        deadline = self.now + patience if line is None else claim and claim.deadline
+        assert client.claim.deadline == deadline
+        ask, wanted = self.machine.asked
+        assert ask == Ask(
+            prompt=prompt,
+            total=total,
+            reusable=reusable,
+            ahead=len(running) + len(held) + (line is not None),
+            begun=client.has_context,
+            may_wait=self.now < client.claim.deadline,
+            step_max=client.step_max,
+        )
+        # Those that wait for memory come before one that is new.
+        is_behind = line is None and held and wanted.verdict == "admit" and ask.may_wait
+        assert found.verdict == ("wait" if is_behind else wanted.verdict)
+        if found.verdict == "refuse":
+            assert line is None or not ask.may_wait
+        self.events["held"] += found.verdict == "wait" and line is None
+        return found
+
+    def _start(self, client: Client, prompt: int) -> None:
+        client.unread, client.length = prompt, 0
+        client.is_stopped = False
+        self.scheduler.begin(client)
+        if client.is_single:
+            self.single = client
+        else:
+            self.batch.append(client)
+            assert self.scheduler.inserted(object()) is client
+        self.machine.at_mlx_lm.append(client)
+
+    def _drop(self, client: Client) -> None:
+        client.length = 0
+        self.machine.at_mlx_lm.remove(client)
+        if client is self.single:
+            self.single = None
+        else:
+            self.batch.remove(client)
+
+    def step(self) -> None:
+        for client in [c for c in self.batch if c.is_ended]:
+            assert client.is_stopped
+            self._drop(client)
+        if not self.batch:
+            return
+        leaving = self.scheduler.step()
+        for client in leaving:
+            self._note_leaving(client)
+            assert client.state in (RequestState.HELD, RequestState.FAILED)
+            assert client.is_stopped
+            # All others came before it.
+            assert client is max(self.batch, key=self.arrived.index)
+            assert len(self.batch) > 1 or client.is_ended
+            self._drop(client)
+        if leaving:
+            return
+        for client in list(self.batch):
+            if client in self.batch:  # or a failure has come in between
+                self._go_on(client)
+
+    def _note_leaving(self, client: Client) -> None:
+        if client.state is RequestState.HELD:
+            assert client.claim and client.claim.deadline == self.now + BEGUN_WAIT_S
+            self.events["preempted"] += 1
+            self.events["held"] += 1
+        else:
+            self.events["refused"] += 1
+
+    def step_alone(self, client: Client) -> None:
+        if client.is_ended:
+            self._drop(client)
+            return
+        self._go_on(client)
+        if client is not self.single or client.is_ended or not client.length:
+            return
+        found = self.scheduler.single_step(client, client.length)
+        if found == "smaller":
+            assert client.state is RequestState.HELD
+            assert client.step_max == self.machine.step_size
+            self.events["held"] += 1
+        if found == "none":
+            assert client.is_ended
+            self.events["refused"] += 1
+        if found != "fits":
+            self._drop(client)
+
+    def _go_on(self, client: Client) -> None:
+        if client.unread:
+            read = min(client.unread, self.machine.step_size)
+            client.unread -= read
+            client.length += read
+            return
+        if self.choose(40) == 1:
+            self.scheduler.complete(client)  # without a last token
+            self._drop(client)
+            return
+        token, client.at = client.at, client.at + 1
+        client.length += 1
+        is_last = client.at >= client.answer
+        if self.scheduler.token(client, token, is_last):
+            client.got.append(token)
+        if is_last:
+            self.outside()
+            if self.choose(12) == 1:
+                self.fail(tuple(Failure)[self.choose(4)])
+                return
+            self.scheduler.complete(client)
+            self.machine.prompt_cache += client.prompt // 2
+            self._drop(client)
+
+    def fail(self, what: Failure) -> None:
+        """A step fails: mlx-lm loses all that it has."""
+        ran = [c for c in self.machine.at_mlx_lm if c.state in RUNNING]
+        before = {c: c.attempts for c in self.alive}
+        for client in list(self.machine.at_mlx_lm):
+            self._drop(client)
+        self.offered = None
+        ending = self.scheduler.failure(what)
+        for client in ending:
+            assert not client.is_ended
+        self._note_care(what)
+        ran += [c for c in before if c.run.failed and c not in ran]
+        for client, attempts in before.items():
+            struck = client in ran or not ran
+            assert client.attempts == attempts or (struck and client not in ending)
+        self.outside()
+        for client in ending:
+            self.scheduler.fail(client, RuntimeError(what.name))
+
+    def _note_care(self, what: Failure) -> None:
+        """How many may run at a time from now on, and in which steps."""
+        again = self.scheduler.requests(RequestState.REPLAY)
+        level = max((c.attempts for c in again), default=0)
+        if self.attempts == 0:
+            assert again == []
+            return
+        if what is Failure.UNKNOWN or (again and level >= min(2, self.attempts)):
+            self.limit = 1
+        elif again and what is Failure.TOO_MUCH:
+            self.limit = max(1, len(again) // 2)
+        if again and what is Failure.TOO_MUCH:
+            assert self.care == level
+
+    # -- what always holds ---------------------------------------------------------
+
+    def check(self) -> None:
+        for client in self.arrived:
+            assert len(client.ends) + client.is_cancelled == client.is_ended
+            assert len(client.notes) == client.is_ended
+            assert client.got == list(range(len(client.got))), "lost or sent twice"
+            assert client.got == client.produced
+            assert client.attempts <= self.attempts
+        here = self.machine.at_mlx_lm
+        for client in self.alive:
+            assert (client.state in RUNNING) == (client in here)
+            if client in here:
+                assert client.line is None
+            assert (client.state is RequestState.WAITING) == (client is self.offered)
+            if client.state is RequestState.HELD:
+                assert client.line is not None and client.claim is not None
+            if client.state is RequestState.REPLAY:
+                assert client.claim is None
+        assert self.scheduler.requests() == self.alive
+        assert len(self.scheduler) == len(self.alive)
+        assert self.scheduler.events == self.events
+        assert self.scheduler.tokens == sum(len(c.got) for c in self.arrived)
+        self.check_claims()
+
+    def check_claims(self) -> None:
+        """Who runs has a claim, and nobody else's counts."""
+        load = self.scheduler.load()
+        runs = [c for c in self.arrived if c in self.machine.at_mlx_lm]
+        runs = [c for c in runs if not c.is_ended]
+        assert list(load.rows) == [
+            Row(c.prompt + (0 if c.is_seeded else len(c.produced) - c.run.made),
+                c.prompt + c.answer, c.run.made == 0)
+            for c in runs
+        ]  # fmt: skip
+        assert load.length == sum(c.run.length for c in runs)
+
+    def end(self) -> None:
+        """Nothing happens any more but what was begun, and everyone is answered."""
+        self.is_calm = True
+        self.machine.ceiling, self.machine.others = CEILING, 0
+        left = len(self.alive) + len(self.queue)
+        for _ in range(200 + 1000 * left):
+            if not self.alive and not self.queue and self._is_idle():
+                break
+            self.now += 0.5
+            self.turn()
+            if self.batch and self.offered is None:
+                self.step()
+        assert not self.alive and not self.queue, "somebody starves"
+        assert self.take() is None
+        assert len(self.scheduler) == 0
+        assert self.scheduler.load() == Load()
+        assert self.scheduler.takes_new() and self.care is None
+        assert self.scheduler.current is None
+        self.check()
+
+
+def run(choices: bytes, attempts: int = ATTEMPTS) -> Loop:
+    loop = Loop(choices, attempts)
+    try:
+        while True:
+            first = next(loop.choices, None)
+            if first is None:
+                break
+            if first % 8 == 0:
+                loop.come()
+            loop.turn()
+        loop.end()
+    except AssertionError as e:
+        states = [(c.state.value, c.prompt, c.answer, c.ends) for c in loop.arrived]
+        raise AssertionError(f"{e}; {states}") from e
+    return loop
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(st.binary(min_size=20, max_size=400), st.integers(0, 3))
+def test_any_order_of_events(choices: bytes, attempts: int) -> None:
+    run(choices, attempts)
+
+
+def test_every_transition_is_reached() -> None:
+    """So the table has none that never happens, and the model tries them all."""
+    seen: Counter[tuple[RequestState, RequestState]] = Counter()
+    steps, begin = 0, time.perf_counter()
+    draw = random.Random(1)
+    for _ in range(300):
+        loop = run(draw.randbytes(400))
+        seen += loop.scheduler.seen
+        steps += loop.steps
+    seconds = time.perf_counter() - begin
+    print(f"{steps} steps, {steps / seconds:.0f} in a second")
+    for (old, new), times in sorted(seen.items(), key=lambda item: item[1]):
+        print(f"{times:7} {old.value} -> {new.value}")
+    assert seen.keys() == TRANSITIONS.keys()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.binary(min_size=5, max_size=60),
+    st.integers(2, 6),
+    st.integers(1, 3),
+    st.sampled_from([Failure.PASSING, Failure.TOO_MUCH, Failure.UNKNOWN]),
+)
+def test_who_fails_every_time_ends_alone(
+    choices: bytes, others: int, attempts: int, what: Failure
+) -> None:
+    loop = Loop(b"", attempts)
+    loop.is_calm = True
+    clients = [Client(20 + i, 3, False, False) for i in range(others)]
+    bad = clients[choices[0] % others]
+    loop.queue += clients
+    for choice in choices + bytes(400):
+        if bad in loop.batch:
+            loop.fail(what)
+        loop.turn()
+        if loop.batch and bad not in loop.batch and choice % 3 == 0:
+            loop.step()
+    loop.end()
+    assert [client for client in clients if client.ends != [None]] == [bad]
+    assert bad.attempts == (0 if what is Failure.UNKNOWN else attempts)
+
+
+@pytest.mark.parametrize(
+    "pair", [(a, b) for a in RequestState for b in RequestState], ids=str
+)
+def test_the_table_is_kept(pair: tuple[RequestState, RequestState]) -> None:
+    scheduler = Loop(b"").scheduler
+    client = Client(1, 1, False, False)
+    client._state, state = pair
+    if client.is_ended:
+        assert not scheduler._change(client, state)
+    elif pair in TRANSITIONS:
+        assert scheduler._change(client, state) and client.state is state
+        return
+    else:
+        with pytest.raises(IllegalTransition):
+            scheduler._change(client, state)
+    assert client.state is pair[0]
+
+
+def test_the_client_that_left_is_answered_so() -> None:
+    loop = Loop(b"")
+    loop.come()
+    loop.offered = loop.take()
+    (client,) = loop.arrived
+    loop.scheduler.disconnect(client)
+    assert isinstance(client.ends[0], Disconnected)
+    assert client.state in ENDED
+
+
+# -- the state has one owner ---------------------------------------------------------
+
+# What `Request` and `Run` have; their constructors give the first values.
+FIELDS = {*vars(Request()), *vars(Run())}
+
+
+def writes(tree: ast.AST) -> list[tuple[str, int]]:
+    """(attribute, line) of what is assigned to, or changed in place."""
+    found: list[tuple[str, int]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            is_of_module = (
+                isinstance(node.value, ast.Name) and node.value.id == "server"
+            )
+            if not is_of_module:  # mlx-lm's, which is patched
+                found.append((node.attr, node.lineno))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of = node.func.value
+            changes = node.func.attr in ("append", "extend", "clear", "pop", "remove")
+            if changes and isinstance(of, ast.Attribute):
+                found.append((of.attr, node.lineno))
+    return found
+
+
+def test_only_the_scheduler_writes_a_state() -> None:
+    assert {"_state", "produced", "attempts", "claim", "run", "uid"} <= FIELDS
+    outside = []
+    for path in Path(mlx_safe.server.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        if path.name == "scheduler.py":
+            assert any(name == "_state" for name, _ in writes(tree))
+            continue
+        for node in list(ast.walk(tree)):
+            if path.name == "request.py" and isinstance(node, ast.FunctionDef):
+                node.body = [] if node.name == "__init__" else node.body
+        outside += [
+            f"{path.name}:{line} {name}"
+            for name, line in writes(tree)
+            if name in FIELDS
+        ]
+    assert outside == []
+
+
+def test_it_needs_no_mlx() -> None:
+    code = "import sys, mlx_safe.server.scheduler; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"mlx", "mlx.core", "mlx_lm"} & {*done.stdout.split()}
+
+
+def test_the_document_has_the_table() -> None:
+    """``python -m mlx_safe.server.request`` prints what stands between the markers."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    _, block = text.split("<!-- lifecycle -->")
+    block, _ = block.split("<!-- /lifecycle -->")
+    assert block.strip() == f"```mermaid\n{diagram()}\n```"

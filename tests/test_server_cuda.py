@@ -1,0 +1,165 @@
+"""CUDA's failures in the server, by the texts that MLX has for them: no card needed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.server import CONTROLLED, NEVER, Answer, Server, eventually
+
+PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
+ADDRESS, ECC, ASSERT, MISALIGNED, LAUNCH = 700, 214, 710, 716, 719
+NO_END = {"0": -100.0, "2": -100.0}
+
+
+def ask_all(server: Server, clients: int, **options: Any) -> list[Answer]:
+    """So many clients at once, every other one with a stream."""
+    answers: list[Answer] = []
+
+    def ask(number: int) -> None:
+        text = f"{number}: of a ship"
+        stream = number % 2 == 1
+        answers.append(server.chat(text, stream=stream, logit_bias=NO_END, **options))
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("code", [ADDRESS, ECC, ASSERT, MISALIGNED, LAUNCH])
+def test_a_sticky_error_ends_the_process_and_tells_everyone(
+    tiny_model: Path, path: str, code: int
+) -> None:
+    plan = f"decode:12:{code}:persistent:cuda"
+    with Server(tiny_model, inject=plan).wait_ready() as server:
+        answers = ask_all(server, 4, max_tokens=64, **PATHS[path])
+        assert server.wait() == 75
+        for answer in answers:
+            assert answer.broken is None
+            assert answer.error["code"] == "cuda_device_lost"
+            assert answer.error["retry_after"] == 5
+            assert answer.done if answer.events else answer.status == 503
+        # One that lasts is not waited for, and nothing about it is a surprise.
+        assert "Traceback" not in server.log
+        assert "still pending" not in server.log
+        assert server.log.count("the process must be replaced") == 1
+
+
+# The first wait of a reset finds that the card is lost: what ran out of memory did so
+# because a kernel had failed, or the other way round.
+LOST_LATER = f"""
+import mlx.core as mx
+from mlx_safe import testing
+from mlx_safe.server import thread_state
+class Waits:
+    def __getattr__(self, name):
+        return getattr(mx, name)
+    def synchronize(self):
+        raise RuntimeError(testing.cuda_message({LAUNCH}))
+thread_state.mx = Waits()
+{CONTROLLED}"""
+
+
+def test_a_sticky_error_that_a_recovery_meets_is_one(tiny_model: Path) -> None:
+    plan = "decode:4:2:once:cuda"
+    with Server(tiny_model, inject=plan, program=LOST_LATER).wait_ready() as server:
+        (answer,) = ask_all(server, 1, max_tokens=64)
+        assert answer.error["code"] == "cuda_device_lost"
+        assert server.wait() == 75
+        assert "Traceback" not in server.log
+        assert "still pending" not in server.log
+
+
+def test_out_of_memory_is_run_again_with_less(tiny_model: Path) -> None:
+    with Server(tiny_model, inject=f"any:{NEVER}", program=CONTROLLED) as server:
+        server.wait_ready()
+        whole = {
+            path: [a.text for a in ask_all(server, 1, max_tokens=12, **options)]
+            for path, options in PATHS.items()
+        }
+        for path, options in PATHS.items():
+            server.plan("decode:4:2:once:cuda")
+            answers = ask_all(server, 1, max_tokens=12, **options)
+            assert [a.text for a in answers] == whole[path]
+        server.plan("decode:1:2:persistent:cuda")
+        (answer,) = ask_all(server, 1, max_tokens=12)
+        assert answer.status == 503
+        assert answer.error["code"] == "cuda_out_of_memory"
+        assert answer.error["type"] == "resource_exhausted_error"
+        server.plan("")
+        assert server.chat("again", max_tokens=4).status == 200
+        assert "Traceback" not in server.log
+
+
+# Where memory runs out is said in a request's stop words, which mlx-lm takes as text.
+WHERE = """
+import functools
+import mlx_lm.server as server
+from mlx_safe import testing
+wanted = {}
+def fail(where):
+    kind = wanted.pop(where, None)
+    if kind == "python":
+        raise MemoryError
+    if kind == "malloc":
+        raise RuntimeError("[malloc] Unable to allocate 1073741824 bytes.")
+    if kind == "cuda":
+        raise RuntimeError(testing.cuda_message(2))
+def first(cls, name, where):
+    inner = getattr(cls, name)
+    @functools.wraps(inner)
+    def call(*args, **kwargs):
+        fail(where)
+        return inner(*args, **kwargs)
+    setattr(cls, name, call)
+first(server.ResponseGenerator, "_tokenize", "tokenize")
+first(server, "_make_sampler", "sampler")
+first(server.LRUPromptCache, "fetch_nearest_cache", "fetch")
+first(server.LRUPromptCache, "insert_cache", "insert")
+first(server, "load", "load")
+from mlx_safe.server.generator import ProtectedResponseGenerator
+answer = ProtectedResponseGenerator.answer
+def noted(self, request, args, progress):
+    for word in args.stop_words:
+        if word.startswith("FAIL "):
+            _, where, kind = word.split()
+            wanted[where] = kind
+    return answer(self, request, args, progress)
+ProtectedResponseGenerator.answer = noted
+import sys
+from mlx_safe.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def failing(tiny_model: Path) -> Any:
+    with Server(tiny_model, program=WHERE).wait_ready() as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["python", "malloc", "cuda"])
+@pytest.mark.parametrize("where", ["tokenize", "sampler", "fetch", "insert"])
+def test_out_of_memory_anywhere_is_run_again(
+    failing: Server, where: str, kind: str, path: str
+) -> None:
+    def chat(*stop: str) -> Answer:
+        return failing.chat(
+            "of a ship", max_tokens=6, logit_bias=NO_END, stop=[*stop], **PATHS[path]
+        )
+
+    resets = failing.metric("mlx_safe_resets_total")
+    answer = chat(f"FAIL {where} {kind}")
+    assert answer.status == 200, answer.body
+    assert answer.text == chat("no such word").text
+    # That of an entry comes when the client has its answer.
+    assert eventually(lambda: failing.metric("mlx_safe_resets_total") > resets)
+    assert "Traceback" not in failing.log
