@@ -81,11 +81,14 @@ class Machine:
         )
 
 
-def load(*files: Path, macos: str = "14.0") -> subprocess.CompletedProcess[str]:
-    """Loads Mach-O files, and nothing else."""
+def load(
+    *files: Path | str, macos: str = "14.0", call: list[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Loads Mach-O files, and calls a function of the last, `[name, *arguments]`."""
     sysroot = PYTHONS[MAIN].sysroot
+    called = [] if call is None else ["--", *call]
     return subprocess.run(
-        [str(QEMU), "-L", str(sysroot), str(LOADER), *map(str, files)],
+        [str(QEMU), "-L", str(sysroot), str(LOADER), *map(str, files), *called],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,

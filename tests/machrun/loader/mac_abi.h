@@ -1,6 +1,6 @@
 // Structures and numbers of macOS (arm64) that differ from Linux, as the shims
-// use them. abi_check.c, compiled for macOS, holds each against Apple's headers;
-// `struct timespec` and `struct tm` are the same on both.
+// use them. abi_check.c, compiled for macOS, holds each against Apple's
+// headers; `struct timespec` and `struct tm` are the same on both.
 #pragma once
 
 #include <stdint.h>

@@ -2,8 +2,8 @@
 //
 // Only C crosses the border between the two: everything in C++ that the images
 // need is itself Mach-O (cxxrt.dylib). Whatever cannot be loaded ends the
-// process with one line and status 2. The files are read by Apple's own headers,
-// which ziglang has.
+// process with one line and status 2. The files are read by Apple's own
+// headers, which ziglang has.
 #pragma once
 
 #include <mach-o/fixup-chains.h>

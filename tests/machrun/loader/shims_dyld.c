@@ -21,8 +21,10 @@ bool mac__dyld_find_unwind_sections(const void* address, UnwindSections* to) {
   return true;
 }
 
-// Whatever is called with nothing to do. __chkstk_darwin may change no register.
-asm(".text\n.globl mac_nothing\nmac_nothing: ret\n");
+// Whatever is called with nothing to do, and says 0. __chkstk_darwin may change
+// no register.
+asm(".text\n.globl mac_nothing\nmac_nothing: mov x0, #0\n ret\n"
+    ".globl mac___chkstk_darwin\nmac___chkstk_darwin: ret\n");
 
 void mac__tlv_atexit(void (*end)(void*), void* object) {
   extern int __cxa_thread_atexit_impl(void (*)(void*), void*, void*);

@@ -33,8 +33,10 @@ typedef void Trampoline(void* handler, int number, MacSiginfo* info,
                         MacUcontext* context);
 
 static Trampoline* trampoline(void) {
+  static const Library kSystem = {"libSystem", NULL, NULL, true};
   static Trampoline* found;
-  if (found == NULL) found = (Trampoline*)in_all("_machrun_sigtramp");
+  if (found == NULL)
+    found = (Trampoline*)in_library(&kSystem, "_machrun_sigtramp");
   return found;
 }
 

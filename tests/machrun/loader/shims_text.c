@@ -7,16 +7,15 @@
 
 #include "shims.h"
 
-// Without the `L` of long double, which is a double on macOS.
+// With `l` for the `L` of long double, which is a double on macOS.
 static const char* own_format(const char* format, char copy[1024]) {
   if (strchr(format, 'L') == NULL || strlen(format) >= 1024) return format;
   bool directive = false;
   char* to = copy;
   for (const char* at = format; *at; at++) {
     if (*at == '%') directive = !directive;
-    if (directive && *at == 'L') continue;
-    if (isalpha((unsigned char)*at) && !strchr("hljzt", *at)) directive = false;
-    *to++ = *at;
+    if (isalpha((unsigned char)*at) && !strchr("hlLjzt", *at)) directive = false;
+    *to++ = directive && *at == 'L' ? 'l' : *at;
   }
   *to = '\0';
   return copy;

@@ -31,7 +31,7 @@
   X(__stdinp) X(__stdoutp) X(__stderrp) X(mmap) X(memset_pattern16)           \
   X(clock_gettime) X(sysconf) X(sysctlbyname) X(uname) X(proc_pid_rusage)     \
   X(_availability_version_check) X(_dyld_find_unwind_sections)                \
-  X(_tlv_atexit) X(dladdr) X(dlopen) X(dlsym) X(dlerror) X(dlclose)           \
+  X(__chkstk_darwin) X(_tlv_atexit) X(dladdr) X(dlopen) X(dlsym) X(dlerror) X(dlclose)           \
   /* sockets */                                                               \
   X(socket) X(bind) X(connect) X(accept) X(setsockopt) X(send) X(recv)        \
   X(getaddrinfo)                                                              \
@@ -88,7 +88,7 @@ static const char kAliases[] =
     " __tolower=tolower __toupper=toupper ___tolower_l=tolower"
     " ___toupper_l=toupper realpath$DARWIN_EXTSN=realpath __exp10=exp10"
     " freelocale=nothing pthread_mutexattr_destroy=nothing"
-    " _dyld_register_func_for_remove_image=nothing __chkstk_darwin=nothing"
+    " _dyld_register_func_for_remove_image=nothing"
     " pthread_mutex_destroy=pthread_destroy pthread_cond_destroy=pthread_destroy"
     " pthread_mach_thread_np=gettid freeaddrinfo=free _tlv_bootstrap=abort"
     " dyld_stub_binder=abort ";
