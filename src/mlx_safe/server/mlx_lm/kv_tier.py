@@ -422,9 +422,9 @@ def _describe(name: Any) -> Any:
 
 
 def _made(piece: bytes, array: _Array) -> mx.array:
-    flat = mx.array(memoryview(piece))
+    flat = mx.array(memoryview(piece))  # type: ignore[arg-type]
     return flat.view(getattr(mx, array.dtype)).reshape(array.shape)
 
 
 def _bytes(x: mx.array) -> bytes:
-    return bytes(memoryview(x.reshape(-1).view(mx.uint8)))
+    return bytes(memoryview(x.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
