@@ -248,3 +248,23 @@ def test_supervisors_bring_all_ranks_back_together(
         )
         first.process.send_signal(signal.SIGTERM)
         assert ends(ranks) == [0, 0]
+
+
+def test_with_nccl_the_ranks_meet_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm names the CPU for one sum, and nothing for those of a step."""
+    import mlx.core as mx
+
+    from mlx_safe.server.mlx_lm import compat
+
+    streams: list[Any] = []
+
+    def all_sum(x: Any, *, group: Any = None, stream: Any = None) -> Any:
+        streams.append(stream)
+        return x
+
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    compat.meet_on_the_gpu()
+    given = mx.new_stream(mx.cpu)
+    for stream in (None, mx.cpu, mx.Device(mx.cpu, 0), given, mx.gpu):
+        assert mx.distributed.all_sum(1, stream=stream) == 1
+    assert streams == [None, None, None, given, mx.gpu]
