@@ -33,6 +33,9 @@ demo: $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault 
 
 test: test-intercept test-observe test-metal  ## the whole suite, on both pairs of versions
 
+.PHONY: prepare-tests
+prepare-tests: $(VENVS)/observe.ready $(VENVS)/intercept.ready build/native.stamp $(MODEL)/complete
+
 # The simulated Metal's hosts are their own, and processes die alike: which mlx is
 # installed makes no difference to them.
 ONCE := tests/test_metal.py tests/test_metal_sent.py tests/test_reports_written.py tests/test_reports_surroundings.py

@@ -266,5 +266,5 @@ def test_with_nccl_the_ranks_meet_on_the_gpu(monkeypatch: pytest.MonkeyPatch) ->
     compat.meet_on_the_gpu()
     given = mx.new_stream(mx.cpu)
     for stream in (None, mx.cpu, mx.Device(mx.cpu, 0), given, mx.gpu):
-        assert mx.distributed.all_sum(1, stream=stream) == 1
+        assert mx.distributed.all_sum(mx.array(1), stream=stream).item() == 1
     assert streams == [None, None, None, given, mx.gpu]
