@@ -24,7 +24,7 @@ def version(root: Path = ROOT) -> str:
 def sections(root: Path = ROOT) -> dict[str, str]:
     """What CHANGELOG.md says of each version, the newest first."""
     text = (root / "CHANGELOG.md").read_text()
-    parts = re.split(r"^## (\S+).*\n", text, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^## \[?([^\s\]]+).*\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True))
 
 

@@ -95,7 +95,7 @@ def project(root: Path, version: str, changelog: str) -> Path:
 
 
 def test_a_tag_has_its_notes(tmp_path: Path) -> None:
-    log = "# Changelog\n\n## 1.2.0 (2027-01-01)\n\n- New.\n\n## 1.1.0\n\n- Old.\n"
+    log = "# Changelog\n\n## [1.2.0] - 2027-01-01\n\n- New.\n\n## 1.1.0\n\n- Old.\n"
     assert release_notes.notes("v1.2.0", project(tmp_path, "1.2.0", log)) == "- New."
 
 
