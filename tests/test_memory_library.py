@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -602,6 +603,37 @@ def test_on_a_card_the_ceiling_is_the_cards_and_not_the_hosts() -> None:
     assert (now.reason.name, now.size) == ("free", 9 * GB)
 
 
+def test_the_driver_of_a_card_is_asked_for_a_small_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx_safe.memory.machine import Usage
+    from mlx_safe.server import limits
+
+    clock = 0.0
+    spent = 0.0
+
+    def asked() -> Usage:
+        nonlocal clock, spent
+        clock += 0.02  # NVML is slow here
+        spent += 0.02
+        return Usage(0, 0, 0, None, None, card_free=5 * GB)
+
+    machine = read_machine(device_info=lambda: card_info(0))
+    monkeypatch.setattr(limits, "read_machine", lambda: machine)
+    monkeypatch.setattr(limits, "usage", asked)
+    own = SimpleNamespace(monotonic=lambda: clock)
+    monkeypatch.setattr("mlx_safe.server.limits.time", own)
+    found = limits.Limits(None)
+    for _ in range(20_000):  # steps of a millisecond each
+        found.now()
+        clock += 0.001
+    assert 0.0 < spent < 0.01 * clock
+    # A fault is a reason to ask at once.
+    before = spent
+    found.out_of_memory(GB, 0)
+    assert spent > before
+
+
 def test_the_server_sees_what_other_programs_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -613,6 +645,7 @@ def test_the_server_sees_what_other_programs_leave(
     monkeypatch.setattr(limits, "read_machine", lambda: machine)
     monkeypatch.setattr(limits, "usage", lambda: now)
     monkeypatch.setattr(limits, "CARD_MAX_AGE_S", 0.0)
+    monkeypatch.setattr(limits, "CARD_SHARE_MAX", float("inf"))
     now = Usage(4 * GB, 0, GB, None, None, card_free=5 * GB)
     found = limits.Limits(None)
     assert found.now().size == found.present().size == 9 * GB

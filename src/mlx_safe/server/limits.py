@@ -16,9 +16,11 @@ log = logging.getLogger("mlx_safe.server")
 
 # What the process holds besides MLX's memory changes slowly.
 MAX_AGE_S = 1.0
-# What other programs hold on a card may change at any time. The driver is not asked
-# for each step, which takes some milliseconds.
+# What other programs hold on a card may change at any time. To ask the driver (NVML,
+# through MLX) takes milliseconds on some machines, in which Python stands still: so
+# often, and never for more than this share of the time.
 CARD_MAX_AGE_S = 0.1
+CARD_SHARE_MAX = 0.005
 
 
 class Limits:
@@ -35,7 +37,7 @@ class Limits:
         self._static: Ceiling | None = None
         self._static_at = 0.0
         self._card_share: int | None = None
-        self._card_at = 0.0
+        self._card_until = 0.0
         self._warn_of_too_large_a_flag()
 
     def _warn_of_too_large_a_flag(self) -> None:
@@ -75,10 +77,12 @@ class Limits:
         return self._look(learned, explicit=self._explicit, card_share=share)
 
     def _share_of_card(self) -> int | None:
-        now = time.monotonic()
-        if self.machine.card is not None and now - self._card_at > CARD_MAX_AGE_S:
+        asked = time.monotonic()
+        if self.machine.card is not None and asked >= self._card_until:
             self._card_share = usage().card_share
-            self._card_at = now
+            answered = time.monotonic()
+            took_s = answered - asked
+            self._card_until = answered + max(CARD_MAX_AGE_S, took_s / CARD_SHARE_MAX)
         return self._card_share
 
     def _look(
@@ -116,7 +120,7 @@ class Limits:
             baseline: of them, what is active when nothing runs.
         """
         # Not of what the card has: of what was there for us when it failed.
-        self._card_at = 0.0
+        self._card_until = 0.0
         value = self._learned.fault(active, baseline, self.present().size)
         breadcrumb("ceiling", "out of memory", active=active, bytes=value)
         # The failure has its own line, a warning; this is what follows from it.
