@@ -132,7 +132,11 @@ left_out = pytest.StashKey[list[str]]()
 def pytest_testnodedown(node: Any) -> None:
     """A worker of pytest-xdist has ended: what it left out is said once, by us."""
     told = node.config.stash.setdefault(left_out, [])
-    told += [line for line in node.workeroutput.get(LEFT_OUT, []) if line not in told]
+    told += [
+        line
+        for line in getattr(node, "workeroutput", {}).get(LEFT_OUT, [])
+        if line not in told
+    ]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

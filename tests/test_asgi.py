@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from mlx_safe import asgi, epoch, testing
-from support import asgi_app
+from support import asgi_app, child
 
 SUITE = Path(__file__).parent
 
@@ -203,6 +203,30 @@ def test_faults_of_before_are_nobodys() -> None:
     before = epoch()
     answer = ask(asgi.protect(asgi_app.make()), "/own")
     assert (answer.status, epoch()) == (500, before)
+
+
+def test_an_application_that_serves_no_more_ends_no_process() -> None:
+    code = """
+        import asyncio, sys, time
+        sys.path.insert(0, {suite!r})
+        import mlx_safe
+        from mlx_safe import asgi, testing
+        from support import asgi_app
+        from test_asgi import asked
+        app = asgi.protect(asgi_app.make())
+        asyncio.run(asked(app, "/own"))
+        told = []
+        mlx_safe.on_fault(told.append)
+        testing.record_fault(4)
+        for _ in range(1000):
+            if told:
+                break
+            time.sleep(0.01)
+        time.sleep(0.5)
+        print("lives", len(told))
+    """
+    done = child.run(code.format(suite=str(SUITE)))
+    assert (done.returncode, done.stdout) == (0, "lives 1\n"), done.stderr
 
 
 # -- a process that must be replaced -------------------------------------------------

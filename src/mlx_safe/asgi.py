@@ -125,11 +125,14 @@ class ProtectedApp:
 
     def _on_fault(self, fault: Fault) -> None:
         """On the thread of the callbacks; blocks until all have their answers."""
-        if not fault.fatal or self._loop is None:
+        loop = self._loop
+        if not fault.fatal or loop is None:
+            return
+        if not loop.is_running():  # it serves nobody, and the process is not its own
             return
         lost = errors.from_faults([fault])
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._replace, lost)
+            loop.call_soon_threadsafe(self._replace, lost)
             self._all_answered.wait(ANSWER_S)
         if fault.source != "terminate":  # else the parked thread ends the process
             _leave()
