@@ -512,9 +512,12 @@ class Loop:
             return
         if what is Failure.UNKNOWN or (again and level >= min(2, self.attempts)):
             self.limit = 1
-        elif again and what is Failure.TOO_MUCH:
+        elif again and what not in (Failure.PASSING, Failure.UNKNOWN):
             self.limit = max(1, len(again) // 2)
         if again and what is Failure.TOO_MUCH:
+            # The first time the lowered ceiling says what fits.
+            assert self.care == level - 1
+        elif again and what is Failure.TOO_LONG:
             assert self.care == level
 
     # -- what always holds ---------------------------------------------------------

@@ -71,6 +71,12 @@ BRANCHES = {
         from mlx_safe import doctor
         print(doctor._system())
     """,
+    # Only that it can be called: no volume here knows Time Machine's attribute.
+    ("kv/files.py", 'if sys.platform != "darwin":'): """
+        import tempfile
+        from mlx_safe.kv import files
+        print(files.leave_out_of_backups(tempfile.mkdtemp()) in (True, False))
+    """,
     ("memory/machine.py", "system=sys.platform,"): """
         from mlx_safe.memory import machine
         print(machine.read_machine().system)
@@ -119,6 +125,7 @@ SAYS = {
     ],
     "_reports.py": ["macOS 14.0"],
     "doctor.py": ["macOS 14.0 arm64"] * 3,
+    "kv/files.py": ["True"],
     "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],
     "server/disconnects.py": ["None False True"],
     "server/lifeline.py": ["False 5 2 3"] * 2,

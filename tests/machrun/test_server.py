@@ -55,7 +55,7 @@ threading.Thread(target=listen, daemon=True).start()
 SLOW_START_S, SLOW_ANSWER_S = 560.0, 300.0
 PATHS: dict[str, dict[str, int]] = {"batched": {}, "sequential": {"seed": 1}}
 PHASES = {"prefill": "prefill:1:8", "decode": "decode:4:8"}
-STEP, SMALLER_STEP = 256, 64  # of a prompt; after an out of memory
+STEP = 256  # of a prompt
 ARGUMENTS = ("--prefill-step-size", str(STEP), "--prompt-cache-size", "0")
 LONG = "x" * 600
 Texts = dict[str, str]
@@ -160,24 +160,6 @@ def test_a_fault_that_stays_is_told(
     server.plan(f"any:{NEVER}")
     assert server.chat(**PATHS[path]).text == texts[path]
     assert server.get("/health").json == {"status": "ok"}
-
-
-def test_out_of_memory_makes_smaller_steps_until_it_is_over(server: Server) -> None:
-    def steps() -> int:
-        before = server.ask("steps")
-        assert server.chat(LONG).status == 200
-        return server.ask("steps") - before
-
-    server.plan(f"any:{NEVER}")
-    undisturbed = steps()
-    server.plan("decode:3:2")
-    as_before = steps()
-    server.plan("decode:3:8")
-    more = len(LONG) // SMALLER_STEP - len(LONG) // STEP - 1
-    assert steps() >= as_before + more
-    # The plan that counts is the last one, and it has struck.
-    server.plan(f"any:{NEVER}")
-    assert steps() == undisturbed
 
 
 def test_a_client_that_leaves_is_one_quiet_line(server: Server, texts: Texts) -> None:

@@ -27,10 +27,12 @@ LICENSE = SOURCE.parents[1] / "LICENSE"
 PROMISED = {"License-Expression": "MIT", "Requires-Python": ">=3.10"}
 COMMAND = "mlx-safe = mlx_safe.cli:main"
 # Distributions that are needed, by the extra that needs them (None: always).
-NEEDED = {
+NEEDED: dict[str | None, set[str]] = {
     None: {"mlx"},
     "server": {"mlx-lm", "prometheus-client", "pydantic", "rich"},
     "cli": {"rich"},
+    # What MLX computes with on Linux: an extra of its own.
+    **{backend: {"mlx"} for backend in ("cpu", "cuda12", "cuda13")},
 }
 METADATA_FILES = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
 

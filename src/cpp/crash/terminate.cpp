@@ -189,7 +189,11 @@ bool terminate_reached() noexcept { return g_state.reached.load(); }
 
 void terminate_drainers(int more) noexcept { g_state.drainers.fetch_add(more); }
 
-void terminate_drained() noexcept { g_state.drained.store(true); }
+// The process ends right after this: not before the report is whole.
+void terminate_drained() noexcept {
+  if (g_state.reached.load()) wait_for_terminal();
+  g_state.drained.store(true);
+}
 
 void terminate_after_fork_in_child() noexcept {
   g_state.policy.store(TerminatePolicy::kReport);

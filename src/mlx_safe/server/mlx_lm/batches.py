@@ -70,6 +70,9 @@ def watched(
             if leaving:
                 self._leaving = True
                 return [_Nothing(uid) for uid in leaving], []
+            if disk is not None:
+                # Here too: mlx-lm's loop asks for work twice a second only.
+                disk.confirm()
             observer().begin()
             prompts, generated = super().next()
             for prompt in prompts if disk is not None else ():
