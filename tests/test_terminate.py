@@ -61,9 +61,9 @@ def test_drain_policy_tells_and_leaves_with_75(private_reports: Path) -> None:
     def answer(fault):
         assert fault.source == "terminate" and fault.fatal and fault.code == 8
         print("answered", flush=True)
-        _core.terminate_drained()
+        mlx_safe.drained()
     mlx_safe.install(on_terminate="drain")
-    mlx_safe.on_fault(answer)
+    mlx_safe.on_fault(answer, drains=True)
     """
     )
     assert done.stdout == "answered\n", done.stderr
