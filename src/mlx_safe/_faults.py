@@ -34,6 +34,9 @@ _SOURCES = ("metal", "terminate", "injected")
 # process is stopped.
 _WRITER_WAITS = 500
 _WRITER_WAIT_S = 0.0005
+# EX_TEMPFAIL: the parent should start the process again. The same number as
+# `kDrainedExitStatus` in src/cpp/crash/terminate.h.
+EXIT_REPLACE = 75
 # How often the thread of the callbacks looks around without a fault.
 LOOK_EVERY_S = 5.0
 

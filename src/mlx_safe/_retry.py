@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from . import _faults, errors
+from ._exceptions import clear_frames
 from ._guard import guard
 
 TYPE_CHECKING = False
@@ -73,13 +74,7 @@ def retry(
 
 def _reset(exc: Exception) -> None:
     """Frees what the failed call held. `guard` has waited and fetched MLX's errors."""
-    import traceback
-
-    seen: BaseException | None = exc
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen.__traceback__ = None
-        seen = seen.__cause__ or seen.__context__
+    clear_frames(exc)
     mx = sys.modules.get("mlx.core")
     if mx is not None:
         mx.clear_cache()

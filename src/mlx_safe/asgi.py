@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from . import _core, _faults, _install, errors
+from ._exceptions import behind
 from ._faults import Fault
 
 __all__ = ["ProtectedApp", "protect"]
@@ -36,7 +37,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-EXIT_REPLACE = 75
 # Of an answer with a 5xx status, which is held back until it is known what it is of.
 HELD_MAX = 65536
 HELD_S = 0.1
@@ -162,7 +162,7 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     _core.remove_run_file()
-    os._exit(EXIT_REPLACE)
+    os._exit(_faults.EXIT_REPLACE)
 
 
 class _Exchange:
@@ -356,18 +356,8 @@ def _is_event_stream(start: Message) -> bool:
 
 def _fault_behind(exc: BaseException) -> errors.GPUError | None:
     """The fault that ``exc``, a cause of it, or one of a group stands for."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [exc]
-    while pending:
-        current = pending.pop(0)
-        if current is None or id(current) in seen:  # a group may be its part's context
-            continue
-        seen.add(id(current))
-        if (found := errors.from_exception(current)) is not None:
-            return found
-        pending += [current.__cause__, current.__context__]
-        pending += getattr(current, "exceptions", ())  # a group, as anyio raises them
-    return None
+    found = (errors.from_exception(one) for one in behind(exc))
+    return next((fault for fault in found if fault is not None), None)
 
 
 def _named_in(text: bytes) -> errors.GPUError | None:

@@ -10,22 +10,18 @@ from pathlib import Path
 
 from mlx_safe.memory.ceiling import GPU_SHARE
 from mlx_safe.memory.machine import read_machine, usage
-from support import child
+from support import child, hog
+from support.programs import program
 from support.server import Server
 
-GIB = 2**30
-
-# Takes all that is free and 4 GiB more, 1 GiB at a time, in one evaluation.
-HOG = """
-import mlx.core as mx
-def hog():
-    count = mx.device_info()["free_memory"] // 2**30 + 4
-    return [mx.zeros((1024, 2**19), mx.float16) + i for i in range(count)]
-"""
+TESTS = str(Path(hog.__file__).parents[1])
 
 OUT_OF_MEMORY = f"""
+import sys
+sys.path.insert(0, {TESTS!r})
 import mlx_safe
-{HOG}
+import mlx.core as mx
+from support.hog import hog
 try:
     with mlx_safe.guard():
         mx.eval(hog())
@@ -34,30 +30,6 @@ except mlx_safe.errors.OutOfMemoryError as e:
 mx.clear_cache()
 with mlx_safe.guard():
     print("after it", (mx.ones((1000,)) + 1).sum().item())
-"""
-
-# The protected server, whose model takes all of the card in a step for as long as the
-# file named by HOG is there.
-HUNGRY = f"""
-import os, sys
-from pathlib import Path
-{HOG}
-import mlx_lm.server as server
-from mlx_safe.cli import main
-load = server.ModelProvider.load
-def loaded(self, *args, **kwargs):
-    model, tokenizer = load(self, *args, **kwargs)
-    kind = type(model)
-    if not getattr(kind, "hungry", False):
-        call = kind.__call__
-        def hungry(self, *args, **kwargs):
-            if Path(os.environ["HOG"]).exists():
-                mx.eval(hog())
-            return call(self, *args, **kwargs)
-        kind.__call__, kind.hungry = hungry, True
-    return model, tokenizer
-server.ModelProvider.load = loaded
-sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 
@@ -81,8 +53,10 @@ def test_the_ceiling_is_the_cards(tiny_model: Path) -> None:
 def test_a_server_answers_503_and_then_200(tiny_model: Path, tmp_path: Path) -> None:
     trigger = tmp_path / "hog"
     arguments = ("--replay-attempts", "0")
-    environment = {"HOG": str(trigger)}
-    with Server(tiny_model, *arguments, program=HUNGRY, env=environment) as server:
+    environment = {"HOG": str(trigger), "TESTS": TESTS}
+    with Server(
+        tiny_model, *arguments, program=program("hungry_server"), env=environment
+    ) as server:
         server.wait_ready()
         assert server.chat().status == 200
         trigger.touch()

@@ -5,34 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from support import hog
+from support.programs import program
 from support.server import Server
-
-# The protected server, whose model takes all of the GPU's memory in a step for
-# as long as the file named by HOG is there.
-HUNGRY = """
-import functools, os, sys
-sys.path.insert(0, os.environ["TESTS"])
-from pathlib import Path
-import mlx.core as mx
-import mlx_lm.server as server
-from mlx_safe.cli import main
-from support.hog import hog
-load = server.ModelProvider.load
-@functools.wraps(load)  # its parameters are looked at
-def loaded(self, *args, **kwargs):
-    model, tokenizer = load(self, *args, **kwargs)
-    kind = type(model)
-    if not getattr(kind, "hungry", False):
-        call = kind.__call__
-        def hungry(self, *args, **kwargs):
-            if Path(os.environ["HOG"]).exists():
-                mx.eval(hog())
-            return call(self, *args, **kwargs)
-        kind.__call__, kind.hungry = hungry, True
-    return model, tokenizer
-server.ModelProvider.load = loaded
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
 
 
 def test_a_server_answers_503_and_then_200(tiny_model: Path, tmp_path: Path) -> None:
@@ -43,7 +17,9 @@ def test_a_server_answers_503_and_then_200(tiny_model: Path, tmp_path: Path) -> 
         **hog.ENVIRONMENT,
     }
     arguments = ("--replay-attempts", "0")
-    with Server(tiny_model, *arguments, program=HUNGRY, env=environment) as server:
+    with Server(
+        tiny_model, *arguments, program=program("hungry_server"), env=environment
+    ) as server:
         server.wait_ready()
         assert server.chat().status == 200
         trigger.touch()

@@ -14,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "check.h"
 #include "hosts/host_common.h"
 #include "metal/hooks.h"
 
@@ -144,14 +145,5 @@ inline std::string try_buffer(Regime regime) {
     return e.what();
   }
 }
-
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, \
-                   #condition);                                       \
-      std::exit(1);                                                   \
-    }                                                                 \
-  } while (false)
 
 }  // namespace drive

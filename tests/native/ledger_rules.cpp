@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "ledger_inspector.h"
 #include "metal/ledger.h"
 #include "metal/self_waits.h"
@@ -20,15 +21,6 @@ namespace {
 
 using namespace mlx_safe::metal;
 using namespace std::chrono_literals;
-
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, \
-                   #condition);                                       \
-      std::exit(1);                                                   \
-    }                                                                 \
-  } while (false)
 
 Id id(int number) { return reinterpret_cast<Id>(std::uintptr_t(number)); }
 

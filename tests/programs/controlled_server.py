@@ -85,24 +85,24 @@ def clients():
     return sum({"handle_completion", "get"} <= stack for stack in stacks)
 
 
+QUESTIONS = {
+    "memory": mx.get_active_memory,
+    "steps": lambda: counter.seen,
+    "clients": clients,
+    "connections": lambda: connections,
+    "pid": os.getpid,
+    "forget": forget,
+    "hold": lambda: away,
+}
+
+
 def listen():
     global away
     planned: list[testing.Injection] = []
     for line in sys.stdin:
-        if line == "memory\n":
-            answer = f"memory: {mx.get_active_memory()}\n"
-        elif line == "steps\n":
-            answer = f"steps: {counter.seen}\n"
-        elif line == "clients\n":
-            answer = f"clients: {clients()}\n"
-        elif line == "connections\n":
-            answer = f"connections: {connections}\n"
-        elif line == "pid\n":
-            answer = f"pid: {os.getpid()}\n"
-        elif line == "forget\n":
-            answer = f"forget: {forget()}\n"
-        elif line == "hold\n":
-            answer = f"hold: {away}\n"
+        word = line.rstrip("\n")
+        if word in QUESTIONS:
+            answer = f"{word}: {QUESTIONS[word]()}\n"
         elif line.startswith("hold "):
             away = int(line.split()[1])
             answer = f"holds: {line}"

@@ -19,6 +19,7 @@ __all__ = ["environment", "run"]
 
 STARTUP = str(Path(__file__).resolve().parent / "startup")
 FD = "{fd}"
+PORT_MAX = 65535
 
 
 def _parser() -> Parser:
@@ -119,7 +120,7 @@ def _listen(where: str) -> socket.socket:
 
     host, colon, port = where.rpartition(":")
     host = host.strip("[]") if colon else "127.0.0.1"
-    if not port.isdecimal():
+    if not port.isdecimal() or int(port) > PORT_MAX:
         raise CommandError(f"--listen {where}: must be a port, or HOST:PORT")
     family, address = supervisor.find_address(host, int(port))
     try:

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 
+from .._faults import EXIT_REPLACE
 from ..server.supervisor import BACK_OFF_S, CRASHES_MAX, how_it_ended, say
 
 TYPE_CHECKING = False
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Restarts"]
 
-# EX_TEMPFAIL: start me again.
-EXIT_REPLACE = 75
 # One that has lived so long is not counted among the crashes in a row.
 SOUND_S = 60.0
 

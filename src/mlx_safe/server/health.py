@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable
 
 from .. import _core, _reports
+from .._faults import EXIT_REPLACE
 from .recorder import breadcrumb
 
 __all__ = ["EXIT_REPLACE", "Health"]
 
 log = logging.getLogger("mlx_safe.server")
 
-# EX_TEMPFAIL: the parent should start the process again.
-EXIT_REPLACE = 75
 # How long the process waits for clients that send their requests or get their
 # answers. Turns are counted, not seconds: while the process was stopped they could
 # not write either.

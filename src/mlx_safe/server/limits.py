@@ -16,9 +16,9 @@ log = logging.getLogger("mlx_safe.server")
 
 # What the process holds besides MLX's memory changes slowly.
 MAX_AGE_S = 1.0
-# What other programs hold on a card may change at any time. To ask the driver (NVML,
-# through MLX) takes milliseconds on some machines, in which Python stands still: so
-# often, and never for more than this share of the time.
+# What other programs hold on a card may change at any time. The driver (NVML, through
+# MLX) can take milliseconds to answer, and Python stands still meanwhile. It is asked
+# at most so often, and for at most this share of the time.
 CARD_MAX_AGE_S = 0.1
 CARD_SHARE_MAX = 0.005
 

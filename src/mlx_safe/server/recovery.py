@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import traceback
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import _core, _faults, _reports, errors
+from .._exceptions import clear_frames
 from .backoff import REFUSE_FOR_S, Backoff
 from .headroom import Headroom
 from .health import EXIT_REPLACE, Health
@@ -251,7 +251,7 @@ class Recovery:
         free as soon as they are clear. Entries of the prompt cache that were
         complete before the fault may stay.
         """
-        _clear_frames(exc)
+        clear_frames(exc)
         if self._prompt_cache.disk is not None:
             # Of an exception that is no fault nobody knows what it has touched.
             passing = _is_out_of_memory(fault, exc) or (
@@ -311,20 +311,6 @@ def portable(exc: Exception) -> Exception:
     if isinstance(exc, RuntimeError):
         return RuntimeError(str(exc))  # `reply_for` reads the allocators' messages
     return GenerationFailed(f"{type(exc).__name__}: {exc}")
-
-
-def _clear_frames(exc: BaseException) -> None:
-    """Frees the locals of every frame that ``exc`` and its causes hold."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [exc]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        pending += [current.__cause__, current.__context__]
-        traceback.clear_frames(current.__traceback__)
-        current.__traceback__ = None
 
 
 def one_line(exc: BaseException) -> str:

@@ -129,7 +129,10 @@ class Scheduler(Generic[R]):
 
     def load(self) -> Load:
         """What runs, in numbers."""
-        running = self.requests(*RUNNING)
+        return self._load_of(self.requests(*RUNNING))
+
+    @staticmethod
+    def _load_of(running: list[R]) -> Load:
         return Load(
             rows=tuple(
                 Row(r.claim.prompt, r.claim.total, r.state is RequestState.PREFILL)
@@ -311,7 +314,7 @@ class Scheduler(Generic[R]):
         They are held, or have been answered.
         """
         running = self.requests(*RUNNING)
-        if not running or self._memory.has_room_for_step(self.load()):
+        if not running or self._memory.has_room_for_step(self._load_of(running)):
             return []
         # The one that came last goes first; what it has so far is not lost. Its
         # memory is free only when mlx-lm has dropped it, so it is one at a time.

@@ -75,10 +75,11 @@ def watched(
                 disk.confirm()
             observer().begin()
             prompts, generated = super().next()
-            for prompt in prompts if disk is not None else ():
-                request = self._requests.get(prompt.uid)
-                if disk is not None and request is not None:
-                    disk.checkpoint(self, prompt.uid, request.prompt_key)
+            if disk is not None:
+                for prompt in prompts:
+                    request = self._requests.get(prompt.uid)
+                    if request is not None:
+                        disk.checkpoint(self, prompt.uid, request.prompt_key)
             for response in generated:
                 if response.finish_reason is not None:
                     self._requests.pop(response.uid, None)
