@@ -1,9 +1,9 @@
 """Who runs next, and what has become of whom: the only writer of a request's state.
 
-The generation thread tells the `Scheduler` what happens (a request came, a token, a
-step, a failure), any thread that a client has left; it answers which request mlx-lm is
-to have next, and which must leave a batch. It looks at no clock but the one it is
-given, and neither at MLX nor at mlx-lm.
+The generation thread calls the `Scheduler` for what happens: a request came, a token, a
+step, a failure. Any thread calls it when a client has left. It answers which request
+mlx-lm is to have next, and which must leave a batch. It looks at no clock but the one
+it is given, and neither at MLX nor at mlx-lm.
 """
 
 from __future__ import annotations
