@@ -215,7 +215,7 @@ class Scheduler(Generic[R]):
         """
         now = self._clock()
         deadline = now + self._patience(request)
-        if request.line is not None and request.claim is not None:
+        if request.claim is not None:  # it has been held since it asked
             deadline = request.claim.deadline
         request.claim = claim = Claim(prompt, total, deadline)
         found = self._judge(request, claim, reusable)
