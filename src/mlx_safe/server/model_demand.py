@@ -44,7 +44,7 @@ def demand_of(provider: ModelProvider) -> Demand:
             raise
         # Only what is active can be looked at then, not what will be.
         log.warning(
-            "requests are not held against the memory, as this model cannot be measured: %r",
+            "this model cannot be measured, so nobody waits for memory: %r",
             e,
         )
     return Demand(cost, transients)
