@@ -44,7 +44,7 @@ def demand_of(provider: ModelProvider) -> Demand:
             raise
         # Only what is active can be looked at then, not what will be.
         log.warning(
-            "this model cannot be measured, so nobody waits for memory: %r",
+            "this model cannot be measured; what requests take is not known: %r",
             e,
         )
     return Demand(cost, transients)
