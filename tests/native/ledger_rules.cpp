@@ -170,6 +170,14 @@ void a_later_value_is_not_asked_for() {
   c.signals(100, 20, 1).waits_for(100, 21, 1).commit(100, 10);
   c.signals(101, 20, 2).commit(101, 11);
   CHECK(!c.is_closed(20, 1, 2) && c.is_closed(20, 2, 2));
+  // Nor by a buffer that waits: it settles, though the later value's has not.
+  Case other;
+  other.signals(100, 20, 1).waits_for(100, 21, 1).commit(100, 10);
+  other.commit(101, 11).signals(102, 20, 2).commit(102, 11);
+  other.waits_for(103, 20, 1).signals(103, 22, 1).commit(103, 12);
+  other.complete(102);
+  other.complete(103);
+  CHECK(!other.is_closed(22, 1, 1));
 }
 
 // ---- R5 to R8: several failures
@@ -473,6 +481,30 @@ void failures_are_let_go_of() {
   CHECK(!of_queue.expired());
   (void)c.ledger.take_trash();
   CHECK(of_queue.expired());
+  // Of a queue that dies with nothing in flight.
+  f = failure();
+  std::weak_ptr<Failure> of_idle = f;
+  c.commit(103, 12);
+  c.complete(103, std::exchange(f, nullptr));
+  (void)c.ledger.take_trash();
+  c.ledger.forget_queue(id(12));
+  CHECK(!of_idle.expired());
+  (void)c.ledger.take_trash();
+  CHECK(of_idle.expired());
+  // Of one that was raised, after the next one.
+  f = failure();
+  std::weak_ptr<Failure> earlier = f;
+  c.commit(104, 13);
+  c.complete(104, f);
+  c.ledger.raised(std::exchange(f, nullptr));
+  c.commit(105, 13);
+  f = failure();
+  c.complete(105, f);
+  (void)c.ledger.take_trash();
+  c.ledger.raised(f);
+  CHECK(!earlier.expired());
+  (void)c.ledger.take_trash();
+  CHECK(earlier.expired());
   // Of one that was raised and is forgotten.
   f = failure();
   std::weak_ptr<Failure> raised = f;

@@ -264,6 +264,7 @@ FailureRef Ledger::inherited(const Buffer& buffer) {
 void Ledger::mark_early(const Buffer& first) {
   const Queue& queue = *first.queue;
   bool is_tainted = first.sequence <= queue.tainted_until;
+  if (!queue.unraised && !is_tainted) return;
   FailureRef why = queue.unraised;
   if (!why && is_tainted) why = queue.taint;
   if (!why) return;

@@ -34,22 +34,22 @@ bool wait_in_slices(std::condition_variable& changed,
 // One change of the ledger, under the lock.
 class SharedLedger::Locked {
  public:
-  explicit Locked(SharedLedger& owner) : owner_(owner), lock_(owner.mutex_) {}
+  explicit Locked(SharedLedger& owner) : owner_(owner) { owner.mutex_.lock(); }
   ~Locked() {
-    owner_.event_count_.store(owner_.ledger_.event_count(),
-                              std::memory_order_release);
+    std::size_t count = owner_.ledger_.event_count();
+    if (count != owner_.event_count_.load(std::memory_order_relaxed))
+      owner_.event_count_.store(count, std::memory_order_release);
 #ifdef MLX_SAFE_CHECK_INVARIANTS
     LedgerInspector::check(owner_.ledger_);
 #endif
     Ledger::Trash trash = owner_.ledger_.take_trash();
-    lock_.unlock();
+    owner_.mutex_.unlock();
   }
   Locked(const Locked&) = delete;
   Locked& operator=(const Locked&) = delete;
 
  private:
   SharedLedger& owner_;
-  std::unique_lock<std::mutex> lock_;
 };
 
 void SharedLedger::track_failures(bool on) {
