@@ -173,18 +173,19 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 
 CONTRACT_CACHE ?= .cache/contract
 
-# The observe pair makes the model for a server.
-# Servers and the rest side by side, unless make itself was told how many.
+# The observe pair makes the model for a server. In parts, of which two run at a time
+# unless make itself was told how many; the longest first.
+MACHRUN_PARTS := server versions hardware rest
+MACHRUN_FILES_server := tests/machrun/test_server.py
+MACHRUN_FILES_versions := tests/machrun/test_versions.py tests/machrun/test_hooks.py tests/machrun/test_sent.py
+MACHRUN_FILES_hardware := tests/machrun/test_hardware.py
+MACHRUN_FILES_rest = tests/machrun $(foreach part,$(filter-out rest,$(MACHRUN_PARTS)),$(MACHRUN_FILES_$(part):%=--ignore %))
 machrun:  ## the macOS binaries of MLX and ours, executed under emulation
-	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) machrun-servers machrun-rest
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) $(MACHRUN_PARTS:%=machrun-%)
 
-MACHRUN_SERVERS := tests/machrun/test_server.py tests/machrun/test_hardware.py
-.PHONY: machrun-servers machrun-rest
-machrun-servers: machrun-setup $(VENVS)/wheels.ready
-	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_SERVERS) $(ARGS)
-
-machrun-rest: machrun-setup $(VENVS)/wheels.ready
-	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(MACHRUN_SERVERS:%=--ignore %) $(ARGS)
+.PHONY: $(MACHRUN_PARTS:%=machrun-%)
+$(MACHRUN_PARTS:%=machrun-%): machrun-%: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_FILES_$*) $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
