@@ -595,7 +595,7 @@ def run(choices: bytes, attempts: int = ATTEMPTS) -> Loop:
     return loop
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(st.binary(min_size=20, max_size=400), st.integers(0, 3))
 def test_any_order_of_events(choices: bytes, attempts: int) -> None:
     run(choices, attempts)
@@ -620,7 +620,7 @@ def test_every_transition_is_reached() -> None:
     assert seen.keys() == TRANSITIONS.keys()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(
     st.binary(min_size=5, max_size=60),
     st.integers(2, 6),

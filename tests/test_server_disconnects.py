@@ -38,7 +38,7 @@ from mlx_safe.server import http_server
 kind = http_server.Server
 class Small(kind):
     def get_request(self):
-        from mlx_safe.server.mlx_lm.handler import ProtectedHandler
+        from mlx_safe.server.handler import ProtectedHandler
         ProtectedHandler.timeout = 1
         connection, address = super().get_request()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)

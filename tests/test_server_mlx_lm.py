@@ -7,6 +7,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -95,10 +96,12 @@ def imported_names(path: Path) -> Iterator[tuple[str, str]]:
 
 def types() -> list[type]:
     """The classes of `protocols`."""
+    names = [f"{protocols.__name__}.{m.name}" for m in iter_modules(protocols.__path__)]
     return [
         cls
-        for cls in vars(protocols).values()
-        if inspect.isclass(cls) and cls.__module__ == protocols.__name__
+        for name in names
+        for cls in vars(importlib.import_module(name)).values()
+        if inspect.isclass(cls) and cls.__module__ == name
     ]
 
 
@@ -126,10 +129,11 @@ NAMESAKES = {
     )
 }
 # What the lists are about, and those modules that use what is given to them.
-OUTSIDE = [PACKAGE / "server" / f"{name}.py" for name in ("answers", "generator")]
-USERS = sorted(
-    {*FOLDER.glob("*.py"), *OUTSIDE} - {FOLDER / "protocols.py", FOLDER / "seams.py"}
-)
+OUTSIDE = [
+    PACKAGE / "server" / f"{name}.py"
+    for name in ("answers", "batches", "generator", "handler", "parts")
+]
+USERS = sorted({*FOLDER.glob("*.py"), *OUTSIDE} - {FOLDER / "seams.py"})
 
 
 @pytest.mark.parametrize("path", USERS, ids=lambda path: path.stem)

@@ -12,32 +12,66 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from . import logprobs, tool_calls
 from .asked import Asked
-from .choices import Choices
+from .choices import Choices, Connected
 from .logprobs import Entry, Names
 from .mlx_lm import compat
-from .mlx_lm.protocols import AnsweredContext, Json, Response
-
-if TYPE_CHECKING:
-    from .mlx_lm.handler import ProtectedHandler
+from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.requests import AnsweredContext, Response
 
 __all__ = ["Answer"]
 
 log = logging.getLogger("mlx_safe.server")
 
 
+class Connection(Connected, Protocol):
+    """The handler of a request, as far as its answer needs it.
+
+    Attributes:
+        n: how many choices are asked for. body: the request.
+    """
+
+    n: int
+    body: Any
+    wfile: Any  # `wire` makes it
+    stream: bool
+    stream_options: Json | None
+    object_type: str
+
+    def heard(self) -> None:
+        """A token has been made; it may have no text yet."""
+
+    def send_json(self, status: int, value: Json) -> None: ...
+    def end_headers(self) -> None: ...
+    def _set_stream_headers(self, status_code: int) -> None: ...
+    def generate_response(
+        self,
+        text: str,
+        finish_reason: str | None,
+        prompt_token_count: int | None = None,
+        completion_token_count: int | None = None,
+        prompt_cache_count: int | None = None,
+    ) -> Json: ...
+    def completion_usage_response(
+        self,
+        prompt_token_count: int | None = None,
+        completion_token_count: int | None = None,
+        prompt_cache_count: int | None = None,
+    ) -> Json: ...
+
+
 class Answer:
     """What one request is answered with.
 
     Args:
-        handler: its `ProtectedHandler`, which is written to.
+        handler: its handler, which is written to.
         asked: what mlx-lm's handler wants to have generated.
     """
 
-    def __init__(self, handler: ProtectedHandler, asked: Asked) -> None:
+    def __init__(self, handler: Connection, asked: Asked) -> None:
         self._handler = handler
         self._asked = asked
         self._tools = asked.request.tools

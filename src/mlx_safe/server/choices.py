@@ -8,13 +8,16 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from queue import SimpleQueue
-from typing import Any
+from socket import socket
+from typing import Any, Protocol
 
 from .asked import Asked
-from .mlx_lm.protocols import GenerationContext, Progress
+from .mlx_lm.protocols.opaque import Progress
+from .mlx_lm.protocols.requests import GenerationContext
 from .recorder import name_request
+from .service import Service
 
-__all__ = ["Choices", "GenerationEnded"]
+__all__ = ["Choices", "Connected", "GenerationEnded"]
 
 
 class GenerationEnded(Exception):
@@ -23,6 +26,15 @@ class GenerationEnded(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(type(error).__name__)
         self.error = error
+
+
+class Connected(Protocol):
+    """The handler of a request, as far as its choices need it."""
+
+    response_generator: Service
+    connection: socket
+    request_id: str
+    path: str
 
 
 class Choices:
@@ -40,7 +52,7 @@ class Choices:
         handler: of the answer; its connection is watched.
     """
 
-    def __init__(self, handler: Any, asked: Asked, count: int) -> None:
+    def __init__(self, handler: Connected, asked: Asked, count: int) -> None:
         self._generator = handler.response_generator
         self._connection = handler.connection
         self._progress = asked.progress

@@ -9,7 +9,7 @@ from .._command import CommandError, Parser
 from ..memory.sizes import parse_size
 from . import supervisor
 from .body import DEFAULT_MAX_BYTES
-from .mlx_lm.protocols import CliArgs
+from .mlx_lm.protocols.models import CliArgs
 
 __all__ = ["check_flags", "check_paths", "own_parser"]
 

@@ -10,61 +10,52 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from queue import Queue
 from typing import Any, NoReturn
 
 import mlx.core as mx
 
 from .. import _core, _reports, errors
-from .._command import in_one_line
 from .asked import Asked
 from .disconnects import Disconnects
+from .first_model import load_first_model
 from .headroom import Headroom, MemoryFlags
-from .health import EXIT_REPLACE, Health
+from .health import Health
 from .in_flight import InFlight
 from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.bases import ResponseGenerator
-from .mlx_lm.batches import watched
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.prompt_cache import PromptCache
-from .mlx_lm.protocols import (
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.opaque import ModelKey, Progress
+from .mlx_lm.protocols.requests import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
-    Json,
-    ModelKey,
-    ModelProvider,
-    Processor,
-    Progress,
     Response,
-    Sampler,
-    Tokenizer,
 )
+from .mlx_lm.protocols.text import Tokenizer
 from .model_names import ModelNames
 from .overflow import Overflow
-from .own_failures import OwnFailures
+from .parts import Parts
 from .prefill import PrefillStep
 from .prompts import Held, Prompts
 from .ranks import AllStop, Home
 from .recorder import request_id
 from .recovery import Recovery, portable
-from .replay import Resumed
 from .replies import (
     EXPECTED,
     BadRequest,
-    ModelNotFound,
     Unavailable,
-    is_allocation_failure,
     is_of_all,
     reply_for,
 )
 from .request import RUNNING, Disconnected, RequestState
 from .scheduler import Scheduler
 from .sequential import Sequential
-from .served_model import ServedModel, where
+from .served_model import ServedModel
 from .watchdog import Watchdog
 
 __all__ = ["ProtectedResponseGenerator"]
@@ -119,8 +110,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self._disk: KVTier | None = prompt_cache.disk
         if self._disk is not None:
             self._disk.current = lambda: self.scheduler.current
-        self._prefill = prefill
-        self._resumed = Resumed()
         self.disconnects = Disconnects()
         self.watchdog = Watchdog(
             stall_timeout_s,
@@ -146,7 +135,14 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.metrics,
             one_rank=self._one_rank,
         )
-        self._own = OwnFailures(self._current, self.recovery.end_alone)
+        self.parts = Parts(
+            self.scheduler,
+            self.headroom,
+            prefill,
+            self.recovery.end_alone,
+            self._disk,
+            self._one_rank,
+        )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
         # How often mlx-lm's loop has failed before it asked for work.
@@ -156,9 +152,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
             names,
             self.headroom,
             overflow,
-            self._resumed,
+            self.parts.resumed,
             is_first=lambda: health.state == "loading",
-            detokenizer=self._own.detokenizer,
+            detokenizer=self.parts.own.detokenizer,
             max_kv_size=max_kv_size,
             injections=injections,
             disk=self._disk,
@@ -170,7 +166,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             overflow,
             self.scheduler,
             self.headroom,
-            self._resumed,
+            self.parts.resumed,
             self.metrics,
             self._one_rank,
         )
@@ -209,21 +205,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if self.health.state in ("failed", "refusing"):
             restarts = self.health.restarts
             raise Unavailable(self.health.reason, restarts=restarts)
-        self._check_at_the_door(request, args)
+        self._model.check(request, args)
         return super().generate(request, args, progress)
-
-    def _check_at_the_door(
-        self, request: CompletionRequest, args: GenerationArguments
-    ) -> None:
-        """What needs no turn in the queue; names become those that mlx-lm loads."""
-        named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
-        args.model = type(args.model)(**named._asdict())
-        key, limits = self._model.loaded
-        if key == named:  # else it will be checked when its model is loaded
-            limits.check(args)
-            limits.check_length(request, self._overflow.refuses_over(limits.context))
-        elif named.draft is not None and key is not None and key[:2] == named[:2]:
-            limits.check_draft()  # the model that is loaded, with another draft model
 
     @property
     def width(self) -> int | None:
@@ -243,7 +226,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
         _core.signals_cover_this_thread()
         self.recovery.begin()
         compat.sample_with_this_thread()
-        if not self._load_first_model():
+        loaded = load_first_model(
+            self.model_provider, self.health, self.recovery.fail_everyone
+        )
+        if not loaded:
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
         self.model_provider.load_default = lambda: None  # type: ignore[method-assign]
@@ -264,31 +250,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             if lost is None:
                 log.exception("there is no recovery from this")
             self.recovery.give_up(lost or portable(e))
-
-    def _load_first_model(self) -> bool:
-        try:
-            self.model_provider.load_default()
-        except Exception as e:
-            # Of `load_or_say_why`, whose own text is cut.
-            cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
-            # What died here before may not have given its memory back yet.
-            fault = errors.from_exception(cause)
-            passing = is_allocation_failure(cause)
-            passing = passing or (
-                fault is not None and (fault.retryable or fault.fatal)
-            )
-            status = EXIT_REPLACE if passing else 2
-            place = "" if passing else where(self.cli_args)
-            why = in_one_line(cause)
-            log.error("the model cannot be loaded: %s%s", place, why)
-            self.health.restarts = status == EXIT_REPLACE
-            self.health.enter("failed", "the model cannot be loaded")
-            error = Unavailable("The model cannot be loaded.", restarts=True)
-            self.health.leave(status, lambda: self.recovery.fail_everyone(error))
-            return False
-        self.health.enter("ok")
-        log.info("ready: %s", _status_line())
-        return True
 
     def _is_batchable(self, args: GenerationArguments) -> bool:
         """mlx-lm asks of the model that is loaded, before it loads the one named.
@@ -324,20 +285,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             "running": len(self.scheduler.requests(*RUNNING)),
         }
 
-    def make_batch(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
-        if self._one_rank:  # or each would see other requests to leave
-            cls = watched(
-                cls,
-                self.scheduler,
-                lambda: self.headroom.observer,
-                self._own,
-                self._prefill.went_well,
-                self._disk,
-            )
-        batch = cls(*args, **kwargs)
-        return self.headroom.watch(self._prefill.watch(batch))
-
     def _make_state_machine(
         self,
         model_key: ModelKey,
@@ -347,53 +294,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         make = super()._make_state_machine
-        made = self._own.make(
-            lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
-            lambda: make(model_key, tokenizer, [], *args, **kwargs),
+        return self.parts.state_machine(
+            lambda words: make(model_key, tokenizer, words, *args, **kwargs), stop_words
         )
-        stops, *rest = self._resumed.state_machine(made)
-        return (self._own.stops(stops), *rest)
-
-    def resume_sampler(
-        self,
-        make: Callable[[GenerationArguments, Tokenizer], Sampler],
-        args: GenerationArguments,
-        tokenizer: Tokenizer,
-    ) -> Sampler:
-        """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
-        made = self._own.make(
-            lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
-            lambda: partial(mx.argmax, axis=-1),
-        )
-        guarded: Sampler = self._own.sampler(made)
-        return guarded
-
-    def resume_processors(
-        self,
-        make: Callable[[GenerationArguments], list[Processor]],
-        args: GenerationArguments,
-    ) -> list[Processor]:
-        """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
-        made = self._own.make(lambda: make(args), list)
-        current = self.scheduler.current
-        if current is not None and current.run.alone:
-            made = self._resumed.processors(made)
-        return [self._own.processor(processor) for processor in made]
-
-    def top_logprobs(
-        self, make: Callable[..., tuple[Json, ...]], *args: Any
-    ) -> tuple[Json, ...]:
-        """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
-        found: tuple[Json, ...] = self._own.top_logprobs(lambda: make(*args))
-        return found
-
-    def _current(self) -> InFlight | None:
-        """The request that mlx-lm is about to start.
-
-        With more than one rank a failure is nobody's own: what is mended on each of
-        them would differ from then on, such as what they draw.
-        """
-        return self.scheduler.current if self._one_rank else None
 
     def _share_request(self, request: Any) -> Any:
         """Where the first rank tells the others; they wait if that fails."""
@@ -522,12 +425,3 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if self._disk is not None:
             self._disk.close()
         self.health.leave(0, lambda: self.recovery.fail_everyone(why))
-
-
-def _status_line() -> str:
-    from .. import status
-
-    found = status()
-    if found.verified:
-        return f"{found.mode}, Metal is hooked and the hooks are verified"
-    return "; ".join(found.reasons)

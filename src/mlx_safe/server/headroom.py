@@ -27,7 +27,9 @@ from .admission import Ask, Load, SingleStep
 from .limits import Limits
 from .mlx_lm import compat
 from .mlx_lm.prompt_cache import PromptCache
-from .mlx_lm.protocols import BatchGenerator, ModelKey, ModelProvider
+from .mlx_lm.protocols.generation import BatchGenerator
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.opaque import ModelKey
 from .model_demand import NoRoom, demand_of
 from .model_limits import context_of
 from .observer import Observer

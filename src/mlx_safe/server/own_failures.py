@@ -10,15 +10,20 @@ the request before its next step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 
 from .mlx_lm import compat
+from .mlx_lm.protocols.opaque import Json, Processor, Sampler
+from .mlx_lm.protocols.text import Detokenizer
 from .replies import is_of_all
 from .request import Request
 
 __all__ = ["OwnFailures"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 # Called with the request and what it failed with.
 End = Callable[[Any, Exception], None]
@@ -41,7 +46,7 @@ class OwnFailures:
         self._end = end
         self.answers: Request | None = None
 
-    def make(self, make: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+    def make(self, make: Callable[[], T], instead: Callable[[], T]) -> T:
         """What ``make`` returns; when it fails, what ``instead`` does."""
         request = self._current()
         try:
@@ -52,13 +57,13 @@ class OwnFailures:
             self._end(request, e)
             return instead()
 
-    def sampler(self, sampler: Any) -> Any:
+    def sampler(self, sampler: Sampler) -> Sampler:
         """``sampler``; the likeliest token when it fails."""
         if compat.is_shared_sampler(sampler):
             return sampler
         return self._guarded(sampler, lambda logprobs: mx.argmax(logprobs, axis=-1))
 
-    def processor(self, processor: Any) -> Any:
+    def processor(self, processor: Processor) -> Processor:
         """``processor``; the logits as they are when it fails."""
         return self._guarded(processor, lambda tokens, logits: logits)
 
@@ -71,30 +76,35 @@ class OwnFailures:
             stops, lambda call, instead: self.run(request, call, instead)
         )
 
-    def top_logprobs(self, top: Callable[[], Any]) -> Any:
+    def top_logprobs(self, top: Callable[[], tuple[Json, ...]]) -> tuple[Json, ...]:
         """What ``top`` returns for the token that was turned into text last."""
         return top() if self.answers is None else self.run(self.answers, top, tuple)
 
-    def detokenizer(self, detokenizer: Any) -> Any:
+    def detokenizer(self, detokenizer: Detokenizer) -> Detokenizer:
         """``detokenizer``, which has no more text when it has failed."""
         request = self._current()
-        return (
-            detokenizer if request is None else _Detokenizer(detokenizer, self, request)
-        )
+        if request is None:
+            return detokenizer
+        # Its text is a property, which is no variable to mypy.
+        return cast(Detokenizer, _Detokenizer(detokenizer, self, request))
 
-    def _guarded(self, call: Any, instead: Callable[..., Any]) -> Any:
+    def _guarded(self, call: Callable[P, T], instead: Callable[P, T]) -> Callable[P, T]:
         request = self._current()
         if request is None:
             return call
 
-        def guarded(*args: Any) -> Any:
-            return self.run(request, lambda: call(*args), lambda: instead(*args))
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            return self.run(
+                request,
+                lambda: call(*args, **kwargs),
+                lambda: instead(*args, **kwargs),
+            )
 
         return guarded
 
     def run(
-        self, request: Request, call: Callable[[], Any], instead: Callable[[], Any]
-    ) -> Any:
+        self, request: Request, call: Callable[[], T], instead: Callable[[], T]
+    ) -> T:
         """What ``call`` returns; ends ``request`` when it fails, once."""
         if request.is_ended:
             return instead()
@@ -110,7 +120,7 @@ class OwnFailures:
 class _Detokenizer:
     """A detokenizer of mlx-lm's; ``last_segment`` is read after each token."""
 
-    def __init__(self, made: Any, own: OwnFailures, request: Request) -> None:
+    def __init__(self, made: Detokenizer, own: OwnFailures, request: Request) -> None:
         self._made = made
         self._own = own
         self._request = request
@@ -122,7 +132,7 @@ class _Detokenizer:
         self._own.run(self._request, self._made.finalize, lambda: None)
 
     @property
-    def last_segment(self) -> Any:
+    def last_segment(self) -> str:
         # mlx-lm (0.31, 0.32) asks for the log-probabilities next.
         self._own.answers = self._request
         return self._own.run(self._request, lambda: self._made.last_segment, lambda: "")

@@ -16,12 +16,9 @@ from .headroom import Headroom
 from .in_flight import InFlight, request_of
 from .metrics import Metrics
 from .mlx_lm import compat
-from .mlx_lm.protocols import (
-    CompletionRequest,
-    GenerationArguments,
-    Json,
-    Tokenizer,
-)
+from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 from .model_limits import prompt_field
 from .overflow import Overflow, Truncation
 from .recovery import one_line

@@ -12,13 +12,9 @@ from typing import Any
 
 from .in_flight import InFlight
 from .mlx_lm import compat
-from .mlx_lm.protocols import (
-    Array,
-    GenerationArguments,
-    Processor,
-    Sampler,
-    Tokenizer,
-)
+from .mlx_lm.protocols.opaque import Array, Processor, Sampler
+from .mlx_lm.protocols.requests import GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 
 __all__ = ["Resumed"]
 

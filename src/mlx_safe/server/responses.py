@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from .body import discard
 from .replies import BadRequest, Reply, reply_for
+from .service import Service
 from .wire import Wire
-
-if TYPE_CHECKING:
-    from .generator import ProtectedResponseGenerator
 
 __all__ = ["DISCONNECTED", "Responses", "error_body"]
 
@@ -35,7 +33,7 @@ def error_body(reply: Reply) -> bytes:
 class Responses(Wire):
     """Sends the answers of one connection. Runs on a thread of its own."""
 
-    response_generator: ProtectedResponseGenerator
+    response_generator: Service
     # Of the request that is being answered, as soon as its body has been read.
     request_id: str
     requested_model: str

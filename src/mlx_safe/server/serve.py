@@ -23,7 +23,8 @@ from .handover import Handover, Message
 from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
 from .mlx_lm.patch import patch, run_main
-from .mlx_lm.protocols import ModelProvider, Server
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.server import Server
 from .replies import a_start_takes
 
 __all__ = ["run", "serve"]
@@ -32,6 +33,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .generator import ProtectedResponseGenerator
     from .overflow import Overflow
+    from .parts import Parts
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -148,7 +150,7 @@ def run(
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
-    from .mlx_lm.handler import ProtectedHandler
+    from .handler import ProtectedHandler
     from .recorder import start_sampler
 
     is_first = mx.distributed.init().rank() == 0
@@ -168,7 +170,12 @@ def run(
     httpd = http_server.bind(host, port, handle) if is_first else None
     if is_first:
         log.info("listening at http://%s:%s; loading the model", host, port)
-    patch(server, lambda: generator)
+
+    def parts() -> Parts:
+        assert generator is not None
+        return generator.parts
+
+    patch(server, parts)
 
     handover = Handover.of_environment() if httpd is None else httpd.handover
 

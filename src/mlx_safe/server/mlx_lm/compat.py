@@ -12,18 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..._mlx_versions import parse_version
-from .protocols import (
-    BatchGenerator,
-    Cache,
-    CliArgs,
-    GenerationContext,
-    Model,
-    ModelProvider,
-    Response,
-    Sampler,
-    Tokenizer,
-    Uid,
-)
+from .protocols.generation import BatchGenerator
+from .protocols.models import Cache, CliArgs, Model, ModelProvider
+from .protocols.opaque import Sampler, Uid
+from .protocols.requests import GenerationContext, Response
+from .protocols.text import Tokenizer
 from .requirements import installed_version
 
 __all__ = [

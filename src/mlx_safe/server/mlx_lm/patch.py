@@ -14,7 +14,11 @@ from typing import Any
 
 from ..._command import Parser
 from . import compat
-from .protocols import Array, GenerationArguments, ModelProvider, Server, Tokenizer
+from .protocols.models import ModelProvider
+from .protocols.opaque import Array
+from .protocols.requests import GenerationArguments
+from .protocols.server import Server
+from .protocols.text import Tokenizer
 
 __all__ = ["patch", "run_main"]
 
@@ -51,32 +55,30 @@ def run_main(
     server.main()
 
 
-def patch(server: Server, generator: Callable[[], Any]) -> None:
-    """Sends mlx-lm's functions through ``generator``, which need not exist yet.
+def patch(server: Server, parts: Callable[[], Any]) -> None:
+    """Sends mlx-lm's functions through ``parts``, which need not exist yet.
 
     Main thread, once, before the generation thread starts.
 
     Args:
         server: the module ``mlx_lm.server``; it stays changed.
-        generator: gives the `ProtectedResponseGenerator`; called on its thread.
+        parts: gives the generator's `Parts`; called on its thread.
     """
-    from ..logprobs import top_logprobs
-
     compat.keep_processors_in_place()
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     make_processors = server._make_logits_processors
 
     def sampler(args: GenerationArguments, tokenizer: Tokenizer) -> Any:
-        return generator().resume_sampler(make_sampler, args, tokenizer)
+        return parts().sampler(make_sampler, args, tokenizer)
 
     def processors(args: GenerationArguments) -> Any:
-        return generator().resume_processors(make_processors, args)
+        return parts().processors(make_processors, args)
 
     def format_top(logprobs: Array, top_n: int, tokenizer: Tokenizer) -> Any:
-        return generator().top_logprobs(top_logprobs, logprobs, top_n, tokenizer)
+        return parts().top_logprobs(logprobs, top_n, tokenizer)
 
     def batch(*args: Any, **kwargs: Any) -> Any:
-        return generator().make_batch(make_batch, *args, **kwargs)
+        return parts().batch(make_batch, *args, **kwargs)
 
     _replace(
         server,

@@ -29,7 +29,8 @@ from ... import _core
 from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
 from .kv_tier import KVTier
-from .protocols import Cache, ModelKey
+from .protocols.models import Cache
+from .protocols.opaque import ModelKey
 
 __all__ = ["PromptCache"]
 

@@ -10,20 +10,21 @@ import traceback
 from email.message import Message as EmailMessage
 from typing import Any
 
-from .. import schema, strict_json
-from ..answers import Answer
-from ..asked import Asked
-from ..body import Bodies, Hold
-from ..choices import GenerationEnded
-from ..endpoints import Endpoints
-from ..handover import Message
-from ..model_names import DEFAULT
-from ..replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
-from ..request_file import State
-from ..responses import DISCONNECTED, error_body
-from . import compat
-from .bases import APIHandler
-from .protocols import CompletionRequest, Json
+from . import schema, strict_json
+from .answers import Answer
+from .asked import Asked
+from .body import Bodies, Hold
+from .choices import GenerationEnded
+from .endpoints import Endpoints
+from .handover import Message
+from .mlx_lm import compat
+from .mlx_lm.bases import APIHandler
+from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.requests import CompletionRequest
+from .model_names import DEFAULT
+from .replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
+from .request_file import State
+from .responses import DISCONNECTED, error_body
 
 __all__ = ["ProtectedHandler"]
 

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..in_flight import InFlight
-from ..observer import Observer
-from ..own_failures import OwnFailures
-from ..scheduler import Scheduler
-from .kv_tier import KVTier
-from .protocols import AnswerResponse, BatchGenerator, PromptResponse, Uid
+from .in_flight import InFlight
+from .mlx_lm.kv_tier import KVTier
+from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
+from .mlx_lm.protocols.opaque import Uid
+from .observer import Observer
+from .own_failures import OwnFailures
+from .scheduler import Scheduler
 
 __all__ = ["watched"]
 
