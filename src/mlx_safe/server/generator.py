@@ -24,6 +24,7 @@ from .disconnects import Disconnects
 from .headroom import Headroom, MemoryFlags
 from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
+from .logprobs import NOT_READ
 from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.bases import ResponseGenerator
@@ -34,6 +35,7 @@ from .mlx_lm.protocols import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
+    GenerationResponse,
     Json,
     ModelKey,
     ModelProvider,
@@ -387,6 +389,15 @@ class ProtectedResponseGenerator(ResponseGenerator):
         found: tuple[Json, ...] = self._own.top_logprobs(lambda: make(*args))
         return found
 
+    def stream_alone(
+        self, made: Iterator[GenerationResponse]
+    ) -> Iterator[GenerationResponse]:
+        """Stands for ``mlx_lm.server.stream_generate``, which has returned ``made``."""
+        current = self.scheduler.current
+        if current is None or current.wants_logprobs:
+            return made
+        return map(_without_logprobs, made)
+
     def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start.
 
@@ -522,6 +533,11 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if self._disk is not None:
             self._disk.close()
         self.health.leave(0, lambda: self.recovery.fail_everyone(why))
+
+
+def _without_logprobs(response: GenerationResponse) -> GenerationResponse:
+    response.logprobs = NOT_READ
+    return response
 
 
 def _status_line() -> str:

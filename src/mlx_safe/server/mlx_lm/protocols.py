@@ -344,6 +344,13 @@ class AnswerResponse(Protocol):
 
     uid: Uid
     finish_reason: str | None
+    logprobs: Array  # replaced by `batches` where nobody asked for them
+
+
+class GenerationResponse(Protocol):
+    """One token of the sequential path: ``mlx_lm.generate.GenerationResponse``."""
+
+    logprobs: Array  # replaced by `generator` where nobody asked for them
 
 
 class BatchGenerator:
@@ -554,7 +561,7 @@ class APIHandler(BaseHTTPRequestHandler):
 
 
 class Server(Protocol):
-    """The module ``mlx_lm.server``. The first six are replaced by `patch`."""
+    """The module ``mlx_lm.server``. The first seven are replaced by `patch`."""
 
     def run(self, host: str, port: int, model_provider: ModelProvider) -> None: ...
     def load(self, *args: Any, **options: Any) -> tuple[Any, ...]: ...
@@ -566,6 +573,9 @@ class Server(Protocol):
         self, logprobs: Array, top_n: int, tokenizer: Tokenizer
     ) -> tuple[Json, ...]: ...
     def BatchGenerator(self, model: Model) -> BatchGenerator: ...
+    def stream_generate(
+        self, *args: Any, **kwargs: Any
+    ) -> Iterator[GenerationResponse]: ...
     def main(self) -> None: ...
     def get_system_fingerprint(self) -> str: ...
 

@@ -60,6 +60,7 @@ PLACES: tuple[Place, ...] = (
     (GENERATE, "GenerationBatch", p.AnswerBatch),
     (GENERATE, "PromptProcessingBatch.Response", p.PromptResponse),
     (GENERATE, "GenerationBatch.Response", p.AnswerResponse),
+    (GENERATE, "GenerationResponse", p.GenerationResponse),
     (TOKENIZER, "TokenizerWrapper", p.TokenizerWrapper),
     (TOKENIZER, "StreamingDetokenizer", p.Detokenizer),
     (CACHE, "", p.Caches),
