@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from . import logprobs, tool_calls
-from .asked import Asked
+from .asked import Asked, wants_logprobs
 from .choices import Choices, Connected
 from .logprobs import Entry, Names
 from .mlx_lm import compat
@@ -85,8 +85,7 @@ class Answer:
     @property
     def wants_logprobs(self) -> bool:
         """Whether the client asked for them, in one of the ways that there are."""
-        args = self._asked.arguments
-        return bool(args.logprobs) or args.top_logprobs > 0
+        return wants_logprobs(self._asked.arguments)
 
     @property
     def is_chat(self) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .in_flight import InFlight
+from .logprobs import NOT_READ
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
 from .mlx_lm.protocols.opaque import Uid
@@ -82,6 +83,9 @@ def watched(
                     if request is not None:
                         disk.checkpoint(self, prompt.uid, request.prompt_key)
             for response in generated:
+                request = self._requests.get(response.uid)
+                if request is not None and not request.wants_logprobs:
+                    response.logprobs = NOT_READ
                 if response.finish_reason is not None:
                     self._requests.pop(response.uid, None)
             if any(not response.end_of_prompt for response in prompts):

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from .asked import wants_logprobs
 from .recorder import Place
 from .request import Request, RequestState
 from .scheduler import Scheduler
@@ -49,6 +50,7 @@ class InFlight(Request):
         headers: HTTP headers that go with the answer.
         prompt_key: (model, tokens), as the prompt cache knows its prompt.
         tokenizer: that its prompt was read with; its handler has it with the context.
+        wants_logprobs: its client asked for log-probabilities.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class InFlight(Request):
         self.headers: dict[str, str] = {}
         self.prompt_key: tuple[Any, list[Any]] | None = None
         self.tokenizer: Any = None
+        self.wants_logprobs = wants_logprobs(self._args)
         self._place = Place(request)
 
     def work(self) -> tuple[InFlight, Any, Any]:

@@ -6,7 +6,7 @@ request that it belongs to alone (`own_failures`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,9 @@ import mlx.core as mx
 from .batches import watched
 from .headroom import Headroom
 from .in_flight import InFlight
-from .logprobs import top_logprobs
+from .logprobs import NOT_READ, top_logprobs
 from .mlx_lm.kv_tier import KVTier
-from .mlx_lm.protocols.generation import BatchGenerator
+from .mlx_lm.protocols.generation import BatchGenerator, GenerationResponse
 from .mlx_lm.protocols.opaque import Array, Json, Processor, Sampler
 from .mlx_lm.protocols.requests import GenerationArguments
 from .mlx_lm.protocols.text import Tokenizer
@@ -111,3 +111,17 @@ class Parts:
     ) -> tuple[Json, ...]:
         """Stands in for ``mlx_lm.server._format_top_logprobs``."""
         return self.own.top_logprobs(lambda: top_logprobs(logprobs, top_n, tokenizer))
+
+    def stream_alone(
+        self, made: Iterator[GenerationResponse]
+    ) -> Iterator[GenerationResponse]:
+        """Stands in for ``mlx_lm.server.stream_generate``, which gave ``made``."""
+        current = self._scheduler.current
+        if current is None or current.wants_logprobs:
+            return made
+        return map(_without_logprobs, made)
+
+
+def _without_logprobs(response: GenerationResponse) -> GenerationResponse:
+    response.logprobs = NOT_READ
+    return response

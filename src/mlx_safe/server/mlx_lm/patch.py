@@ -66,7 +66,7 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
     """
     compat.keep_processors_in_place()
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
-    make_processors = server._make_logits_processors
+    make_processors, stream = server._make_logits_processors, server.stream_generate
 
     def sampler(args: GenerationArguments, tokenizer: Tokenizer) -> Any:
         return parts().sampler(make_sampler, args, tokenizer)
@@ -75,7 +75,12 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
         return parts().processors(make_processors, args)
 
     def format_top(logprobs: Array, top_n: int, tokenizer: Tokenizer) -> Any:
+        if top_n <= 0:
+            return ()
         return parts().top_logprobs(logprobs, top_n, tokenizer)
+
+    def stream_alone(*args: Any, **kwargs: Any) -> Any:
+        return parts().stream_alone(stream(*args, **kwargs))
 
     def batch(*args: Any, **kwargs: Any) -> Any:
         return parts().batch(make_batch, *args, **kwargs)
@@ -88,4 +93,5 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
         _make_logits_processors=processors,
         _format_top_logprobs=format_top,
         BatchGenerator=batch,
+        stream_generate=stream_alone,
     )

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler
 from queue import Queue
 from typing import Any, Protocol
 
-from .generation import BatchGenerator, LRUPromptCache
+from .generation import BatchGenerator, GenerationResponse, LRUPromptCache
 from .models import CliArgs, Model, ModelProvider
 from .opaque import Array, Json, ModelKey, Processor, Progress, Sampler
 from .requests import (
@@ -145,7 +145,7 @@ class APIHandler(BaseHTTPRequestHandler):
 
 
 class Server(Protocol):
-    """The module ``mlx_lm.server``. The first six are replaced by `patch`."""
+    """The module ``mlx_lm.server``. The first seven are replaced by `patch`."""
 
     def run(self, host: str, port: int, model_provider: ModelProvider) -> None: ...
     def load(self, *args: Any, **options: Any) -> tuple[Any, ...]: ...
@@ -157,6 +157,9 @@ class Server(Protocol):
         self, logprobs: Array, top_n: int, tokenizer: Tokenizer
     ) -> tuple[Json, ...]: ...
     def BatchGenerator(self, model: Model) -> BatchGenerator: ...
+    def stream_generate(
+        self, *args: Any, **kwargs: Any
+    ) -> Iterator[GenerationResponse]: ...
     def main(self) -> None: ...
     def get_system_fingerprint(self) -> str: ...
 
