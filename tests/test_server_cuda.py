@@ -59,7 +59,7 @@ def test_a_sticky_error_ends_the_process_and_tells_everyone(
 LOST_LATER = f"""
 import mlx.core as mx
 from mlx_safe import testing
-from mlx_safe.server import thread_state
+from mlx_safe import _thread_state as thread_state
 class Waits:
     def __getattr__(self, name):
         return getattr(mx, name)

@@ -9,7 +9,6 @@ given, and neither at MLX nor at mlx-lm.
 from __future__ import annotations
 
 import copy
-import enum
 import logging
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
+from .._failures import Failure, at_once, care_level
 from ..memory.budget import Decision
 from ..memory.demand import Row
 from .admission import Ask, Load, SingleStep
@@ -42,16 +42,6 @@ log = logging.getLogger("mlx_safe.server")
 BEGUN_WAIT_S = 60.0
 
 R = TypeVar("R", bound=Request)
-
-
-class Failure(enum.Enum):
-    """What a failure of a step means for the requests that were in it."""
-
-    PASSING = "they may be tried again"
-    TOO_MUCH = "they may be tried again, fewer at a time and with less memory"
-    TOO_LONG = "they may be tried again, fewer at a time and in smaller steps"
-    FINAL = "they must not be tried again"
-    UNKNOWN = "one of them causes it"
 
 
 class Memory(Protocol):
@@ -411,24 +401,18 @@ class Scheduler(Generic[R]):
         self._change(request, RequestState.REPLAY)
 
     def _run_with_care(self, what: Failure) -> None:
-        """One at a time the last time, so that one cannot take others along.
-
-        After `TOO_MUCH` and `TOO_LONG`, before that fewer at a time. Steps are smaller
-        at once after `TOO_LONG`; after `TOO_MUCH` the budget, which has learned, finds
-        the largest that fits, and only where that was too much they are smaller still.
+        """After `TOO_MUCH` the budget, which has learned, finds the largest steps that
+        fit, and only where that was too much they are smaller still.
         """
         again = self.requests(RequestState.REPLAY)
         if not again:
             return
         level = max(request.attempts for request in again)
-        if level >= min(2, self._attempts_max):
-            self._limit = 1
-        elif what is not Failure.PASSING:
-            self._limit = max(1, len(again) // 2)
-        if what is Failure.TOO_MUCH:
-            self._be_careful(level - 1)
-        elif what is Failure.TOO_LONG:
-            self._be_careful(level)
+        limit = at_once(what, len(again), level, self._attempts_max)
+        self._limit = limit or self._limit
+        care = care_level(what, level)
+        if care is not None:
+            self._be_careful(care)
 
     # -- ends ------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ __all__ = [
         "set_prefill_step",
         "spelling",
     ),
-    *("stops_after", "take_over", "takes_images", "takes_xtc", "text_by_state"),
+    *("take_over", "takes_images", "takes_xtc", "text_by_state"),
     *("tokenizer_repairs", "try_quantization"),
 ]
 
@@ -39,34 +39,6 @@ Guard = Callable[[Callable[[], Any], Callable[[], Any]], Any]
 # -- stop words -------------------------------------------------------------------
 # Asked for the tokens of an answer one by one: by ``make_state`` and ``match`` (0.31,
 # state machines) or by a ``matcher`` (0.32, stop sequences). Both classes have both.
-
-
-class _StopsAfter:
-    """Stop words as they stand after some tokens of the answer."""
-
-    def __init__(self, stops: Any, tokens: list[int]) -> None:
-        self._stops = stops
-        self._tokens = tokens
-
-    def make_state(self) -> Any:
-        state = self._stops.make_state()
-        for token in self._tokens:
-            state, _, _ = self._stops.match(state, token)
-        return state
-
-    def match(self, state: Any, token: int) -> Any:
-        return self._stops.match(state, token)
-
-    def matcher(self) -> Any:
-        matcher = self._stops.matcher()
-        for token in self._tokens:
-            matcher.advance(token)
-        return matcher
-
-
-def stops_after(stops: Any, tokens: list[int]) -> Any:
-    """``stops`` (of `_make_state_machine`) after ``tokens`` of the answer."""
-    return _StopsAfter(stops, tokens)
 
 
 class _GuardedStops:
