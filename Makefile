@@ -248,7 +248,7 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 
 # Installed first and apart from our wheel, which changes more often.
 $(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
+	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"'
 	touch $@
 
 $(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python

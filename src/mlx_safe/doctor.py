@@ -168,7 +168,7 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
     Raises:
         CommandError: one cannot be loaded.
     """
-    from .server.flags import check_paths
+    from .server.flag_checks import check_paths
     from .server.mlx_lm.requirements import import_server
 
     server = import_server()

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -155,7 +156,11 @@ class Server:
         stock: bool = False,
         env: dict[str, str] | None = None,
         program: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
+        self.tls = tls
+        self.headers = headers or {}  # of every request
         self.model = Path(model)
         self.port = free_port()
         command = [PYTHON]
@@ -325,7 +330,10 @@ class Server:
         raise AssertionError(f"nothing listens:\n{self.log}")
 
     def _connect(self, timeout: float) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        address = ("127.0.0.1", self.port)
+        if self.tls is None:
+            return http.client.HTTPConnection(*address, timeout=timeout)
+        return http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
 
     def connect(self, timeout: float = REQUEST_TIMEOUT_S) -> http.client.HTTPConnection:
         """A connection on which nothing has been sent."""
@@ -333,9 +341,16 @@ class Server:
         connection.connect()
         return connection
 
-    def get(self, path: str, timeout: float = REQUEST_TIMEOUT_S) -> Answer:
+    def get(
+        self,
+        path: str,
+        timeout: float = REQUEST_TIMEOUT_S,
+        headers: dict[str, str] | None = None,
+        method: str = "GET",
+    ) -> Answer:
+        more = self.headers if headers is None else headers
         with contextlib.closing(self._connect(timeout)) as connection:
-            connection.request("GET", path)
+            connection.request(method, path, headers=more)
             response = connection.getresponse()
             headers = {k.lower(): v for k, v in response.getheaders()}
             return Answer(response.status, headers, response.read().decode())
@@ -345,6 +360,7 @@ class Server:
         body: Any,
         path: str = "/v1/chat/completions",
         timeout: float = REQUEST_TIMEOUT_S,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         """Sends a request; a broken or hanging answer is noted, not raised."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -352,7 +368,8 @@ class Server:
         lines = []
         with contextlib.closing(self._connect(timeout)) as connection:
             try:
-                connection.request("POST", path, raw)
+                more = self.headers if headers is None else headers
+                connection.request("POST", path, raw, headers=more)
                 response = connection.getresponse()
                 answer.status = response.status
                 answer.headers = {k.lower(): v for k, v in response.getheaders()}
@@ -370,7 +387,9 @@ class Server:
     def stream(self, body: Any) -> Iterator[Iterator[bytes]]:
         """The lines of a chat's answer, as they come."""
         with contextlib.closing(self._connect(REQUEST_TIMEOUT_S)) as connection:
-            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            connection.request(
+                "POST", "/v1/chat/completions", json.dumps(body), headers=self.headers
+            )
             with connection.getresponse() as response:
                 yield iter(response)
 

@@ -113,6 +113,10 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
+        if self.command == "OPTIONS":
+            # The "*" of mlx-lm does not cover it (Fetch standard), and clients in
+            # browsers send a key whether one is asked for or not.
+            self.send_header("Access-Control-Allow-Headers", "Authorization")
         request = self.response_generator.disconnects.request(
             getattr(self, "request_id", None)
         )

@@ -2,7 +2,8 @@
 ``mlx-safe run``: children that are spawned, and programs that execute themselves again.
 
 It costs a process nothing until MLX is imported, which most never do, so it imports
-nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``, ``replay``.
+nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``,
+``replay``.
 """
 
 from __future__ import annotations

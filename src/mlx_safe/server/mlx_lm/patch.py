@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from ..._command import Parser
+from ..._command import CommandError
 from . import compat
 from .protocols.models import ModelProvider
 from .protocols.opaque import Array
@@ -20,7 +19,7 @@ from .protocols.requests import GenerationArguments
 from .protocols.server import Server
 from .protocols.text import Tokenizer
 
-__all__ = ["patch", "run_main"]
+__all__ = ["parser_of", "patch", "run_main"]
 
 
 def _replace(server: Server, **functions: Any) -> None:
@@ -28,30 +27,67 @@ def _replace(server: Server, **functions: Any) -> None:
         setattr(server, name, value)
 
 
+class _Made(BaseException):
+    """Leaves mlx-lm's ``main`` with its parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+def _with_parser(server: Server, cls: type[argparse.ArgumentParser]) -> None:
+    others = {**vars(argparse), "ArgumentParser": cls}
+    _replace(server, argparse=types.SimpleNamespace(**others))
+
+
+def parser_of(server: Server) -> argparse.ArgumentParser:
+    """The parser that mlx-lm's ``main`` makes, which is left right after.
+
+    Raises:
+        CommandError: it makes none that can be seen.
+    """
+
+    class Collecting(argparse.ArgumentParser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            raise _Made(self)
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        raise CommandError("this mlx-lm reads its flags in a way that is not known")
+
+    before = {name: vars(server)[name] for name in ("argparse", "run")}
+    _with_parser(server, Collecting)
+    _replace(server, run=run)
+    try:
+        server.main()
+    except _Made as made:
+        return made.parser
+    finally:
+        _replace(server, **before)
+    raise CommandError("this mlx-lm has no flags that can be found")
+
+
 def run_main(
     server: Server,
     run: Callable[[str, int, ModelProvider], None],
-    arguments: Sequence[str],
+    values: argparse.Namespace,
 ) -> None:
-    """Calls mlx-lm's ``main``, which parses ``arguments`` and calls ``run``.
+    """Calls mlx-lm's ``main``, which gets ``values`` of its parser and calls ``run``.
 
     Args:
         server: the module ``mlx_lm.server``; it stays changed.
         run: called with the host, the port and mlx-lm's `ModelProvider`, which has
             loaded nothing yet, on this thread.
-        arguments: of mlx-lm's command line, without the program's name.
-
-    Raises:
-        CommandError: an argument is wrong.
+        values: of the flags that `parser_of` has.
     """
+
+    class Parsed(argparse.ArgumentParser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            return values
+
+    _with_parser(server, Parsed)
     _replace(
         server,
-        # It makes a parser of argparse, whose mistakes take several lines. Without
-        # effect where a later mlx-lm makes its parser in another way.
-        argparse=types.SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser}),
         run=lambda host, port, model_provider, **_: run(host, port, model_provider),
     )
-    sys.argv = ["mlx-safe serve", *arguments]
     server.main()
 
 
