@@ -13,6 +13,7 @@ import pytest
 
 import mlx_safe
 from mlx_safe.server.mlx_lm import protocols, seams
+from support.programs import program
 from support.server import Server
 
 PACKAGE = Path(mlx_safe.__file__).parent
@@ -163,41 +164,7 @@ def test_what_is_listed_is_looked_for() -> None:
 # -- the order of its calls -------------------------------------------------------
 
 # Writes the names of mlx-lm's functions as it calls them.
-TRACED = """
-import sys
-import mlx_lm.server as server
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_safe.cli import main
-
-def note(owner, name, shown=None):
-    call = getattr(owner, name)
-    def noted(*args, **kwargs):
-        found = None
-        if name == "_next_request":
-            found = call(*args, **kwargs)
-            if found is None:
-                return None
-        sys.stderr.write(f"CALL {shown or name}\\n")
-        return call(*args, **kwargs) if found is None else found
-    noted.__wrapped__ = call
-    setattr(owner, name, noted)
-
-for name in ("_next_request", "_is_batchable", "_tokenize", "_make_state_machine",
-             "_serve_single"):
-    note(server.ResponseGenerator, name)
-note(server.ModelProvider, "load")
-note(server.LRUPromptCache, "fetch_nearest_cache")
-note(server.BatchGenerator, "insert_segments")
-note(server.GenerationContext, "__init__", "GenerationContext")
-note(server, "_make_sampler")
-note(server, "_make_logits_processors")
-made = TokenizerWrapper.detokenizer.fget
-def detokenizer(self):
-    sys.stderr.write("CALL detokenizer\\n")
-    return made(self)
-TokenizerWrapper.detokenizer = property(detokenizer)
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+TRACED = program("traces_mlx_lm")
 
 
 def test_mlx_lm_calls_in_the_order_that_is_relied_on(tiny_model: Path) -> None:

@@ -41,22 +41,7 @@ CONTROLLED = program("controlled_server")
 
 # The protected server, which after too many faults refuses for an hour. SIGUSR1: the
 # hour has passed.
-REFUSING = """
-import signal, sys, time
-from types import SimpleNamespace
-from mlx_safe.cli import main
-from mlx_safe.server import health, recovery
-recovery.REFUSE_FOR_S = 3600.0
-passed = 0.0
-def pass_the_hour(*_):
-    global passed
-    passed = 3600.0
-signal.signal(signal.SIGUSR1, pass_the_hour)
-health.time = SimpleNamespace(
-    sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
-)
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+REFUSING = program("refuses_for_an_hour")
 
 # mlx-lm looks for new requests when a batch has run for half a second.
 BATCH_RUNS_S = 0.6
