@@ -88,6 +88,8 @@ class Machine:
         self.others = 0  # bytes that nobody here can give back
         self.prompt_cache = 0
         self.asked: tuple[Ask, Decision] | None = None
+        # What `steps_with_room` has looked at.
+        self.granted: tuple[int, int, int] | None = None
         self.at_mlx_lm: list[Client] = []
 
     @property
@@ -134,14 +136,26 @@ class Machine:
         assert ask.step_max is None or found.step <= max(ask.step_max, 64)
         return found
 
-    def has_room_for_step(self, load: Load) -> bool:
+    def steps_with_room(self, load: Load) -> int:
         load = replace(load, held=self.caches)
         found = admission.for_step(DEMAND, self._situation(), load, self._steps)
-        if self._done(found):
-            active = BASELINE + self.others + self.caches + self.prompt_cache
-            assert active + len(load.rows) <= max(self.ceiling, CEILING)
-            assert len(load.rows) == 1 or active + len(load.rows) <= self.ceiling
-        return found.verdict == "admit"
+        if not self._done(found):
+            return 0
+        self.granted = self._surroundings()
+        self.check_step(len(load.rows))
+        is_reading = any(row.is_reading for row in load.rows)
+        return 1 if is_reading else max(found.times, 1)
+
+    def _surroundings(self) -> tuple[int, int, int]:
+        return self.others, self.prompt_cache, self.ceiling
+
+    def check_step(self, rows: int) -> None:
+        """A step is made: it has its memory, unless something else took it since."""
+        if self.granted != self._surroundings():
+            return
+        active = BASELINE + self.others + self.caches + self.prompt_cache
+        assert active + rows <= max(self.ceiling, CEILING)
+        assert rows == 1 or active + rows <= self.ceiling
 
     def single_step(self, load: Load) -> SingleStep:
         assert len(load.rows) == 1 and load.length > 0
@@ -397,6 +411,7 @@ class Loop:
             self._drop(client)
         if leaving:
             return
+        self.machine.check_step(len(self.batch))
         for client in list(self.batch):
             if client in self.batch:  # or a failure has come in between
                 self._go_on(client)

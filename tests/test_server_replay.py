@@ -285,8 +285,8 @@ class Unlimited:
     def admits(self, ask: Ask, load: Load) -> Decision:
         return Decision(False, 0, False, self.step_size, "admit")
 
-    def has_room_for_step(self, load: Load) -> bool:
-        return True
+    def steps_with_room(self, load: Load) -> int:
+        return 1
 
     def single_step(self, load: Load) -> SingleStep:
         return "fits"

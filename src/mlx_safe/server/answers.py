@@ -26,6 +26,9 @@ __all__ = ["Answer"]
 
 log = logging.getLogger("mlx_safe.server")
 
+# One, where json.dumps would make one for each token.
+_encode = json.JSONEncoder(allow_nan=False).encode
+
 
 class Connection(Connected, Protocol):
     """The handler of a request, as far as its answer needs it.
@@ -69,6 +72,10 @@ class Answer:
     Args:
         handler: its handler, which is written to.
         asked: what mlx-lm's handler wants to have generated.
+
+    Attributes:
+        is_chat: it is a message, and not a bare text.
+        wants_logprobs: the client asked for them.
     """
 
     def __init__(self, handler: Connection, asked: Asked) -> None:
@@ -81,16 +88,9 @@ class Answer:
             asked.request.tools = None
         self._choices = [_Choice(i, self) for i in range(handler.n)]
         self._is_introduced = False
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the client asked for them, in one of the ways that there are."""
-        return wants_logprobs(self._asked.arguments)
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether it is a message, and not a bare text."""
-        return bool(self._asked.request.request_type == "chat")
+        self._event: Json = {}
+        self.is_chat = asked.request.request_type == "chat"
+        self.wants_logprobs = wants_logprobs(asked.arguments)
 
     def send(self) -> None:
         """Generates it and sends it.
@@ -165,10 +165,12 @@ class Answer:
         return len(context.prompt), completion, context.prompt_cache_count
 
     def _frame(self, choices: list[Json]) -> Json:
-        usage = () if self._handler.stream else self._usage()
-        frame: Json = self._handler.generate_response("", None, *usage)
-        frame["choices"] = choices
-        return frame
+        if not self._handler.stream:
+            frame = self._handler.generate_response("", None, *self._usage())
+            return {**frame, "choices": choices}
+        # That of a stream's events is the same for all of them.
+        self._event = self._event or self._handler.generate_response("", None)
+        return {**self._event, "choices": choices}
 
     def _end_stream(self) -> None:
         handler = self._handler
@@ -180,8 +182,7 @@ class Answer:
         handler.wfile.flush()
 
     def _send_event(self, value: Json) -> None:
-        data = json.dumps(value, allow_nan=False)
-        self._handler.wfile.write(f"data: {data}\n\n".encode())
+        self._handler.wfile.write(f"data: {_encode(value)}\n\n".encode())
         self._handler.wfile.flush()
 
 

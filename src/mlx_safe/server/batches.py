@@ -90,7 +90,7 @@ def watched(
                     self._requests.pop(response.uid, None)
             if any(not response.end_of_prompt for response in prompts):
                 went_well()
-            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths())
+            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths)
             return prompts, generated
 
     Watched.__name__ = cls.__name__

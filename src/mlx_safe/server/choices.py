@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import threading
 from collections.abc import Iterator
 from queue import SimpleQueue
@@ -86,7 +87,7 @@ class Choices:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         if len(self._asked) == 1:
-            yield from ((0, item) for item in self._generate(0, self._progress))
+            yield from zip(itertools.repeat(0), self._generate(0, self._progress))
         else:
             yield from self._merged()
 

@@ -41,6 +41,10 @@ __all__ = ["Headroom", "MemoryFlags"]
 
 log = logging.getLogger("mlx_safe.server")
 
+# Of a batch that only writes, which needs a few bytes for each token: what other
+# programs take is seen that much later. On a GPU they are a tenth of a second.
+STEPS_MAX = 16
+
 EVERYTHING_FITS = Decision(
     free_pool=False, evict=0, take_over=False, step=0, verdict="admit"
 )
@@ -224,17 +228,24 @@ class Headroom:
             self._room_tokens,
         )
 
-    def has_room_for_step(self, load: Load) -> bool:
-        """Makes room for the next step of a batch; False: there is none."""
+    def steps_with_room(self, load: Load) -> int:
+        """Makes room for the next steps of a batch; how many fit, 0: not one.
+
+        They are those in which nothing else happens, and none reads a prompt.
+        """
         if not self._enabled:
-            return True
+            return STEPS_MAX
         found = admission.for_step(
             self._demand,
             self._situation(),
             self._with_caches(load),
             self._prefill.sizes,
         )
-        return self._carried_out(found)
+        if not self._carried_out(found):
+            return 0
+        if any(row.is_reading for row in load.rows):
+            return 1
+        return min(max(found.times, 1), STEPS_MAX)
 
     def single_step(self, load: Load) -> SingleStep:
         """The same for the sequential path."""

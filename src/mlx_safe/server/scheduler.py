@@ -50,8 +50,11 @@ class Memory(Protocol):
     def admits(self, ask: Ask, load: Load) -> Decision:
         """Whether a request may run beside ``load``. Changes nothing."""
 
-    def has_room_for_step(self, load: Load) -> bool:
-        """Makes room for the next step of a batch; False: there is none."""
+    def steps_with_room(self, load: Load) -> int:
+        """Makes room for the next steps of a batch; how many fit, 0: not one.
+
+        As long as what runs stays the same.
+        """
 
     def single_step(self, load: Load) -> SingleStep:
         """The same for the sequential path."""
@@ -98,6 +101,8 @@ class Scheduler(Generic[R]):
         # How many requests may run at a time; None: as many as mlx-lm likes.
         self._limit: int | None = None
         self._line = 0
+        # So many steps of what runs have their memory already.
+        self._steps_with_room = 0
         self.tokens = 0
         self.current: R | None = None
         self.events: Counter[str] = Counter()
@@ -303,8 +308,13 @@ class Scheduler(Generic[R]):
 
         They are held, or have been answered.
         """
+        if self._steps_with_room > 0:
+            self._steps_with_room -= 1
+            return []
         running = self.requests(*RUNNING)
-        if not running or self._memory.has_room_for_step(self._load_of(running)):
+        steps = self._memory.steps_with_room(self._load_of(running)) if running else 1
+        if steps > 0:
+            self._steps_with_room = steps - 1
             return []
         # The one that came last goes first; what it has so far is not lost. Its
         # memory is free only when mlx-lm has dropped it, so it is one at a time.
@@ -468,6 +478,7 @@ class Scheduler(Generic[R]):
             if (old, state) not in TRANSITIONS:
                 raise IllegalTransition(f"{old.value} to {state.value}")
             request._state = state
+            self._steps_with_room = 0
             if state in ENDED:
                 self._in_flight.pop(request, None)
             return True

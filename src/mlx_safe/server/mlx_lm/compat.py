@@ -33,8 +33,9 @@ __all__ = [
     *("tokenizer_repairs", "try_quantization"),
 ]
 
-# Calls the first; when that fails, ends the request and calls the second.
-Guard = Callable[[Callable[[], Any], Callable[[], Any]], Any]
+# Calls the first with what follows; when that fails, ends the request and calls the
+# second so.
+Guard = Callable[..., Any]
 
 # -- stop words -------------------------------------------------------------------
 # Asked for the tokens of an answer one by one: by ``make_state`` and ``match`` (0.31,
@@ -52,12 +53,14 @@ class _GuardedStops:
         return self._run(self._stops.make_state, lambda: None)
 
     def match(self, state: Any, token: int) -> Any:
-        return self._run(
-            lambda: self._stops.match(state, token), lambda: (state, None, None)
-        )
+        return self._run(self._stops.match, _no_match, state, token)
 
     def matcher(self) -> Any:
         return _GuardedMatcher(self._run(self._stops.matcher, lambda: None), self._run)
+
+
+def _no_match(state: Any, token: int) -> tuple[Any, None, None]:
+    return state, None, None
 
 
 class _GuardedMatcher:
@@ -66,14 +69,19 @@ class _GuardedMatcher:
         self._run = run
 
     def advance(self, token: int) -> Any:
-        return self._run(lambda: self._matcher.advance(token), lambda: False)
+        return self._run(self._matcher.advance, _not_at_the_end, token)
+
+
+def _not_at_the_end(token: int) -> bool:
+    return False
 
 
 def guarded_stops(stops: Any, run: Guard) -> Any:
     """``stops`` (of `_make_state_machine`), whose every use goes by ``run``.
 
     Args:
-        run: is given what to call, and what to call instead when that fails.
+        run: is given what to call, what to call instead when that fails, and with
+            what.
     """
     return _GuardedStops(stops, run)
 
@@ -103,8 +111,10 @@ def _read_by_text(context: Any) -> Callable[[Response], list[tuple[str | None, s
 
     def read(response: Response) -> list[tuple[str | None, str]]:
         nonlocal now
-        is_end = response.token in context.tokenizer.eos_token_ids
-        if response.finish_reason == "stop" and not is_end:
+        if (
+            response.finish_reason == "stop"
+            and response.token not in context.tokenizer.eos_token_ids
+        ):
             # What is held back is the beginning of the stop word.
             now, state = Texts.discard(now)
             return [(state, "")]
