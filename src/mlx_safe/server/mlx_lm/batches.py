@@ -79,7 +79,12 @@ def watched(
                 for prompt in prompts:
                     request = self._requests.get(prompt.uid)
                     if request is not None:
-                        disk.checkpoint(self, prompt.uid, request.prompt_key)
+                        disk.checkpoint(
+                            self,
+                            prompt.uid,
+                            request,
+                            is_boundary=prompt.end_of_segment,
+                        )
             for response in generated:
                 if response.finish_reason is not None:
                     self._requests.pop(response.uid, None)
