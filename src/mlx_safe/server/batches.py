@@ -81,7 +81,12 @@ def watched(
                 for prompt in prompts:
                     request = self._requests.get(prompt.uid)
                     if request is not None:
-                        disk.checkpoint(self, prompt.uid, request.prompt_key)
+                        disk.checkpoint(
+                            self,
+                            prompt.uid,
+                            request,
+                            is_boundary=prompt.end_of_segment,
+                        )
             for response in generated:
                 request = self._requests.get(response.uid)
                 if request is not None and not request.wants_logprobs:

@@ -213,6 +213,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
         """The width of the loaded model's logits; None: not known. Any thread."""
         return self._model.limits.facts.width
 
+    def figures(self) -> dict[str, Any]:
+        """What crash reports tell of this server. Any thread."""
+        return {} if self._disk is None else {"kv_disk": self._disk.figures()}
+
     # -- the generation thread ----------------------------------------------
 
     def _generate(self) -> None:
@@ -369,8 +373,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if hasattr(item, "token"):
             disk.first_token(request)
         elif request.run.alone and isinstance(item, tuple):
-            disk.confirm()  # what was taken at the step before
-            disk.checkpoint_alone()
+            disk.checkpoint_alone(request, item[0])
+            disk.confirm()  # which synchronises: the step is done, and had no fault
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is

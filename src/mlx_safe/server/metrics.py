@@ -30,6 +30,7 @@ KV_DISK_EVENTS = {
     "restored": "Requests that began from KV caches on disk",
     "restored_tokens": "Prompt tokens that came from disk",
     "restored_bytes": "Bytes read from disk",
+    "not_cheaper": "Restores left out, as reading the prompt took less time",
     "written": "Files written",
     "written_bytes": "Bytes written",
     "not_written": "Blocks not written: no room, over the bound, or withdrawn",

@@ -15,7 +15,7 @@ from .. import Fault, errors, install, on_fault, testing
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
-from ..kv.store import Limits
+from ..kv.store import DISK_BYTES, Limits
 from . import access, http_server, ranks, supervisor
 from .body import Bodies
 from .configuration import printed, resolve
@@ -39,9 +39,6 @@ if TYPE_CHECKING:
     from .parts import Parts
 
 log = logging.getLogger("mlx_safe.server")
-
-# With --kv-dir alone.
-KV_DISK_BYTES = 20 * 10**9
 
 # How long a fatal fault waits for a generator that is still being made.
 GENERATOR_WAIT_S = 5.0
@@ -229,7 +226,7 @@ def run(
     generator = _make_generator(
         options, overflow, model_provider, injections, ready, home, disk
     )
-    start_sampler(generator.headroom.figures)
+    start_sampler(generator.headroom.figures, generator.figures)
     with watch:
         if httpd is None:
             _follow_the_first(generator)
@@ -303,7 +300,7 @@ def _make_generator(
     cli_args = model_provider.cli_args
     prompt_cache = PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes)
     if disk is not None:
-        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or KV_DISK_BYTES))
+        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or DISK_BYTES))
     return ProtectedResponseGenerator(
         model_provider,
         prompt_cache,

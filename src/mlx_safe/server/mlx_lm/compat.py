@@ -20,7 +20,8 @@ from .protocols.text import Tokenizer
 from .requirements import installed_version
 
 __all__ = [
-    *("attends", "batch_caches", "cache_keys", "guarded_stops", "is_shared_sampler"),
+    *("attends", "batch_caches", "cache_forms", "cache_keys", "chunks_are_exact"),
+    *("guarded_stops", "is_shared_sampler", "quantized"),
     *("keep_processors_in_place", "kv_quantization", "load_beside"),
     *(
         "make_cache",
@@ -279,6 +280,37 @@ def try_quantization(caches: Iterable[Any], quantization: dict[str, Any]) -> Non
     for cache in caches if bits is not None else ():
         if hasattr(cache, "to_quantized"):
             cache.to_quantized(group_size=quantization["kv_group_size"], bits=bits)
+
+
+def cache_forms(provider: ModelProvider) -> list[bool]:
+    """In which forms a prompt's caches can be: quantized or not.
+
+    With a draft model mlx-lm 0.32.2 quantizes copies of the list, and what it stores
+    is empty.
+    """
+    bits = kv_quantization(provider.cli_args).get("kv_bits")
+    return (
+        [False] if bits is None or provider.draft_model is not None else [False, True]
+    )
+
+
+def quantized(caches: list[Any], cli_args: CliArgs) -> list[Any]:
+    """``caches``, which are empty, as mlx-lm has them past the start."""
+    found = kv_quantization(cli_args)
+    return [
+        cache.to_quantized(group_size=found["kv_group_size"], bits=found["kv_bits"])
+        if hasattr(cache, "to_quantized")
+        else cache
+        for cache in caches
+    ]
+
+
+def chunks_are_exact() -> bool:
+    """Whether a `ChunkedKVCache` with equal fields goes on with the same text.
+
+    0.31.3 looks at the length that is allocated, and throws live tokens away.
+    """
+    return parse_version(installed_version()) >= (0, 32)
 
 
 def batch_caches(batch: BatchGenerator) -> tuple[int, list[Uid]]:

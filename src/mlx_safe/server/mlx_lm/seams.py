@@ -27,13 +27,16 @@ from .protocols.generation import (
     PromptResponse,
 )
 from .protocols.models import (
+    ArraysCache,
     BatchKVCache,
+    BatchRotatingKVCache,
     CacheList,
     Caches,
     ChunkedKVCache,
     CliArgs,
     KVCache,
     ModelProvider,
+    QuantizedKVCache,
     RotatingKVCache,
     Utils,
 )
@@ -97,7 +100,8 @@ PLACES: tuple[Place, ...] = (
     ),
     (SERVER, "LRUPromptCache.CacheOrder", CacheOrder),
     *((CACHE, cls.__name__, cls) for cls in (KVCache, BatchKVCache)),
-    (CACHE, "RotatingKVCache", RotatingKVCache),
+    *((CACHE, cls.__name__, cls) for cls in (QuantizedKVCache, ArraysCache)),
+    *((CACHE, c.__name__, c) for c in (RotatingKVCache, BatchRotatingKVCache)),
     *((CACHE, cls.__name__, cls) for cls in (ChunkedKVCache, CacheList)),
     (GENERATE, "PromptProcessingBatch", PromptBatch),
     (GENERATE, "GenerationBatch", AnswerBatch),
