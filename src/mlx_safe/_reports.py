@@ -27,6 +27,7 @@ __all__ = [
     "remove_run_file",
     "sample_memory",
     "set_memory_limits",
+    "stacks",
     "start",
     "stop",
     "suppressed",
@@ -254,6 +255,13 @@ def _log_failure(directory: str) -> None:
     logging.getLogger("mlx_safe").log(
         level, "a crash report could not be written to %s", directory
     )
+
+
+def stacks() -> str:
+    """The Python stacks of all threads, with their names; takes milliseconds."""
+    import tempfile
+
+    return _python_stacks(_state.directory or tempfile.gettempdir())
 
 
 def _python_stacks(directory: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .._command import CommandError, Parser
 from ..memory.sizes import parse_size
-from . import supervisor
+from . import logs, supervisor
 from .body import DEFAULT_MAX_BYTES
 from .mlx_lm.protocols import CliArgs
 
@@ -31,7 +31,29 @@ def own_parser() -> Parser:
     _add_memory_flags(parser)
     _add_model_flags(parser)
     _add_disk_flags(parser)
+    _add_log_flags(parser)
     return parser
+
+
+def _add_log_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--log-level",
+        type=str.upper,
+        choices=logs.LEVELS,
+        default="INFO",
+        help="what is logged, the line of each request (INFO) among it (default: INFO)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        default="text",
+        help="how: as text, or an object of JSON a line (default: text)",
+    )
+    parser.add_argument(
+        "--require-hooks",
+        action="store_true",
+        help="on a Mac, do not start where faults of the GPU cannot be caught",
+    )
 
 
 def _add_recovery_flags(parser: Parser) -> None:
@@ -56,6 +78,14 @@ def _add_recovery_flags(parser: Parser) -> None:
         metavar="SECONDS",
         help="a generation step without progress for so long is fatal: clients get a "
         "503, and the process ends with status 75; 0: never (default: 600)",
+    )
+    parser.add_argument(
+        "--step-seconds",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long a step of a prompt may take: as many tokens are read in one; "
+        "0: --prefill-step-size alone counts (default: 5)",
     )
     parser.add_argument(
         "--keepalive-after",

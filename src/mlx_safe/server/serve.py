@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, testing
+from .. import Fault, errors, install, on_fault, require, testing
 from .._command import CommandError, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
 from ..kv.store import Limits
-from . import http_server, ranks, supervisor
+from . import http_server, logs, ranks, supervisor
 from .body import Bodies
 from .flags import check_flags, own_parser
 from .handover import Handover, Message
@@ -58,6 +58,8 @@ def serve(arguments: Sequence[str]) -> int:
     """
     parser = own_parser()
     options, rest = parser.parse_known_args(list(arguments))
+    logs.set_up(options.log_level, options.log_format)
+    rest += ["--log-level", options.log_level]
     # mlx-lm's own, read here because a mistake in them is a traceback there.
     for name in ("prompt_cache_bytes", "prefill_step_size"):
         if getattr(options, name) is not None:
@@ -145,6 +147,7 @@ def run(
     )
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
+    _check_hooks(options.require_hooks)
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
@@ -188,6 +191,16 @@ def run(
             _follow_the_first(generator)
         else:
             _serve_until_signal(httpd, generator)
+
+
+def _check_hooks(required: bool) -> None:
+    """On a Mac faults must be caught, or it is told; elsewhere there are no hooks."""
+    try:
+        require()
+    except RuntimeError as e:
+        if required:
+            raise CommandError(f"--require-hooks: {e}") from e
+        log.warning("Metal is not hooked, and a fault may end the process: %s", e)
 
 
 def _open_disk(options: argparse.Namespace) -> Directory | None:
@@ -250,6 +263,7 @@ def _make_generator(
         Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
+        step_seconds=options.step_seconds,
         overflow=overflow,
         max_kv_size=options.max_kv_size,
         memory=MemoryFlags(

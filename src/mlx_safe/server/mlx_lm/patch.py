@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..._command import Parser
+from .. import logs
 from . import compat
 from .protocols import Array, GenerationArguments, ModelProvider, Server, Tokenizer
 
@@ -45,6 +46,8 @@ def run_main(
         # It makes a parser of argparse, whose mistakes take several lines. Without
         # effect where a later mlx-lm makes its parser in another way.
         argparse=types.SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser}),
+        # Whole requests and answers are in its lines.
+        logging=logs.for_mlx_lm(),
         run=lambda host, port, model_provider, **_: run(host, port, model_provider),
     )
     sys.argv = ["mlx-safe serve", *arguments]
