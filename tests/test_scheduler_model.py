@@ -250,7 +250,12 @@ class Loop:
         prompt = (20, 300, 1500, 3000, 9000)[self.choose(5)]
         answer = (60, 1, 3, 150)[self.choose(4)]
         kind = self.choose(4)
-        self.queue.append(Client(prompt, answer, kind == 1, kind == 2))
+        self.enter(Client(prompt, answer, kind == 1, kind == 2))
+
+    def enter(self, client: Client) -> None:
+        self.arrived.append(client)
+        self.scheduler.arrive(client)
+        self.queue.append(client)
 
     def leave(self) -> None:
         if self.alive:
@@ -312,10 +317,12 @@ class Loop:
                 assert waiting.claim and self.now < waiting.claim.deadline
             has_all = not running and self.machine.ceiling == CEILING
             assert not (held and has_all and not self.machine.others), "could run"
-            if self.queue:
-                client = self.queue.pop(0)
-                self.arrived.append(client)
-                self.scheduler.arrive(client)
+            while self.queue and client is None:
+                first = self.queue.pop(0)
+                was_ended = first.is_ended
+                taken = self.scheduler.take(first)
+                assert taken is not was_ended
+                client = first if taken else None
         return client
 
     def begin(self, client: Client) -> None:
@@ -493,6 +500,8 @@ class Loop:
             waits = state is RequestState.WAITING and not client.run.failed
             if state is RequestState.FINISHED:
                 assert client.ends == [None]
+            elif state is RequestState.QUEUED:
+                assert client.state is RequestState.QUEUED and client not in ending
             elif state is RequestState.HELD or (waits and line is not None):
                 # It keeps its place and its patience.
                 assert client.state is RequestState.HELD and client not in ending
@@ -543,7 +552,13 @@ class Loop:
             assert len(client.notes) == client.is_ended
             assert client.got == list(range(len(client.got))), "lost or sent twice"
             assert client.got == client.produced
-            assert client.attempts <= self.attempts
+            assert client.attempts <= min(self.attempts, client.times_replayed)
+            if client.is_ended:
+                assert client.ended_at is not None
+                assert (client.ended_with is None) == (
+                    client.state is RequestState.COMPLETED or client.is_cancelled
+                )
+            assert (client.first_token_at is not None) >= bool(client.produced)
         here = self.machine.at_mlx_lm
         for client in self.alive:
             assert (client.state in RUNNING) == (client in here)
@@ -649,7 +664,8 @@ def test_who_fails_every_time_ends_alone(
     loop.is_calm = True
     clients = [Client(20 + i, 3, False, False) for i in range(others)]
     bad = clients[choices[0] % others]
-    loop.queue += clients
+    for client in clients:
+        loop.enter(client)
     for choice in choices + bytes(400):
         if bad in loop.batch:
             loop.fail(what)
@@ -666,7 +682,8 @@ def test_who_may_not_wait_does_not_stand_in_line() -> None:
     loop = Loop(bytes([1]))
     loop.is_calm = True
     assert loop.wait_s == 0
-    loop.queue += [Client(300, 200, False, False) for _ in range(3)]
+    for _ in range(3):
+        loop.enter(Client(300, 200, False, False))
     for _ in range(2):
         client = loop.take()
         assert client is not None

@@ -217,7 +217,7 @@ def test_a_client_that_leaves_is_not_run_again(server: Server) -> None:
     messages = [{"role": "user", "content": "x"}]
     with server.connected({"messages": messages, "max_tokens": 9999, "stream": True}):
         server.wait_held()
-    server.wait_for_log("went away")
+    server.wait_for_log("outcome=client_left")
     server.plan("any:1:8")
     server.go()
     assert server.chat().status == 200

@@ -28,6 +28,7 @@ __all__ = [
     "sample_memory",
     "set_memory_limits",
     "set_server",
+    "stacks",
     "start",
     "stop",
     "suppressed",
@@ -260,6 +261,13 @@ def _log_failure(directory: str) -> None:
     logging.getLogger("mlx_safe").log(
         level, "a crash report could not be written to %s", directory
     )
+
+
+def stacks() -> str:
+    """The Python stacks of all threads, with their names; takes milliseconds."""
+    import tempfile
+
+    return _python_stacks(_state.directory or tempfile.gettempdir())
 
 
 def _python_stacks(directory: str) -> str:

@@ -224,15 +224,31 @@ class Server:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples."""
-        lines = self.get("/metrics").body.splitlines()
-        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples, of those with these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics").body.splitlines()
+            if line.startswith(name) and all(pair in line for pair in wanted)
+        )
+
+    def is_well(self) -> bool:
+        """What /health says; its figures besides are of the moment."""
+        answer = self.get("/health")
+        status = {True: 200, False: 503}[answer.json["status"] == "ok"]
+        assert answer.status == status
+        return answer.status == 200
 
     def wait_for_requests(self, count: int) -> None:
         """Waits until so many requests have been taken."""
-        taken = "mlx_safe_requests_in_flight"
-        assert eventually(lambda: self.metric(taken) >= count), self.log
+
+        def taken() -> float:
+            return self.metric("mlx_safe_requests_in_flight") - self.metric(
+                'mlx_safe_requests_in_state{state="queued"}'
+            )
+
+        assert eventually(lambda: taken() >= count), self.log
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
         """Waits for a line, which comes on a way of its own: after an answer, say."""
@@ -241,7 +257,7 @@ class Server:
     @property
     def disconnects(self) -> int:
         """How many clients the log says went away before they had their answer."""
-        return self.log.count("went away; its request is cancelled")
+        return self.log.count("outcome=client_left")
 
     @property
     def log(self) -> str:

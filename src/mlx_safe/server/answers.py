@@ -17,7 +17,9 @@ from typing import Any, Protocol
 from . import logprobs, tool_calls
 from .asked import Asked, wants_logprobs
 from .choices import Choices, Connected
+from .exchange import Exchange
 from .logprobs import Entry, Names
+from .logs import fields
 from .mlx_lm import compat
 from .mlx_lm.protocols.opaque import Json
 from .mlx_lm.protocols.requests import AnsweredContext, Response
@@ -44,6 +46,7 @@ class Connection(Connected, Protocol):
     stream_options: Json | None
     object_type: str
 
+    def _exchange(self) -> Exchange: ...
     def heard(self) -> None:
         """A token has been made; it may have no text yet."""
 
@@ -100,7 +103,15 @@ class Answer:
             OSError: its client is gone.
         """
         handler = self._handler
-        with Choices(handler, self._asked, handler.n) as choices:
+        choices = Choices(handler, self._asked, handler.n)
+        try:
+            self._send(choices)
+        finally:
+            handler._exchange().requests = choices.requests()
+
+    def _send(self, all_choices: Choices) -> None:
+        handler = self._handler
+        with all_choices as choices:
             for index, item in choices:
                 choice = self._choices[index]
                 if hasattr(item, "token"):
@@ -133,8 +144,9 @@ class Answer:
             except tool_calls.Unreadable as e:
                 unread.append(part)
                 log.warning(
-                    "a tool call of %s is sent as text, as %s cannot read it: %s",
-                    *(self._handler.request_id, tool_calls.parser_name(parser), e),
+                    "a tool call is sent as text, as %s cannot read it: %s",
+                    *(tool_calls.parser_name(parser), e),
+                    extra=fields(id=self._handler.request_id),
                 )
         return calls, unread
 

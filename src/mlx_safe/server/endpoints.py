@@ -81,7 +81,8 @@ class Endpoints(Responses):
         if reason is None and not thread.is_alive():
             reason = "the generation thread has ended"
         if reason is None:
-            self.send_json(200, {"status": "ok"})
+            body = {"status": "ok"}
         else:
             body = {"status": "unavailable", "state": health.state, "reason": reason}
-            self.send_json(503, body)
+        live = self.response_generator.live.summary()
+        self.send_json(503 if reason else 200, {**body, **live})

@@ -194,7 +194,7 @@ class Headroom:
         self.limits.out_of_memory(int(mx.get_active_memory()), self._baseline)
 
     def gauges(self) -> dict[str, float]:
-        """What `metrics.MEMORY_GAUGES` shows of the memory. Any thread."""
+        """Bytes, by name: what there is of memory, and what may be. Any thread."""
         now = usage()
         found = {
             "active": now.active,
@@ -203,10 +203,13 @@ class Headroom:
             "ceiling": self.limits.now().size,
             "ceiling_static": self.limits.static().size,
             "model": self._baseline,
+            "prompt_cache": max(0, int(self._prompt_cache.nbytes)),
             "prompt_cache_limit": self._prompt_cache.max_bytes,
         }
         if now.footprint is not None:
             found["footprint"] = now.footprint
+        if now.available is not None:
+            found["available"] = now.available
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> dict[str, int]:

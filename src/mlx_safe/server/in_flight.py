@@ -35,8 +35,8 @@ def request_of(work: Any) -> InFlight:
 class InFlight(Request):
     """One request in flight; has the ``put`` of the queue it stands for.
 
-    ``put`` and `work` are called by the generation thread only, `fail` and
-    `disconnect` by any.
+    Made by the thread of its handler; ``put``, `taken` and `work` are called by the
+    generation thread only, `fail` and `disconnect` by any.
 
     Args:
         taken: mlx-lm's queue, request and arguments.
@@ -52,6 +52,8 @@ class InFlight(Request):
         tokenizer: that its prompt was read with; its handler has it with the context.
         wants_logprobs: its client asked for log-probabilities.
     """
+
+    _first: Any = None  # the context that its handler has
 
     def __init__(
         self,
@@ -75,6 +77,26 @@ class InFlight(Request):
         self.tokenizer: Any = None
         self.wants_logprobs = wants_logprobs(self._args)
         self._place = Place(request)
+        self.id, self.path = self._place.id, self._place.path
+
+    @property
+    def prompt_tokens(self) -> int | None:  # type: ignore[override]
+        """Tokens of its prompt; None: they are not known yet."""
+        return None if self._first is None else len(self._first.prompt)
+
+    @property
+    def cached_tokens(self) -> int | None:  # type: ignore[override]
+        """Of them, those that the prompt cache had; None: it was not asked yet."""
+        # mlx-lm's sequential path knows it later; until then it is -1.
+        count = -1 if self._first is None else self._first.prompt_cache_count
+        return None if count is None or count < 0 else int(count)
+
+    def taken(self) -> bool:
+        """The generation thread has it from now on; False: it has ended already."""
+        if not self._scheduler.take(self):
+            return False
+        self._place.taken()
+        return True
 
     def work(self) -> tuple[InFlight, Any, Any]:
         """What mlx-lm is to do: the request, or the rest of it."""
@@ -102,6 +124,7 @@ class InFlight(Request):
             self._scheduler.complete(self)
         elif isinstance(item, tuple):
             self._place.prefilled(*item)
+            self._scheduler.progress(self, *item)
             if self.state is not RequestState.HELD:
                 self.send(item)
         elif hasattr(item, "token"):
@@ -120,6 +143,7 @@ class InFlight(Request):
             self.stop_run()
         if not self._scheduler.begin(self):
             return
+        self._first = context
         context.stop = lambda: self._scheduler.cancel(self)
         context.tokenizer = self.tokenizer
         self.send(context)

@@ -25,6 +25,7 @@ from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .replay import Resumed
 from .scheduler import Scheduler
+from .step import Step
 
 __all__ = ["Parts"]
 
@@ -42,6 +43,7 @@ class Parts:
         scheduler: Scheduler[InFlight],
         headroom: Headroom,
         prefill: PrefillStep,
+        step: Step,
         end_alone: Callable[[Any, Exception], None],
         disk: KVTier | None,
         one_rank: bool,
@@ -49,6 +51,7 @@ class Parts:
         self._scheduler = scheduler
         self._headroom = headroom
         self._prefill = prefill
+        self._step = step
         self._disk = disk
         self._one_rank = one_rank
         self.own = OwnFailures(self._current, end_alone)
@@ -66,7 +69,8 @@ class Parts:
                 self._scheduler,
                 lambda: self._headroom.observer,
                 self.own,
-                self._prefill.went_well,
+                self._prefill,
+                self._step,
                 self._disk,
             )
         batch = cls(*args, **kwargs)

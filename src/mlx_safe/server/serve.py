@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, testing
+from .. import Fault, errors, install, on_fault, require, testing
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
 from ..kv.store import DISK_BYTES, Limits
-from . import access, http_server, ranks, supervisor
+from . import access, http_server, logs, ranks, supervisor
 from .body import Bodies
 from .configuration import printed, resolve
 from .flag_checks import check_flags
@@ -63,6 +63,7 @@ def serve(arguments: Sequence[str]) -> int:
     options = resolve(parser, arguments, os.environ, partial=True).values
     if options.help:
         return _print_help(parser)
+    logs.set_up(options.log_level, options.log_format)
     keys = access.read_keys(options.api_key, options.api_key_file)
     tls = None
     if options.ssl_certfile is not None:
@@ -79,6 +80,8 @@ def serve(arguments: Sequence[str]) -> int:
             options.port,
             options.hold_seconds,
             options.ssl_certfile,
+            options.log_level,
+            options.log_format,
         )
     home = None
     if ranks.is_one_of_many():
@@ -183,6 +186,7 @@ def run(
     )
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
+    _check_hooks(options.require_hooks)
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
@@ -247,6 +251,16 @@ def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) 
         )
 
 
+def _check_hooks(required: bool) -> None:
+    """On a Mac faults must be caught, or it is told; elsewhere there are no hooks."""
+    try:
+        require()
+    except RuntimeError as e:
+        if required:
+            raise CommandError(f"--require-hooks: {e}") from e
+        log.warning("Metal is not hooked, and a fault may end the process: %s", e)
+
+
 def _open_disk(options: argparse.Namespace) -> Directory | None:
     if options.kv_dir is None:
         return None
@@ -307,6 +321,7 @@ def _make_generator(
         Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
+        step_seconds=options.step_seconds,
         overflow=overflow,
         max_kv_size=options.max_kv_size,
         memory=MemoryFlags(

@@ -42,6 +42,7 @@ class ServedModel:
 
     Args:
         is_first: whether it is the model that the server was started with.
+        on_load, on_loaded: called before another is loaded, and afterwards.
         detokenizer: returns the detokenizer that is used in the place of mlx-lm's.
 
     Attributes:
@@ -57,6 +58,8 @@ class ServedModel:
         resumed: Resumed,
         *,
         is_first: Callable[[], bool],
+        on_load: Callable[[], None],
+        on_loaded: Callable[[], None],
         detokenizer: Callable[[Any], Any],
         max_kv_size: int | None,
         injections: bool,
@@ -69,6 +72,7 @@ class ServedModel:
         self._overflow = overflow
         self._resumed = resumed
         self._is_first = is_first
+        self._on_load, self._on_loaded = on_load, on_loaded
         self._detokenizer = detokenizer
         self._max_kv_size = max_kv_size
         self._injections = injections
@@ -117,6 +121,7 @@ class ServedModel:
 
     def _load_anew(self, *named: Any) -> None:
         ceiling = self._headroom.limits.static
+        self._on_load()
         facts = replace_model(self._provider, named, lambda: ceiling().size)
         model = self._provider.model
         assert model is not None
@@ -124,6 +129,7 @@ class ServedModel:
         self._overflow.compare(limits.context)
         self.loaded = (self.key, limits)
         self._resumed.width = facts.width
+        self._on_loaded()
 
     def _load_or_say_why(self, *named: Any) -> Any:
         # mlx-lm 0.31.3 forgets the adapters of its command line.

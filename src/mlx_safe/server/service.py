@@ -8,6 +8,7 @@ from typing import Protocol
 
 from .disconnects import Disconnects
 from .health import Health
+from .live import Live
 from .metrics import Metrics
 from .mlx_lm.protocols.models import ModelProvider
 from .mlx_lm.protocols.opaque import Progress
@@ -26,6 +27,7 @@ class Service(Protocol):
     """`generator.ProtectedResponseGenerator`, as any thread may use it."""
 
     health: Health
+    live: Live
     metrics: Metrics
     names: ModelNames
     disconnects: Disconnects

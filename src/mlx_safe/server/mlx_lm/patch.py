@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..._command import CommandError
+from .. import logs
 from . import compat
 from .protocols.models import ModelProvider
 from .protocols.opaque import Array
@@ -86,6 +87,8 @@ def run_main(
     _with_parser(server, Parsed)
     _replace(
         server,
+        # Whole requests and answers are in its lines.
+        logging=logs.for_mlx_lm(),
         run=lambda host, port, model_provider, **_: run(host, port, model_provider),
     )
     server.main()

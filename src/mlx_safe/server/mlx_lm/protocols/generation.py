@@ -28,6 +28,7 @@ class PromptBatch(Protocol):
 
     prompt_cache: list[Cache]
     prefill_step_size: int
+    prefill_batch_size: int
     # Row by row; tokens: those that are in the caches.
     uids: list[Uid]
     tokens: list[list[int]]
