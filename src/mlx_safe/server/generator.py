@@ -65,6 +65,7 @@ from .request import RUNNING, Disconnected, RequestState
 from .scheduler import Scheduler
 from .sequential import Sequential
 from .served_model import ServedModel, where
+from .status import Sources, Status, disk_of, versions
 from .watchdog import Watchdog
 
 __all__ = ["ProtectedResponseGenerator"]
@@ -174,10 +175,30 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.metrics,
             self._one_rank,
         )
+        self.status = self._make_status(prompt_cache)
         if home is not None and home.lifeline is not None:
             home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
+
+    def _make_status(self, prompt_cache: PromptCache) -> Status:
+        headroom = self.headroom
+        return Status(
+            Sources(
+                health=self.health,
+                requests=self.scheduler.snapshot,
+                queued=lambda: self.requests.qsize(),
+                memory=headroom.gauges,
+                lowered=lambda: headroom.limits.lowered,
+                prompt_cache=prompt_cache,
+                metrics=self.metrics,
+                events=lambda: self.scheduler.events,
+                tokens=lambda: self.scheduler.tokens,
+                model=lambda: next(iter(self.names.own), None),
+                about={"protection": _status_line(), **versions()},
+                disk=lambda: disk_of(self._disk),
+            )
+        )
 
     # -- called by handler threads -----------------------------------------
 

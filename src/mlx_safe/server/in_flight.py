@@ -121,6 +121,14 @@ class InFlight(Request):
         context.tokenizer = self.tokenizer
         self.send(context)
 
+    def snapshot(self) -> dict[str, Any]:
+        """Also its id and path, and how far its prompt has been read. Any thread."""
+        return {
+            **self._place.snapshot(),
+            **super().snapshot(),
+            "max_tokens": self._args.max_tokens,
+        }
+
     def begin_again(self) -> None:
         """This run makes the answer from its first token, the client's included."""
         self._scheduler.repeat(self)

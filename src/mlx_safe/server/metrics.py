@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from .. import _core, _reports
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+__all__ = ["CONTENT_TYPE", "Metrics", "samples_of"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -61,6 +61,7 @@ MEMORY_GAUGES = {
     "ceiling": "Bytes that may be active now",
     "ceiling_static": "Bytes that may be active when faults are forgotten",
     "model": "Bytes of the model",
+    "other": "Bytes that other programs hold, of the card or of the RAM",
     "prompt_cache_limit": "Bytes that the prompt cache may hold",
     "held": "Requests that wait for memory now",
     "running": "Requests that were admitted and run now",
@@ -96,6 +97,16 @@ class _Values(Collector):
         for name, text in self._texts.items():
             if name in values:
                 yield self._family(f"{self._prefix}_{name}", text, values[name])
+
+
+def samples_of(counter: Counter) -> list[tuple[dict[str, str], float]]:
+    """The labels and the value of each of a counter's samples. Any thread."""
+    return [
+        (sample.labels, sample.value)
+        for metric in counter.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    ]
 
 
 def _process_events() -> dict[str, float]:

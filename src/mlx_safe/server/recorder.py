@@ -48,10 +48,21 @@ class Place:
 
     def __init__(self, request: Any) -> None:
         self._id, path = _name(request)
+        self._path, self._since, self._to_read = path, time.monotonic(), 0
         self._place = _core.request_begin(self._id, path)
         self._prompt_tokens = -1
         self._prefilled = 0
         breadcrumb("request", "taken", id=self._id, path=path)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What reports and the status page know it by. Any thread."""
+        return {
+            "id": self._id,
+            "path": self._path,
+            "read_tokens": self._prefilled,
+            "to_read": self._to_read,
+            "seconds": round(time.monotonic() - self._since, 1),
+        }
 
     def begun(self, prompt_tokens: int) -> None:
         """mlx-lm has read the prompt."""
@@ -61,7 +72,7 @@ class Place:
 
     def prefilled(self, done: int, total: int) -> None:
         """So many tokens of what is to be read of the prompt have been read."""
-        self._prefilled = done
+        self._prefilled, self._to_read = done, total
         self._update(0)
         breadcrumb("prefill", "prefill", id=self._id, done=done, total=total)
 
@@ -83,17 +94,21 @@ class Place:
         )
 
 
-def start_sampler(memory_limits: Callable[[], dict[str, int]]) -> None:
+def start_sampler(
+    memory_limits: Callable[[], dict[str, int]], also: Callable[[], None]
+) -> None:
     """Samples memory now and once a second, and keeps the run file fresh.
 
     Args:
         memory_limits: arguments of `_reports.set_memory_limits`, read each time.
+        also: called each time as well.
     """
 
     def sample() -> None:
         _reports.set_memory_limits(**memory_limits())
         _reports.sample_memory(at_least_s=0.0)
         _reports.refresh_run_file()
+        also()
 
     def run() -> None:
         while True:

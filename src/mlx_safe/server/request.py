@@ -162,6 +162,22 @@ class Request:
         """Tokens that its caches have when the token is made that comes next."""
         return 0 if self.claim is None else self.claim.prompt + self.run.made + 1
 
+    def snapshot(self) -> dict[str, Any]:
+        """What is known of it now, JSON-able and without text. Any thread.
+
+        ``waits``: it is not at work: it waits for its turn, for memory or to be run
+        again. Tokens: of its prompt, as its present run has it, and made so far.
+        """
+        state, claim = self.state, self.claim
+        return {
+            "state": state.value,
+            "waits": state not in RUNNING,
+            "prompt_tokens": None if claim is None else claim.prompt,
+            "produced": len(self.produced),
+            "attempts": self.attempts,
+            "alone": self.run.alone,
+        }
+
     # What the scheduler needs done; the generation thread or, to end it, any.
 
     def send(self, item: Any) -> None:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..memory.budget import Decision
 from ..memory.demand import Row
@@ -75,7 +75,7 @@ class Scheduler(Generic[R]):
     """The requests in flight.
 
     Used by the generation thread; `fail`, `fail_everyone`, `disconnect`, `cancel`,
-    `requests` and ``len()`` by any.
+    `requests`, `snapshot` and ``len()`` by any.
 
     Args:
         attempts_max: how often a request is run again after faults; 0: nothing is.
@@ -122,6 +122,10 @@ class Scheduler(Generic[R]):
         with self._lock:
             found = list(self._in_flight)
         return [r for r in found if r.state in states] if states else found
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """`Request.snapshot` of all in flight, oldest first. Any thread."""
+        return [request.snapshot() for request in self.requests()]
 
     def held(self) -> list[R]:
         """Those that wait for memory, in the order of their line."""
