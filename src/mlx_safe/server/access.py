@@ -19,8 +19,8 @@ from .._command import CommandError
 from .replies import BadRequest, Reply, reply_for
 
 __all__ = [
-    *("KEY_RULE", "Access", "challenge", "is_key", "is_loopback", "read_keys"),
-    "refusal_body",
+    *("KEY_RULE", "STATUS", "Access", "challenge", "is_key", "is_loopback"),
+    *("read_keys", "refusal_body"),
 ]
 
 log = logging.getLogger("mlx_safe.server")

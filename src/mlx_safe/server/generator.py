@@ -18,7 +18,7 @@ import mlx.core as mx
 from .. import _core, _reports, errors
 from .asked import Asked
 from .disconnects import Disconnects
-from .first_model import load_first_model
+from .first_model import load_first_model, status_line
 from .headroom import Headroom, MemoryFlags
 from .health import Health
 from .in_flight import InFlight
@@ -56,6 +56,7 @@ from .request import Disconnected
 from .scheduler import Scheduler
 from .sequential import Sequential
 from .served_model import ServedModel
+from .status import Sources, Status, disk_of, versions
 from .step import Step
 from .watchdog import Watchdog
 
@@ -196,10 +197,29 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.metrics,
             self._one_rank,
         )
+        self.status = self._make_status(prompt_cache)
         if home is not None and home.lifeline is not None:
             home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
+
+    def _make_status(self, prompt_cache: PromptCache) -> Status:
+        headroom = self.headroom
+        return Status(
+            Sources(
+                health=self.health,
+                requests=self.live.requests,
+                memory=headroom.gauges,
+                lowered=lambda: headroom.limits.lowered,
+                prompt_cache=prompt_cache,
+                metrics=self.metrics,
+                events=lambda: self.scheduler.events,
+                tokens=lambda: self.scheduler.tokens,
+                model=lambda: next(iter(self.names.own), None),
+                about={"protection": status_line(), **versions()},
+                disk=lambda: disk_of(self._disk),
+            )
+        )
 
     # -- called by handler threads -----------------------------------------
 

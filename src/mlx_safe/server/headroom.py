@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..memory.budget import Decision, Situation
 from ..memory.demand import Demand, Row
 from ..memory.estimate import CacheCost, Transients
-from ..memory.machine import usage
+from ..memory.machine import others_hold, usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
 from . import admission
@@ -210,6 +210,11 @@ class Headroom:
             found["footprint"] = now.footprint
         if now.available is not None:
             found["available"] = now.available
+        machine = self.limits.machine
+        found["total"] = machine.card or machine.total
+        other = others_hold(machine, now)
+        if other is not None:
+            found["other"] = other
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> dict[str, int]:

@@ -91,6 +91,11 @@ class InFlight(Request):
         count = -1 if self._first is None else self._first.prompt_cache_count
         return None if count is None or count < 0 else int(count)
 
+    @property
+    def max_tokens(self) -> int:
+        """How many its answer may have."""
+        return int(self._args.max_tokens)
+
     def taken(self) -> bool:
         """The generation thread has it from now on; False: it has ended already."""
         if not self._scheduler.take(self):

@@ -124,11 +124,10 @@ def _print_help(own: Parser) -> int:
     try:
         parser = whole_parser(parser_of(requirements.import_server()))
     except CommandError:
-        own.print_help()
-        print("\nand the flags of mlx_lm.server, which cannot be asked:")
-        sys.stdout.flush()
+        print(own.format_help())
+        print("and the flags of mlx_lm.server, which cannot be asked:", flush=True)
         raise
-    parser.print_help()
+    print(parser.format_help(), end="")  # argparse's own swallows a closed pipe
     return 0
 
 
@@ -230,7 +229,9 @@ def run(
     generator = _make_generator(
         options, overflow, model_provider, injections, ready, home, disk
     )
-    start_sampler(generator.headroom.figures, generator.figures)
+    start_sampler(
+        generator.headroom.figures, generator.figures, generator.status.sample
+    )
     with watch:
         if httpd is None:
             _follow_the_first(generator)

@@ -19,6 +19,7 @@ from .mlx_lm.protocols.requests import (
     Response,
 )
 from .model_names import ModelNames
+from .status import Status
 
 __all__ = ["Service"]
 
@@ -28,6 +29,7 @@ class Service(Protocol):
 
     health: Health
     live: Live
+    status: Status
     metrics: Metrics
     names: ModelNames
     disconnects: Disconnects
