@@ -103,9 +103,9 @@ sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests u
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
 	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
 
-# Minutes of all cores; not in CI. `make mutants ARGS='ledger --only is_closed'` for a part.
-mutants:  ## changes the ledger's code in one place at a time: does a test notice?
-	nice -n 10 $(PYTHON) tools/mutants.py $(ARGS)
+# An hour of two cores; not in CI. `make mutants ARGS='ledger --only is_closed'` for a part.
+mutants: $(VENVS)/observe.ready  ## changes ledger, scheduler, admission in one place at a time: does a test notice?
+	nice -n 10 $(VENVS)/observe/bin/python tools/mutants.py $(ARGS)
 
 coverage-native: build/native-coverage.stamp $(VENVS)/coverage.ready  ## what the native tests run of the C++
 	find build/native-coverage -name '*.gcda' -delete

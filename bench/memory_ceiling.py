@@ -79,7 +79,7 @@ def run(model: Path, load: Load, *flags: str) -> Result:
         for thread in threads:
             thread.join()
         result.seconds = time.perf_counter() - begin
-        result.peak = server.metric("mlx_safe_memory_peak ")
+        result.peak = server.metric("mlx_safe_memory_peak_bytes")
         result.reused_tokens = server.metric(
             "mlx_safe_prompt_cache_reused_tokens_total"
         )

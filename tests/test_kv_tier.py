@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +10,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm import load
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_safe import testing
 from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.store import Limits
 from mlx_safe.server.mlx_lm import kv_tier
+from mlx_safe.server.mlx_lm.kv_layout import to_bytes
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 
 TOKENS = [3 + n % 50 for n in range(600)]
@@ -88,7 +88,7 @@ def test_what_comes_back_is_the_same_bit_for_bit(
 def test_a_fault_while_bytes_are_taken(
     provider: Any, tier: KVTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = kv_tier._bytes
+    take = to_bytes
 
     def failing(x: mx.array) -> bytes:
         if not done:
@@ -97,7 +97,7 @@ def test_a_fault_while_bytes_are_taken(
 
     done: list[Any] = []
     caches = cached(provider)
-    monkeypatch.setattr(kv_tier, "_bytes", failing)
+    monkeypatch.setattr(kv_tier, "to_bytes", failing)
     tier.capture(provider.model_key, TOKENS, caches)
     assert done
     tier.confirm()
@@ -158,23 +158,3 @@ def test_another_model_does_not_get_them(
     provider.model_key = (str(other), None, None)
     tier.model_loaded(provider)
     assert tier.restore(provider.model_key, TOKENS, 0) is None
-
-
-def test_a_kind_of_cache_that_is_not_proven_stays_in_memory(
-    provider: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    provider.model.make_cache = lambda: [
-        RotatingKVCache(max_size=32) for _ in provider.model.layers
-    ]
-    tier = KVTier(Directory(tmp_path / "kv"), Limits(10**9, free=0))
-    tier.model_loaded(provider)
-    tier.model_loaded(provider)
-    said = [r for r in caplog.records if "stay in memory" in r.getMessage()]
-    assert len(said) == 1
-    assert "RotatingKVCache" in said[0].getMessage()
-    caches = provider.model.make_cache()
-    tier.capture(provider.model_key, TOKENS, caches)
-    assert tier.restore(provider.model_key, TOKENS, 0) is None
-    tier.close()
-    tier.store.close()

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pytest
 
 from support import child
+from support.programs import program
 from support.server import Server, free_port
 
 
@@ -363,17 +364,7 @@ def test_sigterm_ends_it_quietly(tiny_model: Path) -> None:
 
 def test_health_and_clients_wait_for_the_model(tiny_model: Path) -> None:
     """While the model loads, /health says so and an early request waits."""
-    slow = """
-import sys
-import mlx_lm.server as server
-load = server.ModelProvider.load_default
-def slowly(self):
-    sys.stdin.readline()
-    load(self)
-server.ModelProvider.load_default = slowly
-from mlx_safe.cli import main
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+    slow = program("loads_when_asked")
     with Server(tiny_model, program=slow) as server:
         server.wait_listening()
         messages = [{"role": "user", "content": "early"}]

@@ -54,7 +54,7 @@ def test_a_server_at_rest(server: Server, tiny_model: Path) -> None:
     assert found["server"]["reason"] is None
     assert found["server"]["model"] == str(tiny_model)
     assert found["server"]["pid"] == server.process.pid
-    assert found["requests"]["in_flight"] == found["requests"]["queued"] == 0
+    assert found["requests"]["in_flight"] == found["requests"]["waiting"] == 0
     memory = found["memory"]
     assert memory["ceiling"] == 10**9
     parts = memory["parts"]
@@ -116,8 +116,9 @@ def test_who_waits(server: Server) -> None:
     with first, server.chatting(2, max_tokens=2, seed=2), held(server):
         server.wait_for_clients(3)
         found = status(server)["requests"]
-    assert found["in_flight"] + found["queued"] == 3
-    assert found["waiting"] + found["queued"] == 2
+    assert found["in_flight"] == 3
+    assert found["waiting"] == 2
+    assert {r["state"] for r in found["list"]} == {"decode", "queued"}
 
 
 def test_faults_and_replays_are_marks(server: Server) -> None:

@@ -27,6 +27,8 @@ __all__ = [
     "remove_run_file",
     "sample_memory",
     "set_memory_limits",
+    "set_server",
+    "stacks",
     "start",
     "stop",
     "suppressed",
@@ -84,6 +86,8 @@ class _State:
         self.run_file_at = float("-inf")
         self.peak = -1
         self.ceiling = -1
+        self.context: dict[str, object] = {}
+        self.context_lock = threading.Lock()
 
 
 _state = _State()
@@ -104,7 +108,10 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
         None if directory is None else os.fsencode(directory),
         os.path.basename(sys.argv[0] if sys.argv else "").encode(errors="replace"),
     )
-    if not _core.set_report_context({**_machine(), **context}):
+    with _state.context_lock:
+        _state.context = {**_machine(), **context}
+        fits = _core.set_report_context(_state.context)
+    if not fits:
         return "crash reports are without versions and hooks: they take over 16 KB"
     if directory is None:
         return None
@@ -256,6 +263,13 @@ def _log_failure(directory: str) -> None:
     )
 
 
+def stacks() -> str:
+    """The Python stacks of all threads, with their names; takes milliseconds."""
+    import tempfile
+
+    return _python_stacks(_state.directory or tempfile.gettempdir())
+
+
 def _python_stacks(directory: str) -> str:
     import faulthandler
 
@@ -297,6 +311,19 @@ def _with_names(stacks: str) -> str:
         else:
             others.append(block)
     return "\n\n".join(others + own) + "\n"
+
+
+def set_server(facts: Mapping[str, object]) -> None:
+    """Each report tells of a server, too, from now on: JSON-able figures, no text.
+
+    Any thread; not more often than once a second, as a crash may be reading it.
+    """
+    with _state.context_lock:
+        told = {**_state.context, "server": dict(facts)}
+        if told == _state.context:
+            return
+        if _core.set_report_context(told):
+            _state.context = told
 
 
 def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:

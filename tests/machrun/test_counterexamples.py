@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from .runner import Machine
+from .samples import changed, commands, signed_again
 from .setup.packages import get_ours
 from .setup.places import MAIN, PYTHONS
-from .test_loader import OURS, changed, commands, signed_again
+from .test_loader import OURS
 
 SECTION, SEGMENT = 80, 72
 

@@ -41,22 +41,7 @@ CONTROLLED = program("controlled_server")
 
 # The protected server, which after too many faults refuses for an hour. SIGUSR1: the
 # hour has passed.
-REFUSING = """
-import signal, sys, time
-from types import SimpleNamespace
-from mlx_safe.cli import main
-from mlx_safe.server import health, recovery
-recovery.REFUSE_FOR_S = 3600.0
-passed = 0.0
-def pass_the_hour(*_):
-    global passed
-    passed = 3600.0
-signal.signal(signal.SIGUSR1, pass_the_hour)
-health.time = SimpleNamespace(
-    sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
-)
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+REFUSING = program("refuses_for_an_hour")
 
 # mlx-lm looks for new requests when a batch has run for half a second.
 BATCH_RUNS_S = 0.6
@@ -239,15 +224,31 @@ class Server:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples."""
-        lines = self.get("/metrics").body.splitlines()
-        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples, of those with these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics").body.splitlines()
+            if line.startswith(name) and all(pair in line for pair in wanted)
+        )
+
+    def is_well(self) -> bool:
+        """What /health says; its figures besides are of the moment."""
+        answer = self.get("/health")
+        status = {True: 200, False: 503}[answer.json["status"] == "ok"]
+        assert answer.status == status
+        return answer.status == 200
 
     def wait_for_requests(self, count: int) -> None:
         """Waits until so many requests have been taken."""
-        taken = "mlx_safe_requests_in_flight"
-        assert eventually(lambda: self.metric(taken) >= count), self.log
+
+        def taken() -> float:
+            return self.metric("mlx_safe_requests_in_flight") - self.metric(
+                'mlx_safe_requests_in_state{state="queued"}'
+            )
+
+        assert eventually(lambda: taken() >= count), self.log
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
         """Waits for a line, which comes on a way of its own: after an answer, say."""
@@ -256,7 +257,7 @@ class Server:
     @property
     def disconnects(self) -> int:
         """How many clients the log says went away before they had their answer."""
-        return self.log.count("went away; its request is cancelled")
+        return self.log.count("outcome=client_left")
 
     @property
     def log(self) -> str:

@@ -81,11 +81,6 @@ class Endpoints(Responses):
         else:
             super()._set_cors_headers()
 
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """Notes the status; not of the status page, which asks again and again."""
-        if self.path.partition("?")[0] not in STATUS:
-            super().log_request(code, size)
-
     def _listed(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.created}
 
@@ -110,7 +105,8 @@ class Endpoints(Responses):
         if reason is None and not thread.is_alive():
             reason = "the generation thread has ended"
         if reason is None:
-            self.send_json(200, {"status": "ok"})
+            body = {"status": "ok"}
         else:
             body = {"status": "unavailable", "state": health.state, "reason": reason}
-            self.send_json(503, body)
+        live = self.response_generator.live.summary()
+        self.send_json(503 if reason else 200, {**body, **live})

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .._command import CommandError
-from .mlx_lm.protocols import CliArgs
+from .mlx_lm.protocols.models import CliArgs
 from .replies import BadRequest
 
 __all__ = ["check_flags", "check_paths"]

@@ -6,7 +6,7 @@ import argparse
 
 from .._command import Parser
 from ..memory.sizes import parse_size
-from . import supervisor
+from . import logs, supervisor
 from .access import KEY_RULE, is_key
 from .body import DEFAULT_MAX_BYTES
 
@@ -20,9 +20,11 @@ PROMPTS = "prompts"
 MEMORY = "memory"
 DISK = "KV caches on disk"
 RECOVERY = "when something fails"
+LOG = "the log"
 MORE = "more of mlx_lm.server"
 GROUPS = (
-    *(CONFIGURATION, MODEL, ACCESS, ANSWERS, PROMPTS, MEMORY, DISK, RECOVERY, MORE),
+    *(CONFIGURATION, MODEL, ACCESS, ANSWERS, PROMPTS),
+    *(MEMORY, DISK, RECOVERY, LOG, MORE),
 )
 
 # Where a flag of mlx-lm's stands in the help; one that is not here is in `MORE`.
@@ -31,7 +33,6 @@ MLX_LM_GROUPS = {
     **dict.fromkeys(("trust_remote_code", "num_draft_tokens"), MODEL),
     **dict.fromkeys(("chat_template", "use_default_chat_template"), MODEL),
     "allowed_origins": ACCESS,
-    "log_level": CONFIGURATION,
     **dict.fromkeys(("temp", "top_p", "top_k", "min_p", "max_tokens"), ANSWERS),
     "chat_template_args": ANSWERS,
     **dict.fromkeys(("decode_concurrency", "prompt_concurrency"), MEMORY),
@@ -61,6 +62,7 @@ def own_parser() -> Parser:
     _add_memory_flags(groups[MEMORY])
     _add_disk_flags(groups[DISK])
     _add_recovery_flags(groups[RECOVERY])
+    _add_log_flags(groups[LOG])
     return parser
 
 
@@ -141,12 +143,33 @@ def _add_access_flags(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _add_log_flags(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--log-level",
+        type=str.upper,
+        choices=logs.LEVELS,
+        default="INFO",
+        help="what is logged, the line of each request (INFO) among it (default: INFO)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        default="text",
+        help="how: as text, or an object of JSON a line (default: text)",
+    )
+
+
 def _add_recovery_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--allow-untested-mlx-lm",
         action="store_true",
         help="start with an mlx-lm that is newer than the tested ones, if it has "
         "all that this server needs",
+    )
+    parser.add_argument(
+        "--require-hooks",
+        action="store_true",
+        help="on a Mac, do not start where faults of the GPU cannot be caught",
     )
     parser.add_argument(
         "--replay-attempts",
@@ -163,6 +186,14 @@ def _add_recovery_flags(parser: argparse._ActionsContainer) -> None:
         metavar="SECONDS",
         help="a generation step without progress for so long is fatal: clients get a "
         "503, and the process ends with status 75; 0: never (default: 600)",
+    )
+    parser.add_argument(
+        "--step-seconds",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long a step of a prompt may take: as many tokens are read in one; "
+        "0: --prefill-step-size alone counts (default: 5)",
     )
     parser.add_argument(
         "--keepalive-after",

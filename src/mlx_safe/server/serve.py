@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, testing
+from .. import Fault, errors, install, on_fault, require, testing
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
-from ..kv.store import Limits
-from . import access, http_server, ranks, supervisor
+from ..kv.store import DISK_BYTES, Limits
+from . import access, http_server, logs, ranks, supervisor
 from .body import Bodies
 from .configuration import printed, resolve
 from .flag_checks import check_flags
@@ -25,7 +25,8 @@ from .handover import Handover, Message
 from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
 from .mlx_lm.patch import parser_of, patch, run_main
-from .mlx_lm.protocols import ModelProvider, Server
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.server import Server
 from .replies import a_start_takes
 from .tls import Tls
 
@@ -35,11 +36,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .generator import ProtectedResponseGenerator
     from .overflow import Overflow
+    from .parts import Parts
 
 log = logging.getLogger("mlx_safe.server")
-
-# With --kv-dir alone.
-KV_DISK_BYTES = 20 * 10**9
 
 # How long a fatal fault waits for a generator that is still being made.
 GENERATOR_WAIT_S = 5.0
@@ -64,6 +63,7 @@ def serve(arguments: Sequence[str]) -> int:
     options = resolve(parser, arguments, os.environ, partial=True).values
     if options.help:
         return _print_help(parser)
+    logs.set_up(options.log_level, options.log_format)
     keys = access.read_keys(options.api_key, options.api_key_file)
     tls = None
     if options.ssl_certfile is not None:
@@ -80,6 +80,8 @@ def serve(arguments: Sequence[str]) -> int:
             options.port,
             options.hold_seconds,
             options.ssl_certfile,
+            options.log_level,
+            options.log_format,
         )
     home = None
     if ranks.is_one_of_many():
@@ -183,10 +185,11 @@ def run(
     )
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
+    _check_hooks(options.require_hooks)
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
-    from .mlx_lm.handler import ProtectedHandler
+    from .handler import ProtectedHandler
     from .recorder import start_sampler
 
     is_first = mx.distributed.init().rank() == 0
@@ -207,7 +210,12 @@ def run(
     httpd = http_server.bind(host, port, handle, tls) if is_first else None
     if httpd is not None:
         _tell_address(httpd, host, may_ask)
-    patch(server, lambda: generator)
+
+    def parts() -> Parts:
+        assert generator is not None
+        return generator.parts
+
+    patch(server, parts)
 
     handover = Handover.of_environment() if httpd is None else httpd.handover
 
@@ -221,7 +229,9 @@ def run(
     generator = _make_generator(
         options, overflow, model_provider, injections, ready, home, disk
     )
-    start_sampler(generator.headroom.figures, generator.status.sample)
+    start_sampler(
+        generator.headroom.figures, generator.figures, generator.status.sample
+    )
     with watch:
         if httpd is None:
             _follow_the_first(generator)
@@ -240,6 +250,16 @@ def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) 
             "whoever reaches it can use this server",
             host,
         )
+
+
+def _check_hooks(required: bool) -> None:
+    """On a Mac faults must be caught, or it is told; elsewhere there are no hooks."""
+    try:
+        require()
+    except RuntimeError as e:
+        if required:
+            raise CommandError(f"--require-hooks: {e}") from e
+        log.warning("Metal is not hooked, and a fault may end the process: %s", e)
 
 
 def _open_disk(options: argparse.Namespace) -> Directory | None:
@@ -295,13 +315,14 @@ def _make_generator(
     cli_args = model_provider.cli_args
     prompt_cache = PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes)
     if disk is not None:
-        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or KV_DISK_BYTES))
+        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or DISK_BYTES))
     return ProtectedResponseGenerator(
         model_provider,
         prompt_cache,
         Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
+        step_seconds=options.step_seconds,
         overflow=overflow,
         max_kv_size=options.max_kv_size,
         memory=MemoryFlags(

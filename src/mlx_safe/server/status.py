@@ -60,7 +60,6 @@ class Sources:
 
     Attributes:
         requests: a snapshot of those in flight, oldest first.
-        queued: how many wait that the generation thread has not taken yet.
         memory: as `Headroom.gauges`. lowered: why the ceiling is low; None: it is not.
         counts: how often so far, by name. tokens: tokens passed on so far.
         about: facts that do not change. model: its name.
@@ -69,7 +68,6 @@ class Sources:
 
     health: Health
     requests: Callable[[], list[dict[str, Any]]]
-    queued: Callable[[], int]
     memory: Callable[[], dict[str, float]]
     lowered: Callable[[], str | None]
     prompt_cache: Any
@@ -122,13 +120,12 @@ class Status:
         parts = self._memory()["parts"]
         shown = [round(parts[name]) for name in FIELDS[1:6]]
         requests = self._from.requests()
-        waiting = sum(r["waits"] for r in requests) + self._from.queued()
         return [
             round(time.time(), 1),
             *shown,
             round(self._from.memory()["ceiling"]),
             len(requests),
-            waiting,
+            sum(r["waits"] for r in requests),
             self._from.tokens(),
         ]
 
@@ -193,7 +190,6 @@ class Status:
             "requests": {
                 "in_flight": len(requests),
                 "waiting": sum(r["waits"] for r in requests),
-                "queued": self._from.queued(),
                 "list": requests[:REQUESTS_MAX],
                 "left_out": max(0, len(requests) - REQUESTS_MAX),
                 "outcomes": _by_label(self._from.metrics.requests, "outcome"),

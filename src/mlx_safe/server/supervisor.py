@@ -10,6 +10,7 @@ client on a thread of its own, so that a slow one delays no other.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 
 from .. import _core
 from .._command import CommandError, Parser
-from . import handover, ranks
+from . import handover, logs, ranks
 from .handover import Message
 from .holding import Holding
 
@@ -37,6 +38,8 @@ __all__ = [
     "replace_this_process",
     "start_took",
 ]
+
+log = logging.getLogger("mlx_safe.supervisor")
 
 LISTEN_FD = "MLX_SAFE_LISTEN_FD"
 # Of the server: when it was started, and how long the one before took until its model
@@ -62,6 +65,8 @@ def replace_this_process(
     port: int,
     hold_s: float,
     certificate: str | None,
+    log_level: str,
+    log_format: str,
 ) -> None:
     """Becomes the supervisor, in which nothing of mlx_safe is installed.
 
@@ -70,7 +75,8 @@ def replace_this_process(
             others are those that hold here, wherever they come from.
     """
     arguments = [*arguments, f"--host={host}", f"--port={port}"]
-    arguments.append(f"--hold-seconds={hold_s}")
+    arguments += [f"--hold-seconds={hold_s}", f"--log-level={log_level}"]
+    arguments.append(f"--log-format={log_format}")
     if certificate is not None:
         arguments.append(f"--ssl-certfile={certificate}")
     os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
@@ -96,12 +102,6 @@ def start_took(ready: bool) -> float | None:
         return time.monotonic() - float(os.environ[BORN_S])
     last = os.environ.get(LAST_START_S)
     return None if last is None else float(last)
-
-
-def say(text: str) -> None:
-    """One line on stderr, where the server logs."""
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{now} - SUPERVISOR - {text}", file=sys.stderr, flush=True)
 
 
 def how_it_ended(status: int) -> str:
@@ -153,16 +153,19 @@ class Supervisor:
             if self._crashes > CRASHES_MAX:
                 self._holding.refuse_all()
                 how = how_it_ended(status)
-                say(
-                    f"the server has ended {self._crashes} times in a row without a "
-                    f"completed request, the last time {how}: giving up. The "
-                    "log above says why. `mlx-safe reports` lists the crash reports"
+                log.error(
+                    "the server has ended %d times in a row without a completed "
+                    "request, the last time %s: giving up. The log above says why. "
+                    "`mlx-safe reports` lists the crash reports",
+                    self._crashes,
+                    how,
                 )
                 return 1
             delay = BACK_OFF_S[min(self._crashes, len(BACK_OFF_S)) - 1]
-            say(
-                f"the server has ended {how_it_ended(status)}; starting it again "
-                f"in {delay:.0f} s; {len(self._holding)} connections wait for it"
+            log.warning(
+                "the server has ended %s; starting it again in %.0f s; "
+                "%d connections wait for it",
+                *(how_it_ended(status), delay, len(self._holding)),
             )
             self._hold_until(time.monotonic() + delay)
             if self._stopping:
@@ -208,7 +211,7 @@ class Supervisor:
                         stdin=subprocess.DEVNULL,
                     )
                 except OSError as e:  # no memory, no process: that may pass
-                    say(f"the server cannot be started: {e.strerror}")
+                    log.error("the server cannot be started: %s", e.strerror)
                     return 1
             if self._stopping:
                 self._child.terminate()
@@ -232,7 +235,7 @@ class Supervisor:
             return False
         message, key, files = got
         if message is Message.LISTENS:
-            say("the server listens")
+            log.info("the server listens")
             self._holding.give_to(channel)
         elif message is Message.READY:
             self._holding.last_start_s = time.monotonic() - self._born
@@ -273,6 +276,14 @@ def cannot_listen(host: str, port: int, error: OSError) -> CommandError:
     )
 
 
+def _set_up_log(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="mlx-safe serve", add_help=False)
+    parser.add_argument("--log-level", type=str.upper, default="INFO")
+    parser.add_argument("--log-format", default="text")
+    known, _ = parser.parse_known_args(list(arguments))
+    logs.set_up(known.log_level, known.log_format, name="SUPERVISOR")
+
+
 def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float, bool]:
     """The socket, how long a request is held, and whether connections are plain."""
     parser = Parser(prog="mlx-safe serve", add_help=False)
@@ -303,6 +314,7 @@ def _allow_many_files() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Opens the socket and runs servers with ``arguments`` on it."""
+    _set_up_log(arguments)
     try:
         listener, hold_s, is_plain = _listen(arguments)
     except CommandError as e:

@@ -20,7 +20,8 @@ import mlx.nn as nn
 
 from ..replies import BadRequest, is_of_all
 from . import compat
-from .protocols import LogitsProcessorArguments, Model
+from .protocols.models import Model
+from .protocols.requests import LogitsProcessorArguments
 
 __all__ = ["ModelFacts", "look_at"]
 

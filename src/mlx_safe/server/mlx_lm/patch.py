@@ -12,8 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 from ..._command import CommandError
+from .. import logs
 from . import compat
-from .protocols import Array, GenerationArguments, ModelProvider, Server, Tokenizer
+from .protocols.models import ModelProvider
+from .protocols.opaque import Array
+from .protocols.requests import GenerationArguments
+from .protocols.server import Server
+from .protocols.text import Tokenizer
 
 __all__ = ["parser_of", "patch", "run_main"]
 
@@ -82,37 +87,42 @@ def run_main(
     _with_parser(server, Parsed)
     _replace(
         server,
+        # Whole requests and answers are in its lines.
+        logging=logs.for_mlx_lm(),
         run=lambda host, port, model_provider, **_: run(host, port, model_provider),
     )
     server.main()
 
 
-def patch(server: Server, generator: Callable[[], Any]) -> None:
-    """Sends mlx-lm's functions through ``generator``, which need not exist yet.
+def patch(server: Server, parts: Callable[[], Any]) -> None:
+    """Sends mlx-lm's functions through ``parts``, which need not exist yet.
 
     Main thread, once, before the generation thread starts.
 
     Args:
         server: the module ``mlx_lm.server``; it stays changed.
-        generator: gives the `ProtectedResponseGenerator`; called on its thread.
+        parts: gives the generator's `Parts`; called on its thread.
     """
-    from ..logprobs import top_logprobs
-
     compat.keep_processors_in_place()
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
-    make_processors = server._make_logits_processors
+    make_processors, stream = server._make_logits_processors, server.stream_generate
 
     def sampler(args: GenerationArguments, tokenizer: Tokenizer) -> Any:
-        return generator().resume_sampler(make_sampler, args, tokenizer)
+        return parts().sampler(make_sampler, args, tokenizer)
 
     def processors(args: GenerationArguments) -> Any:
-        return generator().resume_processors(make_processors, args)
+        return parts().processors(make_processors, args)
 
     def format_top(logprobs: Array, top_n: int, tokenizer: Tokenizer) -> Any:
-        return generator().top_logprobs(top_logprobs, logprobs, top_n, tokenizer)
+        if top_n <= 0:
+            return ()
+        return parts().top_logprobs(logprobs, top_n, tokenizer)
+
+    def stream_alone(*args: Any, **kwargs: Any) -> Any:
+        return parts().stream_alone(stream(*args, **kwargs))
 
     def batch(*args: Any, **kwargs: Any) -> Any:
-        return generator().make_batch(make_batch, *args, **kwargs)
+        return parts().batch(make_batch, *args, **kwargs)
 
     _replace(
         server,
@@ -122,4 +132,5 @@ def patch(server: Server, generator: Callable[[], Any]) -> None:
         _make_logits_processors=processors,
         _format_top_logprobs=format_top,
         BatchGenerator=batch,
+        stream_generate=stream_alone,
     )

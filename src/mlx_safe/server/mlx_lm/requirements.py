@@ -9,7 +9,8 @@ from typing import cast
 
 from ..._command import MLX, CommandError, in_one_line, need_mlx
 from ..._mlx_versions import parse_version
-from .protocols import CliArgs, ModelProvider, Server
+from .protocols.models import CliArgs, ModelProvider
+from .protocols.server import Server
 from .seams import missing_of_provider, missing_seams
 
 __all__ = [

@@ -19,7 +19,8 @@ import mlx.core as mx
 from ..replies import BadRequest
 from . import compat
 from .model_facts import ModelFacts
-from .protocols import Array, Cache, Model
+from .protocols.models import Cache, Model
+from .protocols.opaque import Array
 
 __all__ = ["fit", "fixed_caches", "no_draft", "why_not_draftable"]
 
