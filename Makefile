@@ -86,6 +86,12 @@ FUZZ_S ?= 300
 fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+# Not in CI. SEED=N: the load and the faults of that run again.
+MINUTES ?= 10
+.PHONY: soak
+soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
+	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 # Of the Python half, by all tests of one pair; its children are counted. What fails
 # is said, and counts as well.
 COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(VENVS)/observe/bin/python -m coverage

@@ -244,7 +244,6 @@ def test_a_draft_models_caches_are_kept_beside_the_targets(
         assert_equal(logits(one, restored[part]), logits(one, plain))
 
 
-@pytest.mark.skipif(not NEW, reason="mlx-lm 0.31.3's server has no --kv-bits")
 def test_quantized_caches_come_back_where_they_ended(
     keep: Callable[..., Kept],
 ) -> None:
@@ -318,6 +317,8 @@ def others(good: Any, pieces: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
         yield states(assign(window, 0, 0, value)), pieces
     for value in (-1, 33, 10**12):
         yield states(assign(window, 0, 1, value)), pieces
+    for value in (-1, 5):
+        yield states(assign(window, 0, 2, value)), pieces
     listed: Any
     for listed in (
         ["float32", 1, 1, 2, 8],
@@ -344,3 +345,32 @@ def others(good: Any, pieces: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
     yield good, [*pieces, b"more"]
     yield good, [*pieces[:-1], pieces[-1][:-4]]
     yield good, pieces[::-1]
+
+
+def test_a_long_prompts_snapshots_go_one_for_the_next(
+    keep: Callable[..., Kept],
+) -> None:
+    """On the sequential path; what a fault leaves reaches back a block and a step."""
+    kept = keep("mamba2")
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    text = [*TEXT, *TEXT, *TEXT]
+    request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
+    tier.current = lambda: request
+    caches = tier.follow(kept.key, text, None, 0)
+    kept_ends = []
+    for at in range(0, 900, 100):
+        read(model, text[at : at + 100], caches)
+        tier.checkpoint_alone(request, at + 100)
+        kept.settle()
+        kept_ends.append(sorted(n.end for n in nodes(tier)))
+    assert kept_ends == [[], [], *[[300]] * 3, *[[600]] * 3, [900]]
+    tier.fail(stray=False)
+    tier.confirm()
+    restored, length = kept.restore(text)
+    assert length == 900
+    assert_equal(logits(model, restored), logits(model, caches))
+
+
+def nodes(tier: KVTier) -> list[Node]:
+    return [entry.node for entry in tier.store._index.values()]

@@ -6,6 +6,8 @@ import sys
 
 
 def child():
+    import mlx.core  # noqa: F401
+
     print("spawned", "mlx_safe" in sys.modules, flush=True)
 
 
@@ -15,4 +17,6 @@ if __name__ == "__main__":
     process = multiprocessing.get_context("spawn").Process(target=child)
     process.start()
     process.join()
+    import mlx.core  # noqa: F401
+
     print("executed", "mlx_safe" in sys.modules)

@@ -3,8 +3,8 @@
 mlx-lm's own way ends with a 500 at what a model may write, and has no place for
 more than one choice or for log-probabilities in a stream. So its handler only says
 what is to be generated (`asked.Asked`) and what the frame of an answer looks
-like (``generate_response``); what goes into it is decided here: an `Answer` reads
-its choices (`choices`) and sends what they have.
+like (``generate_response``). What goes into it is decided here: an `Answer` reads its
+choices (`choices`) and sends what they have.
 """
 
 from __future__ import annotations

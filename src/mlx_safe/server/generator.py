@@ -1,9 +1,8 @@
 """The generation thread that outlives its failures.
 
-`ProtectedResponseGenerator` runs mlx-lm's own ``_generate`` again after an
-exception has left it, on the same thread: a new thread could not use the
-arrays of the old one's stream ("There is no Stream(cpu, 0) in current thread",
-MLX 0.32).
+`ProtectedResponseGenerator` runs mlx-lm's own ``_generate`` again after an exception
+has left it, on the same thread. A new thread could not use the arrays of the old one's
+stream ("There is no Stream(cpu, 0) in current thread", MLX 0.32).
 """
 
 from __future__ import annotations
@@ -444,9 +443,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
-        # nothing to do, so a thread that does not move is in a step that hangs; also
-        # when its clients have left, and those that come later wait in the queue.
-        # With more than one rank the step may be the meeting in such a turn.
+        # nothing to do, so a thread that does not move is in a step that hangs. Its
+        # clients may have left, and those that come later wait in the queue. With more
+        # than one rank the step may be the meeting in such a turn.
         return self.health.state not in ("loading", "failed")
 
     def _on_caught(self, request: InFlight, exc: Exception) -> None:

@@ -1,12 +1,12 @@
 """A request as mlx-lm has it: in the place of the queue that it answers on.
 
-mlx-lm gives each request a queue and, from its generation thread, puts on it:
-a ``GenerationContext``, then any number of (done, total) progress tuples and
-``Response`` objects, and at the end None or an exception. An `InFlight` stands in
-for that queue, so it sees all of it, on the batched and the sequential path and
-in every supported version, without a look into mlx-lm's frames. It tells the
-scheduler of it, which knows so which tokens the client has, and the request can be
-run again from there.
+mlx-lm gives each request a queue, on which its generation thread puts a
+``GenerationContext``. Then come any number of (done, total) progress tuples and
+``Response`` objects, and at the end None or an exception. An `InFlight` stands in for
+that queue, so it sees all of it without a look into mlx-lm's frames: on the batched and
+the sequential path, in every supported version. It passes it on to the scheduler. So
+the scheduler knows which tokens the client has, and the request can be run again from
+there.
 """
 
 from __future__ import annotations

@@ -247,10 +247,10 @@ class Recovery:
     ) -> None:
         """Drops whatever the failure may have left unwritten, or may be due to.
 
-        Arrays of a failed evaluation read as valid afterwards (both regimes), so
-        the batch goes, whose only owners are the frames of the traceback: it is
-        free as soon as they are clear. Entries of the prompt cache that were
-        complete before the fault may stay.
+        Arrays of a failed evaluation read as valid afterwards (both regimes), so the
+        batch goes. Its only owners are the frames of the traceback: it is free as soon
+        as they are clear. Entries of the prompt cache that were complete before the
+        fault may stay.
         """
         clear_frames(exc)
         if self._prompt_cache.disk is not None:

@@ -1,8 +1,8 @@
 """Going on in the middle of an answer.
 
-`Resumed` makes mlx-lm do it: the tokens that the client has become part of the prompt,
-and whatever mlx-lm derives from tokens one by one (text, stop words, the sampler's
-random state) is brought to where it was.
+`Resumed` makes mlx-lm do it. The tokens that the client has become part of the prompt.
+Whatever mlx-lm derives from tokens one by one (text, stop words, the sampler's random
+state) is brought to where it was.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Who runs next, and what has become of whom: the only writer of a request's state.
 
-The generation thread tells the `Scheduler` what happens (a request came, a token, a
-step, a failure), any thread that a client has left; it answers which request mlx-lm is
-to have next, and which must leave a batch. It looks at no clock but the one it is
-given, and neither at MLX nor at mlx-lm.
+The generation thread calls the `Scheduler` for what happens: a request came, a token, a
+step, a failure. Any thread calls it when a client has left. It answers which request
+mlx-lm is to have next, and which must leave a batch. It looks at no clock but the one
+it is given, and neither at MLX nor at mlx-lm.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ class Scheduler(Generic[R]):
         """
         now = self._clock()
         deadline = now + self._patience(request)
-        if request.line is not None and request.claim is not None:
+        if request.claim is not None:  # it has been held since it asked
             deadline = request.claim.deadline
         request.claim = claim = Claim(prompt, total, deadline)
         found = self._judge(request, claim, reusable)

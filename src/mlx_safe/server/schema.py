@@ -1,9 +1,9 @@
 """What a request may ask for, checked before anything of it reaches mlx-lm.
 
 The fields and their ranges are the OpenAI API's, with what mlx-lm's own server takes
-besides. `read` turns the body of a request into the one that mlx-lm is given: right
-in every type, without nulls, and with nothing in it that mlx-lm or MLX would fail on
-in the midst of its work. Any thread.
+besides. `read` turns the body of a request into the one that mlx-lm is given. That one
+is right in every type and has no nulls. Nothing is in it that mlx-lm or MLX would fail
+on in the midst of its work. Any thread.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ __all__ = ["ServedModel", "where"]
 
 log = logging.getLogger("mlx_safe.server")
 
-# Not the reason, which tells of files and hosts; it is in the log.
+# Not the reason, which names files and hosts; it is in the log.
 CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
 
 

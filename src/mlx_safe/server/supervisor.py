@@ -2,7 +2,7 @@
 
 A small parent that never imports MLX. It opens the listening socket and gives it
 to the server, a child process. While no server listens the parent accepts itself, and
-holds what comes in until the next one takes it; so it does with what the last one had
+holds what comes in until the next one takes it. So it does with what the last one had
 accepted and not begun to answer (`handover`). What must not wait is answered 503, each
 client on a thread of its own, so that a slow one delays no other.
 """
@@ -52,7 +52,7 @@ CRASHES_MAX = 5
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0)
 HOLD_S = 60.0
 # So long after the channel was closed a server that still lives is one that goes on
-# without it, and not one that is ending: macOS closes a process's files first, and may
+# without it, and not one that is ending. macOS closes a process's files first, and may
 # take many seconds to free what a large model had.
 END_TIMEOUT_S = 60.0
 TURN_S = 0.2

@@ -39,7 +39,7 @@ def _protect_this_process(_: ModuleType) -> None:
 
 
 def _protect_applications(uvicorn_config: ModuleType) -> None:
-    """What uvicorn serves is put under protection, whoever starts uvicorn."""
+    """What uvicorn serves is put under protection, however uvicorn is started."""
     config: Any = uvicorn_config
     load = config.Config.load
 

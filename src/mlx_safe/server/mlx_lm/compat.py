@@ -179,10 +179,10 @@ def is_shared_sampler(sampler: Sampler) -> bool:
 def sample_with_this_thread() -> None:
     """Makes mlx-lm's samplers draw from the calling thread's random state.
 
-    They are compiled for the state of the thread that imports them. MLX 0.31.2 has
-    one for each thread, so that of the main thread stayed as it was: every token of
-    every sampled answer was drawn with the same key, and a seed changed nothing.
-    From MLX 0.32 all threads share one.
+    They are compiled for the state of the thread that imports them. MLX 0.31.2 has one
+    for each thread, so that of the main thread stayed as it was. Every token of every
+    sampled answer was drawn with the same key, and a seed changed nothing. From MLX
+    0.32 all threads share one.
     """
     from mlx_lm import sample_utils
 
@@ -327,8 +327,8 @@ def batch_caches(batch: BatchGenerator) -> tuple[int, list[Uid]]:
 def set_prefill_step(batch: BatchGenerator, size: int) -> None:
     """``batch`` reads prompts in steps of ``size`` tokens from now on.
 
-    It takes so many tokens at a time, and the part of it that reads them cuts them
-    once more, by the size that was set when the batch was made (0.31 to 0.32).
+    It takes so many tokens at a time. The part of it that reads them cuts them once
+    more, by the size that was set when the batch was made (0.31 to 0.32).
     """
     batch.prefill_step_size = batch._prompt_batch.prefill_step_size = size
 

@@ -213,9 +213,12 @@ class _State:
 
 
 class _Window(_State):
-    """`RotatingKVCache`: the last slots, in turn; after a step of a prompt more."""
+    """`RotatingKVCache`: the last slots, in turn; after a step of a prompt more.
 
-    ints = ("offset", "_idx")
+    What comes out of a batch has forgotten ``keep``, and so has memory's entry.
+    """
+
+    ints = ("offset", "_idx", "keep")
 
     def __init__(self, cache: Any) -> None:
         super().__init__(cache)
@@ -232,9 +235,9 @@ class _Window(_State):
     ) -> bool:
         if not super()._is_right(ints, forms, end) or None in forms:
             return False
-        offset, index = ints
+        offset, index, keep = ints
         slots = {f.shape[2] for f in forms if f is not None}
-        if len(slots) != 1 or offset != end:
+        if len(slots) != 1 or offset != end or keep not in (0, self._keep):
             return False
         (count,) = slots
         return 0 <= index <= count and count >= min(offset, self._size)
@@ -243,14 +246,14 @@ class _Window(_State):
         self, ints: list[int], arrays: list[mx.array | None]
     ) -> tuple[list[int], list[mx.array | None]]:
         """Without what no step looks at: as mlx-lm itself does with the next one."""
-        offset, index = ints
+        offset, index, keep = ints
         kept = [x for x in arrays if x is not None]
         count = kept[0].shape[2]
         if offset <= self._size and index == offset:
             return ints, [x[..., :offset, :] for x in kept]
         # Not where the first slots stay: a batch takes others then.
-        if index == count > self._size and not self._keep:
-            return [offset, self._size], [x[..., -self._size :, :] for x in kept]
+        if index == count > self._size and not keep:
+            return [offset, self._size, keep], [x[..., -self._size :, :] for x in kept]
         return ints, arrays
 
 

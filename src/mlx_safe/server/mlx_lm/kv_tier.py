@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from ... import _core
 from ...kv.directory import Directory
-from ...kv.format import BLOCK_TOKENS, Node, chain
+from ...kv.format import BLOCK_TOKENS, HEADER_MAX, Node, chain
 from ...kv.identity import Identity, describe_model
 from ...kv.store import Draft, Found, Limits, Store, are_tokens
 from ...kv.writer import Writer
@@ -447,7 +447,9 @@ class KVTier:
                 log.warning("KV caches of this model stay in memory: %s", why)
             return
         about, arrays = taken
-        if not self._has_room(sum(x.nbytes for x in arrays)):
+        size = sum(x.nbytes for x in arrays)
+        # What is larger than a file may be would be taken for damaged.
+        if size > kept.layout.most(node) - HEADER_MAX or not self._has_room(size):
             return
         instead_of = () if passing is None else (passing,)
         offered = self._offer(node, tokens, arrays, about, before, instead_of)

@@ -28,7 +28,6 @@ class PromptBatch(Protocol):
 
     prompt_cache: list[Cache]
     prefill_step_size: int
-    prefill_batch_size: int
     # Row by row; tokens: those that are in the caches.
     uids: list[Uid]
     tokens: list[list[int]]
@@ -71,6 +70,7 @@ class BatchGenerator:
     """The batch; one at a time, of one model. Generation thread."""
 
     prefill_step_size: int
+    prefill_batch_size: int
     _prompt_batch: PromptBatch
     _generation_batch: AnswerBatch
     # Their uids come first.
