@@ -338,9 +338,7 @@ def test_a_processor_with_a_state_is_not_called_again(
     refuses(generator, uids, "a logits processor of it may have a state")
 
 
-def test_a_draw_that_was_seeded_is_not_made_again(
-    model: Any, protected: None
-) -> None:
+def test_a_draw_that_was_seeded_is_not_made_again(model: Any, protected: None) -> None:
     from mlx_lm.sample_utils import make_sampler
 
     mx.random.seed(7)
@@ -353,9 +351,7 @@ def test_a_draw_that_was_seeded_is_not_made_again(
         assert plan.fired == 1
 
 
-def test_what_was_inserted_before_is_not_known(
-    model: Any, protected: None
-) -> None:
+def test_what_was_inserted_before_is_not_known(model: Any, protected: None) -> None:
     mlx_safe.mlx_lm.unprotect()
     generator = generate.BatchGenerator(model)
     uids = generator.insert([PROMPTS[0]], [30])
@@ -364,9 +360,7 @@ def test_what_was_inserted_before_is_not_known(
     refuses(generator, uids, "inserted before")
 
 
-def test_tokens_that_did_not_pass_by_are_noticed(
-    model: Any, protected: None
-) -> None:
+def test_tokens_that_did_not_pass_by_are_noticed(model: Any, protected: None) -> None:
     generator = generate.BatchGenerator(model)
     uids = generator.insert([PROMPTS[0]], [30])
     told: Tokens = {}

@@ -54,7 +54,7 @@ def test_a_server_at_rest(server: Server, tiny_model: Path) -> None:
     assert found["server"]["reason"] is None
     assert found["server"]["model"] == str(tiny_model)
     assert found["server"]["pid"] == server.process.pid
-    assert found["requests"]["in_flight"] == 0
+    assert found["requests"]["in_flight"] == found["requests"]["waiting"] == 0
     memory = found["memory"]
     assert memory["ceiling"] == 10**9
     parts = memory["parts"]
@@ -118,6 +118,7 @@ def test_who_waits(server: Server) -> None:
         found = status(server)["requests"]
     assert found["in_flight"] == 3
     assert found["waiting"] == 2
+    assert {r["state"] for r in found["list"]} == {"decode", "queued"}
 
 
 def test_faults_and_replays_are_marks(server: Server) -> None:
