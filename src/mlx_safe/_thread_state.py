@@ -3,13 +3,12 @@
 Looked at for MLX 0.31.2 and 0.32.4, each by a test (`test_thread_state.py`):
 
 - the random state: a function that is compiled for it (mlx-lm's samplers are) and
-  raises while it is traced leaves its tracers there, and from then on everything
-  that draws raises. A new seed mends it.
+  raises while it is traced leaves its tracers there. From then on everything that draws
+  raises. A new seed mends it.
 - the default device and stream: a generator that is dropped inside ``mx.stream``
   leaves the block when it is collected, which may be later, and in another order.
-  Nothing of mlx-lm's is in a cycle when its frames are cleared, so that nothing
-  waits for the collector; but whatever it finds later, this thread's are set anew
-  at each turn.
+  Nothing of mlx-lm's is in a cycle when its frames are cleared, so that nothing waits
+  for the collector. Whatever it finds later, this thread's are set anew at each turn.
 - errors that a stream has stored (0.32): a wait raises them, each once.
 - compiled functions: one that raised is traced anew when it is called again.
 """

@@ -1,12 +1,12 @@
 """A request as mlx-lm has it: in the place of the queue that it answers on.
 
-mlx-lm gives each request a queue and, from its generation thread, puts on it:
-a ``GenerationContext``, then any number of (done, total) progress tuples and
-``Response`` objects, and at the end None or an exception. An `InFlight` stands in
-for that queue, so it sees all of it, on the batched and the sequential path and
-in every supported version, without a look into mlx-lm's frames. It tells the
-scheduler of it, which knows so which tokens the client has, and the request can be
-run again from there.
+mlx-lm gives each request a queue, on which its generation thread puts a
+``GenerationContext``. Then come any number of (done, total) progress tuples and
+``Response`` objects, and at the end None or an exception. An `InFlight` stands in for
+that queue, so it sees all of it without a look into mlx-lm's frames: on the batched and
+the sequential path, in every supported version. It passes it on to the scheduler. So
+the scheduler knows which tokens the client has, and the request can be run again from
+there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from .asked import wants_logprobs
 from .recorder import Place
 from .request import Request, RequestState
 from .scheduler import Scheduler
@@ -34,8 +35,8 @@ def request_of(work: Any) -> InFlight:
 class InFlight(Request):
     """One request in flight; has the ``put`` of the queue it stands for.
 
-    ``put`` and `work` are called by the generation thread only, `fail` and
-    `disconnect` by any.
+    Made by the thread of its handler; ``put``, `taken` and `work` are called by the
+    generation thread only, `fail` and `disconnect` by any.
 
     Args:
         taken: mlx-lm's queue, request and arguments.
@@ -49,7 +50,10 @@ class InFlight(Request):
         headers: HTTP headers that go with the answer.
         prompt_key: (model, tokens), as the prompt cache knows its prompt.
         tokenizer: that its prompt was read with; its handler has it with the context.
+        wants_logprobs: its client asked for log-probabilities.
     """
+
+    _first: Any = None  # the context that its handler has
 
     def __init__(
         self,
@@ -71,7 +75,33 @@ class InFlight(Request):
         self.headers: dict[str, str] = {}
         self.prompt_key: tuple[Any, list[Any]] | None = None
         self.tokenizer: Any = None
+        self.wants_logprobs = wants_logprobs(self._args)
         self._place = Place(request)
+        self.id, self.path = self._place.id, self._place.path
+
+    @property
+    def prompt_tokens(self) -> int | None:  # type: ignore[override]
+        """Tokens of its prompt; None: they are not known yet."""
+        return None if self._first is None else len(self._first.prompt)
+
+    @property
+    def cached_tokens(self) -> int | None:  # type: ignore[override]
+        """Of them, those that the prompt cache had; None: it was not asked yet."""
+        # mlx-lm's sequential path knows it later; until then it is -1.
+        count = -1 if self._first is None else self._first.prompt_cache_count
+        return None if count is None or count < 0 else int(count)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many its answer may have."""
+        return int(self._args.max_tokens)
+
+    def taken(self) -> bool:
+        """The generation thread has it from now on; False: it has ended already."""
+        if not self._scheduler.take(self):
+            return False
+        self._place.taken()
+        return True
 
     def work(self) -> tuple[InFlight, Any, Any]:
         """What mlx-lm is to do: the request, or the rest of it."""
@@ -99,6 +129,7 @@ class InFlight(Request):
             self._scheduler.complete(self)
         elif isinstance(item, tuple):
             self._place.prefilled(*item)
+            self._scheduler.progress(self, *item)
             if self.state is not RequestState.HELD:
                 self.send(item)
         elif hasattr(item, "token"):
@@ -117,6 +148,7 @@ class InFlight(Request):
             self.stop_run()
         if not self._scheduler.begin(self):
             return
+        self._first = context
         context.stop = lambda: self._scheduler.cancel(self)
         context.tokenizer = self.tokenizer
         self.send(context)

@@ -12,7 +12,7 @@ from typing import Any
 from ..memory.demand import Demand
 from ..memory.estimate import CacheCost, Transients, calibrate
 from .mlx_lm import compat
-from .mlx_lm.protocols import ModelProvider
+from .mlx_lm.protocols.models import ModelProvider
 from .replies import is_of_all
 
 __all__ = ["NoRoom", "demand_of"]

@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from ..memory.context import config_of, context_tokens
 from .mlx_lm import compat
 from .mlx_lm.model_facts import ModelFacts
-from .mlx_lm.protocols import (
-    CompletionRequest,
-    GenerationArguments,
-    Model,
-    Tokenizer,
-)
+from .mlx_lm.protocols.models import Model
+from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 from .mlx_lm.speculative import no_draft, why_not_draftable
 from .replies import ContextTooLong
 

@@ -1,8 +1,8 @@
 """Going on in the middle of an answer.
 
-`Resumed` makes mlx-lm do it: the tokens that the client has become part of the prompt,
-and whatever mlx-lm derives from tokens one by one (text, stop words, the sampler's
-random state) is brought to where it was.
+`Resumed` makes mlx-lm do it. The tokens that the client has become part of the prompt.
+Whatever mlx-lm derives from tokens one by one (text, stop words, the sampler's random
+state) is brought to where it was.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from ..mlx_lm.sequences import segments_with
 from ..mlx_lm.stops import stops_after
 from .in_flight import InFlight
 from .mlx_lm import compat
-from .mlx_lm.protocols import (
-    Array,
-    GenerationArguments,
-    Processor,
-    Sampler,
-    Tokenizer,
-)
+from .mlx_lm.protocols.opaque import Array, Processor, Sampler
+from .mlx_lm.protocols.requests import GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 
 __all__ = ["Resumed"]
 

@@ -2,7 +2,8 @@
 ``mlx-safe run``: children that are spawned, and programs that execute themselves again.
 
 It costs a process nothing until MLX is imported, which most never do, so it imports
-nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``, ``replay``.
+nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``,
+``replay``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _protect_this_process(_: ModuleType) -> None:
 
 
 def _protect_applications(uvicorn_config: ModuleType) -> None:
-    """What uvicorn serves is put under protection, whoever starts uvicorn."""
+    """What uvicorn serves is put under protection, however uvicorn is started."""
     config: Any = uvicorn_config
     load = config.Config.load
 
