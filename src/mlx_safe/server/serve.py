@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, require, testing
-from .._command import CommandError, need_mlx
+from .. import Fault, _reports, errors, install, on_fault, require, testing
+from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
 from ..kv.store import Limits
@@ -60,6 +60,7 @@ def serve(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(list(arguments))
     logs.set_up(options.log_level, options.log_format)
     rest += ["--log-level", options.log_level]
+    _name_server(rest)
     # mlx-lm's own, read here because a mistake in them is a traceback there.
     for name in ("prompt_cache_bytes", "prefill_step_size"):
         if getattr(options, name) is not None:
@@ -94,6 +95,20 @@ def serve(arguments: Sequence[str]) -> int:
         rest,
     )
     return 0
+
+
+_server: dict[str, object] = {}
+
+
+def _name_server(rest: Sequence[str]) -> None:
+    """Reports say whose they are, one of a start that is stopped as well."""
+    global _server
+    parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("--port", default="8080")
+    parser.add_argument("--model")
+    known, _ = parser.parse_known_args(list(rest))
+    _server = {"port": known.port, "model": known.model}
+    _reports.name_process(server=_server)
 
 
 def _check_nccl(rest: Sequence[str]) -> None:
@@ -164,7 +179,7 @@ def run(
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 
-    startup.tell()  # the log is set up by now
+    startup.tell(server=_server)
     watch = on_fault(
         lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
     )
