@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, require, testing
+from .. import Fault, _reports, errors, install, on_fault, require, testing
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
@@ -68,6 +68,7 @@ def serve(arguments: Sequence[str]) -> int:
     tls = None
     if options.ssl_certfile is not None:
         tls = Tls(options.ssl_certfile, options.ssl_keyfile)
+    _name_server(options.port, _model_of(arguments))
     try:
         injections = testing.plan_from_environment()
     except ValueError as e:
@@ -103,6 +104,7 @@ def serve(arguments: Sequence[str]) -> int:
     if options.print_config:
         print(printed(parser, settings), end="")
         return 0
+    _name_server(options.port, options.model)
     if home is not None:
         _check_nccl(options.pipeline)
     theirs = {a.dest: getattr(options, a.dest) for a in mlx_lm._actions}
@@ -118,6 +120,24 @@ def serve(arguments: Sequence[str]) -> int:
 
     run_main(server, run_here, argparse.Namespace(**theirs))
     return 0
+
+
+_server: dict[str, object] = {}
+
+
+def _name_server(port: int, model: str | None) -> None:
+    """Reports say whose they are, one of a start that is stopped as well."""
+    global _server
+    _server = {"port": str(port), "model": model}
+    _reports.name_process(server=_server)
+
+
+def _model_of(arguments: Sequence[str]) -> str | None:
+    """As the command line names it, before all flags are known."""
+    parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    model: str | None = parser.parse_known_args(list(arguments))[0].model
+    return model
 
 
 def _print_help(own: Parser) -> int:
@@ -203,7 +223,7 @@ def run(
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 
-    startup.tell()  # the log is set up by now
+    startup.tell(server=_server)
     watch = on_fault(
         lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
     )
