@@ -92,7 +92,8 @@ def streamed(
     """The moments from the asking on to each token; the text; its usage."""
     body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    moments, text, usage = [now(server)], "", {}
+    moments, text = [now(server)], ""
+    usage: dict[str, Any] = {}
     connection = server.connect(TIMEOUT_S)
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     with connection.getresponse() as response:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_safe.kv.command import kv
 from support.models import make_model
 from support.server import CONTROLLED, Server, eventually
 
@@ -27,8 +26,10 @@ def ask(server: Server, *turns: str, **more: Any) -> tuple[str, int]:
         {"role": role, "content": text}
         for role, text in zip(roles, turns, strict=False)
     ]
-    answer = server.chat(messages=messages, max_tokens=12, temperature=0.0, **more)
-    assert answer.status == 200, answer.json
+    answer = server.chat(
+        messages=messages, max_tokens=12, temperature=0.0, timeout=600, **more
+    )
+    assert answer.status == 200, answer
     details = answer.json["usage"].get("prompt_tokens_details") or {}
     return answer.text, details.get("cached_tokens", 0)
 
@@ -136,7 +137,7 @@ def types(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("model_types.py", directory, str(tiny_model), *KINDS)
 
 
-SHORT = WORDS[:900]
+SHORT = WORDS[:560]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,27 +153,25 @@ def test_windows_and_states_are_used_and_not_read_again(
             wait_written(server)
             second, cached = ask(server, SHORT + path, first, "And now?", **how)
             # As memory has it; then from disk alone; then read anew.
-            assert cached > 800
+            assert cached >= 512
             server.ask("forget")
             text, restored = ask(server, SHORT + path, first, "And now?", **how)
-            assert (text, restored >= 768) == (second, True)
+            assert (text, restored >= 512) == (second, True)
             turns[path] = first, second
             restores = server.metric("mlx_safe_kv_disk_restored_total")
             assert restores >= 1
             # A client that edits its last turn begins from the boundary before it.
             server.ask("forget")
             _, edited = ask(server, SHORT + path, first + "!", "And now?", **how)
-            assert edited >= 768
+            assert edited >= 512
             # In the midst of a prompt: a block and a step at most.
             server.ask("forget")
-            server.plan("prefill:6:8")
+            server.plan("prefill:4:8")
             again, _ = ask(server, "x" + SHORT + path, **how)
             assert server.metric("mlx_safe_kv_disk_restored_total") >= restores + 2
-            server.ask("forget")
-            assert run_kv("empty", directory) == 0
+            forget_all(server, directory)
             assert ask(server, "x" + SHORT + path, **how) == (again, 0)
-            server.ask("forget")
-            assert run_kv("empty", directory) == 0
+            forget_all(server, directory)
             assert ask(server, SHORT + path, first, "And now?", **how)[0] == second
         assert server.metric("mlx_safe_replays_total") == len(PATHS)
         wait_written(server)
@@ -185,16 +184,14 @@ def test_windows_and_states_are_used_and_not_read_again(
             text, cached = ask(server, SHORT + path, first, "And now?", **how)
             assert text == second
             if path == "sequential":  # the other was emptied away
-                assert cached >= 768
+                assert cached >= 512
 
 
-def run_kv(command: str, directory: Path) -> int:
-    done = subprocess.run(
-        [sys.executable, "-m", "mlx_safe", "kv", command, str(directory)],
-        timeout=60,
-        check=False,
-    )
-    return done.returncode
+def forget_all(server: Server, directory: Path) -> None:
+    """Memory and disk are empty."""
+    wait_written(server)
+    assert kv(["empty", str(directory)]) == 0
+    server.ask("forget")
 
 
 def test_a_draft_models_conversation_comes_from_disk(

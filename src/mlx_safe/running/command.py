@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     own, command = _split(list(arguments))
     asked = _parser().parse_args(own)
     if not command:
-        raise CommandError("what is to be run? mlx-safe run [options] -- COMMAND ...")
+        raise CommandError("no program is named: mlx-safe run [options] -- COMMAND ...")
     program = shutil.which(command[0])
     if program is None:
         raise CommandError(f"{command[0]}: no such command")

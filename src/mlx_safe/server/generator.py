@@ -208,7 +208,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         return Status(
             Sources(
                 health=self.health,
-                requests=self.scheduler.snapshot,
+                requests=self.live.requests,
                 memory=headroom.gauges,
                 lowered=lambda: headroom.limits.lowered,
                 prompt_cache=prompt_cache,

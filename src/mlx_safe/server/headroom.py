@@ -208,13 +208,13 @@ class Headroom:
         }
         if now.footprint is not None:
             found["footprint"] = now.footprint
+        if now.available is not None:
+            found["available"] = now.available
         machine = self.limits.machine
         found["total"] = machine.card or machine.total
         other = others_hold(machine, now)
         if other is not None:
             found["other"] = other
-        if now.available is not None:
-            found["available"] = now.available
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> dict[str, int]:

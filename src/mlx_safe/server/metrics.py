@@ -105,16 +105,6 @@ class _Values(Collector):
                 yield self._family(f"{self._prefix}_{name}", text, values[name])
 
 
-def samples_of(counter: Counter) -> list[tuple[dict[str, str], float]]:
-    """The labels and the value of each of a counter's samples. Any thread."""
-    return [
-        (sample.labels, sample.value)
-        for metric in counter.collect()
-        for sample in metric.samples
-        if sample.name.endswith("_total")
-    ]
-
-
 class _Live(Collector):
     """The queue, the states and the step, read all at once."""
 
@@ -154,6 +144,16 @@ class _Live(Collector):
         for kind, seconds in self._live.steps().items():
             family.add_metric([kind], seconds)
         yield family
+
+
+def samples_of(counter: Counter) -> list[tuple[dict[str, str], float]]:
+    """The labels and the value of each of a counter's samples. Any thread."""
+    return [
+        (sample.labels, sample.value)
+        for metric in counter.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    ]
 
 
 class Metrics:

@@ -89,8 +89,8 @@ class Place:
 
 def start_sampler(
     memory_limits: Callable[[], dict[str, int]],
-    server: Callable[[], dict[str, Any]] | None = None,
-    also: Callable[[], None] = lambda: None,
+    server: Callable[[], dict[str, Any]],
+    also: Callable[[], None],
 ) -> None:
     """Samples memory now and once a second, and keeps the run file fresh.
 
@@ -102,8 +102,7 @@ def start_sampler(
 
     def sample() -> None:
         _reports.set_memory_limits(**memory_limits())
-        if server is not None:
-            _reports.set_server(server())
+        _reports.set_server(server())
         _reports.sample_memory(at_least_s=0.0)
         _reports.refresh_run_file()
         also()

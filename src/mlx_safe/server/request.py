@@ -185,28 +185,6 @@ class Request:
         """Tokens that its caches have when the token is made that comes next."""
         return 0 if self.claim is None else self.claim.prompt + self.run.made + 1
 
-    def snapshot(self, now: float) -> dict[str, Any]:
-        """What is known of it, JSON-able and without text. Any thread.
-
-        ``waits``: it is not at work: it waits for its turn, for memory or to be run
-        again. ``seconds``: since it came.
-        """
-        state, (done, total) = self.state, self.prompt_read
-        return {
-            "id": self.id,
-            "path": self.path,
-            "state": state.value,
-            "waits": state not in RUNNING,
-            "prompt_tokens": self.prompt_tokens,
-            "cached_tokens": self.cached_tokens,
-            "read_tokens": done,
-            "to_read": total,
-            "produced": len(self.produced),
-            "replays": self.times_replayed,
-            "alone": self.run.alone,
-            "seconds": round(now - (self.came_at or now), 1),
-        }
-
     # What the scheduler needs done; the generation thread or, to end it, any.
 
     def send(self, item: Any) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from .._failures import Failure, at_once, care_level
 from ..memory.budget import Decision
@@ -69,7 +69,7 @@ class Scheduler(Generic[R]):
     """The requests in flight.
 
     Used by the generation thread; `arrive`, `fail`, `fail_everyone`, `disconnect`,
-    `cancel`, `requests`, `snapshot` and ``len()`` by any.
+    `cancel`, `requests` and ``len()`` by any.
 
     Args:
         attempts_max: how often a request is run again after faults; 0: nothing is.
@@ -118,11 +118,6 @@ class Scheduler(Generic[R]):
         with self._lock:
             found = list(self._in_flight)
         return [r for r in found if r.state in states] if states else found
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        """`Request.snapshot` of all in flight, oldest first. Any thread."""
-        now = self._clock()
-        return [request.snapshot(now) for request in self.requests()]
 
     def held(self) -> list[R]:
         """Those that wait for memory, in the order of their line."""

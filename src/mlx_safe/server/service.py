@@ -29,9 +29,9 @@ class Service(Protocol):
 
     health: Health
     live: Live
+    status: Status
     metrics: Metrics
     names: ModelNames
-    status: Status
     disconnects: Disconnects
     model_provider: ModelProvider
     _generation_thread: Thread
