@@ -74,6 +74,13 @@ client-programs:  ## installs the clients and proxies of the tests; as root, on 
 	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends \
 	    $$(echo $$missing | sed 's/\bnode\b/nodejs/; s/nginx/nginx-light/'); fi
 
+# 65 MB, and 220 MB installed: not among the client programs.
+.PHONY: client-browser
+client-browser:  ## installs Chromium for the tests of the status page; as root, on Debian
+	@command -v chromium-headless-shell chromium google-chrome > /dev/null || \
+	  { apt-get -o Acquire::Retries=5 update && \
+	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends chromium-headless-shell; }
+
 client-modules:
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory $(NODE_MODULES); fi
 
