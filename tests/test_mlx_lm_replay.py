@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -338,9 +340,7 @@ def test_a_processor_with_a_state_is_not_called_again(
     refuses(generator, uids, "a logits processor of it may have a state")
 
 
-def test_a_draw_that_was_seeded_is_not_made_again(
-    model: Any, protected: None
-) -> None:
+def test_a_draw_that_was_seeded_is_not_made_again(model: Any, protected: None) -> None:
     from mlx_lm.sample_utils import make_sampler
 
     mx.random.seed(7)
@@ -353,9 +353,7 @@ def test_a_draw_that_was_seeded_is_not_made_again(
         assert plan.fired == 1
 
 
-def test_what_was_inserted_before_is_not_known(
-    model: Any, protected: None
-) -> None:
+def test_what_was_inserted_before_is_not_known(model: Any, protected: None) -> None:
     mlx_safe.mlx_lm.unprotect()
     generator = generate.BatchGenerator(model)
     uids = generator.insert([PROMPTS[0]], [30])
@@ -364,9 +362,7 @@ def test_what_was_inserted_before_is_not_known(
     refuses(generator, uids, "inserted before")
 
 
-def test_tokens_that_did_not_pass_by_are_noticed(
-    model: Any, protected: None
-) -> None:
+def test_tokens_that_did_not_pass_by_are_noticed(model: Any, protected: None) -> None:
     generator = generate.BatchGenerator(model)
     uids = generator.insert([PROMPTS[0]], [30])
     told: Tokens = {}
@@ -448,6 +444,20 @@ def test_no_cache_of_a_step_that_failed_is_handed_out(
     while len(ends) < 3:
         assert steps(generator, told, ends)
     assert [told[uid] for uid in uids] == right
+
+
+def test_a_generator_goes_with_its_last_owner(model: Any, protected: None) -> None:
+    generator = generate.BatchGenerator(model)
+    generator.insert(PROMPTS, LENGTHS)
+    for _ in range(4):
+        generator.next()
+    seen = weakref.ref(generator)
+    gc.disable()
+    try:
+        del generator
+        assert seen() is None, "its caches stay until the collector comes by"
+    finally:
+        gc.enable()
 
 
 # -- what can be called again ---------------------------------------------------------
