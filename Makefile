@@ -21,7 +21,7 @@ export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
+.PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-servers test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
   requirements docs hardware-report
 
@@ -60,6 +60,26 @@ test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with the n
 # MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
 test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
 	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
+
+# Minutes for each, so not in CI. A server that could not be installed is named, and its
+# tests are left out; with MLX_SAFE_REQUIRE_SERVERS=1 they fail then.
+# MLX_SAFE_TEST_PEERS, MLX_SAFE_TEST_MODES: names, comma-separated; else all.
+FOREIGN := $(patsubst requirements/servers/%.in,%,$(wildcard requirements/servers/*.in))
+test-servers: $(VENVS)/observe.ready  ## servers of others under faults, alone and protected
+	-$(MAKE) --keep-going $(FOREIGN:%=$(VENVS)/server-%.ready)
+	MLX_SAFE_TEST_SERVERS=1 $(VENVS)/observe/bin/python $(PYTEST) tests/servers $(ARGS)
+	$(VENVS)/observe/bin/python tests/servers/matrix.py
+
+$(VENVS)/uv.tools: | $(VENVS)/uv/bin/python
+	$(VENVS)/uv/bin/python $(PIP) 'uv>=0.9'
+	touch $@
+
+# What they name and do not need for text is left out, which only uv can.
+$(VENVS)/server-%.ready: requirements/servers/%.in requirements/servers/overrides.txt $(WHEEL) | $(VENVS)/server-%/bin/python $(VENVS)/uv.tools
+	$(VENVS)/uv/bin/uv pip install --quiet --compile-bytecode --python $(VENVS)/server-$*/bin/python \
+	  --override requirements/servers/overrides.txt $(addprefix --override ,$(wildcard requirements/servers/$*.overrides.txt)) -r $<
+	$(VENVS)/server-$*/bin/python $(PIP) --force-reinstall --no-deps build/wheel/*.whl
+	touch $@
 
 CLIENT_PROGRAMS := curl node npm haproxy nginx
 NODE_MODULES := tests/clients/node_modules/.package-lock.json
