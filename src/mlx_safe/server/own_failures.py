@@ -139,7 +139,9 @@ class _Detokenizer:
     def last_segment(self) -> Any:
         # mlx-lm (0.31, 0.32) asks for the log-probabilities next.
         self._own.answers = self._request
-        return self._own.run(self._request, getattr, _no_text, self._made, "last_segment")
+        return self._own.run(
+            self._request, getattr, _no_text, self._made, "last_segment"
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)
