@@ -2,13 +2,14 @@
 
 In this order: give the pool back; evict prompt-cache entries; take over the
 entry that the request is about to reuse, instead of copying it; read the prompt
-in smaller steps; wait for those that run; refuse. So nothing is refused while the
-pool or the prompt cache holds what is missing, and the entry to be reused is
-never evicted: taken over, its content lives on in the request.
+in smaller steps; wait for those that run; refuse. So nothing is refused while the pool
+or the prompt cache holds what is missing. The entry to be reused is never evicted:
+taken over, its content lives on in the request.
 
 What faults have taught, and estimates of what is active besides, decide on what runs
 together. A request that is alone and not too long is tried in the smallest step in
-any case, as long as its caches have room: whether a step has, MLX tells.
+any case, as long as its caches have room. Whether there is room for a step too, MLX
+shows.
 """
 
 from __future__ import annotations

@@ -120,8 +120,8 @@ class LearnedCeiling:
     A fault says that N bytes were too much: what was there where that is known, else
     the most that was held in the step that failed; and at most what the ceiling was,
     since by estimate the step stayed below it, and the estimate was short. It sets the
-    ceiling to B + 0.8 (N - B), so that each fault lowers it; but never below
-    B + 0.25 (C - B): what fails there fails for what others hold, and to refuse
+    ceiling to B + 0.8 (N - B), so that each fault lowers it. It never goes
+    below B + 0.25 (C - B): what fails there fails for what others hold, and to refuse
     everything would help nobody. There it stays for 5 minutes, then goes back to C
     within an hour, evenly; then it is forgotten.
 

@@ -3,8 +3,8 @@
 mlx-lm's own way ends with a 500 at what a model may write, and has no place for
 more than one choice or for log-probabilities in a stream. So its handler only says
 what is to be generated (`asked.Asked`) and what the frame of an answer looks
-like (``generate_response``); what goes into it is decided here: an `Answer` reads
-its choices (`choices`) and sends what they have.
+like (``generate_response``). What goes into it is decided here: an `Answer` reads its
+choices (`choices`) and sends what they have.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from . import logprobs, tool_calls
 from .asked import Asked, wants_logprobs
-from .choices import Choices
+from .choices import Choices, Connected
+from .exchange import Exchange
 from .logprobs import Entry, Names
+from .logs import fields
 from .mlx_lm import compat
-from .mlx_lm.protocols import AnsweredContext, Json, Response
-
-if TYPE_CHECKING:
-    from .mlx_lm.handler import ProtectedHandler
+from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.requests import AnsweredContext, Response
 
 __all__ = ["Answer"]
 
@@ -32,11 +32,48 @@ log = logging.getLogger("mlx_safe.server")
 _encode = json.JSONEncoder(allow_nan=False).encode
 
 
+class Connection(Connected, Protocol):
+    """The handler of a request, as far as its answer needs it.
+
+    Attributes:
+        n: how many choices are asked for. body: the request.
+    """
+
+    n: int
+    body: Any
+    wfile: Any  # `wire` makes it
+    stream: bool
+    stream_options: Json | None
+    object_type: str
+
+    def _exchange(self) -> Exchange: ...
+    def heard(self) -> None:
+        """A token has been made; it may have no text yet."""
+
+    def send_json(self, status: int, value: Json) -> None: ...
+    def end_headers(self) -> None: ...
+    def _set_stream_headers(self, status_code: int) -> None: ...
+    def generate_response(
+        self,
+        text: str,
+        finish_reason: str | None,
+        prompt_token_count: int | None = None,
+        completion_token_count: int | None = None,
+        prompt_cache_count: int | None = None,
+    ) -> Json: ...
+    def completion_usage_response(
+        self,
+        prompt_token_count: int | None = None,
+        completion_token_count: int | None = None,
+        prompt_cache_count: int | None = None,
+    ) -> Json: ...
+
+
 class Answer:
     """What one request is answered with.
 
     Args:
-        handler: its `ProtectedHandler`, which is written to.
+        handler: its handler, which is written to.
         asked: what mlx-lm's handler wants to have generated.
 
     Attributes:
@@ -44,7 +81,7 @@ class Answer:
         wants_logprobs: the client asked for them.
     """
 
-    def __init__(self, handler: ProtectedHandler, asked: Asked) -> None:
+    def __init__(self, handler: Connection, asked: Asked) -> None:
         self._handler = handler
         self._asked = asked
         self._tools = asked.request.tools
@@ -66,7 +103,15 @@ class Answer:
             OSError: its client is gone.
         """
         handler = self._handler
-        with Choices(handler, self._asked, handler.n) as choices:
+        choices = Choices(handler, self._asked, handler.n)
+        try:
+            self._send(choices)
+        finally:
+            handler._exchange().requests = choices.requests()
+
+    def _send(self, all_choices: Choices) -> None:
+        handler = self._handler
+        with all_choices as choices:
             for index, item in choices:
                 choice = self._choices[index]
                 if hasattr(item, "token"):
@@ -99,8 +144,9 @@ class Answer:
             except tool_calls.Unreadable as e:
                 unread.append(part)
                 log.warning(
-                    "a tool call of %s is sent as text, as %s cannot read it: %s",
-                    *(self._handler.request_id, tool_calls.parser_name(parser), e),
+                    "a tool call is sent as text, as %s cannot read it: %s",
+                    *(tool_calls.parser_name(parser), e),
+                    extra=fields(id=self._handler.request_id),
                 )
         return calls, unread
 

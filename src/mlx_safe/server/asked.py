@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .mlx_lm.protocols import CompletionRequest, GenerationArguments
+from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
 
 __all__ = ["Asked", "wants_logprobs"]
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..memory.budget import Decision, Situation
 from ..memory.demand import Demand, Row
 from ..memory.estimate import CacheCost, Transients
-from ..memory.machine import usage
+from ..memory.machine import others_hold, usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
 from . import admission
@@ -27,7 +27,9 @@ from .admission import Ask, Load, SingleStep
 from .limits import Limits
 from .mlx_lm import compat
 from .mlx_lm.prompt_cache import PromptCache
-from .mlx_lm.protocols import BatchGenerator, ModelKey, ModelProvider
+from .mlx_lm.protocols.generation import BatchGenerator
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.opaque import ModelKey
 from .model_demand import NoRoom, demand_of
 from .model_limits import context_of
 from .observer import Observer
@@ -200,7 +202,7 @@ class Headroom:
             self.observer.failed(*self._reading, there)
 
     def gauges(self) -> dict[str, float]:
-        """What `metrics.MEMORY_GAUGES` shows of the memory. Any thread."""
+        """Bytes, by name: what there is of memory, and what may be. Any thread."""
         now = usage()
         found = {
             "active": now.active,
@@ -209,10 +211,18 @@ class Headroom:
             "ceiling": self.limits.now().size,
             "ceiling_static": self.limits.static().size,
             "model": self._baseline,
+            "prompt_cache": max(0, int(self._prompt_cache.nbytes)),
             "prompt_cache_limit": self._prompt_cache.max_bytes,
         }
         if now.footprint is not None:
             found["footprint"] = now.footprint
+        if now.available is not None:
+            found["available"] = now.available
+        machine = self.limits.machine
+        found["total"] = machine.card or machine.total
+        other = others_hold(machine, now)
+        if other is not None:
+            found["other"] = other
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> dict[str, int]:

@@ -11,7 +11,8 @@ import math
 from typing import Any, NamedTuple
 
 from .mlx_lm import compat
-from .mlx_lm.protocols import Array, Json, Tokenizer
+from .mlx_lm.protocols.opaque import Array, Json
+from .mlx_lm.protocols.text import Tokenizer
 
 __all__ = [
     *("NOT_READ", "Entry", "Names", "of_chat", "of_completion", "top_logprobs"),

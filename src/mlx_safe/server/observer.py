@@ -66,9 +66,9 @@ class Observer:
     ) -> None:
         """A step of mlx-lm's `BatchGenerator` has ended with these responses.
 
-        Only of steps between which the batch did not change: what joins or
-        leaves is copied (merge, extend, filter, split), lazily in the next step,
-        and would be taken for the cost of tokens.
+        Only of steps between which the batch did not change. What joins or leaves is
+        copied (merge, extend, filter, split), lazily in the next step, and would be
+        taken for the cost of tokens.
 
         Args:
             lengths: gives the tokens of each row's prompt, those of the prompt cache

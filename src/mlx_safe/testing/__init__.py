@@ -36,6 +36,7 @@ __all__ = [
     "Injection",
     "attach",
     "cuda_message",
+    "fired",
     "inject",
     "metal_message",
     "parse_plan",
@@ -81,7 +82,7 @@ def metal_message(code: int) -> str:
 def cuda_message(code: int) -> str:
     """What MLX's CUDA backend (0.31 to 0.32) says of error number ``code``.
 
-    Memory is asked for by a call of its own; anything else is told by whatever call
+    Memory is asked for by a call of its own; anything else is raised by whatever call
     comes next.
     """
     call = "cudaStreamSynchronize(stream)"
@@ -157,6 +158,7 @@ class Injection:
 
 _lock = threading.Lock()
 _plans: list[Injection] = []
+_fired = 0
 
 
 def inject(
@@ -236,8 +238,10 @@ def step(phase: str) -> None:
     """
     if not _plans:
         return
+    global _fired
     with _lock:
         due = [plan for plan in _plans if plan._is_due(phase)]
+        _fired += len(due)
     for plan in due:
         if plan.action == "record":
             record_fault(plan.code)
@@ -251,6 +255,11 @@ def step(phase: str) -> None:
             raise ValueError("injected: not a fault of the GPU")
         else:
             raise RuntimeError(metal_message(plan.code))
+
+
+def fired() -> int:
+    """How many faults have been injected so far, whatever became of them."""
+    return _fired
 
 
 def attach(model: Any, *, decode_width: int = 1) -> Any:
