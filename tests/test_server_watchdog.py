@@ -14,11 +14,11 @@ SLOW = """
 import sys, time
 from mlx_safe import testing
 from mlx_safe.cli import main
-count = testing.step
+count = testing.plans.step
 def step(phase):
     time.sleep(0.01)
     count(phase)
-testing.step = step
+testing.plans.step = step
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 

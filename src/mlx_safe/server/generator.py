@@ -94,7 +94,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
         memory: MemoryFlags,
         names: ModelNames,
         max_kv_size: int | None = None,
-        injections: bool = False,
         hold_s: float | None = None,
         home: Home | None = None,
     ) -> None:
@@ -160,7 +159,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             is_first=lambda: health.state == "loading",
             detokenizer=self._own.detokenizer,
             max_kv_size=max_kv_size,
-            injections=injections,
             disk=self._disk,
         )
         share = None if self._one_rank else self._share_object

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, testing
+from .. import Fault, errors, install, on_fault
 from .._command import CommandError, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
@@ -62,10 +62,6 @@ def serve(arguments: Sequence[str]) -> int:
     for name in ("prompt_cache_bytes", "prefill_step_size"):
         if getattr(options, name) is not None:
             rest += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    try:
-        injections = testing.plan_from_environment()
-    except ValueError as e:
-        raise CommandError(str(e)) from e
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         print("\noptions of mlx_lm.server:\n")
@@ -87,7 +83,7 @@ def serve(arguments: Sequence[str]) -> int:
     run_main(
         server,
         lambda host, port, model_provider: run(
-            server, host, port, model_provider, options, bool(injections), home
+            server, host, port, model_provider, options, home
         ),
         rest,
     )
@@ -114,7 +110,6 @@ def run(
     port: int,
     model_provider: ModelProvider,
     options: argparse.Namespace,
-    injections: bool,
     home: ranks.Home | None = None,
 ) -> None:
     """Stands in for ``mlx_lm.server.run``. Main thread; ends the process.
@@ -127,7 +122,6 @@ def run(
         host, port: the address to listen on.
         model_provider: mlx-lm's ``ModelProvider``; has no model yet.
         options: what `own_parser` has found.
-        injections: attach the fault plan of ``MLX_SAFE_INJECT`` to the model.
         home: where the group of ranks was made; None: there is one rank.
 
     Raises:
@@ -179,9 +173,7 @@ def run(
             handover.tell(Message.WORKED)
 
     _set_retry_after(ready=False)
-    generator = _make_generator(
-        options, overflow, model_provider, injections, ready, home, disk
-    )
+    generator = _make_generator(options, overflow, model_provider, ready, home, disk)
     start_sampler(generator.headroom.figures)
     with watch:
         if httpd is None:
@@ -228,7 +220,6 @@ def _make_generator(
     options: argparse.Namespace,
     overflow: Overflow,
     model_provider: ModelProvider,
-    injections: bool,
     on_ready: Callable[[], None],
     home: ranks.Home | None,
     disk: Directory | None,
@@ -263,7 +254,6 @@ def _make_generator(
             only_served=options.only_served_model,
             download=options.allow_model_download,
         ),
-        injections=injections,
         home=home,
         # Without a supervisor, requests wait for the model as long as it takes.
         hold_s=options.hold_seconds or None if supervisor.is_supervised() else None,

@@ -53,7 +53,6 @@ class ServedModel:
         is_first: Callable[[], bool],
         detokenizer: Callable[[Any], Any],
         max_kv_size: int | None,
-        injections: bool,
         disk: KVTier | None = None,
     ) -> None:
         self.loaded: tuple[ModelKey, ModelLimits] = (None, ModelLimits())
@@ -65,7 +64,6 @@ class ServedModel:
         self._is_first = is_first
         self._detokenizer = detokenizer
         self._max_kv_size = max_kv_size
-        self._injections = injections
         self._disk = disk
         self._load = provider.load
         provider._load = self._load_anew  # type: ignore[method-assign,assignment]
@@ -119,11 +117,17 @@ class ServedModel:
         self._measure()
         if self._disk is not None:
             self._disk.model_loaded(self._provider)
-        if self._injections:
-            width = self._provider.cli_args.num_draft_tokens + 1
-            testing.attach(model, decode_width=width if self.has_draft else 1)
+        if testing.attaches_all():
+            self._count_steps(model)
         self._resumed.watch(tokenizer, self._detokenizer)
         return model, tokenizer
+
+    def _count_steps(self, model: Any) -> None:
+        """Steps of the target alone are planned for, whether it has a draft or not."""
+        width = self._provider.cli_args.num_draft_tokens + 1 if self.has_draft else 1
+        testing.attach(model, decode_width=width)
+        if self.has_draft:
+            testing.detach(self._provider.draft_model)
 
     def _measure(self) -> None:
         try:
