@@ -87,6 +87,12 @@ FUZZ_S ?= 300
 fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+# Not in CI. SEED=N: the load and the faults of that run again.
+MINUTES ?= 10
+.PHONY: soak
+soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
+	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 # Of the Python half, by all tests of one pair; its children are counted. What fails
 # is said, and counts as well.
 COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(VENVS)/observe/bin/python -m coverage
@@ -104,9 +110,9 @@ sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests u
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
 	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
 
-# Minutes of all cores; not in CI. `make mutants ARGS='ledger --only is_closed'` for a part.
-mutants:  ## changes the ledger's code in one place at a time: does a test notice?
-	nice -n 10 $(PYTHON) tools/mutants.py $(ARGS)
+# An hour of two cores; not in CI. `make mutants ARGS='ledger --only is_closed'` for a part.
+mutants: $(VENVS)/observe.ready  ## changes ledger, scheduler, admission in one place at a time: does a test notice?
+	nice -n 10 $(VENVS)/observe/bin/python tools/mutants.py $(ARGS)
 
 coverage-native: build/native-coverage.stamp $(VENVS)/coverage.ready  ## what the native tests run of the C++
 	find build/native-coverage -name '*.gcda' -delete
@@ -249,7 +255,7 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 
 # Installed first and apart from our wheel, which changes more often.
 $(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
+	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"'
 	touch $@
 
 $(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python

@@ -28,10 +28,10 @@ def tend(directory: str, *, quietly: bool = False) -> None:
 
 
 def tell(directory: str | None = None) -> None:
-    """One line in the log for the reports that nobody has told of yet.
+    """One line in the log for the reports that have had none yet.
 
-    Of several processes, one tells of each report. Without ``directory``: where
-    the reports of this process go.
+    Of several processes, one announces each report. Without ``directory``: where the
+    reports of this process go.
     """
     directory = directory or _paths.report_dir()
     try:
@@ -39,7 +39,7 @@ def tell(directory: str | None = None) -> None:
     except OSError as e:
         store.log.warning("cannot look for reports in %s: %s", directory, e.strerror)
         return
-    fresh = [entry for entry in found if store.mark_told(entry)]
+    fresh = [entry for entry in found if store.mark_announced(entry)]
     if not fresh:
         return
     newest = fresh[-1]

@@ -17,6 +17,7 @@ __all__ = [
     "Injection",
     "NeverFired",
     "cuda_message",
+    "fired",
     "inject",
     "metal_message",
     "parse_plan",
@@ -63,7 +64,7 @@ def metal_message(code: int) -> str:
 def cuda_message(code: int) -> str:
     """What MLX's CUDA backend (0.31 to 0.32) says of error number ``code``.
 
-    Memory is asked for by a call of its own; anything else is told by whatever call
+    Memory is asked for by a call of its own; anything else is raised by whatever call
     comes next.
     """
     call = "cudaStreamSynchronize(stream)"
@@ -155,6 +156,7 @@ class Injection:
 
 _lock = threading.Lock()
 _plans: list[Injection] = []
+_fired = 0
 # Names of the classes of the models whose calls are counted; `models` appends.
 attached: list[str] = []
 
@@ -247,8 +249,10 @@ def step(phase: str) -> None:
     """
     if not _plans:
         return
+    global _fired
     with _lock:
         due = [plan for plan in _plans if plan._is_due(phase)]
+        _fired += len(due)
     for plan in due:
         log("fired", plan)
         if plan.action == "record":
@@ -265,6 +269,11 @@ def step(phase: str) -> None:
             raise ValueError("injected: not a fault of the GPU")
         else:
             raise RuntimeError(metal_message(plan.code))
+
+
+def fired() -> int:
+    """How many faults have been injected so far, whatever became of them."""
+    return _fired
 
 
 def record_fault(code: int = 8, message: str | None = None) -> int:
