@@ -3,60 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-from pathlib import Path
 
 import pytest
 
-from support.native import Native
+from support.plugin import run
 
-ROOT = Path(__file__).parent.parent
 pytest_plugins = ["pytester"]
-
-# What every test below begins with: a model as mlx-lm's, without a file.
-MODEL = """
-import os, subprocess, sys
-import mlx.core as mx
-import mlx.nn as nn
-import pytest
-
-class Layer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(16, 8)
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = Layer()
-        self.layers = []
-    def __call__(self, inputs, cache=None, input_embeddings=None):
-        embeddings = input_embeddings
-        if embeddings is None:
-            embeddings = self.model.embed(inputs)
-        return embeddings @ self.model.embed.weight.T
-
-def load():
-    model = Model()
-    return model.load_weights(list(dict(model.parameters()) and []), strict=False)
-
-@pytest.fixture(scope="module")
-def model():
-    return load()
-
-PROMPT, TOKEN = mx.array([[1, 2, 3]]), mx.array([[4]])
-PROGRAM = "from test_it import *; m = load(); m(PROMPT); [m(TOKEN) for _ in range(3)]"
-
-def run(env):
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True
-    )
-"""
-
-
-def run(pytester: pytest.Pytester, tests: str, *arguments: str) -> pytest.RunResult:
-    pytester.makepyfile(test_it=MODEL + tests)
-    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -186,63 +138,6 @@ def test_nothing_is_ours(model):
     result = pytester.runpytest_subprocess("--fixtures")
     for name in ("metal_fault", "out_of_memory_after", "gpu_ceiling"):
         result.stdout.fnmatch_lines([f"{name} *"])
-
-
-SIMULATED = """
-from mlx_safe import testing
-import mlx_safe
-
-def test_a_buffer(simulated_metal):
-    testing.run_command_buffer()
-    simulated_metal.fail(code=2)
-    before = mlx_safe.epoch()
-    with pytest.raises(mlx_safe.MetalError), mlx_safe.guard():
-        testing.run_command_buffer()
-    assert mlx_safe.epoch() == before + 1
-    assert simulated_metal.totals["buffers_failed"] == 1
-
-def test_again(simulated_metal):
-    assert simulated_metal.totals["buffers_failed"] == 0
-    testing.run_command_buffer()
-
-def test_never(simulated_metal):
-    simulated_metal.fail(nth=5)
-    testing.run_command_buffer()
-
-def test_a_step(simulated_metal, metal_fault, model):
-    metal_fault("decode", code=8, action="metal")
-    with pytest.raises(RuntimeError, match="Insufficient Memory"):
-        model(TOKEN)
-
-@pytest.mark.parametrize("protected", [True, False])
-def test_a_program(simulated_metal, metal_fault, protected):
-    env = metal_fault.environment(
-        "decode:2:8:once:metal", simulated_metal.environment(), protected=protected
-    )
-    done = run(env)
-    assert "Insufficient Memory" in done.stderr
-    assert done.returncode == (1 if protected else -6), done.stderr
-"""
-
-
-@pytest.fixture
-def metalsim_package(native: Native, tmp_path: Path) -> Path:
-    """Where the package is, as its wheel has it."""
-    sources = ROOT / "packages" / "mlx-safe-metalsim" / "src"
-    shutil.copytree(sources, tmp_path / "packages")
-    library = tmp_path / "packages" / "mlx_safe_metalsim" / "libmetalsim.so"
-    shutil.copy(native.runtime, library)
-    return tmp_path / "packages"
-
-
-def test_the_simulated_metal(
-    pytester: pytest.Pytester, metalsim_package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = os.pathsep.join([str(metalsim_package), os.environ.get("PYTHONPATH", "")])
-    monkeypatch.setenv("PYTHONPATH", path)
-    result = run(pytester, SIMULATED)
-    result.assert_outcomes(passed=6, errors=1)
-    result.stdout.fnmatch_lines(["*command buffer 5 with code 8 never fired*"])
 
 
 def test_without_its_package_it_says_what_to_install(
