@@ -161,6 +161,16 @@ def test_a_call_within_a_call_is_no_step_of_its_own() -> None:
     assert type(whole.language_model) is Language
 
 
+def test_a_measurement_is_no_step() -> None:
+    model = testing.attach(Model())
+    with testing.inject("any") as plan:
+        with testing.uncounted():
+            model(tokens(1))
+        assert plan.seen == 0
+        with pytest.raises(RuntimeError):
+            model(tokens(1))
+
+
 def test_a_plan_that_never_fired_is_an_error() -> None:
     model = testing.attach(Model())
     with (

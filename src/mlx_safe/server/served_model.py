@@ -130,6 +130,15 @@ class ServedModel:
         self._on_loaded()
 
     def _load_or_say_why(self, *named: Any) -> Any:
+        # What a model is measured with is no step of a request.
+        with testing.uncounted():
+            model, tokenizer = self._load_and_measure(*named)
+        if testing.attaches_all():
+            self._count_steps(model)
+        self._resumed.watch(tokenizer, self._detokenizer)
+        return model, tokenizer
+
+    def _load_and_measure(self, *named: Any) -> Any:
         # mlx-lm 0.31.3 forgets the adapters of its command line.
         named = self._names.default if named[0] == DEFAULT else named
         try:
@@ -147,9 +156,6 @@ class ServedModel:
         self._measure()
         if self._disk is not None:
             self._disk.model_loaded(self._provider)
-        if testing.attaches_all():
-            self._count_steps(model)
-        self._resumed.watch(tokenizer, self._detokenizer)
         return model, tokenizer
 
     def _count_steps(self, model: Any) -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from .ceilings import GPUCeiling, gpu_ceiling
 from .environment import plan_from_environment, tell_unfired
-from .models import attach, attach_all, attaches_all, detach
+from .models import attach, attach_all, attaches_all, detach, uncounted
 from .plans import (
     Injection,
     NeverFired,
@@ -67,4 +67,5 @@ __all__ = [
     "step",
     "tell_unfired",
     "throw_on_foreign_thread",
+    "uncounted",
 ]

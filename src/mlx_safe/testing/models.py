@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -12,12 +13,12 @@ from . import ceilings, plans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
 
-__all__ = ["attach", "attach_all", "attaches_all", "detach"]
+__all__ = ["attach", "attach_all", "attaches_all", "detach", "uncounted"]
 
 # Parts of a model that programs call instead of the whole: mlx-vlm the first,
 # speculative decoding the second. A call within a call is no step of its own.
@@ -68,6 +69,17 @@ def detach(model: Any) -> Any:
         if _is_attached(part):
             part.__class__ = type(part).__mro__[1]
     return model
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """No call that the calling thread makes within it is a step: a measurement, say."""
+    before = getattr(_in_a_step, "is_true", False)
+    _in_a_step.is_true = True
+    try:
+        yield
+    finally:
+        _in_a_step.is_true = before
 
 
 def _is_attached(model: Any) -> bool:
