@@ -86,6 +86,12 @@ FUZZ_S ?= 300
 fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+# Not in CI. SEED=N: the load and the faults of that run again.
+MINUTES ?= 10
+.PHONY: soak
+soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
+	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
 # Of the Python half, by all tests of one pair; its children are counted. What fails
 # is said, and counts as well.
 COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(VENVS)/observe/bin/python -m coverage
@@ -103,9 +109,9 @@ sanitize: build/native-asan.stamp build/native-tsan.stamp  ## the native tests u
 	ASAN_OPTIONS=detect_leaks=1 tools/sanitize.sh build/native-asan
 	TSAN_OPTIONS=halt_on_error=1 tools/sanitize.sh build/native-tsan
 
-# Minutes of all cores; not in CI. `make mutants ARGS='ledger --only is_closed'` for a part.
-mutants:  ## changes the ledger's code in one place at a time: does a test notice?
-	nice -n 10 $(PYTHON) tools/mutants.py $(ARGS)
+# An hour of two cores; not in CI. `make mutants ARGS='ledger --only is_closed'` for a part.
+mutants: $(VENVS)/observe.ready  ## changes ledger, scheduler, admission in one place at a time: does a test notice?
+	nice -n 10 $(VENVS)/observe/bin/python tools/mutants.py $(ARGS)
 
 coverage-native: build/native-coverage.stamp $(VENVS)/coverage.ready  ## what the native tests run of the C++
 	find build/native-coverage -name '*.gcda' -delete
@@ -173,18 +179,19 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 
 CONTRACT_CACHE ?= .cache/contract
 
-# The observe pair makes the model for a server.
-# Servers and the rest side by side, unless make itself was told how many.
+# The observe pair makes the model for a server. In parts, of which two run at a time
+# unless make itself was told how many; the longest first.
+MACHRUN_PARTS := server versions hardware rest
+MACHRUN_FILES_server := tests/machrun/test_server.py
+MACHRUN_FILES_versions := tests/machrun/test_versions.py tests/machrun/test_hooks.py tests/machrun/test_sent.py
+MACHRUN_FILES_hardware := tests/machrun/test_hardware.py
+MACHRUN_FILES_rest = tests/machrun $(foreach part,$(filter-out rest,$(MACHRUN_PARTS)),$(MACHRUN_FILES_$(part):%=--ignore %))
 machrun:  ## the macOS binaries of MLX and ours, executed under emulation
-	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) machrun-servers machrun-rest
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) $(MACHRUN_PARTS:%=machrun-%)
 
-MACHRUN_SERVERS := tests/machrun/test_server.py tests/machrun/test_hardware.py
-.PHONY: machrun-servers machrun-rest
-machrun-servers: machrun-setup $(VENVS)/wheels.ready
-	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_SERVERS) $(ARGS)
-
-machrun-rest: machrun-setup $(VENVS)/wheels.ready
-	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(MACHRUN_SERVERS:%=--ignore %) $(ARGS)
+.PHONY: $(MACHRUN_PARTS:%=machrun-%)
+$(MACHRUN_PARTS:%=machrun-%): machrun-%: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_FILES_$*) $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
@@ -248,7 +255,7 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 
 # Installed first and apart from our wheel, which changes more often.
 $(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
+	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"'
 	touch $@
 
 $(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python

@@ -17,6 +17,7 @@ import pytest
 from mlx_safe.server import logprobs
 from mlx_safe.server.answers import Answer
 from mlx_safe.server.asked import Asked
+from support.programs import program
 from support.server import CONTROLLED, NEVER, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -24,18 +25,7 @@ TOKENS = 12
 IN_FLIGHT = "mlx_safe_requests_in_flight"
 
 # The protected server, which cannot put an answer to "fail" together.
-FAILING = """
-import sys
-from mlx_safe.cli import main
-from mlx_safe.server import answers
-frame = answers.Answer._frame
-def failing(self, choices):
-    if self._handler.body.get("stop") == ["fail"]:
-        raise LookupError("the secret text")
-    return frame(self, choices)
-answers.Answer._frame = failing
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+FAILING = program("cannot_frame_an_answer")
 
 
 @pytest.fixture(scope="module")

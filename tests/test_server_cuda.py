@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support.programs import program
 from support.server import CONTROLLED, NEVER, Answer, Server, eventually
 
 SOURCES = Path(__file__).resolve().parent.parent / "src" / "mlx_safe"
@@ -59,7 +60,7 @@ def test_a_sticky_error_ends_the_process_and_tells_everyone(
 LOST_LATER = f"""
 import mlx.core as mx
 from mlx_safe import testing
-from mlx_safe.server import thread_state
+from mlx_safe import _thread_state as thread_state
 class Waits:
     def __getattr__(self, name):
         return getattr(mx, name)
@@ -101,44 +102,7 @@ def test_out_of_memory_is_run_again_with_less(tiny_model: Path) -> None:
 
 
 # Where memory runs out is said in a request's stop words, which mlx-lm takes as text.
-WHERE = """
-import functools
-import mlx_lm.server as server
-from mlx_safe import testing
-wanted = {}
-def fail(where):
-    kind = wanted.pop(where, None)
-    if kind == "python":
-        raise MemoryError
-    if kind == "malloc":
-        raise RuntimeError("[malloc] Unable to allocate 1073741824 bytes.")
-    if kind == "cuda":
-        raise RuntimeError(testing.cuda_message(2))
-def first(cls, name, where):
-    inner = getattr(cls, name)
-    @functools.wraps(inner)
-    def call(*args, **kwargs):
-        fail(where)
-        return inner(*args, **kwargs)
-    setattr(cls, name, call)
-first(server.ResponseGenerator, "_tokenize", "tokenize")
-first(server, "_make_sampler", "sampler")
-first(server.LRUPromptCache, "fetch_nearest_cache", "fetch")
-first(server.LRUPromptCache, "insert_cache", "insert")
-first(server, "load", "load")
-from mlx_safe.server.generator import ProtectedResponseGenerator
-answer = ProtectedResponseGenerator.answer
-def noted(self, request, args, progress):
-    for word in args.stop_words:
-        if word.startswith("FAIL "):
-            _, where, kind = word.split()
-            wanted[where] = kind
-    return answer(self, request, args, progress)
-ProtectedResponseGenerator.answer = noted
-import sys
-from mlx_safe.cli import main
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+WHERE = program("fails_where_asked")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support.programs import program
 from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -31,21 +32,7 @@ mlx_lm.server.TimeBudget.__init__.__defaults__ = (3600.0, 25, 10)
 
 # A write waits a second for a client that does not read, and not for what the
 # system would keep for it.
-IMPATIENT = """
-import socket, sys
-from mlx_safe.cli import main
-from mlx_safe.server import http_server
-kind = http_server.Server
-class Small(kind):
-    def get_request(self):
-        from mlx_safe.server.mlx_lm.handler import ProtectedHandler
-        ProtectedHandler.timeout = 1
-        connection, address = super().get_request()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        return connection, address
-http_server.Server = Small
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+IMPATIENT = program("impatient_with_readers")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mlx_safe._mlx_versions import parse_version
+from support.programs import program
 from support.server import (
     CONTROLLED,
     REFUSING,
@@ -438,18 +439,7 @@ class TestHostileRequests:
 
 # The protected server, which gives its clients as long as a slow machine may take,
 # and has a line in its output for each time that it looks whether they are served.
-PATIENT = """
-import sys, time
-from types import SimpleNamespace
-from mlx_safe.cli import main
-from mlx_safe.server import health
-def sleep(seconds):
-    print("it waits for its clients", flush=True)
-    time.sleep(seconds)
-health.ANSWER_TIMEOUT_S = 600.0
-health.time = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+PATIENT = program("waits_for_its_clients")
 
 
 class TestFatalFaults:

@@ -8,20 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from support.programs import program
 from support.server import CONTROLLED, NEVER, Server
 
 # The protected server; each step of its model takes a hundredth of a second or more.
-SLOW = """
-import sys, time
-from mlx_safe import testing
-from mlx_safe.cli import main
-count = testing.step
-def step(phase):
-    time.sleep(0.01)
-    count(phase)
-testing.step = step
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+SLOW = program("slow_steps")
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])

@@ -18,6 +18,7 @@ import pytest
 
 from mlx_safe.server import handover, wire
 from mlx_safe.server.request_file import RequestFile
+from support.programs import program
 from support.server import BATCH_RUNS_S, CONTROLLED, Server
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -231,16 +232,7 @@ def test_a_header_that_is_none_is_refused(server: Server) -> None:
 
 
 # macOS takes no options for a connection that was reset.
-TAKES_NO_OPTIONS = """
-import errno, socket, sys
-from mlx_safe.cli import main
-def refuse(self, level, *_):
-    if level == socket.IPPROTO_TCP:
-        raise OSError(errno.EINVAL, "Invalid argument")
-    return set_option(self, level, *_)
-set_option, socket.socket.setsockopt = socket.socket.setsockopt, refuse
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+TAKES_NO_OPTIONS = program("sockets_without_options")
 
 
 def test_a_connection_that_takes_no_options_is_no_failure(tiny_model: Path) -> None:

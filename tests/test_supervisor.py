@@ -18,40 +18,14 @@ from pathlib import Path
 import pytest
 
 from mlx_safe.server import holding
+from support.programs import program
 from support.server import Answer, Server, eventually
 
 # The supervisor of a server that loads no model: it listens once the file is there
 # whose path it is given as its model.
-SUPERVISED = '''
-import sys
-from mlx_safe.server import holding, supervisor
-SERVER = """
-import os, socket, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from mlx_safe.server import supervisor
-from mlx_safe.server.handover import Handover, Message
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-    def log_message(self, *_):
-        pass
-while not os.path.exists(sys.argv[2]):
-    time.sleep(0.01)
-server = HTTPServer(("", 0), Handler, bind_and_activate=False)
-server.socket = socket.socket(fileno=int(os.environ[supervisor.LISTEN_FD]))
-parent = Handover.of_environment()
-parent.tell(Message.LISTENS)
-parent.take_over(lambda held, _: server.process_request(held, None))
-server.serve_forever()
-"""
-holding.ANSWER_TIMEOUT_S = 60.0
-kind = supervisor.Supervisor
-supervisor.Supervisor = lambda listener, command, hold_s: kind(
-    listener, [sys.executable, "-c", SERVER, *command[4:]], hold_s
+SUPERVISED = program("supervised").replace(
+    'SERVER = ""', f"SERVER = {program('stub_server')!r}"
 )
-sys.exit(supervisor.main(sys.argv[1:]))
-'''
 
 
 NOTHING_HELD = ("--hold-seconds", "0")

@@ -31,6 +31,7 @@ __all__ = [
     "remove_run_file",
     "sample_memory",
     "set_memory_limits",
+    "set_server",
     "stacks",
     "start",
     "stop",
@@ -91,6 +92,7 @@ class _State:
         self.ceiling = -1
         self.context: dict[str, object] = {}
         self.facts: dict[str, object] = {}
+        self.context_lock = threading.Lock()
 
 
 _state = _State()
@@ -107,12 +109,14 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
         context: JSON-able facts about this process that each report tells.
     """
     _state.directory = directory
-    _state.context = {**_machine(), **context}
     _core.report_prepare(
         None if directory is None else os.fsencode(directory),
         os.path.basename(sys.argv[0] if sys.argv else "").encode(errors="replace"),
     )
-    if not _core.set_report_context({**_state.context, **_state.facts}):
+    with _state.context_lock:
+        _state.context = {**_machine(), **context, **_state.facts}
+        fits = _core.set_report_context(_state.context)
+    if not fits:
         return "crash reports are without versions and hooks: they take over 16 KB"
     if directory is None:
         return None
@@ -142,10 +146,12 @@ def _remove_run_file_at_the_end() -> None:
 
 def name_process(**facts: object) -> None:
     """Has reports tell ``facts`` of this process from now on: what it serves, say."""
-    _state.facts = facts
-    if _state.directory is None:
-        return
-    _core.set_report_context({**_state.context, **facts})
+    with _state.context_lock:
+        _state.facts = facts
+        if _state.directory is None:
+            return
+        _state.context = {**_state.context, **facts}
+        _core.set_report_context(_state.context)
     with _state.run_file_lock:
         _core.write_run_file()
 
@@ -236,10 +242,10 @@ def write_fault(message: str, code: int) -> None:
 
 
 def write_fault_beside(message: str, code: int) -> None:
-    """`write_fault` on a thread of its own, for whoever has better to do than wait.
+    """`write_fault` on a thread of its own, for callers that must not wait.
 
-    What the process dies of before it is written tells of it as well: it leaves a
-    breadcrumb first. An end in good order waits for it (`finish`).
+    A report of the process's death before that has it as well: it leaves a breadcrumb
+    first. An end in good order waits for it (`finish`).
     """
     _core.breadcrumb("fault", message[:95], {"code": code})
     if _state.directory is None or not _is_to_be_written():
@@ -355,14 +361,27 @@ def _with_names(stacks: str) -> str:
         header, newline, frames = block.partition("\n")
         whose, _, rest = header.partition(" 0x")
         ident, _, rest = f"0x{rest}".partition(" ")
-        told = f"{known[ident]}, {ident}" if ident in known else ident
+        name = f"{known[ident]}, {ident}" if ident in known else ident
         if whose == "Current thread":
-            own.append(f"The thread that reports, {told} {rest}{newline}{frames}")
+            own.append(f"The thread that reports, {name} {rest}{newline}{frames}")
         elif whose == "Thread":
-            others.append(f"Thread {told} {rest}{newline}{frames}")
+            others.append(f"Thread {name} {rest}{newline}{frames}")
         else:
             others.append(block)
     return "\n\n".join(others + own) + "\n"
+
+
+def set_server(facts: Mapping[str, object]) -> None:
+    """Each report tells of a server, too, from now on: JSON-able figures, no text.
+
+    Any thread; not more often than once a second, as a crash may be reading it.
+    """
+    with _state.context_lock:
+        told = {**_state.context, "server": dict(facts)}
+        if told == _state.context:
+            return
+        if _core.set_report_context(told):
+            _state.context = told
 
 
 def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:
@@ -377,7 +396,7 @@ def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:
 
 
 def keep_fresh() -> None:
-    """Keeps what is told of this process if it is killed: cheap, for every step.
+    """Keeps what a report has of this process if it is killed: cheap, for every step.
 
     A sample of memory, at most one in `SAMPLE_EVERY_S`; and the run file, where
     the thread of the callbacks does not see to it.
@@ -425,7 +444,7 @@ def refresh_run_file() -> None:
     now = time.monotonic()
     if now - _state.run_file_at < RUN_FILE_EVERY_S:
         return
-    # Whoever has it writes just now. A guard must not wait for a disk.
+    # Its owner writes just now. A guard must not wait for a disk.
     if not _state.run_file_lock.acquire(blocking=False):
         return
     try:

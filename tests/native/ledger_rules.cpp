@@ -345,6 +345,27 @@ void queues_addresses() {
   CHECK(!c.is_closed(20, 1, 1) && c.records() == 0);
 }
 
+void a_queue_that_has_died_lets_others_settle() {
+  Case c;
+  c.signals(100, 20, 1).commit(100, 10);
+  c.ledger.forget_queue(id(10));
+  c.waits_for(101, 20, 1).signals(101, 21, 1).commit(101, 11);
+  c.complete(101);
+  CHECK(c.is_closed(21, 1, 1));
+  c.complete(100);
+  CHECK(!c.is_closed(21, 1, 1) && c.records() == 0);
+}
+
+// A later value of the same event is not waited for, though it has come.
+void a_value_that_has_settled_stays_so() {
+  Case c;
+  c.signals(100, 20, 1).commit(100, 10).commit(101, 10);
+  c.signals(102, 20, 2).commit(102, 10);
+  c.waits_for(103, 20, 1).signals(103, 21, 1).commit(103, 11);
+  for (int buffer : {100, 102, 103}) c.complete(buffer);
+  CHECK(!c.is_closed(20, 1, 2) && !c.is_closed(21, 1, 1));
+}
+
 void events_addresses() {
   Case c;
   FailureRef f = failure();
@@ -396,6 +417,29 @@ void references_are_let_go_of() {
     CHECK(plain_objects::references == before);
   }
   CHECK(plain_objects::references == before);
+}
+
+// Failures, too: the object that one holds is released then.
+void failures_are_let_go_of() {
+  Case c;
+  FailureRef f = failure();
+  std::weak_ptr<Failure> of_event = f;
+  c.ledger.signalled_by_cpu(id(20), 1, std::exchange(f, nullptr));
+  c.ledger.forget_event(id(20));
+  CHECK(!of_event.expired());
+  (void)c.ledger.take_trash();
+  CHECK(of_event.expired());
+  // Of a queue that dies before its last buffer has settled.
+  f = failure();
+  std::weak_ptr<Failure> of_queue = f;
+  c.commit(100, 10).commit(101, 10);
+  c.complete(100, std::exchange(f, nullptr));
+  c.ledger.forget_queue(id(10));
+  (void)c.ledger.take_trash();
+  c.complete(101);
+  CHECK(!of_queue.expired());
+  (void)c.ledger.take_trash();
+  CHECK(of_queue.expired());
 }
 
 // ---- R13
@@ -697,9 +741,12 @@ int main() {
   buffers_addresses();
   an_address_is_used_again_unseen();
   queues_addresses();
+  a_queue_that_has_died_lets_others_settle();
+  a_value_that_has_settled_stays_so();
   events_addresses();
   all_is_forgotten();
   references_are_let_go_of();
+  failures_are_let_go_of();
   skipped();
   open_signals_of_a_thread();
   ended_by_the_failure();

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -40,22 +41,7 @@ CONTROLLED = program("controlled_server")
 
 # The protected server, which after too many faults refuses for an hour. SIGUSR1: the
 # hour has passed.
-REFUSING = """
-import signal, sys, time
-from types import SimpleNamespace
-from mlx_safe.cli import main
-from mlx_safe.server import health, recovery
-recovery.REFUSE_FOR_S = 3600.0
-passed = 0.0
-def pass_the_hour(*_):
-    global passed
-    passed = 3600.0
-signal.signal(signal.SIGUSR1, pass_the_hour)
-health.time = SimpleNamespace(
-    sleep=time.sleep, monotonic=lambda: time.monotonic() + passed
-)
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+REFUSING = program("refuses_for_an_hour")
 
 # mlx-lm looks for new requests when a batch has run for half a second.
 BATCH_RUNS_S = 0.6
@@ -155,7 +141,11 @@ class Server:
         stock: bool = False,
         env: dict[str, str] | None = None,
         program: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
+        self.tls = tls
+        self.headers = headers or {}  # of every request
         self.model = Path(model)
         self.port = free_port()
         command = [PYTHON]
@@ -341,7 +331,10 @@ class Server:
         raise AssertionError(f"nothing listens:\n{self.log}")
 
     def _connect(self, timeout: float) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        address = ("127.0.0.1", self.port)
+        if self.tls is None:
+            return http.client.HTTPConnection(*address, timeout=timeout)
+        return http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
 
     def connect(self, timeout: float = REQUEST_TIMEOUT_S) -> http.client.HTTPConnection:
         """A connection on which nothing has been sent."""
@@ -349,9 +342,16 @@ class Server:
         connection.connect()
         return connection
 
-    def get(self, path: str, timeout: float = REQUEST_TIMEOUT_S) -> Answer:
+    def get(
+        self,
+        path: str,
+        timeout: float = REQUEST_TIMEOUT_S,
+        headers: dict[str, str] | None = None,
+        method: str = "GET",
+    ) -> Answer:
+        more = self.headers if headers is None else headers
         with contextlib.closing(self._connect(timeout)) as connection:
-            connection.request("GET", path)
+            connection.request(method, path, headers=more)
             response = connection.getresponse()
             headers = {k.lower(): v for k, v in response.getheaders()}
             return Answer(response.status, headers, response.read().decode())
@@ -361,6 +361,7 @@ class Server:
         body: Any,
         path: str = "/v1/chat/completions",
         timeout: float = REQUEST_TIMEOUT_S,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         """Sends a request; a broken or hanging answer is noted, not raised."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -368,7 +369,8 @@ class Server:
         lines = []
         with contextlib.closing(self._connect(timeout)) as connection:
             try:
-                connection.request("POST", path, raw)
+                more = self.headers if headers is None else headers
+                connection.request("POST", path, raw, headers=more)
                 response = connection.getresponse()
                 answer.status = response.status
                 answer.headers = {k.lower(): v for k, v in response.getheaders()}
@@ -386,7 +388,9 @@ class Server:
     def stream(self, body: Any) -> Iterator[Iterator[bytes]]:
         """The lines of a chat's answer, as they come."""
         with contextlib.closing(self._connect(REQUEST_TIMEOUT_S)) as connection:
-            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            connection.request(
+                "POST", "/v1/chat/completions", json.dumps(body), headers=self.headers
+            )
             with connection.getresponse() as response:
                 yield iter(response)
 

@@ -174,7 +174,7 @@ void stacks_sections(JsonWriter& json, const Event& event) noexcept {
 }
 
 // A thread that has begun to write the run file may create it after it was
-// removed, and not live to see that the process dies; one that writes a report
+// removed, and not live to see that the process dies. One that writes a report
 // may not live to end it. Async-signal-safe; the thread that writes may be this
 // one.
 void wait_for_writers() noexcept {

@@ -29,9 +29,9 @@ def tend(directory: str, *, quietly: bool = False) -> None:
 
 
 def tell(directory: str | None = None, server: dict[str, object] | None = None) -> None:
-    """One line in the log for the reports that nobody has told of yet.
+    """One line in the log for the reports that have had none yet.
 
-    Of several processes, one tells of each report. Of those that a server has left,
+    Of several processes, one announces each report. Of those that a server has left,
     only one with the same port and model tells.
 
     Args:
@@ -47,9 +47,9 @@ def tell(directory: str | None = None, server: dict[str, object] | None = None) 
     fresh = [
         (entry, report)
         for entry in found
-        if not entry.told
+        if not entry.announced
         and _is_ours(report := reader.read(entry.path), server)
-        and store.mark_told(entry)
+        and store.mark_announced(entry)
     ]
     if not fresh:
         return
@@ -66,4 +66,4 @@ def tell(directory: str | None = None, server: dict[str, object] | None = None) 
 
 
 def _is_ours(report: Report, server: dict[str, object] | None) -> bool:
-    return report.context.get("server") in (None, server)
+    return report.context.get("serves") in (None, server)

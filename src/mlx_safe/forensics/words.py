@@ -92,7 +92,7 @@ def headline(report: Report) -> str:
 
 def server_of(report: Report) -> str:
     """Which server it is of, by its port and model; "" when it is of none."""
-    told = report.context.get("server")
+    told = report.context.get("serves")
     if not isinstance(told, dict):
         return ""
     return _one_line(f"on port {told.get('port')} with {told.get('model')}")
@@ -262,7 +262,7 @@ def _is_near_its_limit(report: Report) -> bool:
 
 
 def _machine_is_full(report: Report) -> bool | None:
-    """By this process or by all of them; None when that cannot be told."""
+    """By this process or by all of them; None when that is not known."""
     memory = report.memory
     if memory is None or not memory.system_total:
         return None
@@ -292,8 +292,8 @@ def _memory(report: Report) -> list[tuple[str, ...]]:
         value = getattr(memory, name)
         share = _share(value, whole)
         if value is not None:
-            told = "" if share is None else f", {share:.0%} of {of}"
-            rows.append((name, size(value) + told))
+            part = "" if share is None else f", {share:.0%} of {of}"
+            rows.append((name, size(value) + part))
     if memory.ceiling:
         rows.append(("ceiling", size(memory.ceiling)))
     if memory.system_total:
@@ -423,4 +423,4 @@ def _settings(title: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
             rows += [(f"{title}.{name}", str(entry)) for entry in value]
         elif not isinstance(value, bool) and value is not None:
             rows.append((f"{title}.{name}", str(value)))
-    return [(name, _one_line(told)) for name, told in rows if told]
+    return [(name, _one_line(text)) for name, text in rows if text]

@@ -118,10 +118,9 @@ class LearnedCeiling:
 
     Of the static ceiling C, B bytes are in use with nothing running (the weights).
     A fault with N bytes active sets it to B + 0.8 (N - B), or leaves it where it is
-    when that is lower; but never below B + 0.25 (C - B): what fails there fails
-    for what others hold, and to refuse everything would help nobody. There it
-    stays for 5 minutes, then goes back to C within an hour, evenly; then it is
-    forgotten.
+    when that is lower. It never goes below B + 0.25 (C - B): what fails there fails for
+    what others hold, and to refuse everything would help nobody. There it stays for 5
+    minutes, then goes back to C within an hour, evenly; then it is forgotten.
 
     Args:
         clock: seconds, monotonic; tests bring their own.

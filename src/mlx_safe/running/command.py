@@ -37,6 +37,12 @@ def _parser() -> Parser:
         help="what uvicorn serves answers faults as mlx_safe.asgi.protect does",
     )
     parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="batches of mlx-lm's BatchGenerator are begun again after a fault, as "
+        "mlx_safe.mlx_lm.protect does",
+    )
+    parser.add_argument(
         "--no-signals",
         action="store_true",
         help="no crash reports for SIGSEGV and its like",
@@ -65,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     own, command = _split(list(arguments))
     asked = _parser().parse_args(own)
     if not command:
-        raise CommandError("what is to be run? mlx-safe run [options] -- COMMAND ...")
+        raise CommandError("no program is named: mlx-safe run [options] -- COMMAND ...")
     program = shutil.which(command[0])
     if program is None:
         raise CommandError(f"{command[0]}: no such command")
@@ -76,6 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     words = [
         *([] if asked.no_signals else ["signals"]),
         *(["asgi"] if asked.asgi else []),
+        *(["replay"] if asked.replay else []),
     ]
     env = environment(os.environ, words)
     if not asked.supervise:

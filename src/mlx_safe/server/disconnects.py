@@ -93,8 +93,8 @@ class Disconnects:
             time.sleep(LOOK_EVERY_S)
 
 
-# What tells of a close behind data that nobody has read, such as a next request:
-# Linux's poll has it, kqueue has it on macOS.
+# What shows a close behind data that nobody has read, such as a next request: Linux's
+# poll has it, kqueue has it on macOS.
 RDHUP = getattr(select, "POLLRDHUP", None)
 
 

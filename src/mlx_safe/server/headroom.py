@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..memory.budget import Decision, Situation
 from ..memory.demand import Demand, Row
 from ..memory.estimate import CacheCost, Transients
-from ..memory.machine import usage
+from ..memory.machine import others_hold, usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
 from . import admission
@@ -27,7 +27,9 @@ from .admission import Ask, Load, SingleStep
 from .limits import Limits
 from .mlx_lm import compat
 from .mlx_lm.prompt_cache import PromptCache
-from .mlx_lm.protocols import BatchGenerator, ModelKey, ModelProvider
+from .mlx_lm.protocols.generation import BatchGenerator
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.opaque import ModelKey
 from .model_demand import NoRoom, demand_of
 from .model_limits import context_of
 from .observer import Observer
@@ -38,6 +40,10 @@ from .replies import ContextTooLong, NotEnoughMemory
 __all__ = ["Headroom", "MemoryFlags"]
 
 log = logging.getLogger("mlx_safe.server")
+
+# Of a batch that only writes, which needs a few bytes for each token: what other
+# programs take is seen that much later. On a GPU they are a tenth of a second.
+STEPS_MAX = 16
 
 EVERYTHING_FITS = Decision(
     free_pool=False, evict=0, take_over=False, step=0, verdict="admit"
@@ -204,6 +210,11 @@ class Headroom:
             found["footprint"] = now.footprint
         if now.available is not None:
             found["available"] = now.available
+        machine = self.limits.machine
+        found["total"] = machine.card or machine.total
+        other = others_hold(machine, now)
+        if other is not None:
+            found["other"] = other
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> dict[str, int]:
@@ -225,17 +236,24 @@ class Headroom:
             self._room_tokens,
         )
 
-    def has_room_for_step(self, load: Load) -> bool:
-        """Makes room for the next step of a batch; False: there is none."""
+    def steps_with_room(self, load: Load) -> int:
+        """Makes room for the next steps of a batch; how many fit, 0: not one.
+
+        They are those in which nothing else happens, and none reads a prompt.
+        """
         if not self._enabled:
-            return True
+            return STEPS_MAX
         found = admission.for_step(
             self._demand,
             self._situation(),
             self._with_caches(load),
             self._prefill.sizes,
         )
-        return self._carried_out(found)
+        if not self._carried_out(found):
+            return 0
+        if any(row.is_reading for row in load.rows):
+            return 1
+        return min(max(found.times, 1), STEPS_MAX)
 
     def single_step(self, load: Load) -> SingleStep:
         """The same for the sequential path."""

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from .request import BEFORE_PREFILL, ENDED, Request, RequestState
+from .request import BEFORE_PREFILL, ENDED, RUNNING, Request, RequestState
 from .scheduler import Scheduler
 from .step import KINDS, Step
 
@@ -71,13 +71,16 @@ class Live:
                 "id": request.id,
                 "path": request.path,
                 "state": request.state.value,
-                "age_s": round(self.age(request), 3),
+                "waits": request.state not in RUNNING,
+                "seconds": round(self.age(request), 1),
                 "prompt_tokens": request.prompt_tokens,
                 "cached_tokens": request.cached_tokens,
                 "read_tokens": request.prompt_read[0],
-                "to_read_tokens": request.prompt_read[1],
-                "tokens": len(request.produced),
+                "to_read": request.prompt_read[1],
+                "produced": len(request.produced),
+                "max_tokens": request.max_tokens,
                 "replays": request.times_replayed,
+                "alone": request.run.alone,
             }
             for request in self._scheduler.requests()
         ]

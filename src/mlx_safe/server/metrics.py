@@ -22,7 +22,7 @@ from ..metrics import Collector as ProcessMetrics
 from .exchange import Exchange
 from .live import Live
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+__all__ = ["CONTENT_TYPE", "Metrics", "samples_of"]
 
 # A sample more for each series, the time of its first: nobody reads it, and the process
 # is this server's own.
@@ -45,6 +45,7 @@ KV_DISK_EVENTS = {
     "restored": "Requests that began from KV caches on disk",
     "restored_tokens": "Prompt tokens that came from disk",
     "restored_bytes": "Bytes read from disk",
+    "not_cheaper": "Restores left out, as reading the prompt took less time",
     "written": "Files written",
     "written_bytes": "Bytes written",
     "not_written": "Blocks not written: no room, over the bound, or withdrawn",
@@ -73,6 +74,7 @@ MEMORY_GAUGES = {
     "ceiling": "Bytes that may be active now",
     "ceiling_static": "Bytes that may be active when faults are forgotten",
     "model": "Bytes of the model",
+    "other": "Bytes that other programs hold, of the card or of the RAM",
     "prompt_cache_limit": "Bytes that the prompt cache may hold",
 }
 
@@ -142,6 +144,16 @@ class _Live(Collector):
         for kind, seconds in self._live.steps().items():
             family.add_metric([kind], seconds)
         yield family
+
+
+def samples_of(counter: Counter) -> list[tuple[dict[str, str], float]]:
+    """The labels and the value of each of a counter's samples. Any thread."""
+    return [
+        (sample.labels, sample.value)
+        for metric in counter.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    ]
 
 
 class Metrics:

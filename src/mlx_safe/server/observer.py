@@ -5,7 +5,7 @@ Used by the generation thread only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -44,16 +44,19 @@ class Observer:
         self.transients.observe(tokens, context, used)
 
     def end_of_batch_step(
-        self, prompts: Iterable[Any], generated: list[Any], lengths: dict[Any, int]
+        self,
+        prompts: Iterable[Any],
+        generated: list[Any],
+        lengths: Callable[[], dict[Any, int]],
     ) -> None:
         """A step of mlx-lm's `BatchGenerator` has ended with these responses.
 
-        Only of steps between which the batch did not change: what joins or
-        leaves is copied (merge, extend, filter, split), lazily in the next step,
-        and would be taken for the cost of tokens.
+        Only of steps between which the batch did not change. What joins or leaves is
+        copied (merge, extend, filter, split), lazily in the next step, and would be
+        taken for the cost of tokens.
 
         Args:
-            lengths: tokens of each row's prompt, those of the prompt cache
+            lengths: gives the tokens of each row's prompt, those of the prompt cache
                 included, by uid.
         """
         prompts = list(prompts)
@@ -61,13 +64,18 @@ class Observer:
         steady = len(reading) == len(prompts) and reading.keys() == self._read.keys()
         steady = steady and all(r.finish_reason is None for r in generated)
         if steady and self._steady and (reading or generated):
-            chunk = max((reading[u] - self._read[u] for u in reading), default=1)
-            cached = [lengths.get(r.uid, 0) - int(r.progress[1]) for r in prompts]
-            context = max(
-                (c + reading[r.uid] for c, r in zip(cached, prompts, strict=True)),
-                default=max(lengths.values(), default=1),
-            )
-            self.end(max(len(reading), 1) * max(chunk, 1), max(context, 1))
+            self._learn(reading, prompts, lengths())
         else:
             self.peak = max(self.peak, int(mx.get_peak_memory()))
         self._read, self._steady = reading, steady
+
+    def _learn(
+        self, reading: dict[Any, int], prompts: list[Any], lengths: dict[Any, int]
+    ) -> None:
+        chunk = max((reading[u] - self._read[u] for u in reading), default=1)
+        cached = [lengths.get(r.uid, 0) - int(r.progress[1]) for r in prompts]
+        context = max(
+            (c + reading[r.uid] for c, r in zip(cached, prompts, strict=True)),
+            default=max(lengths.values(), default=1),
+        )
+        self.end(max(len(reading), 1) * max(chunk, 1), max(context, 1))

@@ -10,7 +10,8 @@ import weakref
 
 from ..memory.demand import STEP_MIN, step_sizes
 from .mlx_lm import compat
-from .mlx_lm.protocols import BatchGenerator, CliArgs
+from .mlx_lm.protocols.generation import BatchGenerator
+from .mlx_lm.protocols.models import CliArgs
 
 __all__ = ["PrefillStep"]
 

@@ -17,12 +17,9 @@ from .in_flight import InFlight, request_of
 from .logs import fields
 from .metrics import Metrics
 from .mlx_lm import compat
-from .mlx_lm.protocols import (
-    CompletionRequest,
-    GenerationArguments,
-    Json,
-    Tokenizer,
-)
+from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 from .model_limits import prompt_field
 from .overflow import Overflow, Truncation
 from .recovery import one_line
@@ -185,7 +182,9 @@ def _at_fault(
         try:
             tokenize(work)
         except Exception as e:
-            log.debug("no prompt without %s either (%s)", field, type(e).__name__)
+            log.debug(
+                "the prompt cannot be read without %s (%s)", field, type(e).__name__
+            )
         else:
             return field
         finally:

@@ -87,17 +87,25 @@ class Place:
         )
 
 
-def start_sampler(memory_limits: Callable[[], dict[str, int]]) -> None:
+def start_sampler(
+    memory_limits: Callable[[], dict[str, int]],
+    server: Callable[[], dict[str, Any]],
+    also: Callable[[], None],
+) -> None:
     """Samples memory now and once a second, and keeps the run file fresh.
 
     Args:
         memory_limits: arguments of `_reports.set_memory_limits`, read each time.
+        server: what reports tell of the server, likewise.
+        also: called each time as well.
     """
 
     def sample() -> None:
         _reports.set_memory_limits(**memory_limits())
+        _reports.set_server(server())
         _reports.sample_memory(at_least_s=0.0)
         _reports.refresh_run_file()
+        also()
 
     def run() -> None:
         while True:

@@ -12,6 +12,8 @@ import mlx.core as mx
 
 from .. import _core, _faults, _reports, errors
 from .._exceptions import clear_frames
+from .._failures import fault_behind, is_out_of_memory, what_it_means
+from .._thread_state import ThreadState, seed_anew
 from .backoff import REFUSE_FOR_S, Backoff
 from .exchange import ids
 from .headroom import Headroom
@@ -29,10 +31,9 @@ from .replies import (
     reply_for,
 )
 from .request import RequestState
-from .scheduler import Failure, Scheduler
-from .thread_state import ThreadState, seed_anew
+from .scheduler import Scheduler
 
-__all__ = ["GenerationFailed", "Recovery", "one_line", "portable", "what_it_means"]
+__all__ = ["GenerationFailed", "Recovery", "one_line", "portable"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -105,7 +106,7 @@ class Recovery:
     def recover(self, exc: Exception) -> None:
         """Answers everyone in flight and makes the thread fit for the next."""
         self._health.enter("recovering", "the state is being reset after a failure")
-        fault = self._as_fault(exc)
+        fault = fault_behind(exc, self._clean_epoch)
         error = fault or portable(exc)
         self._metrics.failures.labels(reply_for(error).code).inc()
         if fault is not None and fault.fatal:
@@ -128,7 +129,7 @@ class Recovery:
             again=again,
             ended=len(ending),
         )
-        if _is_out_of_memory(fault, exc):
+        if is_out_of_memory(fault, exc):
             self._headroom.out_of_memory()
         self._metrics.replays.inc(again)
         try:
@@ -175,21 +176,6 @@ class Recovery:
         self._health.refuse_for(
             REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
         )
-
-    def _as_fault(self, exc: Exception) -> errors.GPUError | None:
-        """The fault behind ``exc``, those of the log included."""
-        fault = errors.from_exception(exc)
-        logged = _faults.faults(self._clean_epoch)
-        if logged:
-            worst = errors.from_faults(logged)
-            # An error may name an earlier, milder fault than the log does.
-            if fault is None or worst.fatal:
-                return worst
-            fault.faults = tuple(logged)
-        if fault is None:
-            return None
-        # A new object: it goes to other threads, without a traceback.
-        return fault.kind.make(str(fault), fault.faults)
 
     def _log_failure(
         self,
@@ -250,7 +236,7 @@ class Recovery:
         """
         if fault is not None and not fault.retryable:
             return False
-        if _is_out_of_memory(fault, exc):
+        if is_out_of_memory(fault, exc):
             again = self._scheduler.requests(RequestState.REPLAY)
             if ending or any(request.attempts > 1 for request in again):
                 return False
@@ -261,15 +247,15 @@ class Recovery:
     ) -> None:
         """Drops whatever the failure may have left unwritten, or may be due to.
 
-        Arrays of a failed evaluation read as valid afterwards (both regimes), so
-        the batch goes, whose only owners are the frames of the traceback: it is
-        free as soon as they are clear. Entries of the prompt cache that were
-        complete before the fault may stay.
+        Arrays of a failed evaluation read as valid afterwards (both regimes), so the
+        batch goes. Its only owners are the frames of the traceback: it is free as soon
+        as they are clear. Entries of the prompt cache that were complete before the
+        fault may stay.
         """
         clear_frames(exc)
         if self._prompt_cache.disk is not None:
             # Of an exception that is no fault nobody knows what it has touched.
-            passing = _is_out_of_memory(fault, exc) or (
+            passing = is_out_of_memory(fault, exc) or (
                 fault is not None and fault.retryable
             )
             stray = not (passing and _epoch_is_exact())
@@ -288,24 +274,6 @@ class Recovery:
         self._thread_state.restore()
         mx.clear_cache()
         self._metrics.resets.inc()
-
-
-def _is_out_of_memory(fault: errors.GPUError | None, exc: Exception) -> bool:
-    if fault is None:
-        return is_allocation_failure(exc)
-    return isinstance(fault, errors.OutOfMemoryError)
-
-
-def what_it_means(fault: errors.GPUError | None, exc: Exception) -> Failure:
-    """What a failure means for the requests that were in it."""
-    if fault is not None and not fault.retryable:
-        return Failure.FINAL
-    if _is_out_of_memory(fault, exc):
-        return Failure.TOO_MUCH
-    # What held up the display passes in smaller pieces.
-    if isinstance(fault, errors.MetalInteractivityError):
-        return Failure.TOO_LONG
-    return Failure.UNKNOWN if fault is None else Failure.PASSING
 
 
 def _epoch_is_exact() -> bool:

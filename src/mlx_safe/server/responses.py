@@ -5,18 +5,18 @@ Knows nothing of mlx-lm. Every status and text of an error comes from `replies`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from .access import Access, challenge, refusal_body
 from .body import discard
 from .exchange import DISCONNECTED, Exchange
 from .replies import BadRequest, Reply, reply_for
+from .service import Service
 from .wire import Wire
-
-if TYPE_CHECKING:
-    from .generator import ProtectedResponseGenerator
 
 __all__ = ["DISCONNECTED", "Responses", "error_body"]
 
@@ -29,7 +29,7 @@ def error_body(reply: Reply) -> bytes:
 class Responses(Wire):
     """Sends the answers of one connection. Runs on a thread of its own."""
 
-    response_generator: ProtectedResponseGenerator
+    response_generator: Service
     # Of the request that is being answered, as soon as its body has been read.
     request_id: str
     requested_model: str
@@ -40,11 +40,30 @@ class Responses(Wire):
     command = ""
     request_version: str
     _allow: str | None = None
+    _challenge: str | None = None
+    may_ask = Access()
 
     if TYPE_CHECKING:
 
         def _set_cors_headers(self) -> None:
             """The last headers of any answer; another base class has it."""
+
+    def parse_request(self) -> bool:
+        """Reads the head; False when it was refused, also for want of a key."""
+        if not super().parse_request():
+            return False
+        path = self.path.partition("?")[0]
+        peer = str(self.client_address[0])
+        refused = self.may_ask.refusal(self.command, path, self.headers, peer)
+        if refused is None:
+            return True
+        if refused.status == 401:
+            self._challenge = challenge(path)
+        self._exchange().error = refused
+        body = refusal_body(refused, path, self.headers)
+        with contextlib.suppress(*DISCONNECTED):
+            self.send_body(refused.status, "application/json", body)
+        return False
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
@@ -150,6 +169,8 @@ class Responses(Wire):
             self.send_header("Retry-After", str(retry_after))
         if self._allow is not None:
             self.send_header("Allow", self._allow)
+        if self._challenge is not None:
+            self.send_header("WWW-Authenticate", self._challenge)
         self._set_cors_headers()
         self.end_headers()
         self.wfile.write(body)

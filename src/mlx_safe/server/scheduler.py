@@ -1,15 +1,14 @@
 """Who runs next, and what has become of whom: the only writer of a request's state.
 
-The generation thread tells the `Scheduler` what happens (a request came, a token, a
-step, a failure), any thread that a client has left; it answers which request mlx-lm is
-to have next, and which must leave a batch. It looks at no clock but the one it is
-given, and neither at MLX nor at mlx-lm.
+The generation thread calls the `Scheduler` for what happens: a request came, a token, a
+step, a failure. Any thread calls it when a client has left. It answers which request
+mlx-lm is to have next, and which must leave a batch. It looks at no clock but the one
+it is given, and neither at MLX nor at mlx-lm.
 """
 
 from __future__ import annotations
 
 import copy
-import enum
 import logging
 import threading
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
+from .._failures import Failure, at_once, care_level
 from ..memory.budget import Decision
 from ..memory.demand import Row
 from .admission import Ask, Load, SingleStep
@@ -45,24 +45,17 @@ BEGUN_WAIT_S = 60.0
 R = TypeVar("R", bound=Request)
 
 
-class Failure(enum.Enum):
-    """What a failure of a step means for the requests that were in it."""
-
-    PASSING = "they may be tried again"
-    TOO_MUCH = "they may be tried again, fewer at a time and with less memory"
-    TOO_LONG = "they may be tried again, fewer at a time and in smaller steps"
-    FINAL = "they must not be tried again"
-    UNKNOWN = "one of them causes it"
-
-
 class Memory(Protocol):
     """Who knows how much memory there is: `headroom.Headroom`."""
 
     def admits(self, ask: Ask, load: Load) -> Decision:
         """Whether a request may run beside ``load``. Changes nothing."""
 
-    def has_room_for_step(self, load: Load) -> bool:
-        """Makes room for the next step of a batch; False: there is none."""
+    def steps_with_room(self, load: Load) -> int:
+        """Makes room for the next steps of a batch; how many fit, 0: not one.
+
+        As long as what runs stays the same.
+        """
 
     def single_step(self, load: Load) -> SingleStep:
         """The same for the sequential path."""
@@ -109,6 +102,8 @@ class Scheduler(Generic[R]):
         # How many requests may run at a time; None: as many as mlx-lm likes.
         self._limit: int | None = None
         self._line = 0
+        # So many steps of what runs have their memory already.
+        self._steps_with_room = 0
         self.tokens = 0
         self.current: R | None = None
         self.events: Counter[str] = Counter()
@@ -222,7 +217,7 @@ class Scheduler(Generic[R]):
         """
         now = self._clock()
         deadline = now + self._patience(request)
-        if request.line is not None and request.claim is not None:
+        if request.claim is not None:  # it has been held since it asked
             deadline = request.claim.deadline
         request.claim = claim = Claim(prompt, total, deadline)
         found = self._judge(request, claim, reusable)
@@ -328,8 +323,13 @@ class Scheduler(Generic[R]):
 
         They are held, or have been answered.
         """
+        if self._steps_with_room > 0:
+            self._steps_with_room -= 1
+            return []
         running = self.requests(*RUNNING)
-        if not running or self._memory.has_room_for_step(self._load_of(running)):
+        steps = self._memory.steps_with_room(self._load_of(running)) if running else 1
+        if steps > 0:
+            self._steps_with_room = steps - 1
             return []
         # The one that came last goes first; what it has so far is not lost. Its
         # memory is free only when mlx-lm has dropped it, so it is one at a time.
@@ -446,24 +446,18 @@ class Scheduler(Generic[R]):
         request.times_replayed += self._change(request, RequestState.REPLAY)
 
     def _run_with_care(self, what: Failure) -> None:
-        """One at a time the last time, so that one cannot take others along.
-
-        After `TOO_MUCH` and `TOO_LONG`, before that fewer at a time. Steps are smaller
-        at once after `TOO_LONG`; after `TOO_MUCH` the budget, which has learned, finds
-        the largest that fits, and only where that was too much they are smaller still.
+        """After `TOO_MUCH` the budget, which has learned, finds the largest steps that
+        fit, and only where that was too much they are smaller still.
         """
         again = self.requests(RequestState.REPLAY)
         if not again:
             return
         level = max(request.attempts for request in again)
-        if level >= min(2, self._attempts_max):
-            self._limit = 1
-        elif what is not Failure.PASSING:
-            self._limit = max(1, len(again) // 2)
-        if what is Failure.TOO_MUCH:
-            self._be_careful(level - 1)
-        elif what is Failure.TOO_LONG:
-            self._be_careful(level)
+        limit = at_once(what, len(again), level, self._attempts_max)
+        self._limit = limit or self._limit
+        care = care_level(what, level)
+        if care is not None:
+            self._be_careful(care)
 
     # -- ends ------------------------------------------------------------------------
 
@@ -526,6 +520,7 @@ class Scheduler(Generic[R]):
             if (old, state) not in TRANSITIONS:
                 raise IllegalTransition(f"{old.value} to {state.value}")
             request._state = state
+            self._steps_with_room = 0
             if state in ENDED:
                 self._in_flight.pop(request, None)
             return True

@@ -15,16 +15,20 @@ from .. import Fault, _reports, errors, install, on_fault, require, testing
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
-from ..kv.store import Limits
-from . import http_server, logs, ranks, supervisor
+from ..kv.store import DISK_BYTES, Limits
+from . import access, http_server, logs, ranks, supervisor
 from .body import Bodies
-from .flags import check_flags, own_parser
+from .configuration import printed, resolve
+from .flag_checks import check_flags
+from .flags import own_parser, whole_parser
 from .handover import Handover, Message
 from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
-from .mlx_lm.patch import patch, run_main
-from .mlx_lm.protocols import ModelProvider, Server
+from .mlx_lm.patch import parser_of, patch, run_main
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.server import Server
 from .replies import a_start_takes
+from .tls import Tls
 
 __all__ = ["run", "serve"]
 
@@ -32,11 +36,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .generator import ProtectedResponseGenerator
     from .overflow import Overflow
+    from .parts import Parts
 
 log = logging.getLogger("mlx_safe.server")
-
-# With --kv-dir alone.
-KV_DISK_BYTES = 20 * 10**9
 
 # How long a fatal fault waits for a generator that is still being made.
 GENERATOR_WAIT_S = 5.0
@@ -57,24 +59,31 @@ def serve(arguments: Sequence[str]) -> int:
         CommandError: it cannot start; the message says what to do.
     """
     parser = own_parser()
-    options, rest = parser.parse_known_args(list(arguments))
+    # mlx-lm's flags are known when it is imported, which the supervisor does not do.
+    options = resolve(parser, arguments, os.environ, partial=True).values
+    if options.help:
+        return _print_help(parser)
     logs.set_up(options.log_level, options.log_format)
-    rest += ["--log-level", options.log_level]
-    _name_server(rest)
-    # mlx-lm's own, read here because a mistake in them is a traceback there.
-    for name in ("prompt_cache_bytes", "prefill_step_size"):
-        if getattr(options, name) is not None:
-            rest += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    _name_server(options.port, options.model)
+    keys = access.read_keys(options.api_key, options.api_key_file)
+    tls = None
+    if options.ssl_certfile is not None:
+        tls = Tls(options.ssl_certfile, options.ssl_keyfile)
     try:
         injections = testing.plan_from_environment()
     except ValueError as e:
         raise CommandError(str(e)) from e
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print("\noptions of mlx_lm.server:\n")
-        sys.stdout.flush()
-    elif options.supervise:
-        supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
+    is_child = supervisor.is_supervised()
+    if options.supervise and not is_child and not options.print_config:
+        supervisor.replace_this_process(
+            [a for a in arguments if a != "--supervise"],
+            options.host,
+            options.port,
+            options.hold_seconds,
+            options.ssl_certfile,
+            options.log_level,
+            options.log_format,
+        )
     home = None
     if ranks.is_one_of_many():
         need_mlx()
@@ -85,36 +94,58 @@ def serve(arguments: Sequence[str]) -> int:
             # One of them may be about to start again.
             print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
             return EXIT_REPLACE
-        _check_nccl(rest)
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
-    run_main(
-        server,
-        lambda host, port, model_provider: run(
-            server, host, port, model_provider, options, bool(injections), home
-        ),
-        rest,
-    )
+    mlx_lm = parser_of(server)
+    requirements.check_parser(mlx_lm)
+    parser = whole_parser(mlx_lm)
+    settings = resolve(parser, arguments, os.environ)
+    options = settings.values
+    check_flags(options, options)
+    if options.print_config:
+        print(printed(parser, settings), end="")
+        return 0
+    if home is not None:
+        _check_nccl(options.pipeline)
+    theirs = {a.dest: getattr(options, a.dest) for a in mlx_lm._actions}
+
+    def run_here(host: str, port: int, model_provider: ModelProvider) -> None:
+        for name in settings.unknown:
+            log.warning("%s in the environment is no flag's", name)
+        run(
+            *(server, host, port, model_provider, options, bool(injections), home),
+            may_ask=access.Access(keys, options.status_page),
+            tls=tls,
+        )
+
+    run_main(server, run_here, argparse.Namespace(**theirs))
     return 0
 
 
 _server: dict[str, object] = {}
 
 
-def _name_server(rest: Sequence[str]) -> None:
+def _name_server(port: int, model: str | None) -> None:
     """Reports say whose they are, one of a start that is stopped as well."""
     global _server
-    parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
-    parser.add_argument("--port", default="8080")
-    parser.add_argument("--model")
-    known, _ = parser.parse_known_args(list(rest))
-    _server = {"port": known.port, "model": known.model}
-    _reports.name_process(server=_server)
+    _server = {"port": port, "model": model}
+    _reports.name_process(serves=_server)
 
 
-def _check_nccl(rest: Sequence[str]) -> None:
+def _print_help(own: Parser) -> int:
+    try:
+        parser = whole_parser(parser_of(requirements.import_server()))
+    except CommandError:
+        print(own.format_help())
+        print("and the flags of mlx_lm.server, which cannot be asked:", flush=True)
+        raise
+    print(parser.format_help(), end="")  # argparse's own swallows a closed pipe
+    return 0
+
+
+def _check_nccl(pipeline: bool) -> None:
     if not ranks.uses_nccl():
         return
-    if "--pipeline" in rest:
+    if pipeline:
         raise CommandError(
             "--pipeline: MLX cannot send from one rank to another with NCCL (0.32); "
             "leave it out, or start mlx.launch with --backend ring"
@@ -133,6 +164,9 @@ def run(
     options: argparse.Namespace,
     injections: bool,
     home: ranks.Home | None = None,
+    *,
+    may_ask: access.Access,
+    tls: Tls | None = None,
 ) -> None:
     """Stands in for ``mlx_lm.server.run``. Main thread; ends the process.
 
@@ -143,15 +177,15 @@ def run(
         server: the module ``mlx_lm.server``.
         host, port: the address to listen on.
         model_provider: mlx-lm's ``ModelProvider``; has no model yet.
-        options: what `own_parser` has found.
+        options: the flags.
         injections: attach the fault plan of ``MLX_SAFE_INJECT`` to the model.
         home: where the group of ranks was made; None: there is one rank.
+        may_ask: who is answered. tls: None: connections are plain.
 
     Raises:
         CommandError: it cannot start; the message says what to do.
     """
     requirements.check_provider(model_provider)
-    check_flags(options, model_provider.cli_args)
     # Not before mlx is known to be there, and sound: it imports it.
     from .overflow import Overflow
 
@@ -166,7 +200,7 @@ def run(
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
-    from .mlx_lm.handler import ProtectedHandler
+    from .handler import ProtectedHandler
     from .recorder import start_sampler
 
     is_first = mx.distributed.init().rank() == 0
@@ -174,6 +208,7 @@ def run(
     generator: ProtectedResponseGenerator | None = None
     ProtectedHandler.bodies = Bodies(options.max_request_bytes)
     ProtectedHandler.keepalive_after_s = options.keepalive_after
+    ProtectedHandler.may_ask = may_ask
 
     def handle(*args: Any) -> None:
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
@@ -183,10 +218,15 @@ def run(
     watch = on_fault(
         lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
     )
-    httpd = http_server.bind(host, port, handle) if is_first else None
-    if is_first:
-        log.info("listening at http://%s:%s; loading the model", host, port)
-    patch(server, lambda: generator)
+    httpd = http_server.bind(host, port, handle, tls) if is_first else None
+    if httpd is not None:
+        _tell_address(httpd, host, may_ask)
+
+    def parts() -> Parts:
+        assert generator is not None
+        return generator.parts
+
+    patch(server, parts)
 
     handover = Handover.of_environment() if httpd is None else httpd.handover
 
@@ -200,12 +240,27 @@ def run(
     generator = _make_generator(
         options, overflow, model_provider, injections, ready, home, disk
     )
-    start_sampler(generator.headroom.figures)
+    start_sampler(
+        generator.headroom.figures, generator.figures, generator.status.sample
+    )
     with watch:
         if httpd is None:
             _follow_the_first(generator)
         else:
             _serve_until_signal(httpd, generator)
+
+
+def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) -> None:
+    address, port = httpd.server_address[:2]
+    scheme = "http" if httpd.tls is None else "https"
+    name = f"[{host}]" if ":" in host else host
+    log.info("listening at %s://%s:%s; loading the model", scheme, name, port)
+    if may_ask.is_open and not access.is_loopback(str(address)):
+        log.warning(
+            "%s can be reached from other machines, and there is no --api-key: "
+            "whoever reaches it can use this server",
+            host,
+        )
 
 
 def _check_hooks(required: bool) -> None:
@@ -271,7 +326,7 @@ def _make_generator(
     cli_args = model_provider.cli_args
     prompt_cache = PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes)
     if disk is not None:
-        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or KV_DISK_BYTES))
+        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or DISK_BYTES))
     return ProtectedResponseGenerator(
         model_provider,
         prompt_cache,
@@ -324,6 +379,8 @@ def _serve_until_signal(
     for n in numbers:
         signal.signal(n, stop)
     httpd.health = generator.health
+    if httpd.tls is not None:
+        httpd.health.drain = httpd.tls.drain
     httpd.health.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)

@@ -12,7 +12,13 @@ from .headroom import Headroom
 from .mlx_lm import kv_window
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.model_loading import replace_model
-from .mlx_lm.protocols import CliArgs, ModelDescription, ModelKey, ModelProvider
+from .mlx_lm.protocols.models import CliArgs, ModelProvider
+from .mlx_lm.protocols.opaque import ModelKey
+from .mlx_lm.protocols.requests import (
+    CompletionRequest,
+    GenerationArguments,
+    ModelDescription,
+)
 from .model_demand import NoRoom
 from .model_limits import ModelLimits
 from .model_names import DEFAULT, ModelNames
@@ -25,7 +31,7 @@ __all__ = ["ServedModel", "where"]
 
 log = logging.getLogger("mlx_safe.server")
 
-# Not the reason, which tells of files and hosts; it is in the log.
+# Not the reason, which names files and hosts; it is in the log.
 CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
 
 
@@ -94,6 +100,24 @@ class ServedModel:
         """Whether it is what a request names (mlx-lm's ``ModelDescription``)."""
         named = (description.model, description.adapter, description.draft)
         return bool(named == self.key)
+
+    def check(self, request: CompletionRequest, args: GenerationArguments) -> None:
+        """What needs no turn in the queue; names become those that mlx-lm loads.
+
+        Any thread.
+
+        Raises:
+            ModelNotFound: it names one that is not known.
+            BadRequest, ContextTooLong: the loaded model cannot do it.
+        """
+        named = self._names.find(args.model.model, args.model.adapter, args.model.draft)
+        args.model = type(args.model)(**named._asdict())
+        key, limits = self.loaded
+        if key == named:  # else it will be checked when its model is loaded
+            limits.check(args)
+            limits.check_length(request, self._overflow.refuses_over(limits.context))
+        elif named.draft is not None and key is not None and key[:2] == named[:2]:
+            limits.check_draft()  # the model that is loaded, with another draft model
 
     def _load_anew(self, *named: Any) -> None:
         ceiling = self._headroom.limits.static

@@ -2,7 +2,7 @@
 
 A small parent that never imports MLX. It opens the listening socket and gives it
 to the server, a child process. While no server listens the parent accepts itself, and
-holds what comes in until the next one takes it; so it does with what the last one had
+holds what comes in until the next one takes it. So it does with what the last one had
 accepted and not begun to answer (`handover`). What must not wait is answered 503, each
 client on a thread of its own, so that a slow one delays no other.
 """
@@ -52,15 +52,33 @@ CRASHES_MAX = 5
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0)
 HOLD_S = 60.0
 # So long after the channel was closed a server that still lives is one that goes on
-# without it, and not one that is ending: macOS closes a process's files first, and may
+# without it, and not one that is ending. macOS closes a process's files first, and may
 # take many seconds to free what a large model had.
 END_TIMEOUT_S = 60.0
 TURN_S = 0.2
 FILES_WANTED = 4096
 
 
-def replace_this_process(arguments: Sequence[str]) -> None:
-    """Becomes the supervisor, in which nothing of mlx_safe is installed."""
+def replace_this_process(
+    arguments: Sequence[str],
+    host: str,
+    port: int,
+    hold_s: float,
+    certificate: str | None,
+    log_level: str,
+    log_format: str,
+) -> None:
+    """Becomes the supervisor, in which nothing of mlx_safe is installed.
+
+    Args:
+        arguments: for the server, which reads environment and ``--config`` itself. The
+            others are those that hold here, wherever they come from.
+    """
+    arguments = [*arguments, f"--host={host}", f"--port={port}"]
+    arguments += [f"--hold-seconds={hold_s}", f"--log-level={log_level}"]
+    arguments.append(f"--log-format={log_format}")
+    if certificate is not None:
+        arguments.append(f"--ssl-certfile={certificate}")
     os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
     sys.stdout.flush()
     _core.remove_run_file()  # the end of this process is no crash of a server
@@ -98,12 +116,19 @@ class Supervisor:
     """Runs one server after another on one socket."""
 
     def __init__(
-        self, listener: socket.socket, command: Sequence[str], hold_s: float = HOLD_S
+        self,
+        listener: socket.socket,
+        command: Sequence[str],
+        hold_s: float = HOLD_S,
+        accepts: bool = True,
     ) -> None:
         # For good, as its mode is the server's as well: each may find that the
         # other was quicker.
         listener.setblocking(False)
         self._listener = listener
+        # Without the certificate there is nothing that it could say to a client. It
+        # waits in the socket's own queue then.
+        self._accepts = accepts
         self._command = list(command)
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
@@ -154,7 +179,7 @@ class Supervisor:
     def _turn(self, seconds: float, channel: socket.socket | None = None) -> bool:
         """Accepts and answers while no server does; whether ``channel`` has a word."""
         wanted = [] if channel is None else [channel]
-        if self._holding.may_accept:
+        if self._accepts and self._holding.may_accept:
             wanted.append(self._listener)
         ready = handover.readable(wanted, seconds)
         if self._listener in ready:
@@ -259,19 +284,21 @@ def _set_up_log(arguments: Sequence[str]) -> None:
     logs.set_up(known.log_level, known.log_format, name="SUPERVISOR")
 
 
-def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float]:
+def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float, bool]:
+    """The socket, how long a request is held, and whether connections are plain."""
     parser = Parser(prog="mlx-safe serve", add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--hold-seconds", type=float, default=HOLD_S)
+    parser.add_argument("--ssl-certfile")
     known, _ = parser.parse_known_args(list(arguments))
     if not ranks.is_first():
         # Only the first rank has clients; here nobody knows the port.
-        return socket.create_server(("127.0.0.1", 0)), known.hold_seconds
+        return socket.create_server(("127.0.0.1", 0)), known.hold_seconds, True
     family, address = find_address(known.host, known.port)
     try:
         listener = socket.create_server(address[:2], family=family, backlog=512)
-        return listener, known.hold_seconds
+        return listener, known.hold_seconds, known.ssl_certfile is None
     except OSError as e:
         raise cannot_listen(known.host, known.port, e) from e
 
@@ -289,13 +316,13 @@ def main(arguments: Sequence[str]) -> int:
     """Opens the socket and runs servers with ``arguments`` on it."""
     _set_up_log(arguments)
     try:
-        listener, hold_s = _listen(arguments)
+        listener, hold_s, is_plain = _listen(arguments)
     except CommandError as e:
         print(f"mlx-safe: {e}", file=sys.stderr)
         return USER_MISTAKE
     command = [sys.executable, "-m", "mlx_safe", "serve", *arguments]
     _allow_many_files()
-    supervisor = Supervisor(listener, command, hold_s)
+    supervisor = Supervisor(listener, command, hold_s, accepts=is_plain)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup, and shells for what they start in the background, have it ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:

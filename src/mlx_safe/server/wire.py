@@ -1,8 +1,8 @@
 """HTTP/1.1 as it goes over the wire: framing, and connections that are kept.
 
-`Wire` stands between a handler that writes as if its answer ended with the
-connection, as mlx-lm's does, and a client that is to tell a whole answer from one
-that was cut. It knows nothing of mlx-lm.
+mlx-lm's handler writes as if its answer ended with the connection. `Wire` frames what
+it writes, so that a client can distinguish a whole answer from one that was cut. It
+knows nothing of mlx-lm.
 
 Formats: RFC 9112, chunked transfer coding (section 7.1), persistence (9.3).
 """

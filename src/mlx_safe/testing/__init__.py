@@ -82,7 +82,7 @@ def metal_message(code: int) -> str:
 def cuda_message(code: int) -> str:
     """What MLX's CUDA backend (0.31 to 0.32) says of error number ``code``.
 
-    Memory is asked for by a call of its own; anything else is told by whatever call
+    Memory is asked for by a call of its own; anything else is raised by whatever call
     comes next.
     """
     call = "cudaStreamSynchronize(stream)"

@@ -1,16 +1,16 @@
 """mlx-lm's prompt cache, whose entries are complete and hold what they count.
 
-mlx-lm stores what it is given: lazy slices, each of which keeps the buffer of a
-whole batch alive (33.6 MB for 1.6 MB counted, with eight requests) and may be
-computed, or fail, much later. Here an entry is copied out and evaluated when it is
-stored, and marked with the epoch it was complete in, so that after a fault it is
-known which entries were there before.
+mlx-lm stores what it is given: lazy slices. Each keeps the buffer of a whole batch
+alive (33.6 MB for 1.6 MB counted, with eight requests), and may be computed, or fail,
+much later. Here an entry is copied out and evaluated when it is stored. It is marked
+with the epoch it was complete in, so that after a fault it is known which entries were
+there before.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.cache import (
-    CacheList,
     KVCache,
     QuantizedKVCache,
     can_trim_prompt_cache,
@@ -28,8 +27,10 @@ from mlx_lm.models.cache import (
 from ... import _core
 from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
+from .kv_layout import leaves
 from .kv_tier import KVTier
-from .protocols import Cache, ModelKey
+from .protocols.models import Cache
+from .protocols.opaque import ModelKey
 
 __all__ = ["PromptCache"]
 
@@ -62,8 +63,8 @@ class _Order(CacheOrder):
     """Which entry goes next. mlx-lm takes every decision here.
 
     The order is mlx-lm's own (the oldest answer before the oldest prompt before
-    the oldest system prompt, unless there are few of them), but an entry that was
-    used is young again, and a protected one stays.
+    the oldest system prompt, unless there are few of them). But an entry that was used
+    is young again, and a protected one stays.
     """
 
     def __init__(self) -> None:
@@ -150,7 +151,8 @@ class PromptCache(LRUPromptCache):
             cache, rest = restored
             self.events["hits"] += 1
             self.events["reused_tokens"] += len(tokens) - len(rest)
-        return self.disk.follow(model, tokens, cache), rest
+        begun = len(tokens) - len(rest)
+        return self.disk.follow(model, tokens, cache, begun), rest
 
     def _fetch(
         self, model: ModelKey, tokens: list[int]
@@ -185,9 +187,9 @@ class PromptCache(LRUPromptCache):
     ) -> None:
         """Stores ``prompt_cache``, complete and without what it does not need.
 
-        Changes the objects in ``prompt_cache`` and empties it: mlx-lm does not use
-        it again, but its loop's variables refer to it until the next request, and
-        memory that an evicted entry had would not be free.
+        Changes the objects in ``prompt_cache`` and empties it. mlx-lm does not use it
+        again, but its loop's variables refer to it until the next request. Memory that
+        an evicted entry had would not be free.
 
         Raises:
             RuntimeError: MLX could not compute it; nothing is stored.
@@ -203,7 +205,7 @@ class PromptCache(LRUPromptCache):
         prompt_cache: list[Any],
         cache_type: str,
     ) -> None:
-        for cache in _leaves(prompt_cache):
+        for cache in leaves(prompt_cache):
             _trim_to_offset(cache)
         if self.disk is not None:
             self.disk.capture(model, tokens, prompt_cache)
@@ -225,7 +227,7 @@ class PromptCache(LRUPromptCache):
             self._drop(old)
         self.trim_to(n_sequences=self.max_size - 1, n_bytes=self.max_bytes - size)
         epoch = _core.epoch()
-        for cache in _leaves(prompt_cache):
+        for cache in leaves(prompt_cache):
             # One by one, so that at most one layer is there twice.
             _make_own(cache)
         if _core.epoch() != epoch:
@@ -328,8 +330,8 @@ class PromptCache(LRUPromptCache):
 
         What was complete before a fault is not touched by it: MLX writes into a
         buffer in place only when nothing else refers to it (`is_donatable` in
-        mlx/array.h, 0.31.2 and 0.32), and a request works on copies that share
-        the arrays of the entry, which so are referred to twice.
+        mlx/array.h, 0.31.2 and 0.32). A request works on copies that share the arrays
+        of the entry, which so are referred to twice.
         """
         for entry in list(self._lru.entries):
             if entry.epoch > epoch:
@@ -377,32 +379,23 @@ def _begins(entry: _Entry, model: ModelKey, tokens: list[int]) -> bool:
     return bool(entry.model == model) and tokens[:size] == entry.tokens
 
 
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches, those inside a list of caches (hybrid models) one by one."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from _leaves(cache.caches)
-        else:
-            yield cache
-
-
 def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
     """Those of ``tokens`` that all caches hold; caches with more are cut to them.
 
-    Speculative decoding has not read the last token or two when it ends, and its
-    draft model not the same ones, but mlx-lm (0.31.3 and 0.32.2) stores both under
-    all: the next request with that prompt reads on at wrong positions.
+    Speculative decoding has not read the last token or two when it ends, and its draft
+    model not the same ones. But mlx-lm (0.31.3 and 0.32.2) stores both under all: the
+    next request with that prompt reads on at wrong positions.
     """
-    leaves = list(_leaves(prompt_cache))
-    found = [getattr(cache, "offset", None) for cache in leaves]
+    parts = list(leaves(prompt_cache))
+    found = [getattr(cache, "offset", None) for cache in parts]
     offsets = [n for n in found if isinstance(n, int)]
-    if len(offsets) < len(leaves):
+    if len(offsets) < len(parts):
         return tokens
     held = min([len(tokens), *offsets])
     if max([held, *offsets]) > held:
         if not can_trim_prompt_cache(prompt_cache):
             return tokens
-        for cache, offset in zip(leaves, offsets, strict=True):
+        for cache, offset in zip(parts, offsets, strict=True):
             cache.trim(offset - held)
     return tokens[:held]
 

@@ -9,15 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..in_flight import InFlight
-from ..observer import Observer
-from ..own_failures import OwnFailures
-from ..prefill import PrefillStep
-from ..request import RequestState
-from ..scheduler import Scheduler
-from ..step import Step
-from .kv_tier import KVTier
-from .protocols import AnswerResponse, BatchGenerator, PromptResponse, Uid
+from .in_flight import InFlight
+from .logprobs import NOT_READ
+from .mlx_lm.kv_tier import KVTier
+from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
+from .mlx_lm.protocols.opaque import Uid
+from .observer import Observer
+from .own_failures import OwnFailures
+from .prefill import PrefillStep
+from .request import RequestState
+from .scheduler import Scheduler
+from .step import Step
 
 __all__ = ["watched"]
 
@@ -98,15 +100,23 @@ def watched(
                 for prompt in prompts:
                     request = self._requests.get(prompt.uid)
                     if request is not None:
-                        disk.checkpoint(self, prompt.uid, request.prompt_key)
+                        disk.checkpoint(
+                            self,
+                            prompt.uid,
+                            request,
+                            is_boundary=prompt.end_of_segment,
+                        )
             for response in generated:
+                request = self._requests.get(response.uid)
+                if request is not None and not request.wants_logprobs:
+                    response.logprobs = NOT_READ
                 if response.finish_reason is not None:
                     self._requests.pop(response.uid, None)
             if any(not response.end_of_prompt for response in prompts):
                 prefill.went_well()
             if prompts and running is not None:
                 prefill.took(self._tokens_read(prompts), running[1])
-            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths())
+            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths)
             return prompts, generated
 
     Watched.__name__ = cls.__name__

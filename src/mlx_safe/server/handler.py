@@ -9,22 +9,23 @@ import time
 from email.message import Message as EmailMessage
 from typing import Any
 
-from .. import schema, strict_json
-from ..answers import Answer
-from ..asked import Asked
-from ..body import Bodies, Hold
-from ..choices import GenerationEnded
-from ..endpoints import Endpoints
-from ..exchange import DISCONNECTED
-from ..handover import Message
-from ..logs import fields, of_exception
-from ..model_names import DEFAULT
-from ..replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
-from ..request_file import State
-from ..responses import error_body
-from . import compat
-from .bases import APIHandler
-from .protocols import CompletionRequest, Json
+from . import schema, strict_json
+from .answers import Answer
+from .asked import Asked
+from .body import Bodies, Hold
+from .choices import GenerationEnded
+from .endpoints import Endpoints
+from .exchange import DISCONNECTED
+from .handover import Message
+from .logs import fields, of_exception
+from .mlx_lm import compat
+from .mlx_lm.bases import APIHandler
+from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.requests import CompletionRequest
+from .model_names import DEFAULT
+from .replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
+from .request_file import State
+from .responses import error_body
 
 __all__ = ["ProtectedHandler"]
 
@@ -110,6 +111,10 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
+        if self.command == "OPTIONS":
+            # The "*" of mlx-lm does not cover it (Fetch standard), and clients in
+            # browsers send a key whether one is asked for or not.
+            self.send_header("Access-Control-Allow-Headers", "Authorization")
         request = self.response_generator.disconnects.request(
             getattr(self, "request_id", None)
         )
