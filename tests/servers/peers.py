@@ -193,6 +193,7 @@ class Running(Server):
             thread.join(2 * ANSWER_S)
         return [found.get(t, Answer(None, broken="hangs")) for t in texts]
 
+
     def stop(self) -> int:
         """Ends it; one that does not end in time is killed."""
         if self.process.poll() is None:
