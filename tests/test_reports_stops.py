@@ -152,11 +152,7 @@ def test_a_stop_during_a_supervised_restart(
         )
         server.stop()
     # That of the kill, and no other.
-    reports = [
-        n
-        for n in left(private_reports)
-        if not n.endswith((".announced", ".told", ".seen"))
-    ]
+    reports = [n for n in left(private_reports) if not n.endswith((".told", ".seen"))]
     assert len([n for n in reports if n[0].isdigit()]) <= 1
     assert not [n for n in reports if n.startswith("run-") and n != run]
 
@@ -181,8 +177,8 @@ def test_each_server_speaks_of_its_own_death(
         assert again.log.count(NOTICE) == 1
         assert f"new report of the server on port {port} with {tiny_model}" in again.log
     (report,) = private_reports.glob("*.json")
-    whose = json.loads(report.read_text())["context"]["serves"]
-    assert whose == {"port": port, "model": str(tiny_model)}
+    whose = json.loads(report.read_text())["context"]["server"]
+    assert whose == {"port": str(port), "model": str(tiny_model)}
     shown = subprocess.run(
         [sys.executable, "-m", "mlx_safe", "reports", "show", report.stem],
         capture_output=True,

@@ -55,3 +55,8 @@ def __getattr__(name: str) -> object:
 
 if _os.environ.get("MLX_SAFE_AUTOINSTALL", "1") not in ("0", "false", "no", ""):
     install()
+
+if _os.environ.get("MLX_SAFE_INJECT") or _os.environ.get("MLX_SAFE_INJECT_CEILING"):
+    from .testing import environment as _environment
+
+    _environment.follow_or_exit()

@@ -91,8 +91,8 @@ class _State:
         self.peak = -1
         self.ceiling = -1
         self.context: dict[str, object] = {}
-        self.facts: dict[str, object] = {}
         self.context_lock = threading.Lock()
+        self.facts: dict[str, object] = {}
 
 
 _state = _State()
@@ -114,8 +114,8 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
         os.path.basename(sys.argv[0] if sys.argv else "").encode(errors="replace"),
     )
     with _state.context_lock:
-        _state.context = {**_machine(), **context, **_state.facts}
-        fits = _core.set_report_context(_state.context)
+        _state.context = {**_machine(), **context}
+        fits = _core.set_report_context({**_state.context, **_state.facts})
     if not fits:
         return "crash reports are without versions and hooks: they take over 16 KB"
     if directory is None:
@@ -147,13 +147,11 @@ def _remove_run_file_at_the_end() -> None:
 def name_process(**facts: object) -> None:
     """Has reports tell ``facts`` of this process from now on: what it serves, say."""
     with _state.context_lock:
-        _state.facts = facts
-        if _state.directory is None:
-            return
-        _state.context = {**_state.context, **facts}
-        _core.set_report_context(_state.context)
-    with _state.run_file_lock:
-        _core.write_run_file()
+        _state.facts.update(facts)
+        _core.set_report_context({**_state.context, **_state.facts})
+    if _state.directory is not None:
+        with _state.run_file_lock:
+            _core.write_run_file()
 
 
 # That end a process, where nobody handles them: init systems, containers, terminals.
@@ -371,17 +369,19 @@ def _with_names(stacks: str) -> str:
     return "\n\n".join(others + own) + "\n"
 
 
-def set_server(facts: Mapping[str, object]) -> None:
-    """Each report tells of a server, too, from now on: JSON-able figures, no text.
+def set_server(figures: Mapping[str, object]) -> None:
+    """Each report tells of the server, too, from now on: JSON-able figures, no text.
 
     Any thread; not more often than once a second, as a crash may be reading it.
     """
     with _state.context_lock:
-        told = {**_state.context, "server": dict(facts)}
-        if told == _state.context:
-            return
-        if _core.set_report_context(told):
-            _state.context = told
+        named = _state.facts.get("server")
+        server = {**(named if isinstance(named, dict) else {}), **figures}
+        facts = {**_state.facts, "server": server}
+        if facts != _state.facts and _core.set_report_context(
+            {**_state.context, **facts}
+        ):
+            _state.facts = facts
 
 
 def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:

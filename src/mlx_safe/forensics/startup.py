@@ -32,7 +32,7 @@ def tell(directory: str | None = None, server: dict[str, object] | None = None) 
     """One line in the log for the reports that have had none yet.
 
     Of several processes, one announces each report. Of those that a server has left,
-    only one with the same port and model tells.
+    only one with the same port and model announces them.
 
     Args:
         directory: None: where the reports of this process go.
@@ -66,4 +66,8 @@ def tell(directory: str | None = None, server: dict[str, object] | None = None) 
 
 
 def _is_ours(report: Report, server: dict[str, object] | None) -> bool:
-    return report.context.get("serves") in (None, server)
+    told = report.context.get("server")
+    if not isinstance(told, dict) or server is None:
+        return not told
+    # It may tell more of a server than what it is known by.
+    return all(told.get(name) == value for name, value in server.items())

@@ -92,7 +92,7 @@ def headline(report: Report) -> str:
 
 def server_of(report: Report) -> str:
     """Which server it is of, by its port and model; "" when it is of none."""
-    told = report.context.get("serves")
+    told = report.context.get("server")
     if not isinstance(told, dict):
         return ""
     return _one_line(f"on port {told.get('port')} with {told.get('model')}")
