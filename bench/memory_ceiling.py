@@ -85,7 +85,7 @@ def run(model: Path, load: Load, *flags: str) -> Result:
             thread.join()
         result.seconds = time.perf_counter() - begin
         result.cpu = cpu_seconds(server.process.pid) - used
-        result.peak = server.metric("mlx_safe_memory_peak ")
+        result.peak = server.metric("mlx_safe_memory_peak_bytes")
         result.reused_tokens = server.metric(
             "mlx_safe_prompt_cache_reused_tokens_total"
         )

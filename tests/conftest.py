@@ -38,28 +38,37 @@ collect_ignore = [] if READS_WHEELS else ["contract", "machrun", "packaging"]
 # And what needs clients and proxies those of `make test-clients`.
 HAS_CLIENTS = os.environ.get("MLX_SAFE_TEST_CLIENTS") == "1"
 collect_ignore += [] if HAS_CLIENTS else ["clients"]
+# Servers of others have environments of their own: `make test-servers`.
+HAS_SERVERS = os.environ.get("MLX_SAFE_TEST_SERVERS") == "1"
+collect_ignore += [] if HAS_SERVERS else ["servers"]
 
 if importlib.util.find_spec("hypothesis") is not None:
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
-    # No luck in CI: the same cases each time, and however slow the machine is. Here,
-    # as `@given` takes what holds when its file is read.
+    # Here, as `@given` takes what holds when its file is read. No luck in CI: the
+    # same cases each time, and however slow the machine is. Nothing is remembered.
     settings.register_profile(
         "fixed",
         deadline=None,
         derandomize=True,
+        database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
-    # `make fuzz`: with the seed of the command line. Nothing is remembered.
+    # `make fuzz`: with the seed of the command line.
     settings.register_profile(
         "fuzz",
         settings.get_profile("fixed"),
         derandomize=False,
-        database=None,
         max_examples=500,
         print_blob=True,
     )
-    settings.load_profile("fuzz" if os.environ.get("MLX_SAFE_TEST_FUZZ") else "fixed")
+    # `make mutants` asks only whether there is a failure.
+    settings.register_profile(
+        "mutants",
+        settings.get_profile("fixed"),
+        phases=[Phase.explicit, Phase.generate],
+    )
+    settings.load_profile(os.environ.get("MLX_SAFE_TEST_PROFILE", "fixed"))
 
 
 def pytest_report_header() -> list[str]:
@@ -71,6 +80,8 @@ def pytest_report_header() -> list[str]:
         )
     if not HAS_CLIENTS:
         lines.append("tests/clients: left out: make test-clients")
+    if not HAS_SERVERS:
+        lines.append("tests/servers: left out: make test-servers")
     return lines
 
 

@@ -68,11 +68,39 @@ def test_who_is_let_in_fits_with_the_others(
         assert runs + reusable + least > CEILING
 
 
-@pytest.mark.parametrize("step_max", [None, 128, 64])
-def test_a_prompt_is_read_in_no_larger_steps_than_it_may(step_max: int | None) -> None:
+def test_what_is_stored_finds_no_more_entries_than_there_are() -> None:
+    (step,) = DEMAND.next_step(RUNS.rows, RUNS.held, lambda rows: [STEP])
+    now = situation(2000, evictable=500)
+    fits = CEILING - 1500 - step.growth
+    for size, verdict in ((fits, "admit"), (fits + 1, "refuse")):
+        found = admission.for_store(DEMAND, now, RUNS, STEP, size, given=500)
+        assert found.verdict == verdict
+
+
+def test_entries_make_way_for_a_request() -> None:
+    ask = Ask(100, 200, reusable=1000, ahead=1)
+    now = situation(9900, evictable=6000)
+    found = admission.for_request(DEMAND, now, RUNS, ask, steps, 0)
+    assert found.verdict == "admit" and 0 < found.evict <= 5000
+    assert not found.take_over
+
+
+def test_one_that_just_fits() -> None:
+    ask = Ask(100, 200)
+    growth = DEMAND.option([Row(100, 200)], 0, STEP).growth
+    for free, step in ((growth, STEP), (growth - 1, 64)):
+        now = situation(CEILING - free)
+        found = admission.for_request(DEMAND, now, Load(), ask, steps, 0)
+        assert (found.verdict, found.step) == ("admit", step)
+
+
+@pytest.mark.parametrize(("step_max", "step"), [(None, STEP), (128, 128), (10, 64)])
+def test_a_prompt_is_read_in_no_larger_steps_than_it_may(
+    step_max: int | None, step: int
+) -> None:
     ask = Ask(1000, 1100, step_max=step_max)
     found = admission.for_request(DEMAND, situation(0), Load(), ask, steps, 2000)
-    assert (found.verdict, found.step) == ("admit", step_max or STEP)
+    assert (found.verdict, found.step) == ("admit", step)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +119,21 @@ def test_what_does_not_fit_now(ask: Ask, verdict: str) -> None:
     assert admission.for_request(DEMAND, now, RUNS, ask, steps, 0).verdict == verdict
 
 
+def test_one_that_there_is_always_room_for_is_never_too_long() -> None:
+    ask = Ask(1000, 20_000, ahead=1)
+    for room, verdict in ((20_000, "wait"), (19_999, "never")):
+        found = admission.for_request(
+            DEMAND, situation(CEILING - 100), RUNS, ask, steps, room
+        )
+        assert found.verdict == verdict
+
+
 def test_one_that_is_alone_is_tried_below_a_lowered_ceiling() -> None:
     ask = Ask(1000, 2000)
     now = situation(500, ceiling=100)
     alone = admission.for_request(DEMAND, now, Load(), ask, steps, 2000)
     assert (alone.verdict, alone.step) == ("admit", steps(1)[-1])
+    assert not alone.take_over
     # With another it is not, however much there is room for.
     assert admission.for_request(DEMAND, now, RUNS, ask, steps, 0).verdict == "refuse"
 

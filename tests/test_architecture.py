@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -26,3 +27,18 @@ def test_every_module_that_architecture_names_is_in_the_server() -> None:
     there = {file.name for file in package.rglob("*.py")}
     assert named
     assert not sorted(name for name in named if Path(name).name not in there)
+
+
+def test_only_the_profiles_say_where_examples_come_from() -> None:
+    """So `make fuzz` has fresh ones of every property test, and CI the same."""
+    fixed = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.name == "conftest.py" or "node_modules" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg in (
+                "derandomize",
+                "database",
+            ):
+                fixed.append(f"{path.name}:{node.value.lineno} {node.arg}")
+    assert fixed == []

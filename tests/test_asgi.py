@@ -18,6 +18,7 @@ import pytest
 
 from mlx_safe import asgi, epoch, testing
 from support import asgi_app, child
+from support.programs import program, with_suite
 
 SUITE = Path(__file__).parent
 
@@ -206,26 +207,7 @@ def test_faults_of_before_are_nobodys() -> None:
 
 
 def test_an_application_that_serves_no_more_ends_no_process() -> None:
-    code = """
-        import asyncio, sys, time
-        sys.path.insert(0, {suite!r})
-        import mlx_safe
-        from mlx_safe import asgi, testing
-        from support import asgi_app
-        from test_asgi import asked
-        app = asgi.protect(asgi_app.make())
-        asyncio.run(asked(app, "/own"))
-        told = []
-        mlx_safe.on_fault(told.append)
-        testing.record_fault(4)
-        for _ in range(1000):
-            if told:
-                break
-            time.sleep(0.01)
-        time.sleep(0.5)
-        print("lives", len(told))
-    """
-    done = child.run(code.format(suite=str(SUITE)))
+    done = child.run(program("application_that_is_done"), PYTHONPATH=with_suite())
     assert (done.returncode, done.stdout) == (0, "lives 1\n"), done.stderr
 
 

@@ -16,6 +16,7 @@ import pytest
 import mlx_safe
 from mlx_safe import testing
 from support import child
+from support.programs import program
 from support.server import eventually
 
 
@@ -315,25 +316,7 @@ class TestCallbacks:
 
     def test_the_interpreter_may_end_while_a_callback_runs(self) -> None:
         """Python up to 3.13 aborted: it unwound through our native code."""
-        done = child.run(
-            """
-            import threading, time
-            import mlx_safe
-            from mlx_safe import _core, testing
-
-            begun = threading.Event()
-
-            def work(fault):
-                begun.set()
-                until = time.monotonic() + 0.5
-                while time.monotonic() < until:
-                    _core.write_run_file()  # releases the GIL
-
-            mlx_safe.on_fault(work)
-            testing.record_fault(8)
-            assert begun.wait(60)
-            """
-        )
+        done = child.run(program("callback_at_the_end"))
         assert done.returncode == 0, done.stderr
 
     def test_needs_a_callable(self) -> None:
@@ -341,33 +324,5 @@ class TestCallbacks:
             mlx_safe.on_fault(3)  # type: ignore[arg-type]
 
     def test_a_forked_child_has_its_own(self) -> None:
-        done = child.run(
-            """
-            import os, time
-            import mlx_safe
-            from mlx_safe import testing
-
-            def wait_for(told, codes):
-                until = time.monotonic() + 40
-                while [f.code for f in told] != codes and time.monotonic() < until:
-                    time.sleep(0.01)
-                assert [f.code for f in told] == codes, told
-
-            seen = []
-            mlx_safe.on_fault(seen.append)
-            testing.record_fault(8)
-            wait_for(seen, [8])
-            pid = os.fork()
-            if pid == 0:
-                mine = []
-                mlx_safe.on_fault(mine.append)
-                testing.record_fault(2)
-                wait_for(mine, [2])
-                os._exit(0)
-            _, status = os.waitpid(pid, 0)
-            assert os.waitstatus_to_exitcode(status) == 0
-            testing.record_fault(3)
-            wait_for(seen, [8, 3])  # and not the child's
-            """
-        )
+        done = child.run(program("faults_after_a_fork"))
         assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import pytest
 import mlx_safe
 from mlx_safe import _install, _paths
 from support import child
+from support.programs import program
 
 
 @pytest.fixture(autouse=True)
@@ -51,20 +52,7 @@ def test_autoinstall_can_be_turned_off() -> None:
 
 def test_import_works_without_mlx() -> None:
     done = child.run(
-        """
-        import sys
-        sys.modules["mlx"] = None
-        sys.path = [p for p in sys.path if not p.endswith("site-packages")] + [
-            sys.argv[0]
-        ]
-        import importlib.util, os
-        sys.path.append(os.environ["ONLY_MLX_SAFE"])
-        import mlx_safe
-        status = mlx_safe.status()
-        assert status.mlx_version is None
-        assert any("mlx is not installed" in r for r in status.reasons), status.reasons
-        assert status.terminate_handler
-        """,
+        program("has_no_mlx"),
         ONLY_MLX_SAFE=_only_mlx_safe(),
     )
     assert done.returncode == 0, done.stderr

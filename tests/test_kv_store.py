@@ -30,6 +30,7 @@ from support.kv_files import (
     opened,
     restored,
 )
+from support.programs import program
 
 TOKENS = [n % 97 for n in range(700)]  # two blocks, and 188 more
 OTHER = [n % 89 for n in range(700)]
@@ -359,23 +360,7 @@ def test_the_backlog_is_bounded_and_takes_one_that_is_larger(tmp_path: Path) -> 
     assert len(files(tmp_path)) == 2
 
 
-TWO_PROCESSES = """
-import sys, random
-from pathlib import Path
-from support.kv_files import drafts, opened, restored
-from mlx_safe.kv.store import Limits
-store = opened(Path(sys.argv[1]), Limits(6 * 4096, free=0))
-chance = random.Random(int(sys.argv[2]))
-for _ in range(150):
-    tokens = [w for _ in range(3) for w in [chance.randrange(3)] * 256]
-    if chance.random() < 0.5:
-        for draft in drafts(tokens, snapshot=True):
-            store.publish(draft)
-    else:
-        restored(store, tokens, states=chance.random() < 0.5)
-assert store.off is None, store.off
-assert not store.events["damaged"]
-"""
+TWO_PROCESSES = program("writes_beside_others")
 
 
 def test_three_processes_at_once(tmp_path: Path) -> None:

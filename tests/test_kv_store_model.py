@@ -196,7 +196,5 @@ TestServers = Servers.TestCase
 TestServers.settings = settings(
     max_examples=100,
     stateful_step_count=25,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
-    derandomize=True,
 )

@@ -14,36 +14,17 @@ import pytest
 from support import child
 from support.model_types import VOCABULARY
 from support.models import make_model
+from support.programs import program, with_suite
 from support.server import Answer, Server
 
 # A look at each type that the installed mlx-lm has. What a type wants and this machine
 # has not is stood in for: Metal's kernels, whose results have the shapes that they are
 # asked for, and a package that is looked for and never used.
-LOOK_AT_ALL = """
-import json, sys, types
-import mlx.core as mx
-class Kernel:
-    def __call__(self, *, output_shapes, output_dtypes, **_):
-        return [mx.zeros(s, d) for s, d in zip(output_shapes, output_dtypes)]
-mx.fast.metal_kernel = lambda *_, **__: Kernel()
-sys.modules["hf_olmo"] = types.ModuleType("hf_olmo")
-sys.path.insert(0, {tests!r})
-from support import model_types
-from mlx_safe.server.mlx_lm.model_facts import look_at
-found = {{}}
-for name in model_types.model_types():
-    try:
-        facts = look_at(model_types.make(model_types.config_of(name)))
-        found[name] = [facts.width, facts.rows]
-    except Exception as e:
-        found[name] = repr(e)
-print(json.dumps([found, mx.get_peak_memory()]))
-"""
+LOOK_AT_ALL = program("looks_at_all_models")
 
 
 def test_every_type_of_this_mlx_lm() -> None:
-    tests = str(Path(__file__).parent)
-    done = child.run(LOOK_AT_ALL.format(tests=tests))
+    done = child.run(LOOK_AT_ALL, PYTHONPATH=with_suite())
     assert done.returncode == 0, done.stderr
     found, peak = json.loads(done.stdout.splitlines()[-1])
     assert len(found) >= 108

@@ -49,7 +49,7 @@ def test_one_that_comes_while_others_are_pruned_stays_told(
     def entries_then_another(directory: Path) -> list[store.Entry]:
         found = entries(directory)
         reports.write(private_reports, reports.sample(), "2-1.json")
-        assert store.mark_told(entries(directory)[-1])
+        assert store.mark_announced(entries(directory)[-1])
         return found
 
     monkeypatch.setattr(store, "entries", entries_then_another)

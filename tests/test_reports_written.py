@@ -21,6 +21,7 @@ from mlx_safe.forensics import export, orphans, reader, records, words
 from support import child, reports
 from support.deaths import die, left_over, only_report, paths
 from support.native import Native, in_python
+from support.programs import program
 
 # ---- signals --------------------------------------------------------------
 
@@ -441,23 +442,7 @@ def test_forked_child(private_reports: Path) -> None:
 
 
 def test_faults_are_reported_at_a_limited_rate(private_reports: Path) -> None:
-    done = child.run(
-        """
-        import time, mlx_safe
-        from mlx_safe import _reports, testing
-        _reports.FAULT_REPORT_EVERY_S *= 1000  # however slow this machine is
-        for _ in range(5):
-            testing.record_fault(2)
-        deadline = time.monotonic() + 200
-        while True:
-            status = mlx_safe.status()
-            if status.reports_written + status.reports_suppressed == 5:
-                break
-            assert time.monotonic() < deadline, status.as_dict()
-            time.sleep(0.01)
-        assert (status.reports_written, status.reports_suppressed) == (1, 4)
-        """
-    )
+    done = child.run(program("many_faults"))
     assert done.returncode == 0, done.stderr
     report = only_report(private_reports)
     assert report["why"] == "fault" and report["code"] == 2
@@ -554,22 +539,7 @@ def test_the_thread_of_the_callbacks_keeps_the_run_file_fresh(
     private_reports: Path,
 ) -> None:
     """Where Metal is hooked there is such a thread, and no guard is needed."""
-    done = child.run(
-        """
-        import json, os, time
-        import mlx.core as mx
-        import mlx_safe
-        from mlx_safe import _faults, _reports
-        _faults.LOOK_EVERY_S = _reports.RUN_FILE_EVERY_S = 0.01
-        held = mx.ones((1 << 20,)); mx.eval(held)
-        _reports.watch_faults()
-        path = f"{mlx_safe.status().report_dir}/run-{os.getpid()}.json"
-        deadline = time.monotonic() + 50
-        while json.load(open(path))["memory"]["active"] < held.nbytes:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        """
-    )
+    done = child.run(program("run_file_without_guards"))
     assert done.returncode == 0, done.stderr
     assert list(private_reports.iterdir()) == []
 
@@ -596,28 +566,7 @@ def test_a_death_while_the_run_file_is_written_leaves_nothing_of_it(
 
 def test_no_run_file_after_the_end_or_in_a_forked_child(private_reports: Path) -> None:
     """Threads may leave guards until the very end; a child may do so, too."""
-    done = child.run(
-        """
-        import atexit, os
-        def late():
-            _reports.refresh_run_file()
-            assert os.listdir(d) == [], os.listdir(d)
-            print("late")
-        atexit.register(late)  # before ours, so it runs after it
-        import mlx_safe
-        from mlx_safe import _reports
-        _reports.RUN_FILE_EVERY_S = 0.0
-        d = mlx_safe.status().report_dir
-        (own,) = os.listdir(d)
-        pid = os.fork()
-        with mlx_safe.guard():
-            pass
-        if pid == 0:
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == 0
-        assert os.listdir(d) == [own], os.listdir(d)
-        """
-    )
+    done = child.run(program("ends_after_a_fork"))
     assert (done.returncode, done.stdout) == (0, "late\n"), done.stderr
 
 
@@ -625,27 +574,7 @@ def test_no_run_file_after_the_end_or_in_a_forked_child(private_reports: Path) -
 
 
 def test_breadcrumbs_take_anything(private_reports: Path) -> None:
-    done = child.run(
-        r"""
-        import mlx_safe
-        from mlx_safe import _reports
-        class Odd:
-            def __repr__(self): raise RuntimeError
-            __str__ = __repr__
-        mlx_safe.breadcrumb("x" * 94 + "\u00e4\u00e4")
-        mlx_safe.breadcrumb("values", n=None, t=True, i=-3, f=0.5, s='"\n\0', odd=Odd())
-        mlx_safe.breadcrumb("not", nan=float("nan"), big=1 << 80, lone="\udc80")
-        mlx_safe.breadcrumb("long", kept=1, long="y" * 500, also=2)
-        mlx_safe.breadcrumb("", **{"a \"key\"": 1, "text": 2, "kind": 3})
-        for wrong in (None, 3, b"bytes"):
-            try:
-                mlx_safe.breadcrumb(wrong)
-            except TypeError:
-                continue
-            raise AssertionError(wrong)
-        _reports.write("fault", "")
-        """
-    )
+    done = child.run(program("odd_breadcrumbs"))
     assert done.returncode == 0, done.stderr
     a, b, c, d, e = only_report(private_reports)["breadcrumbs"]
     assert a["text"] == "x" * 94
@@ -663,19 +592,7 @@ def test_breadcrumbs_take_anything(private_reports: Path) -> None:
 
 
 def test_breadcrumbs_of_many_threads(private_reports: Path) -> None:
-    done = child.run(
-        """
-        import threading, mlx_safe
-        from mlx_safe import _reports
-        def leave(name):
-            for i in range(1000):
-                mlx_safe.breadcrumb(f"{name}", i=i)
-        threads = [threading.Thread(target=leave, args=(n,)) for n in range(4)]
-        for t in threads: t.start()
-        for t in threads: t.join()
-        _reports.write("fault", "")
-        """
-    )
+    done = child.run(program("breadcrumbs_of_threads"))
     assert done.returncode == 0, done.stderr
     crumbs = only_report(private_reports)["breadcrumbs"]
     assert len(crumbs) == 256

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from support.programs import program as text_of
 from support.server import eventually, free_port
 
 SUITE = Path(__file__).parent
@@ -61,22 +62,7 @@ def test_what_has_no_mlx_is_left_alone() -> None:
 def test_children_that_are_spawned_and_what_is_executed_next(tmp_path: Path) -> None:
     path = program(
         tmp_path,
-        """
-import multiprocessing, os, sys
-
-def child():
-    import mlx.core
-    print("spawned", "mlx_safe" in sys.modules, flush=True)
-
-if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        os.execv(sys.executable, [sys.executable, "-P", sys.argv[0], "again"])
-    process = multiprocessing.get_context("spawn").Process(target=child)
-    process.start()
-    process.join()
-    import mlx.core
-    print("executed", "mlx_safe" in sys.modules)
-""",
+        text_of("spawns_and_executes"),
     )
     done = mlx_safe_run("--", sys.executable, path)
     assert done.stdout == "spawned True\nexecuted True\n", done.stderr
@@ -111,7 +97,7 @@ time.sleep(300)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "what is to be run? mlx-safe run [options] -- COMMAND ..."),
+        ((), "no program is named: mlx-safe run [options] -- COMMAND ..."),
         (("--", "no-such-program"), "no-such-program: no such command"),
         (("--listen", "0", "--", "true"), "--listen needs --supervise"),
         (
@@ -139,16 +125,7 @@ def test_a_mistake_is_one_line(words: tuple[str, ...], said: str) -> None:
 def test_supervise_starts_what_a_fault_has_ended_again(tmp_path: Path) -> None:
     path = program(
         tmp_path,
-        """
-import os, pathlib, signal, sys
-seen = pathlib.Path(sys.argv[1])
-seen.write_text(seen.read_text() + "x" if seen.exists() else "x")
-if len(seen.read_text()) == 1:
-    sys.exit(75)
-if len(seen.read_text()) == 2:
-    os.kill(os.getpid(), signal.SIGKILL)
-sys.exit(3)
-""",
+        text_of("ends_in_three_ways"),
     )
     done = mlx_safe_run("--supervise", "--", sys.executable, path, str(tmp_path / "n"))
     assert done.returncode == 3
@@ -222,11 +199,11 @@ def test_an_application_that_is_not_changed_answers_and_comes_back() -> None:
         assert status == 503
 
         # The socket stays open: nobody is refused. Only what uvicorn accepts in the
-        # moment of the end is cut.
+        # moment of the end is cut, before its answer or within it.
         def served() -> bool:
             try:
                 return get(port, "/background")[0] == 200
-            except (ConnectionResetError, http.client.RemoteDisconnected):
+            except (ConnectionResetError, http.client.HTTPException):
                 return False
             except urllib.error.URLError as e:
                 assert not isinstance(e.reason, ConnectionRefusedError)

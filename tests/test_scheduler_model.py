@@ -88,6 +88,8 @@ class Machine:
         self.others = 0  # bytes that nobody here can give back
         self.prompt_cache = 0
         self.asked: tuple[Ask, Decision] | None = None
+        # What `steps_with_room` has looked at.
+        self.granted: tuple[int, int, int] | None = None
         self.at_mlx_lm: list[Client] = []
 
     @property
@@ -134,14 +136,26 @@ class Machine:
         assert ask.step_max is None or found.step <= max(ask.step_max, 64)
         return found
 
-    def has_room_for_step(self, load: Load) -> bool:
+    def steps_with_room(self, load: Load) -> int:
         load = replace(load, held=self.caches)
         found = admission.for_step(DEMAND, self._situation(), load, self._steps)
-        if self._done(found):
-            active = BASELINE + self.others + self.caches + self.prompt_cache
-            assert active + len(load.rows) <= max(self.ceiling, CEILING)
-            assert len(load.rows) == 1 or active + len(load.rows) <= self.ceiling
-        return found.verdict == "admit"
+        if not self._done(found):
+            return 0
+        self.granted = self._surroundings()
+        self.check_step(len(load.rows))
+        is_reading = any(row.is_reading for row in load.rows)
+        return 1 if is_reading else max(found.times, 1)
+
+    def _surroundings(self) -> tuple[int, int, int]:
+        return self.others, self.prompt_cache, self.ceiling
+
+    def check_step(self, rows: int) -> None:
+        """A step is made: it has its memory, unless something else took it since."""
+        if self.granted != self._surroundings():
+            return
+        active = BASELINE + self.others + self.caches + self.prompt_cache
+        assert active + rows <= max(self.ceiling, CEILING)
+        assert rows == 1 or active + rows <= self.ceiling
 
     def single_step(self, load: Load) -> SingleStep:
         assert len(load.rows) == 1 and load.length > 0
@@ -190,6 +204,7 @@ class Loop:
         self.batch: list[Client] = []
         self.single: Client | None = None
         self.arrived: list[Client] = []
+        self.line: list[Client] = []  # those that were held, in their order
         self.limit: int | None = None  # how many may run at a time
         self.events: Counter[str] = Counter()
         self.steps = 0
@@ -236,7 +251,12 @@ class Loop:
         prompt = (20, 300, 1500, 3000, 9000)[self.choose(5)]
         answer = (60, 1, 3, 150)[self.choose(4)]
         kind = self.choose(4)
-        self.queue.append(Client(prompt, answer, kind == 1, kind == 2))
+        self.enter(Client(prompt, answer, kind == 1, kind == 2))
+
+    def enter(self, client: Client) -> None:
+        self.arrived.append(client)
+        self.scheduler.arrive(client)
+        self.queue.append(client)
 
     def leave(self) -> None:
         if self.alive:
@@ -259,7 +279,7 @@ class Loop:
             self.offered = self.take()
             self.check()
         elif self.choose(12) == 1:
-            self.fail(tuple(Failure)[self.choose(4)])
+            self.fail(tuple(Failure)[self.choose(len(Failure))])
         elif self.single is not None:
             self.step_alone(self.single)
         elif self.batch:
@@ -298,17 +318,20 @@ class Loop:
                 assert waiting.claim and self.now < waiting.claim.deadline
             has_all = not running and self.machine.ceiling == CEILING
             assert not (held and has_all and not self.machine.others), "could run"
-            if self.queue:
-                client = self.queue.pop(0)
-                self.arrived.append(client)
-                self.scheduler.arrive(client)
+            while self.queue and client is None:
+                first = self.queue.pop(0)
+                was_ended = first.is_ended
+                taken = self.scheduler.take(first)
+                assert taken is not was_ended
+                client = first if taken else None
         return client
 
     def begin(self, client: Client) -> None:
         self.offered = None
         if self.choose(16) == 1:
             self.scheduler.not_begun(client)
-            self.fail(tuple(Failure)[self.choose(4)])
+            assert client.run.failed
+            self.fail(tuple(Failure)[self.choose(len(Failure))])
             return
         if client.is_ended:
             return
@@ -319,6 +342,7 @@ class Loop:
             client.at, prompt = 0, client.prompt
         if client.is_single:
             self.scheduler.serve_alone(client)
+            assert client.run.alone and self.scheduler.current is client
         reusable = self.machine.prompt_cache // 2 if self.choose(2) else 0
         found = self._ask(client, prompt, total, reusable)
         if found.verdict == "admit":
@@ -364,12 +388,14 @@ class Loop:
     def _start(self, client: Client, prompt: int) -> None:
         client.unread, client.length = prompt, 0
         client.is_stopped = False
-        self.scheduler.begin(client)
+        is_first = not client.has_context
+        assert self.scheduler.begin(client) == is_first and client.has_context
         if client.is_single:
             self.single = client
         else:
             self.batch.append(client)
-            assert self.scheduler.inserted(object()) is client
+            uid = object()
+            assert self.scheduler.inserted(uid) is client and client.run.uid is uid
         self.machine.at_mlx_lm.append(client)
 
     def _drop(self, client: Client) -> None:
@@ -397,6 +423,7 @@ class Loop:
             self._drop(client)
         if leaving:
             return
+        self.machine.check_step(len(self.batch))
         for client in list(self.batch):
             if client in self.batch:  # or a failure has come in between
                 self._go_on(client)
@@ -443,11 +470,12 @@ class Loop:
         if self.scheduler.token(client, token, is_last):
             client.got.append(token)
         if is_last:
+            assert client.is_ended or client.got == list(range(client.answer))
             self.outside()
             if self.choose(16) == 1:
                 self.end_some()
             if self.choose(12) == 1:
-                self.fail(tuple(Failure)[self.choose(4)])
+                self.fail(tuple(Failure)[self.choose(len(Failure))])
                 return
             self.scheduler.complete(client)
             self.machine.prompt_cache += client.prompt // 2
@@ -473,11 +501,21 @@ class Loop:
         asked = [c for c in before if before[c][0] is RequestState.WAITING]
         ran = [c for c in before if before[c][0] in RUNNING]
         ran += [c for c in asked if c.run.failed]
+        lost = [c for c in ran if before[c][0] is not RequestState.FINISHED]
+        lost += [c for c in asked if before[c][2] is None and c not in ran]
+        struck = lost if not ran else [c for c in lost if c in ran]
+        if what is Failure.UNKNOWN and len(struck) > 1:
+            struck = []
+        elif what not in (Failure.FINAL, Failure.UNKNOWN):
+            struck = [c for c in struck if before[c][1] >= self.attempts]
+        assert {*ending} == {*(struck if self.attempts else lost)}
         kept = []
         for client, (state, attempts, line, claim) in before.items():
             waits = state is RequestState.WAITING and not client.run.failed
             if state is RequestState.FINISHED:
                 assert client.ends == [None]
+            elif state is RequestState.QUEUED:
+                assert client.state is RequestState.QUEUED and client not in ending
             elif state is RequestState.HELD or (waits and line is not None):
                 # It keeps its place and its patience.
                 assert client.state is RequestState.HELD and client not in ending
@@ -528,7 +566,14 @@ class Loop:
             assert len(client.notes) == client.is_ended
             assert client.got == list(range(len(client.got))), "lost or sent twice"
             assert client.got == client.produced
-            assert client.attempts <= self.attempts
+            assert client.attempts <= min(self.attempts, client.times_replayed)
+            if client.is_ended:
+                assert client.ended_at is not None
+                assert (client.ended_with is None) == (
+                    client.state is RequestState.COMPLETED or client.is_cancelled
+                )
+            assert (client.first_token_at is not None) >= bool(client.produced)
+        self.check_line()
         here = self.machine.at_mlx_lm
         for client in self.alive:
             assert (client.state in RUNNING) == (client in here)
@@ -545,6 +590,15 @@ class Loop:
         assert self.scheduler.tokens == sum(len(c.got) for c in self.arrived)
         self.check_claims()
 
+    def check_line(self) -> None:
+        """Those that were held first come first."""
+        self.line = [c for c in self.line if c.line is not None and not c.is_ended]
+        self.line += [
+            c for c in self.alive if c.line is not None and c not in self.line
+        ]
+        held = [c for c in self.line if c.state is RequestState.HELD]
+        assert self.scheduler.held() == held
+
     def check_claims(self) -> None:
         """Who runs has a claim, and nobody else's counts."""
         load = self.scheduler.load()
@@ -556,6 +610,9 @@ class Loop:
             for c in runs
         ]  # fmt: skip
         assert load.length == sum(c.run.length for c in runs)
+        assert load.owned == {c.run.uid: c.run.owned for c in runs}
+        lengths = {c.run.uid: c.claim.prompt for c in runs if c.claim}
+        assert self.scheduler.prompt_lengths() == lengths
 
     def end(self) -> None:
         """Nothing happens any more but what was begun, and everyone is answered."""
@@ -595,7 +652,7 @@ def run(choices: bytes, attempts: int = ATTEMPTS) -> Loop:
     return loop
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300)
 @given(st.binary(min_size=20, max_size=400), st.integers(0, 3))
 def test_any_order_of_events(choices: bytes, attempts: int) -> None:
     run(choices, attempts)
@@ -620,7 +677,7 @@ def test_every_transition_is_reached() -> None:
     assert seen.keys() == TRANSITIONS.keys()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150)
 @given(
     st.binary(min_size=5, max_size=60),
     st.integers(2, 6),
@@ -634,7 +691,8 @@ def test_who_fails_every_time_ends_alone(
     loop.is_calm = True
     clients = [Client(20 + i, 3, False, False) for i in range(others)]
     bad = clients[choices[0] % others]
-    loop.queue += clients
+    for client in clients:
+        loop.enter(client)
     for choice in choices + bytes(400):
         if bad in loop.batch:
             loop.fail(what)
@@ -646,12 +704,61 @@ def test_who_fails_every_time_ends_alone(
     assert bad.attempts == (0 if what is Failure.UNKNOWN else attempts)
 
 
+def loop_with(clients: list[Client], attempts: int = ATTEMPTS) -> Loop:
+    """A calm one, in which they run, as far as they have room."""
+    loop = Loop(b"", attempts)
+    loop.is_calm = True
+    for client in clients:
+        loop.enter(client)
+    while loop.queue:
+        taken = loop.take()
+        assert taken is not None
+        loop.begin(taken)
+    return loop
+
+
+def test_one_that_waits_for_its_turn_keeps_its_place() -> None:
+    """Its memory was found, and a batch that it cannot join has to end first."""
+    alone = Client(300, 200, True, False)
+    loop = loop_with([Client(300, 200, False, False)])
+    loop.machine.others = CEILING
+    loop.enter(alone)
+    loop.offered = loop.take()
+    assert loop.offered is alone
+    loop.begin(alone)
+    place = alone.line
+    loop.machine.others = 0
+    loop.offered = loop.take()
+    assert loop.offered is alone and alone.state is RequestState.WAITING
+    loop.fail(Failure.PASSING)
+    assert (alone.state, alone.line) == (RequestState.HELD, place)
+    loop.end()
+
+
+@pytest.mark.parametrize(
+    ("what", "most"), [(Failure.TOO_MUCH, 2), (Failure.UNKNOWN, 1)]
+)
+def test_fewer_run_at_a_time_after_a_failure(what: Failure, most: int) -> None:
+    loop = loop_with([Client(20 + i, 60, False, False) for i in range(5)], 3)
+    assert len(loop.batch) == 5
+    loop.fail(what)
+    while (client := loop.take()) is not None:
+        loop.begin(client)
+    assert len(loop.batch) == most
+    loop.end()
+
+
+def test_nothing_is_inserted_for_nobody() -> None:
+    assert Loop(b"").scheduler.inserted(object()) is None
+
+
 def test_who_may_not_wait_does_not_stand_in_line() -> None:
     """--memory-wait 0: one that fits is let in, though another waits to go on."""
     loop = Loop(bytes([1]))
     loop.is_calm = True
     assert loop.wait_s == 0
-    loop.queue += [Client(300, 200, False, False) for _ in range(3)]
+    for _ in range(3):
+        loop.enter(Client(300, 200, False, False))
     for _ in range(2):
         client = loop.take()
         assert client is not None

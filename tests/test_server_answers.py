@@ -17,6 +17,7 @@ import pytest
 from mlx_safe.server import logprobs
 from mlx_safe.server.answers import Answer
 from mlx_safe.server.asked import Asked
+from support.programs import program
 from support.server import CONTROLLED, NEVER, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -24,18 +25,7 @@ TOKENS = 12
 IN_FLIGHT = "mlx_safe_requests_in_flight"
 
 # The protected server, which cannot put an answer to "fail" together.
-FAILING = """
-import sys
-from mlx_safe.cli import main
-from mlx_safe.server import answers
-frame = answers.Answer._frame
-def failing(self, choices):
-    if self._handler.body.get("stop") == ["fail"]:
-        raise LookupError("the secret text")
-    return frame(self, choices)
-answers.Answer._frame = failing
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+FAILING = program("cannot_frame_an_answer")
 
 
 @pytest.fixture(scope="module")
@@ -345,8 +335,9 @@ def test_choices_count_as_one_answer(server: Server, stream: bool) -> None:
 def test_a_client_that_leaves_ends_all_choices(
     server: Server, path: str, stream: bool
 ) -> None:
-    left = 'mlx_safe_requests_total{outcome="client_left"}'
-    before, disconnects = server.metric(left), server.disconnects
+    requests = "mlx_safe_requests_total"
+    before = server.metric(requests, outcome="client_left")
+    disconnects = server.disconnects
     body = {
         "messages": [{"role": "user", "content": "hello"}],
         "max_tokens": 100_000,
@@ -357,11 +348,11 @@ def test_a_client_that_leaves_ends_all_choices(
     with server.connected(body):
         server.wait_for_requests(3 if path == "batched" else 1)
         time.sleep(0.3)
-    server.wait_for_log("went away; its request is cancelled", disconnects + 1)
+    server.wait_for_log("outcome=client_left", disconnects + 1)
     assert eventually(lambda: server.metric(IN_FLIGHT) == 0, 30), server.log
     assert ask(server, stream).status == 200
     assert server.disconnects == disconnects + 1
-    assert server.metric(left) == before + 1
+    assert server.metric(requests, outcome="client_left") == before + 1
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -406,8 +397,8 @@ def test_a_failure_is_told_logged_and_counted(
 ) -> None:
     code = "internal_generation_error"
     failures = f'mlx_safe_generation_failures_total{{code="{code}"}}'
-    requests = f'mlx_safe_requests_total{{outcome="{code}"}}'
-    before = failing.metric(failures), failing.metric(requests)
+    requests = "mlx_safe_requests_total"
+    before = failing.metric(failures), failing.metric(requests, code=code)
     told = failing.log.count("could not be put together")
     with failing.chatting(2, max_tokens=60, stream=True, **PATHS[path]) as others:
         answer = ask(failing, stream, stop="fail", **PATHS[path])
@@ -419,7 +410,7 @@ def test_a_failure_is_told_logged_and_counted(
     failing.wait_for_log("LookupError", told + 1)
     assert ", in send" in failing.log  # the traceback
     assert "secret" not in failing.log
-    after = failing.metric(failures), failing.metric(requests)
+    after = failing.metric(failures), failing.metric(requests, code=code)
     assert after == (before[0] + 1, before[1] + 1)
 
 
@@ -527,3 +518,22 @@ def test_two_calls_have_two_ids(stream: bool) -> None:
     )
     assert (text, names, finish) == ("", ["a", "a"], "tool_calls")
     assert ids[0] == "x" != ids[1]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_log_probabilities_that_nobody_asked_for_are_waited_for_by_nobody(
+    tiny_model: Path, path: str
+) -> None:
+    """To read one waits for the step after it: nothing would run beside the model."""
+    with Server(tiny_model, program=program("tells_of_waits")).wait_ready() as server:
+
+        def waits(**more: Any) -> int:
+            before = server.log.count("waits\n")
+            assert ask(server, True, **more, **PATHS[path]).status == 200
+            return server.log.count("waits\n") - before
+
+        waits()
+        # The sequential path reads each token so as well.
+        limit = 2 * TOKENS if path == "sequential" else TOKENS
+        assert waits() < limit
+        assert waits(logprobs=True) >= limit

@@ -7,11 +7,13 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 import mlx_safe
 from mlx_safe.server.mlx_lm import protocols, seams
+from support.programs import program
 from support.server import Server
 
 PACKAGE = Path(mlx_safe.__file__).parent
@@ -95,10 +97,12 @@ def imported_names(path: Path) -> Iterator[tuple[str, str]]:
 
 def types() -> list[type]:
     """The classes of `protocols`."""
+    names = [f"{protocols.__name__}.{m.name}" for m in iter_modules(protocols.__path__)]
     return [
         cls
-        for cls in vars(protocols).values()
-        if inspect.isclass(cls) and cls.__module__ == protocols.__name__
+        for name in names
+        for cls in vars(importlib.import_module(name)).values()
+        if inspect.isclass(cls) and cls.__module__ == name
     ]
 
 
@@ -126,10 +130,11 @@ NAMESAKES = {
     )
 }
 # What the lists are about, and those modules that use what is given to them.
-OUTSIDE = [PACKAGE / "server" / f"{name}.py" for name in ("answers", "generator")]
-USERS = sorted(
-    {*FOLDER.glob("*.py"), *OUTSIDE} - {FOLDER / "protocols.py", FOLDER / "seams.py"}
-)
+OUTSIDE = [
+    PACKAGE / "server" / f"{name}.py"
+    for name in ("answers", "batches", "generator", "handler", "parts")
+]
+USERS = sorted({*FOLDER.glob("*.py"), *OUTSIDE} - {FOLDER / "seams.py"})
 
 
 @pytest.mark.parametrize("path", USERS, ids=lambda path: path.stem)
@@ -159,41 +164,7 @@ def test_what_is_listed_is_looked_for() -> None:
 # -- the order of its calls -------------------------------------------------------
 
 # Writes the names of mlx-lm's functions as it calls them.
-TRACED = """
-import sys
-import mlx_lm.server as server
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_safe.cli import main
-
-def note(owner, name, shown=None):
-    call = getattr(owner, name)
-    def noted(*args, **kwargs):
-        found = None
-        if name == "_next_request":
-            found = call(*args, **kwargs)
-            if found is None:
-                return None
-        sys.stderr.write(f"CALL {shown or name}\\n")
-        return call(*args, **kwargs) if found is None else found
-    noted.__wrapped__ = call
-    setattr(owner, name, noted)
-
-for name in ("_next_request", "_is_batchable", "_tokenize", "_make_state_machine",
-             "_serve_single"):
-    note(server.ResponseGenerator, name)
-note(server.ModelProvider, "load")
-note(server.LRUPromptCache, "fetch_nearest_cache")
-note(server.BatchGenerator, "insert_segments")
-note(server.GenerationContext, "__init__", "GenerationContext")
-note(server, "_make_sampler")
-note(server, "_make_logits_processors")
-made = TokenizerWrapper.detokenizer.fget
-def detokenizer(self):
-    sys.stderr.write("CALL detokenizer\\n")
-    return made(self)
-TokenizerWrapper.detokenizer = property(detokenizer)
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+TRACED = program("traces_mlx_lm")
 
 
 def test_mlx_lm_calls_in_the_order_that_is_relied_on(tiny_model: Path) -> None:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import pytest
 
+from support.programs import program
 from support.server import CONTROLLED, NEVER, Server
 
 # The protected server; each step of its model takes a hundredth of a second or more.
-SLOW = """
-import sys, time
-from mlx_safe import testing
-from mlx_safe.cli import main
-count = testing.step
-def step(phase):
-    time.sleep(0.01)
-    count(phase)
-testing.step = step
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+SLOW = program("slow_steps")
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["batched", "sequential"])
@@ -34,6 +26,7 @@ def test_a_stall_is_fatal_and_told(tiny_model: Path, more: dict[str, int]) -> No
         assert "no progress for 3 s" in answer.error["message"]
         assert server.wait() == 75
         assert "all stacks follow" in server.log
+        assert re.search(r"no progress for 3 s \(decode for chatcmpl-", server.log)
         assert "in step" in server.log  # where it hangs, by name
 
 

@@ -18,40 +18,14 @@ from pathlib import Path
 import pytest
 
 from mlx_safe.server import holding
+from support.programs import program
 from support.server import Answer, Server, eventually
 
 # The supervisor of a server that loads no model: it listens once the file is there
 # whose path it is given as its model.
-SUPERVISED = '''
-import sys
-from mlx_safe.server import holding, supervisor
-SERVER = """
-import os, socket, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from mlx_safe.server import supervisor
-from mlx_safe.server.handover import Handover, Message
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-    def log_message(self, *_):
-        pass
-while not os.path.exists(sys.argv[2]):
-    time.sleep(0.01)
-server = HTTPServer(("", 0), Handler, bind_and_activate=False)
-server.socket = socket.socket(fileno=int(os.environ[supervisor.LISTEN_FD]))
-parent = Handover.of_environment()
-parent.tell(Message.LISTENS)
-parent.take_over(lambda held, _: server.process_request(held, None))
-server.serve_forever()
-"""
-holding.ANSWER_TIMEOUT_S = 60.0
-kind = supervisor.Supervisor
-supervisor.Supervisor = lambda listener, command, hold_s: kind(
-    listener, [sys.executable, "-c", SERVER, *command[4:]], hold_s
+SUPERVISED = program("supervised").replace(
+    'SERVER = ""', f"SERVER = {program('stub_server')!r}"
 )
-sys.exit(supervisor.main(sys.argv[1:]))
-'''
 
 
 NOTHING_HELD = ("--hold-seconds", "0")
@@ -120,7 +94,7 @@ def test_a_killed_server_comes_back(tiny_model: Path) -> None:
         wait_for_log(server, "ended by SIGKILL")
         server.wait_ready()
         assert server.chat().status == 200
-        said = "SUPERVISOR - the server listens"
+        said = "INFO - SUPERVISOR - the server listens"
         assert eventually(lambda: server.log.count(said) == 2)
         assert pids_of_children(server.process.pid) != [child]
     assert server.process.returncode == 0
@@ -150,7 +124,7 @@ def test_the_parent_answers_until_the_server_listens(tmp_path: Path) -> None:
         assert_told_to_come_again(server.chat("long " * 200_000))
         go.touch()
         assert eventually(lambda: server.get("/health").status == 200)
-        wait_for_log(server, "SUPERVISOR - the server listens")
+        wait_for_log(server, "INFO - SUPERVISOR - the server listens")
         go.unlink()
         (child,) = pids_of_children(server.process.pid)
         os.kill(child, signal.SIGKILL)

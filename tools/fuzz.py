@@ -48,7 +48,7 @@ def run(seed: int, arguments: list[str]) -> int:
     print(f"seed {seed}", flush=True)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--quiet"]
     command += ["-m", "hypothesis", f"--hypothesis-seed={seed}", *arguments]
-    environment = {**os.environ, "MLX_SAFE_TEST_FUZZ": "1"}
+    environment = {**os.environ, "MLX_SAFE_TEST_PROFILE": "fuzz"}
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if status != 0:
         print(f"to see it again: make fuzz SEED={seed}", file=sys.stderr)

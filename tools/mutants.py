@@ -11,115 +11,121 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import importlib.util
 import os
-import re
+import queue
+import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+import mutations
+from mutations import Change
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPLAINED = Path(__file__).with_name("mutants_survivors.txt")
-# Of a test that passes: one that takes longer has noticed.
-TIME_LIMIT_S = 600
+# A change may make a program allocate for ever.
+MEMORY_MAX = 4 << 30
 
 
 @dataclass(frozen=True)
 class Target:
     """What is changed, and what is to notice.
 
-    Commands run in the copy, by a shell; one that fails has noticed. ``once`` runs
-    before anything is changed, ``check`` after each change.
+    Commands run in the copy; one that fails has noticed. ``once`` runs before
+    anything is changed, ``check`` after each change, the quick ones first.
     """
 
     files: tuple[str, ...]
     copied: tuple[str, ...]
+    changes: Callable[[str], Iterator[Change]]
     check: tuple[str, ...]
     once: tuple[str, ...] = ()
-    changes: Callable[[str], Iterator[str]] = field(default=lambda line: iter(()))
-
-
-CPP_SWAPS = (
-    (r"(?<![<>=!-])>=", ">"), (r"(?<![<>=!-])<=", "<"),
-    (r"(?<=[\w)\]] )>(?= [\w(])", ">="), (r"(?<=[\w)\]] )<(?= [\w(])", "<="),
-    (r"==", "!="), (r"!=", "=="), (r"&&(?! )|&&(?= )", "||"), (r"\|\|", "&&"),
-    (r"(?<![\w)])!(?=[\w(*])", ""), (r"\btrue\b", "false"), (r"\bfalse\b", "true"),
-    (r"\+ 1\b", "+ 2"), (r"- 1\b", "- 0"), (r"\+\+", "--"), (r"\? 1 : 0", "? 0 : 1"),
-    (r"std::min\b", "std::max"), (r"std::max\b", "std::min"),
-    (r"\bany_of\b", "all_of"), (r"\bnone_of\b", "any_of"),
-    (r"\bcontinue;", "break;"), (r" &= ", " |= "), (r" \|= ", " &= "),
-)  # fmt: skip
-STATEMENT = re.compile(r"\s+[\w:.>\[\]*&()-]+(\(.*\)| = .*);(\s*//.*)?$")
-
-
-def cpp_changes(line: str) -> Iterator[str]:
-    """The line with one thing about it changed, in each way that there is."""
-    code = line.partition("//")[0]
-    if not code.strip() or code.lstrip().startswith(("#", "using ", "template")):
-        return
-    for pattern, other in CPP_SWAPS:
-        for match in re.finditer(pattern, code):
-            yield line[: match.start()] + other + line[match.end() :]
-    if STATEMENT.match(code.rstrip()) and not re.match(
-        r"\s+(auto|const|return)\b", code
-    ):
-        yield re.match(r"\s*", code)[0] + ";"  # type: ignore[index]
 
 
 UNITS = ("ledger", "self_waits", "skipped_waits")
-COMPILE = "g++ -std=c++20 -O0 -pthread -Isrc/cpp -Itests/native -c"
+COMPILE = "g++ -std=c++20 -pthread -Isrc/cpp -Itests/native -c"
 TEST_UNITS = ("ledger_inspector", "plain_objects", "ledger_rules", "ledger_model")
+
+
+def link(program: str) -> str:
+    units = (*UNITS, "ledger_inspector", "plain_objects", program)
+    return f"g++ -pthread {' '.join(f'{u}.o' for u in units)} -o {program}"
+
+
+def tested_by(*names: str) -> tuple[str, ...]:
+    """Pytest ends at the first failure, and hypothesis makes no failure smaller."""
+    command = f"{sys.executable} -m pytest -p no:cacheprovider -x -q"
+    return tuple(f"{command} tests/{name}.py" for name in names)
+
+
+def of_server(unit: str, *tests: str) -> Target:
+    """A module of the server that needs no MLX."""
+    return Target(
+        files=(f"src/mlx_safe/server/{unit}.py",),
+        copied=(
+            "src/mlx_safe",
+            "pyproject.toml",
+            "ARCHITECTURE.md",
+            "tests/conftest.py",
+            "tests/support",
+            "tests/programs",
+            *(f"tests/{name}.py" for name in tests),
+        ),
+        changes=mutations.of_python,
+        check=tested_by(*tests),
+    )
+
 
 TARGETS = {
     "ledger": Target(
         files=tuple(f"src/cpp/metal/{unit}.cpp" for unit in UNITS),
         copied=("src/cpp", "tests/native"),
-        changes=cpp_changes,
+        changes=mutations.of_cpp,
         once=tuple(f"{COMPILE} -O2 tests/native/{unit}.cpp" for unit in TEST_UNITS)
-        + tuple(f"{COMPILE} src/cpp/metal/{unit}.cpp" for unit in UNITS),
+        + tuple(f"{COMPILE} -O2 src/cpp/metal/{unit}.cpp" for unit in UNITS),
         check=(
-            f"{COMPILE} {{file}}",
-            f"g++ -pthread {' '.join(f'{u}.o' for u in (*UNITS, *TEST_UNITS[:3]))}"
-            " -o rules",
-            f"g++ -pthread {' '.join(f'{u}.o' for u in UNITS)} ledger_inspector.o"
-            " plain_objects.o ledger_model.o -o model",
-            "./rules",
-            "./model 1",
+            f"{COMPILE} -O0 {{file}}",
+            link("ledger_rules"),
+            "./ledger_rules",
+            f"{COMPILE} -O2 {{file}}",
+            link("ledger_model"),
+            "./ledger_model 1",
         ),
     ),
+    "scheduler": of_server("scheduler", "test_scheduler_model"),
+    "admission": of_server("admission", "test_admission", "test_scheduler_model"),
 }
 
 
 @dataclass(frozen=True)
 class Mutant:
-    target: str
     file: str
-    line: int  # from 0
-    before: str
-    after: str
+    change: Change
 
     @property
     def text(self) -> str:
-        return f"{self.file} | {self.before.strip()} | {self.after.strip()}"
+        return f"{self.file} | {self.change.before} | {self.change.after}"
 
 
 def mutants_of(name: str) -> Iterator[Mutant]:
     target = TARGETS[name]
     for file in target.files:
-        for number, line in enumerate((ROOT / file).read_text().splitlines()):
-            for changed in target.changes(line):
-                if changed != line:
-                    yield Mutant(name, file, number, line, changed)
+        for change in target.changes((ROOT / file).read_text()):
+            if change.before != change.after:
+                yield Mutant(file, change)
 
 
 def explained() -> dict[str, str]:
     """Reason by the text of the mutant."""
     found: dict[str, str] = {}
-    if not EXPLAINED.exists():
-        return found
     reason = ""
     for line in EXPLAINED.read_text().splitlines():
         if line.startswith("# "):
@@ -129,45 +135,87 @@ def explained() -> dict[str, str]:
     return found
 
 
-class Copy:
-    """A copy of the tree to change and to run in."""
+def native_part() -> Path:
+    """The extension of the package that is installed here."""
+    found = importlib.util.find_spec("mlx_safe._core")
+    if found is None or found.origin is None:
+        raise SystemExit("mlx-safe is not installed here: run `make mutants`")
+    return Path(found.origin)
 
-    def __init__(self, name: str) -> None:
+
+class Copy:
+    """A copy of the tree to change and to run in.
+
+    Args:
+        made: one that is ready, to be copied; None: it is made, and tried out.
+    """
+
+    def __init__(self, name: str, made: Copy | None = None) -> None:
         self._target = TARGETS[name]
         self._place = Path(tempfile.mkdtemp(prefix="mutants-"))
+        if made is None:
+            self._make()
+        else:
+            shutil.copytree(made._place, self._place, dirs_exist_ok=True)
+            self._limits = made._limits
+        # Of what is not changed; only what is changed is built anew.
+        self._built = {p: p.read_bytes() for p in self._place.glob("*.o")}
+
+    def _make(self) -> None:
         for part in self._target.copied:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
             (self._place / part).parent.mkdir(parents=True, exist_ok=True)
             copy(ROOT / part, self._place / part)
+        package = self._place / "src" / "mlx_safe"
+        if package.exists():
+            shutil.copy2(native_part(), package)
         for command in self._target.once:
-            if not self._run(command):
-                raise SystemExit(f"this fails without any change: {command}")
-        # Of what is not changed; only what is changed is built anew.
-        self._built = {p: p.read_bytes() for p in self._place.glob("*.o")}
+            self._run_unchanged(command)
+        self._limits = [
+            3 * self._run_unchanged(command.format(file=self._target.files[0])) + 20
+            for command in self._target.check
+        ]
 
-    def _run(self, command: str) -> bool:
+    def _run_unchanged(self, command: str) -> float:
+        """How many seconds it takes."""
+        begin = time.monotonic()
+        if not self._run(command, 1000):
+            raise SystemExit(f"this fails without any change: {command}")
+        return time.monotonic() - begin
+
+    def _run(self, command: str, limit_s: float) -> bool:
+        """Whether it succeeds in that time."""
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(self._place / "src"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "MLX_SAFE_TEST_PROFILE": "mutants",
+        }
+        child = subprocess.Popen(
+            shlex.split(command),
+            cwd=self._place,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                shell=True,
-                cwd=self._place,
-                capture_output=True,
-                timeout=TIME_LIMIT_S,
-                check=False,
-            )
+            return child.wait(limit_s) == 0
         except subprocess.TimeoutExpired:
             return False
-        return done.returncode == 0
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
 
     def survives(self, mutant: Mutant) -> bool:
         path = self._place / mutant.file
         whole = path.read_text()
-        lines = whole.splitlines()
-        lines[mutant.line] = mutant.after
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text(mutant.change.text)
         commands = [c.format(file=mutant.file) for c in self._target.check]
         try:
-            return all(self._run(command) for command in commands)
+            return all(map(self._run, commands, self._limits))
         finally:
             path.write_text(whole)
             for built, content in self._built.items():
@@ -178,17 +226,33 @@ class Copy:
         shutil.rmtree(self._place)
 
 
-def try_all(name: str, mutants: list[Mutant]) -> list[Mutant]:
-    copy = Copy(name)
-    try:
+def try_all(name: str, mutants: list[Mutant], jobs: int) -> list[Mutant]:
+    """Those of ``mutants`` that survive."""
+    copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        first = Copy(name)
+        for copy in [first, *(Copy(name, first) for _ in range(jobs - 1))]:
+            copies.put(copy)
+
+        def survives(mutant: Mutant) -> bool:
+            copy = copies.get()
+            try:
+                return copy.survives(mutant)
+            finally:
+                copies.put(copy)
+
         survivors = []
-        for mutant in mutants:
-            if copy.survives(mutant):
+        for done, (mutant, survived) in enumerate(
+            zip(mutants, pool.map(survives, mutants), strict=True), 1
+        ):
+            if survived:
                 survivors.append(mutant)
-                print(f"  survives: {mutant.line + 1}: {mutant.text}", flush=True)
-        return survivors
-    finally:
-        copy.remove()
+                print(f"  survives: {mutant.change.line}: {mutant.text}", flush=True)
+            if done % 50 == 0:
+                print(f"  {done} of {len(mutants)}", flush=True)
+    while not copies.empty():
+        copies.get().remove()
+    return survivors
 
 
 def main() -> int:
@@ -197,8 +261,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="mutants with this in their text")
     parser.add_argument("--every", type=int, default=1, help="only each Nth mutant")
-    parser.add_argument("--list", action="store_true", help="says them, runs none")
+    parser.add_argument("--list", action="store_true", help="print them, run none")
     arguments = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MAX, MEMORY_MAX))
     reasons = explained()
     failed = False
     for name in arguments.targets:
@@ -207,17 +272,14 @@ def main() -> int:
         if arguments.list:
             print(*(m.text for m in mutants), sep="\n")
             continue
-        shares = [mutants[i :: arguments.jobs] for i in range(arguments.jobs)]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            found = pool.map(try_all, [name] * len(shares), shares)
-            survivors = [mutant for share in found for mutant in share]
+        survivors = try_all(name, mutants, arguments.jobs)
         unexplained = [m for m in survivors if m.text not in reasons]
         print(
             f"{name}: {len(mutants)} mutants, {len(mutants) - len(survivors)} caught, "
             f"{len(survivors)} survived, {len(unexplained)} of them unexplained"
         )
-        for mutant in sorted(unexplained, key=lambda m: (m.file, m.line)):
-            print(f"  line {mutant.line + 1}: {mutant.text}")
+        for mutant in unexplained:
+            print(f"  line {mutant.change.line}: {mutant.text}")
         failed |= bool(unexplained)
     return int(failed)
 

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def in_one_line(error: BaseException) -> str:
-    """All of its message that can be told; the hub's libraries use many lines."""
+    """All of its message in one line; the hub's libraries use many lines."""
     return " ".join(str(error).split())[:MESSAGE_MAX] or type(error).__name__
 
 

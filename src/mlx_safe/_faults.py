@@ -135,7 +135,7 @@ class Subscription:
         self._drains = drains
         self._meanwhile = meanwhile
         self._cancelled = False
-        # Earlier faults, of which others are still being told, are not for it.
+        # Earlier faults, for which others are still being called, are not for it.
         self._since = _core.epoch()
 
     def cancel(self) -> None:
@@ -252,7 +252,7 @@ class _Dispatcher:
         try:
             subscription._callback(fault)
         except Exception:
-            # One bad callback must not keep the others from being told.
+            # One bad callback must not keep the others from being called.
             import logging
 
             logging.getLogger("mlx_safe").exception(
@@ -287,9 +287,9 @@ def on_fault(
 ) -> Subscription:
     """Calls ``callback(fault)`` for each fault from now on.
 
-    It is called on a thread of ours, never on Metal's; one call at a time, in
-    the order of the faults. An exception in it is logged and does not reach
-    anybody. Returns a `Subscription` whose ``cancel()`` ends it.
+    It is called on a thread of mlx-safe, never on Metal's; one call at a time, in the
+    order of the faults. An exception in it is logged and does not reach anybody.
+    Returns a `Subscription` whose ``cancel()`` ends it.
 
     Args:
         drains: with ``install(on_terminate="drain")``: a fault whose ``source`` is

@@ -178,16 +178,16 @@ def _note(exc: BaseException, text: str) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _drain(told: errors.GPUError) -> None:
-    """Fetches MLX's own errors of the failures that the guard is about to tell of.
+def _drain(known: errors.GPUError) -> None:
+    """Fetches MLX's own errors of the failures that the guard is about to raise.
 
-    MLX stores one for each stream (0.32) and raises it from a later wait: the next
-    evaluation, which may have nothing to do with it, would fail for what is known.
-    Only a wait makes it raise what it has stored: this one is for the work of the
-    calling thread's default stream, whatever that is. MLX up to 0.31.2 stores none.
+    MLX stores one for each stream (0.32) and raises it from a later wait. The next
+    evaluation, which may have nothing to do with it, would fail for what is known. Only
+    a wait makes it raise what it has stored: this one is for the work of the calling
+    thread's default stream, whatever that is. MLX up to 0.31.2 stores none.
     """
     mx = sys.modules.get("mlx.core")
-    if mx is None or told.fatal or _install.regime() != "observe":
+    if mx is None or known.fatal or _install.regime() != "observe":
         return
     for _ in range(_PENDING_MAX):
         try:
@@ -195,4 +195,4 @@ def _drain(told: errors.GPUError) -> None:
             return
         except RuntimeError as e:
             if errors.from_exception(e) is None:
-                _note(told, f"mlx_safe: MLX also reports another error: {e}")
+                _note(known, f"mlx_safe: MLX also reports another error: {e}")

@@ -206,7 +206,7 @@ _reports_tended = False
 
 
 def _is_our_command() -> bool:
-    """Whether this is ``mlx-safe``, which tells of reports in its own time."""
+    """Whether this is ``mlx-safe``, which shows reports in its own time."""
     program = os.path.basename(sys.argv[0]) if sys.argv else ""
     started = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     return program == "mlx-safe" or ("-m", "mlx_safe") in started
@@ -248,10 +248,9 @@ def install(
             with status 75; at once when there are none.
         drain_seconds: how long a parked thread waits before it exits anyway.
         signals: SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE and SIGTRAP leave a crash
-            report, too; then the handlers that were there before run (faulthandler's
-            for one), or the signal does what it would have done. A signal that
-            is ignored is left alone. Stack overflow is covered on the calling
-            thread.
+            report, too. Then the handlers that were there before run (faulthandler's
+            for one), or the signal does what it would have done. A signal that is
+            ignored is left alone. Stack overflow is covered on the calling thread.
 
     Never fails because of the machine: what cannot be active is named in the
     returned `Status`.
@@ -310,7 +309,7 @@ def _set_signals(wanted: bool) -> None:
         _core.signals_uninstall()
 
 
-# Of `Status`, what is no setting but a count, or told elsewhere in a report.
+# Of `Status`, what is no setting but a count, or stands elsewhere in a report.
 _NOT_OF_THE_HOOKS = (
     "dropped",
     "epoch",

@@ -6,6 +6,8 @@ when the process dies. Everything here may be called from any thread.
 
 from __future__ import annotations
 
+# The module `signal` makes enums of them, which takes a millisecond.
+import _signal  # type: ignore[import-not-found]
 import os
 import sys
 import threading
@@ -18,16 +20,19 @@ from ._version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
 __all__ = [
     "breadcrumb",
     "finish",
     "keep_fresh",
+    "name_process",
     "refresh_run_file",
     "remove_run_file",
     "sample_memory",
     "set_memory_limits",
     "set_server",
+    "stacks",
     "start",
     "stop",
     "suppressed",
@@ -87,6 +92,7 @@ class _State:
         self.ceiling = -1
         self.context: dict[str, object] = {}
         self.context_lock = threading.Lock()
+        self.facts: dict[str, object] = {}
 
 
 _state = _State()
@@ -109,12 +115,13 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
     )
     with _state.context_lock:
         _state.context = {**_machine(), **context}
-        fits = _core.set_report_context(_state.context)
+        fits = _core.set_report_context({**_state.context, **_state.facts})
     if not fits:
         return "crash reports are without versions and hooks: they take over 16 KB"
     if directory is None:
         return None
     _remove_run_file_at_the_end()
+    _stop_in_order()
     _sample()  # whatever comes next is not too soon after it
     with _state.run_file_lock:
         written = _core.write_run_file()
@@ -137,8 +144,58 @@ def _remove_run_file_at_the_end() -> None:
         util.Finalize(None, remove_run_file, exitpriority=0)
 
 
+def name_process(**facts: object) -> None:
+    """Has reports tell ``facts`` of this process from now on: what it serves, say."""
+    with _state.context_lock:
+        _state.facts.update(facts)
+        _core.set_report_context({**_state.context, **_state.facts})
+    if _state.directory is not None:
+        with _state.run_file_lock:
+            _core.write_run_file()
+
+
+# That end a process, where nobody handles them: init systems, containers, terminals.
+_STOPS = (_signal.SIGTERM, _signal.SIGHUP)
+
+
+def _stop_in_order() -> None:
+    """Has a process that is stopped by a signal remove its run file.
+
+    The native handler does it at once, whatever Python is at. Python's own handler is
+    for programs that take the signal over and put back what was there, as uvicorn
+    does, which then raises it again: they know of Python's handlers only.
+    """
+    for number in _STOPS:
+        if _signal.getsignal(number) is not _stopped:
+            if not _core.signal_is_default(number):
+                continue
+            _handle(number, _stopped)  # or only the native one does it
+        _core.stop_install(number)
+
+
+def _handle(number: int, handler: Any) -> None:
+    try:
+        _signal.signal(number, handler)
+    except ValueError:  # Python lets the main thread do it, and no other
+        return
+
+
+def _stopped(number: int, frame: object) -> None:
+    remove_run_file()
+    _signal.signal(number, _signal.SIG_DFL)
+    _signal.raise_signal(number)
+
+
+def _stop_as_ever() -> None:
+    for number in _STOPS:
+        if _signal.getsignal(number) is _stopped:
+            _handle(number, _signal.SIG_DFL)
+        _core.stop_uninstall(number)
+
+
 def stop() -> None:
     """Ends all of it; called by `uninstall`."""
+    _stop_as_ever()
     with _state.run_file_lock:
         _core.remove_run_file()
         _core.report_stop()
@@ -183,10 +240,10 @@ def write_fault(message: str, code: int) -> None:
 
 
 def write_fault_beside(message: str, code: int) -> None:
-    """`write_fault` on a thread of its own, for whoever has better to do than wait.
+    """`write_fault` on a thread of its own, for callers that must not wait.
 
-    What the process dies of before it is written tells of it as well: it leaves a
-    breadcrumb first. An end in good order waits for it (`finish`).
+    A report of the process's death before that has it as well: it leaves a breadcrumb
+    first. An end in good order waits for it (`finish`).
     """
     _core.breadcrumb("fault", message[:95], {"code": code})
     if _state.directory is None or not _is_to_be_written():
@@ -262,6 +319,13 @@ def _log_failure(directory: str) -> None:
     )
 
 
+def stacks() -> str:
+    """The Python stacks of all threads, with their names; takes milliseconds."""
+    import tempfile
+
+    return _python_stacks(_state.directory or tempfile.gettempdir())
+
+
 def _python_stacks(directory: str) -> str:
     import faulthandler
 
@@ -295,27 +359,29 @@ def _with_names(stacks: str) -> str:
         header, newline, frames = block.partition("\n")
         whose, _, rest = header.partition(" 0x")
         ident, _, rest = f"0x{rest}".partition(" ")
-        told = f"{known[ident]}, {ident}" if ident in known else ident
+        name = f"{known[ident]}, {ident}" if ident in known else ident
         if whose == "Current thread":
-            own.append(f"The thread that reports, {told} {rest}{newline}{frames}")
+            own.append(f"The thread that reports, {name} {rest}{newline}{frames}")
         elif whose == "Thread":
-            others.append(f"Thread {told} {rest}{newline}{frames}")
+            others.append(f"Thread {name} {rest}{newline}{frames}")
         else:
             others.append(block)
     return "\n\n".join(others + own) + "\n"
 
 
-def set_server(facts: Mapping[str, object]) -> None:
-    """Each report tells of a server, too, from now on: JSON-able figures, no text.
+def set_server(figures: Mapping[str, object]) -> None:
+    """Each report tells of the server, too, from now on: JSON-able figures, no text.
 
     Any thread; not more often than once a second, as a crash may be reading it.
     """
     with _state.context_lock:
-        told = {**_state.context, "server": dict(facts)}
-        if told == _state.context:
-            return
-        if _core.set_report_context(told):
-            _state.context = told
+        named = _state.facts.get("server")
+        server = {**(named if isinstance(named, dict) else {}), **figures}
+        facts = {**_state.facts, "server": server}
+        if facts != _state.facts and _core.set_report_context(
+            {**_state.context, **facts}
+        ):
+            _state.facts = facts
 
 
 def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:
@@ -330,7 +396,7 @@ def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:
 
 
 def keep_fresh() -> None:
-    """Keeps what is told of this process if it is killed: cheap, for every step.
+    """Keeps what a report has of this process if it is killed: cheap, for every step.
 
     A sample of memory, at most one in `SAMPLE_EVERY_S`; and the run file, where
     the thread of the callbacks does not see to it.
@@ -378,7 +444,7 @@ def refresh_run_file() -> None:
     now = time.monotonic()
     if now - _state.run_file_at < RUN_FILE_EVERY_S:
         return
-    # Whoever has it writes just now. A guard must not wait for a disk.
+    # Its owner writes just now. A guard must not wait for a disk.
     if not _state.run_file_lock.acquire(blocking=False):
         return
     try:

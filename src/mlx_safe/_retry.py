@@ -35,10 +35,10 @@ def retry(
 ) -> T:
     """Returns ``function()``, called again after a fault of the GPU that may pass.
 
-    ``function`` must evaluate what it computes (``mx.eval``), and make everything
-    anew in each call: what a failed call has computed is garbage, a KV cache that it
-    has written to included. Between two calls what the failed one held is freed,
-    MLX's stored errors are fetched, and MLX's pool goes back to the device.
+    ``function`` must evaluate what it computes (``mx.eval``), and make everything anew
+    in each call. What a failed call has computed is garbage, a KV cache that it has
+    written to included. Between two calls what the failed one held is freed, MLX's
+    stored errors are fetched, and MLX's pool goes back to the device.
 
     Called by the thread that evaluates; it blocks.
 
@@ -97,11 +97,11 @@ async def next_fault(since: int | None = None) -> Fault:
     after = _faults.epoch() if since is None else since
     come = asyncio.Event()
 
-    def told(fault: Fault) -> None:
+    def note(fault: Fault) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed
             loop.call_soon_threadsafe(come.set)
 
-    with _faults.on_fault(told):
+    with _faults.on_fault(note):
         while not (found := _faults.faults(after)):
             await come.wait()
             come.clear()

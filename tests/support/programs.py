@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PROGRAMS = Path(__file__).parent.parent / "programs"
@@ -10,3 +11,9 @@ PROGRAMS = Path(__file__).parent.parent / "programs"
 def program(name: str) -> str:
     """The text of ``tests/programs/NAME.py``, for ``python -c``."""
     return (PROGRAMS / f"{name}.py").read_text()
+
+
+def with_suite() -> str:
+    """The PYTHONPATH of a program that imports the suite's own modules."""
+    path = [str(PROGRAMS.parent), os.environ.get("PYTHONPATH")]
+    return os.pathsep.join(filter(None, path))

@@ -2,7 +2,7 @@
 //
 // A fixed ring in static storage. Writers are Metal's completion threads and
 // the terminate handler, so writing takes no lock, allocates nothing and never
-// waits; a reader (a Python thread) may wait a moment for a writer that has
+// waits. A reader (a Python thread) may wait a moment for a writer that has
 // claimed its place but not yet filled it.
 //
 // The epoch is the number of faults claimed so far. It grows when a place is

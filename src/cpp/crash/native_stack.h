@@ -9,8 +9,8 @@ namespace mlx_safe {
 // Return addresses of the calling thread, innermost first; their number. In a
 // signal handler give its third argument: the stack then begins where the
 // signal struck. `_Unwind_Backtrace` walks the tables of the binaries, so no
-// frame pointers are needed; it takes no lock that a crashed thread could hold
-// (the loader's is recursive), and allocates nothing once `prime_native_stack`
+// frame pointers are needed. It takes no lock that a crashed thread could hold
+// (the loader's is recursive). It allocates nothing once `prime_native_stack`
 // has run. Not on POSIX's list of async-signal-safe functions all the same:
 // call it inside `run_guarded`.
 std::size_t capture_native_stack(std::uintptr_t* frames, std::size_t capacity,

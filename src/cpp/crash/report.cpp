@@ -174,7 +174,7 @@ void stacks_sections(JsonWriter& json, const Event& event) noexcept {
 }
 
 // A thread that has begun to write the run file may create it after it was
-// removed, and not live to see that the process dies; one that writes a report
+// removed, and not live to see that the process dies. One that writes a report
 // may not live to end it. Async-signal-safe; the thread that writes may be this
 // one.
 void wait_for_writers() noexcept {
@@ -401,6 +401,12 @@ void remove_run_file() noexcept {
   if (run_path(path, sizeof path)) ::unlink(path);
   // Another thread may be at it, and not live to see the end of it.
   if (new_run_path(path, sizeof path)) ::unlink(path);
+}
+
+void stopped_in_order() noexcept {
+  // First: a thread that is about to write another one looks at this.
+  g_state.death_reported.store(true);
+  remove_run_file();
 }
 
 ReportCounts report_counts() noexcept {

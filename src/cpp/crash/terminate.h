@@ -11,8 +11,8 @@ enum class TerminatePolicy {
   // dies as it would have died.
   kReport,
   // Write the report, wake the reader of the fault log's descriptor, park this
-  // thread until `terminate_drained` is called or the time is up, and exit
-  // with status 75 (EX_TEMPFAIL): a server answers its clients meanwhile.
+  // thread until `terminate_drained` is called or the time is up, and exit with
+  // status 75 (EX_TEMPFAIL). A server answers its clients meanwhile.
   kDrain,
 };
 

@@ -147,7 +147,7 @@ void add_wrapped(Original<void, const void*> original, Id buffer,
 }
 
 // A failed buffer's signal is done for it while the GPU may be about to do a
-// later one's of the same event, for which others wait: to set the lower value
+// later one's of the same event, for which others wait. To set the lower value
 // after that would undo it. The GPU gets a moment to come to where it must
 // wait.
 bool would_lower(Id event, std::uint64_t value) {

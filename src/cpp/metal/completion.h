@@ -1,7 +1,7 @@
 // The completion handlers: the one that the hooks add, and MLX's, wrapped.
 //
 // MLX 0.31.2 throws in its handlers. Each of them is wrapped in a Block that
-// calls it inside try and catch: it is called whatever happens, it sees the
+// calls it inside try and catch. It is called whatever happens, it sees the
 // truth, and nothing that it throws gets out. docs/metal.md tells why not
 // otherwise, and what it costs.
 #pragma once

@@ -299,7 +299,7 @@ bool Ledger::is_settled(const Pending& p) {
 }
 
 // R2, of an event that shows `real`. When a later buffer of the queue has
-// signalled, this one is through, and may have failed: its signal may have been
+// signalled, this one is through, and may have failed. Its signal may have been
 // withheld, and does not count before its buffer has settled.
 bool Ledger::counts(const Event& event, const Pending& signal,
                     std::uint64_t real) {

@@ -11,7 +11,7 @@
 // buffer completes, the first buffers in flight of all queues are looked at,
 // and what they wait for, until no more of them settles.
 // Bounded: the record of a buffer goes when the buffer has settled, that of an
-// event when nothing is pending or failed on it, and both when the object dies
+// event when nothing is pending or failed on it. Both go when the object dies
 // or its address is used again. The record of a queue stays until its address
 // is another's or the process ends: MLX makes one for each stream and keeps it.
 //

@@ -2,8 +2,8 @@
 // waits that they hold up.
 //
 // When MLX 0.32 raises in the midst of an evaluation it waits for its streams
-// before it has committed what it has encoded (0.32.1 to 0.32.3: in turn, the
-// CPU's first). A thread that waits for one of those signals, or for a
+// before it has committed what it has encoded. (0.32.1 to 0.32.3 do so in turn,
+// the CPU's first.) A thread that waits for one of those signals, or for a
 // committed buffer that does, waits for ever: the thread that would commit it
 // waits too. Such waits are found here; waiting.cpp ends them.
 //

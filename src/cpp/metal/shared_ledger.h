@@ -2,7 +2,7 @@
 //
 // Any thread, Metal's included, unless it is said below; none of it in the
 // crash path: it locks and allocates. The lock is held for one call of the
-// ledger (ledger.h says how long each takes), no message is sent meanwhile, and
+// ledger (ledger.h says how long each takes). No message is sent meanwhile, and
 // what is let go of is destroyed after it. Where there is no event's record,
 // the questions about events take no lock.
 #pragma once

@@ -1,7 +1,7 @@
-// A method's replacement must know which original it replaces: a family class
-// may override what its base class has and call it through super, so that one
-// call runs through the same replacement twice, with the same object. Hence one
-// C function for each replaced method, made from one hook.
+// A method's replacement must know which original it replaces. A family class
+// may override what its base class has and call it through super. Then one call
+// runs through the same replacement twice, with the same object. Hence one C
+// function for each replaced method, made from one hook.
 //
 // `call` runs on whatever thread sends the message, Metal's included; it takes
 // no lock and allocates nothing, but what the hook does. `slots` is for the

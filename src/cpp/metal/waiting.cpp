@@ -101,7 +101,7 @@ void let_go_of_own_signals(const BufferRef& waited_for) {
 // was opened more than 100 ms after the failure may belong to a new evaluation,
 // in which no thread raises. Then R17 ends the wait and a fault is counted, as
 // it is not known which thread reads the data. In both cases the open signals
-// are done: the buffers that wait for them run, in their order, and are through
+// are done. The buffers that wait for them run, in their order, and are through
 // before the memory is let go of that they use.
 bool wait_on_cpu_stream(Original<bool, std::uint64_t, std::uint64_t> original,
                         Id event, Selector selector, std::uint64_t value) {

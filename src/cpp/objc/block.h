@@ -2,7 +2,7 @@
 // -fblocks builds them: https://clang.llvm.org/docs/Block-ABI-Apple.html
 //
 // A Block may be made, copied and called on any thread, Metal's included, once
-// the runtime is loaded; nothing here is for the crash path.
+// the runtime is loaded. Nothing here is for the crash path.
 #pragma once
 
 #include "objc/runtime.h"

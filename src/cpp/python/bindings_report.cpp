@@ -115,7 +115,7 @@ void (*g_faulthandler)(int) = nullptr;
 
 // Python's stacks in the crash path are written by faulthandler. The function
 // that does it (_Py_DumpTracebackThreads) is exported by CPython 3.11 and 3.12
-// only, but `faulthandler.register` is public: it puts a signal handler in
+// only. But `faulthandler.register` is public: it puts a signal handler in
 // place that writes all stacks to a descriptor. The handler is taken from there
 // and called directly; the signal itself gets back what it had. SIGURG, since
 // it is ignored by default should one arrive between the two.
@@ -216,6 +216,9 @@ void bind_reports(nb::module_& m) {
   m.def("signals_uninstall", &signals_uninstall);
   m.def("signals_installed", &signals_installed);
   m.def("signals_cover_this_thread", &signals_cover_this_thread);
+  m.def("signal_is_default", &signal_is_default, "number"_a);
+  m.def("stop_install", &stop_install, "number"_a);
+  m.def("stop_uninstall", &stop_uninstall, "number"_a);
 }
 
 }  // namespace mlx_safe

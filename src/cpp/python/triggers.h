@@ -17,11 +17,11 @@ std::uint64_t testing_record_fault(std::int32_t code,
 void testing_throw_on_foreign_thread(const std::string& message);
 
 // Runs one empty command buffer on the real (or simulated) device as MLX does
-// in the regime that is installed: with an event that is waited for, and a
-// completion handler that, when the buffer has failed, stores the error for the
-// waiter to raise (observe, MLX 0.32) or throws it (otherwise, MLX 0.31.2).
-// Throws std::runtime_error for a failure, or when there is no Metal. Not for
-// Metal's threads.
+// in the regime that is installed, with an event that is waited for. When the
+// buffer has failed, its completion handler stores the error for the waiter to
+// raise (observe, MLX 0.32) or throws it (otherwise, MLX 0.31.2). Throws
+// std::runtime_error for a failure, or when there is no Metal. Not for Metal's
+// threads.
 void testing_run_command_buffer();
 
 }  // namespace mlx_safe

@@ -1,8 +1,8 @@
 """The tables of GPU faults, and the exceptions made of them.
 
-One table for each backend (`FAULT_KINDS` for Metal, `CUDA_FAULT_KINDS`) says what
-each number is called, which exception it becomes, whether the work can be tried
-again and whether the process can go on. `GPUError`, `OutOfMemoryError` and
+One table for each backend (`FAULT_KINDS` for Metal, `CUDA_FAULT_KINDS`) says what each
+number is called and which exception it becomes. It also says whether the work can be
+tried again and whether the process can go on. `GPUError`, `OutOfMemoryError` and
 `DeviceLostError` are the bases of both families: catch these to serve either.
 
 All of this may be used from any thread.

@@ -66,7 +66,7 @@ class FaultKind:
         code, name: as in `GPUError`. error: exception class.
         retryable, fatal: as in `GPUError`.
         slug: the ``code`` of the JSON error that a server sends.
-        advice: one sentence for whoever reads the log.
+        advice: one sentence for the reader of the log.
     """
 
     __slots__ = ("advice", "code", "error", "fatal", "name", "retryable", "slug")
@@ -91,7 +91,7 @@ class FaultKind:
         self.advice = advice
 
     def make(self, message: str, faults: Sequence[Fault] = ()) -> GPUError:
-        """The exception for a failure that ``message`` tells of."""
+        """The exception for the failure of ``message``."""
         return _rebuild(self.error, message, self.code, tuple(faults))
 
     def __repr__(self) -> str:

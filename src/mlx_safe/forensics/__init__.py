@@ -3,7 +3,7 @@
     recover   the members that can still be read of any bytes
     records   the typed `Report`, made of whatever was read
     reader    `read`: one `Report` from a file, a directory, anything
-    store     the directory: list, prune, what was told and what was seen
+    store     the directory: list, prune, what was announced and what was seen
     orphans   a process that died without a report becomes one
     startup   what `mlx_safe.install` does here: adopt, tell, prune
     words     headline, advice, time line, chart: a `Report` as sections of text

@@ -114,8 +114,8 @@ def _show(directory: str, which: str, *, as_json: bool) -> None:
     entry, path = _find(directory, which)
     report = reader.read(path)
     if as_json:
-        told = {"headline": words.headline(report), "advice": words.advice(report)}
-        print(json.dumps({"path": str(path), **told, **report.as_dict()}, indent=2))
+        text = {"headline": words.headline(report), "advice": words.advice(report)}
+        print(json.dumps({"path": str(path), **text, **report.as_dict()}, indent=2))
     else:
         print(path)
         render.show(words.sections(report))

@@ -1,9 +1,9 @@
 """A copy of a report for a bug report, without what is private.
 
 Members that are not known to be harmless are left out, not the other way round.
-The copy is one JSON file, a report as any other: it can be read with an editor
-before it is sent, pasted, attached, and shown with ``mlx-safe reports show FILE``.
-An archive would hold this one file and hide what is in it.
+The copy is one JSON file, a report as any other. It can be read with an editor before
+it is sent, and shown with ``mlx-safe reports show FILE``. An archive would hold this
+one file and hide what is in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .records import Report
 
 __all__ = ["exported"]
 
-# What of `context` tells of the machine and not of its user.
+# What of `context` is about the machine and not about its user.
 _CONTEXT = ("mlx_safe", "mlx", "mlx_lm", "python", "os", "machine", "hooks")
 # Shorter names are part of too many words.
 _NAME_MIN = 3

@@ -17,8 +17,7 @@ SIZE_MAX = 8 << 20
 def read(path: str | os.PathLike[str]) -> Report:
     """The report in ``path``: whole, cut, damaged, or none at all.
 
-    What is wrong is told in ``Report.problems``; nothing is raised for it.
-    Thread-safe.
+    What is wrong stands in ``Report.problems``; nothing is raised for it. Thread-safe.
     """
     try:
         return parse(_bytes(path))

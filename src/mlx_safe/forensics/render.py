@@ -13,7 +13,7 @@ from .words import Section
 __all__ = ["show", "table"]
 
 # A row is one line, whatever a damaged or hostile report holds: none of its texts
-# is to look like a row of ours.
+# is to look like one of its rows.
 _BREAKS = dict.fromkeys([9, 10, 0x2028, 0x2029], " ")
 
 _TITLE = "bold"

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._paths import SEEN, TOLD
+from .._paths import ANNOUNCED, SEEN
 
 __all__ = ["KEEP", "KEEP_BYTES", "Entry", "entries", "limits", "mark_seen", "prune"]
 
@@ -28,7 +28,7 @@ KEEP_VARIABLE = "MLX_SAFE_REPORTS_KEEP"
 KEEP_BYTES_VARIABLE = "MLX_SAFE_REPORTS_KEEP_BYTES"
 
 _NAME = re.compile(r"([0-9]{1,18})-([0-9]{1,18})(?:-([0-9]{1,9}))?\.json")
-_MARKER = re.compile(rf"({_NAME.pattern})(?:{re.escape(TOLD)}|{re.escape(SEEN)})")
+_MARKER = re.compile(rf"({_NAME.pattern})(?:{re.escape(ANNOUNCED)}|{re.escape(SEEN)})")
 
 log = logging.getLogger("mlx_safe")
 
@@ -41,7 +41,7 @@ class Entry:
         path: the file. id: its name without ``.json``.
         seconds: Unix time in its name. pid: the process in its name.
         size: bytes.
-        told: some process has said that it is there.
+        announced: some process has said that it is there.
         seen: somebody has looked at it.
     """
 
@@ -51,7 +51,7 @@ class Entry:
     pid: int
     number: int
     size: int
-    told: bool
+    announced: bool
     seen: bool
 
 
@@ -76,7 +76,7 @@ def entries(directory: str | os.PathLike[str]) -> list[Entry]:
                 pid=int(match[2]),
                 number=int(match[3] or 1),
                 size=size,
-                told=name + TOLD in names or name + SEEN in names,
+                announced=name + ANNOUNCED in names or name + SEEN in names,
                 seen=name + SEEN in names,
             )
         )
@@ -108,12 +108,12 @@ def name_for(directory: Path, seconds: int, pid: int) -> Path:
     return path
 
 
-def mark_told(entry: Entry) -> bool:
+def mark_announced(entry: Entry) -> bool:
     """Whether it is for the caller to tell of it; true for one caller alone."""
-    if entry.told:
+    if entry.announced:
         return False
     try:
-        _touch(entry, TOLD)
+        _touch(entry, ANNOUNCED)
     except FileExistsError:
         return False
     except OSError as e:
@@ -164,7 +164,7 @@ def prune(directory: str | os.PathLike[str]) -> list[Entry]:
         OSError: the directory cannot be read.
     """
     keep, keep_bytes = limits()
-    # Before the reports: whoever makes one now may mark it at once.
+    # Before the reports: a process that makes one now may mark it at once.
     markers = [m for m in map(_MARKER.fullmatch, _names(directory)) if m is not None]
     listed = entries(directory)
     kept = listed[len(listed) - keep :] if keep < len(listed) else list(listed)

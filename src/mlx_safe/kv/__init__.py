@@ -1,8 +1,9 @@
 """KV caches on disk: the store, which knows files and no MLX.
 
-`format` is what a file holds, `files` and `directory` how files come to be and go,
-`store` which of them serve a prompt, `writer` the thread that writes them, `identity`
-which model they are of. `server.kv_tier` makes bytes of caches and caches of bytes.
+`format` is what a file holds. `files` and `directory` make and remove files, `store`
+finds those that serve a prompt, `writer` is the thread that writes them. `identity`
+says which model they are of. `server.kv_tier` makes bytes of caches and caches of
+bytes.
 
 What is kept are **nodes**. A *block* has the slots of 256 tokens of every cache that
 only grows, and follows another block. A *snapshot* has the whole of every other cache

@@ -7,11 +7,11 @@
     DIR/marks/         what is being restored just now, by which process
     DIR/<identity>/    about.json, and a file for each node (`format.Node.name`)
 
-Whoever changes anything holds the lock (flock, which ends with its process) and adds
-one to the generation first, so that all others look again. Reading needs no lock:
-a node's file appears complete, by a rename, and an open one stays readable when its
-name goes. ``tmp-`` files are made under the lock only, so any that is there when
-the lock is taken is of a process that died.
+A process that changes anything holds the lock (flock, which ends with it) and adds one
+to the generation first, so that all others look again. Reading needs no lock: a node's
+file appears complete, by a rename, and an open one stays readable when its name goes.
+``tmp-`` files are made under the lock only, so any that is there when the lock is taken
+is of a process that died.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Directory:
         try:
             found = os.fstat(fd)
             head = os.pread(fd, len(_MAGIC), 0)
-            # Whoever made it may have died in its first bytes.
+            # Its writer may have died in its first bytes.
             if not stat.S_ISREG(found.st_mode) or not _MAGIC.startswith(head):
                 raise NotOurs(f"{self.path}/state: was not made by this version")
         except BaseException:

@@ -8,11 +8,11 @@
             the node's tokens, 4 bytes each
             the pieces, one after another, in the header's order
 
-Numbers are little-endian. The header tells of each piece its length and its SHA-256.
+Numbers are little-endian. The header has the length and the SHA-256 of each piece.
 
 SHA-256 is the standard library's, and the processors that MLX runs on compute it in
-hardware (1.8 GB/s on one core of the machine this was written on; blake2b 0.9, crc32
-4.2, which finds damage but not two different contents).
+hardware. One core of the machine this was written on does 1.8 GB/s. blake2b does 0.9.
+crc32 does 4.2, but finds damage only, not two different contents.
 """
 
 from __future__ import annotations

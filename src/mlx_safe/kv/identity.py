@@ -1,8 +1,8 @@
 """Which model a node is of: whatever changes a bit of its caches makes it another.
 
-Weights are told by their files' names, sizes, times, heads, and by samples of them: two
-trainings of one model have the same heads and sizes. Reading all of them takes as long
-as loading the model.
+Weights are recognised by their files' names, sizes, times, heads, and by samples of
+them: two trainings of one model have the same heads and sizes. Reading all of them
+takes as long as loading the model.
 """
 
 from __future__ import annotations

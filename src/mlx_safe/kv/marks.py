@@ -69,7 +69,7 @@ class Marks:
             try:
                 fd = self._files.open(name, self._directory.marks)
             except OSError:
-                continue  # lifted meanwhile, or nothing of ours
+                continue  # lifted meanwhile, or no mark
             try:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

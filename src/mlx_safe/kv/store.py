@@ -2,8 +2,7 @@
 
 LRU: a node's file has the time of its last use as its mtime, so all servers of a
 directory know it. No node is younger than the one it follows, so what goes first is
-always the end of a conversation and never its beginning, without which the rest is
-of no use.
+always the end of a conversation. Without its beginning the rest would be of no use.
 """
 
 from __future__ import annotations
@@ -340,7 +339,9 @@ class Store:
             finally:
                 os.close(fd)
         except Damaged as e:
-            log.warning("a KV cache on disk is damaged and goes: %s: %s", node.name, e)
+            log.warning(
+                "a KV cache on disk is damaged and is removed: %s: %s", node.name, e
+            )
             self.events["damaged"] += 1
             self.drop([node])
             return None

@@ -1,13 +1,13 @@
 """The thread that writes, and the rule by which it may.
 
 What a fault of the GPU may have touched must never be published. The generation
-thread takes the bytes and says in which epoch (`Writer.offer`); at a later point at
-which it is synchronised, and no fault has come in between, it says so (`confirm`).
-Only then is a file begun. After a fault it says that as well (`fail`), and when that
+thread takes the bytes and says in which epoch (`Writer.offer`). At a later point at
+which it is synchronised, and no fault has come in between, it says so (`confirm`). Only
+then is a file begun. After a fault it says that as well (`fail`), and when that
 returns, nothing that was withdrawn by it appears any more.
 
-The thread touches no object of MLX: with MLX 0.32 an array belongs to the streams of
-the thread that made it, and on Metal others have seen such writers abort the process.
+The thread touches no object of MLX. With MLX 0.32 an array belongs to the streams of
+the thread that made it. On Metal others have seen such writers abort the process.
 """
 
 from __future__ import annotations

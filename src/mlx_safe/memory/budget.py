@@ -2,13 +2,14 @@
 
 In this order: give the pool back; evict prompt-cache entries; take over the
 entry that the request is about to reuse, instead of copying it; read the prompt
-in smaller steps; wait for those that run; refuse. So nothing is refused while the
-pool or the prompt cache holds what is missing, and the entry to be reused is
-never evicted: taken over, its content lives on in the request.
+in smaller steps; wait for those that run; refuse. So nothing is refused while the pool
+or the prompt cache holds what is missing. The entry to be reused is never evicted:
+taken over, its content lives on in the request.
 
 What faults have taught, and estimates of what is active besides, decide on what runs
 together. A request that is alone and not too long is tried in the smallest step in
-any case, as long as its caches have room: whether a step has, MLX tells.
+any case, as long as its caches have room. Whether there is room for a step too, MLX
+shows.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class Decision:
         verdict: ``"admit"``; ``"wait"``; ``"refuse"``: it would fit later;
             ``"never"``: not even alone.
         missing: bytes that are not there even so; 0 when admitted.
+        times: how often over what was asked for fits beside, without anything being
+            thrown away; 0 where that is not known.
     """
 
     free_pool: bool
@@ -102,6 +105,7 @@ class Decision:
     step: int
     verdict: Verdict
     missing: int = 0
+    times: int = 0
 
 
 def decide(now: Situation, options: Iterable[Option]) -> Decision:
@@ -146,11 +150,13 @@ def _admit(now: Situation, option: Option) -> Decision | None:
     missing = now.active + option.growth - now.ceiling
     if missing > now.evictable + now.reusable:
         return None
+    left = -missing - now.pool
     return Decision(
         # What is evicted goes into the pool first.
-        free_pool=missing + now.pool > 0,
+        free_pool=left < 0,
         evict=min(max(0, missing), now.evictable),
         take_over=missing > now.evictable,
         step=option.step,
         verdict="admit",
+        times=max(0, left // max(1, option.growth) + 1),
     )

@@ -48,8 +48,8 @@ class Demand:
     """The law of what a batch of mlx-lm takes.
 
     Rows of a batch are padded to the longest. A prompt that is read together
-    with others is copied once more when the first of them is done (mlx-lm splits
-    the batch by copying), and padded where another's segment is longer than its.
+    with others is copied once more when the first of them is done (mlx-lm splits the
+    batch by copying). It is padded where another's segment is longer than its.
     """
 
     def __init__(self, cost: CacheCost, transients: Transients) -> None:

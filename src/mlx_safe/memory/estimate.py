@@ -29,8 +29,8 @@ TOKENS_MIN = 32
 MARGIN = 1.1
 REMEMBERED = 8
 # `calibrate`: steps of so many tokens, or of so few where that would take longer, and
-# the context of one of them: behind it there is room for few tokens, and many make
-# the caches grow, which copies them. That is part of what a step of many takes.
+# the context of one of them. Behind it there is room for few tokens: many make the
+# caches grow, which copies them. That is part of what a step of many takes.
 CALIBRATION_STEPS = (64, 2)
 CALIBRATION_STEP_S = 2.0
 CALIBRATION_CONTEXT = 4 * BLOCK - 16
@@ -177,11 +177,11 @@ def measure(
 class Transients:
     """What a step needs besides the caches, learned from peaks. Bytes.
 
-    A step of many tokens costs so much for each of them, the more the longer
-    the context is (on a backend that writes the attention's scores out): a line,
-    fitted to the last observations at contexts of each order of magnitude and
-    raised until none is above it. A step of few tokens costs a constant; while no
-    other was seen, one of many costs as much for each token. Not thread-safe.
+    A step of many tokens costs so much for each of them, and more the longer the
+    context is (on a backend that writes the attention's scores out). The cost is a
+    line: fitted to the last observations at contexts of each order of magnitude, and
+    raised until none is above it. A step of few tokens costs a constant; while no other
+    was seen, one of many costs as much for each token. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -232,13 +232,13 @@ def calibrate(
     """Reads a few tokens with ``model`` and looks at what that took.
 
     Eight tokens tell the cost of the caches. The cost of a step is read off some,
-    most of them behind a long context: that is of zeros, put into the caches, since to
+    most of them behind a long context. That is of zeros, put into the caches, since to
     read it would take a slow model minutes.
 
     Args:
         model: called as ``model(tokens, cache=caches)``, tokens of shape (1, n).
         make_cache: makes the caches of one sequence, empty.
-        transients: is told of each step.
+        transients: gets each step.
         quantization: as for `measure`.
 
     Called on the thread, and with the default stream, that the model runs on.
@@ -289,9 +289,9 @@ def _growing_states(
 ) -> tuple[tuple[LayerCost, int], ...]:
     """What states cost beside what they had first. Bytes of each, look for look.
 
-    One that grows up to a window, or by fits and starts, is thought to go on as it
-    did on the whole, over ``tokens`` tokens: 4 * 64 are a whole number of the groups
-    that such states are made of. Between them it had what it had most.
+    One that grows up to a window, or by fits and starts, is thought to go on as it did
+    on the whole, over ``tokens`` tokens. 4 * 64 are a whole number of the groups that
+    such states are made of. Between them it had what it had most.
     """
     kinds: Counter[LayerCost] = Counter()
     for sizes in zip(*looks, strict=True):

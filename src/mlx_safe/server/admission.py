@@ -138,11 +138,11 @@ def for_store(
     now = replace(
         now, active=now.active - given, evictable=max(0, now.evictable - given)
     )
-    return decide(now, [Option(option.step, option.growth + size, alone=0)])
+    return decide(now, [Option(option.step, option.growth + size)])
 
 
 def _step(
     demand: Demand, now: Situation, load: Load, steps: Steps, alone: bool
 ) -> Decision:
     options = demand.next_step(load.rows, load.held, steps)
-    return decide(replace(now, promised=alone, alone=alone), options)
+    return decide(replace(now, alone=alone), options)

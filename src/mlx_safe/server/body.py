@@ -25,8 +25,8 @@ DEFAULT_MAX_BYTES = 32 * 2**20
 GRACE_S = 30.0
 BYTES_PER_S_MIN = 64 * 2**10
 # All bodies together, from when they are read until their answers are complete. Those
-# of up to 1 MiB have room of their own, which slow large ones cannot take; a thread
-# and its buffers, which every connection has, take more than the smallest.
+# of up to 1 MiB have room of their own, which slow large ones cannot take. A thread and
+# its buffers, which every connection has, take more than the smallest.
 SMALLEST = 64 * 2**10
 SMALL = 2**20
 SMALL_TOTAL = 32 * 2**20

@@ -1,9 +1,8 @@
 """The generation thread that outlives its failures.
 
-`ProtectedResponseGenerator` runs mlx-lm's own ``_generate`` again after an
-exception has left it, on the same thread: a new thread could not use the
-arrays of the old one's stream ("There is no Stream(cpu, 0) in current thread",
-MLX 0.32).
+`ProtectedResponseGenerator` runs mlx-lm's own ``_generate`` again after an exception
+has left it, on the same thread. A new thread could not use the arrays of the old one's
+stream ("There is no Stream(cpu, 0) in current thread", MLX 0.32).
 """
 
 from __future__ import annotations
@@ -11,60 +10,54 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
 from queue import Queue
 from typing import Any, NoReturn
 
 import mlx.core as mx
 
 from .. import _core, _reports, errors
-from .._command import in_one_line
 from .asked import Asked
 from .disconnects import Disconnects
+from .first_model import load_first_model, status_line
 from .headroom import Headroom, MemoryFlags
-from .health import EXIT_REPLACE, Health
+from .health import Health
 from .in_flight import InFlight
+from .live import Live
+from .logs import fields
 from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.bases import ResponseGenerator
-from .mlx_lm.batches import watched
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.prompt_cache import PromptCache
-from .mlx_lm.protocols import (
+from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.protocols.opaque import ModelKey, Progress
+from .mlx_lm.protocols.requests import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
-    Json,
-    ModelKey,
-    ModelProvider,
-    Processor,
-    Progress,
     Response,
-    Sampler,
-    Tokenizer,
 )
+from .mlx_lm.protocols.text import Tokenizer
 from .model_names import ModelNames
 from .overflow import Overflow
-from .own_failures import OwnFailures
+from .parts import Parts
 from .prefill import PrefillStep
 from .prompts import Held, Prompts
 from .ranks import AllStop, Home
-from .recorder import request_id
 from .recovery import Recovery, portable
-from .replay import Resumed
 from .replies import (
     EXPECTED,
     BadRequest,
-    ModelNotFound,
     Unavailable,
-    is_allocation_failure,
     is_of_all,
     reply_for,
 )
-from .request import RUNNING, Disconnected, RequestState
+from .request import Disconnected
 from .scheduler import Scheduler
 from .sequential import Sequential
-from .served_model import ServedModel, where
+from .served_model import ServedModel
+from .status import Sources, Status, disk_of, versions
+from .step import Step
 from .watchdog import Watchdog
 
 __all__ = ["ProtectedResponseGenerator"]
@@ -80,6 +73,18 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 STARTS_WITHOUT_WORK_MAX = 20
 
 
+class Door(Queue[Any]):
+    """mlx-lm's queue: who comes in is in flight from then on."""
+
+    def __init__(self, arrive: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._arrive = arrive
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Raises what ``arrive`` does: nothing is queued then."""
+        super().put(self._arrive(item), block, timeout)
+
+
 class ProtectedResponseGenerator(ResponseGenerator):
     """mlx-lm's generator with an end to every request and none to the thread."""
 
@@ -90,11 +95,11 @@ class ProtectedResponseGenerator(ResponseGenerator):
         health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
+        step_seconds: float,
         overflow: Overflow,
         memory: MemoryFlags,
         names: ModelNames,
         max_kv_size: int | None = None,
-        injections: bool = False,
         hold_s: float | None = None,
         home: Home | None = None,
     ) -> None:
@@ -106,7 +111,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
-        prefill = PrefillStep(model_provider.cli_args)
+        # The ranks must take the same steps, and each has a clock of its own.
+        aim_s = step_seconds if self._one_rank else 0.0
+        prefill = PrefillStep(model_provider.cli_args, aim_s)
         self.headroom = Headroom(memory, prompt_cache, prefill, self._one_rank)
         self.scheduler: Scheduler[InFlight] = Scheduler(
             self.headroom,
@@ -119,26 +126,28 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self._disk: KVTier | None = prompt_cache.disk
         if self._disk is not None:
             self._disk.current = lambda: self.scheduler.current
-        self._prefill = prefill
-        self._resumed = Resumed()
         self.disconnects = Disconnects()
+        self.live = Live(self.scheduler, Step(), self.headroom.gauges)
+        self.step = self.live.step
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
+            self.live.doing,
             lambda why: self.recovery.give_up(
                 Unavailable(f"The server restarts: {why}.", restarts=True),
                 reported=True,
             ),
         )
         self.metrics = Metrics(
-            lambda: len(self.scheduler), lambda: float(health.state == "ok")
+            self.live,
+            lambda: self.scheduler.tokens,
+            lambda: float(health.state == "ok"),
         )
         self.metrics.watch_prompt_cache(prompt_cache)
         if self._disk is not None:
             self.metrics.watch_kv_disk(self._disk.store, self._disk.writer)
-        self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
+        self.metrics.watch_memory(lambda: self.scheduler.events, self.headroom.gauges)
         self.recovery = Recovery(
-            lambda: self.requests,
             self.scheduler,
             health,
             self.headroom,
@@ -146,7 +155,15 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.metrics,
             one_rank=self._one_rank,
         )
-        self._own = OwnFailures(self._current, self.recovery.end_alone)
+        self.parts = Parts(
+            self.scheduler,
+            self.headroom,
+            prefill,
+            self.step,
+            self.recovery.end_alone,
+            self._disk,
+            self._one_rank,
+        )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
         # How often mlx-lm's loop has failed before it asked for work.
@@ -156,28 +173,51 @@ class ProtectedResponseGenerator(ResponseGenerator):
             names,
             self.headroom,
             overflow,
-            self._resumed,
+            self.parts.resumed,
             is_first=lambda: health.state == "loading",
-            detokenizer=self._own.detokenizer,
+            # `_next_request`, or the request's first step, ends it.
+            on_load=lambda: self.step.begin("load"),
+            on_loaded=prefill.model_loaded,
+            detokenizer=self.parts.own.detokenizer,
             max_kv_size=max_kv_size,
-            injections=injections,
             disk=self._disk,
         )
         share = None if self._one_rank else self._share_object
-        self._sequential = Sequential(self.scheduler, self.headroom, share)
+        self._sequential = Sequential(
+            self.scheduler, self.headroom, share, prefill, self.step
+        )
         self._prompts = Prompts(
             self._model,
             overflow,
             self.scheduler,
             self.headroom,
-            self._resumed,
+            self.parts.resumed,
             self.metrics,
             self._one_rank,
         )
+        self.status = self._make_status(prompt_cache)
         if home is not None and home.lifeline is not None:
             home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
+
+    def _make_status(self, prompt_cache: PromptCache) -> Status:
+        headroom = self.headroom
+        return Status(
+            Sources(
+                health=self.health,
+                requests=self.live.requests,
+                memory=headroom.gauges,
+                lowered=lambda: headroom.limits.lowered,
+                prompt_cache=prompt_cache,
+                metrics=self.metrics,
+                events=lambda: self.scheduler.events,
+                tokens=lambda: self.scheduler.tokens,
+                model=lambda: next(iter(self.names.own), None),
+                about={"protection": status_line(), **versions()},
+                disk=lambda: disk_of(self._disk),
+            )
+        )
 
     # -- called by handler threads -----------------------------------------
 
@@ -209,21 +249,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if self.health.state in ("failed", "refusing"):
             restarts = self.health.restarts
             raise Unavailable(self.health.reason, restarts=restarts)
-        self._check_at_the_door(request, args)
+        self._model.check(request, args)
         return super().generate(request, args, progress)
-
-    def _check_at_the_door(
-        self, request: CompletionRequest, args: GenerationArguments
-    ) -> None:
-        """What needs no turn in the queue; names become those that mlx-lm loads."""
-        named = self.names.find(args.model.model, args.model.adapter, args.model.draft)
-        args.model = type(args.model)(**named._asdict())
-        key, limits = self._model.loaded
-        if key == named:  # else it will be checked when its model is loaded
-            limits.check(args)
-            limits.check_length(request, self._overflow.refuses_over(limits.context))
-        elif named.draft is not None and key is not None and key[:2] == named[:2]:
-            limits.check_draft()  # the model that is loaded, with another draft model
 
     @property
     def width(self) -> int | None:
@@ -233,6 +260,15 @@ class ProtectedResponseGenerator(ResponseGenerator):
     def figures(self) -> dict[str, Any]:
         """What crash reports tell of this server. Any thread."""
         return {} if self._disk is None else {"kv_disk": self._disk.figures()}
+
+    def _log_cache_stats(self) -> None:
+        """mlx-lm calls it for each request; its own way takes four lines."""
+        log.debug(
+            "prompt cache",
+            extra=fields(
+                entries=len(self.prompt_cache), bytes=int(self.prompt_cache.nbytes)
+            ),
+        )
 
     # -- the generation thread ----------------------------------------------
 
@@ -247,7 +283,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
         _core.signals_cover_this_thread()
         self.recovery.begin()
         compat.sample_with_this_thread()
-        if not self._load_first_model():
+        loaded = load_first_model(
+            self.model_provider, self.health, self.recovery.fail_everyone
+        )
+        if not loaded:
             return
         # mlx-lm loads it each time that it begins; here it may be another by now.
         self.model_provider.load_default = lambda: None  # type: ignore[method-assign]
@@ -268,31 +307,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             if lost is None:
                 log.exception("there is no recovery from this")
             self.recovery.give_up(lost or portable(e))
-
-    def _load_first_model(self) -> bool:
-        try:
-            self.model_provider.load_default()
-        except Exception as e:
-            # Of `load_or_say_why`, whose own text is cut.
-            cause = e.__cause__ or e if isinstance(e, ModelNotFound) else e
-            # What died here before may not have given its memory back yet.
-            fault = errors.from_exception(cause)
-            passing = is_allocation_failure(cause)
-            passing = passing or (
-                fault is not None and (fault.retryable or fault.fatal)
-            )
-            status = EXIT_REPLACE if passing else 2
-            place = "" if passing else where(self.cli_args)
-            why = in_one_line(cause)
-            log.error("the model cannot be loaded: %s%s", place, why)
-            self.health.restarts = status == EXIT_REPLACE
-            self.health.enter("failed", "the model cannot be loaded")
-            error = Unavailable("The model cannot be loaded.", restarts=True)
-            self.health.leave(status, lambda: self.recovery.fail_everyone(error))
-            return False
-        self.health.enter("ok")
-        log.info("ready: %s", _status_line())
-        return True
 
     def _is_batchable(self, args: GenerationArguments) -> bool:
         """mlx-lm asks of the model that is loaded, before it loads the one named.
@@ -321,27 +335,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
         current = self.scheduler.current
         return current is not None and current.run.takes_over
 
-    def _memory_gauges(self) -> dict[str, float]:
-        return {
-            **self.headroom.gauges(),
-            "held": len(self.scheduler.requests(RequestState.HELD)),
-            "running": len(self.scheduler.requests(*RUNNING)),
-        }
-
-    def make_batch(self, cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
-        if self._one_rank:  # or each would see other requests to leave
-            cls = watched(
-                cls,
-                self.scheduler,
-                lambda: self.headroom.observer,
-                self._own,
-                self._prefill.went_well,
-                self._disk,
-            )
-        batch = cls(*args, **kwargs)
-        return self.headroom.watch(self._prefill.watch(batch))
-
     def _make_state_machine(
         self,
         model_key: ModelKey,
@@ -351,53 +344,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         make = super()._make_state_machine
-        made = self._own.make(
-            lambda: make(model_key, tokenizer, stop_words, *args, **kwargs),
-            lambda: make(model_key, tokenizer, [], *args, **kwargs),
+        return self.parts.state_machine(
+            lambda words: make(model_key, tokenizer, words, *args, **kwargs), stop_words
         )
-        stops, *rest = self._resumed.state_machine(made)
-        return (self._own.stops(stops), *rest)
-
-    def resume_sampler(
-        self,
-        make: Callable[[GenerationArguments, Tokenizer], Sampler],
-        args: GenerationArguments,
-        tokenizer: Tokenizer,
-    ) -> Sampler:
-        """Stands for ``mlx_lm.server._make_sampler``, which is ``make``."""
-        made = self._own.make(
-            lambda: self._resumed.sampler(make(args, tokenizer), args, tokenizer),
-            lambda: partial(mx.argmax, axis=-1),
-        )
-        guarded: Sampler = self._own.sampler(made)
-        return guarded
-
-    def resume_processors(
-        self,
-        make: Callable[[GenerationArguments], list[Processor]],
-        args: GenerationArguments,
-    ) -> list[Processor]:
-        """Stands for ``mlx_lm.server._make_logits_processors``, which is ``make``."""
-        made = self._own.make(lambda: make(args), list)
-        current = self.scheduler.current
-        if current is not None and current.run.alone:
-            made = self._resumed.processors(made)
-        return [self._own.processor(processor) for processor in made]
-
-    def top_logprobs(
-        self, make: Callable[..., tuple[Json, ...]], *args: Any
-    ) -> tuple[Json, ...]:
-        """Stands for ``mlx_lm.server._format_top_logprobs``, as ``make`` does."""
-        found: tuple[Json, ...] = self._own.top_logprobs(lambda: make(*args))
-        return found
-
-    def _current(self) -> InFlight | None:
-        """The request that mlx-lm is about to start.
-
-        With more than one rank a failure is nobody's own: what is mended on each of
-        them would differ from then on, such as what they draw.
-        """
-        return self.scheduler.current if self._one_rank else None
 
     def _share_request(self, request: Any) -> Any:
         """Where the first rank tells the others; they wait if that fails."""
@@ -413,6 +362,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
     def _next_request(self, timeout: float | None = None) -> Any:
         # mlx-lm's loop comes by here between any two pieces of work.
         self._starts_without_work = 0
+        self.step.end()
         self.watchdog.moved()
         _reports.sample_memory()
         caught, self._caught = self._caught, None
@@ -437,24 +387,40 @@ class ProtectedResponseGenerator(ResponseGenerator):
             if self._home is not None:
                 self._home.end()
             return None
+        # Where another rank has the clients, it comes as that rank got it.
+        request = taken[0] if self._rank == 0 else self._in_flight(taken)
+        return request if request.taken() else None
+
+    def _in_flight(self, asked: tuple[Any, Any, Any]) -> InFlight:
+        return InFlight(
+            self.scheduler, asked, self._before_put, self._on_caught, self._one_rank
+        )
+
+    def _arrive(self, asked: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """What a handler puts into mlx-lm's queue, in flight from now on."""
+        if isinstance(asked[1], AllStop):
+            return asked
         try:
-            request = InFlight(
-                self.scheduler, taken, self._before_put, self._on_caught, self._one_rank
-            )
+            request = self._in_flight(asked)
         except RecursionError:
-            taken[0].put(BadRequest("The request is nested too deeply."))
-            return None
-        except MemoryError as e:
-            # Nothing knows of it yet: it would wait for ever.
-            taken[0].put(portable(e))
-            return None
-        if self._rank == 0:  # elsewhere nobody waits for the answer
-            self.scheduler.arrive(request)
-            self.disconnects.bind(request_id(taken[1]), request)
-        return request
+            raise BadRequest("The request is nested too deeply.") from None
+        self.scheduler.arrive(request)
+        self.disconnects.bind(request.id, request)
+        return request, asked[1], asked[2]
+
+    @property
+    def requests(self) -> Any:
+        """mlx-lm's queue of what is to be generated."""
+        return self._queue
+
+    @requests.setter
+    def requests(self, queue: Any) -> None:
+        # mlx-lm makes it just before it starts the thread that reads it.
+        self._queue = Door(self._arrive)
 
     def _serve_single(self, request: Any, *args: Any) -> None:
         self.scheduler.serve_alone(request[0])
+        self._sequential.begin()
         super()._serve_single(request, *args)
 
     def _before_put(self, request: InFlight, item: Any) -> None:
@@ -475,9 +441,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
-        # nothing to do, so a thread that does not move is in a step that hangs; also
-        # when its clients have left, and those that come later wait in the queue.
-        # With more than one rank the step may be the meeting in such a turn.
+        # nothing to do, so a thread that does not move is in a step that hangs. Its
+        # clients may have left, and those that come later wait in the queue. With more
+        # than one rank the step may be the meeting in such a turn.
         return self.health.state not in ("loading", "failed")
 
     def _on_caught(self, request: InFlight, exc: Exception) -> None:
@@ -492,11 +458,14 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.scheduler.cancel(request)  # other ranks learn it here
             return
         if isinstance(exc, EXPECTED):  # of this request; no failure of the server
-            log.info("a request is refused: %s", exc)
             request.fail(exc)
             return
         if not request.has_context and not is_of_all(exc):
-            log.error("a request could not be begun", exc_info=exc)
+            log.error(
+                "a request could not be begun",
+                exc_info=exc,
+                extra=fields(id=request.id),
+            )
             self.metrics.failures.labels(reply_for(exc).code).inc()
             request.fail(portable(exc))
         else:
@@ -526,12 +495,3 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if self._disk is not None:
             self._disk.close()
         self.health.leave(0, lambda: self.recovery.fail_everyone(why))
-
-
-def _status_line() -> str:
-    from .. import status
-
-    found = status()
-    if found.verified:
-        return f"{found.mode}, Metal is hooked and the hooks are verified"
-    return "; ".join(found.reasons)

@@ -1,11 +1,11 @@
 """What the supervisor keeps of the server's connections, for when the server dies.
 
 The two share a socket pair. For each connection that the server accepts it hands the
-parent the connection itself and a file without a name, in which it keeps what it has
-read of the request and how far it is with the answer. No message is sent for a token or
-a request: when the server is dead, by whatever killed it, the files are there.
-The parent gives what had no byte of its answer to the next server (`Held.taken`), and
-closes the others, whose clients see that they are cut.
+parent the connection itself and a file without a name. There it keeps what it has read
+of the request and how far it is with the answer. No message is sent for a token or a
+request: when the server is dead, by whatever killed it, the files are there. The parent
+gives what had no byte of its answer to the next server (`Held.taken`), and closes the
+others, whose clients see that they are cut.
 
 A message is `RECORD`: what, and which connection; files come with it (SCM_RIGHTS):
 the connection and its `request_file`.

@@ -1,12 +1,12 @@
 """A request as mlx-lm has it: in the place of the queue that it answers on.
 
-mlx-lm gives each request a queue and, from its generation thread, puts on it:
-a ``GenerationContext``, then any number of (done, total) progress tuples and
-``Response`` objects, and at the end None or an exception. An `InFlight` stands in
-for that queue, so it sees all of it, on the batched and the sequential path and
-in every supported version, without a look into mlx-lm's frames. It tells the
-scheduler of it, which knows so which tokens the client has, and the request can be
-run again from there.
+mlx-lm gives each request a queue, on which its generation thread puts a
+``GenerationContext``. Then come any number of (done, total) progress tuples and
+``Response`` objects, and at the end None or an exception. An `InFlight` stands in for
+that queue, so it sees all of it without a look into mlx-lm's frames: on the batched and
+the sequential path, in every supported version. It passes it on to the scheduler. So
+the scheduler knows which tokens the client has, and the request can be run again from
+there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from queue import Queue
 from typing import Any
 
+from .asked import wants_logprobs
+from .mlx_lm.protocols.opaque import ModelKey
+from .mlx_lm.protocols.requests import (
+    AnsweredContext,
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+)
+from .mlx_lm.protocols.text import Tokenizer
 from .recorder import Place
 from .request import Request, RequestState
 from .scheduler import Scheduler
@@ -24,8 +34,11 @@ __all__ = ["InFlight", "request_of"]
 
 _ATTRIBUTE = "_mlx_safe_request"
 
+# mlx-lm's queue of one request, the request and its arguments.
+Taken = tuple["Queue[Any]", CompletionRequest, GenerationArguments]
 
-def request_of(work: Any) -> InFlight:
+
+def request_of(work: CompletionRequest) -> InFlight:
     """What mlx-lm's request ``work``, made by `InFlight.work`, stands for."""
     found: InFlight = getattr(work, _ATTRIBUTE)
     return found
@@ -34,8 +47,8 @@ def request_of(work: Any) -> InFlight:
 class InFlight(Request):
     """One request in flight; has the ``put`` of the queue it stands for.
 
-    ``put`` and `work` are called by the generation thread only, `fail` and
-    `disconnect` by any.
+    Made by the thread of its handler; ``put``, `taken` and `work` are called by the
+    generation thread only, `fail` and `disconnect` by any.
 
     Args:
         taken: mlx-lm's queue, request and arguments.
@@ -49,12 +62,15 @@ class InFlight(Request):
         headers: HTTP headers that go with the answer.
         prompt_key: (model, tokens), as the prompt cache knows its prompt.
         tokenizer: that its prompt was read with; its handler has it with the context.
+        wants_logprobs: its client asked for log-probabilities.
     """
+
+    _first: Any = None  # the context that its handler has
 
     def __init__(
         self,
         scheduler: Scheduler[InFlight],
-        taken: tuple[Any, Any, Any],
+        taken: Taken,
         before_put: Callable[[InFlight, Any], None],
         on_error: Callable[[InFlight, Exception], None],
         may_stop_alone: bool = True,
@@ -67,19 +83,44 @@ class InFlight(Request):
         self._before_put = before_put
         self._on_error = on_error
         self._may_stop_alone = may_stop_alone
-        self.context: Any = None
+        self.context: GenerationContext | None = None
         self.headers: dict[str, str] = {}
-        self.prompt_key: tuple[Any, list[Any]] | None = None
-        self.tokenizer: Any = None
+        self.prompt_key: tuple[ModelKey, list[int]] | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.wants_logprobs = wants_logprobs(self._args)
         self._place = Place(request)
+        self.id, self.path = self._place.id, self._place.path
 
-    def work(self) -> tuple[InFlight, Any, Any]:
+    @property
+    def prompt_tokens(self) -> int | None:  # type: ignore[override]
+        """Tokens of its prompt; None: they are not known yet."""
+        return None if self._first is None else len(self._first.prompt)
+
+    @property
+    def cached_tokens(self) -> int | None:  # type: ignore[override]
+        """Of them, those that the prompt cache had; None: it was not asked yet."""
+        # mlx-lm's sequential path knows it later; until then it is -1.
+        count = -1 if self._first is None else self._first.prompt_cache_count
+        return None if count is None or count < 0 else int(count)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many its answer may have."""
+        return int(self._args.max_tokens)
+
+    def taken(self) -> bool:
+        """The generation thread has it from now on; False: it has ended already."""
+        if not self._scheduler.take(self):
+            return False
+        self._place.taken()
+        return True
+
+    def work(self) -> tuple[InFlight, CompletionRequest, GenerationArguments]:
         """What mlx-lm is to do: the request, or the rest of it."""
         request = copy.deepcopy(self._request)
         setattr(request, _ATTRIBUTE, self)
-        args = dataclasses.replace(
-            self._args, max_tokens=self._args.max_tokens - len(self.produced)
-        )
+        left = self._args.max_tokens - len(self.produced)
+        args = dataclasses.replace(self._args, max_tokens=left)  # type: ignore[type-var]
         return self, request, args
 
     def put(self, item: Any) -> None:
@@ -99,6 +140,7 @@ class InFlight(Request):
             self._scheduler.complete(self)
         elif isinstance(item, tuple):
             self._place.prefilled(*item)
+            self._scheduler.progress(self, *item)
             if self.state is not RequestState.HELD:
                 self.send(item)
         elif hasattr(item, "token"):
@@ -109,7 +151,7 @@ class InFlight(Request):
         else:
             self._begin(item)
 
-    def _begin(self, context: Any) -> None:
+    def _begin(self, context: AnsweredContext) -> None:
         """A handler that is done, or whose client left, stops its context."""
         self.context = context
         self._place.begun(len(context.prompt))
@@ -117,7 +159,9 @@ class InFlight(Request):
             self.stop_run()
         if not self._scheduler.begin(self):
             return
-        context.stop = lambda: self._scheduler.cancel(self)
+        self._first = context
+        assert self.tokenizer is not None
+        context.stop = lambda: self._scheduler.cancel(self)  # type: ignore[method-assign]
         context.tokenizer = self.tokenizer
         self.send(context)
 

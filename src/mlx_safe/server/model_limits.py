@@ -9,12 +9,9 @@ from dataclasses import dataclass, field
 from ..memory.context import config_of, context_tokens
 from .mlx_lm import compat
 from .mlx_lm.model_facts import ModelFacts
-from .mlx_lm.protocols import (
-    CompletionRequest,
-    GenerationArguments,
-    Model,
-    Tokenizer,
-)
+from .mlx_lm.protocols.models import Model
+from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 from .mlx_lm.speculative import no_draft, why_not_draftable
 from .replies import ContextTooLong
 
@@ -64,12 +61,12 @@ class ModelLimits:
         except MemoryError:
             raise
         except Exception as e:  # a tokenizer of the model's own may have no list
-            log.debug("the tokens are not known: %r", e)
+            log.debug("cannot read which tokens the model has: %r", e)
             longest = None
         try:
             undraftable = why_not_draftable(model)
         except Exception as e:  # found out when a draft model is loaded
-            log.debug("whether a model can draft for this one is not known: %r", e)
+            log.debug("cannot find out what can draft for this model: %r", e)
             undraftable = None
         return cls(facts, context, longest, undraftable)
 

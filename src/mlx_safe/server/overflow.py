@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .._command import CommandError
-from .mlx_lm.protocols import CompletionRequest
+from .mlx_lm.protocols.requests import CompletionRequest
 from .model_limits import too_long
 
 __all__ = ["Overflow", "Truncation", "shortenings"]

@@ -9,16 +9,22 @@ the request before its next step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 
 from .mlx_lm import compat
+from .mlx_lm.protocols.opaque import Json, Processor, Sampler
+from .mlx_lm.protocols.text import Detokenizer
 from .replies import is_of_all
 from .request import Request
 
 __all__ = ["OwnFailures"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 # Called with the request and what it failed with.
 End = Callable[[Any, Exception], None]
@@ -41,7 +47,7 @@ class OwnFailures:
         self._end = end
         self.answers: Request | None = None
 
-    def make(self, make: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+    def make(self, make: Callable[[], T], instead: Callable[[], T]) -> T:
         """What ``make`` returns; when it fails, what ``instead`` does."""
         request = self._current()
         try:
@@ -52,13 +58,13 @@ class OwnFailures:
             self._end(request, e)
             return instead()
 
-    def sampler(self, sampler: Any) -> Any:
+    def sampler(self, sampler: Sampler) -> Sampler:
         """``sampler``; the likeliest token when it fails."""
         if compat.is_shared_sampler(sampler):
             return sampler
         return self._guarded(sampler, lambda logprobs: mx.argmax(logprobs, axis=-1))
 
-    def processor(self, processor: Any) -> Any:
+    def processor(self, processor: Processor) -> Processor:
         """``processor``; the logits as they are when it fails."""
         return self._guarded(processor, lambda tokens, logits: logits)
 
@@ -67,65 +73,82 @@ class OwnFailures:
         request = self._current()
         if request is None:
             return stops
-        return compat.guarded_stops(
-            stops, lambda call, instead: self.run(request, call, instead)
-        )
+        return compat.guarded_stops(stops, functools.partial(self.run, request))
 
-    def top_logprobs(self, top: Callable[[], Any]) -> Any:
+    def top_logprobs(self, top: Callable[[], tuple[Json, ...]]) -> tuple[Json, ...]:
         """What ``top`` returns for the token that was turned into text last."""
         return top() if self.answers is None else self.run(self.answers, top, tuple)
 
-    def detokenizer(self, detokenizer: Any) -> Any:
+    def detokenizer(self, detokenizer: Detokenizer) -> Detokenizer:
         """``detokenizer``, which has no more text when it has failed."""
         request = self._current()
-        return (
-            detokenizer if request is None else _Detokenizer(detokenizer, self, request)
-        )
+        if request is None:
+            return detokenizer
+        # Its text is a property, which is no variable to mypy.
+        return cast(Detokenizer, _Detokenizer(detokenizer, self, request))
 
-    def _guarded(self, call: Any, instead: Callable[..., Any]) -> Any:
+    def _guarded(self, call: Callable[P, T], instead: Callable[P, T]) -> Callable[P, T]:
         request = self._current()
         if request is None:
             return call
 
-        def guarded(*args: Any) -> Any:
-            return self.run(request, lambda: call(*args), lambda: instead(*args))
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            return self.run(request, call, instead, *args, **kwargs)
 
         return guarded
 
     def run(
-        self, request: Request, call: Callable[[], Any], instead: Callable[[], Any]
-    ) -> Any:
-        """What ``call`` returns; ends ``request`` when it fails, once."""
+        self,
+        request: Request,
+        call: Callable[P, T],
+        instead: Callable[P, T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """What ``call`` returns of the rest; ends ``request`` when it fails, once.
+
+        Called some times for each token, with ``instead`` when it has ended.
+        """
         if request.is_ended:
-            return instead()
+            return instead(*args, **kwargs)
         try:
-            return call()
+            return call(*args, **kwargs)
         except Exception as e:
             if is_of_all(e):
                 raise
             self._end(request, e)
-            return instead()
+            return instead(*args, **kwargs)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _no_text(*_: Any) -> str:
+    return ""
 
 
 class _Detokenizer:
     """A detokenizer of mlx-lm's; ``last_segment`` is read after each token."""
 
-    def __init__(self, made: Any, own: OwnFailures, request: Request) -> None:
+    def __init__(self, made: Detokenizer, own: OwnFailures, request: Request) -> None:
         self._made = made
         self._own = own
         self._request = request
 
     def add_token(self, token: int) -> None:
-        self._own.run(self._request, lambda: self._made.add_token(token), lambda: None)
+        self._own.run(self._request, self._made.add_token, _nothing, token)
 
     def finalize(self) -> None:
-        self._own.run(self._request, self._made.finalize, lambda: None)
+        self._own.run(self._request, self._made.finalize, _nothing)
 
     @property
-    def last_segment(self) -> Any:
+    def last_segment(self) -> str:
         # mlx-lm (0.31, 0.32) asks for the log-probabilities next.
         self._own.answers = self._request
-        return self._own.run(self._request, lambda: self._made.last_segment, lambda: "")
+        return self._own.run(
+            self._request, getattr, _no_text, self._made, "last_segment"
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)

@@ -14,14 +14,12 @@ from jinja2.exceptions import TemplateError
 
 from .headroom import Headroom
 from .in_flight import InFlight, request_of
+from .logs import fields
 from .metrics import Metrics
 from .mlx_lm import compat
-from .mlx_lm.protocols import (
-    CompletionRequest,
-    GenerationArguments,
-    Json,
-    Tokenizer,
-)
+from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 from .model_limits import prompt_field
 from .overflow import Overflow, Truncation
 from .recovery import one_line
@@ -150,7 +148,11 @@ class Prompts:
 
     def _note_cut(self, cut: Truncation, request: InFlight) -> None:
         if "X-Prompt-Truncated" not in request.headers:  # it may be tokenized again
-            log.info("a prompt was %s (--max-prompt-tokens)", cut)
+            log.info(
+                "a prompt was %s (--max-prompt-tokens)",
+                cut,
+                extra=fields(id=request.id),
+            )
             self._metrics.truncations.inc()
             request.headers["X-Prompt-Truncated"] = str(cut)
 
@@ -180,7 +182,9 @@ def _at_fault(
         try:
             tokenize(work)
         except Exception as e:
-            log.debug("no prompt without %s either (%s)", field, type(e).__name__)
+            log.debug(
+                "the prompt cannot be read without %s (%s)", field, type(e).__name__
+            )
         else:
             return field
         finally:
@@ -198,9 +202,17 @@ def _unreadable(exc: Exception, work: CompletionRequest, field: str) -> BadReque
     if type(exc) is TemplateError:  # the template's own words: `raise_exception`
         why = f"The model's chat template refuses {what}: {one_line(exc)}"
     elif field != prompt_field(work):
-        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
+        log.warning(
+            "a prompt cannot be read (%s)",
+            type(exc).__name__,
+            extra=fields(id=request_of(work).id),
+        )
         why = f"The model's chat template cannot use {what}."
     else:
-        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
+        log.warning(
+            "a prompt cannot be read (%s)",
+            type(exc).__name__,
+            extra=fields(id=request_of(work).id),
+        )
         why = "The model's tokenizer and chat template cannot make a prompt of this."
     return BadRequest(why, field)

@@ -2,10 +2,10 @@
 
 mlx-lm shares each request with every rank, each runs the same loop, and the layers
 of the model meet in collectives. A rank that takes another step than the others,
-or none, leaves them waiting in a collective: up to MLX 0.32.0, and with RDMA, for
-ever, even when its process is gone; later the ring backend raises "connection to a
-peer was lost". So whatever only one rank knows may not change its steps: either it
-is shared first, or this process ends, and with it the others.
+or none, leaves them waiting in a collective. Up to MLX 0.32.0, and with RDMA, they wait
+for ever, even when its process is gone. Later the ring backend raises "connection to a
+peer was lost". So whatever only one rank knows may not change its steps: either it is
+shared first, or this process ends, and with it the others.
 
 The group is made on the thread that generates (`Home`): MLX's streams, and with CUDA
 what it computes with, belong to one thread (0.32). That a rank is gone, a connection

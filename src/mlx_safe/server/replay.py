@@ -1,8 +1,8 @@
 """Going on in the middle of an answer.
 
-`Resumed` makes mlx-lm do it: the tokens that the client has become part of the prompt,
-and whatever mlx-lm derives from tokens one by one (text, stop words, the sampler's
-random state) is brought to where it was.
+`Resumed` makes mlx-lm do it. The tokens that the client has become part of the prompt.
+Whatever mlx-lm derives from tokens one by one (text, stop words, the sampler's random
+state) is brought to where it was.
 """
 
 from __future__ import annotations
@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..mlx_lm.sequences import segments_with
+from ..mlx_lm.stops import stops_after
 from .in_flight import InFlight
 from .mlx_lm import compat
-from .mlx_lm.protocols import (
-    Array,
-    GenerationArguments,
-    Processor,
-    Sampler,
-    Tokenizer,
-)
+from .mlx_lm.protocols.opaque import Array, Processor, Sampler
+from .mlx_lm.protocols.requests import GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
 
 __all__ = ["Resumed"]
 
@@ -61,7 +59,7 @@ class Resumed:
             self.tokens, self._prompt = [], list(found[0])
             return found
         prompt, segments, *rest = found
-        segments = [*segments[:-1], [*segments[-1], *self.tokens]]
+        segments = segments_with(segments, self.tokens)
         keys = compat.cache_keys(found)
         if keys is not prompt:
             keys.extend(self.tokens)
@@ -72,7 +70,7 @@ class Resumed:
         if not self.tokens:
             return made
         stops, *rest = made
-        return (compat.stops_after(stops, list(self.tokens)), *rest)
+        return (stops_after(stops, list(self.tokens)), *rest)
 
     def sampler(
         self, sampler: Sampler, args: GenerationArguments, tokenizer: Tokenizer

@@ -1,9 +1,9 @@
 """What a server has read of a request, in a file that outlives it.
 
 The file has no name. It begins with `HEAD`; then come the bytes of the request. The
-server writes it, and the supervisor has it as well: when the server was killed, in the
-midst of any call, what the file says and what is still in the connection are together
-what the client has sent, without a gap and with nothing twice.
+server writes it, and the supervisor has it as well. The server may be killed in the
+midst of any call. What the file says and what is still in the connection are then
+together what the client has sent, without a gap and with nothing twice.
 
 For that a piece is looked at, written here, announced, and only then taken from the
 connection. If the server dies between the last two it is asked for: `settle`.

@@ -12,7 +12,13 @@ from .headroom import Headroom
 from .mlx_lm import kv_window
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.model_loading import replace_model
-from .mlx_lm.protocols import CliArgs, ModelDescription, ModelKey, ModelProvider
+from .mlx_lm.protocols.models import CliArgs, ModelProvider
+from .mlx_lm.protocols.opaque import ModelKey
+from .mlx_lm.protocols.requests import (
+    CompletionRequest,
+    GenerationArguments,
+    ModelDescription,
+)
 from .model_demand import NoRoom
 from .model_limits import ModelLimits
 from .model_names import DEFAULT, ModelNames
@@ -25,7 +31,7 @@ __all__ = ["ServedModel", "where"]
 
 log = logging.getLogger("mlx_safe.server")
 
-# Not the reason, which tells of files and hosts; it is in the log.
+# Not the reason, which names files and hosts; it is in the log.
 CANNOT_BE_LOADED = "The model that the request names cannot be loaded."
 
 
@@ -36,6 +42,7 @@ class ServedModel:
 
     Args:
         is_first: whether it is the model that the server was started with.
+        on_load, on_loaded: called before another is loaded, and afterwards.
         detokenizer: returns the detokenizer that is used in the place of mlx-lm's.
 
     Attributes:
@@ -51,9 +58,10 @@ class ServedModel:
         resumed: Resumed,
         *,
         is_first: Callable[[], bool],
+        on_load: Callable[[], None],
+        on_loaded: Callable[[], None],
         detokenizer: Callable[[Any], Any],
         max_kv_size: int | None,
-        injections: bool,
         disk: KVTier | None = None,
     ) -> None:
         self.loaded: tuple[ModelKey, ModelLimits] = (None, ModelLimits())
@@ -63,9 +71,9 @@ class ServedModel:
         self._overflow = overflow
         self._resumed = resumed
         self._is_first = is_first
+        self._on_load, self._on_loaded = on_load, on_loaded
         self._detokenizer = detokenizer
         self._max_kv_size = max_kv_size
-        self._injections = injections
         self._disk = disk
         self._load = provider.load
         provider._load = self._load_anew  # type: ignore[method-assign,assignment]
@@ -91,8 +99,27 @@ class ServedModel:
         named = (description.model, description.adapter, description.draft)
         return bool(named == self.key)
 
+    def check(self, request: CompletionRequest, args: GenerationArguments) -> None:
+        """What needs no turn in the queue; names become those that mlx-lm loads.
+
+        Any thread.
+
+        Raises:
+            ModelNotFound: it names one that is not known.
+            BadRequest, ContextTooLong: the loaded model cannot do it.
+        """
+        named = self._names.find(args.model.model, args.model.adapter, args.model.draft)
+        args.model = type(args.model)(**named._asdict())
+        key, limits = self.loaded
+        if key == named:  # else it will be checked when its model is loaded
+            limits.check(args)
+            limits.check_length(request, self._overflow.refuses_over(limits.context))
+        elif named.draft is not None and key is not None and key[:2] == named[:2]:
+            limits.check_draft()  # the model that is loaded, with another draft model
+
     def _load_anew(self, *named: Any) -> None:
         ceiling = self._headroom.limits.static
+        self._on_load()
         facts = replace_model(self._provider, named, lambda: ceiling().size)
         model = self._provider.model
         assert model is not None
@@ -100,8 +127,18 @@ class ServedModel:
         self._overflow.compare(limits.context)
         self.loaded = (self.key, limits)
         self._resumed.width = facts.width
+        self._on_loaded()
 
     def _load_or_say_why(self, *named: Any) -> Any:
+        # What a model is measured with is no step of a request.
+        with testing.uncounted():
+            model, tokenizer = self._load_and_measure(*named)
+        if testing.attaches_all():
+            self._count_steps(model)
+        self._resumed.watch(tokenizer, self._detokenizer)
+        return model, tokenizer
+
+    def _load_and_measure(self, *named: Any) -> Any:
         # mlx-lm 0.31.3 forgets the adapters of its command line.
         named = self._names.default if named[0] == DEFAULT else named
         try:
@@ -119,11 +156,14 @@ class ServedModel:
         self._measure()
         if self._disk is not None:
             self._disk.model_loaded(self._provider)
-        if self._injections:
-            width = self._provider.cli_args.num_draft_tokens + 1
-            testing.attach(model, decode_width=width if self.has_draft else 1)
-        self._resumed.watch(tokenizer, self._detokenizer)
         return model, tokenizer
+
+    def _count_steps(self, model: Any) -> None:
+        """Steps of the target alone are planned for, whether it has a draft or not."""
+        width = self._provider.cli_args.num_draft_tokens + 1 if self.has_draft else 1
+        testing.attach(model, decode_width=width)
+        if self.has_draft:
+            testing.detach(self._provider.draft_model)
 
     def _measure(self) -> None:
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .protocols import APIHandler, CacheOrder, LRUPromptCache, ResponseGenerator
+    from .protocols.generation import CacheOrder, LRUPromptCache
+    from .protocols.server import APIHandler, ResponseGenerator
 else:
     from mlx_lm.server import APIHandler, LRUPromptCache, ResponseGenerator
 

@@ -12,18 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..._mlx_versions import parse_version
-from .protocols import (
-    BatchGenerator,
-    Cache,
-    CliArgs,
-    GenerationContext,
-    Model,
-    ModelProvider,
-    Response,
-    Sampler,
-    Tokenizer,
-    Uid,
-)
+from .protocols.generation import BatchGenerator
+from .protocols.models import Cache, CliArgs, Model, ModelProvider
+from .protocols.opaque import Sampler, Uid
+from .protocols.requests import GenerationContext, Response
+from .protocols.text import Tokenizer
 from .requirements import installed_version
 
 __all__ = [
@@ -37,44 +30,17 @@ __all__ = [
         "set_prefill_step",
         "spelling",
     ),
-    *("stops_after", "take_over", "takes_images", "takes_xtc", "text_by_state"),
+    *("take_over", "takes_images", "takes_xtc", "text_by_state"),
     *("tokenizer_repairs", "try_quantization"),
 ]
 
-# Calls the first; when that fails, ends the request and calls the second.
-Guard = Callable[[Callable[[], Any], Callable[[], Any]], Any]
+# Calls the first with what follows; when that fails, ends the request and calls the
+# second so.
+Guard = Callable[..., Any]
 
 # -- stop words -------------------------------------------------------------------
 # Asked for the tokens of an answer one by one: by ``make_state`` and ``match`` (0.31,
 # state machines) or by a ``matcher`` (0.32, stop sequences). Both classes have both.
-
-
-class _StopsAfter:
-    """Stop words as they stand after some tokens of the answer."""
-
-    def __init__(self, stops: Any, tokens: list[int]) -> None:
-        self._stops = stops
-        self._tokens = tokens
-
-    def make_state(self) -> Any:
-        state = self._stops.make_state()
-        for token in self._tokens:
-            state, _, _ = self._stops.match(state, token)
-        return state
-
-    def match(self, state: Any, token: int) -> Any:
-        return self._stops.match(state, token)
-
-    def matcher(self) -> Any:
-        matcher = self._stops.matcher()
-        for token in self._tokens:
-            matcher.advance(token)
-        return matcher
-
-
-def stops_after(stops: Any, tokens: list[int]) -> Any:
-    """``stops`` (of `_make_state_machine`) after ``tokens`` of the answer."""
-    return _StopsAfter(stops, tokens)
 
 
 class _GuardedStops:
@@ -88,12 +54,14 @@ class _GuardedStops:
         return self._run(self._stops.make_state, lambda: None)
 
     def match(self, state: Any, token: int) -> Any:
-        return self._run(
-            lambda: self._stops.match(state, token), lambda: (state, None, None)
-        )
+        return self._run(self._stops.match, _no_match, state, token)
 
     def matcher(self) -> Any:
         return _GuardedMatcher(self._run(self._stops.matcher, lambda: None), self._run)
+
+
+def _no_match(state: Any, token: int) -> tuple[Any, None, None]:
+    return state, None, None
 
 
 class _GuardedMatcher:
@@ -102,14 +70,19 @@ class _GuardedMatcher:
         self._run = run
 
     def advance(self, token: int) -> Any:
-        return self._run(lambda: self._matcher.advance(token), lambda: False)
+        return self._run(self._matcher.advance, _not_at_the_end, token)
+
+
+def _not_at_the_end(token: int) -> bool:
+    return False
 
 
 def guarded_stops(stops: Any, run: Guard) -> Any:
     """``stops`` (of `_make_state_machine`), whose every use goes by ``run``.
 
     Args:
-        run: is given what to call, and what to call instead when that fails.
+        run: is given what to call, what to call instead when that fails, and with
+            what.
     """
     return _GuardedStops(stops, run)
 
@@ -139,8 +112,10 @@ def _read_by_text(context: Any) -> Callable[[Response], list[tuple[str | None, s
 
     def read(response: Response) -> list[tuple[str | None, str]]:
         nonlocal now
-        is_end = response.token in context.tokenizer.eos_token_ids
-        if response.finish_reason == "stop" and not is_end:
+        if (
+            response.finish_reason == "stop"
+            and response.token not in context.tokenizer.eos_token_ids
+        ):
             # What is held back is the beginning of the stop word.
             now, state = Texts.discard(now)
             return [(state, "")]
@@ -204,10 +179,10 @@ def is_shared_sampler(sampler: Sampler) -> bool:
 def sample_with_this_thread() -> None:
     """Makes mlx-lm's samplers draw from the calling thread's random state.
 
-    They are compiled for the state of the thread that imports them. MLX 0.31.2 has
-    one for each thread, so that of the main thread stayed as it was: every token of
-    every sampled answer was drawn with the same key, and a seed changed nothing.
-    From MLX 0.32 all threads share one.
+    They are compiled for the state of the thread that imports them. MLX 0.31.2 has one
+    for each thread, so that of the main thread stayed as it was. Every token of every
+    sampled answer was drawn with the same key, and a seed changed nothing. From MLX
+    0.32 all threads share one.
     """
     from mlx_lm import sample_utils
 
@@ -352,8 +327,8 @@ def batch_caches(batch: BatchGenerator) -> tuple[int, list[Uid]]:
 def set_prefill_step(batch: BatchGenerator, size: int) -> None:
     """``batch`` reads prompts in steps of ``size`` tokens from now on.
 
-    It takes so many tokens at a time, and the part of it that reads them cuts them
-    once more, by the size that was set when the batch was made (0.31 to 0.32).
+    It takes so many tokens at a time. The part of it that reads them cuts them once
+    more, by the size that was set when the batch was made (0.31 to 0.32).
     """
     batch.prefill_step_size = batch._prompt_batch.prefill_step_size = size
 

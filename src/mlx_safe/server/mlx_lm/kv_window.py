@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from .protocols import Cache, Model
+from .protocols.models import Cache, Model
 
 __all__ = ["limit"]
 

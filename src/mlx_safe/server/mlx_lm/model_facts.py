@@ -3,8 +3,8 @@
 MLX checks no index: a bias for a token that the logits do not have is written where
 other memory begins, and can end the process. A config does not tell how wide they
 are (multimodal ones keep it in `text_config`, 13 of 108 types of mlx-lm 0.31.3 and
-more of 0.32.2 have no `vocab_size`), and what it has need not be what the weights
-are. So the model is asked: MLX's arrays know their shape before they are computed.
+more of 0.32.2 have no `vocab_size`). What it has need not be what the weights are. So
+the model is asked: MLX's arrays know their shape before they are computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import mlx.nn as nn
 
 from ..replies import BadRequest, is_of_all
 from . import compat
-from .protocols import LogitsProcessorArguments, Model
+from .protocols.models import Model
+from .protocols.requests import LogitsProcessorArguments
 
 __all__ = ["ModelFacts", "look_at"]
 

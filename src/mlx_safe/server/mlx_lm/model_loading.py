@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from ...memory.sizes import format_size
 from . import compat
 from .model_facts import ModelFacts, look_at
-from .protocols import Model, ModelProvider
+from .protocols.models import Model, ModelProvider
 from .speculative import fit, fixed_caches, no_draft, why_not_draftable
 
 __all__ = ["Unservable", "replace_model"]

@@ -1,10 +1,10 @@
 """mlx-lm's prompt cache, whose entries are complete and hold what they count.
 
-mlx-lm stores what it is given: lazy slices, each of which keeps the buffer of a
-whole batch alive (33.6 MB for 1.6 MB counted, with eight requests) and may be
-computed, or fail, much later. Here an entry is copied out and evaluated when it is
-stored, and marked with the epoch it was complete in, so that after a fault it is
-known which entries were there before.
+mlx-lm stores what it is given: lazy slices. Each keeps the buffer of a whole batch
+alive (33.6 MB for 1.6 MB counted, with eight requests), and may be computed, or fail,
+much later. Here an entry is copied out and evaluated when it is stored. It is marked
+with the epoch it was complete in, so that after a fault it is known which entries were
+there before.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
 from .kv_parts import leaves
 from .kv_tier import KVTier
-from .protocols import Cache, ModelKey
+from .protocols.models import Cache
+from .protocols.opaque import ModelKey
 
 __all__ = ["PromptCache"]
 
@@ -62,8 +63,8 @@ class _Order(CacheOrder):
     """Which entry goes next. mlx-lm takes every decision here.
 
     The order is mlx-lm's own (the oldest answer before the oldest prompt before
-    the oldest system prompt, unless there are few of them), but an entry that was
-    used is young again, and a protected one stays.
+    the oldest system prompt, unless there are few of them). But an entry that was used
+    is young again, and a protected one stays.
     """
 
     def __init__(self) -> None:
@@ -186,9 +187,9 @@ class PromptCache(LRUPromptCache):
     ) -> None:
         """Stores ``prompt_cache``, complete and without what it does not need.
 
-        Changes the objects in ``prompt_cache`` and empties it: mlx-lm does not use
-        it again, but its loop's variables refer to it until the next request, and
-        memory that an evicted entry had would not be free.
+        Changes the objects in ``prompt_cache`` and empties it. mlx-lm does not use it
+        again, but its loop's variables refer to it until the next request. Memory that
+        an evicted entry had would not be free.
 
         Raises:
             RuntimeError: MLX could not compute it; nothing is stored.
@@ -329,8 +330,8 @@ class PromptCache(LRUPromptCache):
 
         What was complete before a fault is not touched by it: MLX writes into a
         buffer in place only when nothing else refers to it (`is_donatable` in
-        mlx/array.h, 0.31.2 and 0.32), and a request works on copies that share
-        the arrays of the entry, which so are referred to twice.
+        mlx/array.h, 0.31.2 and 0.32). A request works on copies that share the arrays
+        of the entry, which so are referred to twice.
         """
         for entry in list(self._lru.entries):
             if entry.epoch > epoch:
@@ -381,9 +382,9 @@ def _begins(entry: _Entry, model: ModelKey, tokens: list[int]) -> bool:
 def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
     """Those of ``tokens`` that all caches hold; caches with more are cut to them.
 
-    Speculative decoding has not read the last token or two when it ends, and its
-    draft model not the same ones, but mlx-lm (0.31.3 and 0.32.2) stores both under
-    all: the next request with that prompt reads on at wrong positions.
+    Speculative decoding has not read the last token or two when it ends, and its draft
+    model not the same ones. But mlx-lm (0.31.3 and 0.32.2) stores both under all: the
+    next request with that prompt reads on at wrong positions.
     """
     parts = list(leaves(prompt_cache))
     found = [getattr(cache, "offset", None) for cache in parts]

@@ -14,7 +14,53 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..._command import in_one_line
-from . import protocols as p
+from . import protocols
+from .protocols.generation import (
+    AnswerBatch,
+    AnswerResponse,
+    BatchGenerator,
+    CacheOrder,
+    CacheTrie,
+    GenerationResponse,
+    LRUPromptCache,
+    PromptBatch,
+    PromptResponse,
+)
+from .protocols.models import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    CacheList,
+    Caches,
+    ChunkedKVCache,
+    CliArgs,
+    KVCache,
+    ModelProvider,
+    QuantizedKVCache,
+    RotatingKVCache,
+    Utils,
+)
+from .protocols.requests import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    GenerationContext032,
+    LogitsProcessorArguments,
+    ModelDescription,
+    Response,
+    Response031,
+    SamplingArguments,
+)
+from .protocols.server import APIHandler, ResponseGenerator, Server
+from .protocols.text import (
+    Detokenizer,
+    StopWords031,
+    StopWords032,
+    TextStateMachine,
+    Tokenizer031,
+    Tokenizer032,
+    TokenizerWrapper,
+)
 
 __all__ = ["BATCHED_CALLS", "SEQUENTIAL_CALLS", "missing_of_provider", "missing_seams"]
 
@@ -42,53 +88,54 @@ Place = tuple[str, str, type]  # module, class in it or "", type of `protocols`
 
 # Every version has these.
 PLACES: tuple[Place, ...] = (
-    (SERVER, "", p.Server),
+    (SERVER, "", Server),
     *(
         (SERVER, cls.__name__, cls)
         for cls in (
-            *(p.ResponseGenerator, p.APIHandler, p.ModelProvider, p.BatchGenerator),
-            *(p.LRUPromptCache, p.CompletionRequest, p.ModelDescription),
-            *(p.SamplingArguments, p.LogitsProcessorArguments),
-            *(p.GenerationArguments, p.GenerationContext, p.Response),
+            *(ResponseGenerator, APIHandler, ModelProvider, BatchGenerator),
+            *(LRUPromptCache, CompletionRequest, ModelDescription),
+            *(SamplingArguments, LogitsProcessorArguments),
+            *(GenerationArguments, GenerationContext, Response),
         )
     ),
-    (SERVER, "LRUPromptCache.CacheOrder", p.CacheOrder),
-    *((CACHE, cls.__name__, cls) for cls in (p.KVCache, p.BatchKVCache)),
-    *((CACHE, cls.__name__, cls) for cls in (p.QuantizedKVCache, p.ArraysCache)),
-    *((CACHE, c.__name__, c) for c in (p.RotatingKVCache, p.BatchRotatingKVCache)),
-    *((CACHE, cls.__name__, cls) for cls in (p.ChunkedKVCache, p.CacheList)),
-    (GENERATE, "PromptProcessingBatch", p.PromptBatch),
-    (GENERATE, "GenerationBatch", p.AnswerBatch),
-    (GENERATE, "PromptProcessingBatch.Response", p.PromptResponse),
-    (GENERATE, "GenerationBatch.Response", p.AnswerResponse),
-    (TOKENIZER, "TokenizerWrapper", p.TokenizerWrapper),
-    (TOKENIZER, "StreamingDetokenizer", p.Detokenizer),
-    (CACHE, "", p.Caches),
-    ("mlx_lm.utils", "", p.Utils),
+    (SERVER, "LRUPromptCache.CacheOrder", CacheOrder),
+    *((CACHE, cls.__name__, cls) for cls in (KVCache, BatchKVCache)),
+    *((CACHE, cls.__name__, cls) for cls in (QuantizedKVCache, ArraysCache)),
+    *((CACHE, c.__name__, c) for c in (RotatingKVCache, BatchRotatingKVCache)),
+    *((CACHE, cls.__name__, cls) for cls in (ChunkedKVCache, CacheList)),
+    (GENERATE, "PromptProcessingBatch", PromptBatch),
+    (GENERATE, "GenerationBatch", AnswerBatch),
+    (GENERATE, "PromptProcessingBatch.Response", PromptResponse),
+    (GENERATE, "GenerationBatch.Response", AnswerResponse),
+    (GENERATE, "GenerationResponse", GenerationResponse),
+    (TOKENIZER, "TokenizerWrapper", TokenizerWrapper),
+    (TOKENIZER, "StreamingDetokenizer", Detokenizer),
+    (CACHE, "", Caches),
+    ("mlx_lm.utils", "", Utils),
 )
 # Of each, one version's way is enough.
 ALTERNATIVES: tuple[tuple[str, tuple[Place, ...], tuple[Place, ...]], ...] = (
     (
         "it does not separate text, reasoning and tool calls",
-        ((SERVER, "Response", p.Response031),),
+        ((SERVER, "Response", Response031),),
         (
-            (SERVER, "GenerationContext", p.GenerationContext032),
-            (GENERATE, "TextStateMachine", p.TextStateMachine),
+            (SERVER, "GenerationContext", GenerationContext032),
+            (GENERATE, "TextStateMachine", TextStateMachine),
         ),
     ),
     (
         "its tokenizer does not show how tokens are spelled",
-        ((TOKENIZER, "TokenizerWrapper", p.Tokenizer031),),
-        ((TOKENIZER, "TokenizerWrapper", p.Tokenizer032),),
+        ((TOKENIZER, "TokenizerWrapper", Tokenizer031),),
+        ((TOKENIZER, "TokenizerWrapper", Tokenizer032),),
     ),
     (
         "its stop words cannot be matched token by token",
-        ((GENERATE, "SequenceStateMachine", p.StopWords031),),
-        ((GENERATE, "StopSequences", p.StopWords032),),
+        ((GENERATE, "SequenceStateMachine", StopWords031),),
+        ((GENERATE, "StopSequences", StopWords032),),
     ),
 )
 # What is looked into once the object that has it is there.
-PARTS = (p.PromptBatch, p.AnswerBatch, p.CacheTrie, p.CacheOrder, p.CliArgs)
+PARTS = (PromptBatch, AnswerBatch, CacheTrie, CacheOrder, CliArgs)
 
 
 def missing_seams(server: Any) -> list[str]:
@@ -111,7 +158,7 @@ def missing_seams(server: Any) -> list[str]:
 
 def missing_of_provider(provider: Any) -> list[str]:
     """The same of mlx-lm's `ModelProvider`, which only its ``main`` can make."""
-    return list(_missing_attributes("ModelProvider", provider, p.ModelProvider))
+    return list(_missing_attributes("ModelProvider", provider, ModelProvider))
 
 
 def _is_missing(server: Any, place: Place) -> bool:
@@ -145,7 +192,7 @@ def methods(wanted: type) -> dict[str, Any]:
         for cls in _of_protocols(wanted)
         for name in vars(cls)
         if inspect.isfunction(call := getattr(cls, name))
-        and call.__module__ == p.__name__
+        and _is_listed(call.__module__)
     }
 
 
@@ -157,7 +204,11 @@ def attributes(wanted: type) -> dict[str, Any]:
 
 
 def _of_protocols(wanted: type) -> list[type]:
-    return [cls for cls in wanted.__mro__ if cls.__module__ == p.__name__]
+    return [cls for cls in wanted.__mro__ if _is_listed(cls.__module__)]
+
+
+def _is_listed(module: str) -> bool:
+    return module.startswith(f"{protocols.__name__}.")
 
 
 def _annotated(cls: type) -> list[str]:
@@ -202,9 +253,9 @@ def _missing_of_made(server: Any) -> list[str]:
 
     try:
         made = (
-            (Idle(types.SimpleNamespace(cli_args=None), None), p.ResponseGenerator),
-            (server.BatchGenerator(None), p.BatchGenerator),
-            (server.LRUPromptCache(), p.LRUPromptCache),
+            (Idle(types.SimpleNamespace(cli_args=None), None), ResponseGenerator),
+            (server.BatchGenerator(None), BatchGenerator),
+            (server.LRUPromptCache(), LRUPromptCache),
         )
         return [
             line

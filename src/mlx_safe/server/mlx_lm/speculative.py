@@ -1,9 +1,9 @@
 """Which models can draft for which, so that a draft never changes greedy text.
 
 Speculative decoding reads several tokens at once and takes back those that were
-drafted wrongly. mlx-lm asks once, of empty caches, whether that is possible; a
-rotating cache says yes then, and takes back nothing when its window is full (0.31.3,
-0.32.2): from there on the text is another. So the target's caches are asked here.
+drafted wrongly. mlx-lm asks once, of empty caches, whether that is possible. A rotating
+cache says yes then, and takes back nothing when its window is full (0.31.3, 0.32.2):
+from there on the text is another. So the target's caches are asked here.
 
 A draft may be any model: what it drafts is checked by the target. Only its tokens
 must be the target's, or MLX reads and writes beside the arrays (`fit`).
@@ -19,7 +19,8 @@ import mlx.core as mx
 from ..replies import BadRequest
 from . import compat
 from .model_facts import ModelFacts
-from .protocols import Array, Cache, Model
+from .protocols.models import Cache, Model
+from .protocols.opaque import Array
 
 __all__ = ["fit", "fixed_caches", "no_draft", "why_not_draftable"]
 

@@ -1,0 +1,131 @@
+"""What mlx-lm makes for one request: its sampler, its stop words, its place in a batch.
+
+Each goes on where an answer was interrupted (`replay`), and a failure in it ends the
+request that it belongs to alone (`own_failures`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from .batches import watched
+from .headroom import Headroom
+from .in_flight import InFlight
+from .logprobs import NOT_READ, top_logprobs
+from .mlx_lm.kv_tier import KVTier
+from .mlx_lm.protocols.generation import BatchGenerator, GenerationResponse
+from .mlx_lm.protocols.opaque import Array, Json, Processor, Sampler
+from .mlx_lm.protocols.requests import GenerationArguments
+from .mlx_lm.protocols.text import Tokenizer
+from .own_failures import OwnFailures
+from .prefill import PrefillStep
+from .replay import Resumed
+from .scheduler import Scheduler
+from .step import Step
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """Makes them. Generation thread only.
+
+    Args:
+        one_rank: with more than one rank a failure is nobody's own: what is mended on
+            each of them would differ from then on, such as what they draw.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler[InFlight],
+        headroom: Headroom,
+        prefill: PrefillStep,
+        step: Step,
+        end_alone: Callable[[Any, Exception], None],
+        disk: KVTier | None,
+        one_rank: bool,
+    ) -> None:
+        self._scheduler = scheduler
+        self._headroom = headroom
+        self._prefill = prefill
+        self._step = step
+        self._disk = disk
+        self._one_rank = one_rank
+        self.own = OwnFailures(self._current, end_alone)
+        self.resumed = Resumed()
+
+    def _current(self) -> InFlight | None:
+        """The request that mlx-lm is about to start."""
+        return self._scheduler.current if self._one_rank else None
+
+    def batch(self, cls: type[BatchGenerator], *args: Any, **kwargs: Any) -> Any:
+        """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
+        if self._one_rank:  # or each would see other requests to leave
+            cls = watched(
+                cls,
+                self._scheduler,
+                lambda: self._headroom.observer,
+                self.own,
+                self._prefill,
+                self._step,
+                self._disk,
+            )
+        batch = cls(*args, **kwargs)
+        return self._headroom.watch(self._prefill.watch(batch))
+
+    def state_machine(
+        self, make: Callable[[list[str]], tuple[Any, ...]], stop_words: list[str]
+    ) -> tuple[Any, ...]:
+        """Stands in for ``_make_state_machine``, which ``make`` calls."""
+        made = self.own.make(lambda: make(stop_words), lambda: make([]))
+        stops, *rest = self.resumed.state_machine(made)
+        return (self.own.stops(stops), *rest)
+
+    def sampler(
+        self,
+        make: Callable[[GenerationArguments, Tokenizer], Sampler],
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+    ) -> Sampler:
+        """Stands in for ``mlx_lm.server._make_sampler``, which is ``make``."""
+        likeliest: Sampler = partial(mx.argmax, axis=-1)
+        made = self.own.make(
+            lambda: self.resumed.sampler(make(args, tokenizer), args, tokenizer),
+            lambda: likeliest,
+        )
+        return self.own.sampler(made)
+
+    def processors(
+        self,
+        make: Callable[[GenerationArguments], list[Processor]],
+        args: GenerationArguments,
+    ) -> list[Processor]:
+        """Stands in for ``_make_logits_processors``, which is ``make``."""
+        made: list[Processor] = self.own.make(lambda: make(args), list)
+        current = self._scheduler.current
+        if current is not None and current.run.alone:
+            made = self.resumed.processors(made)
+        return [self.own.processor(processor) for processor in made]
+
+    def top_logprobs(
+        self, logprobs: Array, top_n: int, tokenizer: Tokenizer
+    ) -> tuple[Json, ...]:
+        """Stands in for ``mlx_lm.server._format_top_logprobs``."""
+        return self.own.top_logprobs(lambda: top_logprobs(logprobs, top_n, tokenizer))
+
+    def stream_alone(
+        self, made: Iterator[GenerationResponse]
+    ) -> Iterator[GenerationResponse]:
+        """Stands in for ``mlx_lm.server.stream_generate``, which gave ``made``."""
+        current = self._scheduler.current
+        if current is None or current.wants_logprobs:
+            return made
+        return map(_without_logprobs, made)
+
+
+def _without_logprobs(response: GenerationResponse) -> GenerationResponse:
+    response.logprobs = NOT_READ
+    return response
