@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -442,6 +444,20 @@ def test_no_cache_of_a_step_that_failed_is_handed_out(
     while len(ends) < 3:
         assert steps(generator, told, ends)
     assert [told[uid] for uid in uids] == right
+
+
+def test_a_generator_goes_with_its_last_owner(model: Any, protected: None) -> None:
+    generator = generate.BatchGenerator(model)
+    generator.insert(PROMPTS, LENGTHS)
+    for _ in range(4):
+        generator.next()
+    seen = weakref.ref(generator)
+    gc.disable()
+    try:
+        del generator
+        assert seen() is None, "its caches stay until the collector comes by"
+    finally:
+        gc.enable()
 
 
 # -- what can be called again ---------------------------------------------------------

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from support.server import Answer, Server, eventually, free_port
 
@@ -117,6 +116,9 @@ class Running(Server):
         self.peer = peer
         self.model = model
         self.port = free_port()
+        # FastAPI reads a body as JSON only where it is said that it is.
+        self.headers = {"Content-Type": "application/json"}
+        self.tls = None
         self._plan = work / "plan"
         self._taken = work / "plan.taken"
         self._plans = 0
@@ -182,7 +184,7 @@ class Running(Server):
         found: dict[str, Answer] = {}
         threads = [
             threading.Thread(
-                target=lambda t=t: found.update({t: self.say(t, stream)}),  # type: ignore[misc]
+                target=lambda t=t: found.update({t: self.say(t, stream)}),
                 daemon=True,
             )
             for t in texts
@@ -192,7 +194,6 @@ class Running(Server):
         for thread in threads:
             thread.join(2 * ANSWER_S)
         return [found.get(t, Answer(None, broken="hangs")) for t in texts]
-
 
     def stop(self) -> int:
         """Ends it; one that does not end in time is killed."""

@@ -17,19 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from peers import ANSWER_S, MODES, PEERS, ROOT, Peer, Running, outcome, running
+
 from support.server import Answer
 
 OUT = ROOT / "build" / "servers"
 REQUIRED = os.environ.get("MLX_SAFE_REQUIRE_SERVERS") == "1"
 
+
+def fault(step: str, lasting: str = "once") -> str:
+    """As on a Mac: the hooks count it, and MLX raises it."""
+    return ",".join(f"{step}:8:{lasting}:{action}" for action in ("record", "raise"))
+
+
 # Case: the plan, whether it is streamed.
 SINGLE = {
-    "prefill": ("prefill:1:8", False),
-    "decode": ("decode:5:8", False),
-    "prefill, stream": ("prefill:1:8", True),
-    "decode, stream": ("decode:5:8", True),
+    "prefill": (fault("prefill:1"), False),
+    "decode": (fault("decode:5"), False),
+    "prefill, stream": (fault("prefill:1"), True),
+    "decode, stream": (fault("decode:5"), True),
 }
 THREE = [f"three at once, {word}" for word in ("one", "two", "three")]
 TEXTS = [*SINGLE, *THREE, "lasting"]
@@ -57,9 +63,10 @@ def references() -> dict[str, dict[str, str]]:
 
 
 def rights_of(server: Running) -> dict[str, str]:
+    """Some servers end a text in another way when it is streamed."""
     found = {}
     for text in [*TEXTS, AFTER]:
-        answer = server.say(text)
+        answer = server.say(text, text.endswith("stream") or text in THREE)
         assert answer.status == 200, (answer, server.log)
         found[text] = answer.text
     return found
@@ -111,15 +118,13 @@ def test_faults(
         end(server, cells)
     assert not [c for c in cells.values() if c.startswith("wrong")], (cells, server.log)
     assert cells["next"] == "right", (cells, server.log)
-    if mode == "replay":
-        # Of vllm-mlx each one; rapid-mlx reads some prompts outside the batch.
-        singles = {case: cells[case] for case in (*SINGLE, "three at once")}
-        if peer.name.startswith("vllm"):
-            assert set(singles.values()) == {"right"} | {"3 of 3 right"}, server.log
+    if mode == "replay" and peer.name.startswith("vllm"):
+        assert {cells[case] for case in SINGLE} == {"right"}, (cells, server.log)
+        assert cells["three at once"] == "3 of 3 right", (cells, server.log)
     if mode in ("asgi", "replay"):
         assert cells["lasting"] == "503 + Retry-After", (cells, server.log)
-        assert cells[FATAL].startswith("503 + Retry-After, event + [DONE]"), cells
-        assert cells["status"] == "75", cells
+        assert cells[FATAL] == "503 + Retry-After, event + [DONE]", (cells, server.log)
+        assert cells["status"] == "75", (cells, server.log)
 
 
 def ask_singly(
@@ -134,7 +139,7 @@ def ask_singly(
 def ask_three(
     server: Running, cells: dict[str, str], reference: dict[str, str]
 ) -> None:
-    server.plan_faults("decode:8:8")
+    server.plan_faults(fault("decode:8"))
     answers = server.say_all(THREE)
     seen = [outcome(a, reference[t]) for a, t in zip(answers, THREE, strict=True)]
     right = sum(s == "right" for s in seen)
@@ -150,7 +155,7 @@ def ask_three(
 def ask_in_vain(
     server: Running, cells: dict[str, str], reference: dict[str, str]
 ) -> None:
-    server.plan_faults("decode:2:8:persistent")
+    server.plan_faults(fault("decode:2", "persistent"))
     cells["lasting"] = outcome(server.say("lasting"), reference["lasting"])
     server.plan_faults("")
     cells["next"] = outcome(server.say(AFTER), reference[AFTER])

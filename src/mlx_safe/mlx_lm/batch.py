@@ -14,6 +14,7 @@ Used by the thread that generates. All of mlx-lm that is touched here (0.31.3 to
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -158,8 +159,9 @@ class _Replay:
 
     def __init__(self, protection: _Protection, generator: Any) -> None:
         self._protection = protection
-        self._generator = generator
-        self._step = protection.plain["_next"].__get__(generator)
+        # No more than that: its caches are to go when its server lets go of it.
+        self._ref = weakref.ref(generator)
+        self._plain_next = protection.plain["_next"]
         self.kept: dict[Any, Kept] = {}
         # The epoch up to which nothing has failed, or was dealt with.
         self._clean = _core.epoch()
@@ -172,6 +174,12 @@ class _Replay:
         # mlx-lm's sizes, while those that failed are tried with care; and who that is.
         self._sizes: tuple[int, ...] = ()
         self._careful: set[Any] = set()
+
+    @property
+    def _generator(self) -> Any:
+        generator = self._ref()
+        assert generator is not None  # it calls
+        return generator
 
     # -- what the server does --------------------------------------------------------
 
@@ -284,7 +292,7 @@ class _Replay:
                     raise doubt
                 # Of what the step before has left to be computed.
                 _faults.check(self._clean)
-                prompts, answers = self._step()
+                prompts, answers = self._plain_next(self._ref())
                 for answer in answers:
                     if answer.finish_reason is not None and answer.prompt_cache:
                         _compute(answer.prompt_cache)

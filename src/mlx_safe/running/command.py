@@ -13,7 +13,7 @@ from .._command import CommandError, Parser
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["environment", "run"]
 
@@ -112,7 +112,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, arguments
 
 
-def environment(base: os._Environ[str], words: Sequence[str]) -> dict[str, str]:
+def environment(base: Mapping[str, str], words: Sequence[str]) -> dict[str, str]:
     """``base`` with what protects a Python that is started in it."""
     path = [STARTUP, *filter(None, [base.get("PYTHONPATH")])]
     return {
