@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from gpu_support import ask, head, interval, row, together
+from gpu_support import ask, connect_all, head, interval, row, together
 
 from support.server import Server
+
+T = TypeVar("T")
 
 WORDS = 20  # of each prompt
 STOCK = "import mlx_lm.server as server; server.main()"
@@ -39,8 +42,11 @@ def both(model: Path) -> Iterator[dict[str, Server]]:
 
 def _round(server: Server, clients: int, tokens: int) -> float:
     """Tokens/s of all clients, from the first request to the last token."""
+    made = connect_all(server, clients)
     begin = time.time()
-    replies = together(clients, lambda i: ask(server, WORDS, tokens))
+    replies = together(
+        clients, lambda i: ask(server, WORDS, tokens, connection=made[i])
+    )
     seconds = max(reply.ended for reply in replies) - begin
     got = sum(reply.tokens for reply in replies)
     assert got >= 0.9 * clients * tokens, [reply.outcome for reply in replies]
@@ -51,13 +57,13 @@ def _in_turn(
     args: argparse.Namespace,
     until: float,
     servers: dict[str, Server],
-    one: Callable[[Server], tuple[float, ...]],
-) -> dict[str, list[tuple[float, ...]]]:
+    one: Callable[[Server], T],
+) -> dict[str, list[T]]:
     """What ``one`` finds at each server, pair by pair; the first round is left out.
 
     A B, B A, … so that neither always goes first.
     """
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in servers}
+    found: dict[str, list[T]] = {name: [] for name in servers}
     for server in servers.values():
         one(server)
     while len(found["stock"]) < args.pairs and time.time() < until:
@@ -94,12 +100,10 @@ def throughput(args: argparse.Namespace, model: Path) -> list[Any]:
     with both(model) as servers:
         for clients in counts:
             until = time.time() + args.seconds / len(counts)
-            found = _in_turn(
-                args, until, servers, lambda s, n=clients: (_round(s, n, tokens),)
-            )
-            speeds = {name: [x for (x,) in found[name]] for name in found}
-            _print_ratio(clients, "tokens/s", speeds, max)
-            rows.append([clients, speeds])
+            one = functools.partial(_round, clients=clients, tokens=tokens)
+            found = _in_turn(args, until, servers, one)
+            _print_ratio(clients, "tokens/s", found, max)
+            rows.append([clients, found])
     return rows
 
 
@@ -110,21 +114,24 @@ def cpu(args: argparse.Namespace, model: Path) -> list[Any]:
     tokens = args.tokens or 200
     _head()
 
-    def one(server: Server, clients: int) -> tuple[float, float]:
-        before = _cpu_seconds(server.process.pid)
-        speed = _round(server, clients, tokens)
-        spent = _cpu_seconds(server.process.pid) - before
-        return 1e3 * spent / (clients * tokens), speed
-
     with both(model) as servers:
         for clients in counts:
             until = time.time() + args.seconds / len(counts)
-            found = _in_turn(args, until, servers, lambda s, n=clients: one(s, n))
+            one = functools.partial(_cost, clients=clients, tokens=tokens)
+            found = _in_turn(args, until, servers, one)
             for i, what in enumerate(("CPU ms per token", "tokens/s")):
                 values = {name: [x[i] for x in found[name]] for name in found}
                 _print_ratio(clients, what, values, max if i else min)
             rows.append([clients, found])
     return rows
+
+
+def _cost(server: Server, clients: int, tokens: int) -> tuple[float, float]:
+    """CPU milliseconds per token, tokens/s."""
+    before = _cpu_seconds(server.process.pid)
+    speed = _round(server, clients, tokens)
+    spent = _cpu_seconds(server.process.pid) - before
+    return 1e3 * spent / (clients * tokens), speed
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import plistlib
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from mlx_safe._command import CommandError, Parser
 from mlx_safe.server.configuration import Settings, printed, resolve, variable_of
 from mlx_safe.server.flags import own_parser, whole_parser
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +185,24 @@ def test_the_help_has_each_flag_once(parser: Parser) -> None:
         starts = [x for x in lines if x.split()[0].rstrip(",") == option]
         assert len(starts) == 1 or option == "--help", option
     assert "more of mlx_lm.server" not in described  # each has its place
+
+
+def test_the_example_is_taken(parser: Parser) -> None:
+    text = (EXAMPLES / "mlx-safe.toml").read_text(encoding="utf-8")
+    found = settings(parser, file=EXAMPLES / "mlx-safe.toml").values
+    assert found.served_model_name == ["qwen"] and found.only_served_model
+    # What is a comment in it would be taken as well.
+    for line in re.findall(r"^# ([a-z-]+ = .*)$", text, re.MULTILINE):
+        key = line.partition(" ")[0]
+        assert f"--{key}" in parser._option_string_actions
+
+
+def test_the_services_start_with_flags_that_there_are(parser: Parser) -> None:
+    unit = (EXAMPLES / "mlx-safe.service").read_text(encoding="utf-8")
+    (start,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    with (EXAMPLES / "org.mlx-safe.serve.plist").open("rb") as file:
+        plist = plistlib.load(file)
+    for words in (start.split(), plist["ProgramArguments"]):
+        assert words[0].endswith("/bin/mlx-safe") and words[1] == "serve"
+        assert parser.parse_args(words[2:]).supervise
+    assert plist["StandardErrorPath"] == plist["StandardOutPath"]

@@ -16,7 +16,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.format import Node, chain
 from mlx_safe.kv.store import Draft, Limits
-from mlx_safe.server.mlx_lm.kv_layout import leaves
+from mlx_safe.server.mlx_lm import kv_window
+from mlx_safe.server.mlx_lm.kv_parts import leaves
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 from support import model_types
 
@@ -374,3 +375,27 @@ def test_a_long_prompts_snapshots_go_one_for_the_next(
 
 def nodes(tier: KVTier) -> list[Node]:
     return [entry.node for entry in tier.store._index.values()]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_windows_that_keep_their_first_tokens(
+    keep: Callable[..., Kept], batched: bool
+) -> None:
+    """``--max-kv-size``; what comes out of a batch has forgotten which they were."""
+    kept = keep("llama")
+    model = kept.provider.model
+    kv_window.limit(model, 64)
+    tier = kept.start()
+    caches = make_prompt_cache(model)
+    read(model, TEXT[:272], caches)
+    if batched:
+        caches = [type(c).merge([c]).extract(0) for c in caches]
+    else:
+        read(model, TEXT[272:280], caches, step=1)
+    done = caches[0].offset
+    tier.capture(kept.key, TEXT[:done], caches)
+    kept.settle()
+    restored, length = kept.restore(TEXT)
+    assert length == done
+    assert [c.keep for c in restored] == [0 if batched else 4] * len(caches)
+    assert_equal(logits(model, restored), logits(model, caches))

@@ -109,7 +109,7 @@ time.sleep(300)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "what is to be run? mlx-safe run [options] -- COMMAND ..."),
+        ((), "no program is named: mlx-safe run [options] -- COMMAND ..."),
         (("--", "no-such-program"), "no-such-program: no such command"),
         (("--listen", "0", "--", "true"), "--listen needs --supervise"),
         (

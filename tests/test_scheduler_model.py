@@ -708,11 +708,12 @@ def loop_with(clients: list[Client], attempts: int = ATTEMPTS) -> Loop:
     """A calm one, in which they run, as far as they have room."""
     loop = Loop(b"", attempts)
     loop.is_calm = True
-    loop.queue += clients
+    for client in clients:
+        loop.enter(client)
     while loop.queue:
-        client = loop.take()
-        assert client is not None
-        loop.begin(client)
+        taken = loop.take()
+        assert taken is not None
+        loop.begin(taken)
     return loop
 
 
@@ -721,7 +722,7 @@ def test_one_that_waits_for_its_turn_keeps_its_place() -> None:
     alone = Client(300, 200, True, False)
     loop = loop_with([Client(300, 200, False, False)])
     loop.machine.others = CEILING
-    loop.queue.append(alone)
+    loop.enter(alone)
     loop.offered = loop.take()
     assert loop.offered is alone
     loop.begin(alone)

@@ -518,3 +518,22 @@ def test_two_calls_have_two_ids(stream: bool) -> None:
     )
     assert (text, names, finish) == ("", ["a", "a"], "tool_calls")
     assert ids[0] == "x" != ids[1]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_log_probabilities_that_nobody_asked_for_are_waited_for_by_nobody(
+    tiny_model: Path, path: str
+) -> None:
+    """To read one waits for the step after it: nothing would run beside the model."""
+    with Server(tiny_model, program=program("tells_of_waits")).wait_ready() as server:
+
+        def waits(**more: Any) -> int:
+            before = server.log.count("waits\n")
+            assert ask(server, True, **more, **PATHS[path]).status == 200
+            return server.log.count("waits\n") - before
+
+        waits()
+        # The sequential path reads each token so as well.
+        limit = 2 * TOKENS if path == "sequential" else TOKENS
+        assert waits() < limit
+        assert waits(logprobs=True) >= limit

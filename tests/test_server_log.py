@@ -265,13 +265,13 @@ def test_metrics_add_up_to_what_clients_saw(server: Server) -> None:
         wanted[key] = wanted.get(key, 0) + 1
     assert all(a.status == 400 for a in bad) and all(a.status == 404 for a in nowhere)
 
-    def more() -> dict[tuple[str, str], float]:
+    def rises() -> dict[tuple[str, str], float]:
         now = counts(server)
         found = {key: n - before.get(key, 0) for key, n in now.items()}
         return {key: n for key, n in found.items() if n}
 
-    assert eventually(lambda: sum(more().values()) == sum(wanted.values()), 20)
-    assert more() == wanted
+    assert eventually(lambda: sum(rises().values()) == sum(wanted.values()), 20)
+    assert rises() == wanted
     rise = {name: server.metric(name) - n for name, n in sums.items()}
     usages = [a.json["usage"] for a in whole if not a.events]
     least = sum(u["completion_tokens"] for u in usages)

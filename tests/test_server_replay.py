@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mlx_safe._failures import Failure, what_it_means
 from mlx_safe.errors import (
     MetalAccessError,
     MetalError,
@@ -25,9 +26,8 @@ from mlx_safe.errors import (
 from mlx_safe.memory.budget import Decision
 from mlx_safe.server.admission import Ask, Load, SingleStep
 from mlx_safe.server.prefill import PrefillStep
-from mlx_safe.server.recovery import what_it_means
 from mlx_safe.server.request import Request, RequestState
-from mlx_safe.server.scheduler import Failure, Scheduler
+from mlx_safe.server.scheduler import Scheduler
 from mlx_safe.testing import metal_message
 from support.programs import program
 from support.server import (

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from support.server import BATCH_RUNS_S, CONTROLLED, Server, eventually
+from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
 PAGE_MAX = 60_000
 SECRET = "a text that must not be told"
@@ -54,7 +56,7 @@ def test_a_server_at_rest(server: Server, tiny_model: Path) -> None:
     assert found["server"]["reason"] is None
     assert found["server"]["model"] == str(tiny_model)
     assert found["server"]["pid"] == server.process.pid
-    assert found["requests"]["in_flight"] == 0
+    assert found["requests"]["in_flight"] == found["requests"]["waiting"] == 0
     memory = found["memory"]
     assert memory["ceiling"] == 10**9
     parts = memory["parts"]
@@ -118,6 +120,7 @@ def test_who_waits(server: Server) -> None:
         found = status(server)["requests"]
     assert found["in_flight"] == 3
     assert found["waiting"] == 2
+    assert {r["state"] for r in found["list"]} == {"decode", "queued"}
 
 
 def test_faults_and_replays_are_marks(server: Server) -> None:
@@ -224,4 +227,60 @@ def test_it_can_be_turned_off(tiny_model: Path) -> None:
     with Server(tiny_model, "--status-page", "off").wait_ready() as server:
         assert server.get("/status").status == 404
         assert server.get("/status.json").status == 404
-        assert json.loads(server.get("/health").body) == {"status": "ok"}
+        assert server.get("/health").json["status"] == "ok"
+
+
+# -- in a terminal -------------------------------------------------------------------
+
+
+def top(
+    server: Server, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "mlx_safe", "top", "--once"),
+            *("--url", f"http://127.0.0.1:{server.port}", *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "120", **environment},
+        check=False,
+    )
+
+
+def test_top_shows_the_same(server: Server) -> None:
+    server.plan("decode:5:8")
+    server.chat(max_tokens=10)
+    assert eventually(lambda: bool(status(server)["reports"]))
+    server.plan(f"any:{NEVER}")
+    server.hold(20)
+    with server.chatting(1, max_tokens=40), held(server):
+        found, done = status(server), top(server)
+    assert done.returncode == 0, done.stderr
+    (one,) = found["requests"]["list"]
+    for text in (
+        found["server"]["model"][:40],
+        "ceiling ",
+        "1 in flight, 0 of them waiting",
+        one["id"][:22],
+        f"{one['produced']}/40",
+        "failed: metal out of memory",
+        f"report {found['reports'][0]['id']}: ",
+    ):
+        assert text in done.stdout, done.stdout
+    assert "\x1b" not in done.stdout  # no colours where no terminal is
+
+
+def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:
+    with Server(tiny_model, "--api-key", "k").wait_ready() as server:
+        done = top(server, MLX_SAFE_API_KEY="")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "it needs a key: --api-key-file" in done.stderr
+        assert top(server, MLX_SAFE_API_KEY="k").returncode == 0
+    done = top(server)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"mlx-safe: http://127.0.0.1:{server.port}: no answer"
+    )
+    assert len(done.stderr.splitlines()) == 1

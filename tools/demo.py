@@ -63,19 +63,10 @@ STOCK_PROGRAM = """\
 import os
 os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
 
-import mlx_safe
-from mlx_safe import testing
+import mlx_safe  # follows MLX_SAFE_INJECT
 import mlx_lm.server as server
 
-load = server.ModelProvider.load
-
-def load_and_count(self, *args, **kwargs):
-    model, tokenizer = load(self, *args, **kwargs)
-    return testing.attach(model), tokenizer
-
-server.ModelProvider.load = load_and_count
 assert not mlx_safe.status().installed
-testing.plan_from_environment()
 server.main()
 """
 

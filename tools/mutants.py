@@ -144,11 +144,24 @@ def native_part() -> Path:
 
 
 class Copy:
-    """A copy of the tree to change and to run in."""
+    """A copy of the tree to change and to run in.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        made: one that is ready, to be copied; None: it is made, and tried out.
+    """
+
+    def __init__(self, name: str, made: Copy | None = None) -> None:
         self._target = TARGETS[name]
         self._place = Path(tempfile.mkdtemp(prefix="mutants-"))
+        if made is None:
+            self._make()
+        else:
+            shutil.copytree(made._place, self._place, dirs_exist_ok=True)
+            self._limits = made._limits
+        # Of what is not changed; only what is changed is built anew.
+        self._built = {p: p.read_bytes() for p in self._place.glob("*.o")}
+
+    def _make(self) -> None:
         for part in self._target.copied:
             copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
             (self._place / part).parent.mkdir(parents=True, exist_ok=True)
@@ -158,8 +171,6 @@ class Copy:
             shutil.copy2(native_part(), package)
         for command in self._target.once:
             self._run_unchanged(command)
-        # Of what is not changed; only what is changed is built anew.
-        self._built = {p: p.read_bytes() for p in self._place.glob("*.o")}
         self._limits = [
             3 * self._run_unchanged(command.format(file=self._target.files[0])) + 20
             for command in self._target.check
@@ -219,7 +230,8 @@ def try_all(name: str, mutants: list[Mutant], jobs: int) -> list[Mutant]:
     """Those of ``mutants`` that survive."""
     copies: queue.SimpleQueue[Copy] = queue.SimpleQueue()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for copy in pool.map(Copy, [name] * jobs):
+        first = Copy(name)
+        for copy in [first, *(Copy(name, first) for _ in range(jobs - 1))]:
             copies.put(copy)
 
         def survives(mutant: Mutant) -> bool:

@@ -60,23 +60,23 @@ VERSIONS = (
     Behaviour(
         (0, 32, 0),
         "nothing",
-        "MLX loses faults: mx.eval may return with zeros and raise nothing, so only "
-        "mlx_safe.guard() and epoch() tell; a fault that the CPU's stream waits for "
-        "ends the process, with the hooks, too; 0.32.4 raises them",
+        "MLX loses faults: mx.eval may return with zeros and raise nothing. "
+        "mlx_safe.guard() and epoch() notice. A fault that the CPU's stream waits for "
+        "ends the process, with the hooks, too. 0.32.4 raises faults",
     ),
     Behaviour(
         (0, 32, 1),
         "wait",
         "after a fault an evaluation over two GPU streams and the CPU can wait for "
-        "ever; the hooks end it after 1 to 2 s, at most about 10 s; 0.32.4 "
-        "does not",
+        "ever. The hooks end the wait after 1 to 2 s, at most about 10 s. With 0.32.4 "
+        "there is no such wait",
         can_hang=True,
     ),
     Behaviour(
         (0, 32, 4),
         "wait",
-        "MLX raises the fault, sometimes in a later evaluation; mlx_safe.guard() tells "
-        "in the right one",
+        "MLX raises the fault, sometimes in a later evaluation; mlx_safe.guard() "
+        "raises it in the right one",
     ),
 )
 # The newest that was looked at: of later ones nothing is known.

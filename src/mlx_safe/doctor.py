@@ -11,6 +11,7 @@ from typing import Any
 
 from . import install
 from ._command import CommandError, Parser, in_one_line, need_mlx
+from .checks import all_checks
 from .kv.directory import Directory, NotOurs
 from .kv.store import DISK_BYTES
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
@@ -58,6 +59,9 @@ def doctor(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--kv-disk-bytes", metavar="SIZE", help="the server's flag of this name"
     )
+    parser.add_argument(
+        "--config", metavar="FILE", help="the server's file of this name: does it fit?"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args(list(arguments))
     if asked.model is None and (asked.adapter_path or asked.draft_model):
@@ -68,6 +72,7 @@ def doctor(arguments: Sequence[str]) -> int:
         _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
         adapter=asked.adapter_path,
         draft=asked.draft_model,
+        config=asked.config,
     )
     kept = _size("--kv-disk-bytes", asked.kv_disk_bytes)
     if asked.kv_dir is not None:
@@ -94,6 +99,7 @@ def examine(
     *,
     adapter: str | None = None,
     draft: str | None = None,
+    config: str | None = None,
 ) -> dict[str, Any]:
     """All that the command tells, JSON-able. Sizes in bytes.
 
@@ -101,6 +107,7 @@ def examine(
         model: directory or hub name of a model that is loaded and measured.
         explicit: ``--max-active-memory-bytes``. kv_limit: ``--max-active-kv-bytes``.
         adapter, draft: ``--adapter-path`` and ``--draft-model`` of the server.
+        config: a file for its ``--config``.
 
     Raises:
         CommandError: mlx is missing or broken, or the model cannot be loaded or run.
@@ -138,6 +145,7 @@ def examine(
             "advice": wired_limit_advice(machine),
         },
     }
+    found["checks"] = all_checks(config)
     if model is not None:
         loaded = _load(model, adapter, draft)
         found["model"] = _measure(model, loaded, limits.size, explicit, kv_limit)
@@ -317,6 +325,7 @@ def render(found: dict[str, Any]) -> str:
             for x in found["ceiling"]["limits"]
         ),
         f"wired limit {found['wired_limit']['advice']}",
+        *_render_checks(found["checks"]),
     ]
     if "model" in found:
         lines += _render_model(found["model"])
@@ -338,6 +347,14 @@ def _render_kv_disk(kept: dict[str, Any]) -> list[str]:
     if not kept["private"]:
         lines.append("            others can read it: the files are the conversations")
     return lines
+
+
+def _render_checks(checks: dict[str, list[str]]) -> list[str]:
+    return [
+        f"{'' if i else name:11} {line}"
+        for name, lines in checks.items()
+        for i, line in enumerate(lines)
+    ]
 
 
 def _render_model(model: dict[str, Any]) -> list[str]:

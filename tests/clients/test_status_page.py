@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from clients.conftest import BROWSERS
 from support.server import BATCH_RUNS_S, CONTROLLED, Server
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 KEEP = os.environ.get("MLX_SAFE_SCREENSHOTS")
 WIDE, PHONE = (1000, 1100), (390, 1500)
 TOP_ROWS = 40

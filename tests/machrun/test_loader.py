@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from .runner import Machine, load
-from .samples import changed, commands, signed_again
+from .samples import changed, commands, signed_again, with_chains
 from .setup import native
-from .setup.packages import get_mlx, get_ours
+from .setup.packages import get_ours
 from .setup.places import CACHE, HERE, MAIN, NOT_RUN, PYTHONS, ROOT, SetupError
 
 OURS = "mlx_safe/_core.cpython-311-darwin.so"
@@ -25,8 +25,9 @@ def core() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def libmlx() -> bytes:
-    return (get_mlx("0.32.4", PYTHONS[MAIN]) / "mlx/lib/libmlx.dylib").read_bytes()
+def chained() -> bytes:
+    """A library of our own with chained fixups, as MLX's have."""
+    return with_chains()
 
 
 def for_x86(raw: bytes) -> bytes:
@@ -100,7 +101,7 @@ def refused(raw: bytes, path: Path, macos: str = "14.0") -> str:
     return line[len(start) :]
 
 
-@pytest.mark.parametrize("file", ["core", "libmlx"])
+@pytest.mark.parametrize("file", ["core", "chained"])
 @pytest.mark.parametrize("change", BAD, ids=lambda c: c.__name__)
 def test_what_is_wrong_is_named_in_one_line(
     change: Callable[[bytes], bytes],

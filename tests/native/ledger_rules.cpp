@@ -154,6 +154,24 @@ void many_failed_values() {
   CHECK(c.failure_of(20, 2365) != nullptr);
 }
 
+// Nor when they come in another order.
+void many_failed_values_downwards() {
+  Case c;
+  for (std::uint64_t v = 300; v >= 1; --v)
+    c.ledger.signalled_by_cpu(id(20), 10 * v, failure());
+  for (std::uint64_t v = 1; v <= 300; ++v)
+    CHECK(c.failure_of(20, 10 * v) != nullptr);
+}
+
+// R2 and R3: a later value that has come is not asked for, where there is one
+// up to the value that counts.
+void a_later_value_is_not_asked_for() {
+  Case c;
+  c.signals(100, 20, 1).waits_for(100, 21, 1).commit(100, 10);
+  c.signals(101, 20, 2).commit(101, 11);
+  CHECK(!c.is_closed(20, 1, 2) && c.is_closed(20, 2, 2));
+}
+
 // ---- R5 to R8: several failures
 // ----------------------------------------------
 
@@ -345,6 +363,27 @@ void queues_addresses() {
   CHECK(!c.is_closed(20, 1, 1) && c.records() == 0);
 }
 
+void a_queue_that_has_died_lets_others_settle() {
+  Case c;
+  c.signals(100, 20, 1).commit(100, 10);
+  c.ledger.forget_queue(id(10));
+  c.waits_for(101, 20, 1).signals(101, 21, 1).commit(101, 11);
+  c.complete(101);
+  CHECK(c.is_closed(21, 1, 1));
+  c.complete(100);
+  CHECK(!c.is_closed(21, 1, 1) && c.records() == 0);
+}
+
+// A later value of the same event is not waited for, though it has come.
+void a_value_that_has_settled_stays_so() {
+  Case c;
+  c.signals(100, 20, 1).commit(100, 10).commit(101, 10);
+  c.signals(102, 20, 2).commit(102, 10);
+  c.waits_for(103, 20, 1).signals(103, 21, 1).commit(103, 11);
+  for (int buffer : {100, 102, 103}) c.complete(buffer);
+  CHECK(!c.is_closed(20, 1, 2) && !c.is_closed(21, 1, 1));
+}
+
 void events_addresses() {
   Case c;
   FailureRef f = failure();
@@ -394,8 +433,57 @@ void references_are_let_go_of() {
     CHECK(plain_objects::references == before + 1);
     (void)c.ledger.take_trash();
     CHECK(plain_objects::references == before);
+    c.signals(102, 20, 1);
+    c.ledger.forget_failures();
+    CHECK(plain_objects::references == before + 1);
+    (void)c.ledger.take_trash();
+    CHECK(plain_objects::references == before);
   }
   CHECK(plain_objects::references == before);
+}
+
+// Failures, too: the object that one holds is released then.
+void failures_are_let_go_of() {
+  Case c;
+  FailureRef f = failure();
+  std::weak_ptr<Failure> of_event = f;
+  c.ledger.signalled_by_cpu(id(20), 1, std::exchange(f, nullptr));
+  c.ledger.forget_event(id(20));
+  CHECK(!of_event.expired());
+  (void)c.ledger.take_trash();
+  CHECK(of_event.expired());
+  // Of values that are merged with others.
+  std::vector<std::weak_ptr<Failure>> merged;
+  for (std::uint64_t v = 1; v <= 100; ++v) {
+    FailureRef one = failure();
+    merged.push_back(one);
+    c.ledger.signalled_by_cpu(id(21), 10 * v, std::move(one));
+  }
+  for (const auto& one : merged) CHECK(!one.expired());
+  (void)c.ledger.take_trash();
+  CHECK(merged[1].expired());
+  // Of a queue that dies before its last buffer has settled.
+  f = failure();
+  std::weak_ptr<Failure> of_queue = f;
+  c.commit(100, 10).commit(101, 10);
+  c.complete(100, std::exchange(f, nullptr));
+  c.ledger.forget_queue(id(10));
+  (void)c.ledger.take_trash();
+  c.complete(101);
+  CHECK(!of_queue.expired());
+  (void)c.ledger.take_trash();
+  CHECK(of_queue.expired());
+  // Of one that was raised and is forgotten.
+  f = failure();
+  std::weak_ptr<Failure> raised = f;
+  c.commit(102, 11);
+  c.complete(102, f);
+  c.ledger.raised(std::exchange(f, nullptr));
+  (void)c.ledger.take_trash();
+  c.ledger.forget_failures();
+  CHECK(!raised.expired());
+  (void)c.ledger.take_trash();
+  CHECK(raised.expired());
 }
 
 // ---- R13
@@ -416,10 +504,19 @@ void skipped() {
   waits.add(id(20), 1);
   waits.forget_all();
   CHECK(waits.all().empty());
+  waits.add(id(21), 2);
+  CHECK(waits.all().size() == 1);
 }
 
 // ---- R14 to R17
 // -----------------------------------------------------------------
+
+void one_of_several_waits() {
+  Case c;
+  c.signals(100, 20, 1);
+  c.waits_for(101, 21, 5).waits_for(101, 20, 1).commit(101, 10);
+  CHECK(c.waits.awaited_from(kThisThread).size() == 1);
+}
 
 void open_signals_of_a_thread() {
   Case c;
@@ -505,6 +602,12 @@ void given_up() {
   CHECK(held(c, 20, 1, kStart).given_up);
   c.signals(102, 20, 2);
   CHECK(!held(c, 20, 1, kStart).given_up);
+  // However many are in flight.
+  Case busy;
+  for (int i = 0; i < 50; ++i) busy.commit(200 + i, 10);
+  busy.signals(100, 20, 2);
+  busy.waits.give_up_on(held(busy, 20, 1, kStart).by);
+  CHECK(held(busy, 20, 1, kStart).given_up);
   // Of lower signals it says nothing.
   Case other;
   other.signals(100, 20, 2).signals(101, 20, 3).signals(102, 21, 3);
@@ -687,6 +790,8 @@ int main() {
   marks_before_it_settles();
   does_not_track();
   many_failed_values();
+  many_failed_values_downwards();
+  a_later_value_is_not_asked_for();
   the_second_stands_for_the_first();
   over_two_queues();
   the_list_of_earlier_ones_is_bounded();
@@ -697,11 +802,15 @@ int main() {
   buffers_addresses();
   an_address_is_used_again_unseen();
   queues_addresses();
+  a_queue_that_has_died_lets_others_settle();
+  a_value_that_has_settled_stays_so();
   events_addresses();
   all_is_forgotten();
   references_are_let_go_of();
+  failures_are_let_go_of();
   skipped();
   open_signals_of_a_thread();
+  one_of_several_waits();
   ended_by_the_failure();
   failures_of_few_threads_are_kept();
   given_up();

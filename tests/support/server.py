@@ -150,8 +150,6 @@ class Server:
         self.port = free_port()
         command = [PYTHON]
         program = STOCK if stock else program
-        if program is CONTROLLED:
-            inject = inject or f"any:{NEVER}"  # or steps are not counted
         command += ["-c", program] if program else ["-m", "mlx_safe", "serve"]
         command += ["--model", str(model), "--port", str(self.port), *arguments]
         environment = dict(os.environ, MLX_SAFE_INJECT=inject, HF_HUB_OFFLINE="1")

@@ -28,7 +28,9 @@ def kv(arguments: Sequence[str]) -> int:
         ("empty", "remove all files; servers that run go on with none"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("directory", metavar="DIR", help="what --kv-dir was given")
+        command.add_argument(
+            "directory", metavar="DIR", help="the directory of --kv-dir"
+        )
     options = parser.parse_args(arguments)
     try:
         directory = Directory(options.directory, make=False)

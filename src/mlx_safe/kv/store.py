@@ -339,7 +339,9 @@ class Store:
             finally:
                 os.close(fd)
         except Damaged as e:
-            log.warning("a KV cache on disk is damaged and goes: %s: %s", node.name, e)
+            log.warning(
+                "a KV cache on disk is damaged and is removed: %s: %s", node.name, e
+            )
             self.events["damaged"] += 1
             self.drop([node])
             return None

@@ -13,7 +13,7 @@ from .._command import CommandError, Parser
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["environment", "run"]
 
@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     own, command = _split(list(arguments))
     asked = _parser().parse_args(own)
     if not command:
-        raise CommandError("what is to be run? mlx-safe run [options] -- COMMAND ...")
+        raise CommandError("no program is named: mlx-safe run [options] -- COMMAND ...")
     program = shutil.which(command[0])
     if program is None:
         raise CommandError(f"{command[0]}: no such command")
@@ -112,7 +112,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, arguments
 
 
-def environment(base: os._Environ[str], words: Sequence[str]) -> dict[str, str]:
+def environment(base: Mapping[str, str], words: Sequence[str]) -> dict[str, str]:
     """``base`` with what protects a Python that is started in it."""
     path = [STARTUP, *filter(None, [base.get("PYTHONPATH")])]
     return {

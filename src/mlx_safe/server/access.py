@@ -26,7 +26,7 @@ __all__ = [
 log = logging.getLogger("mlx_safe.server")
 
 KEY_RULE = "must be printable ASCII without spaces, and not empty"
-# Load balancers ask it, and it tells nothing of requests.
+# Load balancers ask it; it tells figures at most.
 OPEN = ("/health",)
 STATUS = ("/status", "/status.json")
 # What a proxy says of the client it asks for: then that one is not on this machine.

@@ -26,14 +26,19 @@ SECRETS = ("api_key",)
 OTHER_VARIABLES = (
     *(
         "MLX_SAFE_AUTOINSTALL",
-        "MLX_SAFE_INJECT",
         "MLX_SAFE_RUN",
         "MLX_SAFE_CHECK_INVARIANTS",
     ),
     *("MLX_SAFE_LISTEN_FD", "MLX_SAFE_CHANNEL_FD", "MLX_SAFE_BORN_S"),
     *("MLX_SAFE_LAST_START_S",),
 )
-OTHERS = ("MLX_SAFE_TEST_", "MLX_SAFE_REPORT", "MLX_SAFE_METAL_", "MLX_SAFE_REQUIRE_")
+OTHERS = (
+    "MLX_SAFE_TEST_",
+    "MLX_SAFE_REPORT",
+    "MLX_SAFE_METAL_",
+    "MLX_SAFE_REQUIRE_",
+    "MLX_SAFE_INJECT",
+)
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _UNSET = object()
 

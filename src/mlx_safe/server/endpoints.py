@@ -81,11 +81,6 @@ class Endpoints(Responses):
         else:
             super()._set_cors_headers()
 
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """Notes the status; not of the status page, which asks again and again."""
-        if self.path.partition("?")[0] not in STATUS:
-            super().log_request(code, size)
-
     def _listed(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.created}
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .access import STATUS
 from .logs import fields
 from .replies import EXPECTED, Unavailable, reply_for
 
@@ -27,7 +28,7 @@ log = logging.getLogger("mlx_safe.server")
 DISCONNECTED = (ConnectionError, TimeoutError)
 
 # Asked every few seconds: neither logged nor counted.
-QUIET_PATHS = ("/health", "/metrics")
+QUIET_PATHS = ("/health", "/metrics", *STATUS)
 
 
 class Exchange:

@@ -100,7 +100,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
         memory: MemoryFlags,
         names: ModelNames,
         max_kv_size: int | None = None,
-        injections: bool = False,
         hold_s: float | None = None,
         home: Home | None = None,
     ) -> None:
@@ -181,7 +180,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             on_loaded=prefill.model_loaded,
             detokenizer=self.parts.own.detokenizer,
             max_kv_size=max_kv_size,
-            injections=injections,
             disk=self._disk,
         )
         share = None if self._one_rank else self._share_object

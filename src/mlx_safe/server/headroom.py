@@ -84,6 +84,8 @@ class Headroom:
         self._demand = Demand(CacheCost(), Transients())
         # mlx-lm's batch generator; not kept alive by us.
         self._batch_ref: weakref.ref[BatchGenerator] | None = None
+        # Of the step that comes next: tokens of prompts that it reads, and the longest.
+        self._reading: tuple[int, int] | None = None
         self.observer = Observer(self._demand.transients)
         self.sizing: Sizing | None = None
         self._context: int | None = None
@@ -190,8 +192,14 @@ class Headroom:
         return replace(load, held=nbytes + owned)
 
     def out_of_memory(self) -> None:
-        """A fault or an allocation failure: lowers the ceiling below what is active."""
-        self.limits.out_of_memory(int(mx.get_active_memory()), self._baseline)
+        """A fault or an allocation failure: lowers the ceiling below what was there.
+
+        Of a card that is known. A step that reads prompts has taken all of it at least,
+        whatever was estimated, which decides on the size of the next.
+        """
+        there = self.limits.out_of_memory(self.observer.recent_peak(), self._baseline)
+        if there is not None and self._reading is not None:
+            self.observer.failed(*self._reading, there)
 
     def gauges(self) -> dict[str, float]:
         """Bytes, by name: what there is of memory, and what may be. Any thread."""
@@ -227,7 +235,7 @@ class Headroom:
         """Whether a request may run beside ``load``. Changes nothing."""
         if not self._enabled:
             return EVERYTHING_FITS
-        return admission.for_request(
+        found = admission.for_request(
             self._demand,
             self._situation(),
             self._with_caches(load),
@@ -235,6 +243,10 @@ class Headroom:
             self._prefill.sizes,
             self._room_tokens,
         )
+        if found.verdict == "admit":
+            # The sequential path begins with it at once.
+            self._note_step(load, found.step, Row(ask.prompt, ask.total))
+        return found
 
     def steps_with_room(self, load: Load) -> int:
         """Makes room for the next steps of a batch; how many fit, 0: not one.
@@ -251,7 +263,8 @@ class Headroom:
         )
         if not self._carried_out(found):
             return 0
-        if any(row.is_reading for row in load.rows):
+        self._note_step(load, self._prefill.size)
+        if self._reading is not None:
             return 1
         return min(max(found.times, 1), STEPS_MAX)
 
@@ -269,7 +282,14 @@ class Headroom:
         )
         if not self._carried_out(found):
             return "none"
+        self._note_step(load, self._prefill.size)
         return "smaller" if found.step < size else "fits"
+
+    def _note_step(self, load: Load, size: int, *more: Row) -> None:
+        prompts = [row.prompt for row in (*load.rows, *more) if row.is_reading]
+        longest = max(prompts, default=0)
+        tokens = len(prompts) * min(size, longest)
+        self._reading = (tokens, longest) if tokens else None
 
     @property
     def step_size(self) -> int:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .. import _core, _reports
+from .. import _core, _reports, testing
 from .._faults import EXIT_REPLACE
 from .recorder import breadcrumb
 
@@ -132,6 +132,7 @@ class Health:
             time.sleep(ANSWER_TURN_S)
         if left := self._waits_for():
             log.error("%d clients could not be answered", left)
+        testing.tell_unfired()
         self.drain()
         logging.shutdown()
         sys.stdout.flush()

@@ -14,9 +14,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from queue import Queue
 from typing import Any
 
 from .asked import wants_logprobs
+from .mlx_lm.protocols.opaque import ModelKey
+from .mlx_lm.protocols.requests import (
+    AnsweredContext,
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+)
+from .mlx_lm.protocols.text import Tokenizer
 from .recorder import Place
 from .request import Request, RequestState
 from .scheduler import Scheduler
@@ -25,8 +34,11 @@ __all__ = ["InFlight", "request_of"]
 
 _ATTRIBUTE = "_mlx_safe_request"
 
+# mlx-lm's queue of one request, the request and its arguments.
+Taken = tuple["Queue[Any]", CompletionRequest, GenerationArguments]
 
-def request_of(work: Any) -> InFlight:
+
+def request_of(work: CompletionRequest) -> InFlight:
     """What mlx-lm's request ``work``, made by `InFlight.work`, stands for."""
     found: InFlight = getattr(work, _ATTRIBUTE)
     return found
@@ -58,7 +70,7 @@ class InFlight(Request):
     def __init__(
         self,
         scheduler: Scheduler[InFlight],
-        taken: tuple[Any, Any, Any],
+        taken: Taken,
         before_put: Callable[[InFlight, Any], None],
         on_error: Callable[[InFlight, Exception], None],
         may_stop_alone: bool = True,
@@ -71,10 +83,10 @@ class InFlight(Request):
         self._before_put = before_put
         self._on_error = on_error
         self._may_stop_alone = may_stop_alone
-        self.context: Any = None
+        self.context: GenerationContext | None = None
         self.headers: dict[str, str] = {}
-        self.prompt_key: tuple[Any, list[Any]] | None = None
-        self.tokenizer: Any = None
+        self.prompt_key: tuple[ModelKey, list[int]] | None = None
+        self.tokenizer: Tokenizer | None = None
         self.wants_logprobs = wants_logprobs(self._args)
         self._place = Place(request)
         self.id, self.path = self._place.id, self._place.path
@@ -103,13 +115,12 @@ class InFlight(Request):
         self._place.taken()
         return True
 
-    def work(self) -> tuple[InFlight, Any, Any]:
+    def work(self) -> tuple[InFlight, CompletionRequest, GenerationArguments]:
         """What mlx-lm is to do: the request, or the rest of it."""
         request = copy.deepcopy(self._request)
         setattr(request, _ATTRIBUTE, self)
-        args = dataclasses.replace(
-            self._args, max_tokens=self._args.max_tokens - len(self.produced)
-        )
+        left = self._args.max_tokens - len(self.produced)
+        args = dataclasses.replace(self._args, max_tokens=left)  # type: ignore[type-var]
         return self, request, args
 
     def put(self, item: Any) -> None:
@@ -140,7 +151,7 @@ class InFlight(Request):
         else:
             self._begin(item)
 
-    def _begin(self, context: Any) -> None:
+    def _begin(self, context: AnsweredContext) -> None:
         """A handler that is done, or whose client left, stops its context."""
         self.context = context
         self._place.begun(len(context.prompt))
@@ -149,7 +160,8 @@ class InFlight(Request):
         if not self._scheduler.begin(self):
             return
         self._first = context
-        context.stop = lambda: self._scheduler.cancel(self)
+        assert self.tokenizer is not None
+        context.stop = lambda: self._scheduler.cancel(self)  # type: ignore[method-assign]
         context.tokenizer = self.tokenizer
         self.send(context)
 

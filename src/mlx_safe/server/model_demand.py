@@ -43,7 +43,10 @@ def demand_of(provider: ModelProvider) -> Demand:
         if is_of_all(e):
             raise
         # Only what is active can be looked at then, not what will be.
-        log.warning("this model cannot be measured, requests are not: %r", e)
+        log.warning(
+            "this model cannot be measured; what requests take is not known: %r",
+            e,
+        )
     return Demand(cost, transients)
 
 

@@ -61,12 +61,12 @@ class ModelLimits:
         except MemoryError:
             raise
         except Exception as e:  # a tokenizer of the model's own may have no list
-            log.debug("the tokens are not known: %r", e)
+            log.debug("cannot read which tokens the model has: %r", e)
             longest = None
         try:
             undraftable = why_not_draftable(model)
         except Exception as e:  # found out when a draft model is loaded
-            log.debug("whether a model can draft for this one is not known: %r", e)
+            log.debug("cannot find out what can draft for this model: %r", e)
             undraftable = None
         return cls(facts, context, longest, undraftable)
 

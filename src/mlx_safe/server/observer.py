@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..memory.estimate import Transients
+from ..memory.estimate import TOKENS_MIN, Transients
 
 __all__ = ["Observer"]
 
@@ -26,15 +26,30 @@ class Observer:
         self.transients = transients
         self.peak = peak
         self._before = 0
+        self._last_peak = 0
         # What the last step of a batch read and how far: {uid: tokens}.
         self._read: dict[Any, int] = {}
         self._steady = False
 
     def begin(self) -> None:
         """A step begins."""
-        self.peak = max(self.peak, int(mx.get_peak_memory()))
+        self._last_peak = int(mx.get_peak_memory())
+        self.peak = max(self.peak, self._last_peak)
         self._before = int(mx.get_active_memory())
         mx.reset_peak_memory()
+
+    def recent_peak(self) -> int:
+        """The most that was active in this step and the one before.
+
+        A failure of the GPU is told of a step later, when what failed is free again.
+        """
+        return max(self._last_peak, int(mx.get_peak_memory()))
+
+    def failed(self, tokens: int, context: int, there: int) -> None:
+        """A step of prompts ran out of memory, of which ``there`` bytes were there."""
+        if tokens >= TOKENS_MIN:
+            most = max(there, self.recent_peak())
+            self.transients.observe(tokens, context, max(0, most - self._before))
 
     def end(self, tokens: int, context: int) -> None:
         """It has ended, and had ``tokens`` tokens (rows times length)."""

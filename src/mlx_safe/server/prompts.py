@@ -182,7 +182,9 @@ def _at_fault(
         try:
             tokenize(work)
         except Exception as e:
-            log.debug("no prompt without %s either (%s)", field, type(e).__name__)
+            log.debug(
+                "the prompt cannot be read without %s (%s)", field, type(e).__name__
+            )
         else:
             return field
         finally:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, require, testing
+from .. import Fault, _reports, errors, install, on_fault, require
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
@@ -68,10 +68,7 @@ def serve(arguments: Sequence[str]) -> int:
     tls = None
     if options.ssl_certfile is not None:
         tls = Tls(options.ssl_certfile, options.ssl_keyfile)
-    try:
-        injections = testing.plan_from_environment()
-    except ValueError as e:
-        raise CommandError(str(e)) from e
+    _name_server(options.port, _model_of(arguments))
     is_child = supervisor.is_supervised()
     if options.supervise and not is_child and not options.print_config:
         supervisor.replace_this_process(
@@ -103,6 +100,7 @@ def serve(arguments: Sequence[str]) -> int:
     if options.print_config:
         print(printed(parser, settings), end="")
         return 0
+    _name_server(options.port, options.model)
     if home is not None:
         _check_nccl(options.pipeline)
     theirs = {a.dest: getattr(options, a.dest) for a in mlx_lm._actions}
@@ -111,13 +109,31 @@ def serve(arguments: Sequence[str]) -> int:
         for name in settings.unknown:
             log.warning("%s in the environment is no flag's", name)
         run(
-            *(server, host, port, model_provider, options, bool(injections), home),
+            *(server, host, port, model_provider, options, home),
             may_ask=access.Access(keys, options.status_page),
             tls=tls,
         )
 
     run_main(server, run_here, argparse.Namespace(**theirs))
     return 0
+
+
+_server: dict[str, object] = {}
+
+
+def _name_server(port: int, model: str | None) -> None:
+    """Reports say whose they are, one of a start that is stopped as well."""
+    global _server
+    _server = {"port": str(port), "model": model}
+    _reports.name_process(server=_server)
+
+
+def _model_of(arguments: Sequence[str]) -> str | None:
+    """As the command line names it, before all flags are known."""
+    parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    model: str | None = parser.parse_known_args(list(arguments))[0].model
+    return model
 
 
 def _print_help(own: Parser) -> int:
@@ -151,7 +167,6 @@ def run(
     port: int,
     model_provider: ModelProvider,
     options: argparse.Namespace,
-    injections: bool,
     home: ranks.Home | None = None,
     *,
     may_ask: access.Access,
@@ -167,7 +182,6 @@ def run(
         host, port: the address to listen on.
         model_provider: mlx-lm's ``ModelProvider``; has no model yet.
         options: the flags.
-        injections: attach the fault plan of ``MLX_SAFE_INJECT`` to the model.
         home: where the group of ranks was made; None: there is one rank.
         may_ask: who is answered. tls: None: connections are plain.
 
@@ -203,7 +217,7 @@ def run(
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 
-    startup.tell()  # the log is set up by now
+    startup.tell(server=_server)
     watch = on_fault(
         lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
     )
@@ -226,9 +240,7 @@ def run(
             handover.tell(Message.WORKED)
 
     _set_retry_after(ready=False)
-    generator = _make_generator(
-        options, overflow, model_provider, injections, ready, home, disk
-    )
+    generator = _make_generator(options, overflow, model_provider, ready, home, disk)
     start_sampler(
         generator.headroom.figures, generator.figures, generator.status.sample
     )
@@ -300,7 +312,6 @@ def _make_generator(
     options: argparse.Namespace,
     overflow: Overflow,
     model_provider: ModelProvider,
-    injections: bool,
     on_ready: Callable[[], None],
     home: ranks.Home | None,
     disk: Directory | None,
@@ -336,7 +347,6 @@ def _make_generator(
             only_served=options.only_served_model,
             download=options.allow_model_download,
         ),
-        injections=injections,
         home=home,
         # Without a supervisor, requests wait for the model as long as it takes.
         hold_s=options.hold_seconds or None if supervisor.is_supervised() else None,

@@ -120,13 +120,12 @@ class Status:
         parts = self._memory()["parts"]
         shown = [round(parts[name]) for name in FIELDS[1:6]]
         requests = self._from.requests()
-        waiting = sum(r["waits"] for r in requests)
         return [
             round(time.time(), 1),
             *shown,
             round(self._from.memory()["ceiling"]),
             len(requests),
-            waiting,
+            sum(r["waits"] for r in requests),
             self._from.tokens(),
         ]
 

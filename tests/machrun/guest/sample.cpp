@@ -3,6 +3,7 @@
 // of a thread, a constructor, exceptions. `check` is 0 where all of it is as it
 // must be.
 #include <pthread.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstring>
@@ -26,6 +27,8 @@ __attribute__((noinline)) int thrown(int number) {
   return number;
 }
 
+struct Own : std::exception {};
+
 void* in_thread(void*) {
   t_number += static_cast<int>(++t_zeroes[63]);
   return t_number == 8 ? nullptr : &g_text;
@@ -47,11 +50,17 @@ extern "C" __attribute__((visibility("default"))) int check(int, char**) {
   if (pthread_create(&thread, nullptr, in_thread, nullptr)) return 1;
   if (pthread_join(thread, &result) || result != nullptr) return 2;
   if (t_number != 7 || t_zeroes[63] != 0 || kCalls[0] != &std::printf) return 3;
+  if (lseek(-1, 0, SEEK_SET) != -1) return 5;
   Shared<int>::value += 1;
+  try {
+    throw Own();
+  } catch (const std::exception&) {
+    Shared<int>::value += 1;
+  }
   try {
     return 10 + thrown(t_number);
   } catch (const std::exception& e) {
-    return std::strcmp(e.what(), "onethree") == 0 && Shared<int>::value == 4
+    return std::strcmp(e.what(), "onethree") == 0 && Shared<int>::value == 5
                ? 0
                : 4;
   }

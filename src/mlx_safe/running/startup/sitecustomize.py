@@ -3,7 +3,7 @@
 
 It costs a process nothing until MLX is imported, which most never do, so it imports
 nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``,
-``replay``.
+``replay``, and ``unprotected`` for what `mlx_safe.testing` does alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def _protect_this_process(_: ModuleType) -> None:
             "into the environment that the program runs in",
             file=sys.stderr,
         )
+        return
+    if "unprotected" in _WORDS:
         return
     mlx_safe.install(signals="signals" in _WORDS)
 
