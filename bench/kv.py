@@ -251,6 +251,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256, help="of the random one")
     parser.add_argument("--only-on", action="store_true", help="not without the tier")
     parser.add_argument("--broken-off", type=int, default=0, metavar="WORDS")
+    parser.add_argument("--tokens", type=int, default=1000, help="of --speed")
     parser.add_argument("--speed", type=int, default=0, metavar="PAIRS")
     parser.add_argument("--kills", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
@@ -271,9 +272,12 @@ def main() -> None:
             found = {}
             for kind in ("off", "on") if n % 2 == 0 else ("on", "off"):
                 directory = made / f"speed{n}" if kind == "on" else None
-                found[kind] = speed(model, directory, options.words, 256)
+                found[kind] = speed(model, directory, options.words, options.tokens)
             ratio = found["off"] / found["on"]
-            print(f"tokens per CPU second, tier on and idle / off: {ratio:.3f}")
+            print(
+                f"tokens per CPU second, tier idle / off: {ratio:.3f} {found}",
+                flush=True,
+            )
         if options.turns:
             share = options.words // 8
             found_written = written(model, made / "turns", share, options.turns)

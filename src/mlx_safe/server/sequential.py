@@ -83,7 +83,9 @@ class Sequential:
             return False
         self._prefill.took(tokens, running[1])
         size = self._prefill.fit()
-        is_long = bool(self._prefill.aim_s) and running[1] > self._prefill.aim_s
+        # Once more only where it is far too long: a busy machine is no slow model.
+        most = self._prefill.aim_s * (1 if request.step_max is None else 4)
+        is_long = bool(most) and running[1] > most
         return is_long and 2 * size <= self._size and total - done > size
 
     def _look_at_memory(self, request: InFlight, item: Any) -> None:
