@@ -17,7 +17,7 @@ from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.format import Node, chain
 from mlx_safe.kv.store import Draft, Limits
 from mlx_safe.server.mlx_lm import kv_window
-from mlx_safe.server.mlx_lm.kv_layout import leaves
+from mlx_safe.server.mlx_lm.kv_parts import leaves
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 from support import model_types
 

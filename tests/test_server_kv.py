@@ -140,51 +140,66 @@ def types(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 SHORT = WORDS[:560]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.fixture(scope="module", params=KINDS)
+def kept(
+    request: pytest.FixtureRequest, types: Path, tmp_path_factory: Any
+) -> Iterator[tuple[Server, Path]]:
+    """A server of a model with windows or states, and its directory."""
+    directory = tmp_path_factory.mktemp("kept") / "kv"
+    with with_tier(types / request.param, directory) as server:
+        yield server.wait_ready(), directory
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_windows_and_states_are_used_and_not_read_again(
-    types: Path, tmp_path: Path, kind: str
+    kept: tuple[Server, Path], path: str
 ) -> None:
-    directory = tmp_path / "kv"
-    turns: dict[str, tuple[str, str]] = {}
-    with with_tier(types / kind, directory) as server:
-        server.wait_ready()
-        for path, how in PATHS.items():
-            first, _ = ask(server, SHORT + path, **how)
-            wait_written(server)
-            second, cached = ask(server, SHORT + path, first, "And now?", **how)
-            # As memory has it; then from disk alone; then read anew.
-            assert cached >= 512
-            server.ask("forget")
-            text, restored = ask(server, SHORT + path, first, "And now?", **how)
-            assert (text, restored >= 512) == (second, True)
-            turns[path] = first, second
-            restores = server.metric("mlx_safe_kv_disk_restored_total")
-            assert restores >= 1
-            # A client that edits its last turn begins from the boundary before it.
-            server.ask("forget")
-            _, edited = ask(server, SHORT + path, first + "!", "And now?", **how)
-            assert edited >= 512
-            # In the midst of a prompt: a block and a step at most.
-            server.ask("forget")
-            server.plan("prefill:4:8")
-            again, _ = ask(server, "x" + SHORT + path, **how)
-            assert server.metric("mlx_safe_kv_disk_restored_total") >= restores + 2
-            forget_all(server, directory)
-            assert ask(server, "x" + SHORT + path, **how) == (again, 0)
-            forget_all(server, directory)
-            assert ask(server, SHORT + path, first, "And now?", **how)[0] == second
-        assert server.metric("mlx_safe_replays_total") == len(PATHS)
+    server, directory = kept
+    text, how = SHORT + path, PATHS[path]
+    first, _ = ask(server, text, **how)
+    wait_written(server)
+    # As memory has it, from disk alone, and read anew.
+    second, _ = ask(server, text, first, "And now?", **how)
+    server.ask("forget")
+    restored, cached = ask(server, text, first, "And now?", **how)
+    assert (restored, cached >= 512) == (second, True)
+    # A client that edits its last turn begins from the boundary before it.
+    server.ask("forget")
+    _, cached = ask(server, text, first + "!", "And now?", **how)
+    assert cached >= 512
+    forget_all(server, directory)
+    assert ask(server, text, first, "And now?", **how) == (second, 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_of_windows_and_states_a_fault_loses_a_block_and_a_step_at_most(
+    kept: tuple[Server, Path], path: str
+) -> None:
+    server, directory = kept
+    text, how = "in the midst " + SHORT + path, PATHS[path]
+    server.ask("forget")
+    before = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+    server.plan("prefill:4:8")
+    found, _ = ask(server, text, **how)
+    after = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+    assert after - before >= 3 * 128 - 256 - 128
+    assert after > before
+    forget_all(server, directory)
+    assert ask(server, text, **how) == (found, 0)
+
+
+def test_a_hybrids_next_turn_after_a_kill(types: Path, tmp_path: Path) -> None:
+    model, directory = types / "qwen3_next", tmp_path / "kv"
+    with with_tier(model, directory) as server:
+        first, _ = ask(server.wait_ready(), SHORT)
         wait_written(server)
+        second, _ = ask(server, SHORT, first, "And now?")
         os.kill(server.process.pid, signal.SIGKILL)
         server.wait()
-    with with_tier(types / kind, directory) as server:
-        server.wait_ready()
-        for path, how in PATHS.items():
-            first, second = turns[path]
-            text, cached = ask(server, SHORT + path, first, "And now?", **how)
-            assert text == second
-            if path == "sequential":  # the other was emptied away
-                assert cached >= 512
+    with with_tier(model, directory) as server:
+        found, cached = ask(server.wait_ready(), SHORT, first, "And now?")
+        assert found == second
+        assert cached >= 512
 
 
 def forget_all(server: Server, directory: Path) -> None:

@@ -154,6 +154,24 @@ void many_failed_values() {
   CHECK(c.failure_of(20, 2365) != nullptr);
 }
 
+// Nor when they come in another order.
+void many_failed_values_downwards() {
+  Case c;
+  for (std::uint64_t v = 300; v >= 1; --v)
+    c.ledger.signalled_by_cpu(id(20), 10 * v, failure());
+  for (std::uint64_t v = 1; v <= 300; ++v)
+    CHECK(c.failure_of(20, 10 * v) != nullptr);
+}
+
+// R2 and R3: a later value that has come is not asked for, where there is one
+// up to the value that counts.
+void a_later_value_is_not_asked_for() {
+  Case c;
+  c.signals(100, 20, 1).waits_for(100, 21, 1).commit(100, 10);
+  c.signals(101, 20, 2).commit(101, 11);
+  CHECK(!c.is_closed(20, 1, 2) && c.is_closed(20, 2, 2));
+}
+
 // ---- R5 to R8: several failures
 // ----------------------------------------------
 
@@ -415,6 +433,11 @@ void references_are_let_go_of() {
     CHECK(plain_objects::references == before + 1);
     (void)c.ledger.take_trash();
     CHECK(plain_objects::references == before);
+    c.signals(102, 20, 1);
+    c.ledger.forget_failures();
+    CHECK(plain_objects::references == before + 1);
+    (void)c.ledger.take_trash();
+    CHECK(plain_objects::references == before);
   }
   CHECK(plain_objects::references == before);
 }
@@ -429,6 +452,16 @@ void failures_are_let_go_of() {
   CHECK(!of_event.expired());
   (void)c.ledger.take_trash();
   CHECK(of_event.expired());
+  // Of values that are merged with others.
+  std::vector<std::weak_ptr<Failure>> merged;
+  for (std::uint64_t v = 1; v <= 100; ++v) {
+    FailureRef one = failure();
+    merged.push_back(one);
+    c.ledger.signalled_by_cpu(id(21), 10 * v, std::move(one));
+  }
+  for (const auto& one : merged) CHECK(!one.expired());
+  (void)c.ledger.take_trash();
+  CHECK(merged[1].expired());
   // Of a queue that dies before its last buffer has settled.
   f = failure();
   std::weak_ptr<Failure> of_queue = f;
@@ -440,6 +473,17 @@ void failures_are_let_go_of() {
   CHECK(!of_queue.expired());
   (void)c.ledger.take_trash();
   CHECK(of_queue.expired());
+  // Of one that was raised and is forgotten.
+  f = failure();
+  std::weak_ptr<Failure> raised = f;
+  c.commit(102, 11);
+  c.complete(102, f);
+  c.ledger.raised(std::exchange(f, nullptr));
+  (void)c.ledger.take_trash();
+  c.ledger.forget_failures();
+  CHECK(!raised.expired());
+  (void)c.ledger.take_trash();
+  CHECK(raised.expired());
 }
 
 // ---- R13
@@ -460,10 +504,19 @@ void skipped() {
   waits.add(id(20), 1);
   waits.forget_all();
   CHECK(waits.all().empty());
+  waits.add(id(21), 2);
+  CHECK(waits.all().size() == 1);
 }
 
 // ---- R14 to R17
 // -----------------------------------------------------------------
+
+void one_of_several_waits() {
+  Case c;
+  c.signals(100, 20, 1);
+  c.waits_for(101, 21, 5).waits_for(101, 20, 1).commit(101, 10);
+  CHECK(c.waits.awaited_from(kThisThread).size() == 1);
+}
 
 void open_signals_of_a_thread() {
   Case c;
@@ -549,6 +602,12 @@ void given_up() {
   CHECK(held(c, 20, 1, kStart).given_up);
   c.signals(102, 20, 2);
   CHECK(!held(c, 20, 1, kStart).given_up);
+  // However many are in flight.
+  Case busy;
+  for (int i = 0; i < 50; ++i) busy.commit(200 + i, 10);
+  busy.signals(100, 20, 2);
+  busy.waits.give_up_on(held(busy, 20, 1, kStart).by);
+  CHECK(held(busy, 20, 1, kStart).given_up);
   // Of lower signals it says nothing.
   Case other;
   other.signals(100, 20, 2).signals(101, 20, 3).signals(102, 21, 3);
@@ -731,6 +790,8 @@ int main() {
   marks_before_it_settles();
   does_not_track();
   many_failed_values();
+  many_failed_values_downwards();
+  a_later_value_is_not_asked_for();
   the_second_stands_for_the_first();
   over_two_queues();
   the_list_of_earlier_ones_is_bounded();
@@ -749,6 +810,7 @@ int main() {
   failures_are_let_go_of();
   skipped();
   open_signals_of_a_thread();
+  one_of_several_waits();
   ended_by_the_failure();
   failures_of_few_threads_are_kept();
   given_up();

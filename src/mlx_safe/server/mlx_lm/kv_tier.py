@@ -27,7 +27,8 @@ from ...memory.sizes import format_size
 from ..recorder import breadcrumb
 from . import compat
 from .hub import cached_model
-from .kv_layout import Layout, NotKept, Unfit, View, leaves, to_bytes
+from .kv_layout import Layout, Unfit, to_bytes
+from .kv_parts import NotKept, View, leaves
 
 __all__ = ["KVTier"]
 

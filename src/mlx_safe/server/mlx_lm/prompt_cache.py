@@ -27,7 +27,7 @@ from mlx_lm.models.cache import (
 from ... import _core
 from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
-from .kv_layout import leaves
+from .kv_parts import leaves
 from .kv_tier import KVTier
 from .protocols.models import Cache
 from .protocols.opaque import ModelKey
