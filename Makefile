@@ -73,7 +73,7 @@ test-mixed: $(VENVS)/mixed.ready $(MODEL)/complete   ## the suite with the newes
 MIXED := $(addprefix tests/,$(addsuffix .py,test_errors test_faults test_install \
   test_mlx_versions test_pytest_plugin test_server_drafts test_server_replay \
   test_testing test_testing_programs test_thread_state))
-test-mixed-short: $(VENVS)/mixed.ready  ## the part of it that CI runs
+test-mixed-short: $(VENVS)/mixed.ready $(MODEL)/complete  ## the part of it that CI runs
 	$(TEST_ENVIRONMENT) $(VENVS)/mixed/bin/python $(PYTEST) $(SPREAD) $(MIXED) $(ARGS)
 
 # A program that is missing is named, and its tests are left out; with

@@ -87,10 +87,11 @@ def now(server: Server) -> Moment:
 
 
 def streamed(
-    server: Server, messages: list[dict[str, str]], tokens: int
+    server: Server, messages: list[dict[str, str]], tokens: int, alone: bool = False
 ) -> tuple[list[Moment], str, dict[str, Any]]:
     """The moments from the asking on to each token; the text; its usage."""
     body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    body |= {"seed": 1} if alone else {}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     moments, text = [now(server)], ""
     usage: dict[str, Any] = {}
@@ -110,15 +111,21 @@ def streamed(
     return moments, text, usage
 
 
-def lives(model: Path, directory: Path | None, words: int, seed: int) -> None:
-    """One conversation: a fault for want of memory in it, and then a kill."""
+def lives(
+    model: Path, directory: Path | None, words: int, seed: int, alone: bool
+) -> None:
+    """One conversation: a fault for want of memory in it, and then a kill.
+
+    alone: on mlx-lm's sequential path, where memory has nothing of a prompt before its
+    answer has ended.
+    """
     kind = "off" if directory is None else "on"
     messages = [{"role": "user", "content": text_of(words, seed)}]
     with start(model, directory) as server:
         server.wait_ready()
         ask(server, [{"role": "user", "content": "warm up"}])
         server.plan("decode:6:8")
-        moments, text, usage = streamed(server, messages, 12)
+        moments, text, usage = streamed(server, messages, 12, alone)
         read = moments[1].since(moments[0])
         gaps = [b.since(a) for a, b in itertools.pairwise(moments[1:])]
         after = max(gaps, key=lambda gap: gap.wall)
@@ -249,6 +256,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--turns", type=int, default=20, help="0: none")
     parser.add_argument("--hidden", type=int, default=256, help="of the random one")
+    parser.add_argument("--alone", action="store_true", help="the sequential path")
     parser.add_argument("--only-on", action="store_true", help="not without the tier")
     parser.add_argument("--broken-off", type=int, default=0, metavar="WORDS")
     parser.add_argument("--tokens", type=int, default=1000, help="of --speed")
@@ -265,7 +273,7 @@ def main() -> None:
             kinds = ["on"] if options.only_on else ["off", "on"]
             for kind in kinds if n % 2 == 0 else kinds[::-1]:
                 directory = made / f"{n}" if kind == "on" else None
-                lives(model, directory, options.words, n)
+                lives(model, directory, options.words, n, options.alone)
         if options.broken_off:
             print(broken_off(model, made / "broken", options.broken_off, 7), flush=True)
         for n in range(options.speed):

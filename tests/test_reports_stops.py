@@ -168,10 +168,8 @@ def test_each_server_speaks_of_its_own_death(
     with Server(tiny_model) as other:
         other.wait_ready()
         assert NOTICE not in other.log
-    again = Server.__new__(Server)
-    again.model, again.port = tiny_model, port
-    command = [sys.executable, "-m", "mlx_safe", "serve", "--model", str(tiny_model)]
-    again.start([*command, "--port", str(port)], dict(os.environ, HF_HUB_OFFLINE="1"))
+    again = Server(tiny_model, "--port", str(port))  # the last of two holds
+    again.port = port
     with again:
         again.wait_ready()
         assert again.log.count(NOTICE) == 1
