@@ -96,7 +96,9 @@ def own(plain_s: float) -> None:
         entry = (i, [[1]], 9, [], [], None, (), None)
         replay.kept[i] = module.Kept(entry)
     best = min(_timed(replay.step, 20_000) for _ in range(7))
-    print(f"  ours of it: {best * 1e6:.2f} us, {100 * best / plain_s:.2f} % of the step")
+    print(
+        f"  ours of it: {best * 1e6:.2f} us, {100 * best / plain_s:.2f} % of the step"
+    )
 
 
 def _timed(call: Any, times: int) -> float:
