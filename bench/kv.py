@@ -1,23 +1,31 @@
 """What KV caches on disk are worth: the same server with --kv-dir and without.
 
-Prints, in turn for both: the next turn's first token after kill -9 over the first
-reading of its prompt; the next token after a fault for want of memory over the same;
-the bytes written over the bytes of new KV of a conversation. With ``--kills N`` a
-server is killed N times at random moments under load; no answer may differ.
+Prints, in turn for both, in time and in processor time of the server: the next token
+after a fault for want of memory over the first reading of its prompt; the next turn's
+first token after kill -9 over the same; and the bytes written over the bytes of new KV
+of a conversation. With ``--broken-off`` the tokens that are read twice when a fault
+comes in the midst of a prompt, with ``--speed`` what the idle tier costs an answer.
+With ``--kills N`` a server is killed N times at random moments under load, with a
+directory far below it; no answer may differ.
 
-Aims, with a model whose reading costs something: 0.15, 0.15, 1.10, and no other answer.
+Aims, with a model whose reading costs something: 0.15 (0.05 at 4,000 tokens), 0.15,
+1.10, a block and a step, 0.99, and no other answer.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support import tiny_model
 from support.server import CONTROLLED, NEVER, Server
+from support.usage import cpu_seconds
 
 TIMEOUT_S = 3600
 
 
-def start(model: Path, directory: Path | None) -> Server:
-    arguments = ["--prefill-step-size", "256"]
+def start(model: Path, directory: Path | None, size: str = "20G") -> Server:
+    # A step may take minutes on a busy machine.
+    arguments = ["--prefill-step-size", "256", "--stall-timeout", "0"]
     if directory is not None:
-        arguments += ["--kv-dir", str(directory)]
+        arguments += ["--kv-dir", str(directory), "--kv-disk-bytes", size]
     return Server(model, *arguments, program=CONTROLLED, inject=f"any:{NEVER}")
 
 
@@ -49,52 +59,140 @@ def ask(server: Server, messages: list[dict[str, str]], tokens: int = 1) -> Any:
     return answer
 
 
-def timed(server: Server, messages: list[dict[str, str]]) -> tuple[float, Any]:
-    begun = time.monotonic()
-    answer = ask(server, messages)
-    return time.monotonic() - begun, answer
-
-
 def settle(server: Server, on: bool) -> None:
     time.sleep(0.3)
     while on and server.metric("mlx_safe_kv_disk_waiting_bytes") > 0:
         time.sleep(0.05)
 
 
-def after_kill(model: Path, directory: Path | None, words: int, seed: int) -> str:
+@dataclass
+class Moment:
+    """When something was seen: seconds, and processor seconds of the server."""
+
+    wall: float
+    cpu: float
+
+    def since(self, other: Moment) -> Moment:
+        return Moment(self.wall - other.wall, self.cpu - other.cpu)
+
+    def over(self, other: Moment) -> str:
+        return (
+            f"{self.wall / other.wall:.3f} of the time ({other.wall:.2f} s -> "
+            f"{self.wall:.2f} s), {self.cpu / other.cpu:.3f} of the CPU "
+            f"({other.cpu:.2f} s -> {self.cpu:.2f} s)"
+        )
+
+
+def now(server: Server) -> Moment:
+    return Moment(time.monotonic(), cpu_seconds(server.process.pid))
+
+
+def streamed(
+    server: Server, messages: list[dict[str, str]], tokens: int, alone: bool = False
+) -> tuple[list[Moment], str, dict[str, Any]]:
+    """The moments from the asking on to each token; the text; its usage."""
+    body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    body |= {"seed": 1} if alone else {}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    moments, text = [now(server)], ""
+    usage: dict[str, Any] = {}
+    connection = server.connect(TIMEOUT_S)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    with connection.getresponse() as response:
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            for choice in event.get("choices", ()):
+                if choice["delta"].get("content"):
+                    moments.append(now(server))
+                    text += choice["delta"]["content"]
+    connection.close()
+    return moments, text, usage
+
+
+def lives(
+    model: Path, directory: Path | None, words: int, seed: int, alone: bool
+) -> None:
+    """One conversation: a fault for want of memory in it, and then a kill.
+
+    alone: on mlx-lm's sequential path, where memory has nothing of a prompt before its
+    answer has ended.
+    """
+    kind = "off" if directory is None else "on"
     messages = [{"role": "user", "content": text_of(words, seed)}]
     with start(model, directory) as server:
         server.wait_ready()
         ask(server, [{"role": "user", "content": "warm up"}])
-        read, answer = timed(server, messages)
+        server.plan("decode:6:8")
+        moments, text, usage = streamed(server, messages, 12, alone)
+        read = moments[1].since(moments[0])
+        gaps = [b.since(a) for a, b in itertools.pairwise(moments[1:])]
+        after = max(gaps, key=lambda gap: gap.wall)
+        print(
+            f"tier {kind}, {usage['prompt_tokens']} tokens: fault for want of memory "
+            f"-> next token / reading: {after.over(read)}",
+            flush=True,
+        )
         settle(server, directory is not None)
         os.kill(server.process.pid, signal.SIGKILL)
         server.wait()
     messages += [
-        {"role": "assistant", "content": answer.text},
+        {"role": "assistant", "content": text},
         {"role": "user", "content": "go on"},
     ]
     with start(model, directory) as server:
         server.wait_ready()
         ask(server, [{"role": "user", "content": "warm up"}])
-        again, answer = timed(server, messages)
-    usage = answer.json["usage"]
+        moments, _, usage = streamed(server, messages, 1)
+        again = moments[1].since(moments[0])
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-    total = usage["prompt_tokens"]
-    return f"{again / read:.3f} ({read:.2f} s -> {again:.2f} s; {cached} of {total})"
+    print(
+        f"tier {kind}: after kill -9, the next turn's first token / reading: "
+        f"{again.over(read)}; {cached} of {usage['prompt_tokens']} tokens not read",
+        flush=True,
+    )
 
 
-def out_of_memory(model: Path, directory: Path | None, words: int, seed: int) -> str:
-    messages = [{"role": "user", "content": text_of(words, seed)}]
+def broken_off(model: Path, directory: Path, words: int, seed: int) -> str:
+    """A fault in the midst of a prompt: what is read again."""
+    step = 256
     with start(model, directory) as server:
         server.wait_ready()
-        ask(server, [{"role": "user", "content": "warm up"}])
-        read, _ = timed(server, messages)
-        settle(server, directory is not None)
-        # Without a fault the rest is a token or two; with it a whole reading.
-        server.plan("any:1:8")
-        again, _ = timed(server, messages)
-    return f"{again / read:.3f} ({read:.2f} s -> {again:.2f} s)"
+        total = words * 9 // step  # steps, about; a word and its number are 9 bytes
+        server.plan(f"prefill:{total // 2}:8")
+        _, _, usage = streamed(
+            server, [{"role": "user", "content": text_of(words, seed)}], 1
+        )
+        restored = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+    lost = total // 2 * step - restored
+    return (
+        f"{lost:.0f} tokens of {usage['prompt_tokens']} read twice (a fault in step "
+        f"{total // 2} of {step} tokens; {restored:.0f} came from disk)"
+    )
+
+
+def speed(model: Path, directory: Path, words: int, tokens: int, pairs: int) -> None:
+    """Two servers at once, asked in turn; the tier has nothing to write."""
+    messages = [{"role": "user", "content": text_of(words, 1)}]
+    with start(model, None) as off, start(model, directory) as on:
+        for server in (off, on):
+            ask(server.wait_ready(), messages)
+        settle(on, True)
+        ratios = []
+        for n in range(pairs):
+            used = {}
+            for server in (off, on) if n % 2 == 0 else (on, off):
+                moments, _, _ = streamed(server, messages, tokens)
+                used[server] = moments[-1].since(moments[1]).cpu
+            ratios.append(used[off] / used[on])
+            settle(on, True)
+            print(
+                f"tokens per CPU second, tier idle / off: {ratios[-1]:.3f}; median of "
+                f"{n + 1}: {statistics.median(ratios):.3f}",
+                flush=True,
+            )
 
 
 def written(model: Path, directory: Path, words: int, turns: int) -> str:
@@ -114,39 +212,53 @@ def written(model: Path, directory: Path, words: int, turns: int) -> str:
 
 
 def kills(model: Path, directory: Path, words: int, times: int, seed: int) -> str:
+    """Two clients, six texts, two in three of which there is no room for on disk."""
     chance = random.Random(seed)
-    texts = [text_of(words, n) for n in range(4)]
-    with start(model, None) as server:
+    texts = [text_of(words, n) for n in range(6)]
+    with start(model, directory) as server:
         server.wait_ready()
         expected = [
             ask(server, [{"role": "user", "content": t}], 8).text for t in texts
         ]
-    wrong = answered = 0
-    for _ in range(times):
-        with start(model, directory) as server:
+        settle(server, True)
+        limit = int(server.metric("mlx_safe_kv_disk_bytes") / 3)
+    seen: list[bool] = []
+    over = restored = suspects = 0
+    for n in range(times):
+        with start(model, directory, str(limit)) as server:
             server.wait_ready()
             done = threading.Event()
 
             def load(server: Server = server, done: threading.Event = done) -> None:
-                nonlocal wrong, answered
                 while not done.is_set():
                     n = chance.randrange(len(texts))
                     messages = [{"role": "user", "content": texts[n]}]
                     try:
-                        answer = ask(server, messages, 8)
+                        seen.append(ask(server, messages, 8).text == expected[n])
                     except (OSError, SystemExit, ValueError, KeyError):
                         return
-                    answered += 1
-                    wrong += answer.text != expected[n]
 
-            thread = threading.Thread(target=load, daemon=True)
-            thread.start()
-            time.sleep(chance.uniform(0.0, 3.0))
-            os.kill(server.process.pid, signal.SIGKILL)
+            clients = [threading.Thread(target=load, daemon=True) for _ in range(2)]
+            for thread in clients:
+                thread.start()
+            time.sleep(chance.uniform(0.0, 6.0))
+            restored += int(server.metric("mlx_safe_kv_disk_restored_total"))
+            suspects += int(server.metric("mlx_safe_kv_disk_suspects_total"))
             done.set()
+            os.kill(server.process.pid, signal.SIGKILL)
             server.wait()
-            thread.join(60)
-    return f"{times} kills, {answered} answers, {wrong} wrong"
+            for thread in clients:
+                thread.join(60)
+        size = sum(f.stat().st_size for f in directory.glob("*/*.kv"))
+        over += size > limit
+        if n % 10 == 9 or n == times - 1:
+            print(
+                f"{n + 1} kills of servers (seed {seed}, limit {limit} bytes): "
+                f"{len(seen)} answers, {seen.count(False)} wrong, {restored} restored, "
+                f"{over} over the limit, {suspects} files of dead restores removed",
+                flush=True,
+            )
+    return "nothing wrong" if all(seen) and not over else "WRONG"
 
 
 def main() -> None:
@@ -154,26 +266,41 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: a tiny random one")
     parser.add_argument("--words", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--turns", type=int, default=20, help="0: none")
+    parser.add_argument("--hidden", type=int, default=256, help="of the random one")
+    parser.add_argument("--alone", action="store_true", help="the sequential path")
+    parser.add_argument("--only-on", action="store_true", help="not without the tier")
+    parser.add_argument("--broken-off", type=int, default=0, metavar="WORDS")
+    parser.add_argument("--tokens", type=int, default=200, help="of --speed")
+    parser.add_argument("--speed", type=int, default=0, metavar="PAIRS")
     parser.add_argument("--kills", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder)
-        model = options.model or tiny_model.make(made / "model", hidden_size=256)
+        model = options.model or tiny_model.make(
+            made / "model", hidden_size=options.hidden
+        )
         for n in range(options.rounds):
-            for name, measure in (
-                ("after kill -9", after_kill),
-                ("after out of memory", out_of_memory),
-            ):
-                for kind in ("off", "on") if n % 2 == 0 else ("on", "off"):
-                    directory = made / f"{n}-{name}" if kind == "on" else None
-                    found = measure(model, directory, options.words, n)
-                    print(f"{name}, tier {kind}: {found}", flush=True)
-        share = options.words // 8
-        print("written / new:", written(model, made / "turns", share, options.turns))
+            kinds = ["on"] if options.only_on else ["off", "on"]
+            for kind in kinds if n % 2 == 0 else kinds[::-1]:
+                directory = made / f"{n}" if kind == "on" else None
+                lives(model, directory, options.words, n, options.alone)
+        if options.broken_off:
+            print(broken_off(model, made / "broken", options.broken_off, 7), flush=True)
+        if options.speed:
+            pairs, tokens = options.speed, options.tokens
+            speed(model, made / "speed", options.words, tokens, pairs)
+        if options.turns:
+            share = options.words // 8
+            found_written = written(model, made / "turns", share, options.turns)
+            print("written / new:", found_written, flush=True)
         if options.kills:
             times = options.kills
-            print(kills(model, made / "kills", options.words, times, 16), flush=True)
+            found_kills = kills(
+                model, made / "kills", options.words, times, options.seed
+            )
+            print(found_kills, flush=True)
 
 
 if __name__ == "__main__":

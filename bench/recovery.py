@@ -116,7 +116,8 @@ def recovery(model: str, lengths: list[int], rounds: int) -> None:
 # The server says how long each recovery takes; COLLECTS as it was.
 TIMED = """
 import gc, os, time
-from mlx_safe.server import recovery, thread_state
+from mlx_safe import _thread_state as thread_state
+from mlx_safe.server import recovery
 recover, restore = recovery.Recovery.recover, thread_state.ThreadState.restore
 def timed(self, exc):
     begin = time.perf_counter()

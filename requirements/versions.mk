@@ -3,7 +3,8 @@
 # versions.py), and tests/test_mlx_versions.py compares it with what is shipped.
 # What MLX does in each version is the table of src/mlx_safe/_mlx_versions.py.
 
-# The two pairs that must both work: the oldest, and the newest.
+# The two pairs that must both work: the oldest, and the newest. `make test-mixed` runs
+# the newest MLX with the oldest mlx-lm, which most servers of others run on.
 INTERCEPT_MLX := 0.31.2
 INTERCEPT_MLX_LM := 0.31.3
 OBSERVE_MLX := 0.32.4

@@ -38,6 +38,9 @@ collect_ignore = [] if READS_WHEELS else ["contract", "machrun", "packaging"]
 # And what needs clients and proxies those of `make test-clients`.
 HAS_CLIENTS = os.environ.get("MLX_SAFE_TEST_CLIENTS") == "1"
 collect_ignore += [] if HAS_CLIENTS else ["clients"]
+# Servers of others have environments of their own: `make test-servers`.
+HAS_SERVERS = os.environ.get("MLX_SAFE_TEST_SERVERS") == "1"
+collect_ignore += [] if HAS_SERVERS else ["servers"]
 
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, Phase, settings
@@ -77,6 +80,8 @@ def pytest_report_header() -> list[str]:
         )
     if not HAS_CLIENTS:
         lines.append("tests/clients: left out: make test-clients")
+    if not HAS_SERVERS:
+        lines.append("tests/servers: left out: make test-servers")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +11,15 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm import load
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_safe import testing
+from mlx_safe import _reports, testing
+from mlx_safe._command import CommandError
+from mlx_safe.doctor import doctor
 from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.store import Limits
 from mlx_safe.server.mlx_lm import kv_tier
+from mlx_safe.server.mlx_lm.kv_layout import to_bytes
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 
 TOKENS = [3 + n % 50 for n in range(600)]
@@ -88,7 +91,7 @@ def test_what_comes_back_is_the_same_bit_for_bit(
 def test_a_fault_while_bytes_are_taken(
     provider: Any, tier: KVTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = kv_tier._bytes
+    take = to_bytes
 
     def failing(x: mx.array) -> bytes:
         if not done:
@@ -97,7 +100,7 @@ def test_a_fault_while_bytes_are_taken(
 
     done: list[Any] = []
     caches = cached(provider)
-    monkeypatch.setattr(kv_tier, "_bytes", failing)
+    monkeypatch.setattr(kv_tier, "to_bytes", failing)
     tier.capture(provider.model_key, TOKENS, caches)
     assert done
     tier.confirm()
@@ -160,21 +163,103 @@ def test_another_model_does_not_get_them(
     assert tier.restore(provider.model_key, TOKENS, 0) is None
 
 
-def test_a_kind_of_cache_that_is_not_proven_stays_in_memory(
-    provider: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_it_restores_only_where_that_is_cheaper(provider: Any, tier: KVTier) -> None:
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    tier.confirm()
+    flush(tier)
+
+    def is_restored() -> bool:
+        return tier.restore(provider.model_key, TOKENS, 0) is not None
+
+    def learn(read: float, restore: float) -> None:
+        """Tokens and bytes a second."""
+        tier._read_rate.per_s, tier._restore_rate.per_s = read, restore
+
+    assert is_restored(), "of nothing is anything known"
+    size = tier.store.nbytes
+    learn(read=512, restore=2 * size)  # 1 s to read them, half of it to load them
+    assert is_restored()
+    learn(read=512, restore=size / 2)
+    tried = [is_restored() for _ in range(kv_tier.TRY_AGAIN_AFTER)]
+    assert tried.count(True) == 1
+    assert tried[-1]
+    assert tier.store.events["not_cheaper"] == kv_tier.TRY_AGAIN_AFTER
+    assert is_restored(), "it was learned that it is cheap by now"
+
+
+def test_both_speeds_are_learned(provider: Any, tier: KVTier) -> None:
+    request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
+    tier.current = lambda: request
+    caches = tier.follow(provider.model_key, TOKENS, None, 0)
+    for at in range(0, 600, 100):
+        mx.eval(read(provider, TOKENS[at : at + 100], caches))
+        tier.checkpoint_alone(request, at + 100)
+    assert tier._read_rate.per_s > 0
+    tier.confirm()
+    flush(tier)
+    assert tier.restore(provider.model_key, TOKENS, 0) is not None
+    assert tier._restore_rate.per_s > 0
+
+
+def test_loading_takes_the_cache_once(provider: Any, tier: KVTier) -> None:
+    tokens = TOKENS * 8
+    caches = make_prompt_cache(provider.model)
+    mx.eval(read(provider, tokens, caches))
+    tier.capture(provider.model_key, tokens, caches)
+    tier.confirm()
+    flush(tier)
+    del caches
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    found = tier.restore(provider.model_key, tokens, 0)
+    assert found is not None
+    restored, _ = found
+    size = sum(cache.nbytes for cache in restored)
+    taken = mx.get_active_memory() - before
+    assert size <= taken <= 1.05 * size
+    # One of two layers here is there twice for a moment.
+    layer = size / len(restored)
+    assert mx.get_peak_memory() - before <= size + layer + size / 16
+
+
+def test_reports_tell_how_the_tier_stood(
+    provider: Any, tier: KVTier, tmp_path: Path
 ) -> None:
-    caplog.set_level(logging.INFO)
-    provider.model.make_cache = lambda: [
-        RotatingKVCache(max_size=32) for _ in provider.model.layers
-    ]
-    tier = KVTier(Directory(tmp_path / "kv"), Limits(10**9, free=0))
-    tier.model_loaded(provider)
-    tier.model_loaded(provider)
-    said = [r for r in caplog.records if "stay in memory" in r.getMessage()]
-    assert len(said) == 1
-    assert "RotatingKVCache" in said[0].getMessage()
-    caches = provider.model.make_cache()
-    tier.capture(provider.model_key, TOKENS, caches)
-    assert tier.restore(provider.model_key, TOKENS, 0) is None
-    tier.close()
-    tier.store.close()
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    tier.confirm()
+    flush(tier)
+    assert tier.restore(provider.model_key, TOKENS, 0) is not None
+    _reports.set_server({"kv_disk": tier.figures()})
+    path = _reports.write("stall", "nothing happens")
+    assert path is not None
+    told = json.loads(Path(path).read_text())
+    kept = told["context"]["server"]["kv_disk"]
+    assert (kept["off"], kept["files"], kept["restored"]) == (None, 2, 1)
+    assert kept["bytes"] == tier.store.nbytes
+    assert kept["restoring"] == 1
+    assert "mlx_lm" in told["context"], "what it told before"
+    assert str(tmp_path) not in json.dumps(kept)
+    crumbs = [c for c in told["breadcrumbs"] if c["kind"] == "kv"]
+    assert crumbs[-1]["fields"]["tokens"] == 512
+
+
+def test_the_doctor_says_whether_the_server_could_use_it(
+    tier: KVTier,
+    provider: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    tier.confirm()
+    flush(tier)
+    assert doctor(["--kv-dir", str(tmp_path / "kv"), "--kv-disk-bytes", "1G"]) == 0
+    told = capsys.readouterr().out
+    assert "2 files" in told
+    assert "of 1.0 GB" in told
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").write_text("mine")
+    with pytest.raises(CommandError, match="no directory of KV caches"):
+        doctor(["--kv-dir", str(tmp_path / "full")])
+    with pytest.raises(CommandError, match="needs --kv-dir"):
+        doctor(["--kv-disk-bytes", "1G"])

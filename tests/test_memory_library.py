@@ -650,10 +650,44 @@ def test_the_server_sees_what_other_programs_leave(
     found = limits.Limits(None)
     assert found.now().size == found.present().size == 9 * GB
     assert found.static().size == 126 * GB
-    # It failed: what is learned is of what was there, not of the whole card.
-    found.out_of_memory(active=4 * GB, baseline=GB)
-    assert found.now().size < 4 * GB
+    # It failed: what is learned is of what was there, neither of the whole card nor of
+    # what the step had got until then.
+    found.out_of_memory(held=3 * GB, baseline=GB)
+    assert found.now().size == int(1 * GB + 0.8 * 8 * GB)
+    # Again, below that: the estimates are shorter still.
+    found.out_of_memory(held=3 * GB, baseline=GB)
+    assert found.now().size == pytest.approx(1 * GB + 0.8 * 0.8 * 8 * GB, abs=2)
     # The other program has ended, and what was learned is not forgotten yet.
     now = Usage(GB, 0, 0, None, None, card_free=139 * GB)
     assert found.present().size == 126 * GB
-    assert found.now().size < 4 * GB
+    assert found.now().size < 7 * GB
+
+
+def test_what_other_programs_take_is_no_lesson(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mlx_safe.memory.machine import Usage
+    from mlx_safe.server import limits
+
+    now = Usage(4 * GB, 0, 0, None, None, card_free=96 * GB)
+    machine = read_machine(device_info=lambda: card_info(0))
+    monkeypatch.setattr(limits, "read_machine", lambda: machine)
+    monkeypatch.setattr(limits, "usage", lambda: now)
+    found = limits.Limits(None)
+    assert found.now().size == 90 * GB
+    for _ in range(5):  # one that comes and goes, between two looks at the driver
+        now = Usage(4 * GB, 0, 0, None, None, card_free=2 * GB)
+        found.out_of_memory(held=4 * GB, baseline=GB)
+        assert found.lowered is None
+        assert found.now().size == int(0.9 * 6 * GB)
+        now = Usage(4 * GB, 0, 0, None, None, card_free=96 * GB)
+        found._card_until = 0.0
+        assert found.now().size == 90 * GB
+
+
+def test_without_a_card_the_most_that_a_step_held_was_too_much() -> None:
+    clock = Clock()
+    learned = LearnedCeiling(clock)
+    # A step held more than the ceiling: the estimate was short.
+    assert learned.fault(60 * GB, 10 * GB, 36 * GB) == 10 * GB + int(0.8 * 26 * GB)
+    assert learned.fault(60 * GB, 10 * GB, 36 * GB) < 27 * GB

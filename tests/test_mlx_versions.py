@@ -20,6 +20,7 @@ from mlx_safe.server.mlx_lm import requirements
 from support import child
 from support.versions import (
     EXECUTED,
+    MIXED_PAIR,
     NEWEST_PAIR,
     OLDEST_PAIR,
     READ,
@@ -72,8 +73,10 @@ def test_what_is_shipped_names_the_tested_versions() -> None:
     for package in ("mlx", "mlx[cpu]", "mlx[cuda12]", "mlx[cuda13]"):
         assert f'"{package}>={oldest_mlx}; ' in project
     assert {oldest_mlx, newest_mlx} <= set(EXECUTED) & set(READ)
-    pairs = (f"mlx {mlx} + mlx-lm {lm}" for mlx, lm in (OLDEST_PAIR, NEWEST_PAIR))
-    assert " and ".join(pairs) in " ".join((ROOT / "README.md").read_text().split())
+    pairs = (OLDEST_PAIR, NEWEST_PAIR, MIXED_PAIR)
+    first, second, third = (f"mlx {mlx} + mlx-lm {lm}" for mlx, lm in pairs)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{first}, {second} and {third}" in readme
 
 
 def test_the_docs_have_the_table() -> None:

@@ -78,6 +78,18 @@ def test_the_environments_own_sitecustomize_still_runs(tmp_path: Path) -> None:
     assert done.stdout == "own\nown\n[] True\n", done.stderr
 
 
+def test_replay_protects_the_batches_of_a_program(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        "from mlx_lm.generate import BatchGenerator as cls\n"
+        "print(cls._next.__module__)\n",
+    )
+    done = mlx_safe_run("--replay", "--", sys.executable, path)
+    assert done.stdout == "mlx_safe.mlx_lm.batch\n", done.stderr
+    done = mlx_safe_run("--", sys.executable, path)
+    assert done.stdout == "mlx_lm.generate\n", done.stderr
+
+
 def test_a_death_leaves_a_report(tmp_path: Path, private_reports: Path) -> None:
     path = program(
         tmp_path,
@@ -199,11 +211,11 @@ def test_an_application_that_is_not_changed_answers_and_comes_back() -> None:
         assert status == 503
 
         # The socket stays open: nobody is refused. Only what uvicorn accepts in the
-        # moment of the end is cut.
+        # moment of the end is cut, before its answer or within it.
         def served() -> bool:
             try:
                 return get(port, "/background")[0] == 200
-            except (ConnectionResetError, http.client.RemoteDisconnected):
+            except (ConnectionResetError, http.client.HTTPException):
                 return False
             except urllib.error.URLError as e:
                 assert not isinstance(e.reason, ConnectionRefusedError)

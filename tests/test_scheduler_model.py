@@ -88,6 +88,8 @@ class Machine:
         self.others = 0  # bytes that nobody here can give back
         self.prompt_cache = 0
         self.asked: tuple[Ask, Decision] | None = None
+        # What `steps_with_room` has looked at.
+        self.granted: tuple[int, int, int] | None = None
         self.at_mlx_lm: list[Client] = []
 
     @property
@@ -134,14 +136,26 @@ class Machine:
         assert ask.step_max is None or found.step <= max(ask.step_max, 64)
         return found
 
-    def has_room_for_step(self, load: Load) -> bool:
+    def steps_with_room(self, load: Load) -> int:
         load = replace(load, held=self.caches)
         found = admission.for_step(DEMAND, self._situation(), load, self._steps)
-        if self._done(found):
-            active = BASELINE + self.others + self.caches + self.prompt_cache
-            assert active + len(load.rows) <= max(self.ceiling, CEILING)
-            assert len(load.rows) == 1 or active + len(load.rows) <= self.ceiling
-        return found.verdict == "admit"
+        if not self._done(found):
+            return 0
+        self.granted = self._surroundings()
+        self.check_step(len(load.rows))
+        is_reading = any(row.is_reading for row in load.rows)
+        return 1 if is_reading else max(found.times, 1)
+
+    def _surroundings(self) -> tuple[int, int, int]:
+        return self.others, self.prompt_cache, self.ceiling
+
+    def check_step(self, rows: int) -> None:
+        """A step is made: it has its memory, unless something else took it since."""
+        if self.granted != self._surroundings():
+            return
+        active = BASELINE + self.others + self.caches + self.prompt_cache
+        assert active + rows <= max(self.ceiling, CEILING)
+        assert rows == 1 or active + rows <= self.ceiling
 
     def single_step(self, load: Load) -> SingleStep:
         assert len(load.rows) == 1 and load.length > 0
@@ -237,7 +251,12 @@ class Loop:
         prompt = (20, 300, 1500, 3000, 9000)[self.choose(5)]
         answer = (60, 1, 3, 150)[self.choose(4)]
         kind = self.choose(4)
-        self.queue.append(Client(prompt, answer, kind == 1, kind == 2))
+        self.enter(Client(prompt, answer, kind == 1, kind == 2))
+
+    def enter(self, client: Client) -> None:
+        self.arrived.append(client)
+        self.scheduler.arrive(client)
+        self.queue.append(client)
 
     def leave(self) -> None:
         if self.alive:
@@ -299,10 +318,12 @@ class Loop:
                 assert waiting.claim and self.now < waiting.claim.deadline
             has_all = not running and self.machine.ceiling == CEILING
             assert not (held and has_all and not self.machine.others), "could run"
-            if self.queue:
-                client = self.queue.pop(0)
-                self.arrived.append(client)
-                self.scheduler.arrive(client)
+            while self.queue and client is None:
+                first = self.queue.pop(0)
+                was_ended = first.is_ended
+                taken = self.scheduler.take(first)
+                assert taken is not was_ended
+                client = first if taken else None
         return client
 
     def begin(self, client: Client) -> None:
@@ -402,6 +423,7 @@ class Loop:
             self._drop(client)
         if leaving:
             return
+        self.machine.check_step(len(self.batch))
         for client in list(self.batch):
             if client in self.batch:  # or a failure has come in between
                 self._go_on(client)
@@ -492,6 +514,8 @@ class Loop:
             waits = state is RequestState.WAITING and not client.run.failed
             if state is RequestState.FINISHED:
                 assert client.ends == [None]
+            elif state is RequestState.QUEUED:
+                assert client.state is RequestState.QUEUED and client not in ending
             elif state is RequestState.HELD or (waits and line is not None):
                 # It keeps its place and its patience.
                 assert client.state is RequestState.HELD and client not in ending
@@ -542,7 +566,13 @@ class Loop:
             assert len(client.notes) == client.is_ended
             assert client.got == list(range(len(client.got))), "lost or sent twice"
             assert client.got == client.produced
-            assert client.attempts <= self.attempts
+            assert client.attempts <= min(self.attempts, client.times_replayed)
+            if client.is_ended:
+                assert client.ended_at is not None
+                assert (client.ended_with is None) == (
+                    client.state is RequestState.COMPLETED or client.is_cancelled
+                )
+            assert (client.first_token_at is not None) >= bool(client.produced)
         self.check_line()
         here = self.machine.at_mlx_lm
         for client in self.alive:
@@ -661,7 +691,8 @@ def test_who_fails_every_time_ends_alone(
     loop.is_calm = True
     clients = [Client(20 + i, 3, False, False) for i in range(others)]
     bad = clients[choices[0] % others]
-    loop.queue += clients
+    for client in clients:
+        loop.enter(client)
     for choice in choices + bytes(400):
         if bad in loop.batch:
             loop.fail(what)
@@ -677,11 +708,12 @@ def loop_with(clients: list[Client], attempts: int = ATTEMPTS) -> Loop:
     """A calm one, in which they run, as far as they have room."""
     loop = Loop(b"", attempts)
     loop.is_calm = True
-    loop.queue += clients
+    for client in clients:
+        loop.enter(client)
     while loop.queue:
-        client = loop.take()
-        assert client is not None
-        loop.begin(client)
+        taken = loop.take()
+        assert taken is not None
+        loop.begin(taken)
     return loop
 
 
@@ -690,7 +722,7 @@ def test_one_that_waits_for_its_turn_keeps_its_place() -> None:
     alone = Client(300, 200, True, False)
     loop = loop_with([Client(300, 200, False, False)])
     loop.machine.others = CEILING
-    loop.queue.append(alone)
+    loop.enter(alone)
     loop.offered = loop.take()
     assert loop.offered is alone
     loop.begin(alone)
@@ -725,7 +757,8 @@ def test_who_may_not_wait_does_not_stand_in_line() -> None:
     loop = Loop(bytes([1]))
     loop.is_calm = True
     assert loop.wait_s == 0
-    loop.queue += [Client(300, 200, False, False) for _ in range(3)]
+    for _ in range(3):
+        loop.enter(Client(300, 200, False, False))
     for _ in range(2):
         client = loop.take()
         assert client is not None

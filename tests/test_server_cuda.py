@@ -18,14 +18,16 @@ ADDRESS, ECC, ASSERT, MISALIGNED, LAUNCH = 700, 214, 710, 716, 719
 NO_END = {"0": -100.0, "2": -100.0}
 
 
-def ask_all(server: Server, clients: int, **options: Any) -> list[Answer]:
+def ask_all(
+    server: Server, clients: int, text: str = "of a ship", **options: Any
+) -> list[Answer]:
     """So many clients at once, every other one with a stream."""
     answers: list[Answer] = []
 
     def ask(number: int) -> None:
-        text = f"{number}: of a ship"
+        said = f"{number}: {text}"
         stream = number % 2 == 1
-        answers.append(server.chat(text, stream=stream, logit_bias=NO_END, **options))
+        answers.append(server.chat(said, stream=stream, logit_bias=NO_END, **options))
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
     for thread in threads:
@@ -60,7 +62,7 @@ def test_a_sticky_error_ends_the_process_and_tells_everyone(
 LOST_LATER = f"""
 import mlx.core as mx
 from mlx_safe import testing
-from mlx_safe.server import thread_state
+from mlx_safe import _thread_state as thread_state
 class Waits:
     def __getattr__(self, name):
         return getattr(mx, name)
@@ -129,6 +131,41 @@ def test_out_of_memory_anywhere_is_run_again(
     # That of an entry comes when the client has its answer.
     assert eventually(lambda: failing.metric("mlx_safe_resets_total") > resets)
     assert "Traceback" not in failing.log
+
+
+def test_a_card_that_is_smaller_than_estimated_ends_nobody(tiny_model: Path) -> None:
+    """Steps take fifteen times what they are thought to: what fails teaches enough."""
+    env = {"CARD": str(10**8), "HIDDEN": "14"}
+    with Server(tiny_model, program=program("small_card"), env=env) as server:
+        server.wait_ready()
+        # Of other programs nothing is left: what there is, the driver says.
+        assert "what is free on the card now" in server.log
+        answers = ask_all(server, 8, max_tokens=16, text="of a ship " * 100)
+        assert [answer.status for answer in answers] == [200] * 8
+        assert all(answer.broken is None and not answer.error for answer in answers)
+        faults = server.metric("mlx_safe_generation_failures_total")
+        assert 1 <= faults <= 3
+        assert "out of memory with up to" in server.log
+
+
+def test_a_ballast_that_comes_is_made_room_for(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    ballast = tmp_path / "ballast"
+    env = {"CARD": str(10**8), "BALLAST": str(ballast)}
+    with Server(tiny_model, program=program("small_card"), env=env) as server:
+        server.wait_ready()
+        (before,) = ask_all(server, 1, max_tokens=8, text="of a ship " * 100)
+        ballast.write_text(str(9 * 10**7))
+        answers = ask_all(server, 4, max_tokens=8, text="of a ship " * 100)
+        assert [answer.status for answer in answers] == [200] * 4
+        told = re.search(
+            r"^mlx_safe_memory_ceiling (\S+)", server.get("/metrics").body, re.M
+        )
+        assert told and float(told[1]) <= 10**7
+        ballast.unlink()
+        (after,) = ask_all(server, 1, max_tokens=8, text="of a ship " * 100)
+        assert after.text == before.text
 
 
 # Of at most twenty numbers, and of three.

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mlx_safe.kv.command import kv
+from support.models import make_model
 from support.server import CONTROLLED, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -24,8 +26,10 @@ def ask(server: Server, *turns: str, **more: Any) -> tuple[str, int]:
         {"role": role, "content": text}
         for role, text in zip(roles, turns, strict=False)
     ]
-    answer = server.chat(messages=messages, max_tokens=12, temperature=0.0, **more)
-    assert answer.status == 200, answer.json
+    answer = server.chat(
+        messages=messages, max_tokens=12, temperature=0.0, timeout=600, **more
+    )
+    assert answer.status == 200, answer
     details = answer.json["usage"].get("prompt_tokens_details") or {}
     return answer.text, details.get("cached_tokens", 0)
 
@@ -88,6 +92,136 @@ def test_a_fault_in_the_midst_of_a_prompt_loses_a_block_and_a_step_at_most(
         assert text == expected
         assert server.metric("mlx_safe_replays_total") == 1
         assert server.metric("mlx_safe_kv_disk_restored_tokens_total") >= 256
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("way", ["killed", "left"])
+def test_a_long_prompt_that_is_broken_off_is_not_lost(
+    plain: Server, tiny_model: Path, tmp_path: Path, path: str, way: str
+) -> None:
+    """The process is killed in the midst of it, or the client leaves."""
+    plain.ask("forget")
+    expected, _ = ask(plain, WORDS, **PATHS[path])
+    body = {"messages": [{"role": "user", "content": WORDS}], **PATHS[path]}
+    read = 9 * 128  # when the tenth step waits
+    with with_tier(tiny_model, tmp_path / "kv") as server:
+        server.wait_ready()
+        server.hold(10)
+        with server.connected(body):
+            server.wait_held()
+            wait_written(server, (read - 128) // 256)
+            if way == "killed":
+                os.kill(server.process.pid, signal.SIGKILL)
+                server.wait()
+        if way == "left":
+            server.tell("go")
+            assert_broken_off(server, expected, read, path)
+    if way == "killed":
+        with with_tier(tiny_model, tmp_path / "kv") as server:
+            assert_broken_off(server.wait_ready(), expected, read, path)
+
+
+def assert_broken_off(server: Server, expected: str, read: int, path: str) -> None:
+    text, cached = ask(server, WORDS, **PATHS[path])
+    assert text == expected
+    assert cached >= read - 256 - 128
+
+
+KINDS = ["gemma3_text", "qwen3_next", "falcon_h1"]
+
+
+@pytest.fixture(scope="module")
+def types(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model of each of these types: windows, states, lists."""
+    directory = tmp_path_factory.mktemp("types")
+    return make_model("model_types.py", directory, str(tiny_model), *KINDS)
+
+
+SHORT = WORDS[:560]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kept(
+    request: pytest.FixtureRequest, types: Path, tmp_path_factory: Any
+) -> Iterator[tuple[Server, Path]]:
+    """A server of a model with windows or states, and its directory."""
+    directory = tmp_path_factory.mktemp("kept") / "kv"
+    with with_tier(types / request.param, directory) as server:
+        yield server.wait_ready(), directory
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_windows_and_states_are_used_and_not_read_again(
+    kept: tuple[Server, Path], path: str
+) -> None:
+    server, directory = kept
+    text, how = SHORT + path, PATHS[path]
+    first, _ = ask(server, text, **how)
+    wait_written(server)
+    # As memory has it, from disk alone, and read anew.
+    second, _ = ask(server, text, first, "And now?", **how)
+    server.ask("forget")
+    restored, cached = ask(server, text, first, "And now?", **how)
+    assert (restored, cached >= 512) == (second, True)
+    # A client that edits its last turn begins from the boundary before it.
+    server.ask("forget")
+    _, cached = ask(server, text, first + "!", "And now?", **how)
+    assert cached >= 512
+    forget_all(server, directory)
+    assert ask(server, text, first, "And now?", **how) == (second, 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_of_windows_and_states_a_fault_loses_a_block_and_a_step_at_most(
+    kept: tuple[Server, Path], path: str
+) -> None:
+    server, directory = kept
+    text, how = "in the midst " + SHORT + path, PATHS[path]
+    server.ask("forget")
+    before = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+    server.plan("prefill:4:8")
+    found, _ = ask(server, text, **how)
+    after = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+    assert after - before >= 3 * 128 - 256 - 128
+    assert after > before
+    forget_all(server, directory)
+    assert ask(server, text, **how) == (found, 0)
+
+
+def test_a_hybrids_next_turn_after_a_kill(types: Path, tmp_path: Path) -> None:
+    model, directory = types / "qwen3_next", tmp_path / "kv"
+    with with_tier(model, directory) as server:
+        first, _ = ask(server.wait_ready(), SHORT)
+        wait_written(server)
+        second, _ = ask(server, SHORT, first, "And now?")
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.wait()
+    with with_tier(model, directory) as server:
+        found, cached = ask(server.wait_ready(), SHORT, first, "And now?")
+        assert found == second
+        assert cached >= 512
+
+
+def forget_all(server: Server, directory: Path) -> None:
+    """Memory and disk are empty."""
+    wait_written(server)
+    assert kv(["empty", str(directory)]) == 0
+    server.ask("forget")
+
+
+def test_a_draft_models_conversation_comes_from_disk(
+    tiny_model: Path, draft_model: Path, tmp_path: Path
+) -> None:
+    draft = ("--draft-model", str(draft_model))
+    with with_tier(tiny_model, tmp_path / "kv", *draft) as server:
+        server.wait_ready()
+        first, _ = ask(server, WORDS)
+        wait_written(server, 2)
+        expected, _ = ask(server, WORDS, first, "And now?")
+        server.ask("forget")
+        text, cached = ask(server, WORDS, first, "And now?")
+        assert text == expected
+        assert cached >= 2560
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import IncompleteRead
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 
+from mlx_safe.server import lifeline
+from support import model_types
 from support.programs import program
 from support.server import Answer, Server, free_port
 
@@ -268,3 +274,79 @@ def test_with_nccl_the_ranks_meet_on_the_gpu(monkeypatch: pytest.MonkeyPatch) ->
     for stream in (None, mx.cpu, mx.Device(mx.cpu, 0), given, mx.gpu):
         assert mx.distributed.all_sum(mx.array(1), stream=stream).item() == 1
     assert streams == [None, None, None, given, mx.gpu]
+
+
+def test_strangers_hold_no_rank_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is silent, one that says nonsense, one that has left again."""
+    monkeypatch.setattr(lifeline, "GREETING_S", 60.0)
+    met, said = threading.Event(), [0, 0, 0]
+    strangers = []
+
+    def first(numbers: list[int]) -> list[int]:
+        said[:] = numbers
+        address = ("127.0.0.1", numbers[0])
+        for _ in range(3):
+            strangers.append(socket.create_connection(address, 10.0))
+        strangers[1].sendall(bytes(lifeline.GREETING.size))
+        strangers[2].close()
+        met.set()
+        return numbers
+
+    def other(rank: int) -> None:
+        assert met.wait(10.0)
+        found.append(lifeline.Lifeline(rank, 3, "127.0.0.1", lambda _: list(said)))
+
+    found: list[lifeline.Lifeline] = []
+    threads = [threading.Thread(target=other, args=(rank,)) for rank in (2, 1)]
+    for thread in threads:
+        thread.start()
+    begin = time.monotonic()
+    with caplog.at_level("WARNING", "mlx_safe.server"):
+        home = lifeline.Lifeline(0, 3, "127.0.0.1", first)
+    assert time.monotonic() - begin < 20.0  # less than the silent one's patience
+    for thread in threads:
+        thread.join(10.0)
+    assert sorted(home._peers) == [1, 2]
+    assert len(caplog.messages) == 3  # one line for each
+    # Those that stay are told to go.
+    assert strangers[0].recv(1) == b""
+    lost: Queue[int] = Queue()
+    home.watch(lost.put)
+    for connection in found[0]._peers.values():
+        connection.close()
+    assert lost.get(timeout=10.0) in (1, 2)
+    for connection in (*home._peers.values(), *found[1]._peers.values(), *strangers):
+        connection.close()
+
+
+def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifeline, "CONNECT_S", 0.3)
+    with pytest.raises(TimeoutError, match=r"\[1\]"):
+        lifeline.Lifeline(0, 2, "127.0.0.1", lambda numbers: numbers)
+
+
+def make_pipelined(directory: Path, base: Path) -> Path:
+    """Of a type that can be shared in both ways, in the files that it takes."""
+    import mlx.core as mx
+
+    model_types.write(directory, "ministral3", base)
+    weights = directory / "model.safetensors"
+    names = dict(mx.load(str(weights)))  # type: ignore[arg-type]
+    index = {"weight_map": dict.fromkeys(names, weights.name)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.mark.parametrize("arguments", [(), ("--pipeline",)], ids=["tensor", "pipeline"])
+def test_ranks_share_a_model_both_ways(
+    tiny_model: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """What two of them say together is what one says alone."""
+    model = make_pipelined(tmp_path / "model", tiny_model)
+    with Server(model).wait_ready() as alone:
+        text = alone.chat(max_tokens=8).text
+    with two_ranks(model, tmp_path, *arguments, inject=("", "")) as ranks:
+        for options in ({}, {"stream": True}, {"seed": 1}):
+            assert ranks[0].chat(max_tokens=8, **options).text == text

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mlx_safe._failures import Failure, what_it_means
 from mlx_safe.errors import (
     MetalAccessError,
     MetalError,
@@ -25,9 +26,8 @@ from mlx_safe.errors import (
 from mlx_safe.memory.budget import Decision
 from mlx_safe.server.admission import Ask, Load, SingleStep
 from mlx_safe.server.prefill import PrefillStep
-from mlx_safe.server.recovery import what_it_means
 from mlx_safe.server.request import Request, RequestState
-from mlx_safe.server.scheduler import Failure, Scheduler
+from mlx_safe.server.scheduler import Scheduler
 from mlx_safe.testing import metal_message
 from support.programs import program
 from support.server import (
@@ -217,7 +217,7 @@ def test_a_client_that_leaves_is_not_run_again(server: Server) -> None:
     messages = [{"role": "user", "content": "x"}]
     with server.connected({"messages": messages, "max_tokens": 9999, "stream": True}):
         server.wait_held()
-    server.wait_for_log("went away")
+    server.wait_for_log("outcome=client_left")
     server.plan("any:1:8")
     server.go()
     assert server.chat().status == 200
@@ -285,8 +285,8 @@ class Unlimited:
     def admits(self, ask: Ask, load: Load) -> Decision:
         return Decision(False, 0, False, self.step_size, "admit")
 
-    def has_room_for_step(self, load: Load) -> bool:
-        return True
+    def steps_with_room(self, load: Load) -> int:
+        return 1
 
     def single_step(self, load: Load) -> SingleStep:
         return "fits"
@@ -316,6 +316,7 @@ def begun(count: int, scheduler: Scheduler[Quiet]) -> list[Quiet]:
     requests = [Quiet() for _ in range(count)]
     for request in requests:
         scheduler.arrive(request)
+        assert scheduler.take(request)
         begin(scheduler, request)
     return requests
 

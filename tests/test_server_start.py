@@ -75,7 +75,7 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_paths_that_cannot_be_read_are_no_tracebacks(tmp_path: Path) -> None:
     from mlx_safe._command import CommandError
-    from mlx_safe.server.flags import check_paths
+    from mlx_safe.server.flag_checks import check_paths
 
     # What may not be read is read all the same by root, as whom CI runs.
     loop = tmp_path / "loop"
@@ -139,7 +139,19 @@ def test_a_port_in_use(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "contains"),
     [
-        (("--port", "123456"), "--port 123456"),
+        (("--port", "123456"), "--port: must be from 0 to 65535, not '123456'"),
+        (("--temp", "-3"), "--temp -3.0: must be at least 0"),
+        (("--temp", "nan"), "--temp nan: must be a finite number"),
+        (("--top-p", "1.5"), "--top-p 1.5: must be at most 1"),
+        (("--min-p", "-1"), "--min-p -1.0: must be at least 0"),
+        (("--top-k", "-7"), "--top-k -7: must be at least -1"),
+        (("--max-tokens", "0"), "--max-tokens 0: must be at least 1"),
+        (("--num-draft-tokens", "-1"), "--num-draft-tokens -1: must be at least 0"),
+        (("--chat-template-args", "[1]"), "--chat-template-args [1]: must be an"),
+        (("--ssl-certfile", "/no/cert"), "--ssl-certfile /no/cert: cannot be read"),
+        (("--ssl-keyfile", "/no/key"), "--ssl-keyfile needs --ssl-certfile"),
+        (("--api-key-file", "/no/key"), "--api-key-file /no/key: cannot be read"),
+        (("--config", "/no/config"), "--config /no/config: cannot be read"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
         (("--adapter-path", "/no/adapter"), "--adapter-path /no/adapter"),
         (("--no-such-flag",), "--no-such-flag"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def test_a_stall_is_fatal_and_told(tiny_model: Path, more: dict[str, int]) -> No
         assert "no progress for 3 s" in answer.error["message"]
         assert server.wait() == 75
         assert "all stacks follow" in server.log
+        assert re.search(r"no progress for 3 s \(decode for chatcmpl-", server.log)
         assert "in step" in server.log  # where it hangs, by name
 
 

@@ -190,7 +190,7 @@ def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     assert answer.count(b"[DONE]") == 2
     first, health, second, third = answer.split(b"HTTP/1.1 ")[1:]
     assert b"chunk" in first and b"chunk" in third
-    assert b'{"status": "ok"}' in health
+    assert b'{"status": "ok",' in health
     assert b'"object": "chat.completion"' in second
 
 
@@ -283,7 +283,7 @@ def test_leaving_a_connection_that_was_kept(
         s.sendall(raw(body))
         server.wait_held()
         s.sendall(raw(ask()))
-    server.wait_for_log("went away", seen + 1)
+    server.wait_for_log("outcome=client_left", seen + 1)
     assert server.metric("mlx_safe_requests_in_flight") == 0
     server.go()
     assert server.chat(**PATHS[path]).status == 200
@@ -291,7 +291,7 @@ def test_leaving_a_connection_that_was_kept(
 
 
 def test_a_health_check_that_is_reset_is_no_client_that_left(server: Server) -> None:
-    before = server.log.count("went away")
+    before = server.log.count("outcome=client_left")
     for version in ("1.0", "1.1"):
         for answered in (False, True):
             with talk(server) as s:
@@ -302,7 +302,7 @@ def test_a_health_check_that_is_reset_is_no_client_that_left(server: Server) -> 
                 linger = struct.pack("ii", 1, 0)
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     assert server.chat().status == 200
-    assert server.log.count("went away") == before
+    assert server.log.count("outcome=client_left") == before
     assert "a handler failed" not in server.log
 
 
@@ -317,7 +317,7 @@ def test_connections_that_wait_are_closed_in_time(tiny_model: Path) -> None:
                 s.recv(int(head["content-length"]), socket.MSG_WAITALL)
             for s in connections:
                 assert s.recv(1) == b""
-        assert "went away" not in server.log
+        assert "outcome=client_left" not in server.log
         assert "Traceback" not in server.log
 
 
@@ -330,7 +330,7 @@ def test_of_many_that_wait_the_oldest_goes(tiny_model: Path) -> None:
         connections = [stack.enter_context(talk(server)) for _ in range(3)]
         for s in connections:
             s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert b"200" in read_until(s, b'"ok"}')
+            assert b"200" in read_until(s, b"}")
         (closed,), _, _ = select.select(connections, [], [], 60)
         assert closed.recv(1) == b""
         for s in {*connections} - {closed}:

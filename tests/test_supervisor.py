@@ -94,7 +94,7 @@ def test_a_killed_server_comes_back(tiny_model: Path) -> None:
         wait_for_log(server, "ended by SIGKILL")
         server.wait_ready()
         assert server.chat().status == 200
-        said = "SUPERVISOR - the server listens"
+        said = "INFO - SUPERVISOR - the server listens"
         assert eventually(lambda: server.log.count(said) == 2)
         assert pids_of_children(server.process.pid) != [child]
     assert server.process.returncode == 0
@@ -124,7 +124,7 @@ def test_the_parent_answers_until_the_server_listens(tmp_path: Path) -> None:
         assert_told_to_come_again(server.chat("long " * 200_000))
         go.touch()
         assert eventually(lambda: server.get("/health").status == 200)
-        wait_for_log(server, "SUPERVISOR - the server listens")
+        wait_for_log(server, "INFO - SUPERVISOR - the server listens")
         go.unlink()
         (child,) = pids_of_children(server.process.pid)
         os.kill(child, signal.SIGKILL)

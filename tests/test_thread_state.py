@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_safe.server.thread_state import ThreadState
+from mlx_safe._thread_state import ThreadState
 from support.child import run
 from support.programs import program
 

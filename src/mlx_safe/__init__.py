@@ -6,6 +6,7 @@ turns that off. See `install`, `guard`, `check`, `on_fault` and `status`.
 
 from __future__ import annotations
 
+import importlib as _importlib
 import os as _os
 
 from . import errors
@@ -44,5 +45,18 @@ __all__ = [
     "uninstall",
 ]
 
+
+def __getattr__(name: str) -> object:
+    """Modules that not every process needs: imported when they are asked for."""
+    if name in ("asgi", "metrics", "testing"):
+        return _importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 if _os.environ.get("MLX_SAFE_AUTOINSTALL", "1") not in ("0", "false", "no", ""):
     install()
+
+if _os.environ.get("MLX_SAFE_INJECT") or _os.environ.get("MLX_SAFE_INJECT_CEILING"):
+    from .testing import environment as _environment
+
+    _environment.follow_or_exit()

@@ -6,6 +6,8 @@ when the process dies. Everything here may be called from any thread.
 
 from __future__ import annotations
 
+# The module `signal` makes enums of them, which takes a millisecond.
+import _signal  # type: ignore[import-not-found]
 import os
 import sys
 import threading
@@ -18,15 +20,19 @@ from ._version import __version__
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
 __all__ = [
     "breadcrumb",
     "finish",
     "keep_fresh",
+    "name_process",
     "refresh_run_file",
     "remove_run_file",
     "sample_memory",
     "set_memory_limits",
+    "set_server",
+    "stacks",
     "start",
     "stop",
     "suppressed",
@@ -84,6 +90,9 @@ class _State:
         self.run_file_at = float("-inf")
         self.peak = -1
         self.ceiling = -1
+        self.context: dict[str, object] = {}
+        self.context_lock = threading.Lock()
+        self.facts: dict[str, object] = {}
 
 
 _state = _State()
@@ -104,11 +113,15 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
         None if directory is None else os.fsencode(directory),
         os.path.basename(sys.argv[0] if sys.argv else "").encode(errors="replace"),
     )
-    if not _core.set_report_context({**_machine(), **context}):
+    with _state.context_lock:
+        _state.context = {**_machine(), **context}
+        fits = _core.set_report_context({**_state.context, **_state.facts})
+    if not fits:
         return "crash reports are without versions and hooks: they take over 16 KB"
     if directory is None:
         return None
     _remove_run_file_at_the_end()
+    _stop_in_order()
     _sample()  # whatever comes next is not too soon after it
     with _state.run_file_lock:
         written = _core.write_run_file()
@@ -131,8 +144,58 @@ def _remove_run_file_at_the_end() -> None:
         util.Finalize(None, remove_run_file, exitpriority=0)
 
 
+def name_process(**facts: object) -> None:
+    """Has reports tell ``facts`` of this process from now on: what it serves, say."""
+    with _state.context_lock:
+        _state.facts.update(facts)
+        _core.set_report_context({**_state.context, **_state.facts})
+    if _state.directory is not None:
+        with _state.run_file_lock:
+            _core.write_run_file()
+
+
+# That end a process, where nobody handles them: init systems, containers, terminals.
+_STOPS = (_signal.SIGTERM, _signal.SIGHUP)
+
+
+def _stop_in_order() -> None:
+    """Has a process that is stopped by a signal remove its run file.
+
+    The native handler does it at once, whatever Python is at. Python's own handler is
+    for programs that take the signal over and put back what was there, as uvicorn
+    does, which then raises it again: they know of Python's handlers only.
+    """
+    for number in _STOPS:
+        if _signal.getsignal(number) is not _stopped:
+            if not _core.signal_is_default(number):
+                continue
+            _handle(number, _stopped)  # or only the native one does it
+        _core.stop_install(number)
+
+
+def _handle(number: int, handler: Any) -> None:
+    try:
+        _signal.signal(number, handler)
+    except ValueError:  # Python lets the main thread do it, and no other
+        return
+
+
+def _stopped(number: int, frame: object) -> None:
+    remove_run_file()
+    _signal.signal(number, _signal.SIG_DFL)
+    _signal.raise_signal(number)
+
+
+def _stop_as_ever() -> None:
+    for number in _STOPS:
+        if _signal.getsignal(number) is _stopped:
+            _handle(number, _signal.SIG_DFL)
+        _core.stop_uninstall(number)
+
+
 def stop() -> None:
     """Ends all of it; called by `uninstall`."""
+    _stop_as_ever()
     with _state.run_file_lock:
         _core.remove_run_file()
         _core.report_stop()
@@ -256,6 +319,13 @@ def _log_failure(directory: str) -> None:
     )
 
 
+def stacks() -> str:
+    """The Python stacks of all threads, with their names; takes milliseconds."""
+    import tempfile
+
+    return _python_stacks(_state.directory or tempfile.gettempdir())
+
+
 def _python_stacks(directory: str) -> str:
     import faulthandler
 
@@ -297,6 +367,21 @@ def _with_names(stacks: str) -> str:
         else:
             others.append(block)
     return "\n\n".join(others + own) + "\n"
+
+
+def set_server(figures: Mapping[str, object]) -> None:
+    """Each report tells of the server, too, from now on: JSON-able figures, no text.
+
+    Any thread; not more often than once a second, as a crash may be reading it.
+    """
+    with _state.context_lock:
+        named = _state.facts.get("server")
+        server = {**(named if isinstance(named, dict) else {}), **figures}
+        facts = {**_state.facts, "server": server}
+        if facts != _state.facts and _core.set_report_context(
+            {**_state.context, **facts}
+        ):
+            _state.facts = facts
 
 
 def set_memory_limits(*, peak: int = -1, ceiling: int = -1) -> None:

@@ -22,6 +22,7 @@ commands:
   serve    mlx_lm.server, protected: takes every flag of it
   run      any Python program that uses MLX, protected: run -- COMMAND ...
   doctor   what this machine is, and what fits; --model PATH sizes the flags
+  top      what a server does now, in a terminal
   status   what is active on this machine, and for what is not, why
   reports  the crash reports: list, show, export, prune
   kv       KV caches on disk: list, check, empty
@@ -64,6 +65,12 @@ def _status(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _top(arguments: Sequence[str]) -> int:
+    from .top import top
+
+    return top(arguments)
+
+
 def _reports(arguments: Sequence[str]) -> int:
     from .forensics.command import reports
 
@@ -80,6 +87,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": _serve,
     "run": _run_program,
     "doctor": _doctor,
+    "top": _top,
     "status": _status,
     "reports": _reports,
     "kv": _kv,

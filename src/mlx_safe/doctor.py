@@ -11,6 +11,9 @@ from typing import Any
 
 from . import install
 from ._command import CommandError, Parser, in_one_line, need_mlx
+from .checks import all_checks
+from .kv.directory import Directory, NotOurs
+from .kv.store import DISK_BYTES
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.demand import Demand, step_sizes
 from .memory.estimate import CacheCost, Transients, calibrate
@@ -50,6 +53,15 @@ def doctor(arguments: Sequence[str]) -> int:
     )
     for flag in ("--adapter-path", "--draft-model"):
         parser.add_argument(flag, metavar="PATH", help="the server's flag of this name")
+    parser.add_argument(
+        "--kv-dir", metavar="DIR", help="the server's flag of this name: is it usable?"
+    )
+    parser.add_argument(
+        "--kv-disk-bytes", metavar="SIZE", help="the server's flag of this name"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="the server's file of this name: does it fit?"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args(list(arguments))
     if asked.model is None and (asked.adapter_path or asked.draft_model):
@@ -60,7 +72,13 @@ def doctor(arguments: Sequence[str]) -> int:
         _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
         adapter=asked.adapter_path,
         draft=asked.draft_model,
+        config=asked.config,
     )
+    kept = _size("--kv-disk-bytes", asked.kv_disk_bytes)
+    if asked.kv_dir is not None:
+        found["kv_disk"] = _kv_disk(asked.kv_dir, kept or DISK_BYTES, found)
+    elif kept is not None:
+        raise CommandError("--kv-disk-bytes needs --kv-dir")
     print(json.dumps(found, indent=2) if asked.json else render(found))
     return 0
 
@@ -81,6 +99,7 @@ def examine(
     *,
     adapter: str | None = None,
     draft: str | None = None,
+    config: str | None = None,
 ) -> dict[str, Any]:
     """All that the command tells, JSON-able. Sizes in bytes.
 
@@ -88,6 +107,7 @@ def examine(
         model: directory or hub name of a model that is loaded and measured.
         explicit: ``--max-active-memory-bytes``. kv_limit: ``--max-active-kv-bytes``.
         adapter, draft: ``--adapter-path`` and ``--draft-model`` of the server.
+        config: a file for its ``--config``.
 
     Raises:
         CommandError: mlx is missing or broken, or the model cannot be loaded or run.
@@ -125,6 +145,7 @@ def examine(
             "advice": wired_limit_advice(machine),
         },
     }
+    found["checks"] = all_checks(config)
     if model is not None:
         loaded = _load(model, adapter, draft)
         found["model"] = _measure(model, loaded, limits.size, explicit, kv_limit)
@@ -132,6 +153,36 @@ def examine(
             if value is not None:
                 found["model"]["flags"][:0] = [flag, value]
     return found
+
+
+def _kv_disk(path: str, limit: int, found: dict[str, Any]) -> dict[str, Any]:
+    """What ``--kv-dir`` has, and has room for.
+
+    Raises:
+        CommandError: the server could not use it.
+    """
+    try:
+        directory = Directory(path)
+    except NotOurs as e:
+        raise CommandError(f"--kv-dir {e}") from e
+    try:
+        sizes = [entry.size for entry in directory.scan().values()]
+        free, _ = directory.files.free_bytes(directory.fd)
+        private = directory.is_private
+    except OSError as e:
+        raise CommandError(f"--kv-dir {path}: {e.strerror}") from e
+    finally:
+        directory.close()
+    a_token = found.get("model", {}).get("bytes_per_token")
+    return {
+        "path": path,
+        "files": len(sizes),
+        "bytes": sum(sizes),
+        "limit": limit,
+        "free": free,
+        "private": private,
+        "tokens": limit // a_token if a_token else None,
+    }
 
 
 def _system() -> str:
@@ -168,7 +219,7 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
     Raises:
         CommandError: one cannot be loaded.
     """
-    from .server.flags import check_paths
+    from .server.flag_checks import check_paths
     from .server.mlx_lm.requirements import import_server
 
     server = import_server()
@@ -274,10 +325,36 @@ def render(found: dict[str, Any]) -> str:
             for x in found["ceiling"]["limits"]
         ),
         f"wired limit {found['wired_limit']['advice']}",
+        *_render_checks(found["checks"]),
     ]
     if "model" in found:
         lines += _render_model(found["model"])
+    if "kv_disk" in found:
+        lines += _render_kv_disk(found["kv_disk"])
     return "\n".join(lines)
+
+
+def _render_kv_disk(kept: dict[str, Any]) -> list[str]:
+    tokens = kept["tokens"]
+    lines = [
+        f"KV on disk  {kept['path']}: {kept['files']} files, "
+        f"{format_size(kept['bytes'])} of {format_size(kept['limit'])}; "
+        f"{format_size(kept['free'])} free on the volume",
+    ]
+    if tokens is not None:
+        room = format_tokens(tokens)
+        lines.append(f"            room for {room} of what grows with the text")
+    if not kept["private"]:
+        lines.append("            others can read it: the files are the conversations")
+    return lines
+
+
+def _render_checks(checks: dict[str, list[str]]) -> list[str]:
+    return [
+        f"{'' if i else name:11} {line}"
+        for name, lines in checks.items()
+        for i, line in enumerate(lines)
+    ]
 
 
 def _render_model(model: dict[str, Any]) -> list[str]:

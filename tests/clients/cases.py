@@ -28,7 +28,7 @@ LONG = "x" * 3000  # over MAX_PROMPT
 MAX_PROMPT = ("--max-prompt-tokens", "2000")
 NO_REPLAY = ("--replay-attempts", "0")
 CALM = f"any:{NEVER}"
-POSTED = '"POST /v1/chat/completions'
+POSTED = "method=POST path=/v1/chat/completions"
 # The clients wait for five seconds, or longer by up to a quarter.
 RETRY_AFTER_S = 5.0
 
@@ -235,7 +235,7 @@ def supervised_amid(stage: Stage, drivers: Drivers) -> Outcomes:
 def restart(stage: Stage, drivers: Drivers) -> Outcomes:
     """They ask while the next server starts, once: it is a pause."""
     server = stage.supervised()
-    died = "SUPERVISOR - the server has ended"
+    died = "WARNING - SUPERVISOR - the server has ended"
     seen = server.log.count(died)
     os.kill(server.ask("pid"), signal.SIGKILL)
     server.wait_for_log(died, seen + 1)
@@ -251,19 +251,23 @@ def refused(stage: Stage, drivers: Drivers) -> Outcomes:
     return outcomes
 
 
+def left(server: Server) -> float:
+    """How many clients are counted as gone."""
+    return server.metric("mlx_safe_requests_total", outcome="client_left")
+
+
 def leaving(stage: Stage, drivers: Drivers) -> Outcomes:
     """One after another leaves in the midst of an answer."""
     server = stage.server("sound", *MAX_PROMPT)
-    left = 'mlx_safe_requests_total{outcome="client_left"}'
     outcomes = {}
     for name, driver in drivers.items():
-        disconnects, seen = server.disconnects, server.metric(left)
+        disconnects, seen = server.disconnects, left(server)
         outcomes[name] = driver.do(task(server, name, leave=True, max_tokens=ENDLESS))
         if not driver.client.lets_go:
             driver.stop()
         # Its answer would go on for minutes.
         outcomes[name].left &= (
-            eventually(lambda seen=seen: server.metric(left) == seen + 1, 10)  # type: ignore[misc]
+            eventually(lambda seen=seen: left(server) == seen + 1, 10)  # type: ignore[misc]
             and server.disconnects == disconnects + 1
             and server.metric("mlx_safe_requests_in_flight") == 0
         )

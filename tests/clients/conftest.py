@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +20,16 @@ from support.clients import REQUIRED
 
 TABLE = os.environ.get("MLX_SAFE_CLIENT_TABLE")
 HERE = Path(__file__).parent
+PAGE = "test_status_page.py"
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
 def missing() -> dict[str, str]:
     """Clients and proxies that cannot be run here, and why."""
     found = {c.name: reason for c in CLIENTS if (reason := c.missing())}
     found.update({name: name for name in PROXIES if not program(name)})
+    if not any(map(shutil.which, BROWSERS)):
+        found[PAGE] = "chromium (make client-browser)"
     return found
 
 
@@ -38,6 +43,7 @@ def pytest_collection_modifyitems(
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {}).values()
         names = {getattr(value, "name", value) for value in values}
+        names.add(item.path.name)
         if HERE in item.path.parents and any(name in lost for name in names):
             gone.append(item)
     items[:] = [item for item in items if item not in gone]

@@ -95,7 +95,7 @@ def test_who_leaves_is_passed_on(proxy: Proxy, two: list[Server]) -> None:
         body = {"messages": [{"role": "user", "content": "left"}], "stream": stream}
         with proxy.connected({**body, "max_tokens": ENDLESS}):
             two[0].wait_held()
-        two[0].wait_for_log("went away; its request is cancelled", gone + 1)
+        two[0].wait_for_log("outcome=client_left", gone + 1)
         two[0].go()
 
 

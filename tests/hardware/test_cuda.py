@@ -45,7 +45,7 @@ def test_the_ceiling_is_the_cards(tiny_model: Path) -> None:
     assert machine.card is not None and now.card_free is not None
     assert 0 < now.card_free <= machine.card
     with Server(tiny_model).wait_ready() as server:
-        ceiling = server.metric("mlx_safe_memory_ceiling_static")
+        ceiling = server.metric("mlx_safe_memory_ceiling_static_bytes")
         assert ceiling <= GPU_SHARE * machine.card + 1
         assert re.search("of the card|on the card", server.log)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from .setup.places import LOADER, ROOT
-
-# Makes the model: any Python with MLX and mlx-lm for this machine.
-PYTHON = ROOT / ".venvs" / "observe" / "bin" / "python"
+from .setup.packages import get_model
+from .setup.places import LOADER
 
 
 def pytest_collection_modifyitems() -> None:
@@ -19,9 +16,6 @@ def pytest_collection_modifyitems() -> None:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model() -> Path:
     """Directory of the tiny random model."""
-    directory = tmp_path_factory.mktemp("model")
-    program = ROOT / "tests" / "support" / "tiny_model.py"
-    subprocess.run([PYTHON, program, directory], check=True, timeout=300)
-    return directory
+    return get_model()

@@ -1,7 +1,8 @@
 """What tools/check_wheel.py refuses, as behaviour: a wheel that is linked wrongly.
 
-Each change is made in the bytes of our real extension module, and signed again. It
-loads, and then what the rule guards goes wrong.
+Changes are made in the bytes of our real extension module, which is signed again, or a
+small hook is built wrongly (wrongly_built.py). It loads, and then what the rule guards
+goes wrong.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from . import wrongly_built
 from .runner import Machine
+from .samples import changed, commands, signed_again
 from .setup.packages import get_ours
 from .setup.places import MAIN, PYTHONS
-from .test_loader import OURS, changed, commands, signed_again
+from .test_loader import OURS
 
 SECTION, SEGMENT = 80, 72
 
@@ -109,3 +112,51 @@ def test_what_the_checker_refuses_goes_wrong(
     assert (status, lines) != (0, GOOD)
     # By a death, not by the loader's refusal.
     assert status != 2
+
+
+# The small hook adds a Block to two buffers, and throws when the next is committed.
+HOOKED = """
+    import ctypes, machpy, mlx.core as mx
+    image = machpy._load(b"{}")
+    def call(name):
+        return ctypes.CFUNCTYPE(ctypes.c_int)(machpy._symbol(image, b"_" + name))()
+    def work():
+        mx.eval(mx.exp(mx.array([1.0])))
+        mx.synchronize()
+    work()
+    print("loaded", call(b"start"), flush=True)
+    work()
+    print("called", call(b"seen"), flush=True)
+    call(b"throw_once")
+    try:
+        work()
+        print("nothing raised")
+    except Exception as e:
+        print(type(e).__name__, e)
+"""
+BUILT: dict[Callable[[], Path], tuple[int, str, str]] = {
+    wrongly_built.as_it_must_be: (0, "called 2\nRuntimeError thrown by the hook\n", ""),
+    # No `catch (const std::exception&)` of libmlx's knows the type.
+    wrongly_built.with_a_libcxx_of_its_own: (
+        0,
+        "called 2\nSystemError nanobind::detail::nb_func_error_except(): exception "
+        "could not be translated!\n",
+        "",
+    ),
+    # The simulated Metal calls what is no code.
+    wrongly_built.with_a_wrong_block_layout: (-11, "", "signal 11"),
+    # The unwinder does not come past the frame: std::terminate.
+    wrongly_built.with_a_frame_without_tables: (
+        -6,
+        "called 2\n",
+        "uncaught exception of type std::runtime_error: thrown by the hook",
+    ),
+}
+
+
+@pytest.mark.parametrize("build", BUILT, ids=lambda build: build.__name__)
+def test_a_hook_that_is_built(build: Callable[[], Path]) -> None:
+    status, said, error = BUILT[build]
+    done = Machine(mlx="0.31.2", ours=None).run(HOOKED.format(build()))
+    assert (done.returncode, done.stdout) == (status, f"loaded 0\n{said}"), done.stderr
+    assert error in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import struct
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from .runner import Machine, load
+from .samples import changed, commands, signed_again, with_chains
 from .setup import native
-from .setup.packages import get_mlx, get_ours
+from .setup.packages import get_ours
 from .setup.places import CACHE, HERE, MAIN, NOT_RUN, PYTHONS, ROOT, SetupError
 
 OURS = "mlx_safe/_core.cpython-311-darwin.so"
@@ -25,38 +25,9 @@ def core() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def libmlx() -> bytes:
-    return (get_mlx("0.32.4", PYTHONS[MAIN]) / "mlx/lib/libmlx.dylib").read_bytes()
-
-
-def commands(raw: bytes) -> dict[int, int]:
-    """Where the first load command of each kind lies."""
-    (count,) = struct.unpack_from("<I", raw, 16)
-    found: dict[int, int] = {}
-    at = 32
-    for _ in range(count):
-        kind, size = struct.unpack_from("<2I", raw, at)
-        found.setdefault(kind, at)
-        at += size
-    return found
-
-
-def changed(raw: bytes, at: int, value: bytes) -> bytes:
-    return raw[:at] + value + raw[at + len(value) :]
-
-
-def signed_again(raw: bytes) -> bytes:
-    """With the hashes of its pages as they are now."""
-    result = bytearray(raw)
-    offset, _ = struct.unpack_from("<2I", raw, commands(raw)[0x1D] + 8)
-    at = offset + struct.unpack_from(">I", raw, offset + 16)[0]
-    hashes, _, _, slots, covered = struct.unpack_from(">5I", raw, at + 16)
-    page = 1 << raw[at + 39]
-    for i in range(slots):
-        data = raw[i * page : min((i + 1) * page, covered)]
-        start = at + hashes + 32 * i
-        result[start : start + 32] = hashlib.sha256(data).digest()
-    return bytes(result)
+def chained() -> bytes:
+    """A library of our own with chained fixups, as MLX's have."""
+    return with_chains()
 
 
 def for_x86(raw: bytes) -> bytes:
@@ -130,7 +101,7 @@ def refused(raw: bytes, path: Path, macos: str = "14.0") -> str:
     return line[len(start) :]
 
 
-@pytest.mark.parametrize("file", ["core", "libmlx"])
+@pytest.mark.parametrize("file", ["core", "chained"])
 @pytest.mark.parametrize("change", BAD, ids=lambda c: c.__name__)
 def test_what_is_wrong_is_named_in_one_line(
     change: Callable[[bytes], bytes],

@@ -43,8 +43,9 @@ def forget():
     return count
 
 
+testing.attach_all()
 counter = testing.inject("any", NEVER)
-count, going, away = testing.step, threading.Event(), NEVER
+count, going, away = testing.plans.step, threading.Event(), NEVER
 
 
 def step(phase):
@@ -60,7 +61,7 @@ def step(phase):
     count(phase)
 
 
-testing.step = step
+testing.plans.step = step
 connections, accept = 0, socket.socket.accept
 
 

@@ -2,6 +2,7 @@
 as the file named by HOG is there. TESTS: the directory of the tests.
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -18,6 +19,12 @@ from support.hog import hog
 load = server.ModelProvider.load
 
 
+def on_the_gpu():
+    """Where the model runs; under emulation, where only the CPU computes, beside it."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return mx.stream(mx.gpu) if on_cpu else contextlib.nullcontext()
+
+
 @functools.wraps(load)  # its parameters are looked at
 def loaded(self, *args, **kwargs):
     model, tokenizer = load(self, *args, **kwargs)
@@ -27,7 +34,8 @@ def loaded(self, *args, **kwargs):
 
         def hungry(self, *args, **kwargs):
             if Path(os.environ["HOG"]).exists():
-                mx.eval(hog())
+                with on_the_gpu():
+                    mx.eval(hog())
             return call(self, *args, **kwargs)
 
         kind.__call__, kind.hungry = hungry, True

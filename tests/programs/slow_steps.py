@@ -6,7 +6,7 @@ import time
 from mlx_safe import testing
 from mlx_safe.cli import main
 
-count = testing.step
+count = testing.plans.step
 
 
 def step(phase):
@@ -14,5 +14,5 @@ def step(phase):
     count(phase)
 
 
-testing.step = step
+testing.plans.step = step
 sys.exit(main(["serve", *sys.argv[1:]]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_safe.server.thread_state import ThreadState
+from mlx_safe._thread_state import ThreadState
 
 FAILURE: str
 kept: dict[str, Any] = {}

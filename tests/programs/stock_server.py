@@ -2,17 +2,7 @@
 
 import mlx_lm.server as server
 
-from mlx_safe import testing
+import mlx_safe  # follows MLX_SAFE_INJECT
 
-plans = testing.plan_from_environment()
-load = server.ModelProvider.load
-
-
-def loaded(self, *args, **kwargs):
-    model, tokenizer = load(self, *args, **kwargs)
-    testing.attach(model)
-    return model, tokenizer
-
-
-server.ModelProvider.load = loaded
+assert not mlx_safe.status().installed
 server.main()

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -140,13 +141,15 @@ class Server:
         stock: bool = False,
         env: dict[str, str] | None = None,
         program: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        headers: dict[str, str] | None = None,
     ) -> None:
+        self.tls = tls
+        self.headers = headers or {}  # of every request
         self.model = Path(model)
         self.port = free_port()
         command = [PYTHON]
         program = STOCK if stock else program
-        if program is CONTROLLED:
-            inject = inject or f"any:{NEVER}"  # or steps are not counted
         command += ["-c", program] if program else ["-m", "mlx_safe", "serve"]
         command += ["--model", str(model), "--port", str(self.port), *arguments]
         environment = dict(os.environ, MLX_SAFE_INJECT=inject, HF_HUB_OFFLINE="1")
@@ -219,15 +222,31 @@ class Server:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples."""
-        lines = self.get("/metrics").body.splitlines()
-        return sum(float(x.rsplit(" ", 1)[1]) for x in lines if x.startswith(name))
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples, of those with these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in self.get("/metrics").body.splitlines()
+            if line.startswith(name) and all(pair in line for pair in wanted)
+        )
+
+    def is_well(self) -> bool:
+        """What /health says; its figures besides are of the moment."""
+        answer = self.get("/health")
+        status = {True: 200, False: 503}[answer.json["status"] == "ok"]
+        assert answer.status == status
+        return answer.status == 200
 
     def wait_for_requests(self, count: int) -> None:
         """Waits until so many requests have been taken."""
-        taken = "mlx_safe_requests_in_flight"
-        assert eventually(lambda: self.metric(taken) >= count), self.log
+
+        def taken() -> float:
+            return self.metric("mlx_safe_requests_in_flight") - self.metric(
+                'mlx_safe_requests_in_state{state="queued"}'
+            )
+
+        assert eventually(lambda: taken() >= count), self.log
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
         """Waits for a line, which comes on a way of its own: after an answer, say."""
@@ -236,7 +255,7 @@ class Server:
     @property
     def disconnects(self) -> int:
         """How many clients the log says went away before they had their answer."""
-        return self.log.count("went away; its request is cancelled")
+        return self.log.count("outcome=client_left")
 
     @property
     def log(self) -> str:
@@ -310,7 +329,10 @@ class Server:
         raise AssertionError(f"nothing listens:\n{self.log}")
 
     def _connect(self, timeout: float) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        address = ("127.0.0.1", self.port)
+        if self.tls is None:
+            return http.client.HTTPConnection(*address, timeout=timeout)
+        return http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
 
     def connect(self, timeout: float = REQUEST_TIMEOUT_S) -> http.client.HTTPConnection:
         """A connection on which nothing has been sent."""
@@ -318,9 +340,16 @@ class Server:
         connection.connect()
         return connection
 
-    def get(self, path: str, timeout: float = REQUEST_TIMEOUT_S) -> Answer:
+    def get(
+        self,
+        path: str,
+        timeout: float = REQUEST_TIMEOUT_S,
+        headers: dict[str, str] | None = None,
+        method: str = "GET",
+    ) -> Answer:
+        more = self.headers if headers is None else headers
         with contextlib.closing(self._connect(timeout)) as connection:
-            connection.request("GET", path)
+            connection.request(method, path, headers=more)
             response = connection.getresponse()
             headers = {k.lower(): v for k, v in response.getheaders()}
             return Answer(response.status, headers, response.read().decode())
@@ -330,6 +359,7 @@ class Server:
         body: Any,
         path: str = "/v1/chat/completions",
         timeout: float = REQUEST_TIMEOUT_S,
+        headers: dict[str, str] | None = None,
     ) -> Answer:
         """Sends a request; a broken or hanging answer is noted, not raised."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -337,7 +367,8 @@ class Server:
         lines = []
         with contextlib.closing(self._connect(timeout)) as connection:
             try:
-                connection.request("POST", path, raw)
+                more = self.headers if headers is None else headers
+                connection.request("POST", path, raw, headers=more)
                 response = connection.getresponse()
                 answer.status = response.status
                 answer.headers = {k.lower(): v for k, v in response.getheaders()}
@@ -355,7 +386,9 @@ class Server:
     def stream(self, body: Any) -> Iterator[Iterator[bytes]]:
         """The lines of a chat's answer, as they come."""
         with contextlib.closing(self._connect(REQUEST_TIMEOUT_S)) as connection:
-            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            connection.request(
+                "POST", "/v1/chat/completions", json.dumps(body), headers=self.headers
+            )
             with connection.getresponse() as response:
                 yield iter(response)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import configparser
 import csv
 import hashlib
 import re
@@ -22,14 +23,18 @@ EXTENSION = {
     "manylinux_2_35_x86_64": "x86_64-linux-gnu",
     "manylinux_2_35_aarch64": "aarch64-linux-gnu",
 }
-SOURCE = Path(__file__).parents[2] / "src" / "mlx_safe"
-LICENSE = SOURCE.parents[1] / "LICENSE"
+SOURCE = Path(__file__).parents[2] / "src"
+PACKAGES = ("mlx_safe", "pytest_mlx_safe")
+LICENSE = SOURCE.parent / "LICENSE"
 PROMISED = {"License-Expression": "MIT", "Requires-Python": ">=3.10"}
-COMMAND = "mlx-safe = mlx_safe.cli:main"
+ENTRY_POINTS = {
+    "console_scripts": {"mlx-safe": "mlx_safe.cli:main"},
+    "pytest11": {"mlx_safe": "pytest_mlx_safe"},
+}
 # Distributions that are needed, by the extra that needs them (None: always).
 NEEDED: dict[str | None, set[str]] = {
     None: {"mlx"},
-    "server": {"mlx-lm", "prometheus-client", "pydantic", "rich"},
+    "server": {"mlx-lm", "prometheus-client", "pydantic", "rich", "tomli"},
     "cli": {"rich"},
     # What MLX computes with on Linux: an extra of its own.
     **{backend: {"mlx"} for backend in ("cpu", "cuda12", "cuda13")},
@@ -91,15 +96,16 @@ def _names(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
 def _sources() -> set[str]:
     """What lies in the source tree beside this tool, as it lies in a wheel."""
     return {
-        path.relative_to(SOURCE.parent).as_posix()
-        for path in SOURCE.rglob("*")
-        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+        path.relative_to(SOURCE).as_posix()
+        for package in PACKAGES
+        for path in (SOURCE / package).rglob("*")
+        if path.suffix in (".py", ".pyi", ".html") or path.name == "py.typed"
     }
 
 
 def _files(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
     """Plain files that everybody can read, the sources as they are here."""
-    ours = {name: SOURCE.parent / name for name in _sources()}
+    ours = {name: SOURCE / name for name in _sources()}
     ours[f"{_info(tags)}/licenses/LICENSE"] = LICENSE
     for entry in archive.infolist():
         mode = entry.external_attr >> 16
@@ -152,13 +158,22 @@ def _metadata(archive: zipfile.ZipFile, tags: Tags) -> Iterator[str]:
         yield from _needed(metadata.get_all("Requires-Dist", []))
     commands = f"{_info(tags)}/entry_points.txt"
     if commands in names:
-        listed = archive.read(commands).decode().split("\n")
-        if [line for line in listed if line] != ["[console_scripts]", COMMAND]:
-            yield f"entry_points.txt has not the command {COMMAND} alone"
+        listed = _entry_points(archive.read(commands).decode())
+        if listed != ENTRY_POINTS:
+            yield "entry_points.txt has not the command mlx-safe and the plugin alone"
     if "mlx_safe/_version.py" in names:
         source = archive.read("mlx_safe/_version.py").decode()
         if f'__version__ = "{tags.version}"' not in source:
             yield f"mlx_safe/_version.py is not of version {tags.version}"
+
+
+def _entry_points(text: str) -> dict[str, dict[str, str]] | None:
+    parser = configparser.ConfigParser(delimiters="=")
+    try:
+        parser.read_string(text)
+    except configparser.Error:
+        return None
+    return {name: dict(parser[name]) for name in parser.sections()}
 
 
 def _needed(requirements: list[str]) -> Iterator[str]:

@@ -403,6 +403,12 @@ void remove_run_file() noexcept {
   if (new_run_path(path, sizeof path)) ::unlink(path);
 }
 
+void stopped_in_order() noexcept {
+  // First: a thread that is about to write another one looks at this.
+  g_state.death_reported.store(true);
+  remove_run_file();
+}
+
 ReportCounts report_counts() noexcept {
   return {g_state.written.load(), g_state.failed.load()};
 }

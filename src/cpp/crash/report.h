@@ -62,6 +62,9 @@ void write_second_report(const Event& event, int number,
 bool write_run_file() noexcept;
 // Async-signal-safe. Only that of this process, not of its parent.
 void remove_run_file() noexcept;
+// The process ends as it was told to: there is no death to tell of, and no run
+// file from now on. Async-signal-safe.
+void stopped_in_order() noexcept;
 
 struct ReportCounts {
   std::uint64_t written, failed;

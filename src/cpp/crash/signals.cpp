@@ -115,6 +115,14 @@ void on_signal(int number, siginfo_t* info, void* context) {
   errno = saved_errno;
 }
 
+// Was reset to the default by SA_RESETHAND, and is blocked until it returns.
+void on_stop(int number) {
+  int saved_errno = errno;
+  stopped_in_order();
+  ::raise(number);
+  errno = saved_errno;
+}
+
 bool is_default(const struct sigaction& action) noexcept {
   return (action.sa_flags & SA_SIGINFO) == 0 && action.sa_handler == SIG_DFL;
 }
@@ -166,6 +174,26 @@ bool signals_installed() noexcept {
       return false;
   }
   return true;
+}
+
+bool signal_is_default(int number) noexcept {
+  struct sigaction now = {};
+  return ::sigaction(number, nullptr, &now) == 0 && is_default(now);
+}
+
+void stop_install(int number) noexcept {
+  struct sigaction ours = {};
+  ours.sa_handler = &on_stop;
+  ours.sa_flags = static_cast<int>(SA_RESETHAND) | SA_ONSTACK;
+  sigemptyset(&ours.sa_mask);
+  ::sigaction(number, &ours, nullptr);
+}
+
+void stop_uninstall(int number) noexcept {
+  struct sigaction now = {};
+  if (::sigaction(number, nullptr, &now) == 0 &&
+      (now.sa_flags & SA_SIGINFO) == 0 && now.sa_handler == &on_stop)
+    ::signal(number, SIG_DFL);
 }
 
 bool signals_cover_this_thread() noexcept {

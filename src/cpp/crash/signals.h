@@ -26,4 +26,16 @@ bool signals_installed() noexcept;
 // for the crash path.
 bool signals_cover_this_thread() noexcept;
 
+// Whether the signal does what it does by default. Any thread.
+bool signal_is_default(int number) noexcept;
+
+// From now on a signal that ends the process, such as SIGTERM, takes the run
+// file along: an orderly stop is no death. The process ends by it as it would
+// have, also while it computes. Idempotent; one thread at a time; not for the
+// crash path.
+void stop_install(int number) noexcept;
+
+// Puts the default back where the handler is still ours.
+void stop_uninstall(int number) noexcept;
+
 }  // namespace mlx_safe

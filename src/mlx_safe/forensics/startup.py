@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .. import _paths
 from . import orphans, reader, store, words
+from .records import Report
 
 __all__ = ["tell", "tend"]
 
@@ -27,11 +28,15 @@ def tend(directory: str, *, quietly: bool = False) -> None:
     store.prune(directory)
 
 
-def tell(directory: str | None = None) -> None:
+def tell(directory: str | None = None, server: dict[str, object] | None = None) -> None:
     """One line in the log for the reports that have had none yet.
 
-    Of several processes, one announces each report. Without ``directory``: where the
-    reports of this process go.
+    Of several processes, one announces each report. Of those that a server has left,
+    only one with the same port and model announces them.
+
+    Args:
+        directory: None: where the reports of this process go.
+        server: what `_reports.name_process` was told of this one; None: it is none.
     """
     directory = directory or _paths.report_dir()
     try:
@@ -39,15 +44,30 @@ def tell(directory: str | None = None) -> None:
     except OSError as e:
         store.log.warning("cannot look for reports in %s: %s", directory, e.strerror)
         return
-    fresh = [entry for entry in found if store.mark_announced(entry)]
+    fresh = [
+        (entry, report)
+        for entry in found
+        if not entry.announced
+        and _is_ours(report := reader.read(entry.path), server)
+        and store.mark_announced(entry)
+    ]
     if not fresh:
         return
-    newest = fresh[-1]
+    newest, report = fresh[-1]
     more = f" (and {len(fresh) - 1} before it)" if len(fresh) > 1 else ""
     store.log.warning(
-        "new report%s: %s: %s: see it with: mlx-safe reports show %s",
+        "new report%s%s: %s: %s: see it with: mlx-safe reports show %s",
+        f" of the server {whose}" if (whose := words.server_of(report)) else "",
         more,
         newest.path,
-        words.headline(reader.read(newest.path)),
+        words.headline(report),
         newest.id,
     )
+
+
+def _is_ours(report: Report, server: dict[str, object] | None) -> bool:
+    told = report.context.get("server")
+    if not isinstance(told, dict) or server is None:
+        return not told
+    # It may tell more of a server than what it is known by.
+    return all(told.get(name) == value for name, value in server.items())

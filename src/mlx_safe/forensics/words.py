@@ -13,7 +13,9 @@ from typing import Any
 from .. import _core, errors
 from .records import CommandBuffer, Report
 
-__all__ = ["Section", "advice", "headline", "sections", "size", "when"]
+__all__ = [
+    *("Section", "advice", "headline", "sections", "server_of", "size", "when"),
+]
 
 _SIGNALS = {
     "SIGABRT": "it aborted itself",
@@ -88,12 +90,23 @@ def headline(report: Report) -> str:
     return "a report that does not say why it was written"
 
 
+def server_of(report: Report) -> str:
+    """Which server it is of, by its port and model; "" when it is of none."""
+    told = report.context.get("server")
+    if not isinstance(told, dict):
+        return ""
+    return _one_line(f"on port {told.get('port')} with {told.get('model')}")
+
+
 def advice(report: Report) -> str:
     """What to do about it, in a sentence or two."""
     if report.unwritten:
         return "Make room where the reports go; the next crash can tell more then."
     if report.kind is not None:
         return report.kind.advice
+    sender = None if report.signal is None else report.signal.sent_by
+    if report.why == "signal" and sender not in (None, report.pid):
+        return f"Process {sender} ended it: look in the system's log for what that was."
     full = _machine_is_full(report)
     memory = ""
     if full:
@@ -106,7 +119,9 @@ def advice(report: Report) -> str:
             "terminate": "The stacks show where it was thrown; please report it.",
             "signal": "A defect of native code: the stacks show where. "
             "Please report it.",
-            "stall": "The Python stacks show where it stood.",
+            "stall": "The Python stacks show where it stood; a step that is only "
+            "slow needs a smaller --step-seconds or a larger --stall-timeout.",
+            "fault": "The server's log of that moment says what failed.",
             "died": "Look in the system's log for who ended the process"
             + (": the machine's memory was not nearly full." if full is False else "."),
         }.get(report.why or "", "")
@@ -195,6 +210,8 @@ def _happened(report: Report) -> list[tuple[str, ...]]:
         ("advice", advice(report)),
         ("when", when(_seconds(report.time_ns))),
         ("process", _process(report)),
+        ("server", server_of(report)),
+        ("requests", _named(report)),
         ("ran for", _ran_for(report)),
     ]
     if report.exception_message or report.exception_type:
@@ -205,6 +222,11 @@ def _happened(report: Report) -> list[tuple[str, ...]]:
     if report.second:
         rows.append(("note", "written after a crash while a report was being written"))
     return [row for row in rows if row[1]]
+
+
+def _named(report: Report) -> str:
+    """Those that were in flight, by the ids that their clients and the log have."""
+    return _one_line(", ".join(r.id or "?" for r in report.requests))
 
 
 def _process(report: Report) -> str:

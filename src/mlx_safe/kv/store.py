@@ -20,12 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from .directory import GONE, Directory, Entry, disk_size
-from .format import ROOT, SNAPSHOT, TOKEN_MAX, Damaged, Node, chain, decode, encode
+from .format import (
+    BLOCK_TOKENS,
+    ROOT,
+    SNAPSHOT,
+    TOKEN_MAX,
+    Damaged,
+    Node,
+    chain,
+    decode,
+    encode,
+)
 from .marks import Marks
 
-__all__ = ["Draft", "Found", "Limits", "Store"]
+__all__ = ["DISK_BYTES", "Draft", "Found", "Limits", "Store"]
 
 log = logging.getLogger("mlx_safe.kv")
+
+# How much a directory holds by default.
+DISK_BYTES = 20 * 10**9
 
 # A node's use is written down when the last one is so long ago.
 USE_AGAIN_NS = 60 * 10**9
@@ -51,6 +64,7 @@ class Draft:
 
     tokens: the text up to its end, or further. pieces: contiguous buffers, not to be
     changed. about: JSON-able. before: the nodes that it is of no use without.
+    instead_of: those that go when it is there.
     """
 
     node: Node
@@ -58,6 +72,7 @@ class Draft:
     pieces: Sequence[Any]
     about: Any
     before: Sequence[Node]
+    instead_of: Sequence[Node] = ()
 
     @property
     def nbytes(self) -> int:
@@ -222,7 +237,7 @@ class Store:
                 last = self._last_snapshot(identity, keys, run, tokens, most)
                 if last is None:
                     return None
-                nodes = nodes[: last.start // 256] if blocks else []
+                nodes = nodes[: last.start // BLOCK_TOKENS] if blocks else []
                 nodes.append(last)
             if not nodes:
                 return None
@@ -244,17 +259,38 @@ class Store:
         most: int,
     ) -> Node | None:
         for i in range(run, -1, -1):
-            parent = keys[i - 1] if i else ROOT
             fitting = [
                 node
-                for node in self._snapshots.get((identity, parent), ())
+                for node in self._snapshots_after(identity, keys, i, tokens)
                 if node.end <= most
-                and self._entry(node) is not None
-                and Node.snapshot(identity, keys, tokens[: node.end]) == node
             ]
             if fitting:
                 return max(fitting, key=lambda node: node.end)
         return None
+
+    def _snapshots_after(
+        self, identity: str, keys: Sequence[str], blocks: int, tokens: Sequence[int]
+    ) -> list[Node]:
+        """Those of this text that follow so many blocks."""
+        parent = keys[blocks - 1] if blocks else ROOT
+        return [
+            node
+            for node in self._snapshots.get((identity, parent), ())
+            if node.end <= len(tokens)
+            and self._entry(node) is not None
+            and Node.snapshot(identity, keys, tokens[: node.end]) == node
+        ]
+
+    def snapshots(
+        self, identity: str, keys: Sequence[str], tokens: Sequence[int]
+    ) -> list[Node]:
+        """All of the text ``tokens``, as far as is known; ``keys``: its chain."""
+        with self._mutex:
+            return [
+                node
+                for i in range(len(keys) + 1)
+                for node in self._snapshots_after(identity, keys, i, tokens)
+            ]
 
     # -- restoring -----------------------------------------------------------------
 
@@ -407,9 +443,13 @@ class Store:
         if not self._directory.publish(draft.node, chunks, used, may_publish):
             return self._not_written("withdrawn")
         self._directory.allowance(self.limits.per_hour, size)
+        for node in draft.instead_of:
+            self._directory.remove(node)
         self._change()
         with self._mutex:
             self._add(Entry(draft.node, size, used))
+            for node in draft.instead_of:
+                self._forget(node)
         self.events["written"] += 1
         self.events["written_bytes"] += size
         return True

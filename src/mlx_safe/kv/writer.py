@@ -16,10 +16,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-from .format import Node
+from .format import SNAPSHOT, Node
 from .store import Draft, Store
 
 __all__ = ["BACKLOG", "Writer"]
@@ -93,12 +93,31 @@ class Writer:
             self._waiting += item.nbytes
             return True
 
-    def holds(self, node: Node) -> bool:
-        """Whether it waits to be written, or is being written."""
+    def _drafts(self) -> list[Draft]:
         with self._changed:
             at_work = [self._at_work] if self._at_work else []
-            found = [*self._items, *at_work]
-            return any(i.draft.node == node and not i.withdrawn for i in found)
+            return [i.draft for i in (*at_work, *self._items) if not i.withdrawn]
+
+    def holds(self, node: Node) -> bool:
+        """Whether it waits to be written, or is being written."""
+        return any(draft.node == node for draft in self._drafts())
+
+    def snapshots(self, identity: str, tokens: Sequence[int]) -> list[Node]:
+        """The nodes of the text ``tokens`` that wait, and are snapshots."""
+        return [
+            draft.node
+            for draft in self._drafts()
+            if draft.node.kind == SNAPSHOT and _is_of(draft, {identity}, tokens)
+        ]
+
+    def goes_on(
+        self, identities: Collection[str], tokens: Sequence[int], end: int
+    ) -> bool:
+        """Whether something of this text waits that reaches beyond ``end`` tokens."""
+        return any(
+            draft.node.end > end and _is_of(draft, identities, tokens)
+            for draft in self._drafts()
+        )
 
     def confirm(self, epoch: int) -> None:
         """The GPU is synchronised, in ``epoch``; what is of another one goes."""
@@ -196,3 +215,12 @@ class Writer:
                 self._waiting -= item.nbytes
                 self._changed.notify_all()
         return True
+
+
+def _is_of(draft: Draft, identities: Collection[str], tokens: Sequence[int]) -> bool:
+    end = draft.node.end
+    return (
+        draft.node.identity in identities
+        and end <= len(tokens)
+        and list(draft.tokens[:end]) == list(tokens[:end])
+    )

@@ -95,6 +95,8 @@ class Decision:
         verdict: ``"admit"``; ``"wait"``; ``"refuse"``: it would fit later;
             ``"never"``: not even alone.
         missing: bytes that are not there even so; 0 when admitted.
+        times: how often over what was asked for fits beside, without anything being
+            thrown away; 0 where that is not known.
     """
 
     free_pool: bool
@@ -103,6 +105,7 @@ class Decision:
     step: int
     verdict: Verdict
     missing: int = 0
+    times: int = 0
 
 
 def decide(now: Situation, options: Iterable[Option]) -> Decision:
@@ -147,11 +150,13 @@ def _admit(now: Situation, option: Option) -> Decision | None:
     missing = now.active + option.growth - now.ceiling
     if missing > now.evictable + now.reusable:
         return None
+    left = -missing - now.pool
     return Decision(
         # What is evicted goes into the pool first.
-        free_pool=missing + now.pool > 0,
+        free_pool=left < 0,
         evict=min(max(0, missing), now.evictable),
         take_over=missing > now.evictable,
         step=option.step,
         verdict="admit",
+        times=max(0, left // max(1, option.growth) + 1),
     )

@@ -117,10 +117,13 @@ class LearnedCeiling:
     """What out-of-memory faults have taught. Thread-safe.
 
     Of the static ceiling C, B bytes are in use with nothing running (the weights).
-    A fault with N bytes active sets it to B + 0.8 (N - B), or leaves it where it is
-    when that is lower. It never goes below B + 0.25 (C - B): what fails there fails for
-    what others hold, and to refuse everything would help nobody. There it stays for 5
-    minutes, then goes back to C within an hour, evenly; then it is forgotten.
+    A fault says that N bytes were too much: what was there where that is known, else
+    the most that was held in the step that failed; and at most what the ceiling was,
+    since by estimate the step stayed below it, and the estimate was short. It sets the
+    ceiling to B + 0.8 (N - B), so that each fault lowers it. It never goes
+    below B + 0.25 (C - B): what fails there fails for what others hold, and to refuse
+    everything would help nobody. There it stays for 5 minutes, then goes back to C
+    within an hour, evenly; then it is forgotten.
 
     Args:
         clock: seconds, monotonic; tests bring their own.
@@ -132,14 +135,14 @@ class LearnedCeiling:
         self._low: int | None = None
         self._since = 0.0
 
-    def fault(self, active: int, baseline: int, static: int) -> int:
-        """Lowers it after a fault with ``active`` bytes; returns the new value."""
+    def fault(self, too_much: int, baseline: int, static: int) -> int:
+        """Lowers it after a fault with ``too_much`` bytes; returns the new value."""
         room = max(0, static - baseline)
-        wanted = baseline + int(LOWERED_TO * (active - baseline))
-        wanted = min(max(wanted, baseline + int(FLOOR * room)), static)
         with self._lock:
             before = self._value(static)
-            self._low = wanted if before is None else min(wanted, before)
+            most = static if before is None else before
+            wanted = baseline + int(LOWERED_TO * (min(too_much, most) - baseline))
+            self._low = min(max(wanted, baseline + int(FLOOR * room)), most)
             self._since = self._clock()
             return self._low
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import _core
 
-__all__ = ["Machine", "Usage", "read_machine", "sysctl", "usage"]
+__all__ = ["Machine", "Usage", "others_hold", "read_machine", "sysctl", "usage"]
 
 Sysctl = Callable[[str], "int | None"]
 
@@ -76,6 +76,16 @@ class Usage:
         if self.footprint is None:
             return 0
         return max(0, self.footprint - self.active - self.pool)
+
+
+def others_hold(machine: Machine, now: Usage) -> int | None:
+    """Bytes of the card, or of the RAM, that other programs hold; None: not known."""
+    if machine.card is not None and now.card_free is not None:
+        return max(0, machine.card - now.card_free - now.active - now.pool)
+    if now.available is None or not machine.total:
+        return None
+    own = now.footprint if now.footprint is not None else now.active + now.pool
+    return max(0, machine.total - now.available - own)
 
 
 def sysctl(name: str) -> int | None:

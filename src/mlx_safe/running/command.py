@@ -13,7 +13,7 @@ from .._command import CommandError, Parser
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["environment", "run"]
 
@@ -35,6 +35,12 @@ def _parser() -> Parser:
         "--asgi",
         action="store_true",
         help="what uvicorn serves answers faults as mlx_safe.asgi.protect does",
+    )
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="batches of mlx-lm's BatchGenerator are begun again after a fault, as "
+        "mlx_safe.mlx_lm.protect does",
     )
     parser.add_argument(
         "--no-signals",
@@ -76,6 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     words = [
         *([] if asked.no_signals else ["signals"]),
         *(["asgi"] if asked.asgi else []),
+        *(["replay"] if asked.replay else []),
     ]
     env = environment(os.environ, words)
     if not asked.supervise:
@@ -105,7 +112,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return own, arguments
 
 
-def environment(base: os._Environ[str], words: Sequence[str]) -> dict[str, str]:
+def environment(base: Mapping[str, str], words: Sequence[str]) -> dict[str, str]:
     """``base`` with what protects a Python that is started in it."""
     path = [STARTUP, *filter(None, [base.get("PYTHONPATH")])]
     return {

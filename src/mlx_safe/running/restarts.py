@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import threading
 import time
 
 from .._faults import EXIT_REPLACE
-from ..server.supervisor import BACK_OFF_S, CRASHES_MAX, how_it_ended, say
+from ..server import logs
+from ..server.supervisor import BACK_OFF_S, CRASHES_MAX, how_it_ended
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["Restarts"]
+
+log = logging.getLogger("mlx_safe.supervisor")
 
 # One that has lived so long is not counted among the crashes in a row.
 SOUND_S = 60.0
@@ -50,6 +54,7 @@ class Restarts:
 
     def run(self) -> int:
         """Returns the exit status for this process."""
+        logs.set_up("INFO", "text", name="SUPERVISOR")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # nohup, and shells for what they start in the background, have it ignored.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -64,10 +69,15 @@ class Restarts:
             crashes += 1
             how = how_it_ended(status)
             if crashes > CRASHES_MAX:
-                say(f"the program has ended {crashes} times in a row, {how}: giving up")
+                log.error(
+                    "the program has ended %d times in a row, %s: giving up",
+                    *(crashes, how),
+                )
                 return 1
             delay = BACK_OFF_S[min(crashes, len(BACK_OFF_S)) - 1]
-            say(f"the program has ended {how}; starting it again in {delay:.0f} s")
+            log.warning(
+                "the program has ended %s; starting it again in %.0f s", how, delay
+            )
             if self._stopping.wait(delay):
                 return 0
 

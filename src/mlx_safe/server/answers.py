@@ -15,9 +15,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from . import logprobs, tool_calls
-from .asked import Asked
+from .asked import Asked, wants_logprobs
 from .choices import Choices, Connected
+from .exchange import Exchange
 from .logprobs import Entry, Names
+from .logs import fields
 from .mlx_lm import compat
 from .mlx_lm.protocols.opaque import Json
 from .mlx_lm.protocols.requests import AnsweredContext, Response
@@ -25,6 +27,9 @@ from .mlx_lm.protocols.requests import AnsweredContext, Response
 __all__ = ["Answer"]
 
 log = logging.getLogger("mlx_safe.server")
+
+# One, where json.dumps would make one for each token.
+_encode = json.JSONEncoder(allow_nan=False).encode
 
 
 class Connection(Connected, Protocol):
@@ -41,6 +46,7 @@ class Connection(Connected, Protocol):
     stream_options: Json | None
     object_type: str
 
+    def _exchange(self) -> Exchange: ...
     def heard(self) -> None:
         """A token has been made; it may have no text yet."""
 
@@ -69,6 +75,10 @@ class Answer:
     Args:
         handler: its handler, which is written to.
         asked: what mlx-lm's handler wants to have generated.
+
+    Attributes:
+        is_chat: it is a message, and not a bare text.
+        wants_logprobs: the client asked for them.
     """
 
     def __init__(self, handler: Connection, asked: Asked) -> None:
@@ -81,17 +91,9 @@ class Answer:
             asked.request.tools = None
         self._choices = [_Choice(i, self) for i in range(handler.n)]
         self._is_introduced = False
-
-    @property
-    def wants_logprobs(self) -> bool:
-        """Whether the client asked for them, in one of the ways that there are."""
-        args = self._asked.arguments
-        return bool(args.logprobs) or args.top_logprobs > 0
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether it is a message, and not a bare text."""
-        return bool(self._asked.request.request_type == "chat")
+        self._event: Json = {}
+        self.is_chat = asked.request.request_type == "chat"
+        self.wants_logprobs = wants_logprobs(asked.arguments)
 
     def send(self) -> None:
         """Generates it and sends it.
@@ -101,7 +103,15 @@ class Answer:
             OSError: its client is gone.
         """
         handler = self._handler
-        with Choices(handler, self._asked, handler.n) as choices:
+        choices = Choices(handler, self._asked, handler.n)
+        try:
+            self._send(choices)
+        finally:
+            handler._exchange().requests = choices.requests()
+
+    def _send(self, all_choices: Choices) -> None:
+        handler = self._handler
+        with all_choices as choices:
             for index, item in choices:
                 choice = self._choices[index]
                 if hasattr(item, "token"):
@@ -134,8 +144,9 @@ class Answer:
             except tool_calls.Unreadable as e:
                 unread.append(part)
                 log.warning(
-                    "a tool call of %s is sent as text, as %s cannot read it: %s",
-                    *(self._handler.request_id, tool_calls.parser_name(parser), e),
+                    "a tool call is sent as text, as %s cannot read it: %s",
+                    *(tool_calls.parser_name(parser), e),
+                    extra=fields(id=self._handler.request_id),
                 )
         return calls, unread
 
@@ -166,10 +177,12 @@ class Answer:
         return len(context.prompt), completion, context.prompt_cache_count
 
     def _frame(self, choices: list[Json]) -> Json:
-        usage = () if self._handler.stream else self._usage()
-        frame: Json = self._handler.generate_response("", None, *usage)
-        frame["choices"] = choices
-        return frame
+        if not self._handler.stream:
+            frame = self._handler.generate_response("", None, *self._usage())
+            return {**frame, "choices": choices}
+        # That of a stream's events is the same for all of them.
+        self._event = self._event or self._handler.generate_response("", None)
+        return {**self._event, "choices": choices}
 
     def _end_stream(self) -> None:
         handler = self._handler
@@ -181,8 +194,7 @@ class Answer:
         handler.wfile.flush()
 
     def _send_event(self, value: Json) -> None:
-        data = json.dumps(value, allow_nan=False)
-        self._handler.wfile.write(f"data: {data}\n\n".encode())
+        self._handler.wfile.write(f"data: {_encode(value)}\n\n".encode())
         self._handler.wfile.flush()
 
 

@@ -6,7 +6,12 @@ from typing import Any
 
 from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
 
-__all__ = ["Asked"]
+__all__ = ["Asked", "wants_logprobs"]
+
+
+def wants_logprobs(args: GenerationArguments) -> bool:
+    """Whether the client asked for log-probabilities, in one of the two ways."""
+    return bool(args.logprobs) or args.top_logprobs > 0
 
 
 class Asked(BaseException):

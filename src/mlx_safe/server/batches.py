@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .in_flight import InFlight
+from .logprobs import NOT_READ
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
 from .mlx_lm.protocols.opaque import Uid
 from .observer import Observer
 from .own_failures import OwnFailures
+from .prefill import PrefillStep
+from .request import RequestState
 from .scheduler import Scheduler
+from .step import Step
 
 __all__ = ["watched"]
 
@@ -25,7 +29,8 @@ def watched(
     scheduler: Scheduler[InFlight],
     observer: Callable[[], Observer],
     own: OwnFailures,
-    went_well: Callable[[], None],
+    prefill: PrefillStep,
+    step: Step,
     disk: KVTier | None = None,
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
@@ -40,6 +45,7 @@ def watched(
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._requests: dict[Uid, InFlight] = {}  # of what is in the batch, by uid
             self._missing: set[str] = set()
+            self._read: dict[Uid, int] = {}
             self._leaving = False
             super().__init__(*args, **kwargs)
 
@@ -55,6 +61,12 @@ def watched(
             """A uid for a request that failed here; the next turn removes it."""
             self._missing.add(uid := f"never inserted {len(self._missing)}")
             return (uid,)
+
+        def _tokens_read(self, prompts: Sequence[PromptResponse]) -> int:
+            """In the last step; the rows of a step are as long as the longest."""
+            read, self._read = self._read, {r.uid: int(r.progress[0]) for r in prompts}
+            longest = max(done - read.get(uid, 0) for uid, done in self._read.items())
+            return longest * len(self._read)
 
         def remove(self, uids: Sequence[Uid], *args: Any, **kwargs: Any) -> Any:
             for uid in uids:
@@ -75,18 +87,36 @@ def watched(
                 # Here too: mlx-lm's loop asks for work twice a second only.
                 disk.confirm()
             observer().begin()
+            reading = [
+                r for r in self._requests.values() if r.state is RequestState.PREFILL
+            ]
+            if reading:
+                prefill.fit(min(len(reading), self.prefill_batch_size), probe=True)
+            step.begin("prefill" if reading else "decode")
             prompts, generated = super().next()
+            running = step.running
+            step.end()
             if disk is not None:
                 for prompt in prompts:
                     request = self._requests.get(prompt.uid)
                     if request is not None:
-                        disk.checkpoint(self, prompt.uid, request.prompt_key)
+                        disk.checkpoint(
+                            self,
+                            prompt.uid,
+                            request,
+                            is_boundary=prompt.end_of_segment,
+                        )
             for response in generated:
+                request = self._requests.get(response.uid)
+                if request is not None and not request.wants_logprobs:
+                    response.logprobs = NOT_READ
                 if response.finish_reason is not None:
                     self._requests.pop(response.uid, None)
             if any(not response.end_of_prompt for response in prompts):
-                went_well()
-            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths())
+                prefill.went_well()
+            if prompts and running is not None:
+                prefill.took(self._tokens_read(prompts), running[1])
+            observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths)
             return prompts, generated
 
     Watched.__name__ = cls.__name__

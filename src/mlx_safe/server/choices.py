@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import threading
 from collections.abc import Iterator
 from queue import SimpleQueue
@@ -12,6 +13,8 @@ from socket import socket
 from typing import Any, Protocol
 
 from .asked import Asked
+from .disconnects import Watch
+from .in_flight import InFlight
 from .mlx_lm.protocols.opaque import Progress
 from .mlx_lm.protocols.requests import GenerationContext
 from .recorder import name_request
@@ -60,6 +63,7 @@ class Choices:
             _of_choice(asked, handler.request_id, handler.path, i) for i in range(count)
         ]
         self._stack = contextlib.ExitStack()
+        self._watches: list[Watch] = []
         self._lock = threading.Lock()
         self._contexts: list[GenerationContext] = []
         self._is_over = False
@@ -68,8 +72,12 @@ class Choices:
         disconnects = self._generator.disconnects
         for name, _ in self._asked:
             watching = disconnects.watching(name, self._connection)
-            self._stack.enter_context(watching)
+            self._watches.append(self._stack.enter_context(watching))
         return self
+
+    def requests(self) -> list[InFlight]:
+        """What the generator has, or had, of the choices."""
+        return [w.request for w in self._watches if w.request is not None]
 
     def __exit__(self, *exc: object) -> None:
         with self._lock:
@@ -86,7 +94,7 @@ class Choices:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         if len(self._asked) == 1:
-            yield from ((0, item) for item in self._generate(0, self._progress))
+            yield from zip(itertools.repeat(0), self._generate(0, self._progress))
         else:
             yield from self._merged()
 

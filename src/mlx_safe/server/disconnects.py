@@ -14,14 +14,28 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from .in_flight import InFlight
 
-__all__ = ["Disconnects"]
+__all__ = ["Disconnects", "Watch"]
 
 # A decode step takes 10 to 100 ms on the machines this is for.
 LOOK_EVERY_S = 0.02
+
+
+@dataclass
+class Watch:
+    """One client that waits.
+
+    Attributes:
+        request: what the generator has for it; None: nothing yet.
+    """
+
+    connection: socket.socket
+    request: InFlight | None = None
+    has_left: bool = False
 
 
 class Disconnects:
@@ -29,52 +43,53 @@ class Disconnects:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._connections: dict[str, socket.socket] = {}
-        self._requests: dict[str, InFlight] = {}
+        self._watches: dict[str, Watch] = {}
         self._wake = threading.Event()
         threading.Thread(
             target=self._run, name="mlx-safe-disconnects", daemon=True
         ).start()
 
     @contextmanager
-    def watching(self, request_id: str, connection: socket.socket) -> Iterator[None]:
+    def watching(self, request_id: str, connection: socket.socket) -> Iterator[Watch]:
         """Held by a handler while its client waits."""
+        watch = Watch(connection)
         with self._lock:
-            self._connections[request_id] = connection
+            self._watches[request_id] = watch
         try:
-            yield
+            yield watch
         finally:
             with self._lock:
-                self._connections.pop(request_id, None)
-                self._requests.pop(request_id, None)
+                self._watches.pop(request_id, None)
 
     def bind(self, request_id: str, request: InFlight) -> None:
-        """The generation thread has taken the request; its client is watched now."""
+        """The generator has the request, in its queue at first; it is watched now."""
         with self._lock:
-            if request_id in self._connections:
-                self._requests[request_id] = request
+            if request_id in self._watches:
+                self._watches[request_id].request = request
         self._wake.set()
 
     def request(self, request_id: str | None) -> InFlight | None:
-        """What the request was taken as; None before, and when its client left."""
+        """What the generator has for it; None: nothing yet, or its client left."""
         with self._lock:
-            return self._requests.get(request_id) if request_id else None
+            watch = self._watches.get(request_id) if request_id else None
+            return None if watch is None or watch.has_left else watch.request
 
     def _run(self) -> None:
         while True:
             with self._lock:
                 watched = [
-                    (n, self._connections[n], t) for n, t in self._requests.items()
+                    (watch, watch.request)
+                    for watch in self._watches.values()
+                    if watch.request is not None and not watch.has_left
                 ]
             if not watched:
                 self._wake.wait()
                 self._wake.clear()
                 continue
-            for request_id, connection, request in watched:
-                if _has_left(connection):
+            for watch, request in watched:
+                if _has_left(watch.connection):
+                    watch.has_left = True
                     request.disconnect()
-                    with self._lock:
-                        self._requests.pop(request_id, None)
             time.sleep(LOOK_EVERY_S)
 
 

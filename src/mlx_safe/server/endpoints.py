@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
-from . import schema
+from . import schema, status_page
+from .access import STATUS
 from .metrics import CONTENT_TYPE
 from .replies import BadRequest, ModelNotFound
 from .responses import Responses
+from .status import HISTORIES
 
 __all__ = ["Endpoints"]
 
-GET_ROUTES = ("/health", "/metrics", "/v1/models")
+GET_ROUTES = ("/health", "/metrics", "/v1/models", *STATUS)
 MODEL_ROUTE = "/v1/models/"
 
 
 class Endpoints(Responses):
     """Answers every method but POST. Runs on a thread of its own."""
 
-    path: str
+    path = ""  # of a request whose first line cannot be read
 
     def do_GET(self) -> None:
         """Answers ``/health``, ``/metrics`` and ``/v1/models``."""
@@ -31,6 +33,10 @@ class Endpoints(Responses):
             self.handle_health_check()
         elif route == "/v1/models":
             self.handle_models_request()
+        elif route == "/status":
+            self.send_body(200, status_page.CONTENT_TYPE, status_page.body())
+        elif route == "/status.json":
+            self._send_status()
         elif route.startswith(MODEL_ROUTE):
             self._send_model(unquote(route.removeprefix(MODEL_ROUTE)))
         else:
@@ -57,6 +63,24 @@ class Endpoints(Responses):
 
     do_PUT = do_PATCH = do_DELETE = refuse_route
 
+    def _send_status(self) -> None:
+        asked = parse_qs(self.path.partition("?")[2]).get("history", ["short"])[-1]
+        if asked not in (*HISTORIES, "none"):
+            names = ", ".join((*HISTORIES, "none"))
+            self.end_with(BadRequest(f"history must be one of {names}.", "history"))
+            return
+        history = None if asked == "none" else asked
+        body = self.response_generator.status.read(history)
+        self.send_body(200, "application/json", body)
+
+    def _set_cors_headers(self) -> None:
+        # Pages from elsewhere may ask the API; what the server does is not theirs.
+        if self.path.partition("?")[0] in STATUS:
+            for name, value in status_page.HEADERS.items():
+                self.send_header(name, value)
+        else:
+            super()._set_cors_headers()
+
     def _listed(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self.created}
 
@@ -81,7 +105,8 @@ class Endpoints(Responses):
         if reason is None and not thread.is_alive():
             reason = "the generation thread has ended"
         if reason is None:
-            self.send_json(200, {"status": "ok"})
+            body = {"status": "ok"}
         else:
             body = {"status": "unavailable", "state": health.state, "reason": reason}
-            self.send_json(503, body)
+        live = self.response_generator.live.summary()
+        self.send_json(503 if reason else 200, {**body, **live})

@@ -12,7 +12,7 @@ from .mlx_lm.protocols.models import ModelProvider
 from .replies import ModelNotFound, Unavailable, is_allocation_failure
 from .served_model import where
 
-__all__ = ["load_first_model"]
+__all__ = ["load_first_model", "status_line"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -33,7 +33,7 @@ def load_first_model(
         _leave(e, provider, health, fail_everyone)
         return False
     health.enter("ok")
-    log.info("ready: %s", _status_line())
+    log.info("ready: %s", status_line())
     return True
 
 
@@ -58,7 +58,7 @@ def _leave(
     health.leave(code, lambda: fail_everyone(error))
 
 
-def _status_line() -> str:
+def status_line() -> str:
     found = status()
     if found.verified:
         return f"{found.mode}, Metal is hooked and the hooks are verified"

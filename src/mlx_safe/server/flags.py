@@ -1,17 +1,44 @@
-"""The flags of ``mlx-safe serve``, and what must hold for them before a model loads."""
+"""The flags of ``mlx-safe serve``, in the groups of its help."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .._command import CommandError, Parser
+from .._command import Parser
 from ..memory.sizes import parse_size
-from . import supervisor
+from . import logs, supervisor
+from .access import KEY_RULE, is_key
 from .body import DEFAULT_MAX_BYTES
-from .mlx_lm.protocols.models import CliArgs
 
-__all__ = ["check_flags", "check_paths", "own_parser"]
+__all__ = ["own_parser", "whole_parser"]
+
+CONFIGURATION = "configuration"
+MODEL = "model"
+ACCESS = "address and access"
+ANSWERS = "what requests leave open"
+PROMPTS = "prompts"
+MEMORY = "memory"
+DISK = "KV caches on disk"
+RECOVERY = "when something fails"
+LOG = "the log"
+MORE = "more of mlx_lm.server"
+GROUPS = (
+    *(CONFIGURATION, MODEL, ACCESS, ANSWERS, PROMPTS),
+    *(MEMORY, DISK, RECOVERY, LOG, MORE),
+)
+
+# Where a flag of mlx-lm's stands in the help; one that is not here is in `MORE`.
+MLX_LM_GROUPS = {
+    **dict.fromkeys(("model", "adapter_path", "draft_model", "pipeline"), MODEL),
+    **dict.fromkeys(("trust_remote_code", "num_draft_tokens"), MODEL),
+    **dict.fromkeys(("chat_template", "use_default_chat_template"), MODEL),
+    "allowed_origins": ACCESS,
+    **dict.fromkeys(("temp", "top_p", "top_k", "min_p", "max_tokens"), ANSWERS),
+    "chat_template_args": ANSWERS,
+    **dict.fromkeys(("decode_concurrency", "prompt_concurrency"), MEMORY),
+    **dict.fromkeys(("prompt_cache_size", "kv_bits", "kv_group_size"), MEMORY),
+    "quantized_kv_start": MEMORY,
+}
 
 # Fewer tokens than a model's templates take are of no use to anyone.
 KV_WINDOW_MIN = 32
@@ -23,23 +50,126 @@ def own_parser() -> Parser:
         prog="mlx-safe serve",
         add_help=False,
         allow_abbrev=False,
-        description="mlx_lm.server, protected. Takes these options, and every "
-        "option of mlx_lm.server, listed below.",
+        description="mlx_lm.server, protected, with every flag of it. What the command "
+        "line does not say is taken from the environment (MLX_SAFE_PORT for --port), "
+        "then from --config.",
     )
-    _add_recovery_flags(parser)
-    _add_prompt_flags(parser)
-    _add_memory_flags(parser)
-    _add_model_flags(parser)
-    _add_disk_flags(parser)
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
+    _add_configuration_flags(groups[CONFIGURATION])
+    _add_model_flags(groups[MODEL])
+    _add_access_flags(groups[ACCESS])
+    _add_prompt_flags(groups[PROMPTS])
+    _add_memory_flags(groups[MEMORY])
+    _add_disk_flags(groups[DISK])
+    _add_recovery_flags(groups[RECOVERY])
+    _add_log_flags(groups[LOG])
     return parser
 
 
-def _add_recovery_flags(parser: Parser) -> None:
+def whole_parser(mlx_lm: argparse.ArgumentParser) -> Parser:
+    """`own_parser` with the flags of mlx-lm's parser that it does not have."""
+    parser = own_parser()
+    groups = {group.title: group for group in parser._action_groups}
+    own = parser._option_string_actions
+    for action in mlx_lm._actions:
+        same = [own[name] for name in action.option_strings if name in own]
+        if not same:
+            groups[MLX_LM_GROUPS.get(action.dest, MORE)]._add_action(action)
+        elif same[0].default is None:
+            same[0].default = action.default
+    return parser
+
+
+def _add_configuration_flags(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="print this help, and end"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a TOML file with flags under their own names, such as port = 8081",
+    )
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the flags that would hold, as such a file and with where each "
+        "comes from, and end; secrets are left out",
+    )
+
+
+def _add_access_flags(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="NAME",
+        help="the address to listen on (default: 127.0.0.1, this machine only)",
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=8080,
+        metavar="N",
+        help="the port to listen on; 0: any that is free (default: 8080)",
+    )
+    parser.add_argument(
+        "--api-key",
+        type=_key,
+        metavar="KEY",
+        help="what clients must send, as OpenAI's and Anthropic's do; all but /health "
+        "needs it. The list of processes shows it: better is --api-key-file, or "
+        "MLX_SAFE_API_KEY in the environment (default: everyone may ask)",
+    )
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="a file with such keys, one on each line; any of them will do",
+    )
+    parser.add_argument(
+        "--ssl-certfile",
+        metavar="FILE",
+        help="serve HTTPS with this certificate (PEM, with its chain)",
+    )
+    parser.add_argument(
+        "--ssl-keyfile",
+        metavar="FILE",
+        help="the certificate's private key (PEM; default: in --ssl-certfile)",
+    )
+    parser.add_argument(
+        "--status-page",
+        choices=["loopback", "anywhere", "off"],
+        default="loopback",
+        help="who may see /status and /status.json: clients on this machine, all that "
+        "may ask, or nobody (default: loopback)",
+    )
+
+
+def _add_log_flags(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--log-level",
+        type=str.upper,
+        choices=logs.LEVELS,
+        default="INFO",
+        help="what is logged, the line of each request (INFO) among it (default: INFO)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=logs.FORMATS,
+        default="text",
+        help="how: as text, or an object of JSON a line (default: text)",
+    )
+
+
+def _add_recovery_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--allow-untested-mlx-lm",
         action="store_true",
         help="start with an mlx-lm that is newer than the tested ones, if it has "
         "all that this server needs",
+    )
+    parser.add_argument(
+        "--require-hooks",
+        action="store_true",
+        help="on a Mac, do not start where faults of the GPU cannot be caught",
     )
     parser.add_argument(
         "--replay-attempts",
@@ -56,6 +186,14 @@ def _add_recovery_flags(parser: Parser) -> None:
         metavar="SECONDS",
         help="a generation step without progress for so long is fatal: clients get a "
         "503, and the process ends with status 75; 0: never (default: 600)",
+    )
+    parser.add_argument(
+        "--step-seconds",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long a step of a prompt may take: as many tokens are read in one; "
+        "0: --prefill-step-size alone counts (default: 5)",
     )
     parser.add_argument(
         "--keepalive-after",
@@ -81,7 +219,7 @@ def _add_recovery_flags(parser: Parser) -> None:
     )
 
 
-def _add_prompt_flags(parser: Parser) -> None:
+def _add_prompt_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--max-prompt-tokens",
         type=_positive,
@@ -112,7 +250,7 @@ def _add_prompt_flags(parser: Parser) -> None:
     )
 
 
-def _add_memory_flags(parser: Parser) -> None:
+def _add_memory_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--max-request-bytes",
         type=_size,
@@ -159,7 +297,7 @@ def _add_memory_flags(parser: Parser) -> None:
     )
 
 
-def _add_model_flags(parser: Parser) -> None:
+def _add_model_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--served-model-name",
         action="append",
@@ -183,7 +321,7 @@ def _add_model_flags(parser: Parser) -> None:
     )
 
 
-def _add_disk_flags(parser: Parser) -> None:
+def _add_disk_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--kv-dir",
         metavar="DIR",
@@ -203,6 +341,19 @@ def _name(text: str) -> str:
     # One that no request could name: `schema.Name`.
     if not text.strip() or text != text.strip() or not text.isprintable():
         raise argparse.ArgumentTypeError(f"must be a name, not {text!r}")
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, not {text!r}")
+    return int(text)
+
+
+def _key(text: str) -> str:
+    # Says nothing of the text, which is a secret.
+    if not is_key(text):
+        raise argparse.ArgumentTypeError(KEY_RULE)
     return text
 
 
@@ -245,91 +396,3 @@ def _seconds(text: str) -> float:
             f"must be a number of seconds from 0 to 1000000, not {text!r}"
         ) from None
     return value
-
-
-def check_paths(args: object) -> None:
-    """Refuses paths that mlx-lm could not load, before it starts to load them.
-
-    Args:
-        args: with ``model``, ``draft_model`` and ``adapter_path``, each a str or None.
-
-    Raises:
-        CommandError: with the flag and what to do.
-    """
-    for flag in ("model", "draft_model", "adapter_path"):
-        value = getattr(args, flag, None)
-        if not value:
-            continue
-        option = "--" + flag.replace("_", "-")
-        if _is_there(Path(value), f"{option} {value}"):
-            config = Path(value) / "config.json"
-            if flag != "adapter_path" and not _is_there(config, f"{option} {value}"):
-                raise CommandError(
-                    f"{option} {value}: there is no config.json in it; it must be "
-                    "a directory with an MLX model"
-                )
-        elif flag == "adapter_path" or not _may_be_on_the_hub(value):
-            # Nor does mlx-lm: it opens the name as it is.
-            is_home = value.startswith("~")
-            home = " (the shell does not expand ~ here)" if is_home else ""
-            raise CommandError(
-                f"{option} {value}: there is no such directory{home}; give the path of "
-                "an MLX model, or a hub name like mlx-community/SmolLM2-135M-Instruct"
-            )
-
-
-def _is_there(path: Path, given: str) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as e:
-        raise CommandError(f"{given}: cannot be read: {e.strerror}") from e
-    return True
-
-
-def check_flags(options: argparse.Namespace, args: CliArgs) -> None:
-    """Refuses flags that cannot work, alone or together. Reads directories.
-
-    Args:
-        options: what `own_parser` has found. args: what mlx-lm's parser has found.
-
-    Raises:
-        CommandError: with the flag and what to do.
-    """
-    check_paths(args)
-    _check_kv_flags(options, args)
-    _check_model_flags(options, args)
-    if options.kv_disk_bytes and not options.kv_dir:
-        raise CommandError("--kv-disk-bytes needs --kv-dir")
-
-
-def _check_kv_flags(options: argparse.Namespace, args: CliArgs) -> None:
-    if args.prompt_cache_size < 0:
-        raise CommandError("--prompt-cache-size: must be 0 or more")
-    # With 0 mlx-lm takes requests and never begins with them.
-    for flag in ("prompt_concurrency", "decode_concurrency"):
-        if getattr(args, flag) < 1:
-            option = "--" + flag.replace("_", "-")
-            raise CommandError(f"{option} {getattr(args, flag)}: must be at least 1")
-    if options.max_kv_size is None:
-        return
-    # mlx-lm cannot rewind or quantize the rotating caches that it needs.
-    for flag in ("draft_model", "kv_bits"):
-        if getattr(args, flag, None):
-            option = "--" + flag.replace("_", "-")
-            raise CommandError(f"--max-kv-size cannot be used with {option}")
-
-
-def _check_model_flags(options: argparse.Namespace, args: CliArgs) -> None:
-    for flag in ("served_model_name", "only_served_model"):
-        if getattr(options, flag) and not args.model:
-            raise CommandError(f"--{flag.replace('_', '-')} needs --model")
-    if options.only_served_model and options.allow_model_download:
-        raise CommandError(
-            "--only-served-model cannot be used with --allow-model-download"
-        )
-
-
-def _may_be_on_the_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Queue
 from typing import Any, NoReturn
 
@@ -18,10 +18,12 @@ import mlx.core as mx
 from .. import _core, _reports, errors
 from .asked import Asked
 from .disconnects import Disconnects
-from .first_model import load_first_model
+from .first_model import load_first_model, status_line
 from .headroom import Headroom, MemoryFlags
 from .health import Health
 from .in_flight import InFlight
+from .live import Live
+from .logs import fields
 from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.bases import ResponseGenerator
@@ -42,7 +44,6 @@ from .parts import Parts
 from .prefill import PrefillStep
 from .prompts import Held, Prompts
 from .ranks import AllStop, Home
-from .recorder import request_id
 from .recovery import Recovery, portable
 from .replies import (
     EXPECTED,
@@ -51,10 +52,12 @@ from .replies import (
     is_of_all,
     reply_for,
 )
-from .request import RUNNING, Disconnected, RequestState
+from .request import Disconnected
 from .scheduler import Scheduler
 from .sequential import Sequential
 from .served_model import ServedModel
+from .status import Sources, Status, disk_of, versions
+from .step import Step
 from .watchdog import Watchdog
 
 __all__ = ["ProtectedResponseGenerator"]
@@ -70,6 +73,18 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 STARTS_WITHOUT_WORK_MAX = 20
 
 
+class Door(Queue[Any]):
+    """mlx-lm's queue: who comes in is in flight from then on."""
+
+    def __init__(self, arrive: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._arrive = arrive
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Raises what ``arrive`` does: nothing is queued then."""
+        super().put(self._arrive(item), block, timeout)
+
+
 class ProtectedResponseGenerator(ResponseGenerator):
     """mlx-lm's generator with an end to every request and none to the thread."""
 
@@ -80,11 +95,11 @@ class ProtectedResponseGenerator(ResponseGenerator):
         health: Health,
         replay_attempts: int,
         stall_timeout_s: float,
+        step_seconds: float,
         overflow: Overflow,
         memory: MemoryFlags,
         names: ModelNames,
         max_kv_size: int | None = None,
-        injections: bool = False,
         hold_s: float | None = None,
         home: Home | None = None,
     ) -> None:
@@ -96,7 +111,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
-        prefill = PrefillStep(model_provider.cli_args)
+        # The ranks must take the same steps, and each has a clock of its own.
+        aim_s = step_seconds if self._one_rank else 0.0
+        prefill = PrefillStep(model_provider.cli_args, aim_s)
         self.headroom = Headroom(memory, prompt_cache, prefill, self._one_rank)
         self.scheduler: Scheduler[InFlight] = Scheduler(
             self.headroom,
@@ -110,23 +127,27 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if self._disk is not None:
             self._disk.current = lambda: self.scheduler.current
         self.disconnects = Disconnects()
+        self.live = Live(self.scheduler, Step(), self.headroom.gauges)
+        self.step = self.live.step
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
+            self.live.doing,
             lambda why: self.recovery.give_up(
                 Unavailable(f"The server restarts: {why}.", restarts=True),
                 reported=True,
             ),
         )
         self.metrics = Metrics(
-            lambda: len(self.scheduler), lambda: float(health.state == "ok")
+            self.live,
+            lambda: self.scheduler.tokens,
+            lambda: float(health.state == "ok"),
         )
         self.metrics.watch_prompt_cache(prompt_cache)
         if self._disk is not None:
             self.metrics.watch_kv_disk(self._disk.store, self._disk.writer)
-        self.metrics.watch_memory(lambda: self.scheduler.events, self._memory_gauges)
+        self.metrics.watch_memory(lambda: self.scheduler.events, self.headroom.gauges)
         self.recovery = Recovery(
-            lambda: self.requests,
             self.scheduler,
             health,
             self.headroom,
@@ -138,6 +159,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.scheduler,
             self.headroom,
             prefill,
+            self.step,
             self.recovery.end_alone,
             self._disk,
             self._one_rank,
@@ -153,13 +175,17 @@ class ProtectedResponseGenerator(ResponseGenerator):
             overflow,
             self.parts.resumed,
             is_first=lambda: health.state == "loading",
+            # `_next_request`, or the request's first step, ends it.
+            on_load=lambda: self.step.begin("load"),
+            on_loaded=prefill.model_loaded,
             detokenizer=self.parts.own.detokenizer,
             max_kv_size=max_kv_size,
-            injections=injections,
             disk=self._disk,
         )
         share = None if self._one_rank else self._share_object
-        self._sequential = Sequential(self.scheduler, self.headroom, share)
+        self._sequential = Sequential(
+            self.scheduler, self.headroom, share, prefill, self.step
+        )
         self._prompts = Prompts(
             self._model,
             overflow,
@@ -169,10 +195,29 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.metrics,
             self._one_rank,
         )
+        self.status = self._make_status(prompt_cache)
         if home is not None and home.lifeline is not None:
             home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
+
+    def _make_status(self, prompt_cache: PromptCache) -> Status:
+        headroom = self.headroom
+        return Status(
+            Sources(
+                health=self.health,
+                requests=self.live.requests,
+                memory=headroom.gauges,
+                lowered=lambda: headroom.limits.lowered,
+                prompt_cache=prompt_cache,
+                metrics=self.metrics,
+                events=lambda: self.scheduler.events,
+                tokens=lambda: self.scheduler.tokens,
+                model=lambda: next(iter(self.names.own), None),
+                about={"protection": status_line(), **versions()},
+                disk=lambda: disk_of(self._disk),
+            )
+        )
 
     # -- called by handler threads -----------------------------------------
 
@@ -211,6 +256,19 @@ class ProtectedResponseGenerator(ResponseGenerator):
     def width(self) -> int | None:
         """The width of the loaded model's logits; None: not known. Any thread."""
         return self._model.limits.facts.width
+
+    def figures(self) -> dict[str, Any]:
+        """What crash reports tell of this server. Any thread."""
+        return {} if self._disk is None else {"kv_disk": self._disk.figures()}
+
+    def _log_cache_stats(self) -> None:
+        """mlx-lm calls it for each request; its own way takes four lines."""
+        log.debug(
+            "prompt cache",
+            extra=fields(
+                entries=len(self.prompt_cache), bytes=int(self.prompt_cache.nbytes)
+            ),
+        )
 
     # -- the generation thread ----------------------------------------------
 
@@ -277,13 +335,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
         current = self.scheduler.current
         return current is not None and current.run.takes_over
 
-    def _memory_gauges(self) -> dict[str, float]:
-        return {
-            **self.headroom.gauges(),
-            "held": len(self.scheduler.requests(RequestState.HELD)),
-            "running": len(self.scheduler.requests(*RUNNING)),
-        }
-
     def _make_state_machine(
         self,
         model_key: ModelKey,
@@ -311,6 +362,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
     def _next_request(self, timeout: float | None = None) -> Any:
         # mlx-lm's loop comes by here between any two pieces of work.
         self._starts_without_work = 0
+        self.step.end()
         self.watchdog.moved()
         _reports.sample_memory()
         caught, self._caught = self._caught, None
@@ -335,24 +387,40 @@ class ProtectedResponseGenerator(ResponseGenerator):
             if self._home is not None:
                 self._home.end()
             return None
+        # Where another rank has the clients, it comes as that rank got it.
+        request = taken[0] if self._rank == 0 else self._in_flight(taken)
+        return request if request.taken() else None
+
+    def _in_flight(self, asked: tuple[Any, Any, Any]) -> InFlight:
+        return InFlight(
+            self.scheduler, asked, self._before_put, self._on_caught, self._one_rank
+        )
+
+    def _arrive(self, asked: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """What a handler puts into mlx-lm's queue, in flight from now on."""
+        if isinstance(asked[1], AllStop):
+            return asked
         try:
-            request = InFlight(
-                self.scheduler, taken, self._before_put, self._on_caught, self._one_rank
-            )
+            request = self._in_flight(asked)
         except RecursionError:
-            taken[0].put(BadRequest("The request is nested too deeply."))
-            return None
-        except MemoryError as e:
-            # Nothing knows of it yet: it would wait for ever.
-            taken[0].put(portable(e))
-            return None
-        if self._rank == 0:  # elsewhere nobody waits for the answer
-            self.scheduler.arrive(request)
-            self.disconnects.bind(request_id(taken[1]), request)
-        return request
+            raise BadRequest("The request is nested too deeply.") from None
+        self.scheduler.arrive(request)
+        self.disconnects.bind(request.id, request)
+        return request, asked[1], asked[2]
+
+    @property
+    def requests(self) -> Any:
+        """mlx-lm's queue of what is to be generated."""
+        return self._queue
+
+    @requests.setter
+    def requests(self, queue: Any) -> None:
+        # mlx-lm makes it just before it starts the thread that reads it.
+        self._queue = Door(self._arrive)
 
     def _serve_single(self, request: Any, *args: Any) -> None:
         self.scheduler.serve_alone(request[0])
+        self._sequential.begin()
         super()._serve_single(request, *args)
 
     def _before_put(self, request: InFlight, item: Any) -> None:
@@ -368,8 +436,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if hasattr(item, "token"):
             disk.first_token(request)
         elif request.run.alone and isinstance(item, tuple):
-            disk.confirm()  # what was taken at the step before
-            disk.checkpoint_alone()
+            disk.checkpoint_alone(request, item[0])
+            disk.confirm()  # which synchronises: the step is done, and had no fault
 
     def _is_working(self) -> bool:
         # mlx-lm's loop comes by `_next_request` every tenth of a second when there is
@@ -390,11 +458,14 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.scheduler.cancel(request)  # other ranks learn it here
             return
         if isinstance(exc, EXPECTED):  # of this request; no failure of the server
-            log.info("a request is refused: %s", exc)
             request.fail(exc)
             return
         if not request.has_context and not is_of_all(exc):
-            log.error("a request could not be begun", exc_info=exc)
+            log.error(
+                "a request could not be begun",
+                exc_info=exc,
+                extra=fields(id=request.id),
+            )
             self.metrics.failures.labels(reply_for(exc).code).inc()
             request.fail(portable(exc))
         else:

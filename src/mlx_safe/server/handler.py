@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import time
-import traceback
 from email.message import Message as EmailMessage
 from typing import Any
 
@@ -16,7 +15,9 @@ from .asked import Asked
 from .body import Bodies, Hold
 from .choices import GenerationEnded
 from .endpoints import Endpoints
+from .exchange import DISCONNECTED
 from .handover import Message
+from .logs import fields, of_exception
 from .mlx_lm import compat
 from .mlx_lm.bases import APIHandler
 from .mlx_lm.protocols.opaque import Json
@@ -24,7 +25,7 @@ from .mlx_lm.protocols.requests import CompletionRequest
 from .model_names import DEFAULT
 from .replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
 from .request_file import State
-from .responses import DISCONNECTED, error_body
+from .responses import error_body
 
 __all__ = ["ProtectedHandler"]
 
@@ -32,11 +33,6 @@ log = logging.getLogger("mlx_safe.server")
 
 # With such lines mlx-lm reports how far it has read a prompt, after each step.
 COMMENT = b": keepalive"
-
-
-def _in_our_form(data: bytes) -> bytes:
-    """``{"error": "text"}`` of mlx-lm, as the body that all other refusals have."""
-    return error_body(reply_for(BadRequest(json.loads(data)["error"])))
 
 
 class _Checked:
@@ -97,7 +93,9 @@ class ProtectedHandler(Endpoints, APIHandler):
             return b""
         # What mlx-lm itself refuses; it writes the body in one go.
         if data.startswith(b'{"error": "'):
-            return _in_our_form(data)
+            refused = BadRequest(json.loads(data)["error"])
+            self._exchange().error = refused
+            return error_body(reply_for(refused))
         return data
 
     def _is_late(self) -> bool:
@@ -113,6 +111,10 @@ class ProtectedHandler(Endpoints, APIHandler):
     def _set_cors_headers(self) -> None:
         # The last that mlx-lm does before it ends the headers of any answer.
         super()._set_cors_headers()
+        if self.command == "OPTIONS":
+            # The "*" of mlx-lm does not cover it (Fetch standard), and clients in
+            # browsers send a key whether one is asked for or not.
+            self.send_header("Access-Control-Allow-Headers", "Authorization")
         request = self.response_generator.disconnects.request(
             getattr(self, "request_id", None)
         )
@@ -134,16 +136,17 @@ class ProtectedHandler(Endpoints, APIHandler):
                 if refused is None:
                     super().do_POST()
                 else:
-                    if not isinstance(refused, DISCONNECTED):
-                        log.info("a request is refused: %s", refused)
                     self.end_with(refused)
         except _Refused as e:
             self.end_with(e.error)
         except Exception as e:
-            if is_of_all(e):
-                log.error("a request cannot be begun: %s", type(e).__name__)
-            else:
-                log.exception("a request failed before it was begun")
+            # With more of a message than its kind, where that has no text in it.
+            log.error(
+                "a request failed before it was begun: %s",
+                of_exception(e),
+                exc_info=None if is_of_all(e) else e,
+                extra=fields(id=getattr(self, "request_id", None)),
+            )
             self.end_with(e)  # handle_completion deals with its own
         finally:
             self.rfile = rfile
@@ -192,7 +195,7 @@ class ProtectedHandler(Endpoints, APIHandler):
             if is_of_all(e):
                 raise
             # mlx-lm (0.32) fetches images here, and answers with the reason itself.
-            log.info("an image cannot be fetched: %s", e)
+            log.info("an image cannot be fetched: %s", type(e).__name__)
             why = BadRequest("An image of the messages cannot be fetched.", "messages")
             raise _Refused(why) from e
 
@@ -231,16 +234,13 @@ class ProtectedHandler(Endpoints, APIHandler):
                 self._note_failure(e)
             self.end_with(e)
         else:
-            self.count("completed")
             self.server.handover.tell_once(Message.WORKED)
 
     def _note_failure(self, exc: Exception) -> None:
         """Logs what goes wrong here; the generation thread logs its own."""
         self.response_generator.metrics.failures.labels(reply_for(exc).code).inc()
         log.error(
-            "the answer to %s could not be put together\n%s%s",
-            self.request_id,
-            # The places and the kind: a message may quote what was generated.
-            "".join(traceback.format_tb(exc.__traceback__)),
-            type(exc).__name__,
+            "an answer could not be put together",
+            exc_info=exc,
+            extra=fields(id=self.request_id),
         )

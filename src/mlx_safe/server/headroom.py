@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..memory.budget import Decision, Situation
 from ..memory.demand import Demand, Row
 from ..memory.estimate import CacheCost, Transients
-from ..memory.machine import usage
+from ..memory.machine import others_hold, usage
 from ..memory.sizes import format_size
 from ..memory.sizing import Sizing, format_tokens, sizing
 from . import admission
@@ -40,6 +40,10 @@ from .replies import ContextTooLong, NotEnoughMemory
 __all__ = ["Headroom", "MemoryFlags"]
 
 log = logging.getLogger("mlx_safe.server")
+
+# Of a batch that only writes, which needs a few bytes for each token: what other
+# programs take is seen that much later. On a GPU they are a tenth of a second.
+STEPS_MAX = 16
 
 EVERYTHING_FITS = Decision(
     free_pool=False, evict=0, take_over=False, step=0, verdict="admit"
@@ -80,6 +84,8 @@ class Headroom:
         self._demand = Demand(CacheCost(), Transients())
         # mlx-lm's batch generator; not kept alive by us.
         self._batch_ref: weakref.ref[BatchGenerator] | None = None
+        # Of the step that comes next: tokens of prompts that it reads, and the longest.
+        self._reading: tuple[int, int] | None = None
         self.observer = Observer(self._demand.transients)
         self.sizing: Sizing | None = None
         self._context: int | None = None
@@ -186,11 +192,17 @@ class Headroom:
         return replace(load, held=nbytes + owned)
 
     def out_of_memory(self) -> None:
-        """A fault or an allocation failure: lowers the ceiling below what is active."""
-        self.limits.out_of_memory(int(mx.get_active_memory()), self._baseline)
+        """A fault or an allocation failure: lowers the ceiling below what was there.
+
+        Of a card that is known. A step that reads prompts has taken all of it at least,
+        whatever was estimated, which decides on the size of the next.
+        """
+        there = self.limits.out_of_memory(self.observer.recent_peak(), self._baseline)
+        if there is not None and self._reading is not None:
+            self.observer.failed(*self._reading, there)
 
     def gauges(self) -> dict[str, float]:
-        """What `metrics.MEMORY_GAUGES` shows of the memory. Any thread."""
+        """Bytes, by name: what there is of memory, and what may be. Any thread."""
         now = usage()
         found = {
             "active": now.active,
@@ -199,10 +211,18 @@ class Headroom:
             "ceiling": self.limits.now().size,
             "ceiling_static": self.limits.static().size,
             "model": self._baseline,
+            "prompt_cache": max(0, int(self._prompt_cache.nbytes)),
             "prompt_cache_limit": self._prompt_cache.max_bytes,
         }
         if now.footprint is not None:
             found["footprint"] = now.footprint
+        if now.available is not None:
+            found["available"] = now.available
+        machine = self.limits.machine
+        found["total"] = machine.card or machine.total
+        other = others_hold(machine, now)
+        if other is not None:
+            found["other"] = other
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> dict[str, int]:
@@ -215,7 +235,7 @@ class Headroom:
         """Whether a request may run beside ``load``. Changes nothing."""
         if not self._enabled:
             return EVERYTHING_FITS
-        return admission.for_request(
+        found = admission.for_request(
             self._demand,
             self._situation(),
             self._with_caches(load),
@@ -223,18 +243,30 @@ class Headroom:
             self._prefill.sizes,
             self._room_tokens,
         )
+        if found.verdict == "admit":
+            # The sequential path begins with it at once.
+            self._note_step(load, found.step, Row(ask.prompt, ask.total))
+        return found
 
-    def has_room_for_step(self, load: Load) -> bool:
-        """Makes room for the next step of a batch; False: there is none."""
+    def steps_with_room(self, load: Load) -> int:
+        """Makes room for the next steps of a batch; how many fit, 0: not one.
+
+        They are those in which nothing else happens, and none reads a prompt.
+        """
         if not self._enabled:
-            return True
+            return STEPS_MAX
         found = admission.for_step(
             self._demand,
             self._situation(),
             self._with_caches(load),
             self._prefill.sizes,
         )
-        return self._carried_out(found)
+        if not self._carried_out(found):
+            return 0
+        self._note_step(load, self._prefill.size)
+        if self._reading is not None:
+            return 1
+        return min(max(found.times, 1), STEPS_MAX)
 
     def single_step(self, load: Load) -> SingleStep:
         """The same for the sequential path."""
@@ -250,7 +282,14 @@ class Headroom:
         )
         if not self._carried_out(found):
             return "none"
+        self._note_step(load, self._prefill.size)
         return "smaller" if found.step < size else "fits"
+
+    def _note_step(self, load: Load, size: int, *more: Row) -> None:
+        prompts = [row.prompt for row in (*load.rows, *more) if row.is_reading]
+        longest = max(prompts, default=0)
+        tokens = len(prompts) * min(size, longest)
+        self._reading = (tokens, longest) if tokens else None
 
     @property
     def step_size(self) -> int:

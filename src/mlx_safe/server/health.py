@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .. import _core, _reports
+from .. import _core, _reports, testing
 from .._faults import EXIT_REPLACE
 from .recorder import breadcrumb
 
@@ -39,6 +39,7 @@ class Health:
 
     Attributes:
         restarts: the process is about to leave for another to take its place.
+        drain: called before the process ends: waits until what was answered is sent.
         count_held: of the clients that count, how many need not be waited for when
             it restarts: the supervisor keeps what they are sending.
     """
@@ -51,6 +52,7 @@ class Health:
         self._reason = "the model is being loaded"
         self._answering = 0
         self.count_held: Callable[[], int] = lambda: 0
+        self.drain: Callable[[], None] = lambda: None
         self._leaving = False
         self.restarts = False
         self._refuse_until = 0.0
@@ -130,6 +132,8 @@ class Health:
             time.sleep(ANSWER_TURN_S)
         if left := self._waits_for():
             log.error("%d clients could not be answered", left)
+        testing.tell_unfired()
+        self.drain()
         logging.shutdown()
         sys.stdout.flush()
         _reports.finish()

@@ -14,6 +14,7 @@ from typing import Any
 from . import supervisor
 from .handover import Handover, Held
 from .health import Health
+from .tls import Tls
 from .wire import Resting
 
 __all__ = ["Server", "bind"]
@@ -29,6 +30,7 @@ class Server(ThreadingHTTPServer):
         stop_requested: set by a signal handler; ends ``serve_forever`` with a
             KeyboardInterrupt.
         handover: the channel to the supervisor.
+        tls: encrypts what clients see; None: nothing is.
     """
 
     # The default of 5 refuses connections when clients come all at once.
@@ -36,6 +38,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     health: Health
     stop_requested = False
+    tls: Tls | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._resting = Resting()
@@ -81,8 +84,13 @@ class Server(ThreadingHTTPServer):
         except OSError:
             self.health.depart()
             raise
-        # At once, and not by its thread: until then only this process has it.
-        self._taken[connection] = self.handover.hold(connection)
+        if self.tls is not None:
+            # Nobody else can go on with its session.
+            connection = self.tls.wrap(connection)
+            self._taken[connection] = Held(self.handover, 0, None)
+        else:
+            # At once, and not by its thread: until then only this process has it.
+            self._taken[connection] = self.handover.hold(connection)
         return connection, address
 
     def rest(self, connection: socket.socket) -> None:
@@ -133,7 +141,9 @@ def _peer(connection: socket.socket) -> Any:
         return ("-", 0)  # its client has left meanwhile
 
 
-def bind(host: str, port: int, handle: Callable[..., None]) -> Server:
+def bind(
+    host: str, port: int, handle: Callable[..., None], tls: Tls | None = None
+) -> Server:
     """A server at this address, or on the socket that the supervisor has bound.
 
     Args:
@@ -148,11 +158,13 @@ def bind(host: str, port: int, handle: Callable[..., None]) -> Server:
         server = Server(listener.getsockname(), handle, bind_and_activate=False)
         server.socket.close()
         server.socket = listener
+        server.tls = tls
         return server
     family, address = supervisor.find_address(host, port)
     try:
         kind = type("Server", (Server,), {"address_family": family})
         bound: Server = kind(address, handle)
+        bound.tls = tls
         return bound
     except OSError as e:
         raise supervisor.cannot_listen(host, port, e) from e

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from queue import Queue
 from typing import Any
 
+from .asked import wants_logprobs
 from .mlx_lm.protocols.opaque import ModelKey
 from .mlx_lm.protocols.requests import (
     AnsweredContext,
@@ -46,8 +47,8 @@ def request_of(work: CompletionRequest) -> InFlight:
 class InFlight(Request):
     """One request in flight; has the ``put`` of the queue it stands for.
 
-    ``put`` and `work` are called by the generation thread only, `fail` and
-    `disconnect` by any.
+    Made by the thread of its handler; ``put``, `taken` and `work` are called by the
+    generation thread only, `fail` and `disconnect` by any.
 
     Args:
         taken: mlx-lm's queue, request and arguments.
@@ -61,7 +62,10 @@ class InFlight(Request):
         headers: HTTP headers that go with the answer.
         prompt_key: (model, tokens), as the prompt cache knows its prompt.
         tokenizer: that its prompt was read with; its handler has it with the context.
+        wants_logprobs: its client asked for log-probabilities.
     """
+
+    _first: Any = None  # the context that its handler has
 
     def __init__(
         self,
@@ -83,7 +87,33 @@ class InFlight(Request):
         self.headers: dict[str, str] = {}
         self.prompt_key: tuple[ModelKey, list[int]] | None = None
         self.tokenizer: Tokenizer | None = None
+        self.wants_logprobs = wants_logprobs(self._args)
         self._place = Place(request)
+        self.id, self.path = self._place.id, self._place.path
+
+    @property
+    def prompt_tokens(self) -> int | None:  # type: ignore[override]
+        """Tokens of its prompt; None: they are not known yet."""
+        return None if self._first is None else len(self._first.prompt)
+
+    @property
+    def cached_tokens(self) -> int | None:  # type: ignore[override]
+        """Of them, those that the prompt cache had; None: it was not asked yet."""
+        # mlx-lm's sequential path knows it later; until then it is -1.
+        count = -1 if self._first is None else self._first.prompt_cache_count
+        return None if count is None or count < 0 else int(count)
+
+    @property
+    def max_tokens(self) -> int:
+        """How many its answer may have."""
+        return int(self._args.max_tokens)
+
+    def taken(self) -> bool:
+        """The generation thread has it from now on; False: it has ended already."""
+        if not self._scheduler.take(self):
+            return False
+        self._place.taken()
+        return True
 
     def work(self) -> tuple[InFlight, CompletionRequest, GenerationArguments]:
         """What mlx-lm is to do: the request, or the rest of it."""
@@ -110,6 +140,7 @@ class InFlight(Request):
             self._scheduler.complete(self)
         elif isinstance(item, tuple):
             self._place.prefilled(*item)
+            self._scheduler.progress(self, *item)
             if self.state is not RequestState.HELD:
                 self.send(item)
         elif hasattr(item, "token"):
@@ -128,6 +159,7 @@ class InFlight(Request):
             self.stop_run()
         if not self._scheduler.begin(self):
             return
+        self._first = context
         assert self.tokenizer is not None
         context.stop = lambda: self._scheduler.cancel(self)  # type: ignore[method-assign]
         context.tokenizer = self.tokenizer

@@ -14,6 +14,7 @@ import selectors
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ __all__ = ["Lifeline", "address_of_first"]
 
 log = logging.getLogger("mlx_safe.server")
 
+# For all ranks, which have met already; for one connection to say who it is.
 CONNECT_S = 30.0
+GREETING_S = 2.0
+LOOK_EVERY_S = 0.1
 # A rank says with it who it is: a stranger does not know the secret.
 GREETING = struct.Struct("!iii")
 # For a host that is gone without a word: asked after so many idle seconds, as often.
@@ -50,6 +54,43 @@ def address_of_first() -> str | None:
         return str(first).rpartition(":")[0] or None
     except (KeyError, OSError, ValueError, IndexError):
         return None
+
+
+class _Caller:
+    """A connection that has been accepted, and has not said yet who it is."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.connection, self._address = listener.accept()
+        self.connection.setblocking(False)
+        self.until = time.monotonic() + GREETING_S
+        self._said = b""
+
+    def listen(self) -> bool:
+        """Takes what it says; whether that is all, or there will be no more."""
+        try:
+            got = self.connection.recv(GREETING.size - len(self._said))
+        except BlockingIOError:
+            return False
+        except OSError:
+            got = b""
+        self._said += got
+        return not got or len(self._said) == GREETING.size
+
+    def rank(self, secret: list[int]) -> int:
+        """Which rank it is; 0: none."""
+        if len(self._said) < GREETING.size:
+            return 0
+        *found, rank = GREETING.unpack(self._said)
+        return int(rank) if found == secret else 0
+
+    def turn_away(self) -> None:
+        host = self._address[0]
+        log.warning("a connection from %s to the ranks is not of a rank", host)
+        self.connection.close()
+
+
+def _callers(selector: selectors.BaseSelector) -> list[_Caller]:
+    return [key.data for key in selector.get_map().values() if key.data is not None]
 
 
 class Lifeline:
@@ -87,22 +128,36 @@ class Lifeline:
             self._keep(0, connection)
 
     def _accept(self, listener: socket.socket, size: int, secret: list[int]) -> None:
-        listener.settimeout(CONNECT_S)
-        while len(self._peers) < size - 1:
-            connection = listener.accept()[0]
-            connection.settimeout(CONNECT_S)
-            greeting = b""
-            while len(greeting) < GREETING.size:
-                got = connection.recv(GREETING.size - len(greeting))
-                if not got:
-                    break
-                greeting += got
-            if len(greeting) == GREETING.size:
-                *found, rank = GREETING.unpack(greeting)
-                if found == secret:
-                    self._keep(rank, connection)
-                    continue
-            connection.close()
+        """Waits until all the others have said who they are; no stranger holds it up.
+
+        Raises:
+            TimeoutError: some have not come.
+        """
+        missing = set(range(1, size))
+        deadline = time.monotonic() + CONNECT_S
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ)
+            while missing:
+                ready = [key.data for key, _ in selector.select(LOOK_EVERY_S)]
+                if None in ready:
+                    caller = _Caller(listener)
+                    selector.register(caller.connection, selectors.EVENT_READ, caller)
+                now = time.monotonic()
+                for caller in _callers(selector):
+                    has_spoken = caller in ready and caller.listen()
+                    if not has_spoken and now < caller.until:
+                        continue
+                    selector.unregister(caller.connection)
+                    rank = caller.rank(secret)
+                    if rank in missing:
+                        missing.remove(rank)
+                        self._keep(rank, caller.connection)
+                    else:
+                        caller.turn_away()
+                if missing and now >= deadline:
+                    raise TimeoutError(f"ranks did not connect: {sorted(missing)}")
+            for caller in _callers(selector):
+                caller.turn_away()
 
     def _keep(self, rank: int, connection: socket.socket) -> None:
         connection.settimeout(None)

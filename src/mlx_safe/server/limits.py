@@ -21,6 +21,8 @@ MAX_AGE_S = 1.0
 # at most so often, and for at most this share of the time.
 CARD_MAX_AGE_S = 0.1
 CARD_SHARE_MAX = 0.005
+# Other programs have taken memory when our share is less than so much of what it was.
+OTHERS_TOOK = 0.95
 
 
 class Limits:
@@ -113,19 +115,37 @@ class Limits:
             f"in {-(-self._learned.remaining // 60):.0f} min"
         )
 
-    def out_of_memory(self, active: int, baseline: int) -> None:
-        """A fault or an allocation failure with ``active`` bytes.
+    def out_of_memory(self, held: int, baseline: int) -> int | None:
+        """A fault or an allocation failure.
+
+        Of a card what was there for us is known, and what we held says little: what
+        was asked for on top is not counted, and may have been most of it. When other
+        programs have taken memory since the last look, that is why, and the next step
+        is measured by what they leave: nothing is learned.
 
         Args:
-            baseline: of them, what is active when nothing runs.
+            held: bytes, the most in the step that failed.
+            baseline: what is active when nothing runs.
+
+        Returns:
+            What was there; None where that is not known, or was more when the step
+            was let in.
         """
-        # Not of what the card has: of what was there for us when it failed.
+        expected = self._card_share
         self._card_until = 0.0
-        value = self._learned.fault(active, baseline, self.present().size)
-        breadcrumb("ceiling", "out of memory", active=active, bytes=value)
+        there = self.present().size
+        share = self._card_share
+        if share is None:
+            found, value = None, self._learned.fault(held, baseline, there)
+        elif expected is not None and share < OTHERS_TOOK * expected:
+            found, value = None, self.now().size
+        else:
+            found, value = there, self._learned.fault(there, baseline, there)
+        breadcrumb("ceiling", "out of memory", active=held, bytes=value)
         # The failure has its own line, a warning; this is what follows from it.
         log.info(
-            "out of memory with %s active: the ceiling is %s for now",
-            format_size(active),
+            "out of memory with up to %s active: the ceiling is %s for now",
+            format_size(held),
             format_size(value),
         )
+        return found

@@ -5,13 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from .. import _core, _reports
+from .._install import installed_versions
+from .._version import __version__
+from ..metrics import Collector as ProcessMetrics
+from .exchange import Exchange
+from .live import Live
 
-__all__ = ["CONTENT_TYPE", "Metrics"]
+__all__ = ["CONTENT_TYPE", "Metrics", "samples_of"]
+
+# A sample more for each series, the time of its first: nobody reads it, and the process
+# is this server's own.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -30,6 +45,7 @@ KV_DISK_EVENTS = {
     "restored": "Requests that began from KV caches on disk",
     "restored_tokens": "Prompt tokens that came from disk",
     "restored_bytes": "Bytes read from disk",
+    "not_cheaper": "Restores left out, as reading the prompt took less time",
     "written": "Files written",
     "written_bytes": "Bytes written",
     "not_written": "Blocks not written: no room, over the bound, or withdrawn",
@@ -53,27 +69,18 @@ MEMORY_EVENTS = {
     "preempted": "Running requests that were put back to wait for memory",
 }
 
+# By `Headroom.gauges`; what MLX and the process have besides, `mlx_safe.metrics` tells.
 MEMORY_GAUGES = {
-    "active": "Bytes that MLX's arrays hold",
-    "peak": "Most bytes that were active since the start",
-    "pool": "Bytes that MLX keeps for reuse",
-    "footprint": "Bytes of the process as the system counts them",
     "ceiling": "Bytes that may be active now",
     "ceiling_static": "Bytes that may be active when faults are forgotten",
     "model": "Bytes of the model",
+    "other": "Bytes that other programs hold, of the card or of the RAM",
     "prompt_cache_limit": "Bytes that the prompt cache may hold",
-    "held": "Requests that wait for memory now",
-    "running": "Requests that were admitted and run now",
 }
 
-
-PROCESS_EVENTS = {
-    "faults": "Faults of the GPU",
-    "faults_dropped": "Faults whose record was lost",
-    "reports_written": "Crash reports written",
-    "reports_failed": "Crash reports that could not be written",
-    "reports_suppressed": "Crash reports not written, as there were enough",
-}
+# In seconds: from a small model on a fast machine to a long prompt on a slow one.
+LONG_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKEN_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class _Values(Collector):
@@ -98,26 +105,76 @@ class _Values(Collector):
                 yield self._family(f"{self._prefix}_{name}", text, values[name])
 
 
-def _process_events() -> dict[str, float]:
-    written, failed = _core.report_counts()
-    return {
-        "faults": _core.epoch(),
-        "faults_dropped": _core.dropped(),
-        "reports_written": written,
-        "reports_failed": failed,
-        "reports_suppressed": _reports.suppressed(),
-    }
+class _Live(Collector):
+    """The queue, the states and the step, read all at once."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        states, (waiting, oldest) = self._live.states(), self._live.queue()
+        yield GaugeMetricFamily(
+            "mlx_safe_requests_in_flight",
+            "Requests that have come and not ended",
+            sum(states.values()),
+        )
+        family = GaugeMetricFamily(
+            "mlx_safe_requests_in_state", "Of those, by state", labels=["state"]
+        )
+        for state, count in states.items():
+            family.add_metric([state], count)
+        yield family
+        name = "mlx_safe_queue"
+        yield GaugeMetricFamily(
+            f"{name}_requests", "Requests whose prompt is not being read", waiting
+        )
+        yield GaugeMetricFamily(
+            f"{name}_oldest_seconds", "How long the first of them has waited", oldest
+        )
+        yield GaugeMetricFamily(
+            "mlx_safe_requests_held",
+            "Of them, those that wait for memory",
+            states["held"],
+        )
+        family = GaugeMetricFamily(
+            "mlx_safe_step_age_seconds",
+            "How long the running step has taken so far; 0 where none runs",
+            labels=["kind"],
+        )
+        for kind, seconds in self._live.steps().items():
+            family.add_metric([kind], seconds)
+        yield family
+
+
+def samples_of(counter: Counter) -> list[tuple[dict[str, str], float]]:
+    """The labels and the value of each of a counter's samples. Any thread."""
+    return [
+        (sample.labels, sample.value)
+        for metric in counter.collect()
+        for sample in metric.samples
+        if sample.name.endswith("_total")
+    ]
 
 
 class Metrics:
-    """The counters of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of its own.
 
-    def __init__(self, in_flight: Callable[[], float], ready: Callable[[], float]):
+    Args:
+        live: what goes on now. tokens: those made so far.
+        ready: 1 while requests can be served.
+    """
+
+    def __init__(
+        self,
+        live: Live,
+        tokens: Callable[[], int],
+        ready: Callable[[], float],
+    ) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "mlx_safe_requests",
-            "Completion requests by how they ended",
-            ["outcome"],
+            "Answers by how they ended, the code of the error and the HTTP status",
+            ["outcome", "code", "status"],
             registry=self.registry,
         )
         self.failures = Counter(
@@ -126,24 +183,77 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
-        self.replays = Counter(
-            "mlx_safe_replays",
-            "Requests run again after a failure",
-            registry=self.registry,
+        self.replays = self._counter(
+            "mlx_safe_replays", "Requests run again after a failure"
         )
-        self.resets = Counter(
-            "mlx_safe_resets",
-            "Times the generation state was reset",
-            registry=self.registry,
+        self._replayed = self._counter(
+            "mlx_safe_requests_replayed", "Answers that were whole after a replay"
         )
-        self.truncations = Counter(
-            "mlx_safe_prompts_truncated",
-            "Prompts that were cut to --max-prompt-tokens",
-            registry=self.registry,
+        self.resets = self._counter(
+            "mlx_safe_resets", "Times the generation state was reset"
         )
-        self._count("mlx_safe", PROCESS_EVENTS, _process_events)
-        self._gauge("mlx_safe_requests_in_flight", "Requests taken", in_flight)
+        self.truncations = self._counter(
+            "mlx_safe_prompts_truncated", "Prompts that were cut to --max-prompt-tokens"
+        )
+        self._prompt_tokens = self._counter(
+            "mlx_safe_prompt_tokens", "Tokens of prompts, as usage counts them"
+        )
+        self._cached_tokens = self._counter(
+            "mlx_safe_prompt_tokens_cached", "Of them, those in the prompt cache"
+        )
+        self._duration = self._histogram(
+            "mlx_safe_request_duration_seconds",
+            "From a request to the end of its answer, of those that were to generate",
+            LONG_S,
+        )
+        self._first_token = self._histogram(
+            "mlx_safe_time_to_first_token_seconds",
+            "From a request to its first token",
+            LONG_S,
+        )
+        self._token = self._histogram(
+            "mlx_safe_time_per_token_seconds",
+            "From one token to the next, averaged over an answer",
+            TOKEN_S,
+        )
+        self.process = ProcessMetrics()
+        self.registry.register(self.process)
+        self.registry.register(_Live(live))
+        self._count(
+            "mlx_safe",
+            {"generated_tokens": "Tokens of answers"},
+            lambda: {"generated_tokens": tokens()},
+        )
         self._gauge("mlx_safe_ready", "1 while requests can be served", ready)
+        info = Gauge(
+            "mlx_safe_build_info",
+            "Always 1; the labels say what runs",
+            ["version", "mlx", "mlx_lm"],
+            registry=self.registry,
+        )
+        versions = installed_versions("mlx", "mlx_lm")
+        info.labels(__version__, versions["mlx"], versions["mlx_lm"]).set(1)
+
+    def count(self, exchange: Exchange) -> None:
+        """An answer has ended: once for each."""
+        status = "none" if exchange.status is None else str(exchange.status)
+        self.requests.labels(exchange.outcome, exchange.code, status).inc()
+        if not exchange.requests:
+            return
+        self._replayed.inc(exchange.outcome == "ok" and exchange.replays > 0)
+        self._prompt_tokens.inc(exchange.prompt_tokens or 0)
+        self._cached_tokens.inc(exchange.cached_tokens or 0)
+        self._duration.observe(exchange.duration)
+        if exchange.first_token_s is not None:
+            self._first_token.observe(exchange.first_token_s)
+        if exchange.token_s is not None:
+            self._token.observe(exchange.token_s)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, buckets=bounds, registry=self.registry)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(name, text, registry=self.registry).set_function(value)
@@ -185,9 +295,17 @@ class Metrics:
         gauges: Callable[[], Mapping[str, float]],
     ) -> None:
         """``events``, ``gauges``: by the names above; read at each scrape."""
-        name, texts = "mlx_safe_memory", MEMORY_GAUGES
-        self._count(name, MEMORY_EVENTS, events)
-        self.registry.register(_Values(GaugeMetricFamily, name, texts, gauges))
+        self._count("mlx_safe_memory", MEMORY_EVENTS, events)
+
+        def read() -> Mapping[str, float]:
+            found = gauges()
+            self.process.peak = int(found["peak"])
+            return {f"{name}_bytes": value for name, value in found.items()}
+
+        texts = {f"{name}_bytes": text for name, text in MEMORY_GAUGES.items()}
+        self.registry.register(
+            _Values(GaugeMetricFamily, "mlx_safe_memory", texts, read)
+        )
 
     def render(self) -> bytes:
         """The registry in Prometheus's text format."""

@@ -5,12 +5,12 @@ Used by the generation thread only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
 
-from ..memory.estimate import Transients
+from ..memory.estimate import TOKENS_MIN, Transients
 
 __all__ = ["Observer"]
 
@@ -26,15 +26,30 @@ class Observer:
         self.transients = transients
         self.peak = peak
         self._before = 0
+        self._last_peak = 0
         # What the last step of a batch read and how far: {uid: tokens}.
         self._read: dict[Any, int] = {}
         self._steady = False
 
     def begin(self) -> None:
         """A step begins."""
-        self.peak = max(self.peak, int(mx.get_peak_memory()))
+        self._last_peak = int(mx.get_peak_memory())
+        self.peak = max(self.peak, self._last_peak)
         self._before = int(mx.get_active_memory())
         mx.reset_peak_memory()
+
+    def recent_peak(self) -> int:
+        """The most that was active in this step and the one before.
+
+        A failure of the GPU is told of a step later, when what failed is free again.
+        """
+        return max(self._last_peak, int(mx.get_peak_memory()))
+
+    def failed(self, tokens: int, context: int, there: int) -> None:
+        """A step of prompts ran out of memory, of which ``there`` bytes were there."""
+        if tokens >= TOKENS_MIN:
+            most = max(there, self.recent_peak())
+            self.transients.observe(tokens, context, max(0, most - self._before))
 
     def end(self, tokens: int, context: int) -> None:
         """It has ended, and had ``tokens`` tokens (rows times length)."""
@@ -44,7 +59,10 @@ class Observer:
         self.transients.observe(tokens, context, used)
 
     def end_of_batch_step(
-        self, prompts: Iterable[Any], generated: list[Any], lengths: dict[Any, int]
+        self,
+        prompts: Iterable[Any],
+        generated: list[Any],
+        lengths: Callable[[], dict[Any, int]],
     ) -> None:
         """A step of mlx-lm's `BatchGenerator` has ended with these responses.
 
@@ -53,7 +71,7 @@ class Observer:
         taken for the cost of tokens.
 
         Args:
-            lengths: tokens of each row's prompt, those of the prompt cache
+            lengths: gives the tokens of each row's prompt, those of the prompt cache
                 included, by uid.
         """
         prompts = list(prompts)
@@ -61,13 +79,18 @@ class Observer:
         steady = len(reading) == len(prompts) and reading.keys() == self._read.keys()
         steady = steady and all(r.finish_reason is None for r in generated)
         if steady and self._steady and (reading or generated):
-            chunk = max((reading[u] - self._read[u] for u in reading), default=1)
-            cached = [lengths.get(r.uid, 0) - int(r.progress[1]) for r in prompts]
-            context = max(
-                (c + reading[r.uid] for c, r in zip(cached, prompts, strict=True)),
-                default=max(lengths.values(), default=1),
-            )
-            self.end(max(len(reading), 1) * max(chunk, 1), max(context, 1))
+            self._learn(reading, prompts, lengths())
         else:
             self.peak = max(self.peak, int(mx.get_peak_memory()))
         self._read, self._steady = reading, steady
+
+    def _learn(
+        self, reading: dict[Any, int], prompts: list[Any], lengths: dict[Any, int]
+    ) -> None:
+        chunk = max((reading[u] - self._read[u] for u in reading), default=1)
+        cached = [lengths.get(r.uid, 0) - int(r.progress[1]) for r in prompts]
+        context = max(
+            (c + reading[r.uid] for c, r in zip(cached, prompts, strict=True)),
+            default=max(lengths.values(), default=1),
+        )
+        self.end(max(len(reading), 1) * max(chunk, 1), max(context, 1))

@@ -9,6 +9,7 @@ the request before its next step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -72,9 +73,7 @@ class OwnFailures:
         request = self._current()
         if request is None:
             return stops
-        return compat.guarded_stops(
-            stops, lambda call, instead: self.run(request, call, instead)
-        )
+        return compat.guarded_stops(stops, functools.partial(self.run, request))
 
     def top_logprobs(self, top: Callable[[], tuple[Json, ...]]) -> tuple[Json, ...]:
         """What ``top`` returns for the token that was turned into text last."""
@@ -94,27 +93,39 @@ class OwnFailures:
             return call
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-            return self.run(
-                request,
-                lambda: call(*args, **kwargs),
-                lambda: instead(*args, **kwargs),
-            )
+            return self.run(request, call, instead, *args, **kwargs)
 
         return guarded
 
     def run(
-        self, request: Request, call: Callable[[], T], instead: Callable[[], T]
+        self,
+        request: Request,
+        call: Callable[P, T],
+        instead: Callable[P, T],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> T:
-        """What ``call`` returns; ends ``request`` when it fails, once."""
+        """What ``call`` returns of the rest; ends ``request`` when it fails, once.
+
+        Called some times for each token, with ``instead`` when it has ended.
+        """
         if request.is_ended:
-            return instead()
+            return instead(*args, **kwargs)
         try:
-            return call()
+            return call(*args, **kwargs)
         except Exception as e:
             if is_of_all(e):
                 raise
             self._end(request, e)
-            return instead()
+            return instead(*args, **kwargs)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _no_text(*_: Any) -> str:
+    return ""
 
 
 class _Detokenizer:
@@ -126,16 +137,18 @@ class _Detokenizer:
         self._request = request
 
     def add_token(self, token: int) -> None:
-        self._own.run(self._request, lambda: self._made.add_token(token), lambda: None)
+        self._own.run(self._request, self._made.add_token, _nothing, token)
 
     def finalize(self) -> None:
-        self._own.run(self._request, self._made.finalize, lambda: None)
+        self._own.run(self._request, self._made.finalize, _nothing)
 
     @property
     def last_segment(self) -> str:
         # mlx-lm (0.31, 0.32) asks for the log-probabilities next.
         self._own.answers = self._request
-        return self._own.run(self._request, lambda: self._made.last_segment, lambda: "")
+        return self._own.run(
+            self._request, getattr, _no_text, self._made, "last_segment"
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)

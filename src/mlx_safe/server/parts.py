@@ -6,7 +6,7 @@ request that it belongs to alone (`own_failures`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,9 @@ import mlx.core as mx
 from .batches import watched
 from .headroom import Headroom
 from .in_flight import InFlight
-from .logprobs import top_logprobs
+from .logprobs import NOT_READ, top_logprobs
 from .mlx_lm.kv_tier import KVTier
-from .mlx_lm.protocols.generation import BatchGenerator
+from .mlx_lm.protocols.generation import BatchGenerator, GenerationResponse
 from .mlx_lm.protocols.opaque import Array, Json, Processor, Sampler
 from .mlx_lm.protocols.requests import GenerationArguments
 from .mlx_lm.protocols.text import Tokenizer
@@ -25,6 +25,7 @@ from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .replay import Resumed
 from .scheduler import Scheduler
+from .step import Step
 
 __all__ = ["Parts"]
 
@@ -42,6 +43,7 @@ class Parts:
         scheduler: Scheduler[InFlight],
         headroom: Headroom,
         prefill: PrefillStep,
+        step: Step,
         end_alone: Callable[[Any, Exception], None],
         disk: KVTier | None,
         one_rank: bool,
@@ -49,6 +51,7 @@ class Parts:
         self._scheduler = scheduler
         self._headroom = headroom
         self._prefill = prefill
+        self._step = step
         self._disk = disk
         self._one_rank = one_rank
         self.own = OwnFailures(self._current, end_alone)
@@ -66,7 +69,8 @@ class Parts:
                 self._scheduler,
                 lambda: self._headroom.observer,
                 self.own,
-                self._prefill.went_well,
+                self._prefill,
+                self._step,
                 self._disk,
             )
         batch = cls(*args, **kwargs)
@@ -111,3 +115,17 @@ class Parts:
     ) -> tuple[Json, ...]:
         """Stands in for ``mlx_lm.server._format_top_logprobs``."""
         return self.own.top_logprobs(lambda: top_logprobs(logprobs, top_n, tokenizer))
+
+    def stream_alone(
+        self, made: Iterator[GenerationResponse]
+    ) -> Iterator[GenerationResponse]:
+        """Stands in for ``mlx_lm.server.stream_generate``, which gave ``made``."""
+        current = self._scheduler.current
+        if current is None or current.wants_logprobs:
+            return made
+        return map(_without_logprobs, made)
+
+
+def _without_logprobs(response: GenerationResponse) -> GenerationResponse:
+    response.logprobs = NOT_READ
+    return response

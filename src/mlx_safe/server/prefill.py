@@ -1,4 +1,8 @@
-"""How many tokens of a prompt mlx-lm reads in one step: one setting, one place."""
+"""How many tokens of a prompt mlx-lm reads in one step: one setting, one place.
+
+Between two steps requests are cancelled, memory is looked at, and the watchdog sees
+that it goes on. So steps are sized by time as well, once it is known what one takes.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,23 @@ from .mlx_lm.protocols.models import CliArgs
 
 __all__ = ["PrefillStep"]
 
+# Tokens of a step that is to tell what a step takes.
+PROBE = 256
+
 
 class PrefillStep:
     """``--prefill-step-size``, and the smaller ones that others ask for meanwhile.
 
     Used by the generation thread only. mlx-lm's sequential path reads the setting
     when a request begins, the batched one at each step.
+
+    Args:
+        aim_s: seconds that a step is to take at most; 0: as long as it takes.
     """
 
-    def __init__(self, cli_args: CliArgs) -> None:
+    def __init__(self, cli_args: CliArgs, aim_s: float = 0.0) -> None:
+        self.aim_s = aim_s
+        self._token_s: float | None = None  # seconds for a token
         self.full = max(1, int(cli_args.prefill_step_size))
         self._cli_args = cli_args
         self._comfortable = self.full
@@ -69,6 +81,40 @@ class PrefillStep:
         size = self._limits.get("fault")
         if size is not None:
             self.limit("fault", 2 * size if 2 * size < self.full else None)
+
+    # -- by time ----------------------------------------------------------------------
+
+    def model_loaded(self) -> None:
+        """Another model: what a step of it takes is not known."""
+        self._token_s = None
+        self.limit("time", None)
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A step has read so many tokens, all rows together."""
+        # One that was short says more of what a step takes than of its tokens.
+        is_telling = 2 * tokens >= min(self.size, PROBE) or seconds > self.aim_s
+        if tokens > 0 and is_telling:
+            self._token_s = seconds / tokens
+
+    def fit(self, rows: int = 1, *, probe: bool = False) -> int:
+        """Sizes the next steps, of ``rows`` prompts together; returns the size.
+
+        Args:
+            probe: while nothing is known, a short step is to tell.
+        """
+        self.limit("time", self._fitting(max(rows, 1), probe))
+        return self.size
+
+    def _fitting(self, rows: int, probe: bool) -> int | None:
+        if not self.aim_s:
+            return None
+        if self._token_s is None:
+            return PROBE if probe and self.full > PROBE else None
+        most = int(self.aim_s / self._token_s) // rows
+        size = self.full
+        while size > max(most, 1):
+            size = -(-size // 2)
+        return size if size < self.full else None
 
     def watch(self, batch: BatchGenerator) -> BatchGenerator:
         """Remembers mlx-lm's batch generator, whose steps follow; returns it."""

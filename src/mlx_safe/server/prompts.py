@@ -14,6 +14,7 @@ from jinja2.exceptions import TemplateError
 
 from .headroom import Headroom
 from .in_flight import InFlight, request_of
+from .logs import fields
 from .metrics import Metrics
 from .mlx_lm import compat
 from .mlx_lm.protocols.opaque import Json
@@ -147,7 +148,11 @@ class Prompts:
 
     def _note_cut(self, cut: Truncation, request: InFlight) -> None:
         if "X-Prompt-Truncated" not in request.headers:  # it may be tokenized again
-            log.info("a prompt was %s (--max-prompt-tokens)", cut)
+            log.info(
+                "a prompt was %s (--max-prompt-tokens)",
+                cut,
+                extra=fields(id=request.id),
+            )
             self._metrics.truncations.inc()
             request.headers["X-Prompt-Truncated"] = str(cut)
 
@@ -197,9 +202,17 @@ def _unreadable(exc: Exception, work: CompletionRequest, field: str) -> BadReque
     if type(exc) is TemplateError:  # the template's own words: `raise_exception`
         why = f"The model's chat template refuses {what}: {one_line(exc)}"
     elif field != prompt_field(work):
-        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
+        log.warning(
+            "a prompt cannot be read (%s)",
+            type(exc).__name__,
+            extra=fields(id=request_of(work).id),
+        )
         why = f"The model's chat template cannot use {what}."
     else:
-        log.warning("a prompt cannot be read (%s)", type(exc).__name__)
+        log.warning(
+            "a prompt cannot be read (%s)",
+            type(exc).__name__,
+            extra=fields(id=request_of(work).id),
+        )
         why = "The model's tokenizer and chat template cannot make a prompt of this."
     return BadRequest(why, field)

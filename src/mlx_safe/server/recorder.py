@@ -47,35 +47,39 @@ class Place:
     """
 
     def __init__(self, request: Any) -> None:
-        self._id, path = _name(request)
-        self._place = _core.request_begin(self._id, path)
+        self.id, self.path = _name(request)
+        self._place = -1
         self._prompt_tokens = -1
         self._prefilled = 0
-        breadcrumb("request", "taken", id=self._id, path=path)
+
+    def taken(self) -> None:
+        """The generation thread has it; before, others are the ones to be told of."""
+        self._place = _core.request_begin(self.id, self.path)
+        breadcrumb("request", "taken", id=self.id, path=self.path)
 
     def begun(self, prompt_tokens: int) -> None:
         """mlx-lm has read the prompt."""
         self._prompt_tokens = prompt_tokens
         self._update(0)
-        breadcrumb("request", "begun", id=self._id, prompt_tokens=prompt_tokens)
+        breadcrumb("request", "begun", id=self.id, prompt_tokens=prompt_tokens)
 
     def prefilled(self, done: int, total: int) -> None:
         """So many tokens of what is to be read of the prompt have been read."""
         self._prefilled = done
         self._update(0)
-        breadcrumb("prefill", "prefill", id=self._id, done=done, total=total)
+        breadcrumb("prefill", "prefill", id=self.id, done=done, total=total)
 
     def produced(self, tokens: int) -> None:
         """The client has so many tokens."""
         self._update(tokens)
         if tokens % TOKENS_PER_BREADCRUMB == 0:
-            breadcrumb("decode", "decode", id=self._id, tokens=tokens)
+            breadcrumb("decode", "decode", id=self.id, tokens=tokens)
 
     def ended(self, tokens: int, how: str) -> None:
         """It is in flight no more."""
         _core.request_end(self._place)
         self._place = -1
-        breadcrumb("request", how, id=self._id, tokens=tokens)
+        breadcrumb("request", how, id=self.id, tokens=tokens)
 
     def _update(self, tokens: int) -> None:
         _core.request_progress(
@@ -83,17 +87,25 @@ class Place:
         )
 
 
-def start_sampler(memory_limits: Callable[[], dict[str, int]]) -> None:
+def start_sampler(
+    memory_limits: Callable[[], dict[str, int]],
+    server: Callable[[], dict[str, Any]],
+    also: Callable[[], None],
+) -> None:
     """Samples memory now and once a second, and keeps the run file fresh.
 
     Args:
         memory_limits: arguments of `_reports.set_memory_limits`, read each time.
+        server: what reports tell of the server, likewise.
+        also: called each time as well.
     """
 
     def sample() -> None:
         _reports.set_memory_limits(**memory_limits())
+        _reports.set_server(server())
         _reports.sample_memory(at_least_s=0.0)
         _reports.refresh_run_file()
+        also()
 
     def run() -> None:
         while True:

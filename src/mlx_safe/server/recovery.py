@@ -7,27 +7,33 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from queue import Empty
-from typing import Any
 
 import mlx.core as mx
 
 from .. import _core, _faults, _reports, errors
 from .._exceptions import clear_frames
+from .._failures import fault_behind, is_out_of_memory, what_it_means
+from .._thread_state import ThreadState, seed_anew
 from .backoff import REFUSE_FOR_S, Backoff
+from .exchange import ids
 from .headroom import Headroom
 from .health import EXIT_REPLACE, Health
 from .in_flight import InFlight
+from .logs import fields, of_exception
 from .metrics import Metrics
 from .mlx_lm.prompt_cache import PromptCache
 from .recorder import breadcrumb
-from .replies import EXPECTED, Unavailable, is_allocation_failure, reply_for
+from .replies import (
+    EXPECTED,
+    Unavailable,
+    is_allocation_failure,
+    is_of_all,
+    reply_for,
+)
 from .request import RequestState
-from .scheduler import Failure, Scheduler
-from .thread_state import ThreadState, seed_anew
+from .scheduler import Scheduler
 
-__all__ = ["GenerationFailed", "Recovery", "one_line", "portable", "what_it_means"]
+__all__ = ["GenerationFailed", "Recovery", "one_line", "portable"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -45,13 +51,11 @@ class Recovery:
     Used by the generation thread; `give_up` and `fail_everyone` by any.
 
     Args:
-        requests: the queue of those that the generation thread has not taken.
         one_rank: False: nothing is run again, any failure ends the process.
     """
 
     def __init__(
         self,
-        requests: Callable[[], Any],
         scheduler: Scheduler[InFlight],
         health: Health,
         headroom: Headroom,
@@ -60,7 +64,6 @@ class Recovery:
         *,
         one_rank: bool,
     ) -> None:
-        self._requests = requests
         self._scheduler = scheduler
         self._health = health
         self._backoff = Backoff()
@@ -83,7 +86,11 @@ class Recovery:
         """
         error = portable(exc)
         self._metrics.failures.labels(reply_for(error).code).inc()
-        log.error("one request fails; the others go on", exc_info=exc)
+        log.error(
+            "one request fails; the others go on",
+            exc_info=exc,
+            extra=fields(id=request.id),
+        )
         seed_anew()  # it may have been drawing
         request.fail(error)
 
@@ -99,7 +106,7 @@ class Recovery:
     def recover(self, exc: Exception) -> None:
         """Answers everyone in flight and makes the thread fit for the next."""
         self._health.enter("recovering", "the state is being reset after a failure")
-        fault = self._as_fault(exc)
+        fault = fault_behind(exc, self._clean_epoch)
         error = fault or portable(exc)
         self._metrics.failures.labels(reply_for(error).code).inc()
         if fault is not None and fault.fatal:
@@ -112,8 +119,9 @@ class Recovery:
             self._give_up_among_ranks(fault, exc)
             return
         ending = self._scheduler.failure(what_it_means(fault, exc))
-        again = len(self._scheduler.requests(RequestState.REPLAY))
-        self._log_failure(exc, fault, again, len(ending))
+        replayed = self._scheduler.requests(RequestState.REPLAY)
+        again = len(replayed)
+        self._log_failure(exc, fault, replayed, ending)
         breadcrumb(
             "recovery",
             type(error).__name__,
@@ -121,7 +129,7 @@ class Recovery:
             again=again,
             ended=len(ending),
         )
-        if _is_out_of_memory(fault, exc):
+        if is_out_of_memory(fault, exc):
             self._headroom.out_of_memory()
         self._metrics.replays.inc(again)
         try:
@@ -149,7 +157,12 @@ class Recovery:
             return
         # MLX's own errors are RuntimeErrors; that a peer was lost is one of them.
         unexpected = None if isinstance(exc, RuntimeError) else exc
-        log.error("a step of all ranks failed: %s", exc, exc_info=unexpected)
+        log.error(
+            "a step of all ranks failed: %s",
+            of_exception(exc),
+            exc_info=unexpected,
+            extra=fields(ended=ids(self._scheduler.requests())),
+        )
         why = "The server restarts: a step of all ranks failed."
         self.give_up(Unavailable(why, restarts=True))
 
@@ -164,46 +177,29 @@ class Recovery:
             REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
         )
 
-    def _as_fault(self, exc: Exception) -> errors.GPUError | None:
-        """The fault behind ``exc``, those of the log included."""
-        fault = errors.from_exception(exc)
-        logged = _faults.faults(self._clean_epoch)
-        if logged:
-            worst = errors.from_faults(logged)
-            # An error may name an earlier, milder fault than the log does.
-            if fault is None or worst.fatal:
-                return worst
-            fault.faults = tuple(logged)
-        if fault is None:
-            return None
-        # A new object: it goes to other threads, without a traceback.
-        return fault.kind.make(str(fault), fault.faults)
-
     def _log_failure(
         self,
         exc: Exception,
         fault: errors.GPUError | None,
-        again: int,
-        ended: int,
+        again: list[InFlight],
+        ended: list[InFlight],
     ) -> None:
-        fate = f"requests run again: {again}, ended: {ended}"
+        told = fields(
+            code=None if fault is None else fault.code,
+            replayed=ids(again),
+            ended=ids(ended),
+        )
         if fault is None and is_allocation_failure(exc):
-            log.warning("no memory is left: %s; %s", one_line(exc), fate)
-            return
-        if fault is None:
-            log.error("a generation step failed; %s", fate, exc_info=exc)
-            return
-        log.warning("fault of the GPU: %s; %s. %s", fault, fate, fault.kind.advice)
+            log.warning("no memory is left: %s", of_exception(exc), extra=told)
+        elif fault is None:
+            log.error("a generation step failed", exc_info=exc, extra=told)
+        else:
+            advice = fault.kind.advice
+            log.warning("fault of the GPU: %s. %s", fault, advice, extra=told)
 
     def fail_everyone(self, exc: Exception) -> None:
         """Also those that are still in the queue."""
         self._scheduler.fail_everyone(exc)
-        while True:
-            try:
-                queue, *_ = self._requests().get_nowait()
-            except Empty:
-                return
-            queue.put(exc)
 
     def give_up(self, exc: Exception, *, reported: bool = False) -> None:
         """Answers everyone, then ends the process with status 75. Any thread.
@@ -216,10 +212,15 @@ class Recovery:
             self._prompt_cache.disk.withdraw()
         self._health.restarts = True
         self._health.enter("failed", "the GPU is lost; the server is restarting")
-        log.error("the process must be replaced: %s", one_line(exc))
+        why = one_line(exc) if isinstance(exc, Unavailable) else of_exception(exc)
+        log.error(
+            "the process must be replaced: %s",
+            why,
+            extra=fields(ended=ids(self._scheduler.requests())),
+        )
         # First of all: it is to tell who was in flight.
         if not (reported or _core.terminate_reached()):
-            _reports.write("fault", one_line(exc), getattr(exc, "code", None))
+            _reports.write("fault", why, getattr(exc, "code", None))
         self.fail_everyone(exc)
         self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
@@ -235,7 +236,7 @@ class Recovery:
         """
         if fault is not None and not fault.retryable:
             return False
-        if _is_out_of_memory(fault, exc):
+        if is_out_of_memory(fault, exc):
             again = self._scheduler.requests(RequestState.REPLAY)
             if ending or any(request.attempts > 1 for request in again):
                 return False
@@ -254,7 +255,7 @@ class Recovery:
         clear_frames(exc)
         if self._prompt_cache.disk is not None:
             # Of an exception that is no fault nobody knows what it has touched.
-            passing = _is_out_of_memory(fault, exc) or (
+            passing = is_out_of_memory(fault, exc) or (
                 fault is not None and fault.retryable
             )
             stray = not (passing and _epoch_is_exact())
@@ -275,24 +276,6 @@ class Recovery:
         self._metrics.resets.inc()
 
 
-def _is_out_of_memory(fault: errors.GPUError | None, exc: Exception) -> bool:
-    if fault is None:
-        return is_allocation_failure(exc)
-    return isinstance(fault, errors.OutOfMemoryError)
-
-
-def what_it_means(fault: errors.GPUError | None, exc: Exception) -> Failure:
-    """What a failure means for the requests that were in it."""
-    if fault is not None and not fault.retryable:
-        return Failure.FINAL
-    if _is_out_of_memory(fault, exc):
-        return Failure.TOO_MUCH
-    # What held up the display passes in smaller pieces.
-    if isinstance(fault, errors.MetalInteractivityError):
-        return Failure.TOO_LONG
-    return Failure.UNKNOWN if fault is None else Failure.PASSING
-
-
 def _epoch_is_exact() -> bool:
     """Whether no fault can have passed uncounted.
 
@@ -308,9 +291,9 @@ def portable(exc: Exception) -> Exception:
         return copy.copy(exc).with_traceback(None)
     if isinstance(exc, MemoryError):
         return MemoryError(str(exc))
-    if isinstance(exc, RuntimeError):
+    if isinstance(exc, RuntimeError) and is_of_all(exc):
         return RuntimeError(str(exc))  # `reply_for` reads the allocators' messages
-    return GenerationFailed(f"{type(exc).__name__}: {exc}")
+    return GenerationFailed(of_exception(exc))
 
 
 def one_line(exc: BaseException) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..mlx_lm.sequences import segments_with
+from ..mlx_lm.stops import stops_after
 from .in_flight import InFlight
 from .mlx_lm import compat
 from .mlx_lm.protocols.opaque import Array, Processor, Sampler
@@ -57,7 +59,7 @@ class Resumed:
             self.tokens, self._prompt = [], list(found[0])
             return found
         prompt, segments, *rest = found
-        segments = [*segments[:-1], [*segments[-1], *self.tokens]]
+        segments = segments_with(segments, self.tokens)
         keys = compat.cache_keys(found)
         if keys is not prompt:
             keys.extend(self.tokens)
@@ -68,7 +70,7 @@ class Resumed:
         if not self.tokens:
             return made
         stops, *rest = made
-        return (compat.stops_after(stops, list(self.tokens)), *rest)
+        return (stops_after(stops, list(self.tokens)), *rest)
 
     def sampler(
         self, sampler: Sampler, args: GenerationArguments, tokenizer: Tokenizer

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
+    "BEFORE_PREFILL",
     "ENDED",
     "RUNNING",
     "TRANSITIONS",
@@ -28,6 +29,8 @@ __all__ = [
 class RequestState(enum.Enum):
     """Where a request is."""
 
+    QUEUED = "queued"
+    """It has come; the generation thread has not taken it."""
     WAITING = "waiting"
     """mlx-lm has it and has not begun with it: a batch may have to end first."""
     HELD = "held"
@@ -51,9 +54,11 @@ class RequestState(enum.Enum):
 
 _S = RequestState
 RUNNING = (_S.PREFILL, _S.DECODE, _S.FINISHED)
+BEFORE_PREFILL = (_S.QUEUED, _S.WAITING, _S.HELD, _S.REPLAY)
 ENDED = (_S.COMPLETED, _S.FAILED, _S.DISCONNECTED)
 
 TRANSITIONS: dict[tuple[RequestState, RequestState], str] = {
+    (_S.QUEUED, _S.WAITING): "taken",
     (_S.WAITING, _S.PREFILL): "admitted",
     (_S.WAITING, _S.HELD): "no memory yet",
     (_S.WAITING, _S.REPLAY): "failure",
@@ -129,18 +134,36 @@ class Request:
     Attributes:
         produced: ids of the tokens that were passed on to the client.
         attempts: how often it was run again after a fault.
+        times_replayed: how often it was run again, after whatever failure.
         has_context: its client knows that mlx-lm has begun with it, once.
         claim: what it asked for memory with; None before, and after a failure.
         line: its place in the line for memory, from the first time that it is held
             until it is admitted; None: it has none.
         step_max: its prompt is read in steps of at most so many tokens; None: as
             may be.
+        came_at, first_token_at, ended_at: monotonic seconds; None: not yet.
+        id, path: what its client knows it by.
+        prompt_tokens: of its prompt, and cached_tokens: those of them that were in
+            the prompt cache when it was begun first; None: not known yet.
+        prompt_read: (tokens, of how many) of what this run has to read of its prompt.
+        ended_with: the error; None: it was completed, or goes on.
     """
 
+    id = "-"
+    path = "-"
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+
     def __init__(self) -> None:
-        self._state = RequestState.WAITING
+        self._state = RequestState.QUEUED
         self.produced: list[int] = []
         self.attempts = 0
+        self.times_replayed = 0
+        self.came_at: float | None = None
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+        self.prompt_read = (0, 0)
+        self.ended_with: Exception | None = None
         self.has_context = False
         self.claim: Claim | None = None
         self.line: int | None = None
@@ -195,7 +218,7 @@ def diagram() -> str:
     return "\n".join(
         [
             "stateDiagram-v2",
-            f"    [*] --> {_S.WAITING.value}",
+            f"    [*] --> {_S.QUEUED.value}",
             "    state in_flight {",
             *(f"    {line}" for line in map(_arrow, inner.items())),
             "    }",

@@ -5,24 +5,20 @@ Knows nothing of mlx-lm. Every status and text of an error comes from `replies`.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
 import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from .access import Access, challenge, refusal_body
 from .body import discard
+from .exchange import DISCONNECTED, Exchange
 from .replies import BadRequest, Reply, reply_for
 from .service import Service
 from .wire import Wire
 
 __all__ = ["DISCONNECTED", "Responses", "error_body"]
-
-log = logging.getLogger("mlx_safe.server")
-
-# What a read or a write ends with when its client has left, or reads no further
-# (`Responses.timeout`).
-DISCONNECTED = (ConnectionError, TimeoutError)
 
 
 def error_body(reply: Reply) -> bytes:
@@ -44,11 +40,30 @@ class Responses(Wire):
     command = ""
     request_version: str
     _allow: str | None = None
+    _challenge: str | None = None
+    may_ask = Access()
 
     if TYPE_CHECKING:
 
         def _set_cors_headers(self) -> None:
             """The last headers of any answer; another base class has it."""
+
+    def parse_request(self) -> bool:
+        """Reads the head; False when it was refused, also for want of a key."""
+        if not super().parse_request():
+            return False
+        path = self.path.partition("?")[0]
+        peer = str(self.client_address[0])
+        refused = self.may_ask.refusal(self.command, path, self.headers, peer)
+        if refused is None:
+            return True
+        if refused.status == 401:
+            self._challenge = challenge(path)
+        self._exchange().error = refused
+        body = refusal_body(refused, path, self.headers)
+        with contextlib.suppress(*DISCONNECTED):
+            self.send_body(refused.status, "application/json", body)
+        return False
 
     def send_error(
         self, code: int, message: str | None = None, explain: str | None = None
@@ -73,29 +88,31 @@ class Responses(Wire):
         discard(self.connection)
 
     def end_with(self, exc: Exception) -> None:
-        """Counts that the request has ended with ``exc``, and answers it.
+        """Answers a request that has ended with ``exc``.
 
         The next server answers instead when this one is about to be replaced and
         nothing has been sent. Raises nothing.
         """
+        exchange = self._exchange()
+        exchange.error = exc
         if isinstance(exc, DISCONNECTED):
-            self.count("client_left")
-            self._note_disconnect()
+            self.abandon()
         elif self.response_generator.health.restarts and self.leave_to_the_next():
-            self.count("handed_over")
-            log.info("%s is left to the next server", self.request_id)
+            exchange.is_handed_over = True
         else:
-            self.count(reply_for(exc).code)
             self._send_failure(exc)
 
-    def count(self, outcome: str) -> None:
-        """Counts a request that has ended so, for ``/metrics``."""
-        self.response_generator.metrics.requests.labels(outcome).inc()
+    def _exchange(self) -> Exchange:
+        if self.exchange is None:
+            self.exchange = Exchange()
+        return self.exchange
 
-    def _note_disconnect(self) -> None:
-        self.abandon()
-        request_id = getattr(self, "request_id", "-")
-        log.info("the client of %s went away; its request is cancelled", request_id)
+    def ended(self, exchange: Exchange) -> None:
+        """Logs and counts it."""
+        if not exchange.is_quiet:
+            exchange.id = getattr(self, "request_id", "-")
+            self.response_generator.metrics.count(exchange)
+            exchange.log()
 
     def _send_failure(self, exc: Exception) -> None:
         reply = reply_for(exc)
@@ -110,8 +127,9 @@ class Responses(Wire):
                 self._send_error_event(reply)
             else:
                 self.abandon()
-        except DISCONNECTED:
-            self._note_disconnect()
+        except DISCONNECTED as e:
+            self._exchange().error = e
+            self.abandon()
 
     def _send_error_event(self, reply: Reply) -> None:
         event = {
@@ -123,6 +141,7 @@ class Responses(Wire):
         }
         self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
         self.wfile.flush()
+        self._exchange().is_error_event = True
 
     def send_json(self, status: int, value: dict[str, Any]) -> None:
         """Answers with ``value``. Raises OSError when the client has left."""
@@ -150,6 +169,8 @@ class Responses(Wire):
             self.send_header("Retry-After", str(retry_after))
         if self._allow is not None:
             self.send_header("Allow", self._allow)
+        if self._challenge is not None:
+            self.send_header("WWW-Authenticate", self._challenge)
         self._set_cors_headers()
         self.end_headers()
         self.wfile.write(body)

@@ -9,7 +9,6 @@ it is given, and neither at MLX nor at mlx-lm.
 from __future__ import annotations
 
 import copy
-import enum
 import logging
 import threading
 import time
@@ -18,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
+from .._failures import Failure, at_once, care_level
 from ..memory.budget import Decision
 from ..memory.demand import Row
 from .admission import Ask, Load, SingleStep
+from .logs import fields
 from .replies import NotEnoughMemory
 from .request import (
     ENDED,
@@ -44,24 +45,17 @@ BEGUN_WAIT_S = 60.0
 R = TypeVar("R", bound=Request)
 
 
-class Failure(enum.Enum):
-    """What a failure of a step means for the requests that were in it."""
-
-    PASSING = "they may be tried again"
-    TOO_MUCH = "they may be tried again, fewer at a time and with less memory"
-    TOO_LONG = "they may be tried again, fewer at a time and in smaller steps"
-    FINAL = "they must not be tried again"
-    UNKNOWN = "one of them causes it"
-
-
 class Memory(Protocol):
     """Who knows how much memory there is: `headroom.Headroom`."""
 
     def admits(self, ask: Ask, load: Load) -> Decision:
         """Whether a request may run beside ``load``. Changes nothing."""
 
-    def has_room_for_step(self, load: Load) -> bool:
-        """Makes room for the next step of a batch; False: there is none."""
+    def steps_with_room(self, load: Load) -> int:
+        """Makes room for the next steps of a batch; how many fit, 0: not one.
+
+        As long as what runs stays the same.
+        """
 
     def single_step(self, load: Load) -> SingleStep:
         """The same for the sequential path."""
@@ -74,8 +68,8 @@ class Memory(Protocol):
 class Scheduler(Generic[R]):
     """The requests in flight.
 
-    Used by the generation thread; `fail`, `fail_everyone`, `disconnect`, `cancel`,
-    `requests` and ``len()`` by any.
+    Used by the generation thread; `arrive`, `fail`, `fail_everyone`, `disconnect`,
+    `cancel`, `requests` and ``len()`` by any.
 
     Args:
         attempts_max: how often a request is run again after faults; 0: nothing is.
@@ -108,6 +102,8 @@ class Scheduler(Generic[R]):
         # How many requests may run at a time; None: as many as mlx-lm likes.
         self._limit: int | None = None
         self._line = 0
+        # So many steps of what runs have their memory already.
+        self._steps_with_room = 0
         self.tokens = 0
         self.current: R | None = None
         self.events: Counter[str] = Counter()
@@ -151,9 +147,14 @@ class Scheduler(Generic[R]):
     # -- who runs next ---------------------------------------------------------------
 
     def arrive(self, request: R) -> None:
-        """A request has come, and mlx-lm gets it."""
+        """A request has come. Any thread."""
+        request.came_at = self._clock()
         with self._lock:
             self._in_flight[request] = None
+
+    def take(self, request: R) -> bool:
+        """mlx-lm gets a request; False: it has ended while it was queued."""
+        return self._change(request, RequestState.WAITING)
 
     def next(self) -> R | None:
         """The request that mlx-lm is to have now; None: none that is known here.
@@ -186,6 +187,7 @@ class Scheduler(Generic[R]):
 
     def _give_out(self, request: R) -> R | None:
         request.run = Run()
+        request.prompt_read = (0, 0)
         return request if self._change(request, RequestState.WAITING) else None
 
     def _whose_turn(self) -> R | None:
@@ -263,12 +265,12 @@ class Scheduler(Generic[R]):
         return request.line is None and bool(self.requests(RequestState.HELD))
 
     def _hold(self, request: R) -> None:
-        if request.line is None:
-            self._line += 1
-            request.line = self._line
+        if self._put_in_line(request):
             self.events["held"] += 1
             waiting = len(self.requests(RequestState.HELD)) + 1
-            log.info("a request waits for memory; %d wait", waiting)
+            log.info(
+                "a request waits for memory", extra=fields(id=request.id, wait=waiting)
+            )
         self._change(request, RequestState.HELD)
 
     # -- steps -----------------------------------------------------------------------
@@ -290,6 +292,10 @@ class Scheduler(Generic[R]):
         request.has_context = True
         return is_first
 
+    def progress(self, request: R, done: int, total: int) -> None:
+        """So much of what is to be read of its prompt has been read."""
+        request.prompt_read = (done, total)
+
     def repeat(self, request: R) -> None:
         """This run makes the answer from its first token, the client's included."""
         request.run.repeated = len(request.produced)
@@ -297,6 +303,10 @@ class Scheduler(Generic[R]):
     def token(self, request: R, token: int, is_last: bool) -> bool:
         """A token of its answer; whether the client is to have it."""
         request.run.made += 1
+        if request.state in ENDED:  # its client left during the step
+            return False
+        if request.first_token_at is None:
+            request.first_token_at = self._clock()
         if request.state is RequestState.PREFILL:
             self._change(request, RequestState.DECODE)
         if request.run.repeated:
@@ -313,8 +323,13 @@ class Scheduler(Generic[R]):
 
         They are held, or have been answered.
         """
+        if self._steps_with_room > 0:
+            self._steps_with_room -= 1
+            return []
         running = self.requests(*RUNNING)
-        if not running or self._memory.has_room_for_step(self._load_of(running)):
+        steps = self._memory.steps_with_room(self._load_of(running)) if running else 1
+        if steps > 0:
+            self._steps_with_room = steps - 1
             return []
         # The one that came last goes first; what it has so far is not lost. Its
         # memory is free only when mlx-lm has dropped it, so it is one at a time.
@@ -340,6 +355,23 @@ class Scheduler(Generic[R]):
             self._end_for_memory(request)
         return found
 
+    def read_slowly(self, request: R) -> None:
+        """On the sequential path: it is held, and goes on with smaller steps.
+
+        For no want of memory: it goes on as soon as it is its turn.
+        """
+        request.step_max = self._memory.step_size
+        self._put_in_line(request)
+        self._change(request, RequestState.HELD)
+
+    def _put_in_line(self, request: R) -> bool:
+        """Whether it had no place in the line for memory before."""
+        if request.line is not None:
+            return False
+        self._line += 1
+        request.line = self._line
+        return True
+
     def _preempt(self, request: R) -> None:
         claim = request.claim
         assert claim is not None
@@ -351,7 +383,10 @@ class Scheduler(Generic[R]):
 
     def _end_for_memory(self, request: R) -> None:
         self.events["refused"] += 1
-        log.warning("a request alone does not fit any more and is ended")
+        log.warning(
+            "a request alone does not fit any more and is ended",
+            extra=fields(id=request.id),
+        )
         self.fail(
             request,
             NotEnoughMemory("There is not enough memory to go on with this request."),
@@ -408,27 +443,21 @@ class Scheduler(Generic[R]):
 
     def _interrupt(self, request: R) -> None:
         request.claim = request.line = None  # it asks anew
-        self._change(request, RequestState.REPLAY)
+        request.times_replayed += self._change(request, RequestState.REPLAY)
 
     def _run_with_care(self, what: Failure) -> None:
-        """One at a time the last time, so that one cannot take others along.
-
-        After `TOO_MUCH` and `TOO_LONG`, before that fewer at a time. Steps are smaller
-        at once after `TOO_LONG`; after `TOO_MUCH` the budget, which has learned, finds
-        the largest that fits, and only where that was too much they are smaller still.
+        """After `TOO_MUCH` the budget, which has learned, finds the largest steps that
+        fit, and only where that was too much they are smaller still.
         """
         again = self.requests(RequestState.REPLAY)
         if not again:
             return
         level = max(request.attempts for request in again)
-        if level >= min(2, self._attempts_max):
-            self._limit = 1
-        elif what is not Failure.PASSING:
-            self._limit = max(1, len(again) // 2)
-        if what is Failure.TOO_MUCH:
-            self._be_careful(level - 1)
-        elif what is Failure.TOO_LONG:
-            self._be_careful(level)
+        limit = at_once(what, len(again), level, self._attempts_max)
+        self._limit = limit or self._limit
+        care = care_level(what, level)
+        if care is not None:
+            self._be_careful(care)
 
     # -- ends ------------------------------------------------------------------------
 
@@ -459,15 +488,22 @@ class Scheduler(Generic[R]):
             self.fail(request, exc)
 
     def _answer(self, request: R, state: RequestState, exc: Exception) -> bool:
-        ended = self._end(request, state, f"failed: {type(exc).__name__}")
+        ended = self._end(request, state, f"failed: {type(exc).__name__}", exc)
         if ended:
             # A copy: each client's thread raises its own.
             request.send(copy.copy(exc))
         return ended
 
-    def _end(self, request: R, state: RequestState, how: str) -> bool:
+    def _end(
+        self,
+        request: R,
+        state: RequestState,
+        how: str,
+        error: Exception | None = None,
+    ) -> bool:
         ended = self._change(request, state)
         if ended:
+            request.ended_at, request.ended_with = self._clock(), error
             request.note_end(how)
         return ended
 
@@ -484,6 +520,7 @@ class Scheduler(Generic[R]):
             if (old, state) not in TRANSITIONS:
                 raise IllegalTransition(f"{old.value} to {state.value}")
             request._state = state
+            self._steps_with_room = 0
             if state in ENDED:
                 self._in_flight.pop(request, None)
             return True

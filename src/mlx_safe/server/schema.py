@@ -25,7 +25,7 @@ from . import strict_json
 from .messages import ROLES, Fields, Message, choice, refused
 from .replies import BadRequest
 
-__all__ = ["PATHS", "TOP_LOGPROBS_MAX", "read", "takes_images"]
+__all__ = ["PATHS", "TOP_LOGPROBS_MAX", "read", "settled", "takes_images"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -345,6 +345,26 @@ def read(
             "xtc_probability",
         )
     return found
+
+
+class _Defaults(Request):
+    chat_template_kwargs: (
+        Annotated[dict[str, Any], AfterValidator(_template_arguments)] | None
+    ) = None
+
+
+def settled(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Fields that hold where a request has none, as `read` would leave them.
+
+    Raises:
+        BadRequest: a request could not have one of them; ``param`` names it.
+    """
+    try:
+        found = _Defaults.model_validate(defaults).model_dump(exclude_unset=True)
+    except ValidationError as e:
+        raise _as_bad_request(e) from None
+    _settle(found)
+    return {"top_p": 1.0, "chat_template_kwargs": {}, **found}
 
 
 def takes_images(request: dict[str, Any]) -> str | None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from .headroom import Headroom
 from .in_flight import InFlight
+from .prefill import PrefillStep
 from .prompts import Held
 from .replies import NotEnoughMemory
 from .request import Disconnected
 from .scheduler import Scheduler
+from .step import Step
 
 __all__ = ["Sequential"]
 
@@ -36,10 +38,20 @@ class Sequential:
         scheduler: Scheduler[InFlight],
         headroom: Headroom,
         share: Callable[[Any], Any] | None,
+        prefill: PrefillStep,
+        step: Step,
     ) -> None:
         self._scheduler = scheduler
         self._headroom = headroom
         self._share = share
+        self._prefill = prefill
+        self._step = step
+        self._size = 0  # of the steps of this run, which mlx-lm has fixed
+
+    def begin(self) -> None:
+        """mlx-lm is about to work on a request alone."""
+        self._size = self._prefill.fit()
+        self._step.begin("prefill")
 
     def before_put(self, request: InFlight, item: Any) -> None:
         """A step was done, and mlx-lm puts ``item`` for the client.
@@ -51,6 +63,32 @@ class Sequential:
         """
         if self._has_left(request):
             raise Disconnected("the client left during the step")
+        is_slow = isinstance(item, tuple) and self._is_slow(request, *item)
+        self._look_at_memory(request, item)
+        if is_slow:
+            self._scheduler.read_slowly(request)
+            raise Held
+        reads = isinstance(item, tuple) and item[0] < item[1]
+        self._step.begin("prefill" if reads else "decode")
+
+    def _is_slow(self, request: InFlight, done: int, total: int) -> bool:
+        """Whether the rest of its prompt is to be read in smaller steps.
+
+        What has been read is read again then, so it must be worth it. It happens once
+        or twice to a model, as the next request begins with what was learned.
+        """
+        running = self._step.running
+        tokens = done - request.prompt_read[0]
+        if running is None or tokens <= 0 or self._share:
+            return False
+        self._prefill.took(tokens, running[1])
+        size = self._prefill.fit()
+        # Once more only where it is far too long: a busy machine is no slow model.
+        most = self._prefill.aim_s * (1 if request.step_max is None else 4)
+        is_long = bool(most) and running[1] > most
+        return is_long and 2 * size <= self._size and total - done > size
+
+    def _look_at_memory(self, request: InFlight, item: Any) -> None:
         length = None if self._share else _length(request, item)
         if length is None:
             return

@@ -11,21 +11,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, errors, install, on_fault, testing
-from .._command import CommandError, need_mlx
+from .. import Fault, _reports, errors, install, on_fault, require
+from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
-from ..kv.store import Limits
-from . import http_server, ranks, supervisor
+from ..kv.store import DISK_BYTES, Limits
+from . import access, http_server, logs, ranks, supervisor
 from .body import Bodies
-from .flags import check_flags, own_parser
+from .configuration import printed, resolve
+from .flag_checks import check_flags
+from .flags import own_parser, whole_parser
 from .handover import Handover, Message
 from .health import EXIT_REPLACE, Health
 from .mlx_lm import requirements
-from .mlx_lm.patch import patch, run_main
+from .mlx_lm.patch import parser_of, patch, run_main
 from .mlx_lm.protocols.models import ModelProvider
 from .mlx_lm.protocols.server import Server
 from .replies import a_start_takes
+from .tls import Tls
 
 __all__ = ["run", "serve"]
 
@@ -36,9 +39,6 @@ if TYPE_CHECKING:
     from .parts import Parts
 
 log = logging.getLogger("mlx_safe.server")
-
-# With --kv-dir alone.
-KV_DISK_BYTES = 20 * 10**9
 
 # How long a fatal fault waits for a generator that is still being made.
 GENERATOR_WAIT_S = 5.0
@@ -59,21 +59,27 @@ def serve(arguments: Sequence[str]) -> int:
         CommandError: it cannot start; the message says what to do.
     """
     parser = own_parser()
-    options, rest = parser.parse_known_args(list(arguments))
-    # mlx-lm's own, read here because a mistake in them is a traceback there.
-    for name in ("prompt_cache_bytes", "prefill_step_size"):
-        if getattr(options, name) is not None:
-            rest += ["--" + name.replace("_", "-"), str(getattr(options, name))]
-    try:
-        injections = testing.plan_from_environment()
-    except ValueError as e:
-        raise CommandError(str(e)) from e
-    if {"-h", "--help"} & set(rest):
-        parser.print_help()
-        print("\noptions of mlx_lm.server:\n")
-        sys.stdout.flush()
-    elif options.supervise:
-        supervisor.replace_this_process([a for a in arguments if a != "--supervise"])
+    # mlx-lm's flags are known when it is imported, which the supervisor does not do.
+    options = resolve(parser, arguments, os.environ, partial=True).values
+    if options.help:
+        return _print_help(parser)
+    logs.set_up(options.log_level, options.log_format)
+    keys = access.read_keys(options.api_key, options.api_key_file)
+    tls = None
+    if options.ssl_certfile is not None:
+        tls = Tls(options.ssl_certfile, options.ssl_keyfile)
+    _name_server(options.port, _model_of(arguments))
+    is_child = supervisor.is_supervised()
+    if options.supervise and not is_child and not options.print_config:
+        supervisor.replace_this_process(
+            [a for a in arguments if a != "--supervise"],
+            options.host,
+            options.port,
+            options.hold_seconds,
+            options.ssl_certfile,
+            options.log_level,
+            options.log_format,
+        )
     home = None
     if ranks.is_one_of_many():
         need_mlx()
@@ -84,22 +90,67 @@ def serve(arguments: Sequence[str]) -> int:
             # One of them may be about to start again.
             print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
             return EXIT_REPLACE
-        _check_nccl(rest)
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
-    run_main(
-        server,
-        lambda host, port, model_provider: run(
-            server, host, port, model_provider, options, bool(injections), home
-        ),
-        rest,
-    )
+    mlx_lm = parser_of(server)
+    requirements.check_parser(mlx_lm)
+    parser = whole_parser(mlx_lm)
+    settings = resolve(parser, arguments, os.environ)
+    options = settings.values
+    check_flags(options, options)
+    if options.print_config:
+        print(printed(parser, settings), end="")
+        return 0
+    _name_server(options.port, options.model)
+    if home is not None:
+        _check_nccl(options.pipeline)
+    theirs = {a.dest: getattr(options, a.dest) for a in mlx_lm._actions}
+
+    def run_here(host: str, port: int, model_provider: ModelProvider) -> None:
+        for name in settings.unknown:
+            log.warning("%s in the environment is no flag's", name)
+        run(
+            *(server, host, port, model_provider, options, home),
+            may_ask=access.Access(keys, options.status_page),
+            tls=tls,
+        )
+
+    run_main(server, run_here, argparse.Namespace(**theirs))
     return 0
 
 
-def _check_nccl(rest: Sequence[str]) -> None:
+_server: dict[str, object] = {}
+
+
+def _name_server(port: int, model: str | None) -> None:
+    """Reports say whose they are, one of a start that is stopped as well."""
+    global _server
+    _server = {"port": str(port), "model": model}
+    _reports.name_process(server=_server)
+
+
+def _model_of(arguments: Sequence[str]) -> str | None:
+    """As the command line names it, before all flags are known."""
+    parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    model: str | None = parser.parse_known_args(list(arguments))[0].model
+    return model
+
+
+def _print_help(own: Parser) -> int:
+    try:
+        parser = whole_parser(parser_of(requirements.import_server()))
+    except CommandError:
+        print(own.format_help())
+        print("and the flags of mlx_lm.server, which cannot be asked:", flush=True)
+        raise
+    print(parser.format_help(), end="")  # argparse's own swallows a closed pipe
+    return 0
+
+
+def _check_nccl(pipeline: bool) -> None:
     if not ranks.uses_nccl():
         return
-    if "--pipeline" in rest:
+    if pipeline:
         raise CommandError(
             "--pipeline: MLX cannot send from one rank to another with NCCL (0.32); "
             "leave it out, or start mlx.launch with --backend ring"
@@ -116,8 +167,10 @@ def run(
     port: int,
     model_provider: ModelProvider,
     options: argparse.Namespace,
-    injections: bool,
     home: ranks.Home | None = None,
+    *,
+    may_ask: access.Access,
+    tls: Tls | None = None,
 ) -> None:
     """Stands in for ``mlx_lm.server.run``. Main thread; ends the process.
 
@@ -128,15 +181,14 @@ def run(
         server: the module ``mlx_lm.server``.
         host, port: the address to listen on.
         model_provider: mlx-lm's ``ModelProvider``; has no model yet.
-        options: what `own_parser` has found.
-        injections: attach the fault plan of ``MLX_SAFE_INJECT`` to the model.
+        options: the flags.
         home: where the group of ranks was made; None: there is one rank.
+        may_ask: who is answered. tls: None: connections are plain.
 
     Raises:
         CommandError: it cannot start; the message says what to do.
     """
     requirements.check_provider(model_provider)
-    check_flags(options, model_provider.cli_args)
     # Not before mlx is known to be there, and sound: it imports it.
     from .overflow import Overflow
 
@@ -147,6 +199,7 @@ def run(
     )
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
+    _check_hooks(options.require_hooks)
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
@@ -158,18 +211,19 @@ def run(
     generator: ProtectedResponseGenerator | None = None
     ProtectedHandler.bodies = Bodies(options.max_request_bytes)
     ProtectedHandler.keepalive_after_s = options.keepalive_after
+    ProtectedHandler.may_ask = may_ask
 
     def handle(*args: Any) -> None:
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 
-    startup.tell()  # the log is set up by now
+    startup.tell(server=_server)
     watch = on_fault(
         lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
     )
-    httpd = http_server.bind(host, port, handle) if is_first else None
-    if is_first:
-        log.info("listening at http://%s:%s; loading the model", host, port)
+    httpd = http_server.bind(host, port, handle, tls) if is_first else None
+    if httpd is not None:
+        _tell_address(httpd, host, may_ask)
 
     def parts() -> Parts:
         assert generator is not None
@@ -186,15 +240,38 @@ def run(
             handover.tell(Message.WORKED)
 
     _set_retry_after(ready=False)
-    generator = _make_generator(
-        options, overflow, model_provider, injections, ready, home, disk
+    generator = _make_generator(options, overflow, model_provider, ready, home, disk)
+    start_sampler(
+        generator.headroom.figures, generator.figures, generator.status.sample
     )
-    start_sampler(generator.headroom.figures)
     with watch:
         if httpd is None:
             _follow_the_first(generator)
         else:
             _serve_until_signal(httpd, generator)
+
+
+def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) -> None:
+    address, port = httpd.server_address[:2]
+    scheme = "http" if httpd.tls is None else "https"
+    name = f"[{host}]" if ":" in host else host
+    log.info("listening at %s://%s:%s; loading the model", scheme, name, port)
+    if may_ask.is_open and not access.is_loopback(str(address)):
+        log.warning(
+            "%s can be reached from other machines, and there is no --api-key: "
+            "whoever reaches it can use this server",
+            host,
+        )
+
+
+def _check_hooks(required: bool) -> None:
+    """On a Mac faults must be caught, or it is told; elsewhere there are no hooks."""
+    try:
+        require()
+    except RuntimeError as e:
+        if required:
+            raise CommandError(f"--require-hooks: {e}") from e
+        log.warning("Metal is not hooked, and a fault may end the process: %s", e)
 
 
 def _open_disk(options: argparse.Namespace) -> Directory | None:
@@ -235,7 +312,6 @@ def _make_generator(
     options: argparse.Namespace,
     overflow: Overflow,
     model_provider: ModelProvider,
-    injections: bool,
     on_ready: Callable[[], None],
     home: ranks.Home | None,
     disk: Directory | None,
@@ -250,13 +326,14 @@ def _make_generator(
     cli_args = model_provider.cli_args
     prompt_cache = PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes)
     if disk is not None:
-        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or KV_DISK_BYTES))
+        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or DISK_BYTES))
     return ProtectedResponseGenerator(
         model_provider,
         prompt_cache,
         Health(on_ready),
         replay_attempts=options.replay_attempts,
         stall_timeout_s=options.stall_timeout,
+        step_seconds=options.step_seconds,
         overflow=overflow,
         max_kv_size=options.max_kv_size,
         memory=MemoryFlags(
@@ -270,7 +347,6 @@ def _make_generator(
             only_served=options.only_served_model,
             download=options.allow_model_download,
         ),
-        injections=injections,
         home=home,
         # Without a supervisor, requests wait for the model as long as it takes.
         hold_s=options.hold_seconds or None if supervisor.is_supervised() else None,
@@ -302,6 +378,8 @@ def _serve_until_signal(
     for n in numbers:
         signal.signal(n, stop)
     httpd.health = generator.health
+    if httpd.tls is not None:
+        httpd.health.drain = httpd.tls.drain
     httpd.health.count_held = httpd.count_reading
     try:
         httpd.handover.tell(Message.LISTENS)

@@ -42,6 +42,7 @@ class ServedModel:
 
     Args:
         is_first: whether it is the model that the server was started with.
+        on_load, on_loaded: called before another is loaded, and afterwards.
         detokenizer: returns the detokenizer that is used in the place of mlx-lm's.
 
     Attributes:
@@ -57,9 +58,10 @@ class ServedModel:
         resumed: Resumed,
         *,
         is_first: Callable[[], bool],
+        on_load: Callable[[], None],
+        on_loaded: Callable[[], None],
         detokenizer: Callable[[Any], Any],
         max_kv_size: int | None,
-        injections: bool,
         disk: KVTier | None = None,
     ) -> None:
         self.loaded: tuple[ModelKey, ModelLimits] = (None, ModelLimits())
@@ -69,9 +71,9 @@ class ServedModel:
         self._overflow = overflow
         self._resumed = resumed
         self._is_first = is_first
+        self._on_load, self._on_loaded = on_load, on_loaded
         self._detokenizer = detokenizer
         self._max_kv_size = max_kv_size
-        self._injections = injections
         self._disk = disk
         self._load = provider.load
         provider._load = self._load_anew  # type: ignore[method-assign,assignment]
@@ -117,6 +119,7 @@ class ServedModel:
 
     def _load_anew(self, *named: Any) -> None:
         ceiling = self._headroom.limits.static
+        self._on_load()
         facts = replace_model(self._provider, named, lambda: ceiling().size)
         model = self._provider.model
         assert model is not None
@@ -124,8 +127,18 @@ class ServedModel:
         self._overflow.compare(limits.context)
         self.loaded = (self.key, limits)
         self._resumed.width = facts.width
+        self._on_loaded()
 
     def _load_or_say_why(self, *named: Any) -> Any:
+        # What a model is measured with is no step of a request.
+        with testing.uncounted():
+            model, tokenizer = self._load_and_measure(*named)
+        if testing.attaches_all():
+            self._count_steps(model)
+        self._resumed.watch(tokenizer, self._detokenizer)
+        return model, tokenizer
+
+    def _load_and_measure(self, *named: Any) -> Any:
         # mlx-lm 0.31.3 forgets the adapters of its command line.
         named = self._names.default if named[0] == DEFAULT else named
         try:
@@ -143,11 +156,14 @@ class ServedModel:
         self._measure()
         if self._disk is not None:
             self._disk.model_loaded(self._provider)
-        if self._injections:
-            width = self._provider.cli_args.num_draft_tokens + 1
-            testing.attach(model, decode_width=width if self.has_draft else 1)
-        self._resumed.watch(tokenizer, self._detokenizer)
         return model, tokenizer
+
+    def _count_steps(self, model: Any) -> None:
+        """Steps of the target alone are planned for, whether it has a draft or not."""
+        width = self._provider.cli_args.num_draft_tokens + 1 if self.has_draft else 1
+        testing.attach(model, decode_width=width)
+        if self.has_draft:
+            testing.detach(self._provider.draft_model)
 
     def _measure(self) -> None:
         try:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from .disconnects import Disconnects
 from .health import Health
+from .live import Live
 from .metrics import Metrics
 from .mlx_lm.protocols.models import ModelProvider
 from .mlx_lm.protocols.opaque import Progress
@@ -18,6 +19,7 @@ from .mlx_lm.protocols.requests import (
     Response,
 )
 from .model_names import ModelNames
+from .status import Status
 
 __all__ = ["Service"]
 
@@ -26,6 +28,8 @@ class Service(Protocol):
     """`generator.ProtectedResponseGenerator`, as any thread may use it."""
 
     health: Health
+    live: Live
+    status: Status
     metrics: Metrics
     names: ModelNames
     disconnects: Disconnects

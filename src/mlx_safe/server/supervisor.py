@@ -10,6 +10,7 @@ client on a thread of its own, so that a slow one delays no other.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 
 from .. import _core
 from .._command import CommandError, Parser
-from . import handover, ranks
+from . import handover, logs, ranks
 from .handover import Message
 from .holding import Holding
 
@@ -37,6 +38,8 @@ __all__ = [
     "replace_this_process",
     "start_took",
 ]
+
+log = logging.getLogger("mlx_safe.supervisor")
 
 LISTEN_FD = "MLX_SAFE_LISTEN_FD"
 # Of the server: when it was started, and how long the one before took until its model
@@ -56,8 +59,26 @@ TURN_S = 0.2
 FILES_WANTED = 4096
 
 
-def replace_this_process(arguments: Sequence[str]) -> None:
-    """Becomes the supervisor, in which nothing of mlx_safe is installed."""
+def replace_this_process(
+    arguments: Sequence[str],
+    host: str,
+    port: int,
+    hold_s: float,
+    certificate: str | None,
+    log_level: str,
+    log_format: str,
+) -> None:
+    """Becomes the supervisor, in which nothing of mlx_safe is installed.
+
+    Args:
+        arguments: for the server, which reads environment and ``--config`` itself. The
+            others are those that hold here, wherever they come from.
+    """
+    arguments = [*arguments, f"--host={host}", f"--port={port}"]
+    arguments += [f"--hold-seconds={hold_s}", f"--log-level={log_level}"]
+    arguments.append(f"--log-format={log_format}")
+    if certificate is not None:
+        arguments.append(f"--ssl-certfile={certificate}")
     os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
     sys.stdout.flush()
     _core.remove_run_file()  # the end of this process is no crash of a server
@@ -83,12 +104,6 @@ def start_took(ready: bool) -> float | None:
     return None if last is None else float(last)
 
 
-def say(text: str) -> None:
-    """One line on stderr, where the server logs."""
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{now} - SUPERVISOR - {text}", file=sys.stderr, flush=True)
-
-
 def how_it_ended(status: int) -> str:
     """A process ended: subprocess says by which signal with a negative number."""
     try:
@@ -101,12 +116,19 @@ class Supervisor:
     """Runs one server after another on one socket."""
 
     def __init__(
-        self, listener: socket.socket, command: Sequence[str], hold_s: float = HOLD_S
+        self,
+        listener: socket.socket,
+        command: Sequence[str],
+        hold_s: float = HOLD_S,
+        accepts: bool = True,
     ) -> None:
         # For good, as its mode is the server's as well: each may find that the
         # other was quicker.
         listener.setblocking(False)
         self._listener = listener
+        # Without the certificate there is nothing that it could say to a client. It
+        # waits in the socket's own queue then.
+        self._accepts = accepts
         self._command = list(command)
         self._child: subprocess.Popen[bytes] | None = None
         self._stopping = False
@@ -131,16 +153,19 @@ class Supervisor:
             if self._crashes > CRASHES_MAX:
                 self._holding.refuse_all()
                 how = how_it_ended(status)
-                say(
-                    f"the server has ended {self._crashes} times in a row without a "
-                    f"completed request, the last time {how}: giving up. The "
-                    "log above says why. `mlx-safe reports` lists the crash reports"
+                log.error(
+                    "the server has ended %d times in a row without a completed "
+                    "request, the last time %s: giving up. The log above says why. "
+                    "`mlx-safe reports` lists the crash reports",
+                    self._crashes,
+                    how,
                 )
                 return 1
             delay = BACK_OFF_S[min(self._crashes, len(BACK_OFF_S)) - 1]
-            say(
-                f"the server has ended {how_it_ended(status)}; starting it again "
-                f"in {delay:.0f} s; {len(self._holding)} connections wait for it"
+            log.warning(
+                "the server has ended %s; starting it again in %.0f s; "
+                "%d connections wait for it",
+                *(how_it_ended(status), delay, len(self._holding)),
             )
             self._hold_until(time.monotonic() + delay)
             if self._stopping:
@@ -154,7 +179,7 @@ class Supervisor:
     def _turn(self, seconds: float, channel: socket.socket | None = None) -> bool:
         """Accepts and answers while no server does; whether ``channel`` has a word."""
         wanted = [] if channel is None else [channel]
-        if self._holding.may_accept:
+        if self._accepts and self._holding.may_accept:
             wanted.append(self._listener)
         ready = handover.readable(wanted, seconds)
         if self._listener in ready:
@@ -186,7 +211,7 @@ class Supervisor:
                         stdin=subprocess.DEVNULL,
                     )
                 except OSError as e:  # no memory, no process: that may pass
-                    say(f"the server cannot be started: {e.strerror}")
+                    log.error("the server cannot be started: %s", e.strerror)
                     return 1
             if self._stopping:
                 self._child.terminate()
@@ -210,7 +235,7 @@ class Supervisor:
             return False
         message, key, files = got
         if message is Message.LISTENS:
-            say("the server listens")
+            log.info("the server listens")
             self._holding.give_to(channel)
         elif message is Message.READY:
             self._holding.last_start_s = time.monotonic() - self._born
@@ -251,19 +276,29 @@ def cannot_listen(host: str, port: int, error: OSError) -> CommandError:
     )
 
 
-def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float]:
+def _set_up_log(arguments: Sequence[str]) -> None:
+    parser = Parser(prog="mlx-safe serve", add_help=False)
+    parser.add_argument("--log-level", type=str.upper, default="INFO")
+    parser.add_argument("--log-format", default="text")
+    known, _ = parser.parse_known_args(list(arguments))
+    logs.set_up(known.log_level, known.log_format, name="SUPERVISOR")
+
+
+def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float, bool]:
+    """The socket, how long a request is held, and whether connections are plain."""
     parser = Parser(prog="mlx-safe serve", add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--hold-seconds", type=float, default=HOLD_S)
+    parser.add_argument("--ssl-certfile")
     known, _ = parser.parse_known_args(list(arguments))
     if not ranks.is_first():
         # Only the first rank has clients; here nobody knows the port.
-        return socket.create_server(("127.0.0.1", 0)), known.hold_seconds
+        return socket.create_server(("127.0.0.1", 0)), known.hold_seconds, True
     family, address = find_address(known.host, known.port)
     try:
         listener = socket.create_server(address[:2], family=family, backlog=512)
-        return listener, known.hold_seconds
+        return listener, known.hold_seconds, known.ssl_certfile is None
     except OSError as e:
         raise cannot_listen(known.host, known.port, e) from e
 
@@ -279,14 +314,15 @@ def _allow_many_files() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Opens the socket and runs servers with ``arguments`` on it."""
+    _set_up_log(arguments)
     try:
-        listener, hold_s = _listen(arguments)
+        listener, hold_s, is_plain = _listen(arguments)
     except CommandError as e:
         print(f"mlx-safe: {e}", file=sys.stderr)
         return USER_MISTAKE
     command = [sys.executable, "-m", "mlx_safe", "serve", *arguments]
     _allow_many_files()
-    supervisor = Supervisor(listener, command, hold_s)
+    supervisor = Supervisor(listener, command, hold_s, accepts=is_plain)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup, and shells for what they start in the background, have it ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:

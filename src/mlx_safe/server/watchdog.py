@@ -7,10 +7,8 @@ see, not turns of a loop.
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +23,8 @@ log = logging.getLogger("mlx_safe.server")
 class Watchdog:
     """Calls ``on_stall`` once when work is in flight and nothing moves.
 
+    ``doing`` says what is under way and for whom; it comes into the log and the report.
+
     `moved` may be called from any thread and costs less than a microsecond.
     """
 
@@ -32,10 +32,12 @@ class Watchdog:
         self,
         timeout_s: float,
         is_working: Callable[[], bool],
+        doing: Callable[[], str],
         on_stall: Callable[[str], None],
     ) -> None:
         self._timeout_s = timeout_s
         self._is_working = is_working
+        self._doing = doing
         self._on_stall = on_stall
         self._moves = 0
         if timeout_s > 0:
@@ -60,10 +62,14 @@ class Watchdog:
                 continue
             looks += 1
             if looks > looks_max:
-                log.error("no progress for %g s; all stacks follow", self._timeout_s)
-                sys.stderr.flush()
-                faulthandler.dump_traceback(all_threads=True)
-                why = f"a step made no progress for {self._timeout_s:g} s"
+                doing = self._doing()
+                log.error(
+                    "no progress for %g s (%s); all stacks follow",
+                    self._timeout_s,
+                    doing,
+                    extra={"stacks": _reports.stacks()},
+                )
+                why = f"a step made no progress for {self._timeout_s:g} s ({doing})"
                 _reports.write("stall", why)
-                self._on_stall(why)
+                self._on_stall(f"a step made no progress for {self._timeout_s:g} s")
                 return

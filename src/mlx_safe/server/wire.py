@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from .body import discard
+from .exchange import Exchange
 from .handover import Held
 from .request_file import State
 
@@ -178,6 +179,7 @@ class Wire(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     server: Any
+    exchange: Exchange | None
 
     def setup(self) -> None:
         """Makes ``rfile``, ``wfile`` and the supervisor's share of the connection."""
@@ -204,14 +206,23 @@ class Wire(BaseHTTPRequestHandler):
             vars(self).update(fresh)
             self.wfile.next()
             self._head_ends_at: int | None = None
-            self._logged_code: Any = None
+            self._status: int | None = None
             self.close_connection = True
+            self.exchange = None
             self.begin()
             try:
                 self.handle_one_request()
+            except BaseException as e:
+                if self.exchange is not None:
+                    self.exchange.error = self.exchange.error or e
+                raise
             finally:
-                if self._logged_code is not None:
-                    super().log_request(self._logged_code)
+                if self.exchange is not None:
+                    status = self._status if self.wfile.sent else None
+                    self.exchange.close(status, not self.wfile.broken)
+                    # What checks of HAProxy leave is no request.
+                    if self.exchange.method != "-" or status is not None:
+                        self.ended(self.exchange)
             if self.close_connection:
                 return
             self.held.next(self._ahead())
@@ -220,6 +231,9 @@ class Wire(BaseHTTPRequestHandler):
 
     def begin(self) -> None:
         """Called before each request is read."""
+
+    def ended(self, exchange: Exchange) -> None:
+        """Called when the answer to a request has ended, however it did."""
 
     def handle_one_request(self) -> None:
         """Reads a request, has it answered, and ends the answer."""
@@ -265,6 +279,7 @@ class Wire(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Reads the head; False when it was refused."""
         self._head_ends_at = None
+        self.exchange = Exchange()
         if not super().parse_request():
             return False
         if any(isinstance(d, NO_FIELD) for d in self.headers.defects):
@@ -282,6 +297,7 @@ class Wire(BaseHTTPRequestHandler):
         elif "close" in (option.strip() for option in options):
             self.close_connection = True
         self._head_ends_at = self._position()
+        self.exchange.method, self.exchange.path = self.command, self.path
         return True
 
     def _has_unread(self) -> bool:
@@ -357,8 +373,13 @@ class Wire(BaseHTTPRequestHandler):
         self.server.leave_open(self.connection)
         return True
 
-    # What is logged is what was sent: mlx-lm begins every answer with a 200.
+    # What http.server would log; an `Exchange` tells of all of it.
 
     def log_request(self, code: Any = "-", size: Any = "-") -> None:
-        """Notes the status, which is logged when the answer has ended."""
-        self._logged_code = code
+        """Notes the status: the last is what is sent, as mlx-lm begins with a 200."""
+        if self.exchange is None:  # its line was too long to be read
+            self.exchange = Exchange()
+        self._status = int(code)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: what is in it was sent by the client."""

@@ -14,14 +14,21 @@
 Image g_images[kImagesMax];
 int g_image_count;
 
+// Also from a handler of a signal: takes no lock. Names may be of a damaged file:
+// the line stays one.
 _Noreturn void refuse(const Image* image, const char* format, ...) {
-  char text[1024];
+  char line[2048];
   va_list list;
   va_start(list, format);
-  vsnprintf(text, sizeof text, format, list);
+  int size = snprintf(line, sizeof line / 2, "machrun: %s: ",
+                      image ? image->path : "libSystem");
+  vsnprintf(line + size, sizeof line / 2, format, list);
   va_end(list);
-  fprintf(stderr, "machrun: %s: %s\n", image ? image->path : "libSystem", text);
-  fflush(NULL);
+  char* at = line;
+  for (; *at != '\0'; at++)
+    if ((uint8_t)*at < ' ' || *at == 0x7f) *at = '?';
+  *at++ = '\n';
+  size = (int)write(STDERR_FILENO, line, (size_t)(at - line));
   _exit(2);
 }
 
@@ -139,7 +146,10 @@ static Range linkedit(const Image* image, uint32_t offset, uint64_t size,
 static void read_symtab(Image* image, const struct symtab_command* table) {
   linkedit(image, table->symoff, sizeof(struct nlist_64) * table->nsyms,
            "symbol table");
-  linkedit(image, table->stroff, table->strsize, "names of symbols");
+  const char* names = file_range(image, table->stroff, table->strsize,
+                                 "names of symbols");
+  if (table->strsize > 0 && names[table->strsize - 1] != '\0')
+    refuse(image, "damaged: the names of its symbols have no end");
   image->symtab = table;
 }
 
@@ -298,19 +308,20 @@ static void on_damage(int number) {
 }
 
 // Fixes an image up and initialises it. Damage that only shows when it is used,
-// a fault, is told as the image's.
+// a fault or an abort, is told as the image's.
 static void bring_up(Image* image) {
-  static const int kFaults[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
-  struct sigaction own = {.sa_handler = on_damage}, before[4];
+  enum { kCount = 5 };
+  static const int kFaults[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGABRT};
+  struct sigaction own = {.sa_handler = on_damage}, before[kCount];
   const Image* outer = g_loading;
   g_loading = image;
-  for (int i = 0; i < 4; i++) sigaction(kFaults[i], &own, &before[i]);
+  for (int i = 0; i < kCount; i++) sigaction(kFaults[i], &own, &before[i]);
   each_command(image, add_dependent);
   apply_fixups(image);
   each_section(image, thread_variables);
   protect_constants(image);
   each_section(image, run_initialisers);
-  for (int i = 0; i < 4; i++) sigaction(kFaults[i], &before[i], NULL);
+  for (int i = 0; i < kCount; i++) sigaction(kFaults[i], &before[i], NULL);
   g_loading = outer;
 }
 

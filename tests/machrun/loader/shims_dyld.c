@@ -46,7 +46,7 @@ int mac_dladdr(const void* address, Dl_info* to) {
     const struct nlist_64* symbol = &symbols[i];
     if (symbol->n_type & N_STAB || (symbol->n_type & N_TYPE) != N_SECT ||
         symbol->n_value > wanted || symbol->n_value <= best ||
-        symbol->n_un.n_strx >= table->strsize)
+        symbol->n_un.n_strx + 1ull >= table->strsize)
       continue;
     best = symbol->n_value;
     to->dli_sname =

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from . import debian, native, packages
-from .places import CACHE, MAIN, NOT_RUN, PYTHONS, SetupError
+from .places import CACHE, LOADER, MAIN, NOT_RUN, PYTHONS, QEMU, SetupError, run
 
 
 def fetch() -> None:
@@ -24,6 +25,7 @@ def fetch() -> None:
         packages.get_ours(python)
     for version in packages.PAIRS:
         packages.get_site(version)
+    packages.get_model()
 
 
 def build() -> None:
@@ -33,6 +35,20 @@ def build() -> None:
     native.build_cxxrt()
     native.build_metalsim()
     native.build_accelerate()
+
+
+def imports() -> str:
+    """How many names of libSystem and of Python the loader has, of each kind."""
+    sysroot = PYTHONS[MAIN].sysroot
+    found: Counter[str] = Counter()
+    for line in run(QEMU, "-L", sysroot, LOADER, "--imports").splitlines():
+        kind, *names = line.split()
+        found[kind] += len(names)
+    return (
+        f"libSystem: {found['shim']} by shim, {found['alias']} by alias, "
+        f"{found['pass']} pass through, any other is refused; "
+        f"Python's variadic functions: {found['python']} by shim"
+    )
 
 
 def timed(step: Callable[[], None]) -> str:
@@ -47,6 +63,7 @@ def main() -> int:
         # The network is waited for while the compiler computes.
         with ThreadPoolExecutor(2) as pool:
             print("machrun: " + ", ".join(pool.map(timed, (build, fetch))))
+        print(f"machrun: {imports()}")
         for wheel, reason in NOT_RUN.items():
             print(f"machrun: NOT RUN: the wheel {wheel}: {reason}")
     except SetupError as e:

@@ -77,7 +77,7 @@ def _dylib(target: Path, name: str, objects: list[Path], *libraries: Path) -> No
     zig("c++", *options, *objects, *libraries, into=target)
 
 
-def _build(
+def build(
     target: Path, name: str, sources: list[tuple[Path, list[str]]], *libraries: Path
 ) -> Path:
     """A dylib from sources, if one of them or an option has changed."""
@@ -97,7 +97,7 @@ def build_cxxrt() -> Path:
     files += [*libcxx.glob("ryu/*.cpp"), *(LIB / "libcxxabi/src").glob("*.cpp")]
     files = sorted(f for f in files if "noexception" not in f.name)
     options = [*MACOS, "-O1", *QUIET, *LIBCXX]
-    return _build(CXXRT, "/usr/lib/libc++.1.dylib", [(f, options) for f in files])
+    return build(CXXRT, "/usr/lib/libc++.1.dylib", [(f, options) for f in files])
 
 
 def build_system() -> Path:
@@ -108,7 +108,7 @@ def build_system() -> Path:
         standard = ["-std=c++20"] if name.endswith(".cpp") else []
         source = LIB / "libunwind/src" / name
         sources.append((source, [*options, *LIBUNWIND, *standard]))
-    return _build(SYSTEM, "/usr/lib/system/libunwind.dylib", sources)
+    return build(SYSTEM, "/usr/lib/system/libunwind.dylib", sources)
 
 
 def build_metalsim() -> Path:
@@ -118,13 +118,13 @@ def build_metalsim() -> Path:
     headers = sorted(place.glob("**/*.h"))
     options += [f"-DMETALSIM_HEADERS={digest(headers)[:16]}"]
     sources = [(f, options) for f in sorted(place.glob("src/*.cpp"))]
-    return _build(METALSIM, "/metalsim.dylib", sources, CXXRT)
+    return build(METALSIM, "/metalsim.dylib", sources, CXXRT)
 
 
 def build_accelerate() -> Path:
     """The few functions of Accelerate that a small model needs."""
     sources = [(f, [*MACOS, "-O2"]) for f in sorted(HERE.glob("accelerate/*.c"))]
-    return _build(ACCELERATE, "/accelerate.dylib", sources)
+    return build(ACCELERATE, "/accelerate.dylib", sources)
 
 
 def build_loader() -> Path:

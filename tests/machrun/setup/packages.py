@@ -27,6 +27,8 @@ from .places import (
 )
 
 VERSIONS = EXECUTED
+# Makes the model: any Python with MLX and mlx-lm for this machine.
+PYTHON_HERE = ROOT / ".venvs" / "observe" / "bin" / "python"
 NEWEST = "newest"
 # Built apart for later macOS; one version of each regime.
 LATER_SYSTEMS = {min(PAIRS): "15_0", NEWEST: "26_0"}
@@ -135,3 +137,13 @@ def get_site(mlx_version: str) -> list[Path]:
     if not (place / "complete").exists():
         _install(place, "--no-deps", f"mlx-lm=={PAIRS[mlx_version]}")
     return [place, rest]
+
+
+def get_model() -> Path:
+    """Directory of the tiny random model of the servers."""
+    program = ROOT / "tests" / "support" / "tiny_model.py"
+    place, stamp = CACHE / "model", digest([program])
+    if not is_current(place, stamp):
+        run(PYTHON_HERE, program, fresh(place))
+        made(place, stamp)
+    return place

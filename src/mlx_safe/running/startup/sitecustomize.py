@@ -2,7 +2,8 @@
 ``mlx-safe run``: children that are spawned, and programs that execute themselves again.
 
 It costs a process nothing until MLX is imported, which most never do, so it imports
-nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``.
+nothing of mlx_safe before. Words in ``MLX_SAFE_RUN``: ``signals``, ``asgi``,
+``replay``, and ``unprotected`` for what `mlx_safe.testing` does alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def _protect_this_process(_: ModuleType) -> None:
             file=sys.stderr,
         )
         return
+    if "unprotected" in _WORDS:
+        return
     mlx_safe.install(signals="signals" in _WORDS)
 
 
@@ -51,6 +54,18 @@ def _protect_applications(uvicorn_config: ModuleType) -> None:
         self.loaded_app = asgi.protect(self.loaded_app)
 
     config.Config.load = load_and_protect
+
+
+def _protect_batches(_: ModuleType) -> None:
+    """Batches of mlx-lm's are begun again, whoever makes them."""
+    try:
+        from mlx_safe import mlx_lm
+    except ImportError:
+        return  # has been said when MLX was imported
+    try:
+        mlx_lm.protect()
+    except TypeError as e:
+        print(f"mlx-safe: --replay: {e}", file=sys.stderr)
 
 
 class _AfterImport:
@@ -101,5 +116,7 @@ if "MLX_SAFE_RUN" in os.environ:
     }
     if "asgi" in _WORDS:
         _calls["uvicorn.config"] = _protect_applications
+    if "replay" in _WORDS:
+        _calls["mlx_lm.generate"] = _protect_batches
     sys.meta_path.insert(0, _AfterImport(_calls))
 _run_the_next()

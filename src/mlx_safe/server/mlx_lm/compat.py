@@ -20,7 +20,8 @@ from .protocols.text import Tokenizer
 from .requirements import installed_version
 
 __all__ = [
-    *("attends", "batch_caches", "cache_keys", "guarded_stops", "is_shared_sampler"),
+    *("attends", "batch_caches", "cache_forms", "cache_keys", "chunks_are_exact"),
+    *("guarded_stops", "is_shared_sampler", "quantized"),
     *("keep_processors_in_place", "kv_quantization", "load_beside"),
     *(
         "make_cache",
@@ -29,44 +30,17 @@ __all__ = [
         "set_prefill_step",
         "spelling",
     ),
-    *("stops_after", "take_over", "takes_images", "takes_xtc", "text_by_state"),
+    *("take_over", "takes_images", "takes_xtc", "text_by_state"),
     *("tokenizer_repairs", "try_quantization"),
 ]
 
-# Calls the first; when that fails, ends the request and calls the second.
-Guard = Callable[[Callable[[], Any], Callable[[], Any]], Any]
+# Calls the first with what follows; when that fails, ends the request and calls the
+# second so.
+Guard = Callable[..., Any]
 
 # -- stop words -------------------------------------------------------------------
 # Asked for the tokens of an answer one by one: by ``make_state`` and ``match`` (0.31,
 # state machines) or by a ``matcher`` (0.32, stop sequences). Both classes have both.
-
-
-class _StopsAfter:
-    """Stop words as they stand after some tokens of the answer."""
-
-    def __init__(self, stops: Any, tokens: list[int]) -> None:
-        self._stops = stops
-        self._tokens = tokens
-
-    def make_state(self) -> Any:
-        state = self._stops.make_state()
-        for token in self._tokens:
-            state, _, _ = self._stops.match(state, token)
-        return state
-
-    def match(self, state: Any, token: int) -> Any:
-        return self._stops.match(state, token)
-
-    def matcher(self) -> Any:
-        matcher = self._stops.matcher()
-        for token in self._tokens:
-            matcher.advance(token)
-        return matcher
-
-
-def stops_after(stops: Any, tokens: list[int]) -> Any:
-    """``stops`` (of `_make_state_machine`) after ``tokens`` of the answer."""
-    return _StopsAfter(stops, tokens)
 
 
 class _GuardedStops:
@@ -80,12 +54,14 @@ class _GuardedStops:
         return self._run(self._stops.make_state, lambda: None)
 
     def match(self, state: Any, token: int) -> Any:
-        return self._run(
-            lambda: self._stops.match(state, token), lambda: (state, None, None)
-        )
+        return self._run(self._stops.match, _no_match, state, token)
 
     def matcher(self) -> Any:
         return _GuardedMatcher(self._run(self._stops.matcher, lambda: None), self._run)
+
+
+def _no_match(state: Any, token: int) -> tuple[Any, None, None]:
+    return state, None, None
 
 
 class _GuardedMatcher:
@@ -94,14 +70,19 @@ class _GuardedMatcher:
         self._run = run
 
     def advance(self, token: int) -> Any:
-        return self._run(lambda: self._matcher.advance(token), lambda: False)
+        return self._run(self._matcher.advance, _not_at_the_end, token)
+
+
+def _not_at_the_end(token: int) -> bool:
+    return False
 
 
 def guarded_stops(stops: Any, run: Guard) -> Any:
     """``stops`` (of `_make_state_machine`), whose every use goes by ``run``.
 
     Args:
-        run: is given what to call, and what to call instead when that fails.
+        run: is given what to call, what to call instead when that fails, and with
+            what.
     """
     return _GuardedStops(stops, run)
 
@@ -131,8 +112,10 @@ def _read_by_text(context: Any) -> Callable[[Response], list[tuple[str | None, s
 
     def read(response: Response) -> list[tuple[str | None, str]]:
         nonlocal now
-        is_end = response.token in context.tokenizer.eos_token_ids
-        if response.finish_reason == "stop" and not is_end:
+        if (
+            response.finish_reason == "stop"
+            and response.token not in context.tokenizer.eos_token_ids
+        ):
             # What is held back is the beginning of the stop word.
             now, state = Texts.discard(now)
             return [(state, "")]
@@ -297,6 +280,37 @@ def try_quantization(caches: Iterable[Any], quantization: dict[str, Any]) -> Non
     for cache in caches if bits is not None else ():
         if hasattr(cache, "to_quantized"):
             cache.to_quantized(group_size=quantization["kv_group_size"], bits=bits)
+
+
+def cache_forms(provider: ModelProvider) -> list[bool]:
+    """In which forms a prompt's caches can be: quantized or not.
+
+    With a draft model mlx-lm 0.32.2 quantizes copies of the list, and what it stores
+    is empty.
+    """
+    bits = kv_quantization(provider.cli_args).get("kv_bits")
+    return (
+        [False] if bits is None or provider.draft_model is not None else [False, True]
+    )
+
+
+def quantized(caches: list[Any], cli_args: CliArgs) -> list[Any]:
+    """``caches``, which are empty, as mlx-lm has them past the start."""
+    found = kv_quantization(cli_args)
+    return [
+        cache.to_quantized(group_size=found["kv_group_size"], bits=found["kv_bits"])
+        if hasattr(cache, "to_quantized")
+        else cache
+        for cache in caches
+    ]
+
+
+def chunks_are_exact() -> bool:
+    """Whether a `ChunkedKVCache` with equal fields goes on with the same text.
+
+    0.31.3 looks at the length that is allocated, and throws live tokens away.
+    """
+    return parse_version(installed_version()) >= (0, 32)
 
 
 def batch_caches(batch: BatchGenerator) -> tuple[int, list[Uid]]:

@@ -1,8 +1,8 @@
 """KV caches go to disk, and come back: between mlx-lm's caches and `mlx_safe.kv`.
 
-Proven exact, and so kept: models all of whose caches are `KVCache` (mlx-lm 0.31.3 and
-0.32.2), without a draft model. Any other stays in memory, which one line in the log
-says. Used by the generation thread only; ``events`` and figures may be read by any.
+What of them is kept says `kv_layout`; a model with other caches stays in memory, which
+one line in the log says. Used by the generation thread only; ``events`` and figures may
+be read by any.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
 from ... import _core
 from ...kv.directory import Directory
@@ -26,35 +24,23 @@ from ...kv.identity import Identity, describe_model
 from ...kv.store import Draft, Found, Limits, Store, are_tokens
 from ...kv.writer import Writer
 from ...memory.sizes import format_size
+from ..recorder import breadcrumb
 from . import compat
 from .hub import cached_model
+from .kv_layout import Layout, Unfit, to_bytes
+from .kv_parts import NotKept, View, leaves
 
 __all__ = ["KVTier"]
 
 log = logging.getLogger("mlx_safe.server")
 
-# How long a restore waits for blocks of its own text that are still being written.
+# How long a restore waits for what of its own text is still being written.
 FLUSH_S = 5.0
 CLOSE_S = 2.0
 # A restore that was too slow is tried again after so many that were not.
 TRY_AGAIN_AFTER = 16
-
-
-@dataclass(frozen=True)
-class _Array:
-    """One array of a layer, of one token: its heads, width and type."""
-
-    heads: int
-    width: int
-    dtype: str
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return 1, self.heads, BLOCK_TOKENS, self.width
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * int(getattr(mx, self.dtype).size)
+# What is damaged goes, and what is left may serve: looked at so often.
+LOADS_MAX = 4
 
 
 class _Rate:
@@ -78,6 +64,32 @@ class _Restored:
     mark: str | None
 
 
+@dataclass(eq=False)
+class _Reading:
+    """How far a request's prompt has been read.
+
+    passing: a snapshot in the midst of it, in whose place the next one comes.
+    begun: tokens that its run did not have to read. tokens, caches: on the sequential
+    path.
+    """
+
+    request: Any
+    done: int = 0
+    since: float = 0.0
+    passing: Node | None = None
+    begun: int = 0
+    tokens: Sequence[int] = ()
+    caches: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Caches that are kept, and under which identity."""
+
+    layout: Layout
+    identity: str
+
+
 class KVTier:
     """The tier of one server.
 
@@ -94,15 +106,11 @@ class KVTier:
         self.store = Store(directory, limits)
         self.writer = Writer(self.store)
         self.current: Callable[[], Any] = lambda: None
-        self._model: Any = None
         self._key: Any = None
-        self._identity = ""
-        self._arrays: list[_Array] = []
+        self._kept: list[_Kept] = []
         self._restored: list[_Restored] = []
-        # On the sequential path: who reads a prompt, which, and into what.
-        self._reading: tuple[Any, list[int], list[Any]] | None = None
+        self._readings: dict[int, _Reading] = {}
         self._read_rate, self._restore_rate = _Rate(), _Rate()
-        self._progress: tuple[int, int, float] = (0, 0, 0.0)
         self._not_tried = 0
         self.store.open()
         self.writer.start()
@@ -114,64 +122,81 @@ class KVTier:
         if provider.model_key == self._key:
             return
         self._key = provider.model_key
-        self._model, self._reading = None, None
-        why = self._measure(provider)
-        if why is not None:
+        self._kept, self._readings = [], {}
+        self._read_rate = _Rate()
+        try:
+            self._kept = [self._keep(provider, n) for n in compat.cache_forms(provider)]
+        except NotKept as e:
+            log.warning("KV caches of this model stay in memory: %s", e)
+            return
+        except Exception as e:  # whatever a model raises; it is served all the same
+            why = f"{type(e).__name__}: {e}"
             log.warning("KV caches of this model stay in memory: %s", why)
             return
-        self._model = provider.model
+        layout = self._kept[0].layout
         log.info(
-            "KV caches are kept in %s, %s a block of %d tokens; the files hold what "
-            "was said",
+            "KV caches are kept in %s, %s; the files hold what was said",
             self.store.path,
-            format_size(sum(a.nbytes for a in self._arrays)),
-            BLOCK_TOKENS,
+            " and ".join(
+                [f"{format_size(layout.block_nbytes)} a block of {BLOCK_TOKENS} tokens"]
+                * layout.has_blocks
+                + ["windows and states at boundaries"] * layout.has_states
+            ),
         )
 
-    def _measure(self, provider: Any) -> str | None:
-        """Why they cannot be kept; None: they can."""
-        if provider.draft_model is not None:
-            return "there is a draft model"
-        if compat.kv_quantization(provider.cli_args).get("kv_bits") is not None:
-            return "--kv-bits"
-        caches: list[Any] = compat.make_cache(provider.model)
-        kinds = sorted({type(c).__name__ for c in caches if type(c) is not KVCache})
-        if kinds or not caches:
-            return f"not proven for {', '.join(kinds) or 'a model without caches'}"
-        try:
-            # Nothing is computed: shapes are known without.
-            provider.model(mx.array([[0]]), cache=caches)
-            self._arrays = [
-                _Array(x.shape[1], x.shape[3], str(x.dtype).rpartition(".")[2])
-                for cache in caches
-                for x in (cache.keys, cache.values)
-            ]
-            facts = [_describe(name) for name in provider.model_key]
-        except (OSError, AttributeError, IndexError, ValueError) as e:
-            return f"{type(e).__name__}: {e}"
+    def _keep(self, provider: Any, quantized: bool) -> _Kept:
+        target, draft = provider.model, provider.draft_model
+
+        def make() -> list[Any]:
+            made = compat.make_cache(target)
+            if draft is not None:  # mlx-lm has both in one list
+                made += compat.make_cache(draft)
+            return compat.quantized(made, provider.cli_args) if quantized else made
+
+        def run(caches: list[Any]) -> None:
+            # Nothing is computed: shapes are known without. Of a few tokens, as some
+            # states grow at first (longcat_flash_ngram's last tokens).
+            tokens = mx.zeros((1, 16), mx.int32)
+            own = len(compat.make_cache(target))
+            target(tokens, cache=caches[:own])
+            if draft is not None:
+                draft(tokens, cache=caches[own:])
+
+        # Quantized as it is read, a text has other bits after other steps: it is
+        # the same only from where memory would have gone on.
+        whole = compat.kv_quantization(provider.cli_args).get("kv_bits") is not None
+        layout = Layout(make, run, whole)
         identity = Identity.of(
             {
-                "model": facts,
+                "model": [_describe(name) for name in provider.model_key],
                 "mlx": version("mlx"),
                 "mlx-lm": version("mlx-lm"),
                 "device": str(mx.default_device()),
-                "caches": [type(c).__name__ for c in caches],
-                "arrays": [[a.heads, a.width, a.dtype] for a in self._arrays],
+                "caches": layout.facts,
                 "name": Path(str(provider.model_key[0])).name,
             }
         )
-        self._identity = identity.digest
         self.store.describe(identity.digest, identity.text)
-        return None
+        return _Kept(layout, identity.digest)
 
     def _is_on(self, model: Any, tokens: Sequence[Any]) -> bool:
-        on = self._model is not None and self.store.off is None
+        on = bool(self._kept) and self.store.off is None
         return on and model == self._key and are_tokens(tokens)
 
-    @property
-    def _most(self) -> int:
-        """Bytes that a block's file can have."""
-        return sum(a.nbytes for a in self._arrays) + HEADER_MAX + 4 * BLOCK_TOKENS + 64
+    def figures(self) -> dict[str, Any]:
+        """For crash reports; JSON-able, no text of anybody's. Any thread."""
+        events = self.store.events
+        names = ("restored", "restored_tokens", "written", "written_bytes")
+        return {
+            "off": self.store.off,
+            "files": len(self.store),
+            "bytes": self.store.nbytes,
+            "limit": self.store.limits.size,
+            "waiting_bytes": self.writer.waiting,
+            # Between a restore and its first token.
+            "restoring": sum(r.mark is not None for r in self._restored[:]),
+            **{name: events[name] for name in (*names, "damaged", "suspects")},
+        }
 
     # -- restoring -------------------------------------------------------------------
 
@@ -187,85 +212,102 @@ class KVTier:
         """
         if not self._is_on(model, tokens):
             return None
-        found = self._on_disk(tokens)
-        if found is None or found.end - have < BLOCK_TOKENS:
-            return None
-        if not self._is_cheaper(found, have):
-            return None
+        for _ in range(LOADS_MAX):
+            best = self._best(tokens)
+            if best is None or best[1].end - have < BLOCK_TOKENS:
+                return None
+            kept, found = best
+            if not self._is_cheaper(found, have):
+                return None
+            begun = time.monotonic()
+            caches, end = self._load_marked(kept, found, tokens)
+            if caches is not None and end > have:
+                seconds = time.monotonic() - begun
+                self._restore_rate.saw(found.nbytes, seconds)
+                breadcrumb("kv", "restored", tokens=end, ms=round(1000 * seconds))
+                self.store.events["restored"] += 1
+                self.store.events["restored_tokens"] += end
+                return caches, tokens[end:]
+            if not kept.layout.has_states:
+                return None  # from its beginning on nothing is sound
+        return None
+
+    def _load_marked(
+        self, kept: _Kept, found: Found, tokens: list[int]
+    ) -> tuple[list[Any] | None, int]:
         mark = self.store.begin_restore(found.nodes)
         if mark is None:
-            return None
-        self._restored.append(_Restored(self.current(), found.nodes, mark))
-        begun, epoch = time.monotonic(), _core.epoch()
-        caches = self._load(found.nodes, tokens)
-        if caches is None or caches[0].offset <= have or _core.epoch() != epoch:
-            return None
-        end = caches[0].offset
-        self._restore_rate.saw(end, time.monotonic() - begun)
-        self.store.events["restored"] += 1
-        self.store.events["restored_tokens"] += end
-        return caches, tokens[end:]
+            return None, 0
+        restored = _Restored(self.current(), found.nodes, mark)
+        self._restored.append(restored)
+        epoch = _core.epoch()
+        caches, end = self._load(kept, found.nodes, tokens)
+        if caches is None or _core.epoch() != epoch:
+            self._restored.remove(restored)
+            self.store.end_restore(mark)
+            return None, 0
+        return caches, end
 
-    def _on_disk(self, tokens: list[int]) -> Found | None:
-        keys = chain(self._identity, tokens[:-1])
+    def _best(self, tokens: list[int]) -> tuple[_Kept, Found] | None:
+        """What saves most of what is on disk, or will be in a moment."""
 
-        def found() -> Found | None:
-            return self.store.find(
-                self._identity, tokens, len(tokens) - 1, blocks=True, states=False
-            )
+        def look() -> list[tuple[_Kept, Found]]:
+            most = len(tokens) - 1  # the last is always read
+            found = [(k, self._find(k, tokens, most)) for k in self._kept]
+            return [(k, f) for k, f in found if f is not None]
 
-        best = found()
-        end = 0 if best is None else len(best.nodes)
-        if end < len(keys):
-            following = Node.block(self._identity, keys, end)
-            if self.writer.holds(following) and self.writer.flush(FLUSH_S):
-                best = found()
-        return best
+        found = look()
+        end = max([f.end for _, f in found], default=0)
+        identities = {k.identity for k in self._kept}
+        if self.writer.goes_on(identities, tokens, end) and self.writer.flush(FLUSH_S):
+            found = look()
+        return max(found, key=lambda pair: pair[1].end, default=None)
+
+    def _find(self, kept: _Kept, tokens: Sequence[int], most: int) -> Found | None:
+        return self.store.find(
+            kept.identity,
+            tokens,
+            most,
+            blocks=kept.layout.has_blocks,
+            states=kept.layout.has_states,
+        )
 
     def _is_cheaper(self, found: Found, have: int) -> bool:
         """Than reading what memory does not have; learned from both speeds."""
         read, restore = self._read_rate.per_s, self._restore_rate.per_s
-        if not read or not restore or found.end / restore < (found.end - have) / read:
+        if not read or not restore:
+            return True
+        if found.nbytes / restore < (found.end - have) / read:
             return True
         self._not_tried += 1
+        self.store.events["not_cheaper"] += 1
         return self._not_tried % TRY_AGAIN_AFTER == 0
 
-    def _load(self, nodes: Sequence[Node], tokens: list[int]) -> list[Any] | None:
-        """The caches of those of ``nodes`` that are sound, from the first on."""
-        parts: list[list[mx.array]] = [[] for _ in self._arrays]
-        end = 0
+    def _load(
+        self, kept: _Kept, nodes: Sequence[Node], tokens: list[int]
+    ) -> tuple[list[Any] | None, int]:
+        """Caches of those of ``nodes`` that are sound, from the first on."""
+        layout, states, end = kept.layout, None, 0
+        slots: list[list[mx.array]] = []
         for node in nodes:
-            got = self.store.read(node, tokens, self._most)
+            got = self.store.read(node, tokens, layout.most(node))
             if got is None:
                 break
-            about, pieces = got
-            if about != {"arrays": self._about()} or not self._fit(pieces):
+            try:
+                made, found = layout.read(node, *got)
+            except Unfit as e:
                 # Its checksums are right: somebody made it so.
+                log.warning("a file of KV caches is not used: %s: %s", node.name, e)
                 self.store.drop([node])
                 break
-            for part, array, piece in zip(parts, self._arrays, pieces, strict=True):
-                part.append(_made(piece, array))
-            mx.eval([part[-1] for part in parts])
-            end = node.end
-        if not end:
-            return None
-        assert self._model is not None
-        caches: list[Any] = compat.make_cache(self._model)
-        for i, cache in enumerate(caches):
-            # One layer at a time is there twice, and no more.
-            cache.keys, cache.values = (
-                mx.concatenate(parts[n], axis=2) for n in (2 * i, 2 * i + 1)
-            )
-            cache.offset = end
-            mx.eval(cache.keys, cache.values)
-            parts[2 * i], parts[2 * i + 1] = [], []
-        return caches
-
-    def _fit(self, pieces: Sequence[bytes]) -> bool:
-        return [len(p) for p in pieces] == [a.nbytes for a in self._arrays]
-
-    def _about(self) -> list[list[Any]]:
-        return [[a.dtype, *a.shape] for a in self._arrays]
+            del got
+            slots = slots or [[] for _ in made]
+            for part, x in zip(slots, made, strict=True):
+                part.append(x)
+            states, end = found or states, node.end
+        if not end or (layout.has_states and end != nodes[-1].end):
+            return None, 0
+        return layout.caches(slots, states or [], end), end
 
     def first_token(self, request: Any) -> None:
         """``request`` has a token: what it began from has killed nobody."""
@@ -277,92 +319,178 @@ class KVTier:
     # -- capturing -------------------------------------------------------------------
 
     def capture(self, model: Any, tokens: list[int], caches: list[Any]) -> None:
-        """Has the blocks of a complete entry written that are not on disk."""
-        if any(type(cache) is not KVCache for cache in caches):
-            return
-        if len(caches) * 2 != len(self._arrays):
-            return
-        held = min(c.offset for c in caches)
-        layers = [x for c in caches for x in (c.keys, c.values)]
-        self._capture(
-            model, tokens[:held], lambda a, b: [x[..., a:b, :] for x in layers]
-        )
+        """Has of a complete entry written what is not on disk."""
+        if self._is_on(model, tokens):
+            offsets = [getattr(c, "offset", len(tokens)) for c in leaves(caches)]
+            done = min([len(tokens), *offsets])
+            self._capture(tokens[:done], View(caches, done), None, is_boundary=True)
 
-    def checkpoint(self, batch: Any, uid: Any, key: Any) -> None:
+    def checkpoint(
+        self, batch: Any, uid: Any, request: Any, *, is_boundary: bool
+    ) -> None:
         """A prompt in mlx-lm's ``batch`` has been read further.
 
         Args:
-            key: its (model, tokens), as the prompt cache has them; or None.
+            is_boundary: a part of it ends here: the next turn may begin with it.
         """
+        key = request.prompt_key
         if key is None or not self._is_on(*key) or uid not in batch._prompt_batch.uids:
             return
         row = batch._prompt_batch.uids.index(uid)
-        caches = batch._prompt_batch.prompt_cache
         done = len(batch._prompt_batch.tokens[row])
-        if not all(hasattr(c, "left_padding") and hasattr(c, "_idx") for c in caches):
-            return
-        self._note_progress(id(key[1]), done)
+        reading = self._progress(request, done)
+        view = View(batch._prompt_batch.prompt_cache, done, row)
+        self._capture(key[1][:done], view, reading, is_boundary)
 
-        def slices(a: int, b: int) -> list[mx.array]:
-            made = []
-            for c in caches:
-                pad = c._idx - done
-                made += [
-                    x[row : row + 1, :, pad + a : pad + b] for x in (c.keys, c.values)
-                ]
-            return made
+    def follow(self, model: Any, tokens: list[int], caches: Any, begun: int) -> Any:
+        """Watches the caches that the sequential path begins with, and makes them.
 
-        self._capture(key[0], key[1][:done], slices)
-
-    def follow(self, model: Any, tokens: list[int], caches: Any) -> Any:
-        """Watches the caches that the sequential path begins with, and makes them."""
-        self._reading = None
+        Args:
+            begun: how many of ``tokens`` they have.
+        """
         request = self.current()
         if request is None or not request.run.alone or not self._is_on(model, tokens):
             return caches
-        made = caches or compat.make_cache(self._model)
-        self._reading = (request, tokens[:], made)
-        return made
+        reading = self._progress(request, begun)
+        reading.tokens, reading.begun = tokens[:], begun
+        reading.caches = caches or self._kept[0].layout.make()
+        return reading.caches
 
-    def checkpoint_alone(self) -> None:
-        """The sequential path has read its prompt further."""
-        if self._reading is not None:
-            _, tokens, caches = self._reading
-            if caches and type(caches[0]) is KVCache:
-                self._note_progress(id(tokens), caches[0].offset)
-            self.capture(self._key, tokens, caches)
+    def checkpoint_alone(self, request: Any, read: int) -> None:
+        """The sequential path has read ``read`` tokens of its prompt."""
+        reading = self._readings.get(id(request))
+        if reading is None or reading.caches is None:
+            return
+        offsets = [getattr(c, "offset", None) for c in leaves(reading.caches)]
+        done = min([reading.begun + read, *(n for n in offsets if n is not None)])
+        if not self._is_on(self._key, reading.tokens):
+            return
+        self._progress(request, done)
+        # No boundaries are known here; at the end another turn may differ in the last
+        # tokens, so the one before that stays.
+        if done >= len(reading.tokens) - 1:
+            reading.passing = None
+        self._capture(
+            reading.tokens[:done],
+            View(reading.caches, done),
+            reading,
+            is_boundary=False,
+        )
 
-    def _note_progress(self, text: int, done: int) -> None:
+    def _progress(self, request: Any, done: int) -> _Reading:
+        reading = self._readings.setdefault(id(request), _Reading(request))
         now = time.monotonic()
-        before, length, since = self._progress
-        if before == text and done > length:
-            self._read_rate.saw(done - length, now - since)
-        self._progress = (text, done, now)
+        if reading.done and done > reading.done:
+            self._read_rate.saw(done - reading.done, now - reading.since)
+        reading.done, reading.since = done, now
+        return reading
 
     def _capture(
-        self, model: Any, tokens: list[int], slices: Callable[[int, int], list[Any]]
+        self,
+        tokens: Sequence[int],
+        view: View,
+        reading: _Reading | None,
+        is_boundary: bool,
     ) -> None:
-        if not self._is_on(model, tokens):
+        kept = next((k for k in self._kept if k.layout.is_at(view)), None)
+        if kept is None or view.done < BLOCK_TOKENS:
             return
-        keys = chain(self._identity, tokens)
-        nodes = [Node.block(self._identity, keys, i) for i in range(len(keys))]
-        size = sum(a.nbytes for a in self._arrays)
-        for i, node in enumerate(nodes):
-            if self.store.has(node) or self.writer.holds(node):
-                continue
-            if not self.writer.has_room(size):
-                self.store.events["not_written_backlog"] += 1
-                return
-            epoch = _core.epoch()
-            arrays = [mx.contiguous(x) for x in slices(node.start, node.end)]
-            mx.eval(arrays)
-            pieces = [_bytes(x) for x in arrays]
-            if _core.epoch() != epoch or not self._fit(pieces):
-                return
-            about = {"arrays": self._about()}
-            self.writer.offer(
-                Draft(node, tokens[: node.end], pieces, about, tuple(nodes[:i])), epoch
-            )
+        keys = chain(kept.identity, tokens)
+        nodes = [Node.block(kept.identity, keys, i) for i in range(len(keys))]
+        if kept.layout.has_blocks:
+            for i, node in enumerate(nodes):
+                if not self._take_block(kept, tokens, view, node, nodes[:i]):
+                    return
+        else:
+            nodes = []
+        if kept.layout.has_states:
+            node = Node.snapshot(kept.identity, keys, tokens)
+            self._take_snapshot(kept, tokens, view, node, nodes, reading, is_boundary)
+
+    def _take_block(
+        self,
+        kept: _Kept,
+        tokens: Sequence[int],
+        view: View,
+        node: Node,
+        before: Sequence[Node],
+    ) -> bool:
+        """Whether it is on disk, or will be."""
+        if self.store.has(node) or self.writer.holds(node):
+            return True
+        layout = kept.layout
+        if not self._has_room(layout.block_nbytes):
+            return False
+        arrays = layout.slots(view, node.start, node.end)
+        return self._offer(node, tokens, arrays, layout.about_block(), before)
+
+    def _take_snapshot(
+        self,
+        kept: _Kept,
+        tokens: Sequence[int],
+        view: View,
+        node: Node,
+        before: Sequence[Node],
+        reading: _Reading | None,
+        is_boundary: bool,
+    ) -> None:
+        """Takes one, unless there is one that is as good but for less than a block."""
+        passing = reading.passing if reading is not None else None
+        last = self._last_snapshot(kept, tokens, passing if is_boundary else None)
+        if view.done - last < BLOCK_TOKENS:
+            return
+        taken = kept.layout.snapshot(view, node.start)
+        if taken is None:
+            self.store.events["not_written_unfit"] += 1
+            if view.row is None and len(self._kept) == 1:
+                self._kept = []  # or blocks would be written for nothing
+                why = "their shapes are not those of an empty text"
+                log.warning("KV caches of this model stay in memory: %s", why)
+            return
+        about, arrays = taken
+        size = sum(x.nbytes for x in arrays)
+        # What is larger than a file may be would be taken for damaged.
+        if size > kept.layout.most(node) - HEADER_MAX or not self._has_room(size):
+            return
+        instead_of = () if passing is None else (passing,)
+        offered = self._offer(node, tokens, arrays, about, before, instead_of)
+        if offered and reading is not None:
+            reading.passing = None if is_boundary else node
+
+    def _last_snapshot(
+        self, kept: _Kept, tokens: Sequence[int], but: Node | None
+    ) -> int:
+        """Where the last one of this text ends, on disk or on its way there."""
+        keys = chain(kept.identity, tokens)
+        known = self.store.snapshots(kept.identity, keys, tokens)
+        known += self.writer.snapshots(kept.identity, tokens)
+        return max([node.end for node in known if node != but], default=0)
+
+    def _has_room(self, nbytes: int) -> bool:
+        if self.writer.has_room(nbytes):
+            return True
+        self.store.events["not_written_backlog"] += 1
+        return False
+
+    def _offer(
+        self,
+        node: Node,
+        tokens: Sequence[int],
+        arrays: Sequence[mx.array],
+        about: Any,
+        before: Sequence[Node],
+        instead_of: Sequence[Node] = (),
+    ) -> bool:
+        epoch = _core.epoch()
+        own = [mx.contiguous(x) for x in arrays]
+        mx.eval(own)
+        pieces = [to_bytes(x) for x in own]
+        if _core.epoch() != epoch:
+            return False
+        draft = Draft(
+            node, tokens[: node.end], pieces, about, tuple(before), tuple(instead_of)
+        )
+        return self.writer.offer(draft, epoch)
 
     # -- the epoch -------------------------------------------------------------------
 
@@ -371,8 +499,9 @@ class KVTier:
         if self.writer.unconfirmed:
             mx.synchronize()
             self.writer.confirm(_core.epoch())
-        if self._reading is not None and self._reading[0].is_ended:
-            self._reading = None  # its memory is to be free
+        for reading in list(self._readings.values()):
+            if reading.request.is_ended:
+                del self._readings[id(reading.request)]  # its memory is to be free
         kept = []
         for restored in self._restored:
             if restored.request is None or restored.request.is_ended:
@@ -384,7 +513,8 @@ class KVTier:
 
     def fail(self, *, stray: bool) -> None:
         """There was a failure. stray: something may have been written anywhere."""
-        self._reading = None
+        for reading in self._readings.values():
+            reading.caches = None
         self.writer.fail(all_of_it=stray)
         if stray:
             for restored in self._restored:
@@ -419,12 +549,3 @@ def _describe(name: Any) -> Any:
     if found is None:
         raise FileNotFoundError(f"no files of {name}")
     return describe_model(found)
-
-
-def _made(piece: bytes, array: _Array) -> mx.array:
-    flat = mx.array(memoryview(piece))  # type: ignore[arg-type]
-    return flat.view(getattr(mx, array.dtype)).reshape(array.shape)
-
-
-def _bytes(x: mx.array) -> bytes:
-    return bytes(memoryview(x.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from ..._command import Parser
+from ..._command import CommandError
+from .. import logs
 from . import compat
 from .protocols.models import ModelProvider
 from .protocols.opaque import Array
@@ -20,7 +20,7 @@ from .protocols.requests import GenerationArguments
 from .protocols.server import Server
 from .protocols.text import Tokenizer
 
-__all__ = ["patch", "run_main"]
+__all__ = ["parser_of", "patch", "run_main"]
 
 
 def _replace(server: Server, **functions: Any) -> None:
@@ -28,30 +28,69 @@ def _replace(server: Server, **functions: Any) -> None:
         setattr(server, name, value)
 
 
+class _Made(BaseException):
+    """Leaves mlx-lm's ``main`` with its parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.parser = parser
+
+
+def _with_parser(server: Server, cls: type[argparse.ArgumentParser]) -> None:
+    others = {**vars(argparse), "ArgumentParser": cls}
+    _replace(server, argparse=types.SimpleNamespace(**others))
+
+
+def parser_of(server: Server) -> argparse.ArgumentParser:
+    """The parser that mlx-lm's ``main`` makes, which is left right after.
+
+    Raises:
+        CommandError: it makes none that can be seen.
+    """
+
+    class Collecting(argparse.ArgumentParser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            raise _Made(self)
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        raise CommandError("this mlx-lm reads its flags in a way that is not known")
+
+    before = {name: vars(server)[name] for name in ("argparse", "run")}
+    _with_parser(server, Collecting)
+    _replace(server, run=run)
+    try:
+        server.main()
+    except _Made as made:
+        return made.parser
+    finally:
+        _replace(server, **before)
+    raise CommandError("this mlx-lm has no flags that can be found")
+
+
 def run_main(
     server: Server,
     run: Callable[[str, int, ModelProvider], None],
-    arguments: Sequence[str],
+    values: argparse.Namespace,
 ) -> None:
-    """Calls mlx-lm's ``main``, which parses ``arguments`` and calls ``run``.
+    """Calls mlx-lm's ``main``, which gets ``values`` of its parser and calls ``run``.
 
     Args:
         server: the module ``mlx_lm.server``; it stays changed.
         run: called with the host, the port and mlx-lm's `ModelProvider`, which has
             loaded nothing yet, on this thread.
-        arguments: of mlx-lm's command line, without the program's name.
-
-    Raises:
-        CommandError: an argument is wrong.
+        values: of the flags that `parser_of` has.
     """
+
+    class Parsed(argparse.ArgumentParser):
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            return values
+
+    _with_parser(server, Parsed)
     _replace(
         server,
-        # It makes a parser of argparse, whose mistakes take several lines. Without
-        # effect where a later mlx-lm makes its parser in another way.
-        argparse=types.SimpleNamespace(**{**vars(argparse), "ArgumentParser": Parser}),
+        # Whole requests and answers are in its lines.
+        logging=logs.for_mlx_lm(),
         run=lambda host, port, model_provider, **_: run(host, port, model_provider),
     )
-    sys.argv = ["mlx-safe serve", *arguments]
     server.main()
 
 
@@ -66,7 +105,7 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
     """
     compat.keep_processors_in_place()
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
-    make_processors = server._make_logits_processors
+    make_processors, stream = server._make_logits_processors, server.stream_generate
 
     def sampler(args: GenerationArguments, tokenizer: Tokenizer) -> Any:
         return parts().sampler(make_sampler, args, tokenizer)
@@ -75,7 +114,12 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
         return parts().processors(make_processors, args)
 
     def format_top(logprobs: Array, top_n: int, tokenizer: Tokenizer) -> Any:
+        if top_n <= 0:
+            return ()
         return parts().top_logprobs(logprobs, top_n, tokenizer)
+
+    def stream_alone(*args: Any, **kwargs: Any) -> Any:
+        return parts().stream_alone(stream(*args, **kwargs))
 
     def batch(*args: Any, **kwargs: Any) -> Any:
         return parts().batch(make_batch, *args, **kwargs)
@@ -88,4 +132,5 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
         _make_logits_processors=processors,
         _format_top_logprobs=format_top,
         BatchGenerator=batch,
+        stream_generate=stream_alone,
     )

@@ -10,7 +10,7 @@ there before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models.cache import (
-    CacheList,
     KVCache,
     QuantizedKVCache,
     can_trim_prompt_cache,
@@ -28,6 +27,7 @@ from mlx_lm.models.cache import (
 from ... import _core
 from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
+from .kv_parts import leaves
 from .kv_tier import KVTier
 from .protocols.models import Cache
 from .protocols.opaque import ModelKey
@@ -151,7 +151,8 @@ class PromptCache(LRUPromptCache):
             cache, rest = restored
             self.events["hits"] += 1
             self.events["reused_tokens"] += len(tokens) - len(rest)
-        return self.disk.follow(model, tokens, cache), rest
+        begun = len(tokens) - len(rest)
+        return self.disk.follow(model, tokens, cache, begun), rest
 
     def _fetch(
         self, model: ModelKey, tokens: list[int]
@@ -204,7 +205,7 @@ class PromptCache(LRUPromptCache):
         prompt_cache: list[Any],
         cache_type: str,
     ) -> None:
-        for cache in _leaves(prompt_cache):
+        for cache in leaves(prompt_cache):
             _trim_to_offset(cache)
         if self.disk is not None:
             self.disk.capture(model, tokens, prompt_cache)
@@ -226,7 +227,7 @@ class PromptCache(LRUPromptCache):
             self._drop(old)
         self.trim_to(n_sequences=self.max_size - 1, n_bytes=self.max_bytes - size)
         epoch = _core.epoch()
-        for cache in _leaves(prompt_cache):
+        for cache in leaves(prompt_cache):
             # One by one, so that at most one layer is there twice.
             _make_own(cache)
         if _core.epoch() != epoch:
@@ -378,15 +379,6 @@ def _begins(entry: _Entry, model: ModelKey, tokens: list[int]) -> bool:
     return bool(entry.model == model) and tokens[:size] == entry.tokens
 
 
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
-    """The caches, those inside a list of caches (hybrid models) one by one."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from _leaves(cache.caches)
-        else:
-            yield cache
-
-
 def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
     """Those of ``tokens`` that all caches hold; caches with more are cut to them.
 
@@ -394,16 +386,16 @@ def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
     model not the same ones. But mlx-lm (0.31.3 and 0.32.2) stores both under all: the
     next request with that prompt reads on at wrong positions.
     """
-    leaves = list(_leaves(prompt_cache))
-    found = [getattr(cache, "offset", None) for cache in leaves]
+    parts = list(leaves(prompt_cache))
+    found = [getattr(cache, "offset", None) for cache in parts]
     offsets = [n for n in found if isinstance(n, int)]
-    if len(offsets) < len(leaves):
+    if len(offsets) < len(parts):
         return tokens
     held = min([len(tokens), *offsets])
     if max([held, *offsets]) > held:
         if not can_trim_prompt_cache(prompt_cache):
             return tokens
-        for cache, offset in zip(leaves, offsets, strict=True):
+        for cache, offset in zip(parts, offsets, strict=True):
             cache.trim(offset - held)
     return tokens[:held]
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import sys
 from typing import cast
 
 from ..._command import MLX, CommandError, in_one_line, need_mlx
 from ..._mlx_versions import parse_version
-from .protocols.models import ModelProvider
+from .protocols.models import CliArgs, ModelProvider
 from .protocols.server import Server
 from .seams import missing_of_provider, missing_seams
 
-__all__ = ["SUPPORTED", "check_provider", "import_server", "installed_version"]
+__all__ = [
+    "SUPPORTED",
+    "check_parser",
+    "check_provider",
+    "import_server",
+    "installed_version",
+]
 
 # Oldest version, and the first that is too new. pyproject.toml says the same.
 SUPPORTED = ((0, 31, 3), (0, 33, 0))
@@ -23,6 +31,9 @@ NEEDED = {
     "mlx_lm": REQUIREMENT,
     "prometheus_client": "prometheus-client>=0.20",
     "pydantic": "pydantic>=2.7",
+    "rich": "rich>=13",
+    # Python's own since 3.11.
+    **({"tomli": "tomli>=2"} if sys.version_info < (3, 11) else {}),
 }
 
 
@@ -33,6 +44,18 @@ def check_provider(provider: ModelProvider) -> None:
         CommandError: it does not have what the patch needs.
     """
     _refuse(missing_of_provider(provider))
+
+
+def check_parser(parser: argparse.ArgumentParser) -> None:
+    """Looks at mlx-lm's parser.
+
+    Raises:
+        CommandError: it does not have the flags that this server reads.
+    """
+    there = {action.dest for action in parser._actions}
+    _refuse(
+        [f"its flag {x} is gone" for x in CliArgs.__annotations__ if x not in there]
+    )
 
 
 def _refuse(missing: list[str]) -> None:

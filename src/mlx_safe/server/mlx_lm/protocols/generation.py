@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .models import Cache
-from .opaque import ModelKey, Processor, Uid
+from .opaque import Array, ModelKey, Processor, Uid
 
 __all__ = [
     "AnswerBatch",
@@ -16,6 +16,7 @@ __all__ = [
     "CacheEntry",
     "CacheOrder",
     "CacheTrie",
+    "GenerationResponse",
     "LRUPromptCache",
     "PromptBatch",
     "PromptResponse",
@@ -56,12 +57,20 @@ class AnswerResponse(Protocol):
 
     uid: Uid
     finish_reason: str | None
+    logprobs: Array  # replaced by `batches` where nobody asked for them
+
+
+class GenerationResponse(Protocol):
+    """One token of the sequential path: ``mlx_lm.generate.GenerationResponse``."""
+
+    logprobs: Array  # replaced by `parts` where nobody asked for them
 
 
 class BatchGenerator:
     """The batch; one at a time, of one model. Generation thread."""
 
     prefill_step_size: int
+    prefill_batch_size: int
     _prompt_batch: PromptBatch
     _generation_batch: AnswerBatch
     # Their uids come first.

@@ -10,7 +10,9 @@ from .opaque import Array, ModelKey
 from .text import Tokenizer
 
 __all__ = [
+    "ArraysCache",
     "BatchKVCache",
+    "BatchRotatingKVCache",
     "Cache",
     "CacheList",
     "Caches",
@@ -20,6 +22,7 @@ __all__ = [
     "Model",
     "ModelProvider",
     "ModelProvider032",
+    "QuantizedKVCache",
     "RotatingKVCache",
     "Utils",
 ]
@@ -67,16 +70,51 @@ class BatchKVCache(Cache, Protocol):
     _idx: int
 
 
-class RotatingKVCache(Cache, Protocol):
-    """Of the last ``max_size`` tokens."""
+class QuantizedKVCache(Cache, Protocol):
+    """``keys`` and ``values`` are three arrays each; ``--kv-bits``."""
 
+    keys: Any
+    values: Any
+    offset: int
+    group_size: int
+    bits: int
+
+
+class RotatingKVCache(Cache, Protocol):
+    """Of the last ``max_size`` tokens, and the first ``keep``; the next is ``_idx``."""
+
+    keys: Any
+    values: Any
+    offset: int
     max_size: int
+    keep: int
+    _idx: int
+
+
+class BatchRotatingKVCache(Cache, Protocol):
+    """The same of a batch."""
+
+    def extract(self, idx: int) -> RotatingKVCache: ...
 
 
 class ChunkedKVCache(Cache, Protocol):
     """Of the last ``chunk_size`` tokens, in other models."""
 
+    keys: Any
+    values: Any
+    offset: int
     chunk_size: int
+    start_position: int
+
+
+class ArraysCache(Cache, Protocol):
+    """States, of one text or of a batch."""
+
+    cache: list[Any]
+    left_padding: Any
+    lengths: Any
+
+    def extract(self, idx: int) -> ArraysCache: ...
 
 
 class CacheList(Cache, Protocol):

@@ -6,10 +6,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
-from queue import Queue
 from typing import Any, Protocol
 
-from .generation import BatchGenerator, LRUPromptCache
+from .generation import BatchGenerator, GenerationResponse, LRUPromptCache
 from .models import CliArgs, Model, ModelProvider
 from .opaque import Array, Json, ModelKey, Processor, Progress, Sampler
 from .requests import (
@@ -26,7 +25,8 @@ __all__ = ["APIHandler", "ResponseGenerator", "SampleUtils032", "Server"]
 class ResponseGenerator:
     """The generation thread and the queue before it."""
 
-    requests: Queue[Any]
+    requests: Any  # a queue. Overridden by `generator`: who comes in is in flight
+    prompt_cache: Any
     model_provider: ModelProvider
     cli_args: CliArgs
     _stop: bool
@@ -59,6 +59,9 @@ class ResponseGenerator:
 
     def _share_object(self, obj: Any) -> Any:
         """With more than one rank. Overridden by none, called: who has left."""
+
+    def _log_cache_stats(self) -> None:
+        """Called for each request. Overridden: one line, at DEBUG."""
 
     def _is_batchable(self, args: GenerationArguments) -> bool:
         """Overridden: asked of the model that is named, not of the one before."""
@@ -145,7 +148,9 @@ class APIHandler(BaseHTTPRequestHandler):
 
 
 class Server(Protocol):
-    """The module ``mlx_lm.server``. The first six are replaced by `patch`."""
+    """The module ``mlx_lm.server``. The first eight are replaced by `patch`."""
+
+    logging: Any  # whole requests and answers are in its lines
 
     def run(self, host: str, port: int, model_provider: ModelProvider) -> None: ...
     def load(self, *args: Any, **options: Any) -> tuple[Any, ...]: ...
@@ -157,6 +162,9 @@ class Server(Protocol):
         self, logprobs: Array, top_n: int, tokenizer: Tokenizer
     ) -> tuple[Json, ...]: ...
     def BatchGenerator(self, model: Model) -> BatchGenerator: ...
+    def stream_generate(
+        self, *args: Any, **kwargs: Any
+    ) -> Iterator[GenerationResponse]: ...
     def main(self) -> None: ...
     def get_system_fingerprint(self) -> str: ...
 

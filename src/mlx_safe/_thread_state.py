@@ -20,11 +20,11 @@ import os
 
 import mlx.core as mx
 
-from .. import errors
+from . import errors
 
-__all__ = ["ThreadState", "seed_anew"]
+__all__ = ["ThreadState", "fetch_pending_errors", "seed_anew"]
 
-log = logging.getLogger("mlx_safe.server")
+log = logging.getLogger("mlx_safe")
 
 # Errors still pending on MLX's streams are raised by the next waits, each once
 # (MLX 0.32); this many are fetched before the state is taken for clean.
@@ -53,7 +53,7 @@ class ThreadState:
         has imported, a quarter of a second where that is a lot.
         """
         self.hold()
-        self._fetch_pending_errors()
+        fetch_pending_errors()
         seed_anew()
 
     def hold(self) -> None:
@@ -61,14 +61,25 @@ class ThreadState:
         mx.set_default_device(self._device)
         mx.set_default_stream(self._stream)
 
-    def _fetch_pending_errors(self) -> None:
-        for _ in range(PENDING_ERRORS_MAX):
-            try:
-                mx.synchronize()
-                return
-            except RuntimeError as e:
-                fault = errors.from_exception(e)
-                if fault is not None and fault.fatal:
-                    raise fault from None  # it stays, however often one waits
-                log.info("an error was still pending: %s", str(e).splitlines()[:1])
-        log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)
+
+def fetch_pending_errors(*streams: mx.Stream) -> None:
+    """Has MLX raise what it has stored of the default stream and of ``streams``.
+
+    Raises:
+        GPUError: fatal: nothing can be computed any more.
+    """
+    for stream in (None, *streams):
+        _fetch_from(stream)
+
+
+def _fetch_from(stream: mx.Stream | None) -> None:
+    for _ in range(PENDING_ERRORS_MAX):
+        try:
+            mx.synchronize(*(() if stream is None else (stream,)))
+            return
+        except RuntimeError as e:
+            fault = errors.from_exception(e)
+            if fault is not None and fault.fatal:
+                raise fault from None  # it stays, however often one waits
+            log.info("an error was still pending: %s", str(e).splitlines()[:1])
+    log.warning("MLX still reports errors after %d waits", PENDING_ERRORS_MAX)

@@ -1,0 +1,92 @@
+"""What a failed step means for what was computed in it, and how it is tried again.
+
+Both replays go by it: the server's (`mlx_safe.server.scheduler`) and that of a batch
+generator of mlx-lm in another's server (`mlx_safe.mlx_lm`). Pure functions, any thread.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from . import _faults, errors
+
+__all__ = [
+    "Failure",
+    "at_once",
+    "care_level",
+    "fault_behind",
+    "is_out_of_memory",
+    "what_it_means",
+]
+
+
+class Failure(enum.Enum):
+    """What a failure of a step means for the requests that were in it."""
+
+    PASSING = "they may be tried again"
+    TOO_MUCH = "they may be tried again, fewer at a time and with less memory"
+    TOO_LONG = "they may be tried again, fewer at a time and in smaller steps"
+    FINAL = "they must not be tried again"
+    UNKNOWN = "one of them causes it"
+
+
+def fault_behind(exc: Exception, since: int) -> errors.GPUError | None:
+    """The fault behind ``exc``, those counted after epoch ``since`` included.
+
+    A new object, without a traceback: it may go to other threads.
+    """
+    fault = errors.from_exception(exc)
+    logged = _faults.faults(since)
+    if logged:
+        worst = errors.from_faults(logged)
+        # An error may name an earlier, milder fault than the log does.
+        if fault is None or worst.fatal:
+            return worst
+        fault.faults = tuple(logged)
+    if fault is None:
+        return None
+    return fault.kind.make(str(fault), fault.faults)
+
+
+def is_out_of_memory(fault: errors.GPUError | None, exc: Exception) -> bool:
+    """Whether ``fault``, or without one ``exc``, tells of too little memory."""
+    if fault is None:
+        return errors.is_allocation_failure(exc)
+    return isinstance(fault, errors.OutOfMemoryError)
+
+
+def what_it_means(fault: errors.GPUError | None, exc: Exception) -> Failure:
+    """What a failure means for the requests that were in it."""
+    if fault is not None and not fault.retryable:
+        return Failure.FINAL
+    if is_out_of_memory(fault, exc):
+        return Failure.TOO_MUCH
+    # What held up the display passes in smaller pieces.
+    if isinstance(fault, errors.MetalInteractivityError):
+        return Failure.TOO_LONG
+    return Failure.UNKNOWN if fault is None else Failure.PASSING
+
+
+def at_once(what: Failure, count: int, level: int, attempts_max: int) -> int | None:
+    """How many of ``count`` requests are tried again at a time; None: all.
+
+    One at a time the last time, so that one cannot take others along. After
+    `TOO_MUCH` and `TOO_LONG`, before that fewer at a time.
+
+    Args:
+        level: how often the most unlucky of them has been tried again, this one
+            included.
+    """
+    if level >= min(2, attempts_max):
+        return 1
+    return None if what is Failure.PASSING else max(1, count // 2)
+
+
+def care_level(what: Failure, level: int) -> int | None:
+    """How many times four prompts are read in smaller steps; None: as before.
+
+    At once after `TOO_LONG`; after `TOO_MUCH` fewer at a time may be enough.
+    """
+    if what is Failure.TOO_MUCH:
+        return level - 1
+    return level if what is Failure.TOO_LONG else None

@@ -1,0 +1,300 @@
+"""What ``mlx-safe doctor`` holds against each other: machine, files and programs.
+
+Each check returns lines for people: none where there is nothing to look at. A line that
+begins with `BAD` is something to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import platform
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import _paths
+from ._command import CommandError
+from ._install import installed_versions
+from .memory.sizes import format_size
+
+__all__ = [
+    *("BAD", "all_checks", "built_for", "defaults_check", "disk_check", "driver_check"),
+    *("macos_check", "others_check"),
+]
+
+BAD = "! "
+
+Version = tuple[int, int]
+
+
+def all_checks(config: str | None = None) -> dict[str, list[str]]:
+    """Every check of this machine, by what it is about. Imports MLX.
+
+    Args:
+        config: a file for ``mlx-safe serve --config``.
+    """
+    import mlx.core as mx
+
+    folder = Path(mx.__file__).parent / "lib"
+    found = platform.mac_ver()[0]
+    return {
+        "built for": macos_check(
+            built_for(folder), found, installed_versions("mlx")["mlx"]
+        ),
+        "driver": driver_check(nvidia_driver(), cuda_package()),
+        "disk": disk_check(_places()),
+        "others": others_check(os.getpid()),
+        "defaults": defaults_check(config, os.environ),
+    }
+
+
+# -- macOS ---------------------------------------------------------------------------
+
+# Mach-O's <mach-o/loader.h>: 64 bits, and the command with the oldest macOS.
+MACH_O_64 = 0xFEEDFACF
+LC_BUILD_VERSION = 0x32
+# A metallib's header has no public description. In MLX's own (0.32.4, for macOS 14.0,
+# 15.0 and 26.2) bytes 12 to 15 are what libmlx says beside it.
+METALLIB = struct.Struct("<4s8xHH")
+
+
+def built_for(folder: Path) -> dict[str, Version]:
+    """The oldest macOS that MLX's files in ``folder`` say they are for."""
+    found = {}
+    for name, read in (("libmlx.dylib", _of_library), ("mlx.metallib", _of_metallib)):
+        try:
+            with (folder / name).open("rb") as file:
+                version = read(file.read(1 << 16))
+        except OSError:
+            continue
+        if version is not None:
+            found[name] = version
+    return found
+
+
+def _of_library(head: bytes) -> Version | None:
+    if len(head) < 32 or struct.unpack_from("<I", head)[0] != MACH_O_64:
+        return None
+    count, at = struct.unpack_from("<I", head, 16)[0], 32
+    for _ in range(count):
+        if at + 16 > len(head):
+            break
+        kind, size = struct.unpack_from("<II", head, at)
+        if kind == LC_BUILD_VERSION:
+            (oldest,) = struct.unpack_from("<I", head, at + 12)
+            return oldest >> 16, oldest >> 8 & 0xFF
+        at += max(size, 8)
+    return None
+
+
+def _of_metallib(head: bytes) -> Version | None:
+    if len(head) < METALLIB.size:
+        return None
+    magic, major, minor = METALLIB.unpack_from(head)
+    return (major, minor) if magic == b"MTLB" else None
+
+
+def macos_check(built: Mapping[str, Version], macos: str, mlx: str | None) -> list[str]:
+    """Whether MLX's files may run here.
+
+    Args:
+        built: as `built_for`. macos: version of this system; "": it is none.
+        mlx: version of the installed MLX.
+    """
+    if not built:
+        return []
+    told = ", ".join(f"{name} for macOS {_dotted(v)}" for name, v in built.items())
+    if not macos:
+        return [f"{told}; this is no macOS"]
+    here = tuple(int(part) for part in macos.split(".")[:2])
+    here = (here[0], here[1] if len(here) > 1 else 0)
+    newest = max(built.values())
+    if here >= newest:
+        return [f"{told}: they fit macOS {macos}"]
+    # pip looks at the wheel's tag alone, which says 26.0 for what needs 26.2 (0.32.4).
+    older = f"macosx_{min(15, here[0])}_0_arm64"
+    return [
+        f"{BAD}{told}, and this is macOS {macos}: MLX may not load, or its kernels "
+        f"may be missing. Update macOS to {_dotted(newest)}, or take the older wheel: "
+        f"pip download --no-deps --only-binary :all: --platform {older} "
+        f"mlx-metal=={mlx} && pip install --force-reinstall --no-deps "
+        f"mlx_metal-{mlx}-py3-none-{older}.whl"
+    ]
+
+
+def _dotted(version: Version) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+# -- the card --------------------------------------------------------------------------
+
+# Of NVIDIA's table "CUDA Toolkit and Minimum Required Driver Version" for Linux.
+DRIVER_MIN = {"mlx-cuda-12": (525, 60), "mlx-cuda-13": (580, 65)}
+
+
+def nvidia_driver() -> str | None:
+    """Version of NVIDIA's driver, as its own library (NVML) says; None: none."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        if library.nvmlInit_v2():
+            return None
+        text = ctypes.create_string_buffer(96)
+        failed = library.nvmlSystemGetDriverVersion(text, len(text))
+        library.nvmlShutdown()
+    except (OSError, AttributeError):
+        return None
+    return None if failed else text.value.decode(errors="replace")
+
+
+def cuda_package() -> str | None:
+    """Which of MLX's CUDA backends is installed; None: none."""
+    return next((p for p in DRIVER_MIN if installed_versions(p)[p]), None)
+
+
+def driver_check(driver: str | None, package: str | None) -> list[str]:
+    """Whether the driver is new enough for the backend that is installed."""
+    if package is None:
+        return [] if driver is None else [f"NVIDIA {driver}; MLX is for the CPU here"]
+    least = ".".join(map(str, DRIVER_MIN[package]))
+    if driver is None:
+        return [f"{BAD}{package} is installed, and there is no NVIDIA driver"]
+    numbers = tuple(int(x) for x in driver.split(".")[:2] if x.isdecimal())
+    if numbers < DRIVER_MIN[package]:
+        return [f"{BAD}NVIDIA {driver}: {package} needs {least} or later"]
+    return [f"NVIDIA {driver}; {package} needs {least} or later"]
+
+
+# -- disk ------------------------------------------------------------------------------
+
+# A model of a few billion parameters, and some crash reports.
+FREE_MIN = 10 * 10**9
+
+
+def _places() -> dict[str, Path]:
+    """Where crash reports go, and models that are downloaded."""
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME")
+    models = Path(cache or Path("~/.cache/huggingface")).expanduser()
+    return {"crash reports": Path(_paths.report_dir()), "models of the hub": models}
+
+
+def disk_check(places: Mapping[str, Path]) -> list[str]:
+    """How much is free where the server writes, one line for each volume."""
+    by_volume: dict[int, tuple[list[str], Path]] = {}
+    for name, path in places.items():
+        there = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+        names, _ = by_volume.setdefault(there.stat().st_dev, ([], there))
+        names.append(name)
+    lines = []
+    for names, there in by_volume.values():
+        free = shutil.disk_usage(there).free
+        bad = BAD if free < FREE_MIN else ""
+        lines.append(f"{bad}{format_size(free)} free for {' and '.join(names)}")
+    return lines
+
+
+# -- other servers ---------------------------------------------------------------------
+
+# As they stand in a command line. Of it nothing else is told: keys may be in it.
+SERVERS = (
+    *("mlx-safe serve", "mlx_safe serve", "mlx_lm.server", "mlx_lm server"),
+    *("mlx_vlm.server", "vllm-mlx", "mlx-openai-server", "ollama", "LM Studio"),
+    "llama-server",
+)
+NAMED_MAX = 8
+
+
+def others_check(own: int) -> list[str]:
+    """Programs that compute on the same GPU, and share its memory, as far as seen.
+
+    Args:
+        own: this process, which is none of them.
+    """
+    found = dict(_of_run_files())
+    found.update(_of_processes())
+    there = [
+        f"{name} (pid {pid})"
+        for pid, name in sorted(found.items())
+        if pid not in (own, os.getppid())
+    ]
+    if not there:
+        return []
+    more = f" and {len(there) - NAMED_MAX} more" if len(there) > NAMED_MAX else ""
+    return [
+        f"{BAD}{', '.join(there[-NAMED_MAX:])}{more}: all compute on one GPU, and none "
+        "knows what the others hold; give each its --max-active-memory-bytes"
+    ]
+
+
+def _of_run_files() -> list[tuple[int, str]]:
+    """Those that mlx-safe protects: each has a file while it lives."""
+    folder = Path(_paths.report_dir())
+    try:
+        files = list(folder.iterdir())
+    except OSError:
+        return []
+    owners = [(file, _paths.owner_of(file.name)) for file in files]
+    return [
+        (pid, "another program with mlx-safe")
+        for file, pid in owners
+        if pid is not None and _paths.process_lives(str(file), pid)
+    ]
+
+
+def _of_processes() -> list[tuple[int, str]]:
+    try:
+        done = subprocess.run(
+            ["ps", "-axww", "-o", "pid=,args="],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []  # a container without it
+    found = []
+    for line in done.stdout.splitlines():
+        pid, _, command = line.strip().partition(" ")
+        name = next((name for name in SERVERS if name in command), None)
+        if name is not None and pid.isdecimal():
+            found.append((int(pid), name))
+    return found
+
+
+# -- defaults --------------------------------------------------------------------------
+
+
+def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[str]:
+    """Whether a server would start with the flags of the environment and ``config``."""
+    try:
+        from .server.configuration import resolve
+        from .server.flag_checks import check_flags
+        from .server.flags import whole_parser
+        from .server.mlx_lm.patch import parser_of
+        from .server.mlx_lm.requirements import import_server
+
+        parser = whole_parser(parser_of(import_server()))
+    except (CommandError, ImportError):
+        return []  # the library alone; `serve` says what is missing
+    words = [] if config is None else ["--config", config]
+    try:
+        settings = resolve(parser, words, environment)
+        check_flags(settings.values, _copy(settings.values))
+    except CommandError as e:
+        return [f"{BAD}mlx-safe serve would not start: {e}"]
+    lines = [
+        f"{BAD}{name} in the environment is no flag's" for name in settings.unknown
+    ]
+    places = {k: v for k, v in settings.sources.items() if k != "config"}
+    set_here = [place for place in places.values() if place != "default"]
+    if set_here or config is not None:
+        lines.append(f"{len(set_here)} flags are set by {config or 'the environment'}")
+    return lines
+
+
+def _copy(values: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**vars(values))

@@ -1,0 +1,473 @@
+"""mlx-lm's `BatchGenerator`, which begins again after a fault.
+
+Used by the thread that generates. All of mlx-lm that is touched here (0.31.3 to 0.32):
+
+- ``BatchGenerator``: ``__init__``, ``insert_segments``, ``remove``, ``extract_cache``,
+  ``close`` and ``_next`` (what ``next`` and ``next_generated`` call) are wrapped;
+  ``_unprocessed_sequences`` has tuples of eight, which `sequences` reads and makes;
+  ``_currently_processing``, ``prefill_batch_size``, ``completion_batch_size`` and
+  ``prefill_step_size``.
+- its ``_prompt_batch`` and ``_generation_batch``: ``filter([])`` empties them, so that
+  what a server has hung on to them stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .. import _core, _faults, _reports, errors
+from .._exceptions import clear_frames
+from .._failures import (
+    Failure,
+    at_once,
+    care_level,
+    fault_behind,
+    is_out_of_memory,
+    what_it_means,
+)
+from .._thread_state import fetch_pending_errors, seed_anew
+from ..memory.demand import STEP_MIN
+from .callables import draws, has_state
+from .sequences import Kept, leaves
+
+__all__ = ["protect", "unprotect"]
+
+log = logging.getLogger("mlx_safe")
+
+_ATTRIBUTE = "_mlx_safe_replay"
+_WRAPPED = ("__init__", "insert_segments", "remove", "extract_cache", "close", "_next")
+_SIZES = ("prefill_batch_size", "completion_batch_size", "prefill_step_size")
+
+
+class _Seeds:
+    """Whether ``mx.random.seed`` was called since one asked last. Any thread.
+
+    A server that seeds for a request does so before it is inserted.
+    """
+
+    def __init__(self) -> None:
+        self._called = False
+        self.seed: Callable[..., Any] = mx.random.seed
+
+    def watch(self) -> None:
+        def seed(*args: Any, **kwargs: Any) -> Any:
+            self._called = True
+            return self.seed(*args, **kwargs)
+
+        if mx.random.seed is self.seed:
+            mx.random.seed = seed
+
+    def take(self) -> bool:
+        called, self._called = self._called, False
+        return called
+
+
+_seeds = _Seeds()
+
+
+class _Protection:
+    """What is the same of all generators of one class."""
+
+    def __init__(self, cls: Any, attempts: int, keep_caches: bool) -> None:
+        self.plain = {name: getattr(cls, name) for name in _WRAPPED}
+        self.attempts = attempts
+        self.keep_caches = keep_caches
+
+
+def protect(cls: Any, attempts: int, keep_caches: bool) -> None:
+    """As `mlx_safe.mlx_lm.protect`."""
+    found = cls.__dict__.get(_ATTRIBUTE)
+    if found is not None:
+        found.attempts, found.keep_caches = attempts, keep_caches
+        return
+    missing = [name for name in _WRAPPED if not callable(getattr(cls, name, None))]
+    if missing:
+        raise TypeError(
+            f"{cls.__module__}.{cls.__name__} is not mlx-lm's BatchGenerator of 0.31.3 "
+            f"to 0.32: it has no {', '.join(missing)}"
+        )
+    _seeds.watch()
+    protection = _Protection(cls, attempts, keep_caches)
+    setattr(cls, _ATTRIBUTE, protection)
+    for name, wrapped in _wrapped(protection).items():
+        setattr(cls, name, wrapped)
+
+
+def unprotect(cls: Any) -> None:
+    """As `mlx_safe.mlx_lm.unprotect`."""
+    found = cls.__dict__.get(_ATTRIBUTE)
+    if found is not None:
+        for name, plain in found.plain.items():
+            setattr(cls, name, plain)
+        delattr(cls, _ATTRIBUTE)
+
+
+def _wrapped(protection: _Protection) -> dict[str, Any]:
+    plain = protection.plain
+    plain_next = plain["_next"]
+
+    def replay_of(generator: Any) -> _Replay:
+        found: _Replay | None = generator.__dict__.get(_ATTRIBUTE)
+        if found is None:  # it was made before the class was protected
+            found = generator.__dict__[_ATTRIBUTE] = _Replay(protection, generator)
+        return found
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain["__init__"](self, *args, **kwargs)
+        self.__dict__[_ATTRIBUTE] = _Replay(protection, self)
+
+    def insert_segments(self: Any, *args: Any, **kwargs: Any) -> Any:
+        uids = plain["insert_segments"](self, *args, **kwargs)
+        replay_of(self).inserted(uids)
+        return uids
+
+    def remove(self: Any, uids: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        return replay_of(self).removed(
+            uids, lambda: plain["remove"](self, uids, *args, **kwargs)
+        )
+
+    def extract_cache(self: Any, uids: Sequence[Any]) -> Any:
+        return replay_of(self).computed(plain["extract_cache"](self, uids))
+
+    def close(self: Any) -> None:
+        self.__dict__.pop(_ATTRIBUTE, None)
+        plain["close"](self)
+
+    def _next(self: Any) -> Any:
+        replay = self.__dict__.get(_ATTRIBUTE)
+        if replay is None or not replay.kept:
+            return plain_next(self)
+        return replay.step()
+
+    return {
+        function.__name__: function
+        for function in (__init__, insert_segments, remove, extract_cache, close, _next)
+    }
+
+
+class _Replay:
+    """What one generator was given and has told.
+
+    Attributes:
+        kept: the requests in it, by uid; those that came first come first.
+    """
+
+    def __init__(self, protection: _Protection, generator: Any) -> None:
+        self._protection = protection
+        # No more than that: its caches are to go when its server lets go of it.
+        self._ref = weakref.ref(generator)
+        self._plain_next = protection.plain["_next"]
+        self.kept: dict[Any, Kept] = {}
+        # The epoch up to which nothing has failed, or was dealt with.
+        self._clean = _core.epoch()
+        # Failures since a token was told.
+        self._in_vain = 0
+        # What failed while a cache was computed for the server.
+        self._doubt: Exception | None = None
+        # What `next` raises until the server has done something about it.
+        self._refused: Exception | None = None
+        # mlx-lm's sizes, while those that failed are tried with care; and who that is.
+        self._sizes: tuple[int, ...] = ()
+        self._careful: set[Any] = set()
+
+    @property
+    def _generator(self) -> Any:
+        generator = self._ref()
+        assert generator is not None  # it calls
+        return generator
+
+    # -- what the server does --------------------------------------------------------
+
+    def inserted(self, uids: Sequence[Any]) -> None:
+        """Keeps what ``insert_segments`` has put at the end of the queue.
+
+        Raises:
+            GPUError: a cache came with them, and there was a fault since the last step.
+        """
+        if self._refused is not None:
+            self._forget_all()
+        queue = self._generator._unprocessed_sequences
+        entries = [queue[i - len(uids)] for i in range(len(uids))]
+        given = [leaf for e in entries for leaf in leaves(e[3]) if _is_filled(leaf)]
+        try:
+            if given:
+                mx.eval([cache.state for cache in given])
+                _faults.check(self._clean)
+        except Exception as e:
+            self._protection.plain["remove"](self._generator, uids)
+            fault = fault_behind(e, self._clean)
+            self._pass(e)
+            raise fault or e from None
+        seeded = _seeds.take()
+        for entry in entries:
+            self.kept[entry[0]] = kept = Kept(entry)
+            kept.seeded = seeded
+            self._judge(kept, entry)
+
+    def _pass(self, exc: Exception) -> None:
+        """A failure that no step has met: the next step does, if there is work."""
+        if self.kept:
+            self._doubt = self._doubt or exc
+        else:
+            self._clean = _core.epoch()
+
+    def _judge(self, kept: Kept, entry: Sequence[Any]) -> None:
+        """What ``kept`` begins from when it begins again, or why it cannot."""
+        _, _, _, cache, _, sampler, processors, _ = entry
+        sampler = sampler or self._generator.sampler
+        kept.is_drawn = draws(sampler)
+        if has_state(sampler):
+            kept.why_not = "its sampler may have a state"
+        elif any(has_state(processor) for processor in processors or ()):
+            kept.why_not = "a logits processor of it may have a state"
+        elif not any(_is_filled(leaf) for leaf in leaves(cache)):
+            return  # merged into a batch's, it stays as it is
+        elif kept.is_explained and _kinds(fresh := self._fresh()) == _kinds(cache):
+            kept.forget_cache(fresh)
+        elif self._protection.keep_caches:
+            kept.keep_cache()
+        else:
+            kept.why_not = "its tokens do not explain the cache that it came with"
+
+    def _fresh(self) -> Any:
+        """Empty caches, as the generator makes them."""
+        make = getattr(self._generator, "_make_new_cache", None)  # 0.31
+        if make is not None:
+            return make()
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return make_prompt_cache(self._generator.model, self._generator.max_kv_size)
+
+    def removed(self, uids: Sequence[Any], remove: Callable[[], Any]) -> Any:
+        """Has ``remove`` take them out, whose caches it may return."""
+        for uid in uids:
+            self.kept.pop(uid, None)
+        if self._refused is not None:
+            self._forget_all()
+        return self.computed(remove())
+
+    def computed(self, caches: Any) -> Any:
+        """``caches`` of `extract_cache`, whose arrays are there now.
+
+        Raises:
+            GPUError: they are of failed work.
+        """
+        if not caches:
+            return caches
+        try:
+            for cache in caches.values():
+                _compute(cache[0])
+            _faults.check(self._clean)
+        except Exception as e:
+            fault = fault_behind(e, self._clean)
+            self._pass(e)
+            raise fault or e from None
+        return caches
+
+    def _forget_all(self) -> None:
+        self.kept.clear()
+        self._refused = self._doubt = None
+        self._clean = _core.epoch()
+        self._end_care()
+
+    # -- steps -----------------------------------------------------------------------
+
+    def step(self) -> Any:
+        """A step of the generator: what ``_next`` returns.
+
+        Raises:
+            GPUError: it failed, and cannot be done again.
+        """
+        if self._refused is not None:
+            raise self._refused.with_traceback(None)
+        while True:
+            try:
+                if self._doubt is not None:
+                    doubt, self._doubt = self._doubt, None
+                    raise doubt
+                # Of what the step before has left to be computed.
+                _faults.check(self._clean)
+                prompts, answers = self._plain_next(self._ref())
+                for answer in answers:
+                    if answer.finish_reason is not None and answer.prompt_cache:
+                        _compute(answer.prompt_cache)
+                _faults.check(self._clean)
+            except Exception as e:
+                failed = e
+            else:
+                self._tell(prompts, answers)
+                return prompts, answers
+            self._begin_again(failed)
+
+    def _tell(self, prompts: Sequence[Any], answers: Sequence[Any]) -> None:
+        kept = self.kept
+        if answers:
+            self._in_vain = 0
+        for answer in answers:
+            found = kept.get(answer.uid)
+            if found is None:
+                continue
+            if answer.finish_reason is None:
+                found.produced.append(answer.token)
+                found.made += 1
+            else:
+                del kept[answer.uid]
+        for prompt in prompts:
+            found = kept.get(prompt.uid)
+            if found is not None:
+                found.tell_read(prompt)
+        if self._careful and not self._careful & kept.keys():
+            self._end_care()
+
+    # -- failures --------------------------------------------------------------------
+
+    def _begin_again(self, exc: Exception) -> None:
+        """After a step that has failed.
+
+        Raises:
+            Exception: ``exc``, or the fault that it stands for: it stays failed.
+        """
+        fault = fault_behind(exc, self._clean)
+        if fault is None and not errors.is_allocation_failure(exc):
+            raise exc
+        if fault is not None and not fault.faults:
+            # One that is in the log has its report from there.
+            _reports.write_fault_beside(str(fault), fault.code)
+        what = what_it_means(fault, exc)
+        queued = {entry[0] for entry in self._generator._unprocessed_sequences}
+        ran = [kept for uid, kept in self.kept.items() if uid not in queued]
+        why_not = self._why_not(what, ran or list(self.kept.values()))
+        out_of_memory = is_out_of_memory(fault, exc)
+        told = fault or exc
+        self._in_vain += 1
+        self._reset(exc)
+        late = [f for f in _faults.faults(self._clean) if f.fatal]
+        if late and not (fault is not None and fault.fatal):
+            told, why_not = errors.from_faults(late), "the process must be replaced"
+        self._clean = _core.epoch()
+        if why_not is not None:
+            self._refuse(told, why_not)
+        for kept in ran:
+            kept.attempts += 1
+        self._take_care(Failure.TOO_MUCH if out_of_memory else what)
+        queue = self._generator._unprocessed_sequences
+        queue.extend(kept.entry() for kept in self.kept.values())
+        log.warning("%s; requests begun again: %d", told, len(self.kept))
+
+    def _why_not(self, what: Failure, ran: list[Kept]) -> str | None:
+        if what is Failure.FINAL:
+            return "another try makes no sense, or the process must be replaced"
+        worst = [kept for kept in ran if kept.attempts >= self._protection.attempts]
+        # When another has failed alone just before, it is neither's fault.
+        in_vain = self._in_vain > self._protection.attempts
+        if worst and (in_vain or not self._is_put_last(worst)):
+            return f"it has failed {worst[0].attempts + 1} times"
+        reasons = [kept.why_not for kept in self.kept.values()]
+        reasons += [self._why_not_as_it_is(kept) for kept in self.kept.values()]
+        reasons.append(self._why_not_of_batch())
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @staticmethod
+    def _why_not_as_it_is(kept: Kept) -> str | None:
+        if kept.seeded and kept.is_drawn:
+            return "MLX was seeded for an answer that is drawn"
+        return None
+
+    def _why_not_of_batch(self) -> str | None:
+        """Whether the batch is not what passed by here."""
+        prompts = self._generator._prompt_batch
+        answers = self._generator._generation_batch
+        if not self.kept.keys() >= {*prompts.uids, *answers.uids}:
+            return "requests were inserted before `protect`, or in another way"
+        for uid, made in zip(answers.uids, answers._num_tokens, strict=False):
+            # One more where the step that made it was not told of.
+            if made - self.kept[uid].made not in (0, 1):
+                return "tokens were told that did not pass by"
+        return None
+
+    def _is_put_last(self, worst: list[Kept]) -> bool:
+        """One that fails alone goes behind the others; False: there are none."""
+        if len(worst) != 1 or len(self._careful) < 2 or len(self.kept) < 2:
+            return False
+        (kept,) = worst
+        if kept.attempts > self._protection.attempts:
+            return False
+        self.kept[kept.uid] = self.kept.pop(kept.uid)
+        return True
+
+    def _refuse(self, told: Exception, why: str) -> None:
+        if hasattr(told, "add_note"):
+            told.add_note(f"mlx_safe.mlx_lm: not done again: {why}")
+        log.error("%s; not done again: %s", told, why)
+        self._refused = told
+        raise told
+
+    def _reset(self, exc: Exception) -> None:
+        """Drops what the step may have left unwritten, and MLX's own errors of it."""
+        clear_frames(exc)
+        generator = self._generator
+        generator._prompt_batch.filter([])
+        answers = generator._generation_batch
+        answers.filter([])
+        answers._current_tokens, answers._current_logprobs = None, []
+        generator._unprocessed_sequences.clear()
+        generator._currently_processing.clear()
+        # MLX 0.32 raises a stored error without a wait, and the memory of what has
+        # failed may still be written to.
+        _core.metal_wait_for_skipped()
+        fetch_pending_errors(generator._stream)
+        if any(kept.is_drawn for kept in self.kept.values()):
+            seed_anew()
+            _seeds.take()  # it was for nobody
+        mx.clear_cache()
+
+    def _take_care(self, what: Failure) -> None:
+        """Sets how many run at a time, and in which steps prompts are read."""
+        level = max((kept.attempts for kept in self.kept.values()), default=0)
+        if not level:
+            return
+        generator = self._generator
+        if not self._sizes:
+            self._sizes = tuple(getattr(generator, name) for name in _SIZES)
+        limit = at_once(what, len(self.kept), level, self._protection.attempts)
+        care = care_level(what, level)
+        if limit is not None:
+            generator.prefill_batch_size = min(limit, self._sizes[0])
+            generator.completion_batch_size = min(limit, self._sizes[1])
+        if care:
+            size = min(self._sizes[2], max(STEP_MIN, self._sizes[2] // 4**care))
+            _set_step_size(generator, size)
+        self._careful = set(self.kept)
+
+    def _end_care(self) -> None:
+        """Those that failed have ended: sizes are what they were."""
+        if self._sizes:
+            generator = self._generator
+            generator.prefill_batch_size, generator.completion_batch_size, size = (
+                self._sizes
+            )
+            _set_step_size(generator, size)
+        self._sizes, self._careful = (), set()
+
+
+def _set_step_size(generator: Any, size: int) -> None:
+    # The part that reads prompts cuts them once more (0.31 to 0.32).
+    generator.prefill_step_size = generator._prompt_batch.prefill_step_size = size
+
+
+def _compute(caches: Any) -> None:
+    mx.eval([cache.state for cache in leaves(caches) if _is_filled(cache)])
+
+
+def _is_filled(cache: Any) -> bool:
+    empty = getattr(cache, "empty", None)
+    return empty is None or not empty()
+
+
+def _kinds(caches: Any) -> list[str]:
+    return [type(cache).__name__ for cache in leaves(caches)]

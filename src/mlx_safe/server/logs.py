@@ -1,0 +1,209 @@
+"""The log: one format for every line, whoever wrote it, as text or as JSON.
+
+No text of a prompt or an answer comes into it, at any level. Our own lines have none;
+of other libraries' DEBUG lines nothing passes, of mlx-lm's own (0.31 to 0.32: whole
+bodies, each piece of text) only what `SAFE` lists; and of an exception its kind and the
+places that it passed are told, its message only where no text can be in it. Knows
+nothing of MLX: the supervisor logs in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+__all__ = ["FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "set_up"]
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+FORMATS = ("text", "json")
+
+# How those lines of mlx-lm's server begin that have no text in them and are of use.
+SAFE = (
+    "Draft model tokenizer does not match",
+    "Received tools but model does not support",
+)
+
+# Where the innermost frame of an exception is when no text can be in its message: there
+# is none any more, only numbers, or not yet, as a model is being loaded.
+NUMBERS_ONLY = (
+    *("mlx.", "mlx_lm.models.", "mlx_lm.sample_utils", "mlx_lm.utils"),
+    *("mlx_safe.memory", "mlx_safe.testing"),
+)
+
+_FIELDS = "mlx_safe_fields"
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """What a line says in figures and names, for ``extra=``; None is left out.
+
+    As text they follow the message, ``name=value``; in JSON each is a member.
+    """
+    return {_FIELDS: {k: v for k, v in values.items() if v is not None}}
+
+
+def set_up(level: str, form: str, name: str | None = None) -> None:
+    """Sends everything that is logged to stderr, in one of `FORMATS`.
+
+    Args:
+        level: one of `LEVELS`; of other libraries at least INFO.
+        name: of the process, where two of them write into one log.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Json(name) if form == "json" else _Text(name))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(max(logging.INFO, getattr(logging, level)))
+    logging.getLogger("mlx_safe").setLevel(level)
+    logging.captureWarnings(True)
+
+
+def for_mlx_lm() -> SimpleNamespace:
+    """Stands for the module ``logging`` in ``mlx_lm.server``."""
+    own = logging.getLogger("mlx_safe.mlx_lm")
+
+    def leave_out(message: object, *args: object, **more: object) -> None:
+        pass
+
+    def warning(message: object, *args: object, **more: object) -> None:
+        if str(message).startswith(SAFE):
+            own.warning("mlx-lm: %s", message)
+
+    quiet = SimpleNamespace(
+        **dict.fromkeys(("debug", "info", "error", "exception", "log"), leave_out),
+        warning=warning,
+        isEnabledFor=lambda level: False,  # or it makes text of each body
+    )
+    names = {name: getattr(logging, name) for name in LEVELS}
+    return SimpleNamespace(
+        **{**vars(quiet), **names},
+        getLogger=lambda name=None: quiet,
+        basicConfig=lambda **_: None,  # `set_up` was here
+    )
+
+
+def of_exception(exc: BaseException) -> str:
+    """One line: the kind of ``exc``, and its message where no text can be in it."""
+    kind = type(exc).__name__
+    text = str(exc).strip()
+    if not text or not _is_without_text(exc):
+        return kind
+    return f"{kind}: {text.splitlines()[0]}"
+
+
+def _is_without_text(exc: BaseException) -> bool:
+    from .. import errors
+
+    if errors.from_exception(exc) is not None or errors.is_allocation_failure(exc):
+        return True
+    if isinstance(exc, OSError):  # its own words, and a path
+        return exc.errno is not None
+    last = exc.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    module = "" if last is None else str(last.tb_frame.f_globals.get("__name__", ""))
+    return f"{module}.".startswith(NUMBERS_ONLY)
+
+
+def _chain(exc: BaseException) -> Iterator[BaseException]:
+    """``exc`` and what led to it, the first cause first."""
+    found: list[BaseException] = []
+    one: BaseException | None = exc
+    while one is not None and one not in found:
+        found.append(one)
+        hidden = one.__suppress_context__
+        one = one.__cause__ or (None if hidden else one.__context__)
+    return reversed(found)
+
+
+def trace_of(exc: BaseException) -> str:
+    """As Python's own traceback, without the messages that may quote a text."""
+    return "\n".join(
+        "Traceback (most recent call last):\n"
+        f"{''.join(traceback.format_tb(one.__traceback__))}{of_exception(one)}"
+        for one in _chain(exc)
+    )
+
+
+def _in_one_line(text: str) -> str:
+    """What clients may have chosen a part of: no line of theirs is to look like one."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, name: str | None) -> None:
+        super().__init__()
+        self._name = name
+
+    def formatException(self, ei: Any) -> str:
+        return "" if ei[1] is None else trace_of(ei[1])
+
+    def _trace(self, record: logging.LogRecord) -> str:
+        # Not `exc_text`: another handler may have kept the whole of it there.
+        found = self.formatException(record.exc_info) if record.exc_info else ""
+        stacks = getattr(record, "stacks", None)
+        return "\n".join(part for part in (found, stacks) if part)
+
+
+class _Text(_Formatter):
+    """``time - LEVEL - message name=value …``, and a traceback below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = _in_one_line(record.getMessage())
+        told: Mapping[str, Any] = getattr(record, _FIELDS, {})
+        pairs = "".join(f" {name}={_shown(value)}" for name, value in told.items())
+        who = f"{self._name} - " if self._name else ""
+        begin = f"{self.formatTime(record)} - {record.levelname} - {who}"
+        line = f"{begin}{message}{pairs}"
+        trace = self._trace(record)
+        return f"{line}\n{trace}" if trace else line
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, (list, tuple)):
+        return ",".join(_shown(v) for v in value) or "-"
+    text = str(value)
+    plain = text.isprintable() and not set(text) & set(' "=') and text
+    return text if plain else json.dumps(text)
+
+
+class _Json(_Formatter):
+    """One object a line: ``time`` (UTC), ``level``, ``message``, and the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{seconds}.{int(record.msecs):03}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            **({"process": self._name} if self._name else {}),
+            "message": record.getMessage(),
+            **{n: _rounded(v) for n, v in getattr(record, _FIELDS, {}).items()},
+        }
+        trace = self._trace(record)
+        if trace:
+            line["trace"] = trace
+        return json.dumps(line, default=str)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 6) if isinstance(value, float) else value
+
+
+def flush() -> None:
+    """Writes out what is still on its way; for an end by ``os._exit``."""
+    logging.shutdown()
+    sys.stderr.flush()

@@ -1,0 +1,183 @@
+"""HTTPS: what is encrypted outside is plain inside.
+
+All that reads and watches connections (`wire`, `disconnects`) knows sockets, peeks at
+them and polls them, which a TLS session does not allow. So each connection gets a pair
+of sockets: the handler has one end, and a thread here carries bytes between the other
+one and the client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import ssl
+import threading
+import time
+
+from .._command import CommandError
+
+__all__ = ["Tls"]
+
+HANDSHAKE_TIMEOUT_S = 10.0
+PIECE = 1 << 16
+# How long the process that ends waits until all is with the clients.
+DRAIN_S = 2.0
+DRAIN_TURN_S = 0.01
+
+
+class Tls:
+    """The certificate of one server, and the connections that are open with it.
+
+    Raises:
+        CommandError: the certificate or its key cannot be used; with the flag.
+    """
+
+    def __init__(self, certificate: str, key: str | None) -> None:
+        def no_password() -> str:
+            raise CommandError(f"--ssl-keyfile {key or certificate}: it has a password")
+
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._context.set_alpn_protocols(["http/1.1"])
+        given = f"--ssl-certfile {certificate}" + (
+            f" --ssl-keyfile {key}" if key is not None else ""
+        )
+        try:
+            self._context.load_cert_chain(certificate, key, no_password)
+        except ssl.SSLError as e:
+            why = (e.reason or "no certificate, or no key").replace("_", " ").lower()
+            raise CommandError(f"{given}: cannot be used: {why}") from None
+        except OSError as e:
+            raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
+        self._lock = threading.Lock()
+        self._open: set[_Pump] = set()
+
+    def wrap(self, connection: socket.socket) -> socket.socket:
+        """The handler's end of ``connection``, which a thread takes over."""
+        inner, ours = socket.socketpair()
+        pump = _Pump(self._context, connection, ours)
+
+        def run() -> None:
+            try:
+                pump.run()
+            finally:
+                with self._lock:
+                    self._open.discard(pump)
+
+        with self._lock:
+            self._open.add(pump)
+        threading.Thread(target=run, name="mlx-safe-tls", daemon=True).start()
+        return inner
+
+    def drain(self) -> None:
+        """Waits until what handlers have written is sent, `DRAIN_S` at most."""
+        for _ in range(round(DRAIN_S / DRAIN_TURN_S)):
+            with self._lock:
+                if not any(pump.has_unsent for pump in self._open):
+                    return
+            time.sleep(DRAIN_TURN_S)
+
+
+class _Pump:
+    """One connection: ``outer`` is the client's, ``inner`` the handler's."""
+
+    def __init__(
+        self, context: ssl.SSLContext, outer: socket.socket, inner: socket.socket
+    ) -> None:
+        self._context = context
+        self._outer = outer
+        self._inner = inner
+        # Of the client, and for it.
+        self._received = b""
+        self._pending = b""
+        self._client_sends = True
+        self._wants_write = False
+
+    @property
+    def has_unsent(self) -> bool:
+        """Something that the handler has written is not with the client yet."""
+        try:
+            poller = select.poll()
+            poller.register(self._inner, select.POLLIN)
+            waiting = any(event & select.POLLIN for _, event in poller.poll(0))
+        except (OSError, ValueError):  # closed
+            return False
+        return bool(self._pending) or waiting
+
+    def run(self) -> None:
+        with self._inner, self._outer, contextlib.suppress(OSError, ValueError):
+            self._outer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            self._outer.settimeout(HANDSHAKE_TIMEOUT_S)
+            # ssl.SSLError is an OSError: a client that speaks no TLS is closed.
+            with self._context.wrap_socket(self._outer, server_side=True) as client:
+                client.setblocking(False)
+                self._inner.setblocking(False)
+                self._carry(client)
+
+    def _carry(self, client: ssl.SSLSocket) -> None:
+        while True:
+            self._wants_write = False
+            moved = self._from_client(client)
+            back = self._to_client(client)
+            if back is None:
+                self._say_goodbye(client)
+                return
+            if not moved and not back:
+                self._wait(client)
+
+    def _from_client(self, client: ssl.SSLSocket) -> bool:
+        """Whether anything was moved towards the handler."""
+        if self._client_sends and not self._received:
+            try:
+                self._received = client.recv(PIECE)
+                if not self._received:
+                    self._client_sends = False
+                    self._inner.shutdown(socket.SHUT_WR)
+            except ssl.SSLWantReadError:
+                return False
+            except ssl.SSLWantWriteError:
+                self._wants_write = True
+                return False
+        with contextlib.suppress(BlockingIOError):
+            sent = self._inner.send(self._received) if self._received else 0
+            self._received = self._received[sent:]
+            return sent > 0
+        return False
+
+    def _to_client(self, client: ssl.SSLSocket) -> bool | None:
+        """The same towards the client; None: the handler has closed its end."""
+        if not self._pending:
+            try:
+                self._pending = self._inner.recv(PIECE)
+            except BlockingIOError:
+                return False
+            if not self._pending:
+                return None
+        try:
+            self._pending = self._pending[client.send(self._pending) :]
+            return True
+        except ssl.SSLWantWriteError:
+            self._wants_write = True
+        except ssl.SSLWantReadError:
+            pass
+        return False
+
+    def _wait(self, client: ssl.SSLSocket) -> None:
+        poller = select.poll()
+        # Only what is waited for: of one that has hung up poll tells each time.
+        wanted = select.POLLOUT if self._wants_write else 0
+        wanted |= select.POLLIN if self._client_sends and not self._received else 0
+        if wanted or self._pending:
+            poller.register(client, wanted or select.POLLIN)
+        wanted = select.POLLIN if not self._pending else 0
+        wanted |= select.POLLOUT if self._received else 0
+        if wanted:
+            poller.register(self._inner, wanted)
+        poller.poll()
+
+    def _say_goodbye(self, client: ssl.SSLSocket) -> None:
+        """The handler is done: the end of TLS, by which no client takes it for cut."""
+        client.settimeout(1.0)
+        with contextlib.suppress(OSError):
+            client.unwrap()

@@ -1,0 +1,265 @@
+"""``mlx-safe top``: what ``/status.json`` says, in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._command import CommandError, Parser
+from .memory.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+__all__ = ["look", "render", "top"]
+
+URL = "http://127.0.0.1:8080"
+TIMEOUT_S = 10.0
+VERSION = 1
+BAR_WIDTH = 48
+MARKS_MAX = 5
+PARTS = {
+    "model": ("model", "blue"),
+    "prompt_cache": ("prompt cache", "cyan"),
+    "caches": ("caches of requests", "green"),
+    "pool": ("MLX's pool", "yellow"),
+}
+KINDS = {
+    "fault": ("failed", "red"),
+    "replays": ("replayed", "yellow"),
+    "evictions": ("evicted", "dim"),
+    "preempted": ("put back", "yellow"),
+    "refused": ("refused", "yellow"),
+    "resets": ("reset", "dim"),
+    "start": ("started", "dim"),
+}
+
+
+class NoAnswer(Exception):
+    """The server cannot be asked; the message says why."""
+
+
+def top(arguments: Sequence[str]) -> int:
+    """The command.
+
+    Returns:
+        the exit status: 0; with ``--once`` 1 when the server does not answer.
+
+    Raises:
+        CommandError: an argument is wrong, or rich is missing.
+    """
+    parser = Parser(
+        prog="mlx-safe top",
+        allow_abbrev=False,
+        description="What a server does now: its memory, requests and failures.",
+    )
+    parser.add_argument(
+        "--url", default=URL, help=f"of the server (default: {URL})", metavar="URL"
+    )
+    parser.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="the server's, of which the first key is sent (default: the key in "
+        "MLX_SAFE_API_KEY, if there is one)",
+    )
+    parser.add_argument(
+        "--every", type=float, default=2.0, metavar="SECONDS", help="(default: 2)"
+    )
+    parser.add_argument("--once", action="store_true", help="print it once, and end")
+    asked = parser.parse_args(list(arguments))
+    if not 0.1 <= asked.every <= 3600:
+        raise CommandError("--every: must be from 0.1 to 3600 seconds")
+    if urllib.parse.urlsplit(asked.url).scheme not in ("http", "https"):
+        raise CommandError(f"--url {asked.url}: must begin with http:// or https://")
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        raise CommandError("top needs rich: pip install 'rich>=13'") from None
+    key = _key(asked.api_key_file)
+    if not asked.once:
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(Console(), asked.url, key, asked.every)
+        return 0
+    try:
+        Console().print(render(look(asked.url, key)))
+    except NoAnswer as e:
+        print(f"mlx-safe: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _key(path: str | None) -> str | None:
+    if path is None:
+        return os.environ.get("MLX_SAFE_API_KEY") or None
+    try:
+        return Path(path).read_text(encoding="utf-8").split()[0]
+    except OSError as e:
+        why = f"cannot be read: {e.strerror}"
+    except (UnicodeError, IndexError):
+        why = "there is no key in it"
+    raise CommandError(f"--api-key-file {path}: {why}")
+
+
+def look(url: str, key: str | None = None) -> dict[str, Any]:
+    """Asks the server at ``url``, without a history.
+
+    Raises:
+        NoAnswer: it does not listen, refuses, or is another version.
+    """
+    address = url.rstrip("/") + "/status.json?history=none"
+    request = urllib.request.Request(address)
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    # A proxy of the environment would not see the server as this machine does.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=TIMEOUT_S) as answer:
+            found = json.load(answer)
+    except urllib.error.HTTPError as e:
+        why = {
+            401: "it needs a key: --api-key-file, or MLX_SAFE_API_KEY",
+            404: "it shows its status to its own machine only (--status-page), or is "
+            "no mlx-safe serve",
+        }.get(e.code, f"it answers {e.code}")
+        raise NoAnswer(f"{url}: {why}") from None
+    except (OSError, http.client.HTTPException) as e:
+        reason = getattr(e, "reason", e)
+        why = getattr(reason, "strerror", None) or str(reason) or type(e).__name__
+        raise NoAnswer(f"{url}: no answer ({why})") from None
+    except ValueError:
+        raise NoAnswer(f"{url}: it is no mlx-safe serve") from None
+    if not isinstance(found, dict) or found.get("version") != VERSION:
+        raise NoAnswer(f"{url}: it is another version of mlx-safe")
+    return found
+
+
+def _watch(console: Console, url: str, key: str | None, every_s: float) -> None:
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    last: RenderableType = Text("")
+    with Live(last, console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                last = shown = render(look(url, key))
+            except NoAnswer as e:
+                shown = Group(Text(str(e), style="bold red"), last)
+            live.update(shown, refresh=True)
+            time.sleep(every_s)
+
+
+def render(status: dict[str, Any]) -> RenderableType:
+    """``status``, as `look` returns it, for a terminal of any width."""
+    from rich.console import Group
+
+    return Group(
+        _headline(status["server"], status["time"]),
+        *_memory(status["memory"]),
+        _requests(status["requests"]),
+        *_rest(status),
+    )
+
+
+def _headline(server: dict[str, Any], now: float) -> RenderableType:
+    from rich.text import Text
+
+    state, reason = server["state"], server["reason"]
+    style = {"ok": "green", "failed": "red"}.get(state, "yellow")
+    return Text.assemble(
+        (str(server["model"] or "mlx-safe"), "bold"),
+        "  ",
+        (f"{state}: {reason}" if reason else state, style),
+        (f"  up {_lasts(now - server['started'])}, pid {server['pid']}", "dim"),
+    )
+
+
+def _memory(memory: dict[str, Any]) -> list[RenderableType]:
+    from rich.text import Text
+
+    ceiling, parts = memory["ceiling"], memory["parts"]
+    most = max(ceiling, sum(parts[name] for name in PARTS), 1)
+    bar, legend = Text("["), Text()
+    for name, (text, style) in PARTS.items():
+        bar.append("█" * round(BAR_WIDTH * parts[name] / most), style)
+        legend.append(f"{text} {format_size(parts[name])}  ", style)
+    bar.append("·" * max(0, BAR_WIDTH + 1 - len(bar)), "dim")
+    bar.append(f"] ceiling {format_size(ceiling)}")
+    legend.append(f"other programs {format_size(parts['other'])}", "dim")
+    lowered = [Text(memory["lowered"], "yellow")] if memory["lowered"] else []
+    return [bar, legend, *lowered]
+
+
+def _requests(requests: dict[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    title = f"{requests['in_flight']} in flight, {requests['waiting']} of them waiting"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("request", "state", "prompt", "read", "made", "time"):
+        table.add_column(column, justify="left" if column < "n" else "right")
+    for r in requests["list"]:
+        again = f" (again {r['replays']})" if r["replays"] else ""
+        read = f"{r['read_tokens']}/{r['to_read']}" if r["to_read"] else ""
+        table.add_row(
+            r["id"][:22],
+            r["state"] + again,
+            "" if r["prompt_tokens"] is None else str(r["prompt_tokens"]),
+            read,
+            f"{r['produced']}/{r['max_tokens']}",
+            _lasts(r["seconds"]),
+            style="yellow" if r["waits"] else "",
+        )
+    return table
+
+
+def _rest(status: dict[str, Any]) -> list[RenderableType]:
+    from rich.text import Text
+
+    counts, cache, disk = status["counts"], status["prompt_cache"], status["disk"]
+    ended = ", ".join(f"{n} {k}" for k, n in status["requests"]["outcomes"].items())
+    lines = [
+        f"ended: {ended or 'none'}; {status['requests']['tokens']} tokens; "
+        f"{counts['failures']} failures, {counts['replays']} replays, "
+        f"{counts['preempted']} put back, {counts['refused']} refused for memory",
+        f"prompt cache: {format_size(cache['bytes'])} of "
+        f"{format_size(cache['limit'])}, {cache['entries']} entries, "
+        f"{counts['hits']} hits, {counts['misses']} misses, "
+        f"{counts['evictions']} evicted",
+    ]
+    if disk is not None:
+        state = "" if disk["off"] is None else f"; off: {disk['off']}"
+        lines.append(
+            f"on disk: {format_size(disk['bytes'])} of {format_size(disk['limit'])}, "
+            f"{disk['files']} files, {disk['restored']} restored{state}"
+        )
+    found: list[RenderableType] = [Text(line) for line in lines]
+    for mark in status["marks"][-MARKS_MAX:]:
+        text, style = KINDS.get(mark["kind"], (mark["kind"], ""))
+        times = f" x{mark['count']}" if mark["count"] > 1 else ""
+        about = f": {mark['text']}" if mark["text"] else ""
+        found.append(Text(f"{_clock(mark['time'])} {text}{times}{about}", style))
+    for report in status["reports"]:
+        line = f"{_clock(report['time'])} report {report['id']}: {report['headline']}"
+        found.append(Text(line, "red"))
+    return found
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def _lasts(seconds: float) -> str:
+    for unit, factor in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * factor:
+            return f"{seconds / factor:.0f} {unit}"
+    return f"{seconds:.0f} s"

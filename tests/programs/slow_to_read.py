@@ -1,0 +1,36 @@
+"""The protected server with a model that takes 2 ms for each token of a prompt.
+
+It says how many tokens each step has: all rows together. `testing.attach` gets the
+model where faults are planned (MLX_SAFE_INJECT).
+"""
+
+import sys
+import time
+
+from mlx_safe import testing
+from mlx_safe.cli import main
+
+TOKEN_S = 0.002
+attach = testing.attach
+
+
+def attach_slowly(model, **options):
+    if getattr(type(model), "is_slow", False):  # for each request
+        return model
+    attach(model, **options)
+    cls = type(model)
+    call = cls.__call__
+
+    def slow(self, tokens, *args, **kwargs):
+        if tokens.shape[-1] > 1:
+            sys.stdout.write(f"step of {tokens.size}\n")
+            sys.stdout.flush()
+            time.sleep(TOKEN_S * tokens.size)
+        return call(self, tokens, *args, **kwargs)
+
+    cls.__call__, cls.is_slow = slow, True
+    return model
+
+
+testing.attach = attach_slowly
+sys.exit(main(["serve", *sys.argv[1:]]))

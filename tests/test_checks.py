@@ -1,0 +1,158 @@
+"""What the doctor holds against each other."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_safe import checks
+from mlx_safe.checks import BAD
+from support import child
+
+
+def library(oldest: tuple[int, int]) -> bytes:
+    """The head of a Mach-O library: one other command, then LC_BUILD_VERSION."""
+    header = struct.pack("<8I", 0xFEEDFACF, 0x0100000C, 0, 6, 2, 0, 0, 0)
+    other = struct.pack("<4I", 0x1B, 16, 1, 2)
+    version = oldest[0] << 16 | oldest[1] << 8
+    return header + other + struct.pack("<6I", 0x32, 24, 1, version, 0x1A0500, 0)
+
+
+def metallib(oldest: tuple[int, int]) -> bytes:
+    """The head of MLX's own, of the wheels of 0.32.4."""
+    head = bytes.fromhex("4d544c4201800200090000811a00020000a0c4c30c00000000")
+    return head[:12] + struct.pack("<HH", *oldest) + head[16:]
+
+
+def folder(path: Path, oldest: tuple[int, int], kernels: tuple[int, int]) -> Path:
+    (path / "libmlx.dylib").write_bytes(library(oldest))
+    (path / "mlx.metallib").write_bytes(metallib(kernels))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("built", "macos", "bad"),
+    [
+        ((26, 2), "26.0", True),
+        ((26, 2), "26.1.1", True),
+        ((26, 2), "26.2", False),
+        ((26, 2), "26.10", False),
+        ((26, 2), "27", False),
+        ((15, 0), "26.0", False),
+        ((15, 0), "14.7", True),
+        ((14, 0), "14.0", False),
+    ],
+)
+def test_the_macos_that_mlx_is_for(
+    tmp_path: Path, built: tuple[int, int], macos: str, bad: bool
+) -> None:
+    found = checks.built_for(folder(tmp_path, built, built))
+    assert found == {"libmlx.dylib": built, "mlx.metallib": built}
+    (line,) = checks.macos_check(found, macos, "0.32.4")
+    assert line.startswith(BAD) is bad
+    if bad:
+        older = "macosx_15_0_arm64" if macos.startswith("26") else "macosx_14_0_arm64"
+        assert f"mlx_metal-0.32.4-py3-none-{older}.whl" in line
+
+
+def test_kernels_that_are_newer_than_the_library(tmp_path: Path) -> None:
+    found = checks.built_for(folder(tmp_path, (15, 0), (26, 2)))
+    (line,) = checks.macos_check(found, "26.1", "0.32.4")
+    assert line.startswith(BAD) and "mlx.metallib for macOS 26.2" in line
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    assert checks.built_for(tmp_path) == {}
+    for name in ("libmlx.dylib", "mlx.metallib"):
+        for data in (b"", b"\x7fELF" + bytes(60), library((1, 0))[:40], b"MTLB"):
+            (tmp_path / name).write_bytes(data)
+            assert checks.built_for(tmp_path) == {}
+    assert checks.macos_check({}, "26.0", "0.32.4") == []
+
+
+@pytest.mark.parametrize(
+    ("driver", "package", "bad"),
+    [
+        ("580.65.06", "mlx-cuda-13", False),
+        ("575.57.08", "mlx-cuda-13", True),
+        ("575.57.08", "mlx-cuda-12", False),
+        ("470.1", "mlx-cuda-12", True),
+        (None, "mlx-cuda-12", True),
+        ("580.65.06", None, False),
+    ],
+)
+def test_the_driver_of_a_card(
+    driver: str | None, package: str | None, bad: bool
+) -> None:
+    (line,) = checks.driver_check(driver, package)
+    assert line.startswith(BAD) is bad
+
+
+def test_no_card_is_no_line() -> None:
+    assert checks.driver_check(None, None) == []
+
+
+def test_the_free_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"one": tmp_path / "not" / "there", "two": tmp_path}
+    (line,) = checks.disk_check(places)  # they are on one volume
+    assert line.endswith(" free for one and two")
+    monkeypatch.setattr(checks, "FREE_MIN", 10**18)
+    (line,) = checks.disk_check(places)
+    assert line.startswith(BAD)
+
+
+def test_another_server_is_seen_and_its_key_is_not(
+    private_reports: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It looks like one in the list of processes, and computes nothing.
+    command = "import sys; print(flush=True); sys.stdin.read()"
+    words = ["mlx_lm.server", "--api-key", "s3cret"]
+    with subprocess.Popen(
+        [sys.executable, "-c", command, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdin is not None
+        other.stdout.readline()
+        monkeypatch.setattr(checks, "NAMED_MAX", 1000)
+        (line,) = checks.others_check(os.getpid())
+        other.stdin.close()
+    assert line.startswith(BAD)
+    assert f"mlx_lm.server (pid {other.pid})" in line
+    assert "s3cret" not in line
+    assert f"(pid {os.getpid()})" not in line
+
+
+def test_defaults_that_no_server_would_take(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("temp = -3")
+    (line,) = checks.defaults_check(str(file), {})
+    assert (
+        line
+        == f"{BAD}mlx-safe serve would not start: --temp -3.0: must be at least 0.0"
+    )
+    (line,) = checks.defaults_check(None, {"MLX_SAFE_TOP_P": "7"})
+    assert line.startswith(f"{BAD}mlx-safe serve would not start: --top-p 7.0: must be")
+    file.write_text("temp = 0.5")
+    assert checks.defaults_check(str(file), {}) == [f"1 flags are set by {file}"]
+    assert checks.defaults_check(None, {}) == []
+
+
+def test_the_doctor_says_all_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("min-p = 2")
+    done = child.run(
+        f"""
+        import sys
+        from mlx_safe.cli import main
+        sys.exit(main(["doctor", "--config", {str(file)!r}]))
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\ndisk        " in done.stdout
+    assert "\ndefaults    ! mlx-safe serve would not start: --min-p 2.0" in done.stdout

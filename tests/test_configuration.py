@@ -1,0 +1,208 @@
+"""Where the server's flags come from: command line, environment, file."""
+
+from __future__ import annotations
+
+import plistlib
+import re
+from pathlib import Path
+
+import pytest
+
+from mlx_safe._command import CommandError, Parser
+from mlx_safe.server.configuration import Settings, printed, resolve, variable_of
+from mlx_safe.server.flags import own_parser, whole_parser
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def parser() -> Parser:
+    from mlx_safe.server.mlx_lm.patch import parser_of
+    from mlx_safe.server.mlx_lm.requirements import import_server
+
+    return whole_parser(parser_of(import_server()))
+
+
+def settings(
+    parser: Parser, *words: str, file: Path | None = None, **environment: str
+) -> Settings:
+    more = [] if file is None else ["--config", str(file)]
+    return resolve(parser, [*words, *more], environment)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    found = tmp_path / "mlx-safe.toml"
+    found.write_text(
+        """
+        port = 9001
+        temp = 0.5
+        max-active-memory-bytes = "20G"
+        kv-disk-bytes = 5_000_000
+        supervise = true
+        served-model-name = ["one", "two words"]
+        allowed-origins = ["http://a", "http://b"]
+        chat-template-args = {enable_thinking = false}
+        """
+    )
+    return found
+
+
+def test_each_place_gives_way_to_the_one_before(parser: Parser, file: Path) -> None:
+    assert settings(parser).values.port == 8080
+    assert settings(parser, file=file).values.port == 9001
+    assert settings(parser, file=file, MLX_SAFE_PORT="9002").values.port == 9002
+    found = settings(parser, "--port", "9003", file=file, MLX_SAFE_PORT="9002")
+    assert found.values.port == 9003
+    assert found.sources["port"] == "command line"
+    assert found.sources["temp"] == str(file)
+    assert found.sources["top_p"] == "default"
+
+
+def test_a_file_has_every_kind_of_value(parser: Parser, file: Path) -> None:
+    found = settings(parser, file=file).values
+    assert found.temp == 0.5
+    assert found.max_active_memory_bytes == 20 * 10**9
+    assert found.kv_disk_bytes == 5_000_000
+    assert found.supervise is True
+    assert found.served_model_name == ["one", "two words"]
+    assert found.allowed_origins == ["http://a", "http://b"]
+    assert found.chat_template_args == {"enable_thinking": False}
+
+
+def test_a_list_is_replaced_and_a_switch_is_turned_off(
+    parser: Parser, file: Path
+) -> None:
+    found = settings(
+        parser,
+        "--served-model-name",
+        "mine",
+        file=file,
+        MLX_SAFE_SUPERVISE="0",
+        MLX_SAFE_SERVED_MODEL_NAME="theirs",
+    ).values
+    assert found.served_model_name == ["mine"]
+    assert found.supervise is False
+    named = settings(parser, MLX_SAFE_SERVED_MODEL_NAME="one, two words").values
+    assert named.served_model_name == ["one", "two words"]
+
+
+def test_every_flag_can_be_in_the_environment(parser: Parser) -> None:
+    names = [variable_of(action) for action in parser._actions]
+    assert len(names) == len(set(names)) > 40
+    assert settings(parser, MLX_SAFE_TRUST_REMOTE_CODE="yes").values.trust_remote_code
+    assert settings(parser, MLX_SAFE_MODEL="m").values.model == "m"
+    # What is empty is not set, as containers have it.
+    assert settings(parser, MLX_SAFE_PORT="").values.port == 8080
+
+
+def test_the_file_can_be_named_in_the_environment(parser: Parser, file: Path) -> None:
+    assert settings(parser, MLX_SAFE_CONFIG=str(file)).values.port == 9001
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("prot = 1", "there is no flag 'prot'; did you mean 'port'?"),
+        ("max_kv_size = 64", "did you mean 'max-kv-size'?"),
+        ("config = 'other'", "there is no flag 'config'"),
+        ("[server]\nport = 1", "there is no flag 'server'"),
+        ("port = 'x'", "port: must be from 0 to 65535, not 'x'"),
+        ("port = true", "port: must be a value, not true or false"),
+        ("supervise = 1", "supervise: must be true or false"),
+        ("temp = 'warm'", "temp: invalid float value: 'warm'"),
+        ("log-level = 'LOUD'", "log-level: invalid choice: 'LOUD'"),
+        ("port = 2026-11-28", "port: must be text, a number"),
+        ("port =", "is not TOML: "),
+    ],
+)
+def test_a_mistake_in_the_file(
+    parser: Parser, tmp_path: Path, text: str, why: str
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(CommandError) as caught:
+        settings(parser, file=file)
+    assert str(caught.value).startswith(f"--config {file}: ")
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("PORT", "x", "MLX_SAFE_PORT: must be from 0 to 65535, not 'x'"),
+        ("SUPERVISE", "maybe", "MLX_SAFE_SUPERVISE: must be 1 or 0, not 'maybe'"),
+        ("TEMP", "warm", "MLX_SAFE_TEMP: invalid float value: 'warm'"),
+        ("API_KEY", "", "MLX_SAFE_API_KEY is empty"),
+    ],
+)
+def test_a_mistake_in_the_environment(
+    parser: Parser, name: str, text: str, why: str
+) -> None:
+    with pytest.raises(CommandError) as caught:
+        resolve(parser, [], {f"MLX_SAFE_{name}": text})
+    assert str(caught.value).startswith(why)
+
+
+def test_a_variable_that_is_no_flags_is_told(parser: Parser) -> None:
+    found = settings(parser, MLX_SAFE_PROT="1", MLX_SAFE_INJECT="decode:1:8")
+    assert found.unknown == ("MLX_SAFE_PROT",)
+
+
+def test_what_is_printed_can_be_read_and_has_no_secret(
+    parser: Parser, file: Path, tmp_path: Path
+) -> None:
+    before = settings(
+        parser, "--api-key", "s3cret", "--model", 'a "model"\x7f', file=file
+    )
+    text = printed(parser, before)
+    assert "s3cret" not in text
+    assert "# api-key = not shown (command line)" in text
+    assert f"port = 9001  # {file}" in text
+    assert "# top-p = 1.0" in text
+    again = tmp_path / "again.toml"
+    again.write_text(text)
+    after = vars(settings(parser, file=again).values)
+    for name, value in vars(before.values).items():
+        if name not in ("api_key", "config"):
+            assert after[name] == value, name
+
+
+def test_the_supervisor_knows_its_own_flags_alone(file: Path) -> None:
+    found = resolve(
+        own_parser(), ["--temp", "1", "--config", str(file)], {}, partial=True
+    )
+    assert (found.values.port, found.values.supervise) == (9001, True)
+
+
+def test_the_help_has_each_flag_once(parser: Parser) -> None:
+    text = parser.format_help()
+    described = text.partition("\n\n")[2]
+    for action in parser._actions:
+        option = action.option_strings[-1]
+        lines = [x for x in described.splitlines() if x.strip().startswith(option)]
+        starts = [x for x in lines if x.split()[0].rstrip(",") == option]
+        assert len(starts) == 1 or option == "--help", option
+    assert "more of mlx_lm.server" not in described  # each has its place
+
+
+def test_the_example_is_taken(parser: Parser) -> None:
+    text = (EXAMPLES / "mlx-safe.toml").read_text(encoding="utf-8")
+    found = settings(parser, file=EXAMPLES / "mlx-safe.toml").values
+    assert found.served_model_name == ["qwen"] and found.only_served_model
+    # What is a comment in it would be taken as well.
+    for line in re.findall(r"^# ([a-z-]+ = .*)$", text, re.MULTILINE):
+        key = line.partition(" ")[0]
+        assert f"--{key}" in parser._option_string_actions
+
+
+def test_the_services_start_with_flags_that_there_are(parser: Parser) -> None:
+    unit = (EXAMPLES / "mlx-safe.service").read_text(encoding="utf-8")
+    (start,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    with (EXAMPLES / "org.mlx-safe.serve.plist").open("rb") as file:
+        plist = plistlib.load(file)
+    for words in (start.split(), plist["ProgramArguments"]):
+        assert words[0].endswith("/bin/mlx-safe") and words[1] == "serve"
+        assert parser.parse_args(words[2:]).supervise
+    assert plist["StandardErrorPath"] == plist["StandardOutPath"]

@@ -1,0 +1,185 @@
+"""An orderly stop is no death, and each server speaks of its own deaths only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.server import Server, eventually, free_port
+
+NOTICE = "new report"
+LIMIT_S = 120.0
+
+PROGRAM = """
+import signal, sys, threading, time
+import mlx_safe
+mlx_safe.install()
+if sys.argv[1] == "computes":  # Python's own handlers would wait for ever
+    print("ready", flush=True)
+    sum(range(10**12))
+elif sys.argv[1] == "takes over":  # and puts back what was there, as uvicorn does
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+    print("ready", flush=True)
+    while not got:
+        time.sleep(0.1)
+    signal.signal(signal.SIGTERM, before)
+    signal.raise_signal(signal.SIGTERM)
+print("ready", flush=True)
+threading.Event().wait()
+"""
+UVICORN = """
+import sys, uvicorn, mlx_safe
+mlx_safe.install()
+async def app(scope, receive, send):
+    pass
+uvicorn.run(app, port=int(sys.argv[1]), lifespan="off")
+"""
+
+
+def left(directory: Path) -> list[str]:
+    """What a process has left of itself."""
+    return [] if not directory.exists() else [p.name for p in directory.iterdir()]
+
+
+def stop(
+    process: subprocess.Popen[str], number: int = signal.SIGTERM, wait_s: float = 0.0
+) -> int:
+    time.sleep(wait_s)
+    process.send_signal(number)
+    status = process.wait(LIMIT_S)
+    assert process.stdout is not None
+    process.stdout.close()
+    return status
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", ["waits", "computes"])
+def test_a_stop_by_a_signal(private_reports: Path, how: str, number: int) -> None:
+    process = start("-c", PROGRAM, how)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert any(name.startswith("run-") for name in left(private_reports))
+    assert stop(process, number) == -number
+    assert left(private_reports) == []
+
+
+def test_a_program_that_puts_back_what_was_there(private_reports: Path) -> None:
+    process = start("-c", PROGRAM, "takes over")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert stop(process) == -signal.SIGTERM
+    assert left(private_reports) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_uvicorn(private_reports: Path, number: int) -> None:
+    process = start("-c", UVICORN, str(free_port()))
+    assert process.stdout is not None
+    while "running on" not in (line := process.stdout.readline()):
+        assert line
+    stop(process, number)
+    assert left(private_reports) == []
+
+
+def test_a_kill_is_a_death_still(private_reports: Path) -> None:
+    process = start("-c", PROGRAM, "waits")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert stop(process, signal.SIGKILL) == -signal.SIGKILL
+    assert [name[:4] for name in left(private_reports)] == ["run-"]
+
+
+def test_an_ignored_signal_stays_ignored(private_reports: Path) -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "import mlx_safe; mlx_safe.install()\n"
+        "signal.raise_signal(signal.SIGTERM); mlx_safe.uninstall(); print('here')"
+    )
+    process = start("-c", code)
+    out, _ = process.communicate(timeout=LIMIT_S)
+    assert out == "here\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("supervise", [False, True])
+def test_a_server_that_is_stopped_before_it_listens(
+    private_reports: Path, tiny_model: Path, number: int, supervise: bool
+) -> None:
+    flags = ["--supervise"] if supervise else []
+    for wait_s in (0.0, 0.3):
+        server = Server(tiny_model, *flags)
+        # Its run file is there: it has begun, and imports MLX.
+        assert eventually(
+            lambda: any(n.startswith("run-") for n in left(private_reports)), 60
+        )
+        time.sleep(wait_s)
+        server.process.send_signal(number)
+        server.wait()
+        for pipe in (server.process.stdin, server.process.stdout):
+            assert pipe is not None
+            pipe.close()
+        assert eventually(lambda: left(private_reports) == [], 10), server.log
+
+
+def test_a_stop_during_a_supervised_restart(
+    private_reports: Path, tiny_model: Path
+) -> None:
+    with Server(tiny_model, "--supervise") as server:
+        server.wait_ready()
+        (run,) = [n for n in left(private_reports) if n.startswith("run-")]
+        os.kill(int(run[4:-5]), signal.SIGKILL)
+        server.wait_for_log("starting it again")
+        assert eventually(
+            lambda: any(
+                n.startswith("run-") and n != run for n in left(private_reports)
+            )
+        )
+        server.stop()
+    # That of the kill, and no other.
+    reports = [n for n in left(private_reports) if not n.endswith((".told", ".seen"))]
+    assert len([n for n in reports if n[0].isdigit()]) <= 1
+    assert not [n for n in reports if n.startswith("run-") and n != run]
+
+
+def test_each_server_speaks_of_its_own_death(
+    private_reports: Path, tiny_model: Path
+) -> None:
+    with Server(tiny_model) as first:
+        first.wait_ready()
+        port = first.port
+        os.kill(first.process.pid, signal.SIGKILL)
+        first.wait()
+    with Server(tiny_model) as other:
+        other.wait_ready()
+        assert NOTICE not in other.log
+    again = Server(tiny_model, "--port", str(port))  # the last of two holds
+    again.port = port
+    with again:
+        again.wait_ready()
+        assert again.log.count(NOTICE) == 1
+        assert f"new report of the server on port {port} with {tiny_model}" in again.log
+    (report,) = private_reports.glob("*.json")
+    whose = json.loads(report.read_text())["context"]["server"]
+    assert whose == {"port": str(port), "model": str(tiny_model)}
+    shown = subprocess.run(
+        [sys.executable, "-m", "mlx_safe", "reports", "show", report.stem],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+    ).stdout
+    assert f"on port {port} with" in shown

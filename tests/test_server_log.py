@@ -1,0 +1,330 @@
+"""The log, and the metrics: what the operator sees of each request is true."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.server import CONTROLLED, Answer, Server, eventually
+
+PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 5}}
+SECRET = "xylophone-manatee"
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_model: Path) -> Iterator[Server]:
+    flags = ("--log-format", "json", "--log-level", "DEBUG")
+    with Server(tiny_model, *flags, program=CONTROLLED) as server:
+        yield server.wait_ready()
+
+
+@pytest.fixture
+def server(shared: Server) -> Server:
+    return shared.renew()
+
+
+def lines(server: Server) -> list[dict[str, Any]]:
+    """What it has logged; every line is an object."""
+    own = ("planned: ", "holds: ", "hold: ", "clients: ", "forget: ", "steps: ")
+    texts = [x for x in server.log.splitlines() if not x.startswith(own)]
+    return [json.loads(text) for text in texts]
+
+
+def requests(server: Server, count: int) -> list[dict[str, Any]]:
+    """The lines of so many requests, when they are there."""
+
+    def found() -> list[dict[str, Any]]:
+        return [x for x in lines(server) if x["message"] == "request"]
+
+    assert eventually(lambda: len(found()) >= count, 30), server.log
+    assert len(found()) == count, server.log
+    return found()
+
+
+def ask(server: Server, path: str, **more: Any) -> Answer:
+    return server.chat(SECRET, **PATHS[path], **more)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_one_line(server: Server, path: str, stream: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    answer = ask(server, path, stream=stream, max_tokens=6, **options)
+    usage = answer.events[-1]["usage"] if stream else answer.json["usage"]
+    (line,) = requests(server, 1)
+    assert line["level"] == "INFO" and line["path"] == "/v1/chat/completions"
+    assert (line["outcome"], line["status"], line["end"]) == ("ok", 200, "whole")
+    assert line["id"] == (answer.events[0] if stream else answer.json)["id"]
+    assert line["prompt_tokens"] == usage["prompt_tokens"]
+    assert line["tokens"] == usage["completion_tokens"]
+    assert line["cached_tokens"] == usage["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < line["first_token_s"] <= line["duration_s"]
+    assert line["tokens_per_s"] > 0
+    assert "replays" not in line and "code" not in line
+    assert [x["message"] for x in lines(server)].count("prompt cache") == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_fault_names_whom_it_touched(server: Server, path: str) -> None:
+    server.plan("decode:3:2")
+    answer = ask(server, path)
+    (line,) = requests(server, 1)
+    assert (line["outcome"], line["replays"]) == ("ok", 1)
+    (fault,) = [x for x in lines(server) if x["level"] == "WARNING"]
+    assert "fault of the GPU" in fault["message"] and fault["code"] == 2
+    assert fault["replayed"] == [answer.json["id"]] and "ended" not in fault
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_is_in_the_line(server: Server, path: str, stream: bool) -> None:
+    server.plan("decode:3:8:persistent")
+    answer = ask(server, path, stream=stream)
+    (line,) = requests(server, 1)
+    assert (line["outcome"], line["code"]) == ("failed", "metal_out_of_memory")
+    assert line["status"] == answer.status
+    assert line["end"] == ("error_event" if answer.status == 200 else "whole")
+    touched = [x for x in lines(server) if x["level"] == "WARNING"]
+    assert touched[-1]["ended"] == [line["id"]]
+
+
+REFUSED = [
+    ({"max_tokens": "six"}, 400, "invalid_request", "max_tokens"),
+    ({"model": "nosuch"}, 404, "model_not_found", "model"),
+    ({"messages": []}, 400, "invalid_request", "messages"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "code", "param"), REFUSED)
+def test_a_refusal_says_why(
+    server: Server, body: Any, status: int, code: str, param: str
+) -> None:
+    assert server.chat(SECRET, **body).status == status
+    (line,) = requests(server, 1)
+    assert (line["outcome"], line["status"]) == ("refused", status)
+    assert (line["code"], line["param"]) == (code, param)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_client_that_leaves_is_one_line(server: Server, path: str) -> None:
+    body = {"messages": [{"role": "user", "content": SECRET}], "stream": True}
+    with server.connected({**body, "max_tokens": 10**5, **PATHS[path]}) as s:
+        s.recv(200)
+    (line,) = requests(server, 1)
+    assert (line["outcome"], line["status"], line["end"]) == ("client_left", 200, "cut")
+    assert line["tokens"] > 0
+
+
+def test_who_leaves_the_queue_is_told_at_once(server: Server) -> None:
+    """The sequential path takes no other meanwhile: it ended when its turn came."""
+    body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 4}
+    server.hold(5)
+    with server.connected({**body, "max_tokens": 50, "seed": 1}) as first:
+        server.wait_held()
+        with server.connected(body):
+            assert eventually(lambda: server.get("/health").json["waiting"] == 1)
+            health = server.get("/health").json
+            assert health["in_flight"] == 2 and health["oldest_waiting_s"] > 0
+            assert health["step"]["kind"] == "decode"
+            queued = server.metric("mlx_safe_requests_in_state", state="queued")
+            assert queued == server.metric("mlx_safe_queue_requests") == 1
+            assert server.metric("mlx_safe_queue_oldest_seconds") > 0
+            assert server.metric("mlx_safe_step_age_seconds", kind="decode") > 0
+        (line,) = requests(server, 1)  # the first is held still
+        assert (line["outcome"], line["status"]) == ("client_left", "none")
+        assert server.get("/health").json["waiting"] == 0
+        server.go()
+        assert b"200" in first.recv(100)
+    assert [x["outcome"] for x in requests(server, 2)][1] in ("ok", "client_left")
+    assert ask(server, "batched").status == 200
+
+
+def test_health_and_metrics_are_not_logged(server: Server) -> None:
+    for path in ("/health", "/metrics", "/health?x"):
+        assert server.get(path).status == 200
+    assert server.get("/v1/models").status == 200
+    (line,) = requests(server, 1)
+    assert line["path"] == "/v1/models" and "tokens" not in line
+
+
+BODIES = [
+    SECRET.encode(),
+    json.dumps([SECRET]).encode(),
+    json.dumps({"messages": SECRET}).encode(),
+    json.dumps({"messages": [{"role": SECRET, "content": SECRET}]}).encode(),
+    json.dumps({"prompt": SECRET, "logit_bias": {SECRET: 1}}).encode(),
+    json.dumps({"prompt": {SECRET: 1}}).encode(),
+]
+
+
+def test_no_text_is_logged_at_any_level(server: Server) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions", f"/{SECRET}?{SECRET}"):
+        for body in BODIES:
+            assert server.post(body, path).status in (400, 404)
+    answers = [ask(server, path, stream=s) for path in PATHS for s in (False, True)]
+    server.plan("any:2:0:once:bug")
+    failed = ask(server, "sequential", stop=["FAILS"])
+    assert failed.status == 500
+    requests(server, 3 * len(BODIES) + len(answers) + 1)
+    log = server.log.replace(f'"path": "/{SECRET}"', "")
+    assert SECRET not in log
+    for answer in answers:
+        assert answer.text not in log
+    assert max(map(len, log.splitlines())) < 20_000
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_all_lines_have_one_form(tiny_model: Path, form: str) -> None:
+    flags = ("--log-format", form, "--supervise")
+    with Server(tiny_model, *flags, inject="decode:5:0:once:bug") as server:
+        server.wait_ready()
+        assert server.chat().status == 500  # with a traceback in the log
+        server.stop()
+    log = server.log.splitlines()
+    if form == "json":
+        found = [json.loads(line) for line in log]
+        assert {"SUPERVISOR"} == {x["process"] for x in found if "process" in x}
+        assert any("Traceback" in x.get("trace", "") for x in found)
+        return
+    dated = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - [A-Z]+ - .")
+    rest = [line for line in log if not dated.match(line)]
+    assert any("request id=chatcmpl-" in line for line in log)
+    assert any("INFO - SUPERVISOR - the server listens" in line for line in log)
+    # A traceback below its line, and nothing else.
+    assert rest[0].startswith("Traceback") and rest[-1].startswith("ValueError")
+
+
+def test_the_level_rules_the_requests_too(tiny_model: Path) -> None:
+    with Server(tiny_model, "--log-level", "warning", inject="decode:5:2") as server:
+        server.wait_ready()
+        assert server.chat().status == 200
+        server.wait_for_log("fault of the GPU")
+        server.stop()
+    assert len(server.log.splitlines()) == 1
+
+
+# -- metrics -----------------------------------------------------------------------
+
+
+def counts(server: Server) -> dict[tuple[str, str], float]:
+    """By outcome and status."""
+    pattern = re.compile(
+        r'mlx_safe_requests_total{code="\w*",outcome="(\w+)",status="(\w+)"} (.*)'
+    )
+    found: dict[tuple[str, str], float] = {}
+    for line in server.get("/metrics").body.splitlines():
+        if match := pattern.fullmatch(line):
+            key = (match[1], match[2])
+            found[key] = found.get(key, 0) + float(match[3])
+    return found
+
+
+SUMS = (
+    *("mlx_safe_prompt_tokens_total", "mlx_safe_prompt_tokens_cached_total"),
+    *("mlx_safe_generated_tokens_total", "mlx_safe_request_duration_seconds_count"),
+    *("mlx_safe_requests_replayed_total", "mlx_safe_faults_injected_total"),
+)
+
+
+def test_metrics_add_up_to_what_clients_saw(server: Server) -> None:
+    time.sleep(0.3)  # the answer of `renew` is counted when it has been sent
+    before = counts(server)
+    sums = {name: server.metric(name) for name in SUMS}
+    answers = [
+        ask(server, path, max_tokens=5, n=n) for path in PATHS for n in (1, 3)
+    ] + [ask(server, path, max_tokens=5, stream=True) for path in PATHS]
+    bad = [server.post(b"{", "/v1/completions") for _ in range(13)]
+    bad += [server.chat(temperature=-n) for n in range(1, 14)]
+    nowhere = [server.get("/nowhere"), server.chat(model="nosuch")]
+    server.plan("decode:2:2")
+    replayed = ask(server, "batched")
+    server.plan("decode:2:8:persistent")
+    failed = [ask(server, "batched", stream=stream) for stream in (False, True)]
+    server.renew()
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    for more in PATHS.values():
+        with server.connected({**body, "max_tokens": 10**5, **more}) as s:
+            s.recv(200)
+
+    whole = [*answers, replayed]
+    wanted = {
+        ("ok", "200"): len(whole) + 1,  # that of `renew`
+        ("refused", "400"): 26,
+        ("refused", "404"): len(nowhere),
+        ("client_left", "200"): 2,
+    }
+    for answer in failed:
+        key = ("failed", str(answer.status))
+        wanted[key] = wanted.get(key, 0) + 1
+    assert all(a.status == 400 for a in bad) and all(a.status == 404 for a in nowhere)
+
+    def rises() -> dict[tuple[str, str], float]:
+        now = counts(server)
+        found = {key: n - before.get(key, 0) for key, n in now.items()}
+        return {key: n for key, n in found.items() if n}
+
+    assert eventually(lambda: sum(rises().values()) == sum(wanted.values()), 20)
+    assert rises() == wanted
+    rise = {name: server.metric(name) - n for name, n in sums.items()}
+    usages = [a.json["usage"] for a in whole if not a.events]
+    least = sum(u["completion_tokens"] for u in usages)
+    assert rise["mlx_safe_generated_tokens_total"] >= least
+    assert rise["mlx_safe_prompt_tokens_total"] >= sum(
+        u["prompt_tokens"] for u in usages
+    )
+    assert rise["mlx_safe_requests_replayed_total"] == 1
+    assert rise["mlx_safe_faults_injected_total"] >= 1 + 3 * len(failed)
+    assert server.metric("mlx_safe_requests_in_flight") == 0
+    assert server.metric("mlx_safe_memory_footprint_bytes") > 10**7
+    assert server.metric("mlx_safe_memory_ceiling_bytes") > 10**7
+
+
+def test_refusals_of_a_server_that_stops_are_counted(tiny_model: Path) -> None:
+    with Server(tiny_model, program=CONTROLLED) as server:
+        server.wait_ready()
+        server.hold(3)
+        with server.chatting(1, max_tokens=50) as answers:
+            server.wait_held()
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        server.go()
+        assert server.wait() == 0
+    assert answers[0].status == 503
+    assert "outcome=failed code=unavailable status=503" in server.log
+
+
+# -- a Mac whose hooks are not in --------------------------------------------------
+
+UNHOOKED = """
+import sys
+from mlx_safe.cli import main
+from mlx_safe.server import serve
+def require():
+    raise RuntimeError("faults of the GPU are not caught here: no such class")
+serve.require = require  # as `mlx_safe.require` does on a Mac
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_server_without_hooks_says_so(tiny_model: Path) -> None:
+    with Server(tiny_model, program=UNHOOKED) as server:
+        server.wait_ready()
+        (line,) = [x for x in server.log.splitlines() if "not hooked, and" in x]
+        assert " - WARNING - " in line and line.endswith("no such class")
+
+
+def test_a_server_that_needs_hooks_does_not_start(tiny_model: Path) -> None:
+    with Server(tiny_model, "--require-hooks", program=UNHOOKED) as server:
+        assert server.wait() == 2
+        assert server.log.splitlines()[-1] == (
+            "mlx-safe: --require-hooks: faults of the GPU are not caught here: "
+            "no such class"
+        )
+        assert "listening" not in server.log

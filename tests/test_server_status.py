@@ -1,0 +1,286 @@
+"""``/status`` and ``/status.json``: what the operator sees is what is so."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
+
+PAGE_MAX = 60_000
+SECRET = "a text that must not be told"
+
+
+@pytest.fixture(scope="module")
+def shared(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    disk = tmp_path_factory.mktemp("kv")
+    with Server(
+        tiny_model,
+        *("--kv-dir", str(disk), "--max-active-memory-bytes", "1G"),
+        *("--prompt-cache-size", "2"),
+        program=CONTROLLED,
+    ).wait_ready() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: Server) -> Server:
+    return shared.renew()
+
+
+def status(server: Server, history: str = "none") -> Any:
+    answer = server.get(f"/status.json?history={history}")
+    assert answer.status == 200, answer.body
+    return answer.json
+
+
+def test_a_server_at_rest(server: Server, tiny_model: Path) -> None:
+    server.chat()
+    assert eventually(lambda: status(server)["prompt_cache"]["bytes"] > 0)
+    found = status(server, "short")
+    assert found["version"] == 1
+    assert found["server"]["state"] == "ok"
+    assert found["server"]["reason"] is None
+    assert found["server"]["model"] == str(tiny_model)
+    assert found["server"]["pid"] == server.process.pid
+    assert found["requests"]["in_flight"] == found["requests"]["waiting"] == 0
+    memory = found["memory"]
+    assert memory["ceiling"] == 10**9
+    parts = memory["parts"]
+    assert parts["model"] > 100_000
+    assert parts["prompt_cache"] == found["prompt_cache"]["bytes"] > 0
+    held = parts["model"] + parts["prompt_cache"] + parts["caches"]
+    assert held == pytest.approx(memory["active"], rel=0.05)
+    assert parts["other"] > 0
+    assert found["disk"]["off"] is None
+    assert found["history"]["fields"][0] == "time"
+    assert abs(found["history"]["samples"][-1][0] - time.time()) < 60
+
+
+@contextlib.contextmanager
+def held(server: Server) -> Iterator[None]:
+    """It has come to the step where it waits; it goes on whatever happens."""
+    try:
+        server.wait_held(BATCH_RUNS_S)
+        yield
+    finally:
+        server.go()
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_in_flight(server: Server, more: Any, stream: bool) -> None:
+    before = status(server)["requests"]["tokens"]
+    server.hold(20)
+    chatting = server.chatting(1, max_tokens=40, stream=stream, **more)
+    with chatting as answers, held(server):
+        found = status(server)["requests"]
+    (one,) = found["list"]
+    assert one["state"] == "decode" and not one["waits"]
+    assert one["path"] == "/v1/chat/completions"
+    assert one["id"].startswith("chatcmpl-")
+    assert one["max_tokens"] == 40
+    assert 10 <= one["produced"] <= 20
+    assert one["prompt_tokens"] > 10
+    assert one["alone"] is bool(more)
+    assert found["tokens"] - before == one["produced"]
+    assert answers[0].status == 200
+    assert status(server)["requests"]["in_flight"] == 0
+    assert status(server)["requests"]["tokens"] - before == 40
+
+
+def test_a_prompt_that_is_read(server: Server) -> None:
+    server.hold(3)
+    with server.chatting(1, max_tokens=2, text="x" * 8000), held(server):
+        found = status(server)["requests"]["list"]
+    assert found[0]["state"] == "prefill"
+    assert 2000 <= found[0]["read_tokens"] < found[0]["to_read"]
+    assert found[0]["produced"] == 0
+
+
+def test_who_waits(server: Server) -> None:
+    server.hold(4)
+    first = server.chatting(1, max_tokens=8, seed=1)
+    # What is listed last ends first: the clients are waited for when it goes on.
+    with first, server.chatting(2, max_tokens=2, seed=2), held(server):
+        server.wait_for_clients(3)
+        found = status(server)["requests"]
+    assert found["in_flight"] == 3
+    assert found["waiting"] == 2
+    assert {r["state"] for r in found["list"]} == {"decode", "queued"}
+
+
+def test_faults_and_replays_are_marks(server: Server) -> None:
+    before = status(server)["counts"]
+    server.plan("decode:5:8")
+    assert server.chat(max_tokens=10).status == 200
+    found = status(server)["counts"]
+    assert found["failures"] - before["failures"] == 1
+    assert found["replays"] - before["replays"] == 1
+
+    def kinds() -> set[str]:
+        return {mark["kind"] for mark in status(server)["marks"]}
+
+    assert eventually(lambda: {"start", "fault", "replays"} <= kinds())
+    marks = status(server)["marks"]
+    fault = [mark for mark in marks if mark["kind"] == "fault"][-1]
+    assert fault["text"] == "metal out of memory"
+    assert abs(fault["time"] - time.time()) < 120
+
+
+def test_evictions_are_marks(server: Server) -> None:
+    for i in range(4):
+        server.chat(f"{i} is another text")
+    assert status(server)["counts"]["evictions"] > 0
+    assert eventually(
+        lambda: "evictions" in {m["kind"] for m in status(server)["marks"]}
+    )
+
+
+def test_no_text_is_in_it(server: Server) -> None:
+    server.hold(10)
+    chatting = server.chatting(1, text=SECRET, max_tokens=30, stream=True)
+    with chatting as answers, held(server):
+        body = server.get("/status.json").body
+    assert answers[0].text
+    assert SECRET not in body
+    assert answers[0].text[:8] not in body
+    assert SECRET not in server.get("/status.json").body
+
+
+def test_a_crash_report_is_shown(server: Server) -> None:
+    server.plan("decode:2:8")
+    server.chat()
+    assert eventually(lambda: bool(status(server)["reports"]))
+    report = status(server)["reports"][0]
+    assert report["headline"] and abs(report["time"] - time.time()) < 600
+
+
+def test_the_histories(server: Server) -> None:
+    for name, every_s in (("short", 2.0), ("long", 120.0)):
+        found = status(server, name)["history"]
+        assert found["every_s"] == every_s
+        assert all(len(s) == len(found["fields"]) for s in found["samples"])
+    assert "history" not in status(server, "none")
+    refused = server.get("/status.json?history=always")
+    assert refused.status == 400 and refused.error["param"] == "history"
+
+
+def test_the_page(server: Server) -> None:
+    answer = server.get("/status")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert len(answer.body.encode()) < PAGE_MAX
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; ")
+    for element in ("script", "style"):
+        inner = re.findall(rf"<{element}>(.*?)</{element}>", answer.body, re.DOTALL)
+        assert len(inner) == 1
+        digest = base64.b64encode(hashlib.sha256(inner[0].encode()).digest()).decode()
+        assert f"{element}-src 'sha256-{digest}'" in policy
+    # It asks nobody else, and no part of it could.
+    assert not re.findall(r"(?:https?:)?//[a-z0-9]", answer.body.replace(SVG, ""))
+    assert " onclick=" not in answer.body and " style=" not in answer.body
+
+
+SVG = "http://www.w3.org/2000/svg"
+
+
+def test_pages_from_elsewhere_cannot_read_it(server: Server) -> None:
+    for path in ("/status", "/status.json"):
+        headers = server.get(path, headers={"Origin": "http://evil.example"}).headers
+        assert "access-control-allow-origin" not in headers
+        assert headers["cache-control"] == "no-store"
+        named = server.get(path, headers={"Host": "evil.example"})
+        assert named.status == 404
+        assert server.get(path, method="HEAD").body == ""
+        assert server.get(path, method="POST").status == 405
+    assert "/status" not in server.log
+
+
+def test_a_key_is_asked_for(tiny_model: Path) -> None:
+    with Server(tiny_model, "--api-key", "k").wait_ready() as server:
+        for path in ("/status", "/status.json"):
+            refused = server.get(path)
+            assert refused.status == 401
+            assert refused.headers["www-authenticate"] == 'Basic realm="mlx-safe"'
+            basic = base64.b64encode(b"anyone:k").decode()
+            for given in (f"Basic {basic}", "Bearer k"):
+                answer = server.get(path, headers={"Authorization": given})
+                assert answer.status == 200
+
+
+def test_it_can_be_turned_off(tiny_model: Path) -> None:
+    with Server(tiny_model, "--status-page", "off").wait_ready() as server:
+        assert server.get("/status").status == 404
+        assert server.get("/status.json").status == 404
+        assert server.get("/health").json["status"] == "ok"
+
+
+# -- in a terminal -------------------------------------------------------------------
+
+
+def top(
+    server: Server, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "mlx_safe", "top", "--once"),
+            *("--url", f"http://127.0.0.1:{server.port}", *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "120", **environment},
+        check=False,
+    )
+
+
+def test_top_shows_the_same(server: Server) -> None:
+    server.plan("decode:5:8")
+    server.chat(max_tokens=10)
+    assert eventually(lambda: bool(status(server)["reports"]))
+    server.plan(f"any:{NEVER}")
+    server.hold(20)
+    with server.chatting(1, max_tokens=40), held(server):
+        found, done = status(server), top(server)
+    assert done.returncode == 0, done.stderr
+    (one,) = found["requests"]["list"]
+    for text in (
+        found["server"]["model"][:40],
+        "ceiling ",
+        "1 in flight, 0 of them waiting",
+        one["id"][:22],
+        f"{one['produced']}/40",
+        "failed: metal out of memory",
+        f"report {found['reports'][0]['id']}: ",
+    ):
+        assert text in done.stdout, done.stdout
+    assert "\x1b" not in done.stdout  # no colours where no terminal is
+
+
+def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:
+    with Server(tiny_model, "--api-key", "k").wait_ready() as server:
+        done = top(server, MLX_SAFE_API_KEY="")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "it needs a key: --api-key-file" in done.stderr
+        assert top(server, MLX_SAFE_API_KEY="k").returncode == 0
+    done = top(server)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"mlx-safe: http://127.0.0.1:{server.port}: no answer"
+    )
+    assert len(done.stderr.splitlines()) == 1

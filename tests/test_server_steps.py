@@ -1,0 +1,103 @@
+"""Steps of a prompt are sized by time, and what waits meanwhile is seen."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.programs import program
+from support.server import NEVER, Server, eventually
+
+# 2 ms a token: at most 500 tokens in a second. A word has four tokens.
+SLOW = program("slow_to_read")
+FLAGS = (
+    *("--step-seconds", "1", "--prefill-step-size", "1024"),
+    *("--prompt-cache-size", "0"),
+)
+
+
+@pytest.fixture(scope="module")
+def slow(tiny_model: Path) -> Iterator[Server]:
+    with Server(tiny_model, *FLAGS, program=SLOW, inject=f"any:{NEVER}") as server:
+        yield server.wait_ready()
+
+
+def steps(server: Server, since: int) -> list[int]:
+    return [int(n) for n in re.findall(r"step of (\d+)", server.log[since:])]
+
+
+def prompt(words: int) -> str:
+    return " ".join(f"w{i % 97}" for i in range(words))
+
+
+@pytest.mark.parametrize("path", ["sequential", "batched"])
+def test_no_step_is_longer_once_the_speed_is_known(slow: Server, path: str) -> None:
+    """The first that is known of the model is the only one that may be longer."""
+    more = {"seed": 1} if path == "sequential" else {}
+    since = len(slow.log)
+    answer = slow.chat(prompt(400), max_tokens=2, **more)
+    assert answer.status == 200, slow.log
+    found = steps(slow, since)
+    long = [n for n in found if n > 500]
+    assert len(long) <= (path == "sequential"), found
+    # Nothing but the first step is read twice.
+    read = answer.json["usage"]["prompt_tokens"]
+    assert read - 8 <= sum(found) - sum(long) <= read + 8
+
+
+def test_requests_together_share_the_time(slow: Server) -> None:
+    assert slow.chat(prompt(100), max_tokens=1).status == 200  # the speed is known
+    since = len(slow.log)
+    answers = slow.chats(4, text=prompt(150), max_tokens=2)
+    assert [a.status for a in answers] == [200] * 4
+    assert max(steps(slow, since)) <= 500
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_cancel_takes_a_step(slow: Server, seed: int | None) -> None:
+    assert slow.chat(prompt(100), max_tokens=1).status == 200
+    seen = slow.disconnects
+    body = {
+        "messages": [{"role": "user", "content": prompt(2000)}],
+        "max_tokens": 1,
+        "seed": seed,
+    }
+    with slow.connected(body):
+        slow.wait_for_requests(1)
+        time.sleep(1.0)
+    since = len(slow.log)
+    slow.wait_for_log("outcome=client_left", seen + 1)
+    assert slow.chat("short", max_tokens=1).status == 200
+    assert sum(steps(slow, since)) < 2000  # of 8000
+
+
+def test_who_waits_is_told(slow: Server) -> None:
+    def long() -> None:
+        assert slow.chat(prompt(500), max_tokens=1, seed=1).status == 200
+
+    thread = threading.Thread(target=long)
+    thread.start()
+    slow.wait_for_requests(1)
+    other = threading.Thread(target=lambda: slow.chat("short", max_tokens=1))
+    other.start()
+    assert eventually(lambda: slow.get("/health").json["waiting"] == 1)
+    health = slow.get("/health").json
+    assert health["in_flight"] == 2 and health["step"]["kind"] == "prefill"
+    thread.join(60)
+    other.join(60)
+    assert eventually(lambda: slow.get("/health").json["in_flight"] == 0)
+
+
+def test_the_watchdog_counts_progress_in_a_prompt(tiny_model: Path) -> None:
+    """Reading takes twice as long as a step may hang."""
+    flags = ("--stall-timeout", "3", *FLAGS)
+    with Server(tiny_model, *flags, program=SLOW, inject=f"any:{NEVER}") as server:
+        server.wait_ready()
+        answer = server.chat(prompt(800), max_tokens=1)
+        assert answer.status == 200, server.log
+        assert server.process.poll() is None
