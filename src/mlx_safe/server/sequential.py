@@ -27,7 +27,7 @@ class Sequential:
     """What happens before the path passes on a token, or how far a prompt is read.
 
     mlx-lm looks for clients that left after a token only, and never at the memory. The
-    batched path is looked at by `mlx_lm.batches`: an exception would end the batch.
+    batched path is looked at by `batches`: an exception would end the batch.
 
     Args:
         share: mlx-lm's ``_share_object``; None: there is one rank.
