@@ -110,6 +110,26 @@ def test_a_fault_has_the_contracts_answer(
     assert answer.raised is None
 
 
+def test_what_was_answered_is_counted() -> None:
+    app = asgi.protect(asgi_app.make(), metrics="/metrics")
+    before = epoch()
+
+    async def all_of_them() -> Answer:
+        for path in ("/raises", "/raises", "/raises?code=2", "/fails_later", "/own"):
+            await asked(app, path)
+        await asked(app, "/hides")
+        return await asked(app, "/metrics")
+
+    answer = asyncio.run(all_of_them())
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = answer.body.decode().splitlines()
+    assert f"mlx_safe_faults_total {before + 1}" in lines
+    assert "mlx_safe_requests_open 0" in lines
+    answers = "mlx_safe_fault_answers_total"
+    assert f'{answers}{{code="metal_out_of_memory"}} 3' in lines
+    assert f'{answers}{{code="metal_timeout"}} 2' in lines
+
+
 def test_below_v1_messages_it_is_anthropics(app: Any) -> None:
     answer = ask(app, "/v1/messages")
     assert answer.status == 503

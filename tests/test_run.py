@@ -78,6 +78,18 @@ def test_the_environments_own_sitecustomize_still_runs(tmp_path: Path) -> None:
     assert done.stdout == "own\nown\n[] True\n", done.stderr
 
 
+def test_replay_protects_the_batches_of_a_program(tmp_path: Path) -> None:
+    path = program(
+        tmp_path,
+        "from mlx_lm.generate import BatchGenerator as cls\n"
+        "print(cls._next.__module__)\n",
+    )
+    done = mlx_safe_run("--replay", "--", sys.executable, path)
+    assert done.stdout == "mlx_safe.mlx_lm.batch\n", done.stderr
+    done = mlx_safe_run("--", sys.executable, path)
+    assert done.stdout == "mlx_lm.generate\n", done.stderr
+
+
 def test_a_death_leaves_a_report(tmp_path: Path, private_reports: Path) -> None:
     path = program(
         tmp_path,

@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -50,9 +51,12 @@ _QUOTED = re.compile(
 # How long the clients' last words may take to get to their sockets.
 ANSWER_S = 5.0
 FLUSH_S = 0.1
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def protect(app: App, *, health: str | None = None) -> ProtectedApp:
+def protect(
+    app: App, *, health: str | None = None, metrics: str | None = None
+) -> ProtectedApp:
     """Puts ``app`` under protection:
 
         app = mlx_safe.asgi.protect(FastAPI())
@@ -62,8 +66,11 @@ def protect(app: App, *, health: str | None = None) -> ProtectedApp:
             closed with code 1012 when the process must be replaced.
         health: a path, such as ``"/health"``, that is answered here: 200 while requests
             can be served, 503 once the process must be replaced. None: not at all.
+        metrics: a path, such as ``"/metrics"``, that is answered here as Prometheus
+            reads it (text format 0.0.4): faults of the process, open requests, and how
+            many were answered for a fault, by its code. None: not at all.
     """
-    return ProtectedApp(app, health)
+    return ProtectedApp(app, health, metrics)
 
 
 class ProtectedApp:
@@ -73,9 +80,13 @@ class ProtectedApp:
         app: the application that is protected.
     """
 
-    def __init__(self, app: App, health: str | None = None) -> None:
+    def __init__(
+        self, app: App, health: str | None = None, metrics: str | None = None
+    ) -> None:
         self.app = app
         self._health = health
+        self._metrics = metrics
+        self._answered: Counter[str] = Counter()
         self._open: set[_Exchange] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lost: errors.GPUError | None = None
@@ -92,6 +103,9 @@ class ProtectedApp:
         if scope["type"] == "http" and scope["path"] == self._health:
             await self._answer_health(send)
             return
+        if scope["type"] == "http" and scope["path"] == self._metrics:
+            await _send_bytes(send, 200, self._in_prometheus_words(), METRICS_TYPE)
+            return
         exchange = _Exchange(scope, send)
         if self._lost is not None:
             exchange.end(self._lost)
@@ -100,6 +114,8 @@ class ProtectedApp:
             await exchange.run(self.app, receive)
         finally:
             self._open.discard(exchange)
+            if exchange.code is not None:
+                self._answered[exchange.code] += 1
             if exchange.fault is not None and exchange.fault.fatal:
                 self._replace(exchange.fault)
             self._note_answered()
@@ -120,6 +136,18 @@ class ProtectedApp:
             reply = errors.reply_for(self._lost)
             assert reply is not None
             await _send_json(send, reply, anthropic=False)
+
+    def _in_prometheus_words(self) -> bytes:
+        answered = "mlx_safe_fault_answers_total"
+        lines = [
+            "# TYPE mlx_safe_faults_total counter",
+            f"mlx_safe_faults_total {_core.epoch()}",
+            "# TYPE mlx_safe_requests_open gauge",
+            f"mlx_safe_requests_open {len(self._open)}",
+            f"# TYPE {answered} counter",
+            *(f'{answered}{{code="{c}"}} {n}' for c, n in self._answered.items()),
+        ]
+        return "\n".join([*lines, ""]).encode()
 
     # -- the process must be replaced ------------------------------------------------
 
@@ -170,6 +198,7 @@ class _Exchange:
 
     Attributes:
         fault: what the request ended with, if it was a fault.
+        code: of the error response that it was given here; None: none.
     """
 
     def __init__(self, scope: MutableMapping[str, Any], send: Send) -> None:
@@ -189,6 +218,7 @@ class _Exchange:
         self._is_over = False
         self._is_events = False
         self.fault: errors.GPUError | None = None
+        self.code: str | None = None
 
     def end(self, lost: errors.GPUError) -> None:
         """The process is lost; called in the loop."""
@@ -270,6 +300,7 @@ class _Exchange:
             self._held = [{"type": "http.response.body", "body": b""}]
             return {**message, "more_body": True}
         self.fault = found
+        self.code = found.kind.slug
         return {**message, "body": body + self._last_event(found)}
 
     async def _hold(self, message: Message) -> None:
@@ -330,6 +361,7 @@ class _Exchange:
             await self._send({"type": "http.response.body", "body": last})
         else:
             return False
+        self.code = reply.code
         return True
 
     def _last_event(self, exc: Exception) -> bytes:
@@ -378,10 +410,20 @@ async def _send_body(
     send: Send, status: int, body: dict[str, Any], headers: dict[str, str]
 ) -> None:
     content = json.dumps(body).encode()
+    await _send_bytes(send, status, content, "application/json", headers)
+
+
+async def _send_bytes(
+    send: Send,
+    status: int,
+    content: bytes,
+    kind: str,
+    headers: dict[str, str] | None = None,
+) -> None:
     fields = {
-        "content-type": "application/json",
+        "content-type": kind,
         "content-length": str(len(content)),
-        **headers,
+        **(headers or {}),
     }
     await send(
         {

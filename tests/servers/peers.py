@@ -184,7 +184,7 @@ class Running(Server):
         found: dict[str, Answer] = {}
         threads = [
             threading.Thread(
-                target=lambda t=t: found.update({t: self.say(t, stream)}),  # type: ignore[misc]
+                target=lambda t=t: found.update({t: self.say(t, stream)}),
                 daemon=True,
             )
             for t in texts
