@@ -16,7 +16,8 @@ SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject
 WHEEL := build/wheel.stamp
 MODEL := models/SmolLM2-135M-Instruct
 CMAKE := $(VENVS)/observe/bin/cmake
-PIP := -m pip install --quiet --disable-pip-version-check
+QUIET := --quiet
+PIP = -m pip install $(QUIET) --disable-pip-version-check
 # A network that stumbles is tried again, also by the programs that call pip.
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
@@ -29,8 +30,15 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 help:  ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-demo: $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault of the GPU
+# Whoever sees the project first sees that something goes on: pip is not quiet then.
+demo: QUIET :=
+demo: demo-about $(VENVS)/observe.ready $(MODEL)/complete  ## a chat that survives a fault of the GPU
 	$(VENVS)/observe/bin/python tools/demo.py --model $(MODEL)
+
+.PHONY: demo-about
+demo-about:
+	@test -e $(VENVS)/observe.ready || echo "The first time: MLX, mlx-lm and what they need come from pip's index (some 200 MB; 500 MB in $(VENVS)), and the extension is built here, a minute or two."
+	@test -e $(MODEL)/complete || echo "The model SmolLM2-135M comes from there as well: 90 MB, 115 MB in $(MODEL)."
 
 test: test-intercept test-observe test-metal  ## the whole suite, on both pairs of versions
 
@@ -65,7 +73,7 @@ test-mixed: $(VENVS)/mixed.ready $(MODEL)/complete   ## the suite with the newes
 MIXED := $(addprefix tests/,$(addsuffix .py,test_errors test_faults test_install \
   test_mlx_versions test_pytest_plugin test_server_drafts test_server_replay \
   test_testing test_testing_programs test_thread_state))
-test-mixed-short: $(VENVS)/mixed.ready  ## the part of it that CI runs
+test-mixed-short: $(VENVS)/mixed.ready $(MODEL)/complete  ## the part of it that CI runs
 	$(TEST_ENVIRONMENT) $(VENVS)/mixed/bin/python $(PYTEST) $(SPREAD) $(MIXED) $(ARGS)
 
 # A program that is missing is named, and its tests are left out; with
@@ -289,7 +297,7 @@ $(VENVS)/%/bin/python:
 # One wheel serves all; pip builds it in build/, so a second build is quick.
 $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 	rm -rf build/wheel
-	$(VENVS)/observe/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(VENVS)/observe/bin/python -m pip wheel $(QUIET) --disable-pip-version-check --no-deps --wheel-dir build/wheel .
 	touch $@
 
 # Installed first and apart from our wheel, which changes more often.

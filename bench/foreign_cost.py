@@ -77,6 +77,7 @@ def own(plain_s: float) -> None:
     from types import SimpleNamespace
 
     from mlx_safe.mlx_lm import batch as module
+    from mlx_safe.mlx_lm.sequences import Kept
 
     answers = [
         SimpleNamespace(uid=i, token=1, finish_reason=None, prompt_cache=None)
@@ -93,8 +94,8 @@ def own(plain_s: float) -> None:
     nothing = Nothing()
     replay = module._Replay(plan, nothing)
     for i in range(ROWS):
-        entry = (i, [[1]], 9, [], [], None, (), None)
-        replay.kept[i] = module.Kept(entry)
+        entry: tuple[Any, ...] = (i, [[1]], 9, [], [], None, (), None)
+        replay.kept[i] = Kept(entry)
     best = min(_timed(replay.step, 20_000) for _ in range(7))
     print(
         f"  ours of it: {best * 1e6:.2f} us, {100 * best / plain_s:.2f} % of the step"

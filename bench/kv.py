@@ -20,6 +20,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import threading
@@ -87,10 +88,11 @@ def now(server: Server) -> Moment:
 
 
 def streamed(
-    server: Server, messages: list[dict[str, str]], tokens: int
+    server: Server, messages: list[dict[str, str]], tokens: int, alone: bool = False
 ) -> tuple[list[Moment], str, dict[str, Any]]:
     """The moments from the asking on to each token; the text; its usage."""
     body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    body |= {"seed": 1} if alone else {}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     moments, text = [now(server)], ""
     usage: dict[str, Any] = {}
@@ -110,15 +112,21 @@ def streamed(
     return moments, text, usage
 
 
-def lives(model: Path, directory: Path | None, words: int, seed: int) -> None:
-    """One conversation: a fault for want of memory in it, and then a kill."""
+def lives(
+    model: Path, directory: Path | None, words: int, seed: int, alone: bool
+) -> None:
+    """One conversation: a fault for want of memory in it, and then a kill.
+
+    alone: on mlx-lm's sequential path, where memory has nothing of a prompt before its
+    answer has ended.
+    """
     kind = "off" if directory is None else "on"
     messages = [{"role": "user", "content": text_of(words, seed)}]
     with start(model, directory) as server:
         server.wait_ready()
         ask(server, [{"role": "user", "content": "warm up"}])
         server.plan("decode:6:8")
-        moments, text, usage = streamed(server, messages, 12)
+        moments, text, usage = streamed(server, messages, 12, alone)
         read = moments[1].since(moments[0])
         gaps = [b.since(a) for a, b in itertools.pairwise(moments[1:])]
         after = max(gaps, key=lambda gap: gap.wall)
@@ -165,15 +173,26 @@ def broken_off(model: Path, directory: Path, words: int, seed: int) -> str:
     )
 
 
-def speed(model: Path, directory: Path | None, words: int, tokens: int) -> float:
-    """Processor seconds of ``tokens`` of an answer; the tier has nothing to write."""
-    with start(model, directory) as server:
-        server.wait_ready()
-        messages = [{"role": "user", "content": text_of(words, 1)}]
-        ask(server, messages)
-        settle(server, directory is not None)
-        moments, _, _ = streamed(server, messages, tokens)
-    return moments[-1].since(moments[1]).cpu
+def speed(model: Path, directory: Path, words: int, tokens: int, pairs: int) -> None:
+    """Two servers at once, asked in turn; the tier has nothing to write."""
+    messages = [{"role": "user", "content": text_of(words, 1)}]
+    with start(model, None) as off, start(model, directory) as on:
+        for server in (off, on):
+            ask(server.wait_ready(), messages)
+        settle(on, True)
+        ratios = []
+        for n in range(pairs):
+            used = {}
+            for server in (off, on) if n % 2 == 0 else (on, off):
+                moments, _, _ = streamed(server, messages, tokens)
+                used[server] = moments[-1].since(moments[1]).cpu
+            ratios.append(used[off] / used[on])
+            settle(on, True)
+            print(
+                f"tokens per CPU second, tier idle / off: {ratios[-1]:.3f}; median of "
+                f"{n + 1}: {statistics.median(ratios):.3f}",
+                flush=True,
+            )
 
 
 def written(model: Path, directory: Path, words: int, turns: int) -> str:
@@ -249,9 +268,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--turns", type=int, default=20, help="0: none")
     parser.add_argument("--hidden", type=int, default=256, help="of the random one")
+    parser.add_argument("--alone", action="store_true", help="the sequential path")
     parser.add_argument("--only-on", action="store_true", help="not without the tier")
     parser.add_argument("--broken-off", type=int, default=0, metavar="WORDS")
-    parser.add_argument("--tokens", type=int, default=1000, help="of --speed")
+    parser.add_argument("--tokens", type=int, default=200, help="of --speed")
     parser.add_argument("--speed", type=int, default=0, metavar="PAIRS")
     parser.add_argument("--kills", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
@@ -265,19 +285,12 @@ def main() -> None:
             kinds = ["on"] if options.only_on else ["off", "on"]
             for kind in kinds if n % 2 == 0 else kinds[::-1]:
                 directory = made / f"{n}" if kind == "on" else None
-                lives(model, directory, options.words, n)
+                lives(model, directory, options.words, n, options.alone)
         if options.broken_off:
             print(broken_off(model, made / "broken", options.broken_off, 7), flush=True)
-        for n in range(options.speed):
-            found = {}
-            for kind in ("off", "on") if n % 2 == 0 else ("on", "off"):
-                directory = made / f"speed{n}" if kind == "on" else None
-                found[kind] = speed(model, directory, options.words, options.tokens)
-            ratio = found["off"] / found["on"]
-            print(
-                f"tokens per CPU second, tier idle / off: {ratio:.3f} {found}",
-                flush=True,
-            )
+        if options.speed:
+            pairs, tokens = options.speed, options.tokens
+            speed(model, made / "speed", options.words, tokens, pairs)
         if options.turns:
             share = options.words // 8
             found_written = written(model, made / "turns", share, options.turns)

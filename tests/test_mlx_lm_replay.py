@@ -40,6 +40,11 @@ def protected() -> Iterator[None]:
     mlx_safe.mlx_lm.unprotect()
 
 
+def notes_of(exc: BaseException) -> str:
+    """What was added to it (Python 3.11 and later)."""
+    return "".join(vars(exc)["__notes__"])
+
+
 def steps(generator: Any, told: Tokens, ends: dict[int, str]) -> bool:
     """One step; what it tells is added. Whether it told anything."""
     prompts, answers = generator.next()
@@ -211,7 +216,7 @@ def test_a_lasting_fault_is_told_after_the_attempts(
             run(generator, uids)
         # All twice, and then one by one; the first that fails alone goes last.
         assert 3 <= plan.fired <= 5
-        assert "not done again" in "".join(getattr(caught.value, "__notes__", ()))
+        assert "not done again" in notes_of(caught.value)
         # Nobody gets a token of it until the server has done something.
         with pytest.raises(mlx_safe.OutOfMemoryError):
             generator.next()
@@ -298,7 +303,7 @@ def refuses(generator: Any, uids: list[int], why: str) -> None:
         with pytest.raises(mlx_safe.OutOfMemoryError) as caught:
             run(generator, uids)
         assert plan.fired == 1
-    assert why in "".join(getattr(caught.value, "__notes__", ()))
+    assert why in notes_of(caught.value)
 
 
 class Counts:
@@ -489,7 +494,7 @@ def test_which_callables_depend_on_their_arguments_alone() -> None:
         Counts().__call__,
         seeded(3),
         lambda x: x + box[0],
-        lambda x: x + STATE[0],
+        lambda x: x + len(STATE),
         functools.partial(lambda kept, x: x, box),
     ]
     for function in changing:

@@ -298,3 +298,33 @@ def test_refusals_of_a_server_that_stops_are_counted(tiny_model: Path) -> None:
         assert server.wait() == 0
     assert answers[0].status == 503
     assert "outcome=failed code=unavailable status=503" in server.log
+
+
+# -- a Mac whose hooks are not in --------------------------------------------------
+
+UNHOOKED = """
+import sys
+from mlx_safe.cli import main
+from mlx_safe.server import serve
+def require():
+    raise RuntimeError("faults of the GPU are not caught here: no such class")
+serve.require = require  # as `mlx_safe.require` does on a Mac
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_server_without_hooks_says_so(tiny_model: Path) -> None:
+    with Server(tiny_model, program=UNHOOKED) as server:
+        server.wait_ready()
+        (line,) = [x for x in server.log.splitlines() if "not hooked, and" in x]
+        assert " - WARNING - " in line and line.endswith("no such class")
+
+
+def test_a_server_that_needs_hooks_does_not_start(tiny_model: Path) -> None:
+    with Server(tiny_model, "--require-hooks", program=UNHOOKED) as server:
+        assert server.wait() == 2
+        assert server.log.splitlines()[-1] == (
+            "mlx-safe: --require-hooks: faults of the GPU are not caught here: "
+            "no such class"
+        )
+        assert "listening" not in server.log

@@ -316,6 +316,7 @@ def begun(count: int, scheduler: Scheduler[Quiet]) -> list[Quiet]:
     requests = [Quiet() for _ in range(count)]
     for request in requests:
         scheduler.arrive(request)
+        assert scheduler.take(request)
         begin(scheduler, request)
     return requests
 

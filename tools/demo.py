@@ -2,10 +2,11 @@
 
     python tools/demo.py --model DIR [--keep-logs]
 
-Starts the protected server, holds a chat of three turns with it through the
-`openai` client and has an out-of-memory fault strike in the middle of the second
-answer. Then it does the same to mlx-lm's own server. The fault is planned by
-`mlx_safe.testing` and raised where MLX raises one, so that no GPU is needed.
+Starts the protected server and holds a chat of three turns with it through the
+`openai` client. Then it does so again, and has an out-of-memory fault strike in the
+middle of the second answer, which must be the same in the end. Then it does that to
+mlx-lm's own server. The fault is planned by `mlx_safe.testing` and raised where MLX
+raises one, so that no GPU is needed.
 
 Exit status: 0, or 1 with what was not as it should be.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import random
@@ -35,17 +37,17 @@ from typing import Any, NoReturn
 import openai
 
 SYSTEM = "Be brief."
-# Turns one and two are cut off by MAX_TOKENS, so the fault's place is known.
 QUESTIONS = (
-    "Why is the sky blue?",
-    "Explain that to a child.",
     "What is the capital of France?",
+    "What is it known for?",
+    "What is the capital of Japan?",
 )
-LAST_ANSWER_HAS = "Paris"
-MAX_TOKENS = 24
-# In generation steps, one a token: half-way through the second answer.
-FAULT_STEP = MAX_TOKENS + MAX_TOKENS // 2
-FAULT_PLAN = f"decode:{FAULT_STEP}:8"
+LAST_ANSWER_HAS = "Tokyo"
+# More than these answers have, so that they end by themselves.
+MAX_TOKENS = 200
+FAULT_MARK = " [the GPU fails here] "
+# What the server logs when it has noticed.
+FAULT_LOGGED = "fault of the GPU"
 
 # Limits for what goes wrong; on two slow cores a prompt is read at some ten tokens a
 # second.
@@ -85,6 +87,12 @@ class Answer:
     failure: str = ""
     code: str | None = None
     longest_pause: float = 0.0
+    # Seconds until the first piece of text, and tokens of the prompt and the answer.
+    first_s: float = 0.0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    # How many pieces had come when the fault struck.
+    struck_after: int = 0
 
 
 @dataclass
@@ -148,16 +156,26 @@ def _give_up(number: int, frame: object) -> NoReturn:
 
 def run(model: Path, logs: Path) -> int:
     """Shows both servers and judges the protected one."""
-    heading(f"1. mlx-safe serve, with a fault planned (MLX_SAFE_INJECT={FAULT_PLAN})")
-    protected = show_protected(model, logs / "mlx-safe.log")
-    heading("2. mlx_lm.server as it is, with the same fault")
-    stock = show_stock(model, logs / "mlx-lm.log")
+    heading("1. The chat as it is when nothing fails")
+    undisturbed = show_protected(model, logs / "undisturbed.log", "")
+    plan = plan_for(undisturbed.answers)
+    heading(f"2. mlx-safe serve, with a fault planned (MLX_SAFE_INJECT={plan})")
+    protected = show_protected(model, logs / "mlx-safe.log", plan)
+    heading("3. mlx_lm.server as it is, with the same fault")
+    stock = show_stock(model, logs / "mlx-lm.log", plan)
     heading("What happened")
-    print(summary(protected, stock))
+    print(summary(undisturbed, protected, stock))
     problems = find_problems(protected, stock)
     for problem in problems:
         print(f"NOT AS IT SHOULD BE: {problem}")
     return 1 if problems else 0
+
+
+def plan_for(answers: Sequence[Answer]) -> str:
+    """Out of memory half-way through the second answer; a step makes a token."""
+    if any(answer.failure or answer.tokens < 2 for answer in answers):
+        raise DemoFailed("the chat failed before any fault was planned")
+    return f"decode:{answers[0].tokens + answers[1].tokens // 2}:8"
 
 
 def heading(text: str) -> None:
@@ -228,12 +246,19 @@ class Server:
 
 
 @contextmanager
-def running(program: Sequence[str], model: Path, log: Path) -> Iterator[Server]:
-    """Runs ``python PROGRAM`` as a server of ``model``, ready, and ends it."""
+def running(
+    program: Sequence[str], model: Path, log: Path, plan: str = ""
+) -> Iterator[Server]:
+    """Runs ``python PROGRAM`` as a server of ``model``, ready, and ends it.
+
+    Args:
+        plan: of the fault, as MLX_SAFE_INJECT takes it.
+    """
+    print("(starting the server and loading the model)", flush=True)
     port = free_port()
     options = ["--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     environment = dict(os.environ) | {
-        "MLX_SAFE_INJECT": FAULT_PLAN,
+        "MLX_SAFE_INJECT": plan,
         # The user's own reports are not told of here, nor are these among them.
         "MLX_SAFE_REPORT_DIR": str(log.parent / "reports"),
         "PYTHONUNBUFFERED": "1",
@@ -266,10 +291,10 @@ def free_port() -> int:
 # -- the protected server ------------------------------------------------------------
 
 
-def show_protected(model: Path, log: Path) -> Protected:
+def show_protected(model: Path, log: Path, plan: str) -> Protected:
     """Holds the chat of three turns with the protected server."""
     seen = Protected()
-    with running(["-m", "mlx_safe", "serve"], model, log) as server:
+    with running(["-m", "mlx_safe", "serve"], model, log, plan) as server:
         with openai.OpenAI(
             base_url=f"http://127.0.0.1:{server.port}/v1",
             api_key="none",
@@ -278,7 +303,7 @@ def show_protected(model: Path, log: Path) -> Protected:
             # A proxy of the environment has no business on this machine.
             http_client=openai.DefaultHttpxClient(trust_env=False),
         ) as client:
-            hold_chat(client, seen)
+            hold_chat(client, seen, server)
         seen.alive = server.process.poll() is None
         seen.health = server.health()
         seen.resets = metric(server, "mlx_safe_resets_total")
@@ -286,38 +311,56 @@ def show_protected(model: Path, log: Path) -> Protected:
     return seen
 
 
-def hold_chat(client: openai.OpenAI, seen: Protected) -> None:
+def hold_chat(client: openai.OpenAI, seen: Protected, server: Server) -> None:
     """Asks the questions; one that fails in the second turn is asked again."""
     messages = [{"role": "system", "content": SYSTEM}]
     for number, question in enumerate(QUESTIONS, 1):
         messages.append({"role": "user", "content": question})
         print(f"\nyou:   {question}")
-        answer = ask(client, messages)
+        answer = ask(client, messages, server)
         if number == 2:
             seen.struck = answer
             if answer.failure:
                 print("(the client asks once more)")
-                answer = ask(client, messages)
-            else:
+                answer = ask(client, messages, server)
+            elif answer.struck_after:
                 print(f"(no error; longest pause {answer.longest_pause:.1f} s)")
         seen.answers.append(answer)
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def ask(client: openai.OpenAI, messages: list[dict[str, str]]) -> Answer:
+def ask(
+    client: openai.OpenAI, messages: list[dict[str, str]], server: Server
+) -> Answer:
     """Streams one answer to the terminal, and tells how it went."""
     answer = Answer()
     print("model: ", end="", flush=True)
-    last = time.monotonic()
+    began = last = time.monotonic()
+    struck = server.log().count(FAULT_LOGGED)
+    pieces = 0
     request: Any = {"model": "default_model", "messages": messages}
     try:
         for chunk in client.chat.completions.create(
-            **request, max_tokens=MAX_TOKENS, temperature=0, stream=True
+            **request,
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         ):
             now = time.monotonic()
             if answer.text:
                 answer.longest_pause = max(answer.longest_pause, now - last)
+            elif chunk.choices and chunk.choices[0].delta.content:
+                answer.first_s = now - began
             last = now
+            # It is logged before anything that comes after it is sent.
+            if answer.text and server.log().count(FAULT_LOGGED) > struck:
+                struck, answer.struck_after = 1 << 30, pieces
+                print(FAULT_MARK, end="", flush=True)
+            if chunk.usage is not None:
+                answer.prompt_tokens = chunk.usage.prompt_tokens
+                answer.tokens = chunk.usage.completion_tokens
+            pieces += 1
             for choice in chunk.choices:
                 answer.text += choice.delta.content or ""
                 answer.finish = choice.finish_reason or answer.finish
@@ -346,10 +389,10 @@ def metric(server: Server, name: str) -> float:
 # -- the stock server ----------------------------------------------------------------
 
 
-def show_stock(model: Path, log: Path) -> Stock:
+def show_stock(model: Path, log: Path, plan: str) -> Stock:
     """Holds the first two turns with mlx-lm's own server, and asks once more."""
     seen = Stock()
-    with running(["-c", STOCK_PROGRAM], model, log) as server:
+    with running(["-c", STOCK_PROGRAM], model, log, plan) as server:
         messages = [{"role": "system", "content": SYSTEM}]
         seen.first = ask_stock(server, messages, QUESTIONS[0], CHUNK_S)
         messages.append({"role": "assistant", "content": seen.first.text})
@@ -435,7 +478,7 @@ def find_problems(protected: Protected, stock: Stock) -> list[str]:
             protected.replayed or bool(struck.text)
         ),
         "not every turn got a whole answer in the end": all(
-            answer.text and answer.finish and not answer.failure
+            answer.text and answer.finish == "stop" and not answer.failure
             for answer in protected.answers
         ),
         f"the third answer does not name {LAST_ANSWER_HAS}": (
@@ -446,6 +489,9 @@ def find_problems(protected: Protected, stock: Stock) -> list[str]:
         f"/metrics counts {protected.resets:.0f} resets, not 1": protected.resets == 1,
         f"{len(warned)} warnings or errors were logged, not the fault's alone": (
             len(warned) == 1 and "Insufficient Memory" in warned[0]
+        ),
+        "the fault's place in the second answer was not seen": (
+            not protected.replayed or protected.struck.struck_after > 0
         ),
         "a traceback was logged": "Traceback" not in protected.log,
         f"mlx_lm.server failed before the fault: {stock.first.failure}": (
@@ -481,12 +527,39 @@ def second_turn(protected: Protected) -> str:
     return "answered; no fault has struck"
 
 
-def summary(protected: Protected, stock: Stock) -> str:
+def comparison(undisturbed: Protected, protected: Protected) -> str:
+    """The second answer, held against the one that no fault struck."""
+    wanted, got = undisturbed.answers[1].text, protected.answers[1].text
+    if wanted == got:
+        return f"the same as without the fault, all {len(got.split())} words"
+    pairs = zip(wanted.split(), got.split(), strict=False)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return (
+        f"the same as without the fault for {same} words, then other ones: what is "
+        "read again in one go is rounded in another way"
+    )
+
+
+def why_so_long(protected: Protected) -> str:
+    """What the pause is made of."""
+    struck, first = protected.struck, protected.answers[0]
+    again = struck.prompt_tokens + struck.struck_after
+    return (
+        f"{struck.longest_pause:.1f} s: what the failed step was to write is garbage. "
+        f"So the prompt and what the client had, about {again} tokens, are read again, "
+        "but for what the prompt cache had of them. As a measure: the first prompt "
+        f"({first.prompt_tokens} tokens) took {first.first_s:.1f} s on this machine"
+    )
+
+
+def summary(undisturbed: Protected, protected: Protected, stock: Stock) -> str:
     """Both servers side by side, in plain text."""
     logged = warnings_in(protected.log) or ["nothing"]
     rows = (
         ("mlx-safe serve", ""),
         ("  2nd turn", second_turn(protected)),
+        ("  its text", comparison(undisturbed, protected)),
+        ("  the pause", why_so_long(protected)),
         ("  3rd turn", f"answered: {protected.answers[-1].text.strip()}"),
         ("  /health", protected.health),
         (

@@ -153,6 +153,7 @@ class Copy:
     def __init__(self, name: str, made: Copy | None = None) -> None:
         self._target = TARGETS[name]
         self._place = Path(tempfile.mkdtemp(prefix="mutants-"))
+        self._limits: list[float]
         if made is None:
             self._make()
         else:

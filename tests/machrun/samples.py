@@ -70,17 +70,21 @@ def with_opcodes() -> bytes:
     return target.read_bytes()
 
 
-def _fixups(raw: bytes) -> tuple[dict[int, int], dict[int, tuple[str, int]]]:
-    """{address: target} inside the image, {address: (name, library)} outside."""
+Bound = tuple[str, int, int]
+
+
+def _fixups(raw: bytes) -> tuple[dict[int, int], dict[int, Bound]]:
+    """{address: target} in the image, {address: (name, library, addend)} outside."""
     fat = lief.MachO.parse(raw)
     assert fat is not None
     binary = fat.at(0)
-    bound: dict[int, tuple[str, int]] = {}
+    bound: dict[int, Bound] = {}
     for binding in binary.dyld_info.bindings:
         weak = str(binding.binding_class).endswith("WEAK")
         library = WEAK_LOOKUP if weak else binding.library_ordinal & 0xFF
         if weak or binding.address not in bound:
-            bound[binding.address] = (str(binding.symbol.name), library)
+            name = str(binding.symbol.name)
+            bound[binding.address] = (name, library, binding.addend)
     inside = {}
     for relocation in binary.relocations:
         address = relocation.address
@@ -114,7 +118,7 @@ def with_chains() -> bytes:
     """The same library with chained fixups, and a trie of exports."""
     raw = bytearray(with_opcodes())
     inside, bound = _fixups(bytes(raw))
-    imports = sorted(set(bound.values()))
+    imports = sorted({(name, library) for name, library, _ in bound.values()})
     base = segments(bytes(raw))[0][0]
     starts = []
     for start, size, offset, _ in segments(bytes(raw)):
@@ -130,7 +134,8 @@ def with_chains() -> bytes:
             same = following > 0 and (following - start) // PAGE == page
             link = (following - address) // 4 << 51 if same else 0
             if address in bound:
-                value = 1 << 63 | imports.index(bound[address])
+                name, library, addend = bound[address]
+                value = 1 << 63 | addend << 24 | imports.index((name, library))
             else:
                 value = inside[address] - base
             struct.pack_into("<Q", raw, offset + address - start, value | link)

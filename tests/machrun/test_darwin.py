@@ -56,6 +56,10 @@ BRANCHES = {
         from mlx_safe import _reports
         print(_reports._machine()["os"])
     """,
+    ("checks.py", "found = platform.mac_ver()[0]"): """
+        from mlx_safe import checks
+        print(*checks.all_checks()["built for"])
+    """,
     ("doctor.py", 'if platform.system() == "Darwin":'): """
         from mlx_safe import doctor
         print(doctor._system())
@@ -124,6 +128,7 @@ SAYS = {
         "/Users/ada/Library/Application Support/mlx-safe/reports",
     ],
     "_reports.py": ["macOS 14.0"],
+    "checks.py": ["libmlx.dylib for macOS 14.0: they fit macOS 14.0"],
     "doctor.py": ["macOS 14.0 arm64"] * 3,
     "kv/files.py": ["True"],
     "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.versions import PAIRS
+from support.versions import NEWEST_PAIR, PAIRS
 
 from .runner import LIMIT_S, Machine
 from .setup.places import ALL, HERE, ROOT
@@ -23,16 +23,17 @@ NOT_RUN = {
         "the simulated GPU computes nothing: only a Mac can show a right number"
     ),
 }
-# Of a server, whose answers must be a model's: it computes on the CPU's stream, and the
-# GPU is filled beside it. It takes long.
+# Of a server, whose answers must be a model's: from a GPU that computes nothing come
+# tokens that no model has, and a 500. So it computes on the CPU's stream, and the GPU
+# is filled beside it. It takes half a minute.
 SERVER = "test_a_server_answers_503_and_then_200"
 
 
 def not_run(version: str) -> dict[str, str]:
     """Why, by name."""
-    if ALL:
+    if ALL or version == NEWEST_PAIR[0]:
         return NOT_RUN
-    return {**NOT_RUN, SERVER: "it takes long: MACHRUN_ALL=1 runs it"}
+    return {**NOT_RUN, SERVER: "it takes long: MACHRUN_ALL=1 runs it with this pair"}
 
 
 def names() -> list[str]:

@@ -34,7 +34,7 @@ ENTRY_POINTS = {
 # Distributions that are needed, by the extra that needs them (None: always).
 NEEDED: dict[str | None, set[str]] = {
     None: {"mlx"},
-    "server": {"mlx-lm", "prometheus-client", "pydantic", "rich"},
+    "server": {"mlx-lm", "prometheus-client", "pydantic", "rich", "tomli"},
     "cli": {"rich"},
     # What MLX computes with on Linux: an extra of its own.
     **{backend: {"mlx"} for backend in ("cpu", "cuda12", "cuda13")},
@@ -99,7 +99,7 @@ def _sources() -> set[str]:
         path.relative_to(SOURCE).as_posix()
         for package in PACKAGES
         for path in (SOURCE / package).rglob("*")
-        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi", ".html") or path.name == "py.typed"
     }
 
 
