@@ -117,6 +117,10 @@ def listed() -> set[str]:
 # Names of ours that mlx-lm has as well, for something else.
 NAMESAKES = {
     *(
+        "_find",
+        "_size",
+        "_states",
+        "_step",
         "_text",
         "_tools",
         "add",
