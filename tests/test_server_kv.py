@@ -179,11 +179,13 @@ def test_of_windows_and_states_a_fault_loses_a_block_and_a_step_at_most(
     text, how = "in the midst " + SHORT + path, PATHS[path]
     server.ask("forget")
     before = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+    skipped = server.metric("mlx_safe_kv_disk_not_cheaper_total")
     server.plan("prefill:4:8")
     found, _ = ask(server, text, **how)
     after = server.metric("mlx_safe_kv_disk_restored_tokens_total")
-    assert after - before >= 3 * 128 - 256 - 128
-    assert after > before
+    # On a busy machine a model as small as this may be read faster than loaded.
+    left_out = server.metric("mlx_safe_kv_disk_not_cheaper_total")
+    assert after - before >= 256 or left_out > skipped
     forget_all(server, directory)
     assert ask(server, text, **how) == (found, 0)
 
