@@ -430,12 +430,11 @@ class _Written:
         self.request_id, self.path = "chatcmpl-1", "/v1/chat/completions"
         self.frames: list[Any] = []
         self.wfile = SimpleNamespace(write=self._write, flush=lambda: None)
+        watch = contextlib.nullcontext(SimpleNamespace(request=None))
+        self._exchange = SimpleNamespace
         self.response_generator = SimpleNamespace(
             answer=lambda *_: self._answer(said),
-            disconnects=SimpleNamespace(watching=contextlib.nullcontext),
-        )
-        self.response_generator.disconnects.watching = lambda *_: (
-            contextlib.nullcontext()
+            disconnects=SimpleNamespace(watching=lambda *_: watch),
         )
 
     def _answer(self, said: list[tuple[str | None, str]]) -> tuple[Any, Any]:

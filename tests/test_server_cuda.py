@@ -160,7 +160,7 @@ def test_a_ballast_that_comes_is_made_room_for(
         answers = ask_all(server, 4, max_tokens=8, text="of a ship " * 100)
         assert [answer.status for answer in answers] == [200] * 4
         told = re.search(
-            r"^mlx_safe_memory_ceiling (\S+)", server.get("/metrics").body, re.M
+            r"^mlx_safe_memory_ceiling_bytes (\S+)", server.get("/metrics").body, re.M
         )
         assert told and float(told[1]) <= 10**7
         ballast.unlink()
