@@ -346,4 +346,5 @@ def test_every_member_is_documented() -> None:
         expected.add(name)
     for where, cls in inner.items():
         expected |= {f"{where}.{field.name}" for field in dataclasses.fields(cls)}
-    assert named == expected
+    # The context is whatever a program tells of itself.
+    assert {name for name in named if not name.startswith("context.")} == expected

@@ -519,8 +519,10 @@ def test_metrics_speak_prometheus(tiny_model: Path) -> None:
     values = {
         (s.name, *s.labels.values()): s.value for f in families for s in f.samples
     }
-    assert values["mlx_safe_requests_total", "completed"] == 1
-    assert values["mlx_safe_requests_total", "metal_out_of_memory"] == 1
+    assert values["mlx_safe_requests_total", "", "ok", "200"] == 1
+    assert (
+        values["mlx_safe_requests_total", "metal_out_of_memory", "failed", "503"] == 1
+    )
     assert values["mlx_safe_generation_failures_total", "metal_out_of_memory"] == 1
     assert values["mlx_safe_resets_total",] == 1
     assert values["mlx_safe_ready",] == 1

@@ -281,7 +281,7 @@ def test_a_connection_that_tells_nothing_of_itself(
 
 @pytest.mark.usefixtures("no_back_off")
 def test_what_cannot_be_started_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start, failures = subprocess.Popen, [OSError(errno.EAGAIN, "no processes")]
 
@@ -292,7 +292,7 @@ def test_what_cannot_be_started_is_tried_again(
 
     monkeypatch.setattr(subprocess, "Popen", sometimes)
     assert supervise(tmp_path, "2", "LISTENS", "READY") == (0, 2)
-    assert "cannot be started: no processes" in capsys.readouterr().err
+    assert "cannot be started: no processes" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from mlx_safe.server import holding, supervisor
 SERVER = ""
 holding.ANSWER_TIMEOUT_S = 60.0
 kind = supervisor.Supervisor
-supervisor.Supervisor = lambda listener, command, hold_s: kind(
+supervisor.Supervisor = lambda listener, command, hold_s, **more: kind(
     listener, [sys.executable, "-c", SERVER, *command[4:]], hold_s
 )
 sys.exit(supervisor.main(sys.argv[1:]))
