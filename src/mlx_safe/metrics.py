@@ -13,7 +13,7 @@ from . import _core, _install, _reports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 __all__ = ["Collector", "register"]
@@ -41,10 +41,11 @@ class Collector:
 
     Attributes:
         peak: bytes; the most that was active where somebody resets MLX's own peak.
+            Any thread.
     """
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.peak: Callable[[], int] = lambda: 0
 
     def collect(self) -> Iterator[Any]:
         """One family for each name of `COUNTERS` and `GAUGES` that is known here."""
@@ -83,7 +84,7 @@ class Collector:
         mx = sys.modules.get("mlx.core")
         if mx is not None and hasattr(mx, "get_active_memory"):
             found[f"{prefix}_active_bytes"] = mx.get_active_memory()
-            found[f"{prefix}_peak_bytes"] = max(self.peak, mx.get_peak_memory())
+            found[f"{prefix}_peak_bytes"] = max(self.peak(), mx.get_peak_memory())
             found[f"{prefix}_pool_bytes"] = mx.get_cache_memory()
         return found
 

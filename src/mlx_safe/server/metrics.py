@@ -298,10 +298,9 @@ class Metrics:
         self._count("mlx_safe_memory", MEMORY_EVENTS, events)
 
         def read() -> Mapping[str, float]:
-            found = gauges()
-            self.process.peak = int(found["peak"])
-            return {f"{name}_bytes": value for name, value in found.items()}
+            return {f"{name}_bytes": value for name, value in gauges().items()}
 
+        self.process.peak = lambda: int(gauges()["peak"])
         texts = {f"{name}_bytes": text for name, text in MEMORY_GAUGES.items()}
         self.registry.register(
             _Values(GaugeMetricFamily, "mlx_safe_memory", texts, read)

@@ -46,11 +46,12 @@ class Sequential:
         self._share = share
         self._prefill = prefill
         self._step = step
+        self._tokens = 0  # of this run
         self._size = 0  # of the steps of this run, which mlx-lm has fixed
 
     def begin(self) -> None:
         """mlx-lm is about to work on a request alone."""
-        self._size = self._prefill.fit()
+        self._size, self._tokens = self._prefill.fit(), 0
         self._step.begin("prefill")
 
     def before_put(self, request: InFlight, item: Any) -> None:
@@ -61,7 +62,7 @@ class Sequential:
             Held: it goes on with smaller steps.
             NotEnoughMemory: it cannot go on.
         """
-        if self._has_left(request):
+        if self._has_left(request, item):
             raise Disconnected("the client left during the step")
         is_slow = isinstance(item, tuple) and self._is_slow(request, *item)
         self._look_at_memory(request, item)
@@ -99,7 +100,7 @@ class Sequential:
             if found == "none":
                 raise NotEnoughMemory("there is no memory for the next step")
 
-    def _has_left(self, request: InFlight) -> bool:
+    def _has_left(self, request: InFlight, item: Any) -> bool:
         """Whether the client is gone; with more than one rank, as all ranks see it.
 
         Only the first rank knows, and sharing waits for the step that is under way:
@@ -107,7 +108,9 @@ class Sequential:
         """
         if self._share is None:
             return request.is_ended
-        if len(request.produced) % SHARE_EVERY_TOKENS:
+        # Counted here: one that has ended on the first rank gets no more tokens there.
+        self._tokens += hasattr(item, "token")
+        if self._tokens % SHARE_EVERY_TOKENS:
             return False
         return bool(self._share(request.is_ended or None))
 
