@@ -35,6 +35,7 @@ class Proxy(Server):
 
     def __init__(self, name: str, servers: Sequence[Server]) -> None:
         self.port = free_port()
+        self.headers, self.tls = {}, None
         self.checks = name == "haproxy"
         self._directory = tempfile.TemporaryDirectory(prefix="proxy")
         # Started as root, nginx has a user of its own for its work.
