@@ -191,9 +191,12 @@ void stop_install(int number) noexcept {
 
 void stop_uninstall(int number) noexcept {
   struct sigaction now = {};
-  if (::sigaction(number, nullptr, &now) == 0 &&
-      (now.sa_flags & SA_SIGINFO) == 0 && now.sa_handler == &on_stop)
-    ::signal(number, SIG_DFL);
+  if (::sigaction(number, nullptr, &now) != 0 ||
+      (now.sa_flags & SA_SIGINFO) != 0 || now.sa_handler != &on_stop)
+    return;
+  struct sigaction none = {};
+  none.sa_handler = SIG_DFL;
+  ::sigaction(number, &none, nullptr);
 }
 
 bool signals_cover_this_thread() noexcept {
