@@ -85,7 +85,7 @@ class Ranks:
     def __exit__(self, *exc: object) -> None:
         for server in self.servers:
             # A rank may hang, and its peer with it; a server outlives its supervisor.
-            for pid in [server.process.pid, *_children(server)]:
+            for pid in [server.process.pid, *server.children()]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self._stack.close()
@@ -227,14 +227,6 @@ def _hurt(name: str, ranks: Ranks, hurt: Any, supervised: bool) -> list[Any]:
     return [name, ended - at, outcomes(replies), after]
 
 
-def _children(server: Server) -> list[int]:
-    """The servers that a supervisor runs: one, or none."""
-    path = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
-    with contextlib.suppress(OSError):
-        return [int(pid) for pid in path.read_text().split()]
-    return []
-
-
 def killed(args: argparse.Namespace, model: Path) -> list[Any]:
     """A rank is killed in mid-stream."""
     with Ranks(model, args.backend) as ranks:
@@ -249,7 +241,7 @@ def supervised(args: argparse.Namespace, model: Path) -> list[Any]:
         ranks.wait_served()
         for rank in (1, 0):
             name = f"rank {rank} killed, supervised"
-            (pid,) = _children(ranks.servers[rank])
+            (pid,) = ranks.servers[rank].children()
 
             def kill(pid: int = pid) -> None:
                 os.kill(pid, signal.SIGKILL)

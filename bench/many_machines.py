@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "clients" / "drivers")]
 
-from soak import children, undisturbed  # noqa: E402
+from soak import undisturbed  # noqa: E402
 
 from clients.proxy import PROXIES, Proxy  # noqa: E402
 from support.server import Server  # noqa: E402
@@ -63,9 +65,9 @@ def kill_each_minute(
     for server in itertools.cycle(servers):
         if stop.wait(every_s):
             return kills
-        for pid in children(server.process.pid):
+        for pid in server.children():
             with contextlib.suppress(ProcessLookupError):
-                subprocess.run(["kill", "-KILL", str(pid)], check=True)
+                os.kill(pid, signal.SIGKILL)
                 kills += 1
     raise AssertionError
 

@@ -91,13 +91,17 @@ def left(server: Server, directory: Path, memory: int) -> Left:
     )
 
 
-class Faults(threading.Thread):
-    """Plans a fault every now and then: any code, phase, way, once or lasting."""
+class Harm(threading.Thread):
+    """Does a server harm now and then, until ``stop`` is set; ``done``: how often."""
 
     def __init__(self, server: Server, seed: str) -> None:
         super().__init__(daemon=True)
         self._server, self._draw = server, random.Random(seed)
-        self.planned, self.stop = 0, threading.Event()
+        self.done, self.stop = 0, threading.Event()
+
+
+class Faults(Harm):
+    """Plans a fault every now and then: any code, phase, way, once or lasting."""
 
     def run(self) -> None:
         draw = self._draw
@@ -109,31 +113,21 @@ class Faults(threading.Thread):
                 f":{lasting}:{draw.choice(ACTIONS)}"
             )
             self._server.plan(plan)
-            self.planned += 1
+            self.done += 1
             if lasting == "persistent":
                 self.stop.wait(draw.uniform(0.2, 1.0))
                 self._server.plan(f"any:{NEVER}")
 
 
-class Kills(threading.Thread):
+class Kills(Harm):
     """Kills the supervised server's child, which its supervisor starts again."""
-
-    def __init__(self, server: Server, seed: str) -> None:
-        super().__init__(daemon=True)
-        self._server, self._draw = server, random.Random(seed)
-        self.kills, self.stop = 0, threading.Event()
 
     def run(self) -> None:
         while not self.stop.wait(KILL_EVERY_S * self._draw.uniform(0.5, 1.5)):
-            for pid in children(self._server.process.pid):
+            for pid in self._server.children():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    self.kills += 1
-
-
-def children(pid: int) -> list[int]:
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(x) for x in found.split()]
+                    self.done += 1
 
 
 @contextlib.contextmanager
@@ -212,7 +206,7 @@ class Soak:
         wrong = [f"the soak itself: {e!r}" for e in running.failed]
         wrong += [x for told in self._seen.values() for x in told.wrong]
         wrong += self._comes_to_rest()
-        self._say(number, faults.planned, kills.kills)
+        self._say(number, faults.done, kills.done)
         return wrong
 
     def _comes_to_rest(self) -> list[str]:

@@ -227,13 +227,6 @@ def test_a_rank_that_is_killed_ends_the_others_at_once(
         assert ranks[0].wait() == 75
 
 
-def child_of(server: Server) -> int:
-    """The server that a supervisor runs."""
-    pid = server.process.pid
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(found[0])
-
-
 @pytest.mark.parametrize("killed", [0, 1])
 def test_supervisors_bring_all_ranks_back_together(
     tiny_model: Path, tmp_path: Path, killed: int
@@ -243,14 +236,14 @@ def test_supervisors_bring_all_ranks_back_together(
     ) as ranks:
         first = ranks[0]
         text = first.chat().text
-        before = [child_of(rank) for rank in ranks]
+        before = [rank.children()[0] for rank in ranks]
         with stream_of(first) as lines:
             os.kill(before[killed], signal.SIGKILL)
             error = error_in(lines)
             assert error is None if killed == 0 else error["code"] == "unavailable"
         assert first.chat().text == text
         assert all(
-            child_of(rank) != pid for rank, pid in zip(ranks, before, strict=True)
+            rank.children()[0] != pid for rank, pid in zip(ranks, before, strict=True)
         )
         first.process.send_signal(signal.SIGTERM)
         assert ends(ranks) == [0, 0]

@@ -30,14 +30,6 @@ SUPERVISED = program("supervised").replace(
 NOTHING_HELD = ("--hold-seconds", "0")
 
 
-def pids_of_children(pid: int) -> list[int]:
-    """Children of a process, as ps tells of them: macOS has no /proc."""
-    command = ["ps", "-A", "-o", "pid=", "-o", "ppid="]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in listed.splitlines()]
-    return [int(child) for child, parent in rows if int(parent) == pid]
-
-
 def serve_supervised(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A supervised server that is to end by itself."""
     return subprocess.run(
@@ -88,14 +80,14 @@ def test_no_client_is_refused_over_a_fatal_fault(tiny_model: Path) -> None:
 def test_a_killed_server_comes_back(tiny_model: Path) -> None:
     with Server(tiny_model, "--supervise") as server:
         server.wait_ready()
-        (child,) = pids_of_children(server.process.pid)
+        (child,) = server.children()
         os.kill(child, signal.SIGKILL)
         wait_for_log(server, "ended by SIGKILL")
         server.wait_ready()
         assert server.chat().status == 200
         said = "INFO - SUPERVISOR - the server listens"
         assert eventually(lambda: server.log.count(said) == 2)
-        assert pids_of_children(server.process.pid) != [child]
+        assert server.children() != [child]
     assert server.process.returncode == 0
 
 
@@ -125,7 +117,7 @@ def test_the_parent_answers_until_the_server_listens(tmp_path: Path) -> None:
         assert eventually(lambda: server.get("/health").status == 200)
         wait_for_log(server, "INFO - SUPERVISOR - the server listens")
         go.unlink()
-        (child,) = pids_of_children(server.process.pid)
+        (child,) = server.children()
         os.kill(child, signal.SIGKILL)
         # The next one is started at once, and does not listen yet.
         wait_for_log(server, "ended by SIGKILL; starting it again in 0 s")
@@ -149,7 +141,7 @@ def test_the_server_ends_with_its_parent(tmp_path: Path, number: int) -> None:
     program = HANDLED_AS.format("SIG_DFL") + SUPERVISED
     with Server(tmp_path / "never", program=program) as server:
         server.wait_listening()
-        assert eventually(lambda: bool(pids_of_children(server.process.pid)))
+        assert eventually(lambda: bool(server.children()))
         server.process.send_signal(number)
         # All have closed the output, so the child is gone, too.
         assert server.wait() == 0

@@ -21,7 +21,7 @@ import pytest
 from mlx_safe.server import handover, holding, supervisor
 from support.programs import program
 from support.server import Answer, Server, eventually
-from test_supervisor import SUPERVISED, pids_of_children
+from test_supervisor import SUPERVISED
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 CHAT = "/v1/chat/completions"
@@ -29,7 +29,7 @@ LONG: dict[str, Any] = {"text": "hello " * 400, "max_tokens": 300}
 
 
 def kill_the_server(server: Server) -> None:
-    (child,) = pids_of_children(server.process.pid)
+    (child,) = server.children()
     ended = server.log.count("ended by SIGKILL")
     os.kill(child, signal.SIGKILL)
     server.wait_for_log("ended by SIGKILL", ended + 1)

@@ -257,6 +257,13 @@ class Server:
         """How many clients the log says went away before they had their answer."""
         return self.log.count("outcome=client_left")
 
+    def children(self) -> list[int]:
+        """The servers that a supervisor runs, as ps has them: macOS has no /proc."""
+        command = ["ps", "-A", "-o", "pid=", "-o", "ppid="]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows = [map(int, line.split()) for line in listed.stdout.splitlines()]
+        return [child for child, parent in rows if parent == self.process.pid]
+
     @property
     def log(self) -> str:
         """What it has said, or what since `renew`."""

@@ -146,7 +146,11 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.metrics.watch_prompt_cache(prompt_cache)
         if self._disk is not None:
             self.metrics.watch_kv_disk(self._disk.store, self._disk.writer)
-        self.metrics.watch_memory(lambda: self.scheduler.events, self.headroom.gauges)
+        self.metrics.watch_memory(
+            lambda: self.scheduler.events,
+            self.headroom.gauges,
+            lambda: self.headroom.observer.peak,
+        )
         self.recovery = Recovery(
             self.scheduler,
             health,

@@ -293,14 +293,19 @@ class Metrics:
         self,
         events: Callable[[], Mapping[str, float]],
         gauges: Callable[[], Mapping[str, float]],
+        peak: Callable[[], int],
     ) -> None:
-        """``events``, ``gauges``: by the names above; read at each scrape."""
+        """Read at each scrape.
+
+        Args:
+            events, gauges: by the names above. peak: bytes; MLX's own is reset.
+        """
         self._count("mlx_safe_memory", MEMORY_EVENTS, events)
 
         def read() -> Mapping[str, float]:
             return {f"{name}_bytes": value for name, value in gauges().items()}
 
-        self.process.peak = lambda: int(gauges()["peak"])
+        self.process.peak = peak
         texts = {f"{name}_bytes": text for name, text in MEMORY_GAUGES.items()}
         self.registry.register(
             _Values(GaugeMetricFamily, "mlx_safe_memory", texts, read)

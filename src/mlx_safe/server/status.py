@@ -117,13 +117,13 @@ class Status:
             self._reports_due = now + REPORTS_EVERY_S
 
     def _sample(self) -> list[float]:
-        parts = self._memory()["parts"]
-        shown = [round(parts[name]) for name in FIELDS[1:6]]
+        memory = self._memory(self._from.memory())
+        shown = [memory["parts"][name] for name in FIELDS[1:6]]
         requests = self._from.requests()
         return [
             round(time.time(), 1),
             *shown,
-            round(self._from.memory()["ceiling"]),
+            memory["ceiling"],
             len(requests),
             sum(r["waits"] for r in requests),
             self._from.tokens(),
@@ -172,7 +172,7 @@ class Status:
             history: which of `HISTORIES`; None: without one.
         """
         health = self._from.health
-        requests = self._from.requests()
+        requests, memory = self._from.requests(), self._from.memory()
         found: dict[str, Any] = {
             "version": VERSION,
             "time": round(time.time(), 3),
@@ -186,7 +186,7 @@ class Status:
                 "mlx_safe": __version__,
                 **self._from.about,
             },
-            "memory": self._memory(),
+            "memory": self._memory(memory),
             "requests": {
                 "in_flight": len(requests),
                 "waiting": sum(r["waits"] for r in requests),
@@ -198,7 +198,7 @@ class Status:
             "counts": self._counts(),
             "prompt_cache": {
                 "bytes": int(self._from.prompt_cache.nbytes),
-                "limit": int(self._from.memory()["prompt_cache_limit"]),
+                "limit": int(memory["prompt_cache_limit"]),
                 "entries": len(self._from.prompt_cache),
             },
             "disk": self._from.disk(),
@@ -213,8 +213,7 @@ class Status:
             }
         return json.dumps(found, separators=(",", ":")).encode()
 
-    def _memory(self) -> dict[str, Any]:
-        now = self._from.memory()
+    def _memory(self, now: Mapping[str, float]) -> dict[str, Any]:
         stored = int(self._from.prompt_cache.nbytes)
         used = now["active"] - now["model"] - stored
         parts = {

@@ -9,6 +9,7 @@ client on a thread of its own, so that a slow one delays no other.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -276,31 +277,27 @@ def cannot_listen(host: str, port: int, error: OSError) -> CommandError:
     )
 
 
-def _set_up_log(arguments: Sequence[str]) -> None:
-    parser = Parser(prog="mlx-safe serve", add_help=False)
-    parser.add_argument("--log-level", type=str.upper, default="INFO")
-    parser.add_argument("--log-format", default="text")
-    known, _ = parser.parse_known_args(list(arguments))
-    logs.set_up(known.log_level, known.log_format, name="SUPERVISOR")
-
-
-def _listen(arguments: Sequence[str]) -> tuple[socket.socket, float, bool]:
-    """The socket, how long a request is held, and whether connections are plain."""
+def _flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Those of the server's that hold for its supervisor as well."""
     parser = Parser(prog="mlx-safe serve", add_help=False)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--hold-seconds", type=float, default=HOLD_S)
     parser.add_argument("--ssl-certfile")
-    known, _ = parser.parse_known_args(list(arguments))
+    parser.add_argument("--log-level", type=str.upper, default="INFO")
+    parser.add_argument("--log-format", default="text")
+    return parser.parse_known_args(list(arguments))[0]
+
+
+def _listen(host: str, port: int) -> socket.socket:
     if not ranks.is_first():
         # Only the first rank has clients; here nobody knows the port.
-        return socket.create_server(("127.0.0.1", 0)), known.hold_seconds, True
-    family, address = find_address(known.host, known.port)
+        return socket.create_server(("127.0.0.1", 0))
+    family, address = find_address(host, port)
     try:
-        listener = socket.create_server(address[:2], family=family, backlog=512)
-        return listener, known.hold_seconds, known.ssl_certfile is None
+        return socket.create_server(address[:2], family=family, backlog=512)
     except OSError as e:
-        raise cannot_listen(known.host, known.port, e) from e
+        raise cannot_listen(host, port, e) from e
 
 
 def _allow_many_files() -> None:
@@ -314,15 +311,18 @@ def _allow_many_files() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Opens the socket and runs servers with ``arguments`` on it."""
-    _set_up_log(arguments)
     try:
-        listener, hold_s, is_plain = _listen(arguments)
+        flags = _flags(arguments)
+        logs.set_up(flags.log_level, flags.log_format, name="SUPERVISOR")
+        listener = _listen(flags.host, flags.port)
     except CommandError as e:
         print(f"mlx-safe: {e}", file=sys.stderr)
         return USER_MISTAKE
     command = [sys.executable, "-m", "mlx_safe", "serve", *arguments]
     _allow_many_files()
-    supervisor = Supervisor(listener, command, hold_s, accepts=is_plain)
+    # The other ranks have no clients, and so nothing that is encrypted.
+    is_plain = flags.ssl_certfile is None or not ranks.is_first()
+    supervisor = Supervisor(listener, command, flags.hold_seconds, accepts=is_plain)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup, and shells for what they start in the background, have it ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:

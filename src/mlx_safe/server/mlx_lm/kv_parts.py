@@ -203,7 +203,17 @@ class State:
         cache.keys, cache.values = arrays
 
 
-class _Window(State):
+class _Slots(State):
+    """One slot for each of the last ``_size`` tokens, which a subclass sets."""
+
+    _size: int
+
+    def most(self) -> int:
+        slots = self._size + STEP_MAX
+        return sum(f.of_slots(slots).nbytes for f in self.forms if f is not None)
+
+
+class _Window(_Slots):
     """`RotatingKVCache`: the last slots, in turn; after a step of a prompt more.
 
     What comes out of a batch has forgotten ``keep``, and so has memory's entry.
@@ -215,10 +225,6 @@ class _Window(State):
         super().__init__(cache)
         self._size, self._keep = int(cache.max_size), int(cache.keep)
         self.fixed += [self._size, self._keep]
-
-    def most(self) -> int:
-        slots = self._size + STEP_MAX
-        return sum(f.of_slots(slots).nbytes for f in self.forms if f is not None)
 
     def _is_right(
         self, ints: list[int], forms: Sequence[Form | None], end: int
@@ -245,7 +251,7 @@ class _Window(State):
         return ints, arrays
 
 
-class _Chunk(State):
+class _Chunk(_Slots):
     """`ChunkedKVCache` of 0.32: the slots since ``start_position``."""
 
     ints = ("offset", "start_position")
@@ -254,10 +260,6 @@ class _Chunk(State):
         super().__init__(cache)
         self._size = int(cache.chunk_size)
         self.fixed.append(self._size)
-
-    def most(self) -> int:
-        slots = self._size + STEP_MAX
-        return sum(f.of_slots(slots).nbytes for f in self.forms if f is not None)
 
     def _is_right(
         self, ints: list[int], forms: Sequence[Form | None], end: int
