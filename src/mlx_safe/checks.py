@@ -22,8 +22,8 @@ from ._install import installed_versions
 from .memory.sizes import format_size
 
 __all__ = [
-    *("BAD", "all_checks", "built_for", "defaults_check", "disk_check", "driver_check"),
-    *("macos_check", "others_check"),
+    *("BAD", "all_checks", "built_check", "built_for", "defaults_check", "disk_check"),
+    *("driver_check", "macos_check", "others_check"),
 ]
 
 BAD = "! "
@@ -37,14 +37,8 @@ def all_checks(config: str | None = None) -> dict[str, list[str]]:
     Args:
         config: a file for ``mlx-safe serve --config``.
     """
-    import mlx.core as mx
-
-    folder = Path(mx.__file__).parent / "lib"
-    found = platform.mac_ver()[0]
     return {
-        "built for": macos_check(
-            built_for(folder), found, installed_versions("mlx")["mlx"]
-        ),
+        "built for": built_check(),
         "driver": driver_check(nvidia_driver(), cuda_package()),
         "disk": disk_check(_places()),
         "others": others_check(os.getpid()),
@@ -60,6 +54,15 @@ LC_BUILD_VERSION = 0x32
 # A metallib's header has no public description. In MLX's own (0.32.4, for macOS 14.0,
 # 15.0 and 26.2) bytes 12 to 15 are what libmlx says beside it.
 METALLIB = struct.Struct("<4s8xHH")
+
+
+def built_check() -> list[str]:
+    """Whether the installed MLX may run on this macOS. Imports it."""
+    import mlx.core as mx
+
+    folder = Path(mx.__file__).parent / "lib"
+    found = platform.mac_ver()[0]
+    return macos_check(built_for(folder), found, installed_versions("mlx")["mlx"])
 
 
 def built_for(folder: Path) -> dict[str, Version]:

@@ -58,7 +58,7 @@ BRANCHES = {
     """,
     ("checks.py", "found = platform.mac_ver()[0]"): """
         from mlx_safe import checks
-        print(*checks.all_checks()["built for"])
+        print(*checks.built_check())
     """,
     ("doctor.py", 'if platform.system() == "Darwin":'): """
         from mlx_safe import doctor
