@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support.programs import program
 from support.server import Server, eventually, free_port
 
 NOTICE = "new report"
@@ -146,6 +147,14 @@ def test_a_server_that_is_stopped_before_it_listens(
             assert pipe is not None
             pipe.close()
         assert eventually(lambda: left(private_reports) == [], 10), server.log
+
+
+def test_a_stop_between_the_model_and_the_clients(
+    private_reports: Path, tiny_model: Path
+) -> None:
+    with Server(tiny_model, program=program("interrupts_itself_late")) as server:
+        assert server.process.wait(LIMIT_S) == -signal.SIGINT, server.log
+        assert left(private_reports) == []
 
 
 def test_a_stop_during_a_supervised_restart(

@@ -166,11 +166,15 @@ def _stop_in_order() -> None:
     does, which then raises it again: they know of Python's handlers only.
     """
     for number in _STOPS:
-        if _signal.getsignal(number) is not _stopped:
-            if not _core.signal_is_default(number):
-                continue
-            _handle(number, _stopped)  # or only the native one does it
-        _core.stop_install(number)
+        is_ours = _signal.getsignal(number) is _stopped
+        if is_ours or _core.signal_is_default(number):
+            stop_by(number)
+
+
+def stop_by(number: int) -> None:
+    """Has this signal end the process by its default, without its run file."""
+    _handle(number, _stopped)  # or only the native one does it
+    _core.stop_install(number)
 
 
 def _handle(number: int, handler: Any) -> None:

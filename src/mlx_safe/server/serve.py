@@ -80,6 +80,11 @@ def serve(arguments: Sequence[str]) -> int:
             options.log_level,
             options.log_format,
         )
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Until it serves, not a KeyboardInterrupt: CPython prints and drops one that
+        # comes in a destructor or a callback, and at the interpreter's end it would
+        # wait for mlx-lm's generation thread, which is no daemon.
+        _reports.stop_by(signal.SIGINT)
     home = None
     if ranks.is_one_of_many():
         need_mlx()
@@ -356,7 +361,6 @@ def _make_generator(
 def _follow_the_first(generator: ProtectedResponseGenerator) -> None:
     # It has no clients to answer: signals kill it, Control-C as well, and a status
     # that is not 0 makes mlx.launch end the other ranks.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     generator.join()
     generator.stop()
 
