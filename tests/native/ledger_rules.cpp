@@ -160,6 +160,18 @@ void a_guess_waits_for_what_is_before_it() {
   CHECK(record->settled && c.records() == 0);
 }
 
+// Nor has that of the buffer that it waited for.
+void a_guess_waits_for_what_it_waited_for() {
+  Case c;
+  c.waits_for(100, 20, 1).commit(100, 10).signals(300, 21, 1).commit(300, 12);
+  c.waits_for(200, 21, 1).signals(200, 20, 2).commit(200, 11);
+  c.complete(200);
+  BufferRef record = c.complete(100);
+  CHECK(!record->settled);
+  c.complete(300);
+  CHECK(record->settled && c.records() == 0);
+}
+
 // Failed values beyond the limit are merged, and none gets lost.
 void many_failed_values() {
   Case c;
@@ -931,6 +943,7 @@ int main() {
   does_not_track();
   each_signal_on_the_way_counts();
   a_guess_waits_for_what_is_before_it();
+  a_guess_waits_for_what_it_waited_for();
   many_failed_values();
   many_failed_values_downwards();
   a_later_value_is_not_asked_for();
