@@ -118,8 +118,14 @@ class Recovery:
         if not self._one_rank:
             self._give_up_among_ranks(fault, exc)
             return
+        # What an earlier failure interrupted, and still waits: it has no part in this.
+        waited = self._scheduler.requests(RequestState.REPLAY)
         ending = self._scheduler.failure(what_it_means(fault, exc))
-        replayed = self._scheduler.requests(RequestState.REPLAY)
+        replayed = [
+            request
+            for request in self._scheduler.requests(RequestState.REPLAY)
+            if request not in waited
+        ]
         again = len(replayed)
         self._log_failure(exc, fault, replayed, ending)
         breadcrumb(

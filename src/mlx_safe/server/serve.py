@@ -102,6 +102,8 @@ def serve(arguments: Sequence[str]) -> int:
     settings = resolve(parser, arguments, os.environ)
     options = settings.values
     check_flags(options, options)
+    for name in settings.unknown:
+        log.warning("%s in the environment is no flag's", name)
     if options.print_config:
         print(printed(parser, settings), end="")
         return 0
@@ -111,8 +113,6 @@ def serve(arguments: Sequence[str]) -> int:
     theirs = {a.dest: getattr(options, a.dest) for a in mlx_lm._actions}
 
     def run_here(host: str, port: int, model_provider: ModelProvider) -> None:
-        for name in settings.unknown:
-            log.warning("%s in the environment is no flag's", name)
         run(
             *(server, host, port, model_provider, options, home),
             may_ask=access.Access(keys, options.status_page),
