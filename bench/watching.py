@@ -5,22 +5,25 @@ two comes first changes with each pair. ``--before`` is a directory with an earl
 package ``mlx_safe``, complete with its native part. Without it the other server is this
 one with all of that taken out: it logs, counts, samples and notes nothing.
 
-Printed: lines and bytes of the log for each request; CPU seconds of the process for
-each token (with by without, the median of the pairs and its 95 % interval by
-bootstrap), which a busy machine disturbs less than the time; and how long ``/metrics``,
-``/status.json`` and, to compare, ``/health`` take while 64 requests are in flight.
-Aims: at most 1.01 of the CPU, under 5 ms.
+Printed: what a token, a step and a request pay for it by themselves; lines and bytes of
+the log for each request; CPU seconds of the process for each token (with by without,
+the median of the pairs and its 95 % interval by bootstrap), which a busy machine
+disturbs less than the time; and how long ``/metrics``, ``/status.json`` and,
+to compare, ``/health`` take while 64 requests are in flight. Aims: at most
+1.01 of the CPU, under 5 ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import statistics
 import sys
 import threading
 import time
+import timeit
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,53 @@ def ask(server: Server, streams: int, tokens: int) -> float:
     answers = server.chats(streams, max_tokens=tokens, stream=True, **body)
     assert all(a.done for a in answers), server.log
     return (cpu_s(server) - began) / (streams * tokens)
+
+
+def by_itself() -> None:
+    """What a token, a step and a request pay for it, in a process without others."""
+    from mlx_safe import _reports
+    from mlx_safe.server.exchange import Exchange
+    from mlx_safe.server.live import Live
+    from mlx_safe.server.logs import set_up
+    from mlx_safe.server.metrics import Metrics
+    from mlx_safe.server.recorder import Place, name_request
+    from mlx_safe.server.request import Request
+    from mlx_safe.server.scheduler import Scheduler
+    from mlx_safe.server.step import Step
+
+    scheduler: Any = Scheduler(None, 2, 1.0)  # type: ignore[arg-type]
+    step = Step()
+    metrics = Metrics(Live(scheduler, step, dict), lambda: 0, lambda: 1.0)
+    name_request(named := Request(), "chatcmpl-1", "/v1/chat/completions")
+    place = Place(named)
+    place.taken()
+
+    def a_token() -> None:
+        place.produced(5)
+        _reports.sample_memory()
+
+    def a_step() -> None:
+        step.begin("decode")
+        step.end()
+
+    def a_request() -> None:
+        exchange = Exchange()
+        exchange.requests = (named,)
+        exchange.close(200, True)
+        metrics.count(exchange)
+        exchange.log()
+
+    set_up("INFO", "text")
+    handler: Any = logging.getLogger().handlers[0]
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        handler.setStream(nowhere)
+        for name, call in (
+            ("token", a_token),
+            ("step", a_step),
+            ("request", a_request),
+        ):
+            took = timeit.repeat(call, number=2000, repeat=20)
+            print(f"for each {name}: {1e6 * min(took) / 2000:.2f} µs")
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -141,6 +191,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--streams", type=int, default=4)
     options = parser.parse_args()
+    by_itself()
     if options.pairs:
         compare(options)
     with Server(options.model) as server:

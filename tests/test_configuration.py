@@ -200,7 +200,11 @@ def test_a_file_may_begin_with_a_mark(
     ("flag", "text", "why"),
     [
         ("allowed-origins", "http://a,,http://b", "--allowed-origins: '' is no origin"),
-        ("allowed-origins", "a\nX-B: c", "--allowed-origins: 'a\\nX-B: c' is no origin"),
+        (
+            "allowed-origins",
+            "a\nX-B: c",
+            "--allowed-origins: 'a\\nX-B: c' is no origin",
+        ),
         ("chat-template", "{% if", "--chat-template: is no Jinja template (line 1): "),
         ("chat-template", "{{ messages }", "--chat-template: is no Jinja template"),
         ("chat-template", "chatml.jinja", "--chat-template: has no messages in it; "),

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.server import CONTROLLED, Answer, Server, eventually
 
 CLIENTS, ROUNDS = 6, 8
-WORDS = "one two three four five six seven eight nine ten".split()
+WORDS = [f"w{i}" for i in range(40)]
 
 Line = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
@@ -128,7 +129,7 @@ def test_a_draft_model_changes_nothing_of_it(drafting: Server) -> None:
     assert len(done) > 6
     # Up to its end, and perhaps begun again after the step that was too long.
     assert done[-1] == int(read[-1][1])
-    assert sum(a > b for a, b in zip(done, done[1:], strict=False)) <= 1
+    assert sum(a > b for a, b in itertools.pairwise(done)) <= 1
 
 
 def test_a_cancel_takes_a_step_with_a_draft_model(drafting: Server) -> None:

@@ -12,7 +12,7 @@ __all__ = ["why_not"]
 class _Generation(Extension):
     """``{% generation %}``, which transformers (4 and 5) adds to Jinja."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
