@@ -18,7 +18,10 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "set_up"]
+__all__ = [
+    *("FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "set_up"),
+    "take_over",
+]
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 FORMATS = ("text", "json")
@@ -63,6 +66,20 @@ def set_up(level: str, form: str, name: str | None = None) -> None:
     root.setLevel(max(logging.INFO, getattr(logging, level)))
     logging.getLogger("mlx_safe").setLevel(level)
     logging.captureWarnings(True)
+
+
+def take_over() -> None:
+    """Has the lines of libraries that write to stderr themselves come here, once.
+
+    transformers (4, 5) and huggingface_hub (0.30, 1) make handlers when they are
+    imported, after `set_up`: without time and level, and no JSON.
+    """
+    for logger in logging.Logger.manager.loggerDict.values():
+        for handler in list(getattr(logger, "handlers", ())):
+            if type(handler) is logging.StreamHandler:
+                assert isinstance(logger, logging.Logger)
+                logger.removeHandler(handler)
+                logger.propagate = True
 
 
 def for_mlx_lm() -> SimpleNamespace:

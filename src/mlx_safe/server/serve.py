@@ -96,6 +96,7 @@ def serve(arguments: Sequence[str]) -> int:
             print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
             return EXIT_REPLACE
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
+    logs.take_over()
     mlx_lm = parser_of(server)
     requirements.check_parser(mlx_lm)
     parser = whole_parser(mlx_lm)
