@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,16 @@ def set_up(level: str, form: str, name: str | None = None) -> None:
     root.setLevel(max(logging.INFO, getattr(logging, level)))
     logging.getLogger("mlx_safe").setLevel(level)
     logging.captureWarnings(True)
+    threading.excepthook = _thread_ended
+
+
+def _thread_ended(args: threading.ExceptHookArgs) -> None:
+    """In the place of Python's own words, which quote the exception's message."""
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        name = None if args.thread is None else args.thread.name
+        logging.getLogger("mlx_safe.server").error(
+            "a thread has ended", exc_info=args.exc_value, extra=fields(thread=name)
+        )
 
 
 def take_over() -> None:
