@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_safe._command import CommandError, Parser
+from mlx_safe.doctor import doctor
 from mlx_safe.server.access import read_keys
 from mlx_safe.server.configuration import Settings, printed, resolve, variable_of
 from mlx_safe.server.flag_checks import check_flags
@@ -154,6 +155,14 @@ TEXTS = (
     *("config", "host", "api-key-file", "ssl-certfile", "ssl-keyfile", "kv-dir"),
     *("model", "draft-model", "adapter-path", "served-model-name"),
 )
+
+
+@pytest.mark.parametrize("flag", ["model", "draft-model", "kv-dir", "config"])
+def test_doctor_takes_no_other(flag: str) -> None:
+    with pytest.raises(CommandError, match=f"--{flag}: must be a printable text"):
+        doctor([f"--{flag}="])
+
+
 COUNTS = (
     *("max-prompt-tokens", "prompt-keep-tokens", "max-kv-size", "prefill-step-size"),
     *("replay-attempts", "decode-concurrency", "prompt-concurrency", "max-tokens"),

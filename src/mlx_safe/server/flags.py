@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .._command import Parser
+from .._command import Parser, path_or_name
 from ..memory.sizes import parse_size
 from . import logs, supervisor
 from .access import KEY_RULE, is_key
@@ -92,7 +92,7 @@ def _add_configuration_flags(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--config",
-        type=_text,
+        type=path_or_name,
         metavar="FILE",
         help="a TOML file with flags under their own names, such as port = 8081",
     )
@@ -107,7 +107,7 @@ def _add_configuration_flags(parser: argparse._ActionsContainer) -> None:
 def _add_access_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--host",
-        type=_text,
+        type=path_or_name,
         default="127.0.0.1",
         metavar="NAME",
         help="the address to listen on (default: 127.0.0.1, this machine only)",
@@ -129,19 +129,19 @@ def _add_access_flags(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--api-key-file",
-        type=_text,
+        type=path_or_name,
         metavar="FILE",
         help="a file with such keys, one on each line; any of them will do",
     )
     parser.add_argument(
         "--ssl-certfile",
-        type=_text,
+        type=path_or_name,
         metavar="FILE",
         help="serve HTTPS with this certificate (PEM, with its chain)",
     )
     parser.add_argument(
         "--ssl-keyfile",
-        type=_text,
+        type=path_or_name,
         metavar="FILE",
         help="the certificate's private key (PEM; default: in --ssl-certfile)",
     )
@@ -335,7 +335,7 @@ def _add_model_flags(parser: argparse._ActionsContainer) -> None:
 def _add_disk_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--kv-dir",
-        type=_text,
+        type=path_or_name,
         metavar="DIR",
         help="keep KV caches on disk in DIR, so that conversations outlive memory, "
         "faults and the process; the files hold what was said (default: not kept)",
@@ -347,13 +347,6 @@ def _add_disk_flags(parser: argparse._ActionsContainer) -> None:
         help="how much --kv-dir may hold, such as 50G; what was used least goes first "
         "(default with --kv-dir: 20G)",
     )
-
-
-def _text(text: str) -> str:
-    # Empty: a script's variable that is not set. No path or host has the others.
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"must be a printable text, not {text!r}")
-    return text
 
 
 def _name(text: str) -> str:
@@ -426,4 +419,4 @@ def _seconds(text: str) -> float:
 
 
 # What mlx-lm's flags take in the place of anything that Python makes one of.
-_STRICT: dict[Any, Any] = {int: _whole, str: _text, None: _text}
+_STRICT: dict[Any, Any] = {int: _whole, str: path_or_name, None: path_or_name}
