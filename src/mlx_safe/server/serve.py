@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, _reports, errors, install, on_fault, require
+from .. import Fault, _reports, errors, install, on_fault, require, status
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
@@ -206,6 +206,7 @@ def run(
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
     _check_hooks(options.require_hooks)
+    _check_reports()
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
@@ -278,6 +279,13 @@ def _check_hooks(required: bool) -> None:
         if required:
             raise CommandError(f"--require-hooks: {e}") from e
         log.warning("Metal is not hooked, and a fault may end the process: %s", e)
+
+
+def _check_reports() -> None:
+    found = status()
+    if found.report_dir is None:
+        why = "; ".join(r for r in found.reasons if "crash reports" in r)
+        log.warning("what ends this server will not be known: %s", why)
 
 
 def _open_disk(options: argparse.Namespace) -> Directory | None:
