@@ -6,8 +6,8 @@
   `generator`, `handler` and `prompt_cache` subclass.
 - `kv_tier`: KV caches from and to the disk; `kv_layout`, `kv_parts`: which of them.
 - `compat`: what differs between versions.
-- `hub`, `kv_window`, `model_facts`, `model_loading`, `speculative`, `chat_template`: its
-  models.
+- `hub`, `kv_window`, `model_facts`, `model_loading`, `speculative`,
+  `chat_template`: its models.
 
 Imports nothing itself: the process that supervises the server has no mlx.
 """
