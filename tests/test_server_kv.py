@@ -243,6 +243,24 @@ def test_after_a_stray_write_the_entry_it_came_from_goes(
         assert not list((tmp_path / "kv").glob("*/*.kv"))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_what_fails_after_it_came_from_files_is_read_again(
+    plain: Server, tiny_model: Path, tmp_path: Path, path: str
+) -> None:
+    """An exception that is no fault: what was restored may be the cause."""
+    plain.ask("forget")
+    expected, _ = ask(plain, WORDS, **PATHS[path])
+    with with_tier(tiny_model, tmp_path / "kv") as server:
+        server.wait_ready()
+        ask(server, WORDS, **PATHS[path])
+        wait_written(server, 2)
+        server.ask("forget")
+        server.plan("any:2:0:once:bug")
+        assert ask(server, WORDS, **PATHS[path]) == (expected, 0)
+        assert "are read again" in server.log
+        assert server.metric("mlx_safe_kv_disk_on") == 1
+
+
 def test_damaged_files_are_no_failure(
     plain: Server, tiny_model: Path, tmp_path: Path
 ) -> None:
