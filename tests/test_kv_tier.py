@@ -21,6 +21,7 @@ from mlx_safe.kv.store import Limits
 from mlx_safe.server.mlx_lm import kv_capture, kv_tier
 from mlx_safe.server.mlx_lm.kv_layout import Layout, to_bytes
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
+from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
 
 TOKENS = [3 + n % 50 for n in range(560)]  # what comes after 512 is not worth it
 
@@ -224,6 +225,23 @@ def test_what_comes_after_the_last_block_is_kept_where_it_is_worth_it(
     other = tier.restore(key, [*second[:1100], *first], 0)
     assert other is not None
     assert len(other[1]) == len(first) + 1100 - 1024
+
+
+@pytest.mark.parametrize("way", ["evicted", "too large", "cleared"])
+def test_of_what_leaves_memory_the_disk_has_all(
+    provider: Any, tier: KVTier, way: str
+) -> None:
+    cache = PromptCache(1, 10 if way == "too large" else None)
+    cache.disk = tier
+    key = provider.model_key
+    cache.insert_cache(key, TOKENS[:], cached(provider))
+    if way == "evicted":
+        assert ends(tier) == [256, 512]
+        assert cache.evict_oldest() > 0
+    elif way == "cleared":  # after a failure: nothing of it is trusted
+        cache.clear()
+    assert ends(tier) == [256, 512] + [560] * (way != "cleared")
+    assert len(cache) == 0
 
 
 def test_another_model_does_not_get_them(

@@ -5,7 +5,7 @@ Generation thread.
 
 from __future__ import annotations
 
-import logging
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,20 @@ from .kv_parts import View
 
 __all__ = ["Capture", "Kept", "Reading"]
 
-log = logging.getLogger("mlx_safe.server")
-
 # A tail, which is what comes after the last full block, is written where it is more
 # than this share of the text. When its block is full, it was written in vain: so all
 # tails together are no more than this share of the blocks, and a block.
 TAIL_SHARE = 0.1
+# Of a text that leaves memory the disk has all, or it is read again for sure.
+LEAVING_SHARE = 0.02
+
+
+class End(enum.Enum):
+    """What the tokens that are taken end with."""
+
+    NONE = "a step of a prompt"
+    OF_PART = "a part of the prompt, or the answer"
+    LEAVES = "the same; memory has it no more"
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,13 @@ class Capture:
         reading: Reading | None,
         *,
         is_boundary: bool,
-        is_end: bool,
+        end: End,
     ) -> bool:
         """Has written of ``tokens``, which ``view`` has, what is not on disk.
 
         Args:
             is_boundary: another turn may begin with them.
-            is_end: of a part of the prompt, or of the answer.
+            end: what they end with.
 
         Returns False when windows or states have other shapes than they can have.
         """
@@ -118,8 +126,8 @@ class Capture:
             if layout.moves and view.ahead:
                 return True
             return self._take_snapshot(text, reading, is_boundary)
-        if is_end:
-            self._take_tail(text)
+        if end is not End.NONE:
+            self._take_tail(text, end)
         return True
 
     def _take_block(self, text: _Text, i: int) -> bool:
@@ -136,18 +144,22 @@ class Capture:
         self._tails += TAIL_SHARE * layout.block_nbytes * offered
         return offered
 
-    def _take_tail(self, text: _Text) -> None:
+    def _take_tail(self, text: _Text, end: End) -> None:
         node, done = text.node, text.view.done
         tails = _after(text, node.start)
         last = max([tail.end for tail in tails], default=node.start)
         size = text.kept.layout.block_nbytes * (done - node.start) // BLOCK_TOKENS
-        if done - last <= TAIL_SHARE * done or size > self._tails:
+        if end is End.LEAVES:
+            if done - last <= LEAVING_SHARE * done:
+                return
+        elif done - last <= TAIL_SHARE * done or size > self._tails:
             return
         taken = text.kept.layout.snapshot(text.view, node.start)
         if taken is None or not self._has_room(size):
             return
         about, arrays = taken
-        if self._offer(text, node, arrays, about, len(text.blocks), tails):
+        offered = self._offer(text, node, arrays, about, len(text.blocks), tails)
+        if offered and end is not End.LEAVES:
             self._tails -= size
 
     def _take_snapshot(

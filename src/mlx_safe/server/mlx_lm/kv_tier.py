@@ -27,11 +27,11 @@ from ...kv.writer import Writer
 from ...memory.sizes import format_size
 from ..recorder import breadcrumb
 from ..replies import is_of_all
-from . import compat
+from . import compat, kv_parts
 from .hub import cached_model
-from .kv_capture import Capture, Kept, Reading
+from .kv_capture import Capture, End, Kept, Reading
 from .kv_layout import Layout, Unfit
-from .kv_parts import NotKept, View, leaves
+from .kv_parts import NotKept, View
 
 __all__ = ["KVTier"]
 
@@ -346,13 +346,27 @@ class KVTier:
     # -- capturing -------------------------------------------------------------------
 
     @_spared
-    def capture(self, model: Any, tokens: list[int], caches: list[Any]) -> None:
-        """Has of a complete entry written what is not on disk."""
+    def capture(
+        self,
+        model: Any,
+        tokens: list[int],
+        caches: list[Any],
+        *,
+        leaves: bool = False,
+    ) -> None:
+        """Has of a complete entry written what is not on disk.
+
+        Args:
+            leaves: memory has it no more.
+        """
         if self._is_on(model, tokens):
-            offsets = [getattr(c, "offset", len(tokens)) for c in leaves(caches)]
+            offsets = [
+                getattr(c, "offset", len(tokens)) for c in kv_parts.leaves(caches)
+            ]
             done = min([len(tokens), *offsets])
             view = View(caches, done, ahead=max([done, *offsets]) > done)
-            self._take(tokens[:done], view, None, is_boundary=True, is_end=True)
+            end = End.LEAVES if leaves else End.OF_PART
+            self._take(tokens[:done], view, None, is_boundary=True, end=end)
 
     @_spared
     def checkpoint(
@@ -371,7 +385,11 @@ class KVTier:
         reading = self._progress(request, done)
         view = View(batch._prompt_batch.prompt_cache, done, row)
         self._take(
-            key[1][:done], view, reading, is_boundary=is_boundary, is_end=is_boundary
+            key[1][:done],
+            view,
+            reading,
+            is_boundary=is_boundary,
+            end=End.OF_PART if is_boundary else End.NONE,
         )
 
     def follow(self, model: Any, tokens: list[int], caches: Any, begun: int) -> Any:
@@ -401,7 +419,8 @@ class KVTier:
         if not self._is_on(self._key, reading.tokens):
             return
         total = len(reading.tokens)
-        offsets = [getattr(c, "offset", None) for c in leaves(reading.caches)]
+        parts = kv_parts.leaves(reading.caches)
+        offsets = [getattr(c, "offset", None) for c in parts]
         done = min([reading.begun + read, *(n for n in offsets if n is not None)])
         # mlx-lm (0.31, 0.32) tells that it has read the last token when the step of the
         # next has begun.
@@ -413,7 +432,8 @@ class KVTier:
         if is_end:
             reading.passing = None
         tokens = reading.tokens[:done]
-        self._take(tokens, view, reading, is_boundary=False, is_end=is_end)
+        end = End.OF_PART if is_end else End.NONE
+        self._take(tokens, view, reading, is_boundary=False, end=end)
 
     def _progress(self, request: Any, done: int) -> Reading:
         reading = self._readings.setdefault(id(request), Reading(request))
@@ -430,14 +450,14 @@ class KVTier:
         reading: Reading | None,
         *,
         is_boundary: bool,
-        is_end: bool,
+        end: End,
     ) -> None:
         """See `Capture.take`."""
         kept = next((k for k in self._kept if k.layout.is_at(view)), None)
         if kept is None:
             return
         fits = self._capture.take(
-            kept, tokens, view, reading, is_boundary=is_boundary, is_end=is_end
+            kept, tokens, view, reading, is_boundary=is_boundary, end=end
         )
         if not fits and view.row is None and len(self._kept) == 1:
             self._kept = []  # or blocks would be written for nothing
