@@ -1,12 +1,12 @@
-"""Stock, restarted, protected, and others: one load, the same faults, what clients saw.
+"""Stock, restarted, protected, others: one load, one set of faults, what clients saw.
 
-``make scoreboard [SEED=N] [REQUESTS=n] [ROUNDS=n] [SERVERS="stock mlx-safe"] [RATES="0 5"]``
-measures into ``build/scoreboard.json``, and draws docs/benchmarks.md of it.
+``make scoreboard [SEED=N] [REQUESTS=n] [ROUNDS=n] [SERVERS="stock mlx-safe"]
+[RATES="0 5"]`` measures into ``build/scoreboard.json``, and draws docs/benchmarks.md.
 
-In each round the servers go through one script after another (`scoreboard_load`): first
-each alone and undisturbed, which is what its answers are held against; then each with so
-many faults per hundred requests; then with ``--ceiling`` on a GPU of two thirds of the
-memory that the script wants of the stock server. A fault is planned when its request is
+In each round the servers go through one script one after another (`scoreboard_load`):
+first undisturbed, which is what their answers are held against; then with so many
+faults per hundred requests; then on a GPU of two thirds of the memory that the script
+wants of the first of them. A fault is planned when its request is
 sent, and strikes one of the next eleven steps, whoever's they are. Every run has a
 process of its own. The file is written after each of them, so a run that was ended is
 not lost; ``--append`` adds rounds to it.
@@ -15,6 +15,7 @@ not lost; ``--append`` adds rounds to it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def measure(
     began = server.cpu_s()
     result = go(script, server.port, str(model), texts, server.plan)
     time.sleep(SETTLE_S)
-    row = {
+    return {
         "seconds": round(result.ended - result.began, 3),
         "cpu_s": round(server.cpu_s() - began, 2),
         "tokens": sum(seen.tokens for seen in result.seen),
@@ -66,7 +68,6 @@ def measure(
             for seen in sorted(result.seen, key=lambda seen: seen.number)
         ],
     }
-    return row
 
 
 def milliseconds(seconds: float) -> int:
@@ -92,7 +93,12 @@ class Round:
     """One script, all servers."""
 
     def __init__(
-        self, contestants: list[Contestant], model: Path, work: Path, seed: int, size: int
+        self,
+        contestants: list[Contestant],
+        model: Path,
+        work: Path,
+        seed: int,
+        size: int,
     ) -> None:
         self._contestants, self._model, self._work = contestants, model, work
         self._seed, self._script = seed, make_script(seed, size)
@@ -121,20 +127,17 @@ class Round:
             print(f"{contestant.name}: {found[contestant.name]}", flush=True)
         return found
 
-    def at(self, rate: float) -> list[dict[str, Any]]:
+    def at(self, rate: float) -> Iterator[dict[str, Any]]:
         planned = plan_faults(self._script, self._seed, rate)
-        rows = []
         for contestant in self._mixed(rate):
             with running(contestant, self._model, self._directory()) as server:
                 row = self._row(contestant, server)
                 row.update(rate=rate, planned=planned, fired=len(server.fired()))
-            rows.append(row)
-            say(row)
-        return rows
+            yield row
 
-    def under_a_ceiling(self) -> list[dict[str, Any]]:
+    def under_a_ceiling(self) -> Iterator[dict[str, Any]]:
         plan_faults(self._script, self._seed, 0)
-        first, rows = self._contestants[0], []
+        first = self._contestants[0]
         with running(first, self._model, self._directory(), ENDLESS) as server:
             self._row(first, server)
             wanted, _ = server.memory()
@@ -146,9 +149,7 @@ class Round:
                 row = self._row(contestant, server)
                 peak, struck = server.memory()
                 row.update(ceiling=ceiling, wanted=wanted, peak=peak, struck=struck)
-            rows.append(row)
-            say(row)
-        return rows
+            yield row
 
     def _mixed(self, salt: object) -> list[Contestant]:
         """In an order of its own, so that a drift of the machine hits nobody more."""
@@ -169,7 +170,8 @@ def say(row: dict[str, Any]) -> None:
     under = f"{row['rate']} per 100" if "rate" in row else "ceiling"
     print(
         f"{under:12} {row['server']:18} {outcomes}, {row['seconds']:.1f} s, "
-        f"{row['tokens'] / row['seconds']:.0f} tokens/s, load {row['load_average']:.1f}",
+        f"{row['tokens'] / row['seconds']:.0f} tokens/s, "
+        f"load {row['load_average']:.1f}",
         flush=True,
     )
 
@@ -190,7 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     fresh = random.SystemRandom().randrange(2**32)
     parser.add_argument("--seed", type=int, default=fresh)
-    parser.add_argument("--requests", type=int, default=120, help="of each run, at least")
+    parser.add_argument(
+        "--requests", type=int, default=120, help="of each run, at least"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--servers", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--rates", nargs="*", type=float, default=[0, 1, 5])
@@ -212,11 +216,13 @@ def main() -> None:
             found = {"seed": seed, "requests": asked.requests, "runs": []}
             data["rounds"].append(found)
             found["references"] = one.references()
-            for rate in asked.rates:
-                found["runs"] += one.at(rate)
-                write(asked.out, data)
-            if not asked.no_ceiling:
-                found["runs"] += one.under_a_ceiling()
+            rows = itertools.chain(
+                *(one.at(rate) for rate in asked.rates),
+                () if asked.no_ceiling else one.under_a_ceiling(),
+            )
+            for row in rows:
+                found["runs"].append(row)
+                say(row)
                 write(asked.out, data)
 
 

@@ -25,10 +25,9 @@ def follow(directory: Path, ceiling: str | None) -> None:
     steps = 0
     while True:
         time.sleep(LOOK_EVERY_S)
-        for name in os.listdir(directory):
-            if name.startswith("plan-"):
-                taken = directory / f"taken-{name}"
-                (directory / name).rename(taken)
+        for one in directory.iterdir():
+            if one.name.startswith("plan-"):
+                taken = one.rename(directory / f"taken-{one.name}")
                 planned += [
                     testing.inject(**plan)
                     for plan in testing.parse_plan(taken.read_text())
