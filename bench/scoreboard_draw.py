@@ -141,7 +141,8 @@ def recovery(cell: Cell) -> str:
     said = (
         f"{statistics.median(times) / 1e3:.2f}, {max(times) / 1e3:.2f}" if times else ""
     )
-    return said + (f"; never: {never} of {len(found)}" if never else "")
+    late = f"never: {never} of {len(found)}" if never else ""
+    return "; ".join(filter(None, (said, late)))
 
 
 HEAD = (
@@ -200,7 +201,8 @@ def tables(data: dict[str, Any]) -> str:
         else:
             fired = [int(cell.total("fired")) for cell in rows.values()]
             between = f"{min(fired)} to {max(fired)} struck"
-            title = f"{condition} faults per hundred requests" + (
+            faults = "fault" if condition == "1" else "faults"
+            title = f"{condition} {faults} per hundred requests" + (
                 f" ({between} of {int(next(iter(rows.values())).total('planned'))})"
                 if condition != "0"
                 else ""
