@@ -21,7 +21,7 @@ from schemathesis.specs.openapi import checks
 from mlx_safe.server import endpoints, openapi, schema
 from mlx_safe.server.mlx_lm import compat
 from mlx_safe.server.replies import BadRequest
-from support.bad_requests import cases
+from support.bad_requests import CHAT, cases
 from support.server import Server
 
 DESCRIBED = json.loads(openapi.document(compat.takes_xtc()))
@@ -134,6 +134,38 @@ def is_of_json(message: str) -> bool:
     return any(word in message for word in words)
 
 
+# -- what was found with it ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["n", "max_tokens", "seed", "top_k", "top_logprobs"])
+def test_a_number_without_a_fraction_is_an_integer(field: str) -> None:
+    body = f'{{"prompt": "x", "{field}": 2.0}}'.encode()
+    found = schema.read("/v1/completions", body)[field]
+    assert found == 2 and type(found) is int
+    with pytest.raises(BadRequest, match="must be an integer"):
+        schema.read("/v1/completions", body.replace(b"2.0", b"2.5"))
+
+
+def test_a_large_integer_in_a_free_field_is_a_number() -> None:
+    message = {"role": "user", "content": "x", "size": 10**30}
+    found = schema.read(CHAT, json.dumps({"messages": [message]}).encode())
+    assert found["messages"][0]["size"] == 1e30
+
+
+@pytest.mark.parametrize("method", ["TRACE", "DELETE"])
+def test_another_method_is_not_allowed(server: Server, method: str) -> None:
+    url = f"http://127.0.0.1:{server.port}/v1/models"
+    answer = requests.request(method, url, headers=KEY, timeout=60)
+    assert answer.status_code == 405
+    assert "GET" in answer.headers["Allow"]
+
+
+def test_a_history_without_a_name_is_refused(server: Server) -> None:
+    answer = server.get("/status.json?history=")
+    assert answer.status == 400
+    assert answer.error["param"] == "history"
+
+
 # -- what is made of it ---------------------------------------------------------------
 
 
@@ -163,7 +195,7 @@ def as_sent(body: Any) -> bytes:
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
-def kinds() -> list[tuple[str, GenerationMode]]:
+def kinds() -> list[tuple[str, Any]]:
     """Each operation, with what is wrong too where something can be."""
     found = [(label, GenerationMode.POSITIVE) for label in OPERATIONS]
     both = [*POSTS, "GET /status.json"]

@@ -301,9 +301,9 @@ def _plain(about: str, content_type: str) -> Json:
 
 STREAM = (
     "With `stream` true: server-sent events, each one line `data: ` and {chunk} as "
-    "JSON, then `data: [DONE]`. With `stream_options.include_usage` the last chunk has the "
-    "`usage` and no choices. A stream that fails after its first token ends with an "
-    "ErrorEvent; before it, the answer is the error itself. Lines that begin with a "
+    "JSON, then `data: [DONE]`. With `stream_options.include_usage` the last chunk has "
+    "the `usage` and no choices. A stream that fails after its first token ends with "
+    "an ErrorEvent; before it, the answer is the error itself. Lines that begin with a "
     "colon are comments."
 )
 
