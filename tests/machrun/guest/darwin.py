@@ -16,7 +16,7 @@ import socket
 import sys
 import sysconfig
 import time
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 # Those that our code, or that of a library it uses, asks for.
 MISSING = {
