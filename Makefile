@@ -139,6 +139,19 @@ MINUTES ?= 10
 soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
 	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+# Minutes for each server and rate, so not in CI. SERVERS, RATES: names and numbers, else
+# all; servers of others are in it as far as `make test-servers` has installed them.
+# SCOREBOARD_ARGS=--append: more rounds of what is in build/scoreboard.json.
+REQUESTS ?= 120
+ROUNDS ?= 3
+.PHONY: scoreboard test-scoreboard
+scoreboard: $(VENVS)/observe.ready $(VENVS)/scoreboard.tools  ## stock, restarted, protected and other servers under the same faults
+	$(VENVS)/observe/bin/python bench/scoreboard.py --requests $(REQUESTS) --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED)) $(if $(SERVERS),--servers $(SERVERS)) $(if $(RATES),--rates $(RATES)) $(SCOREBOARD_ARGS)
+	$(VENVS)/scoreboard/bin/python bench/scoreboard_draw.py
+
+test-scoreboard: $(VENVS)/observe.ready  ## a short one: does it see what it is for?
+	MLX_SAFE_TEST_SCOREBOARD=1 $(VENVS)/observe/bin/python $(PYTEST) tests/scoreboard $(ARGS)
+
 # Of the Python half, by all tests of one pair; its children are counted. What fails
 # is said, and counts as well.
 COVERAGE := COVERAGE_FILE=$(CURDIR)/build/coverage/data $(VENVS)/observe/bin/python -m coverage
@@ -252,7 +265,7 @@ requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks th
 	for name in build wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --generate-hashes --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
-	for name in clients aider docs; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
+	for name in clients aider docs scoreboard; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --no-annotate --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
 
@@ -273,7 +286,7 @@ $(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
 	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
 	touch $@
 
-$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
+$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools $(VENVS)/scoreboard.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
 	$(VENVS)/$*/bin/python $(PIP) -r $<
 	touch $@
 

@@ -1,6 +1,6 @@
 """Changes code in one place at a time and sees whether a test notices.
 
-mutants.py [TARGET ...] [--jobs N] [--only TEXT] [--every N] [--list]
+mutants.py [TARGET ...] [--jobs N] [--only TEXT] [--part K/N] [--list]
 
 A change that no test notices survives. Survivors stand in mutants_survivors.txt,
 each with the reason why it may; the program fails on any other. It works on a copy
@@ -256,12 +256,21 @@ def try_all(name: str, mutants: list[Mutant], jobs: int) -> list[Mutant]:
     return survivors
 
 
+def part(text: str) -> slice:
+    first, _, step = text.partition("/")
+    if not 1 <= int(first) <= int(step or 0):
+        raise argparse.ArgumentTypeError("K/N: two numbers, K at most N")
+    return slice(int(first) - 1, None, int(step))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("targets", nargs="*", default=list(TARGETS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="mutants with this in their text")
-    parser.add_argument("--every", type=int, default=1, help="only each Nth mutant")
+    parser.add_argument(
+        "--part", type=part, default=slice(None), help="K/N: each Nth, from the Kth on"
+    )
     parser.add_argument("--list", action="store_true", help="print them, run none")
     arguments = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_MAX, MEMORY_MAX))
@@ -269,7 +278,7 @@ def main() -> int:
     failed = False
     for name in arguments.targets:
         mutants = [m for m in mutants_of(name) if arguments.only in m.text]
-        mutants = mutants[:: arguments.every]
+        mutants = mutants[arguments.part]
         if arguments.list:
             print(*(m.text for m in mutants), sep="\n")
             continue

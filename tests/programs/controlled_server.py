@@ -39,7 +39,10 @@ def forget():
     caches = [o for o in gc.get_objects() if issubclass(type(o), LRUPromptCache)]
     count = sum(len(cache) for cache in caches)
     for cache in caches:
+        # The tier may be used by the generation thread only.
+        disk, cache.disk = getattr(cache, "disk", None), None
         cache.trim_to(n_sequences=0)
+        cache.disk = disk
     return count
 
 

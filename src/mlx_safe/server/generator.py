@@ -168,6 +168,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.recovery.end_alone,
             self._disk,
             self._one_rank,
+            self._between_steps,
         )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
@@ -183,6 +184,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             # `_next_request`, or the request's first step, ends it.
             on_load=lambda: self.step.begin("load"),
             on_loaded=prefill.model_loaded,
+            on_call=self.parts.model_called,
             detokenizer=self.parts.own.detokenizer,
             max_kv_size=max_kv_size,
             disk=self._disk,
@@ -437,6 +439,16 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if request.run.alone:
             _reports.sample_memory()
             self._sequential.before_put(request, item)
+
+    def _between_steps(
+        self, request: InFlight, done: int, total: int, by_target: bool
+    ) -> None:
+        """With a draft model, of which mlx-lm puts nothing before the first token."""
+        self.watchdog.moved()
+        _reports.sample_memory()
+        self.recovery.check_epoch()
+        self._sequential.between_steps(request, done, total, by_target)
+        request.read(done, total)
 
     def _keep_on_disk(self, disk: KVTier, request: InFlight, item: Any) -> None:
         if hasattr(item, "token"):

@@ -146,12 +146,16 @@ class InFlight(Request):
         if item is None:
             self._scheduler.complete(self)
         elif isinstance(item, tuple):
-            self._place.prefilled(*item)
-            self._scheduler.progress(self, *item)
-            if self.state is not RequestState.HELD:
-                self.send(item)
+            self.read(*item)
         else:
             self._begin(item)
+
+    def read(self, done: int, total: int) -> None:
+        """So many tokens of what is to be read of the prompt have been read."""
+        self._place.prefilled(done, total)
+        self._scheduler.progress(self, done, total)
+        if self.state is not RequestState.HELD:
+            self.send((done, total))
 
     def _begin(self, context: AnsweredContext) -> None:
         """A handler that is done, or whose client left, stops its context."""

@@ -24,6 +24,7 @@ from .admission import Ask, Load, SingleStep
 from .logs import fields
 from .replies import NotEnoughMemory
 from .request import (
+    BEFORE_PREFILL,
     ENDED,
     RUNNING,
     TRANSITIONS,
@@ -160,7 +161,7 @@ class Scheduler(Generic[R]):
 
     def arrive(self, request: R) -> None:
         """A request has come. Any thread."""
-        request.came_at = self._clock()
+        request.came_at = request.waits_since = self._clock()
         with self._lock:
             self._in_flight[request] = None
 
@@ -551,6 +552,8 @@ class Scheduler(Generic[R]):
                 return False
             if (old, state) not in TRANSITIONS:
                 raise IllegalTransition(f"{old.value} to {state.value}")
+            if state in BEFORE_PREFILL and old not in BEFORE_PREFILL:
+                request.waits_since = self._clock()
             request._state = state
             self._steady = _Steady()
             if state in ENDED:

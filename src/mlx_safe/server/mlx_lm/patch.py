@@ -120,7 +120,7 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
         return parts().top_logprobs(logprobs, top_n, tokenizer)
 
     def stream_alone(*args: Any, **kwargs: Any) -> Any:
-        return parts().stream_alone(stream(*args, **kwargs))
+        return parts().stream_alone(stream(*args, **kwargs), **kwargs)
 
     def batch(*args: Any, **kwargs: Any) -> Any:
         return parts().batch(make_batch, *args, **kwargs)
