@@ -25,6 +25,7 @@ DOCS = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- scoreboard: bench/scoreboard_draw.py -->", "<!-- scoreboard ends -->"
 SAMPLES = 1000
+TIMES = (0.05, 30.0)  # s, of the plot
 TITLES = {
     "stock": "mlx_lm.server",
     "supervised": "mlx_lm.server, restarted",
@@ -141,7 +142,8 @@ def recovery(cell: Cell) -> str:
     said = (
         f"{statistics.median(times) / 1e3:.2f}, {max(times) / 1e3:.2f}" if times else ""
     )
-    return said + (f"; never: {never} of {len(found)}" if never else "")
+    late = f"never: {never} of {len(found)}" if never else ""
+    return "; ".join(filter(None, (said, late)))
 
 
 HEAD = (
@@ -200,7 +202,8 @@ def tables(data: dict[str, Any]) -> str:
         else:
             fired = [int(cell.total("fired")) for cell in rows.values()]
             between = f"{min(fired)} to {max(fired)} struck"
-            title = f"{condition} faults per hundred requests" + (
+            faults = "fault" if condition == "1" else "faults"
+            title = f"{condition} {faults} per hundred requests" + (
                 f" ({between} of {int(next(iter(rows.values())).total('planned'))})"
                 if condition != "0"
                 else ""
@@ -338,6 +341,9 @@ def draw_times(cells: dict[tuple[str, str], Cell], path: Path) -> None:
             )
         axis.set_yticks(range(len(names)), [names[n] for n in reversed(names)])
         axis.set_xscale("log")
+        axis.set_xlim(*TIMES)
+        axis.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+        axis.set_xticks([], minor=True)
         under = condition == "ceiling"
         axis.set_title("ceiling" if under else f"{condition} faults per 100", size=10)
         axis.set_xlabel("s to the end: p50, p95, p99", size=9)

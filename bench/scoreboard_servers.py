@@ -237,7 +237,8 @@ def running(
     told: bool = True,
 ) -> Iterator[Running]:
     """One that answers; ended at the end of the block."""
-    with Running(contestant, model, work, ceiling, told=told) as server:
+    server = Running(contestant, model, work, ceiling, told=told)
+    with server:
         server.wait_ready()
         yield server
 

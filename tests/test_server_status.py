@@ -213,7 +213,9 @@ def test_pages_from_elsewhere_cannot_read_it(server: Server) -> None:
         assert named.status == 404
         assert server.get(path, method="HEAD").body == ""
         assert server.get(path, method="POST").status == 405
-    assert "/status" not in server.log
+    server.wait_for_log("path=/status.json outcome=refused", 2)
+    assert "path=/status outcome=ok" not in server.log  # only what is refused is told
+    assert "path=/status.json outcome=ok" not in server.log
 
 
 def test_a_key_is_asked_for(tiny_model: Path) -> None:
