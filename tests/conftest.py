@@ -41,6 +41,9 @@ collect_ignore += [] if HAS_CLIENTS else ["clients"]
 # Servers of others have environments of their own: `make test-servers`.
 HAS_SERVERS = os.environ.get("MLX_SAFE_TEST_SERVERS") == "1"
 collect_ignore += [] if HAS_SERVERS else ["servers"]
+# Minutes of both cores: `make test-scoreboard`.
+HAS_SCOREBOARD = os.environ.get("MLX_SAFE_TEST_SCOREBOARD") == "1"
+collect_ignore += [] if HAS_SCOREBOARD else ["scoreboard"]
 
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import HealthCheck, Phase, settings
@@ -82,6 +85,8 @@ def pytest_report_header() -> list[str]:
         lines.append("tests/clients: left out: make test-clients")
     if not HAS_SERVERS:
         lines.append("tests/servers: left out: make test-servers")
+    if not HAS_SCOREBOARD:
+        lines.append("tests/scoreboard: left out: make test-scoreboard")
     return lines
 
 

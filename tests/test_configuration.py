@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from mlx_safe._command import CommandError, Parser
+from mlx_safe.doctor import doctor
+from mlx_safe.server.access import read_keys
 from mlx_safe.server.configuration import Settings, printed, resolve, variable_of
+from mlx_safe.server.flag_checks import check_flags
 from mlx_safe.server.flags import own_parser, whole_parser
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -114,6 +117,9 @@ def test_the_file_can_be_named_in_the_environment(parser: Parser, file: Path) ->
         ("log-level = 'LOUD'", "log-level: invalid choice: 'LOUD'"),
         ("port = 2026-11-28", "port: must be text, a number"),
         ("port =", "is not TOML: "),
+        ("model = ''", "model: must be a printable text, not ''"),
+        ('kv-dir = "a\\u0000b"', "kv-dir: must be a printable text"),
+        ("max-kv-size = 1_073_741_825", "max-kv-size: must be at most 1073741824"),
     ],
 )
 def test_a_mistake_in_the_file(
@@ -145,6 +151,92 @@ def test_a_mistake_in_the_environment(
     assert str(caught.value).startswith(why)
 
 
+TEXTS = (
+    *("config", "host", "api-key-file", "ssl-certfile", "ssl-keyfile", "kv-dir"),
+    *("model", "draft-model", "adapter-path", "served-model-name"),
+)
+
+
+@pytest.mark.parametrize("flag", ["model", "draft-model", "kv-dir", "config"])
+def test_doctor_takes_no_other(flag: str) -> None:
+    with pytest.raises(CommandError, match=f"--{flag}: must be a printable text"):
+        doctor([f"--{flag}="])
+
+
+COUNTS = (
+    *("max-prompt-tokens", "prompt-keep-tokens", "max-kv-size", "prefill-step-size"),
+    *("replay-attempts", "decode-concurrency", "prompt-concurrency", "max-tokens"),
+    *("prompt-cache-size", "quantized-kv-start", "num-draft-tokens", "top-k"),
+)
+
+
+@pytest.mark.parametrize("flag", TEXTS)
+@pytest.mark.parametrize("text", ["", "  ", "a\nb", "a\0b"])
+def test_a_text_is_one(parser: Parser, flag: str, text: str) -> None:
+    """An empty one is a script's variable that is not set."""
+    with pytest.raises(CommandError, match=f"--{flag}: must be a ") as caught:
+        settings(parser, f"--{flag}={text}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", COUNTS)
+@pytest.mark.parametrize("text", ["1073741825", "9" * 30, "9" * 5000])
+def test_a_number_is_one_that_mlx_can_count_to(
+    parser: Parser, flag: str, text: str
+) -> None:
+    """Every request failed: its positions and such a window together overflow."""
+    if f"--{flag}" not in parser._option_string_actions:
+        assert flag == "quantized-kv-start"  # mlx-lm 0.31 has no such flag
+        return
+    with pytest.raises(CommandError, match="must be at most 1073741824"):
+        settings(parser, f"--{flag}={text}")
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_a_file_may_begin_with_a_mark(
+    parser: Parser, tmp_path: Path, start: bytes
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_bytes(start + b"port = 9001\r\nmodel = 'm'\r\n")
+    assert settings(parser, file=file).values.port == 9001
+    keys = tmp_path / "keys"
+    keys.touch(mode=0o600)
+    keys.write_bytes(start + b"first\r\n\r\nsecond")
+    assert read_keys(None, str(keys)) == ("first", "second")
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "why"),
+    [
+        ("allowed-origins", "http://a,,http://b", "--allowed-origins: '' is no origin"),
+        (
+            "allowed-origins",
+            "a\nX-B: c",
+            "--allowed-origins: 'a\\nX-B: c' is no origin",
+        ),
+        ("chat-template", "{% if", "--chat-template: is no Jinja template (line 1): "),
+        ("chat-template", "{{ messages }", "--chat-template: is no Jinja template"),
+        ("chat-template", "chatml.jinja", "--chat-template: has no messages in it; "),
+    ],
+)
+def test_what_would_spoil_every_answer(
+    parser: Parser, flag: str, text: str, why: str
+) -> None:
+    found = settings(parser, f"--{flag}={text}").values
+    with pytest.raises(CommandError) as caught:
+        check_flags(found, found)
+    assert str(caught.value).startswith(why)
+
+
+def test_a_template_of_its_own_is_taken(parser: Parser) -> None:
+    text = (
+        "{%- for m in messages %}{% if loop.index > 9 %}{% break %}{% endif %}\n"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    found = settings(parser, f"--chat-template={text}").values
+    check_flags(found, found)
+
+
 def test_a_variable_that_is_no_flags_is_told(parser: Parser) -> None:
     found = settings(parser, MLX_SAFE_PROT="1", MLX_SAFE_INJECT="decode:1:8")
     assert found.unknown == ("MLX_SAFE_PROT",)
@@ -154,7 +246,7 @@ def test_what_is_printed_can_be_read_and_has_no_secret(
     parser: Parser, file: Path, tmp_path: Path
 ) -> None:
     before = settings(
-        parser, "--api-key", "s3cret", "--model", 'a "model"\x7f', file=file
+        parser, "--api-key", "s3cret", "--chat-template", 'a "model"\x7f\n', file=file
     )
     text = printed(parser, before)
     assert "s3cret" not in text

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import BatchGenerator
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_safe.kv.directory import Directory
@@ -238,10 +238,10 @@ def test_a_draft_models_caches_are_kept_beside_the_targets(
     kept.tier.capture(kept.key, TEXT[:300], caches)
     kept.settle()
     restored, length = kept.restore(TEXT)
-    assert length == 256
+    assert length == 300
     for one, part in ((model, slice(None, own)), (draft, slice(own, None))):
         plain = make_prompt_cache(one)
-        read(one, TEXT[:256], plain, step=256)
+        read(one, TEXT[:300], plain)
         assert_equal(logits(one, restored[part]), logits(one, plain))
 
 
@@ -265,6 +265,9 @@ def test_quantized_caches_come_back_where_they_ended(
     assert length == 280, "not at a block, where other bits would have been read"
     assert [type(c).__name__ for c in restored] == ["QuantizedKVCache"] * len(caches)
     assert_equal(logits(model, restored), logits(model, caches))
+    # Quantized from another token on, a text has other bits.
+    args.quantized_kv_start = 5000
+    assert kept.start().restore(kept.key, TEXT, 0) is None
 
 
 def test_files_that_are_sound_and_not_of_these_caches_are_not_used(
@@ -371,6 +374,39 @@ def test_a_long_prompts_snapshots_go_one_for_the_next(
     restored, length = kept.restore(text)
     assert length == 900
     assert_equal(logits(model, restored), logits(model, caches))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "gemma3_text"])
+def test_what_is_taken_at_a_prompts_end_is_of_that_end(
+    keep: Callable[..., Kept], kind: str
+) -> None:
+    """mlx-lm tells of the last token when the next step has begun."""
+    kept = keep(kind)
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    text = [*TEXT, *TEXT][:512]
+    request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
+    tier.current = lambda: request
+    caches = tier.follow(kept.key, text, None, 0)
+    made = generate_step(
+        mx.array(text),
+        model,
+        max_tokens=4,
+        prompt_cache=caches,
+        prefill_step_size=256,
+        prompt_progress_callback=lambda read, _: tier.checkpoint_alone(request, read),
+    )
+    tokens = [token for token, _ in made]
+    tier.capture(kept.key, [*text, *tokens], caches)
+    kept.settle()
+    assert tier._kept, "it is still kept"
+    more = [*text, 5, 6, 7]  # another answer: nothing after the prompt is of use
+    restored, length = kept.restore(more)
+    assert length >= 256
+    plain = make_prompt_cache(model)
+    for at in range(0, length, 256):
+        read(model, more[at : min(at + 256, length)], plain, step=256)
+    assert_equal(logits(model, restored), logits(model, plain))
 
 
 def nodes(tier: KVTier) -> list[Node]:

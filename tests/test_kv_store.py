@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -18,7 +19,9 @@ from pathlib import Path
 import pytest
 
 from mlx_safe.cli import main
+from mlx_safe.kv import command, directory, format
 from mlx_safe.kv.directory import Directory, NotOurs
+from mlx_safe.kv.format import ROOT, Node, chain
 from mlx_safe.kv.store import Limits, Store
 from mlx_safe.kv.writer import Writer
 from support.kv_files import (
@@ -34,6 +37,7 @@ from support.programs import program
 
 TOKENS = [n % 97 for n in range(700)]  # two blocks, and 188 more
 OTHER = [n % 89 for n in range(700)]
+KEYS = chain(IDENTITY, TOKENS)
 
 
 def write(store: Store, tokens: list[int], snapshot: bool = False) -> None:
@@ -50,8 +54,10 @@ def test_what_was_written_comes_back_after_a_restart(tmp_path: Path) -> None:
     write(first, TOKENS, snapshot=True)
     first.close()
     store = opened(tmp_path)
-    assert [n.end for n in restored(store, TOKENS)] == [256, 512]
+    assert [n.end for n in restored(store, TOKENS)] == [256, 512, 700]
     assert [n.end for n in restored(store, TOKENS, states=True)] == [256, 512, 700]
+    assert [n.end for n in restored(store, TOKENS[:699])] == [256, 512]
+    assert not restored(store, TOKENS[:699], states=True)
     assert not restored(store, OTHER)
     assert [n.end for n in restored(store, [*TOKENS[:300], 5, *TOKENS])] == [256]
     modes = {p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
@@ -163,6 +169,83 @@ def test_what_is_no_plain_file_is_never_read(
     read = restored(store, TOKENS)
     assert [n.end for n in read] == ([] if kind == "other owner's" else [256])
     assert kind != "link" or (tmp_path / "elsewhere").read_bytes() == data
+
+
+MADE_UP = [
+    f"{kind}-{start}-{end}-{parent}-{'a' * 32}.kv"
+    for kind in "bs"
+    for parent in (ROOT, KEYS[0], KEYS[1], "b" * 32)
+    for start in (0, 1, 256, 512, 768, 10**11)
+    for end in (0, 1, 255, 256, 511, 512, 700, 768, 10**11)
+]
+
+
+def test_names_that_somebody_made_up_find_nothing_and_break_nothing(
+    tmp_path: Path,
+) -> None:
+    """A text of whole blocks has no block after its end."""
+    store = opened(tmp_path)
+    write(store, TOKENS, snapshot=True)
+    for name in MADE_UP:
+        (tmp_path / IDENTITY / name).write_bytes(b"made up")
+    (tmp_path / IDENTITY / "about.json").mkdir()
+    (tmp_path / "marks" / "directory").mkdir()
+    os.mkfifo(tmp_path / "marks" / "pipe")
+    store.close()
+    store = opened(tmp_path)
+    store.describe(IDENTITY, "{}")
+    for length in (256, 512, 700):
+        for states in (False, True):
+            found = restored(store, TOKENS[:length], states=states)
+            ends = [n for n in (256, 512, 700) if n <= length]
+            expected = ends if length == 700 or not states else []
+            assert [n.end for n in found] == expected
+            keys = chain(IDENTITY, TOKENS[:length])
+            store.snapshots(IDENTITY, keys, TOKENS[:length])
+    assert store.off is None
+    assert main(["kv", "check", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize("state", [b"\xff" * 24, b"", b"\0" * 24, b"\x7f" * 24])
+def test_whatever_the_state_says_it_goes_on(tmp_path: Path, state: bytes) -> None:
+    opened(tmp_path).close()
+    (tmp_path / "state").write_bytes(b"mlxskvd1" + state)
+    store = opened(tmp_path, Limits(10**9, per_hour=10**9, free=0))
+    other = opened(tmp_path)
+    write(store, TOKENS)
+    assert len(restored(other, TOKENS)) == 2
+    assert store.off is None
+
+
+def test_a_mark_that_is_lifted_meanwhile_is_no_dead_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another thread or server, between its opening and its lock."""
+    store, other = opened(tmp_path), opened(tmp_path)
+    write(store, TOKENS)
+    mark = store.begin_restore([d.node for d in drafts(TOKENS)])
+    assert mark is not None
+    lock = fcntl.flock
+
+    def slow(fd: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        store.end_restore(mark)
+        lock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    assert len(restored(other, TOKENS)) == 2
+
+
+def test_a_server_that_has_been_stopped_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = Directory(tmp_path)
+    monkeypatch.setattr(directory, "LOCK_WAIT_S", 0.1)
+    with stopped.lock():
+        store = opened(tmp_path)
+        assert store.off is not None
+        assert "lock" in store.off
+    stopped.close()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -289,8 +372,33 @@ def test_the_command_lists_checks_and_empties(
     assert not files(tmp_path / "kv")
     assert not restored(store, TOKENS)  # a server that runs goes on with none
     assert store.publish(drafts(TOKENS)[0])
-    assert main(["kv", "list", str(tmp_path)]) == 2
-    assert "no directory of KV caches" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for name in (str(tmp_path), str(tmp_path / "empty"), str(file), ""):
+        for what in ("list", "check", "empty"):
+            assert main(["kv", what, name]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith("mlx-safe: ")
+            assert said.count("\n") == 1
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_the_command_names_files_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(opened(tmp_path), TOKENS)
+    broken = files(tmp_path)[0].name
+    plain = format.check
+
+    def check(fd: int, node: Node) -> None:
+        if node.name == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        plain(fd, node)
+
+    monkeypatch.setattr(command, "check", check)
+    assert main(["kv", "check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{broken}: {os.strerror(errno.EIO)}" in said
+    assert "2 files, 1 damaged" in said
 
 
 # -- the writer and the epoch ----------------------------------------------------

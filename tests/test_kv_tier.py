@@ -18,11 +18,12 @@ from mlx_safe._command import CommandError
 from mlx_safe.doctor import doctor
 from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.store import Limits
-from mlx_safe.server.mlx_lm import kv_tier
-from mlx_safe.server.mlx_lm.kv_layout import to_bytes
+from mlx_safe.server.mlx_lm import kv_capture, kv_tier
+from mlx_safe.server.mlx_lm.kv_layout import Layout, to_bytes
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
+from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
 
-TOKENS = [3 + n % 50 for n in range(600)]
+TOKENS = [3 + n % 50 for n in range(560)]  # what comes after 512 is not worth it
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_a_fault_while_bytes_are_taken(
 
     done: list[Any] = []
     caches = cached(provider)
-    monkeypatch.setattr(kv_tier, "to_bytes", failing)
+    monkeypatch.setattr(kv_capture, "to_bytes", failing)
     tier.capture(provider.model_key, TOKENS, caches)
     assert done
     tier.confirm()
@@ -143,6 +144,104 @@ def test_a_fault_of_a_request_that_began_from_files(
     tier.fail(stray=stray)
     assert len(files(tmp_path)) == (0 if stray else 2)
     assert not list((tmp_path / "kv" / "marks").iterdir())
+
+
+@pytest.mark.parametrize("call", ["read", "slots", "caches"])
+def test_what_nobody_has_thought_of_turns_it_off(
+    provider: Any,
+    tier: KVTier,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+) -> None:
+    """A mistake in the tier costs a reading of the prompt, and no answer."""
+    caches = cached(provider)
+    if call != "slots":
+        tier.capture(provider.model_key, TOKENS, caches)
+        tier.confirm()
+        flush(tier)
+
+    def failing(*_: Any) -> Any:
+        raise KeyError("of somebody's text")
+
+    monkeypatch.setattr(Layout, call, failing)
+    tier.current = lambda: SimpleNamespace(is_ended=False)
+    tier.capture(provider.model_key, [*TOKENS, 1], caches)
+    assert tier.restore(provider.model_key, TOKENS, 0) is None
+    tier.confirm()
+    assert tier.store.off is not None
+    warned = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warned) == 1
+    assert "somebody" not in warned[0].getMessage()
+    assert not list((tmp_path / "kv" / "marks").iterdir())
+    assert not files(tmp_path), "they may be the cause"
+
+
+def test_a_fault_or_want_of_memory_is_no_failure_of_the_tier(
+    provider: Any, tier: KVTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError(testing.metal_message(8))
+
+    monkeypatch.setattr(Layout, "slots", failing)
+    with pytest.raises(RuntimeError):
+        tier.capture(provider.model_key, TOKENS, cached(provider))
+    assert tier.store.off is None
+
+
+def ends(tier: KVTier) -> list[int]:
+    tier.confirm()
+    flush(tier)
+    return sorted(entry.node.end for entry in tier.store._index.values())
+
+
+def test_what_comes_after_the_last_block_is_kept_where_it_is_worth_it(
+    provider: Any, tier: KVTier
+) -> None:
+    """Up to 1.1 of the new KV is written, and no more of a text is read again."""
+    key, first, second = provider.model_key, TOKENS * 2, [5, *TOKENS * 2, *TOKENS]
+
+    def go_on(caches: list[Any], tokens: list[int], end: int) -> list[int]:
+        mx.eval(read(provider, tokens[caches[0].offset : end], caches))
+        tier.capture(key, tokens[:end], caches)
+        return ends(tier)
+
+    caches = make_prompt_cache(provider.model)
+    assert go_on(caches, first, 500) == [256, 500]
+    assert go_on(caches, first, 520) == [256, 512], "its block is full"
+    assert go_on(caches, first, 560) == [256, 512], "less than a tenth"
+    assert go_on(caches, first, 620) == [256, 512], "a tenth of what was written"
+    caches = make_prompt_cache(provider.model)
+    both = sorted([256, 512, 256, 512, 768, 1024, 1180])
+    assert go_on(caches, second, 1180) == both
+    assert go_on(caches, second, 1190) == both
+    found = tier.restore(key, second, 0)
+    assert found is not None
+    restored, rest = found
+    assert rest == second[1180:]
+    for old, new in zip(caches, restored, strict=True):
+        assert mx.array_equal(old.keys[..., :1180, :], new.keys).item()
+    other = tier.restore(key, [*second[:1100], *first], 0)
+    assert other is not None
+    assert len(other[1]) == len(first) + 1100 - 1024
+
+
+@pytest.mark.parametrize("way", ["evicted", "too large", "cleared"])
+def test_of_what_leaves_memory_the_disk_has_all(
+    provider: Any, tier: KVTier, way: str
+) -> None:
+    cache = PromptCache(1, 10 if way == "too large" else None)
+    cache.disk = tier
+    key = provider.model_key
+    cache.insert_cache(key, TOKENS[:], cached(provider))
+    if way == "evicted":
+        assert ends(tier) == [256, 512]
+        assert cache.evict_oldest() > 0
+    elif way == "cleared":  # after a failure: nothing of it is trusted
+        cache.clear()
+    assert ends(tier) == [256, 512] + [560] * (way != "cleared")
+    assert len(cache) == 0
 
 
 def test_another_model_does_not_get_them(

@@ -49,6 +49,17 @@ def test_list(private_reports: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "cut" in second["problems"][0]
 
 
+def test_list_says_whose_it_is(
+    private_reports: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two servers may have one directory."""
+    context = {**reports.sample()["context"], "server": {"port": "81", "model": "m"}}
+    reports.write(private_reports, reports.sample(context=context), "1-4242.json")
+    assert run(capsys, "list").splitlines()[2].endswith(" (on port 81 with m)")
+    (told,) = json.loads(run(capsys, "--json"))
+    assert told["server"] == "on port 81 with m"
+
+
 def test_show_and_seen(
     private_reports: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

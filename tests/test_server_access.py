@@ -76,6 +76,24 @@ def test_every_method_and_path_needs_it_but_health(server: Server) -> None:
     assert "Authorization" in asked.headers["access-control-allow-headers"]
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/status.json"])
+def test_a_scrape_without_the_key_is_told(server: Server, path: str) -> None:
+    """Nobody saw why a Prometheus had nothing, nor who tried keys there."""
+
+    def refused() -> float:
+        return server.metric(
+            "mlx_safe_requests_total", code="invalid_api_key", status="401"
+        )
+
+    before, lines = refused(), server.log.count(f"path={path} outcome=refused")
+    assert server.get(path, headers={}).status == 401
+    assert eventually(lambda: refused() == before + 1)
+    server.wait_for_log(f"path={path} outcome=refused", lines + 1)
+    assert server.get(path).status == 200
+    assert refused() == before + 1
+    assert f"path={path} outcome=ok" not in server.log
+
+
 def test_with_a_key(server: Server) -> None:
     assert server.chat().status == 200
     for key in (KEY, OTHER_KEY):

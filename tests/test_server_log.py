@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -199,6 +200,47 @@ def test_all_lines_have_one_form(tiny_model: Path, form: str) -> None:
     assert any("INFO - SUPERVISOR - the server listens" in line for line in log)
     # A traceback below its line, and nothing else.
     assert rest[0].startswith("Traceback") and rest[-1].startswith("ValueError")
+
+
+THREAD = f"""
+import sys, threading
+from mlx_safe.cli import main
+from mlx_safe.server import recorder
+start = recorder.start_sampler
+def fails():
+    raise ValueError("{SECRET}")
+def started(*args):
+    start(*args)
+    threading.Thread(target=fails, name="a-thread").start()
+recorder.start_sampler = started
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_thread_that_ends_is_a_line(tiny_model: Path) -> None:
+    with Server(tiny_model, "--log-format", "json", program=THREAD) as server:
+        server.wait_ready()
+        server.wait_for_log("a thread has ended")
+        (line,) = [x for x in lines(server) if x["level"] == "ERROR"]
+        assert (line["message"], line["thread"]) == ("a thread has ended", "a-thread")
+        assert line["trace"].endswith("ValueError") and SECRET not in server.log
+
+
+def test_lines_of_libraries_have_it_too(tiny_model: Path, tmp_path: Path) -> None:
+    """transformers writes to stderr itself, where a text is longer than it likes."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    settings = model / "tokenizer_config.json"
+    told = {**json.loads(settings.read_text()), "model_max_length": 20}
+    settings.write_text(json.dumps(told))
+    with Server(model, "--log-format", "json") as server:
+        server.wait_ready()
+        server.chat("hello " * 50)
+        server.stop()
+    found = [json.loads(line) for line in server.log.splitlines()]
+    lines = [x for x in found if x["logger"].startswith("transformers")]
+    assert any("sequence length" in x["message"] for x in lines)
+    assert len({x["message"] for x in lines}) == len(lines)
 
 
 def test_the_level_rules_the_requests_too(tiny_model: Path) -> None:

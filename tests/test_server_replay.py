@@ -25,9 +25,11 @@ from mlx_safe.errors import (
 )
 from mlx_safe.memory.budget import Decision
 from mlx_safe.server.admission import Ask, Load, SingleStep
+from mlx_safe.server.live import Live
 from mlx_safe.server.prefill import PrefillStep
 from mlx_safe.server.request import Request, RequestState
 from mlx_safe.server.scheduler import Scheduler
+from mlx_safe.server.step import Step
 from mlx_safe.testing import metal_message
 from support.programs import program
 from support.server import (
@@ -324,6 +326,24 @@ def begun(count: int, scheduler: Scheduler[Quiet]) -> list[Quiet]:
 def given_out(scheduler: Scheduler[Quiet]) -> list[Quiet]:
     """All that may run now, which mlx-lm begins with."""
     return [begin(scheduler, request) for request in iter(scheduler.next, None)]
+
+
+def test_who_is_interrupted_waits_since_then() -> None:
+    """A long answer was as old as a queue that nobody serves."""
+    now = [0.0]
+    runs: Scheduler[Quiet] = Scheduler(Unlimited(), 2, 60.0, clock=lambda: now[0])
+    live = Live(runs, Step(), dict, lambda: now[0])
+    (request,) = begun(1, runs)
+    now[0] = 300.0
+    assert live.queue() == (0, 0.0)
+    runs.failure(Failure.PASSING)
+    now[0] = 302.0
+    assert live.queue() == (1, 2.0) and live.age(request) == 302.0
+    assert given_out(runs) == [request]
+    late = Quiet()
+    runs.arrive(late)
+    now[0] = 303.0
+    assert live.queue() == (1, 1.0)
 
 
 @pytest.mark.parametrize(

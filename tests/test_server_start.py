@@ -426,3 +426,19 @@ def test_a_full_disk_is_one_line(arguments: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         told = "mlx-safe: stdout: No space left on device\n"
         assert cli_into(full, *arguments) == (2, told)
+
+
+def test_what_may_be_missed_is_a_warning(tiny_model: Path) -> None:
+    """It was a word in the middle of the line that the server is ready."""
+    nowhere = {"MLX_SAFE_REPORT_DIR": "/dev/null/reports"}
+    with Server(tiny_model, "--log-level", "warning", env=nowhere) as server:
+        server.wait_ready()
+        lost = "WARNING - what ends this server will not be known: no crash reports: "
+        assert lost in server.log
+
+
+def test_print_config_tells_of_names_that_mean_nothing(tiny_model: Path) -> None:
+    done = serve("--model", str(tiny_model), "--print-config", MLX_SAFE_PROT="1")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING - MLX_SAFE_PROT in the environment is no flag's" in done.stderr
+    assert "MLX_SAFE_PROT" not in done.stdout

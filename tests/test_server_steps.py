@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import time
@@ -101,3 +102,48 @@ def test_the_watchdog_counts_progress_in_a_prompt(tiny_model: Path) -> None:
         answer = server.chat(prompt(800), max_tokens=1)
         assert answer.status == 200, server.log
         assert server.process.poll() is None
+
+
+@pytest.fixture(scope="module")
+def drafting(tiny_model: Path) -> Iterator[Server]:
+    """mlx-lm tells nothing of a prompt that is read with a draft model."""
+    flags = (*FLAGS, "--draft-model", str(tiny_model), "--stall-timeout", "3")
+    more = ("--keepalive-after", "0")
+    with Server(
+        tiny_model, *flags, *more, program=SLOW, inject=f"any:{NEVER}"
+    ) as server:
+        yield server.wait_ready()
+
+
+def test_a_draft_model_changes_nothing_of_it(drafting: Server) -> None:
+    """Twice as long as a step may hang: the process was replaced."""
+    since = len(drafting.log)
+    answer = drafting.chat(prompt(800), max_tokens=4, stream=True)
+    assert answer.status == 200 and answer.done, drafting.log
+    assert drafting.process.poll() is None
+    found = steps(drafting, since)
+    long = [n for n in found if n > 500]
+    assert len(long) <= 1, found  # the first that is known of the model
+    read = re.findall(r"^: keepalive (\d+)/(\d+)$", answer.body, re.MULTILINE)
+    done = [int(n) for n, _ in read]
+    assert len(done) > 6
+    # Up to its end, and perhaps begun again after the step that was too long.
+    assert done[-1] == int(read[-1][1])
+    assert sum(a > b for a, b in itertools.pairwise(done)) <= 1
+
+
+def test_a_cancel_takes_a_step_with_a_draft_model(drafting: Server) -> None:
+    assert drafting.chat(prompt(100), max_tokens=1).status == 200
+    seen = drafting.disconnects
+    message = {"role": "user", "content": prompt(2000)}
+    with drafting.connected({"messages": [message], "max_tokens": 1}):
+        drafting.wait_for_requests(1)
+        time.sleep(1.0)
+        step = drafting.get("/health").json["step"]
+        assert step["kind"] == "prefill" and step["age_s"] < 5
+        (shown,) = drafting.get("/status.json").json["requests"]["list"]
+        assert 0 < shown["read_tokens"] < shown["to_read"]
+    since = len(drafting.log)
+    drafting.wait_for_log("outcome=client_left", seen + 1)
+    assert drafting.chat("short", max_tokens=1).status == 200
+    assert sum(steps(drafting, since)) < 2000  # of 8000

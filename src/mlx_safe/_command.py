@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["MLX", "CommandError", "Parser", "in_one_line", "need_mlx"]
+__all__ = ["MLX", "CommandError", "Parser", "in_one_line", "need_mlx", "path_or_name"]
 
 # As pip knows it.
 MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"
@@ -27,6 +27,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message}; see {self.prog} --help")
+
+
+def path_or_name(text: str) -> str:
+    """An ``argparse`` type: ``text`` itself, if a path or a name can be that."""
+    # Empty: a script's variable that is not set. No path or host has the others.
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"must be a printable text, not {text!r}")
+    return text
 
 
 def in_one_line(error: BaseException) -> str:

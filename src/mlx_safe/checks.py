@@ -211,7 +211,7 @@ NAMED_MAX = 8
 
 
 def others_check(own: int) -> list[str]:
-    """Programs that compute on the same GPU, and share its memory, as far as seen.
+    """Programs that share the memory of the GPU, or of the machine, as far as seen.
 
     Args:
         own: this process, which is none of them.
@@ -227,8 +227,8 @@ def others_check(own: int) -> list[str]:
         return []
     more = f" and {len(there) - NAMED_MAX} more" if len(there) > NAMED_MAX else ""
     return [
-        f"{BAD}{', '.join(there[-NAMED_MAX:])}{more}: all compute on one GPU, and none "
-        "knows what the others hold; give each its --max-active-memory-bytes"
+        f"{BAD}{', '.join(there[-NAMED_MAX:])}{more}: all take from one memory, and "
+        "none knows what the others hold; give each its --max-active-memory-bytes"
     ]
 
 

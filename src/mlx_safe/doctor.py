@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from . import install
-from ._command import CommandError, Parser, in_one_line, need_mlx
+from ._command import CommandError, Parser, in_one_line, need_mlx, path_or_name
 from .checks import all_checks
 from .kv.directory import Directory, NotOurs
 from .kv.store import DISK_BYTES
@@ -40,8 +40,12 @@ def doctor(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
         description="What this machine is, what is active on it, and what fits.",
     )
+    text: Any = {"type": path_or_name}
     parser.add_argument(
-        "--model", metavar="PATH", help="load this model, measure it, and size flags"
+        "--model",
+        metavar="PATH",
+        help="load this model, measure it, and size flags",
+        **text,
     )
     parser.add_argument(
         "--max-active-memory-bytes",
@@ -52,15 +56,23 @@ def doctor(arguments: Sequence[str]) -> int:
         "--max-active-kv-bytes", metavar="SIZE", help="the server's flag of this name"
     )
     for flag in ("--adapter-path", "--draft-model"):
-        parser.add_argument(flag, metavar="PATH", help="the server's flag of this name")
+        parser.add_argument(
+            flag, metavar="PATH", help="the server's flag of this name", **text
+        )
     parser.add_argument(
-        "--kv-dir", metavar="DIR", help="the server's flag of this name: is it usable?"
+        "--kv-dir",
+        metavar="DIR",
+        help="the server's flag of this name: is it usable?",
+        **text,
     )
     parser.add_argument(
         "--kv-disk-bytes", metavar="SIZE", help="the server's flag of this name"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="the server's file of this name: does it fit?"
+        "--config",
+        metavar="FILE",
+        help="the server's file of this name: does it fit?",
+        **text,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args(list(arguments))

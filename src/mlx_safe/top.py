@@ -250,6 +250,8 @@ def _rest(status: dict[str, Any]) -> list[RenderableType]:
         found.append(Text(f"{_clock(mark['time'])} {text}{times}{about}", style))
     for report in status["reports"]:
         line = f"{_clock(report['time'])} report {report['id']}: {report['headline']}"
+        if report.get("server"):
+            line += f" ({report['server']})"
         found.append(Text(line, "red"))
     return found
 

@@ -18,11 +18,30 @@ PROXIES = ("haproxy", "nginx")
 # How often HAProxy looks after a server, and for how long nginx leaves one alone that
 # has failed; docs/clients.md has longer ones.
 CHECK_EVERY, DOWN_FOR = "500ms", "1s"
+EXAMPLES = HERE.parent.parent / "examples"
+# What a system's nginx has besides its own settings: a place for files.
+NGINX_PLACES = """daemon off;
+pid @DIRECTORY@/pid;
+error_log stderr warn;
+"""
 
 
 def program(name: str) -> str | None:
     """Its path; None when it is not installed."""
     return shutil.which(name, path=PATH)
+
+
+def with_places(example: str, name: str) -> str:
+    """The settings of an example, whose ports and files are the tests'."""
+    for place, key in (("8080", "@PORT@"), ("8081", "@ONE@"), ("8082", "@TWO@")):
+        assert f"127.0.0.1:{place}" in example
+        example = example.replace(f"127.0.0.1:{place}", f"127.0.0.1:{key}")
+    if name == "nginx":
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path @DIRECTORY@/{kind};\n" for kind in kinds)
+        example = example.replace("http {\n", f"http {{\naccess_log off;\n{paths}")
+        example = NGINX_PLACES + example
+    return example
 
 
 class Proxy(Server):
@@ -31,16 +50,23 @@ class Proxy(Server):
     Args:
         name: one of `PROXIES`.
         servers: two of them; the second one is asked when the first one fails.
+        example: the settings are those of examples/, where both are asked, but for
+            ports and files.
     """
 
-    def __init__(self, name: str, servers: Sequence[Server]) -> None:
+    def __init__(
+        self, name: str, servers: Sequence[Server], *, example: bool = False
+    ) -> None:
         self.port = free_port()
         self.headers, self.tls = {}, None
         self.checks = name == "haproxy"
         self._directory = tempfile.TemporaryDirectory(prefix="proxy")
         # Started as root, nginx has a user of its own for its work.
         Path(self._directory.name).chmod(0o711)
-        template = next((HERE / "proxies").glob(f"{name}.*")).read_text()
+        settings_of = EXAMPLES if example else HERE / "proxies"
+        template = next(settings_of.glob(f"{name}.*")).read_text()
+        if example:
+            template = with_places(template, name)
         for key, value in {
             "PORT": self.port,
             "ONE": servers[0].port,

@@ -178,3 +178,31 @@ def test_checks_leave_nothing_in_the_log(two: list[Server], proxy: Proxy) -> Non
         gone = [x for x in server.log.splitlines() if "a client went away" in x]
         assert gone == []
         assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_example_keeps_a_conversation_at_its_server(
+    name: str, two: list[Server]
+) -> None:
+    two[0].plan(CALM)
+    with Proxy(name, two, example=True) as proxy:
+        proxy.wait_ready()
+        homes = []
+        for i in range(12):
+            before = [server.log.count(POSTED) for server in two]
+            headers = {"X-Conversation": f"conversation {i}"}
+            body = {"messages": [{"role": "user", "content": f"turn {i}"}]}
+            for _ in range(3):
+                answer = proxy.post({**body, "max_tokens": 1}, headers=headers)
+                assert answer.status == 200, answer
+            new: list[int] = []
+
+            def all_logged(before: list[int] = before, new: list[int] = new) -> bool:
+                counts = zip(two, before, strict=True)
+                new[:] = [s.log.count(POSTED) - n for s, n in counts]
+                return sum(new) == 3
+
+            assert eventually(all_logged), proxy.log
+            assert sorted(new) == [0, 3]
+            homes.append(new.index(3))
+    assert set(homes) == {0, 1}

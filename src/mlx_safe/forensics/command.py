@@ -89,7 +89,8 @@ def _list(directory: str, *, as_json: bool) -> None:
     rows: list[tuple[str, ...]] = [("id", "when", "why", "pid", "", "what")]
     for entry, report in found:
         why, new = report.why or "?", "" if entry.seen else "new"
-        what = words.headline(report)
+        server = words.server_of(report)
+        what = words.headline(report) + (f" ({server})" if server else "")
         at = words.when(entry.seconds)
         rows.append((entry.id, at, why, str(entry.pid), new, what))
     render.table(Section(f"reports in {directory}", rows))
@@ -104,6 +105,7 @@ def _summary(entry: store.Entry, report: Report) -> dict[str, Any]:
         "why": report.why,
         "code": report.code,
         "headline": words.headline(report),
+        "server": words.server_of(report),
         "new": not entry.seen,
         "size": entry.size,
         "problems": report.problems,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .._command import CommandError, Parser
 from ..memory.sizes import format_size
-from .directory import Directory, Entry, NotOurs
+from .directory import GONE, Directory, Entry, NotOurs
 from .format import Damaged, check
 
 __all__ = ["kv"]
@@ -76,15 +76,18 @@ def _check(directory: Directory) -> int:
     for (identity, name), entry in sorted(entries.items()):
         try:
             fd = directory.open_node(entry.node)
-        except OSError:
-            continue  # gone meanwhile
-        try:
-            check(fd, entry.node)
+            try:
+                check(fd, entry.node)
+            finally:
+                os.close(fd)
         except Damaged as e:
             damaged += 1
             print(f"{identity}/{name}: {e}")
-        finally:
-            os.close(fd)
+        except OSError as e:
+            if e.errno in GONE:
+                continue  # meanwhile
+            damaged += 1
+            print(f"{identity}/{name}: {e.strerror}")
     print(f"{len(entries)} files, {damaged} damaged")
     return 1 if damaged else 0
 

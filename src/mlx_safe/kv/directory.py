@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import re
 import secrets
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import Files, leave_out_of_backups
-from .format import BLOCK, SNAPSHOT, Node
+from .format import BLOCK, BLOCK_TOKENS, ROOT, SNAPSHOT, Node
 
 __all__ = ["GONE", "Directory", "Entry", "NotOurs", "disk_size", "names", "node_of"]
 
@@ -48,6 +49,9 @@ _IDENTITY = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(
     rf"([{BLOCK}{SNAPSHOT}])-(\d{{1,12}})-(\d{{1,12}})-([0-9a-f]{{32}})-([0-9a-f]{{32}})\.kv"
 )
+# Longer than a write on a slow disk: who holds the lock then has been stopped.
+LOCK_WAIT_S = 60.0
+LOCK_TURN_S = 0.01
 _UNIT = 4096  # file systems give space in units of it, or smaller ones
 GONE = (errno.ENOENT, errno.ENOTDIR)
 
@@ -84,6 +88,8 @@ class Directory:
         *,
         make: bool = True,
     ) -> None:
+        if not os.fspath(path):  # pathlib takes it for the working directory
+            raise NotOurs("an empty name is no directory")
         self.path = Path(path)
         self.files = files or Files()
         self._mutex = threading.RLock()
@@ -126,9 +132,9 @@ class Directory:
             # Another server may be making it just now.
             others = [n for n in names(self.fd) if n[0] != "." and n not in _OWN]
             if others or not make:
+                why = f" ({others[0]} is in it); give an empty one" if others else ""
                 raise NotOurs(
-                    f"{self.path}: is no directory of KV caches"
-                    f"{f' ({others[0]} is in it); give an empty one' * bool(others)}"
+                    f"{self.path}: is no directory of KV caches{why}"
                 ) from None
             fd = self._make_state()
         try:
@@ -163,9 +169,13 @@ class Directory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Nobody else changes the directory meanwhile; may take as long as a write."""
+        """Nobody else changes the directory meanwhile; may take as long as a write.
+
+        Raises:
+            OSError: another process has held it for `LOCK_WAIT_S`.
+        """
         with self._mutex:
-            fcntl.flock(self._state, fcntl.LOCK_EX)
+            self._take_lock()
             try:
                 yield
             finally:
@@ -173,11 +183,25 @@ class Directory:
                 if self._open:
                     fcntl.flock(self._state, fcntl.LOCK_UN)
 
+    def _take_lock(self) -> None:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    why = "another process holds the lock and does not go on"
+                    raise TimeoutError(errno.ETIMEDOUT, why) from None
+                time.sleep(LOCK_TURN_S)
+
     def _read_state(self) -> tuple[int, float, float]:
         data = os.pread(self._state, _STATE.size, 0)
         if len(data) < _STATE.size:
             return 0, 0.0, 0.0  # a new one: from 1970 on there is all the allowance
         _, generation, allowance, since = _STATE.unpack(data)
+        if not (math.isfinite(allowance) and math.isfinite(since)):
+            return generation, 0.0, 0.0  # damaged
         return generation, allowance, since
 
     def generation(self) -> int:
@@ -187,8 +211,9 @@ class Directory:
     def begin_change(self) -> int:
         """Called under the lock before anything is changed; the new generation."""
         generation, allowance, since = self._read_state()
-        self._write_state(generation + 1, allowance, since)
-        return generation + 1
+        generation = (generation + 1) % (1 << 64)  # whatever was in the file
+        self._write_state(generation, allowance, since)
+        return generation
 
     def allowance(self, per_hour: int, spend: int = 0) -> float:
         """Bytes that all servers together may write now; under the lock.
@@ -368,12 +393,12 @@ class Directory:
     def date(self, nodes: Sequence[Node], used: int) -> None:
         """These were used at ``used``; needs no lock."""
         for node in nodes:
-            at = self.files.directory(node.identity, self.fd)
-            try:
-                with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                at = self.files.directory(node.identity, self.fd)
+                try:
                     self.files.date_name(node.name, at, used)
-            finally:
-                os.close(at)
+                finally:
+                    os.close(at)
 
     def _remove(self, name: str, at: int) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -396,4 +421,14 @@ def node_of(identity: str, name: str) -> Node | None:
         return None
     kind, start, end, parent, key = match.groups()
     node = Node(identity, kind, parent, int(start), int(end), key)
-    return node if node.name == name and node.start <= node.end else None
+    return node if node.name == name and _is_possible(node) else None
+
+
+def _is_possible(node: Node) -> bool:
+    """Whether any text has such a node: a name may have been made up."""
+    most = BLOCK_TOKENS if node.kind == BLOCK else BLOCK_TOKENS - 1
+    return (
+        node.start % BLOCK_TOKENS == 0
+        and (node.start == 0) == (node.parent == ROOT)
+        and (most if node.kind == BLOCK else 0) <= node.end - node.start <= most
+    )

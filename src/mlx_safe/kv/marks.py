@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 
 from .directory import Directory, names, node_of
@@ -73,7 +74,8 @@ class Marks:
             try:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    yield name, _parse(os.read(fd, SIZE_MAX))
+                    if _is_mark(fd):
+                        yield name, _parse(os.read(fd, SIZE_MAX))
             finally:
                 os.close(fd)
 
@@ -86,6 +88,12 @@ class Marks:
         """Lets go of all without lifting them, as the end of the process does."""
         while self._own:
             os.close(self._own.popitem()[1])
+
+
+def _is_mark(fd: int) -> bool:
+    """Not one that was lifted between its opening and its lock; and a plain file."""
+    found = os.fstat(fd)
+    return found.st_nlink > 0 and stat.S_ISREG(found.st_mode)
 
 
 def _parse(data: bytes) -> list[Node]:

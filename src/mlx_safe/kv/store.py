@@ -138,12 +138,21 @@ class Store:
         self._directory.close()
 
     def _turn_off(self, e: OSError) -> None:
+        self.turn_off(e.strerror or str(e))
+
+    def turn_off(self, why: str, exc: Exception | None = None) -> None:
+        """Nothing is found or written from now on; one WARNING says ``why``.
+
+        Args:
+            exc: whose traceback goes with it.
+        """
         if self.off is None:
-            self.off = e.strerror or str(e)
+            self.off = why
             log.warning(
                 "KV caches are no longer kept on disk, nor taken from it: %s: %s",
                 self._directory.path,
-                self.off,
+                why,
+                exc_info=exc,
             )
 
     # -- what is there -------------------------------------------------------------
@@ -219,7 +228,8 @@ class Store:
         Args:
             most: tokens that may be taken from here.
             blocks, states: which kinds of caches the model has. With states, blocks
-                are of use up to a snapshot only.
+                are of use up to a snapshot only; without, a snapshot is what comes
+                after the last block.
         """
         if self.off is not None or not are_tokens(tokens):
             return None
@@ -233,12 +243,14 @@ class Store:
         with self._mutex:
             run = self._run(identity, keys) if blocks else len(keys)
             nodes = [Node.block(identity, keys, i) for i in range(run)]
-            if states:
-                last = self._last_snapshot(identity, keys, run, tokens, most)
-                if last is None:
-                    return None
+            last = self._last_snapshot(
+                identity, keys, range(run, -1 if states else run - 1, -1), tokens, most
+            )
+            if last is not None:
                 nodes = nodes[: last.start // BLOCK_TOKENS] if blocks else []
                 nodes.append(last)
+            elif states:
+                return None
             if not nodes:
                 return None
             sizes = [self._index[n.identity, n.name].size for n in nodes]
@@ -254,11 +266,12 @@ class Store:
         self,
         identity: str,
         keys: Sequence[str],
-        run: int,
+        blocks: Iterable[int],
         tokens: Sequence[int],
         most: int,
     ) -> Node | None:
-        for i in range(run, -1, -1):
+        """The longest after so many blocks, in the order in which they are tried."""
+        for i in blocks:
             fitting = [
                 node
                 for node in self._snapshots_after(identity, keys, i, tokens)
@@ -464,6 +477,8 @@ class Store:
             with self._directory.lock():
                 if self._directory.description(identity) != text:
                     self._directory.describe(identity, text)
+        except IsADirectoryError:  # in its place; nothing but a name is missing
+            return
         except OSError as e:
             self._turn_off(e)
 

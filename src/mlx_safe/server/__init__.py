@@ -7,7 +7,7 @@ overridden and why. `mlx_lm.seams` compares that with the installed mlx-lm at st
 - Start: `serve`, `flags`, `flag_checks`, `configuration`, `supervisor`, `holding`,
   `handover`.
 - HTTP: `http_server`, `tls`, `wire`, `access`, `body`, `responses`, `endpoints`,
-  `handler`, `replies`; `status` and `status_page` of what the operator sees.
+  `handler`, `replies`, `openapi`; `status` and `status_page` of what the operator sees.
 - A request: `schema`, `messages`, `strict_json`, `model_names`, `model_limits`.
 - Generation: `generator`, `scheduler`, `request`, `prompts`, `parts`, `recovery`.
 - An answer: `answers`, `choices`, `tool_calls`, `logprobs`.

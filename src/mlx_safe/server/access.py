@@ -48,7 +48,7 @@ def read_keys(key: str | None, path: str | None) -> tuple[str, ...]:
     if path is not None:
         given = f"--api-key-file {path}"
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
             mode = Path(path).stat().st_mode
         except (OSError, UnicodeError) as e:
             why = (e.strerror if isinstance(e, OSError) else None) or "is not text"

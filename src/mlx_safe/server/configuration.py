@@ -157,7 +157,9 @@ def _table(path: str) -> dict[str, Any]:
         raise CommandError("--config needs tomli: pip install 'tomli>=2'") from None
     given = f"--config {path}"
     try:
-        found: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        found: dict[str, Any] = tomllib.loads(
+            Path(path).read_text(encoding="utf-8-sig")
+        )
         return found
     except OSError as e:
         raise CommandError(f"{given}: cannot be read: {e.strerror}") from None

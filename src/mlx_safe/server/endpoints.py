@@ -1,20 +1,21 @@
-"""The paths that need no generation: health, metrics, models, and 404 and 405."""
+"""The paths that need no generation: health, models and such, and 404 and 405."""
 
 from __future__ import annotations
 
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from . import schema, status_page
+from . import openapi, schema, status_page
 from .access import STATUS
 from .metrics import CONTENT_TYPE
+from .mlx_lm import compat
 from .replies import BadRequest, ModelNotFound
 from .responses import Responses
 from .status import HISTORIES
 
 __all__ = ["Endpoints"]
 
-GET_ROUTES = ("/health", "/metrics", "/v1/models", *STATUS)
+GET_ROUTES = ("/health", "/metrics", "/v1/models", openapi.PATH, *STATUS)
 MODEL_ROUTE = "/v1/models/"
 
 
@@ -24,7 +25,7 @@ class Endpoints(Responses):
     path = ""  # of a request whose first line cannot be read
 
     def do_GET(self) -> None:
-        """Answers ``/health``, ``/metrics`` and ``/v1/models``."""
+        """Answers `GET_ROUTES`, and ``/v1/models/ID``."""
         route = self.path.partition("?")[0]
         if route == "/metrics":
             body = self.response_generator.metrics.render()
@@ -33,6 +34,9 @@ class Endpoints(Responses):
             self.handle_health_check()
         elif route == "/v1/models":
             self.handle_models_request()
+        elif route == openapi.PATH:
+            described = openapi.document(compat.takes_xtc())
+            self.send_body(200, "application/json", described)
         elif route == "/status":
             self.send_body(200, status_page.CONTENT_TYPE, status_page.body())
         elif route == "/status.json":
@@ -61,10 +65,11 @@ class Endpoints(Responses):
             none = BadRequest("There is no such path.", status=404, code="not_found")
             self.end_with(none)
 
-    do_PUT = do_PATCH = do_DELETE = refuse_route
+    do_PUT = do_PATCH = do_DELETE = do_TRACE = do_CONNECT = refuse_route
 
     def _send_status(self) -> None:
-        asked = parse_qs(self.path.partition("?")[2]).get("history", ["short"])[-1]
+        query = parse_qs(self.path.partition("?")[2], keep_blank_values=True)
+        asked = query.get("history", ["short"])[-1]
         if asked not in (*HISTORIES, "none"):
             names = ", ".join((*HISTORIES, "none"))
             self.end_with(BadRequest(f"history must be one of {names}.", "history"))

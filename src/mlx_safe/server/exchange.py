@@ -27,7 +27,7 @@ log = logging.getLogger("mlx_safe.server")
 # (`Responses.timeout`).
 DISCONNECTED = (ConnectionError, TimeoutError)
 
-# Asked every few seconds: neither logged nor counted.
+# Asked every few seconds: neither logged nor counted, unless they are refused.
 QUIET_PATHS = ("/health", "/metrics", *STATUS)
 
 
@@ -73,7 +73,7 @@ class Exchange:
     @property
     def is_quiet(self) -> bool:
         """Neither logged nor counted."""
-        return self.path.partition("?")[0] in QUIET_PATHS
+        return self.path.partition("?")[0] in QUIET_PATHS and not self.code
 
     @property
     def outcome(self) -> str:

@@ -67,11 +67,30 @@ def check_flags(options: argparse.Namespace, args: CliArgs) -> None:
     check_paths(args)
     if options.ssl_keyfile is not None and options.ssl_certfile is None:
         raise CommandError("--ssl-keyfile needs --ssl-certfile")
+    _check_origins(args)
+    _check_template(args)
     _settle_defaults(args)
     _check_kv_flags(options, args)
     _check_model_flags(options, args)
     if options.kv_disk_bytes and not options.kv_dir:
         raise CommandError("--kv-disk-bytes needs --kv-dir")
+
+
+def _check_origins(args: CliArgs) -> None:
+    for origin in args.allowed_origins:
+        if not origin.strip() or not origin.isprintable():
+            raise CommandError(f"--allowed-origins: {origin!r} is no origin")
+
+
+def _check_template(args: CliArgs) -> None:
+    """A chat template that cannot be one would make every chat a 400, or nonsense."""
+    if not args.chat_template:
+        return
+    from .mlx_lm.chat_template import why_not
+
+    why = why_not(args.chat_template)
+    if why is not None:
+        raise CommandError(f"--chat-template: {why}")
 
 
 # What requests leave open: flag, and the field that it stands for.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from .._command import Parser
+from .._command import Parser, path_or_name
 from ..memory.sizes import parse_size
 from . import logs, supervisor
 from .access import KEY_RULE, is_key
@@ -42,6 +43,8 @@ MLX_LM_GROUPS = {
 
 # Fewer tokens than a model's templates take are of no use to anyone.
 KV_WINDOW_MIN = 32
+# MLX's positions are 32 bits wide: what is added to a larger number becomes negative.
+COUNT_MAX = 2**30
 
 
 def own_parser() -> Parser:
@@ -74,6 +77,9 @@ def whole_parser(mlx_lm: argparse.ArgumentParser) -> Parser:
     for action in mlx_lm._actions:
         same = [own[name] for name in action.option_strings if name in own]
         if not same:
+            # A template has several lines, and "" as its default.
+            if action.nargs != 0 and action.dest != "chat_template":
+                action.type = _STRICT.get(action.type, action.type)
             groups[MLX_LM_GROUPS.get(action.dest, MORE)]._add_action(action)
         elif same[0].default is None:
             same[0].default = action.default
@@ -86,6 +92,7 @@ def _add_configuration_flags(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--config",
+        type=path_or_name,
         metavar="FILE",
         help="a TOML file with flags under their own names, such as port = 8081",
     )
@@ -100,6 +107,7 @@ def _add_configuration_flags(parser: argparse._ActionsContainer) -> None:
 def _add_access_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--host",
+        type=path_or_name,
         default="127.0.0.1",
         metavar="NAME",
         help="the address to listen on (default: 127.0.0.1, this machine only)",
@@ -121,16 +129,19 @@ def _add_access_flags(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--api-key-file",
+        type=path_or_name,
         metavar="FILE",
         help="a file with such keys, one on each line; any of them will do",
     )
     parser.add_argument(
         "--ssl-certfile",
+        type=path_or_name,
         metavar="FILE",
         help="serve HTTPS with this certificate (PEM, with its chain)",
     )
     parser.add_argument(
         "--ssl-keyfile",
+        type=path_or_name,
         metavar="FILE",
         help="the certificate's private key (PEM; default: in --ssl-certfile)",
     )
@@ -324,6 +335,7 @@ def _add_model_flags(parser: argparse._ActionsContainer) -> None:
 def _add_disk_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--kv-dir",
+        type=path_or_name,
         metavar="DIR",
         help="keep KV caches on disk in DIR, so that conversations outlive memory, "
         "faults and the process; the files hold what was said (default: not kept)",
@@ -357,10 +369,18 @@ def _key(text: str) -> str:
     return text
 
 
+def _whole(text: str) -> int:
+    if not text.removeprefix("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    if len(text) > 20 or abs(int(text)) > COUNT_MAX:
+        raise argparse.ArgumentTypeError(f"must be at most {COUNT_MAX}, not {text!r}")
+    return int(text)
+
+
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
-    return int(text)
+    return _whole(text)
 
 
 def _positive(text: str) -> int:
@@ -396,3 +416,7 @@ def _seconds(text: str) -> float:
             f"must be a number of seconds from 0 to 1000000, not {text!r}"
         ) from None
     return value
+
+
+# What mlx-lm's flags take in the place of anything that Python makes one of.
+_STRICT: dict[Any, Any] = {int: _whole, str: path_or_name, None: path_or_name}

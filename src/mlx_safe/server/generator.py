@@ -132,6 +132,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
+            lambda: self.step.begun,
             self.live.doing,
             lambda why: self.recovery.give_up(
                 Unavailable(f"The server restarts: {why}.", restarts=True),
@@ -167,6 +168,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.recovery.end_alone,
             self._disk,
             self._one_rank,
+            self._between_steps,
         )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
@@ -182,6 +184,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             # `_next_request`, or the request's first step, ends it.
             on_load=lambda: self.step.begin("load"),
             on_loaded=prefill.model_loaded,
+            on_call=self.parts.model_called,
             detokenizer=self.parts.own.detokenizer,
             max_kv_size=max_kv_size,
             disk=self._disk,
@@ -428,13 +431,24 @@ class ProtectedResponseGenerator(ResponseGenerator):
         super()._serve_single(request, *args)
 
     def _before_put(self, request: InFlight, item: Any) -> None:
-        self.watchdog.moved()
-        _reports.sample_memory()
+        if not self._one_rank:  # `batches` does not see its steps
+            self.watchdog.moved()
         self.recovery.check_epoch()
         if self._disk is not None:
             self._keep_on_disk(self._disk, request, item)
         if request.run.alone:
+            _reports.sample_memory()
             self._sequential.before_put(request, item)
+
+    def _between_steps(
+        self, request: InFlight, done: int, total: int, by_target: bool
+    ) -> None:
+        """With a draft model, of which mlx-lm puts nothing before the first token."""
+        self.watchdog.moved()
+        _reports.sample_memory()
+        self.recovery.check_epoch()
+        self._sequential.between_steps(request, done, total, by_target)
+        request.read(done, total)
 
     def _keep_on_disk(self, disk: KVTier, request: InFlight, item: Any) -> None:
         if hasattr(item, "token"):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from queue import Queue
+from queue import SimpleQueue
 from typing import Any
 
 from .asked import wants_logprobs
@@ -35,7 +35,7 @@ __all__ = ["InFlight", "request_of"]
 _ATTRIBUTE = "_mlx_safe_request"
 
 # mlx-lm's queue of one request, the request and its arguments.
-Taken = tuple["Queue[Any]", CompletionRequest, GenerationArguments]
+Taken = tuple["SimpleQueue[Any]", CompletionRequest, GenerationArguments]
 
 
 def request_of(work: CompletionRequest) -> InFlight:
@@ -131,6 +131,13 @@ class InFlight(Request):
                 computed may be garbage.
             Disconnected: nobody waits for it any more (sequential path only).
         """
+        if hasattr(item, "token"):  # as most have
+            self._before_put(self, item)
+            is_last = item.finish_reason is not None
+            if self._scheduler.token(self, item.token, is_last):
+                self._place.produced(len(self.produced))
+                self._queue.put(item)
+            return
         if isinstance(item, Exception):
             # mlx-lm has ended the request with it.
             self._on_error(self, item)
@@ -139,17 +146,16 @@ class InFlight(Request):
         if item is None:
             self._scheduler.complete(self)
         elif isinstance(item, tuple):
-            self._place.prefilled(*item)
-            self._scheduler.progress(self, *item)
-            if self.state is not RequestState.HELD:
-                self.send(item)
-        elif hasattr(item, "token"):
-            is_last = item.finish_reason is not None
-            if self._scheduler.token(self, item.token, is_last):
-                self._place.produced(len(self.produced))
-                self.send(item)
+            self.read(*item)
         else:
             self._begin(item)
+
+    def read(self, done: int, total: int) -> None:
+        """So many tokens of what is to be read of the prompt have been read."""
+        self._place.prefilled(done, total)
+        self._scheduler.progress(self, done, total)
+        if self.state is not RequestState.HELD:
+            self.send((done, total))
 
     def _begin(self, context: AnsweredContext) -> None:
         """A handler that is done, or whose client left, stops its context."""

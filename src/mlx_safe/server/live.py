@@ -50,13 +50,19 @@ class Live:
 
     def age(self, request: Request) -> float:
         """Seconds since it came."""
-        came = request.came_at
-        return 0.0 if came is None else max(0.0, self._clock() - came)
+        return self._since(request.came_at)
+
+    def _since(self, moment: float | None) -> float:
+        return 0.0 if moment is None else max(0.0, self._clock() - moment)
 
     def queue(self) -> tuple[int, float]:
-        """(how many wait, seconds that the first of them has waited)."""
+        """(how many wait, seconds that the one has waited that waits longest).
+
+        What was interrupted, or put back to wait for memory, waits since then.
+        """
         waiting = self.waiting()
-        return len(waiting), max(map(self.age, waiting), default=0.0)
+        seconds = [self._since(request.waits_since) for request in waiting]
+        return len(waiting), max(seconds, default=0.0)
 
     def steps(self) -> dict[str, float]:
         """Seconds that the step of each kind has taken so far; 0: it does not run."""

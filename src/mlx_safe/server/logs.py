@@ -12,13 +12,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "set_up"]
+__all__ = [
+    *("FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "set_up"),
+    "take_over",
+]
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 FORMATS = ("text", "json")
@@ -63,6 +67,30 @@ def set_up(level: str, form: str, name: str | None = None) -> None:
     root.setLevel(max(logging.INFO, getattr(logging, level)))
     logging.getLogger("mlx_safe").setLevel(level)
     logging.captureWarnings(True)
+    threading.excepthook = _thread_ended
+
+
+def _thread_ended(args: threading.ExceptHookArgs) -> None:
+    """In the place of Python's own words, which quote the exception's message."""
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        name = None if args.thread is None else args.thread.name
+        logging.getLogger("mlx_safe.server").error(
+            "a thread has ended", exc_info=args.exc_value, extra=fields(thread=name)
+        )
+
+
+def take_over() -> None:
+    """Has the lines of libraries that write to stderr themselves come here, once.
+
+    transformers (4, 5) and huggingface_hub (0.30, 1) make handlers when they are
+    imported, after `set_up`: without time and level, and no JSON.
+    """
+    for logger in logging.Logger.manager.loggerDict.values():
+        for handler in list(getattr(logger, "handlers", ())):
+            if type(handler) is logging.StreamHandler:
+                assert isinstance(logger, logging.Logger)
+                logger.removeHandler(handler)
+                logger.propagate = True
 
 
 def for_mlx_lm() -> SimpleNamespace:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    GetJsonSchemaHandler,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -22,7 +25,13 @@ from pydantic_core import PydanticCustomError
 from . import strict_json
 from .replies import BadRequest
 
-__all__ = ["ROLES", "Fields", "Message", "choice", "readable_arguments", "refused"]
+__all__ = [
+    *("ROLES", "Described", "Fields", "Message", "choice", "readable_arguments"),
+    "refused",
+]
+
+Json = dict[str, Any]
+NULL = {"type": "null"}
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 IMAGE_TYPES = ("image_url", "input_image", "image")
@@ -62,6 +71,22 @@ def choice(expected: str, **kinds: type) -> Discriminator:
     )
 
 
+class Described:
+    """Adds to a type's JSON Schema what a function checks, in that function's stead.
+
+    Args:
+        keywords: of JSON Schema (2020-12).
+    """
+
+    def __init__(self, **keywords: Any) -> None:
+        self._keywords = keywords
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: Any, handler: GetJsonSchemaHandler
+    ) -> Json:
+        return {**handler(core_schema), **self._keywords}
+
+
 class Fields(BaseModel):
     """An object of the request, in which null means absent."""
 
@@ -81,6 +106,31 @@ class Fields(BaseModel):
         """``value`` with what an object of this kind stands for when it is not said."""
         return value
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: Any, handler: GetJsonSchemaHandler
+    ) -> Json:
+        found = handler(core_schema)
+        cls.describe(handler.resolve_ref_schema(found))
+        return found
+
+    @classmethod
+    def describe(cls, schema: Json) -> None:
+        """Puts into ``schema`` what pydantic does not know of: nulls, completions."""
+        completed = set(cls.completed({}))
+        required = [n for n in schema.pop("required", ()) if n not in completed]
+        if required:
+            schema["required"] = required
+        schema.pop("title", None)
+        schema["description"] = schema["description"].replace("``", "`")
+        for name, field in schema.get("properties", {}).items():
+            field.pop("title", None)
+            if field.get("default", ...) is None:
+                del field["default"]
+            if name not in required and NULL not in field.get("anyOf", ()):
+                default = {k: field.pop(k) for k in ("default",) if k in field}
+                schema["properties"][name] = {"anyOf": [field, NULL], **default}
+
 
 # -- contents ----------------------------------------------------------------------
 
@@ -99,14 +149,25 @@ class RefusalPart(Fields):
     refusal: str
 
 
+def _link(value: str) -> str:
+    if not value.startswith(("data:image/", "http://", "https://")):
+        raise refused("must have a data:image/…;base64 or http(s) URL")
+    return value
+
+
+Link = Annotated[
+    str, AfterValidator(_link), Described(pattern="^(data:image/|https?://)")
+]
+
+
 class ImageUrl(Fields):
     """The API's form of an image: ``data:image/…;base64,…`` or http(s)."""
 
-    url: str
+    url: Link
 
 
 Url = Annotated[
-    Annotated[str, Tag("is_text")] | Annotated[ImageUrl, Tag("is_object")],
+    Annotated[Link, Tag("is_text")] | Annotated[ImageUrl, Tag("is_object")],
     choice("a string or an object with a url", is_text=str, is_object=dict),
 ]
 
@@ -120,13 +181,20 @@ class ImagePart(Fields):
 
     @model_validator(mode="after")
     def _has_a_url(self) -> ImagePart:
-        found = self.image if self.image_url is None else self.image_url
-        url = found.url if isinstance(found, ImageUrl) else found
-        if url is None:
+        if self.image_url is None and self.image is None:
             raise refused("has no image_url")
-        if not url.startswith(("data:image/", "http://", "https://")):
-            raise refused("must have a data:image/…;base64 or http(s) URL")
         return self
+
+    @classmethod
+    def describe(cls, schema: Json) -> None:
+        """Adds that there is a URL."""
+        super().describe(schema)
+        schema["anyOf"] = [_has(name) for name in ("image_url", "image")]
+
+
+def _has(name: str) -> Json:
+    """The JSON Schema of an object in which ``name`` is not null."""
+    return {"required": [name], "properties": {name: {"not": NULL}}}
 
 
 def _kind_of_part(value: Any) -> str | None:
@@ -175,11 +243,19 @@ def readable_arguments(value: Any) -> str:
     return strict_json.dumps(found)
 
 
-class Function(Fields):
+# Whatever it is, the template has an object of it.
+Arguments = Annotated[
+    str,
+    BeforeValidator(readable_arguments),
+    WithJsonSchema({"description": "The text of a JSON object, or what was meant so."}),
+]
+
+
+class CalledFunction(Fields):
     """What a call calls; ``arguments`` is the text of a JSON object."""
 
     name: str = Field(min_length=1)
-    arguments: Annotated[str, BeforeValidator(readable_arguments)]
+    arguments: Arguments
 
     @classmethod
     def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +268,7 @@ class ToolCall(Fields):
 
     id: str | None = None
     type: Literal["function"]
-    function: Function
+    function: CalledFunction
 
     @classmethod
     def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +283,8 @@ class Message(Fields):
     content: Content | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
+    # The API's older form of one of them; never set, as `completed` turns it.
+    function_call: CalledFunction | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning: str | None = None
@@ -215,7 +293,7 @@ class Message(Fields):
     @classmethod
     def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
         """In today's words what the API had others for: ``function_call``."""
-        if not value.get("tool_calls", True):
+        if value.get("tool_calls") == []:
             del value["tool_calls"]
         call = value.pop("function_call", None)
         if call is not None and "tool_calls" not in value:
@@ -223,6 +301,15 @@ class Message(Fields):
         if value.get("role") == "function":
             value["role"] = "tool"
         return value
+
+    @classmethod
+    def describe(cls, schema: Json) -> None:
+        """Adds the roles, who may be silent, and the older form of a call."""
+        super().describe(schema)
+        fields = schema["properties"]
+        fields["role"] = {"enum": [*ROLES], "description": "Or a key of role_mapping."}
+        silent = {"enum": [*SILENT_ROLES, "function"]}
+        schema["anyOf"] = [{"properties": {"role": silent}}, _has("content")]
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:

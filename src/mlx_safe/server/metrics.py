@@ -129,7 +129,9 @@ class _Live(Collector):
             f"{name}_requests", "Requests whose prompt is not being read", waiting
         )
         yield GaugeMetricFamily(
-            f"{name}_oldest_seconds", "How long the first of them has waited", oldest
+            f"{name}_oldest_seconds",
+            "How long the one has waited that waits longest",
+            oldest,
         )
         yield GaugeMetricFamily(
             "mlx_safe_requests_held",

@@ -6,7 +6,7 @@ request that it belongs to alone (`own_failures`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,11 @@ from .in_flight import InFlight
 from .logprobs import NOT_READ, top_logprobs
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import BatchGenerator, GenerationResponse
+from .mlx_lm.protocols.models import Model
 from .mlx_lm.protocols.opaque import Array, Json, Processor, Sampler
 from .mlx_lm.protocols.requests import GenerationArguments
 from .mlx_lm.protocols.text import Tokenizer
+from .mlx_lm.speculative import Reading
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .replay import Resumed
@@ -36,6 +38,8 @@ class Parts:
     Args:
         one_rank: with more than one rank a failure is nobody's own: what is mended on
             each of them would differ from then on, such as what they draw.
+        on_read: with a draft model, called between two steps of a prompt, as
+            `Reading` calls its own.
     """
 
     def __init__(
@@ -47,7 +51,10 @@ class Parts:
         end_alone: Callable[[Any, Exception], None],
         disk: KVTier | None,
         one_rank: bool,
+        on_read: Callable[[InFlight, int, int, bool], None],
     ) -> None:
+        self._on_read = on_read
+        self._reading: Reading | None = None
         self._scheduler = scheduler
         self._headroom = headroom
         self._prefill = prefill
@@ -116,11 +123,24 @@ class Parts:
         """Stands in for ``mlx_lm.server._format_top_logprobs``."""
         return self.own.top_logprobs(lambda: top_logprobs(logprobs, top_n, tokenizer))
 
+    def model_called(self, tokens: int) -> None:
+        """A model that has a draft, or the draft, is called with so many tokens."""
+        if self._reading is not None:
+            self._reading.calls(tokens)
+
     def stream_alone(
-        self, made: Iterator[GenerationResponse]
+        self,
+        made: Iterator[GenerationResponse],
+        *,
+        prompt: Sequence[int],
+        draft_model: Model | None = None,
+        **more: object,
     ) -> Iterator[GenerationResponse]:
         """Stands in for ``mlx_lm.server.stream_generate``, which gave ``made``."""
         current = self._scheduler.current
+        self._reading = None
+        if draft_model is not None and current is not None:
+            self._reading = Reading(len(prompt), partial(self._on_read, current))
         if current is None or current.wants_logprobs:
             return made
         return map(_without_logprobs, made)

@@ -89,12 +89,18 @@ class PrefillStep:
         self._token_s = None
         self.limit("time", None)
 
-    def took(self, tokens: int, seconds: float) -> None:
-        """A step has read so many tokens, all rows together."""
+    def took(self, tokens: int, seconds: float, at_least: bool = False) -> None:
+        """A step has read so many tokens, all rows together.
+
+        Args:
+            at_least: it was the draft model's, and the target's take longer.
+        """
         # One that was short says more of what a step takes than of its tokens.
         is_telling = 2 * tokens >= min(self.size, PROBE) or seconds > self.aim_s
         if tokens > 0 and is_telling:
-            self._token_s = seconds / tokens
+            known = self._token_s or 0.0
+            token_s = seconds / tokens
+            self._token_s = max(token_s, known) if at_least else token_s
 
     def fit(self, rows: int = 1, *, probe: bool = False) -> int:
         """Sizes the next steps, of ``rows`` prompts together; returns the size.

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .. import _core, _faults, _reports, errors
 from .._exceptions import clear_frames
-from .._failures import fault_behind, is_out_of_memory, what_it_means
+from .._failures import Failure, fault_behind, is_out_of_memory, what_it_means
 from .._thread_state import ThreadState, seed_anew
 from .backoff import REFUSE_FOR_S, Backoff
 from .exchange import ids
@@ -101,7 +101,8 @@ class Recovery:
 
     def check_epoch(self) -> None:
         """Raises the error of the faults that have not been dealt with, if any."""
-        _faults.check(self._clean_epoch)
+        if _core.epoch() != self._clean_epoch:
+            _faults.check(self._clean_epoch)
 
     def recover(self, exc: Exception) -> None:
         """Answers everyone in flight and makes the thread fit for the next."""
@@ -118,8 +119,14 @@ class Recovery:
         if not self._one_rank:
             self._give_up_among_ranks(fault, exc)
             return
-        ending = self._scheduler.failure(what_it_means(fault, exc))
-        replayed = self._scheduler.requests(RequestState.REPLAY)
+        # What an earlier failure interrupted, and still waits: it has no part in this.
+        waited = self._scheduler.requests(RequestState.REPLAY)
+        ending = self._scheduler.failure(self._what_it_means(fault, exc))
+        replayed = [
+            request
+            for request in self._scheduler.requests(RequestState.REPLAY)
+            if request not in waited
+        ]
         again = len(replayed)
         self._log_failure(exc, fault, replayed, ending)
         breadcrumb(
@@ -147,6 +154,18 @@ class Recovery:
         finally:
             for request in ending:
                 request.fail(error)
+
+    def _what_it_means(self, fault: errors.GPUError | None, exc: Exception) -> Failure:
+        what = what_it_means(fault, exc)
+        disk = self._prompt_cache.disk
+        if what is Failure.UNKNOWN and disk is not None and disk.has_restored:
+            # It may be the files, which go now (`KVTier.fail`).
+            log.warning(
+                "prompts that came from --kv-dir are read again, after a failure: %s",
+                of_exception(exc),
+            )
+            return Failure.PASSING
+        return what
 
     def _give_up_among_ranks(
         self, fault: errors.GPUError | None, exc: Exception

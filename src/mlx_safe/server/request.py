@@ -142,6 +142,7 @@ class Request:
         step_max: its prompt is read in steps of at most so many tokens; None: as
             may be.
         came_at, first_token_at, ended_at: monotonic seconds; None: not yet.
+        waits_since: since when it has been in one of `BEFORE_PREFILL`, or was last.
         id, path: what its client knows it by.
         prompt_tokens: of its prompt, and cached_tokens: those of them that were in
             the prompt cache when it was begun first; None: not known yet.
@@ -160,6 +161,7 @@ class Request:
         self.attempts = 0
         self.times_replayed = 0
         self.came_at: float | None = None
+        self.waits_since: float | None = None
         self.first_token_at: float | None = None
         self.ended_at: float | None = None
         self.prompt_read = (0, 0)

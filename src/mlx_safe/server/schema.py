@@ -9,7 +9,7 @@ on in the midst of its work. Any thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from . import strict_json
-from .messages import ROLES, Fields, Message, choice, refused
+from .messages import ROLES, Described, Fields, Json, Message, choice, refused
 from .replies import BadRequest
 
 __all__ = ["PATHS", "TOP_LOGPROBS_MAX", "read", "settled", "takes_images"]
@@ -46,18 +46,36 @@ TOP_P_MIN = 0.001
 XTC_THRESHOLD_MAX = 0.5
 DRAFTS_MAX = 64
 
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 1.0 is an integer (JSON Schema 2020-12, 6.1.1)."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+WHOLE = BeforeValidator(_whole)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Count = Annotated[int, Field(ge=0, le=INT64)]
+Count = Annotated[int, Field(ge=0, le=INT64), WHOLE]
+
+
+# No control characters (of Unicode's blocks C0 and C1).
+NAME = "^[^\\u0000-\\u001f\\u007f-\\u009f]*$"
 
 
 def _name(value: str) -> str:
-    if not value.isprintable():
+    if not re.fullmatch(NAME[1:-1], value):
         raise refused("has characters that are in no name")
     return value
 
 
-Name = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_name)]
+Name = Annotated[
+    str,
+    Field(min_length=1, max_length=1024),
+    AfterValidator(_name),
+    Described(pattern=NAME),
+]
 
 
 def _penalty_factor(value: float) -> float:
@@ -66,23 +84,44 @@ def _penalty_factor(value: float) -> float:
     return value
 
 
-def _stops(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
+PenaltyFactor = Annotated[
+    float,
+    AfterValidator(_penalty_factor),
+    Described(anyOf=[{"const": 0}, {"minimum": 0.01, "maximum": 100}]),
+]
 Word = Annotated[str, Field(min_length=1, max_length=4096)]
-Stop = Annotated[list[Word], Field(max_length=STOPS_MAX), BeforeValidator(_stops)]
+Words = Annotated[list[Word], Field(max_length=STOPS_MAX)]
+Stop = Annotated[
+    Annotated[Word, Tag("is_word")] | Annotated[Words, Tag("is_words")],
+    choice("a string or an array of strings", is_word=str, is_words=list),
+    AfterValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 
 
 def _bias(value: dict[str, float]) -> dict[str, float]:
     for token, bias in value.items():
-        # Python's int() takes more: signs, spaces, underscores, other digits.
-        is_id = token.isascii() and token.isdecimal() and token == str(int(token[:20]))
-        if not is_id or int(token) >= 2**31:
+        if not re.fullmatch(TOKEN_ID[1:-1], token):
             raise refused("must have token ids as its keys")
-        if not -100 <= bias <= 100:
-            raise refused("must have values from -100 to 100")
+        if not -BIAS_MAX <= bias <= BIAS_MAX:
+            raise refused(f"must have values from -{BIAS_MAX} to {BIAS_MAX}")
     return value
+
+
+# Python's int() takes more: signs, spaces, underscores, other digits.
+TOKEN_ID = "^(0|[1-9][0-9]{0,8})$"
+BIAS_MAX = 100
+Bias = Annotated[
+    dict[str, float],
+    AfterValidator(_bias),
+    Described(
+        propertyNames={"pattern": TOKEN_ID},
+        additionalProperties={
+            "type": "number",
+            "minimum": -BIAS_MAX,
+            "maximum": BIAS_MAX,
+        },
+    ),
+]
 
 
 class StreamOptions(Fields):
@@ -100,25 +139,25 @@ class Request(Fields):
     num_draft_tokens: Count | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES_MAX)] = 1
-    max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES_MAX), WHOLE] = 1
+    max_tokens: Annotated[int, Field(ge=1, le=INT64), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64), WHOLE] | None = None
     stop: Stop | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Probability | None = None
     min_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT64), WHOLE] | None = None
     xtc_probability: Probability | None = None
     xtc_threshold: Probability | None = None
-    repetition_penalty: Annotated[float, AfterValidator(_penalty_factor)] | None = None
+    repetition_penalty: PenaltyFactor | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_context_size: Count | None = None
     presence_context_size: Count | None = None
     frequency_context_size: Count | None = None
-    logit_bias: Annotated[dict[str, float], AfterValidator(_bias)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
+    logit_bias: Bias | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX), WHOLE] | None = None
     # Of the API, without a meaning here: they change no answer.
     user: str | None = None
     store: bool | None = None
@@ -134,9 +173,16 @@ class Request(Fields):
         """Refuses what would give another answer than the one that was asked for."""
         for name, neutral in NOT_SUPPORTED.items():
             value = (self.__pydantic_extra__ or {}).get(name)
-            if value is not None and not neutral(value):
+            if value is not None and not _is(value, neutral):
                 raise refused("is not supported here", name)
         return self
+
+    @classmethod
+    def describe(cls, schema: Json) -> None:
+        """Adds what is `NOT_SUPPORTED`."""
+        super().describe(schema)
+        for name, neutral in NOT_SUPPORTED.items():
+            schema["properties"].setdefault(name, {"enum": [*neutral, None]})
 
 
 WITHOUT_MEANING = (
@@ -146,29 +192,25 @@ WITHOUT_MEANING = (
 )
 
 
-def _never(value: Any) -> bool:
-    return False
-
-
-def _is(*neutral: Any) -> Callable[[Any], bool]:
-    """Whether a value is one of these, type and all."""
-    return lambda value: any(type(value) is type(n) and value == n for n in neutral)
+def _is(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether ``value`` is one of ``neutral``, type and all."""
+    return any(type(value) is type(n) and value == n for n in neutral)
 
 
 # What other servers take and would change the answer, with the values that would
 # not. What is in neither this table nor a schema is accepted and has no effect.
-NOT_SUPPORTED: dict[str, Callable[[Any], bool]] = {
+NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     # The OpenAI API.
-    "response_format": _is({"type": "text"}),
-    "modalities": _is(["text"]),
-    "audio": _never,
-    "web_search_options": _never,
-    "functions": _is([]),
-    "function_call": _is("auto", "none"),
-    "verbosity": _is("medium"),
-    "best_of": _is(1),
-    "echo": _is(False),
-    "suffix": _is(""),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "functions": ([],),
+    "function_call": ("auto", "none"),
+    "verbosity": ("medium",),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
     # vLLM, llama.cpp and others.
     **dict.fromkeys(
         (
@@ -178,22 +220,22 @@ NOT_SUPPORTED: dict[str, Callable[[Any], bool]] = {
             *("truncate_prompt_tokens", "enable_thinking", "thinking_budget"),
             *("repeat_penalty", "repeat_last_n", "samplers"),
         ),
-        _never,
+        (),
     ),
-    "stop_token_ids": _is([]),
-    "bad_words": _is([]),
-    "use_beam_search": _is(False),
-    "ignore_eos": _is(False),
-    "continue_final_message": _is(False),
-    "add_generation_prompt": _is(True),
-    "min_tokens": _is(0),
-    "length_penalty": _is(1, 1.0),
-    "typical_p": _is(1, 1.0),
-    "tfs_z": _is(1, 1.0),
-    "top_a": _is(0, 0.0),
-    "mirostat": _is(0),
-    "dry_multiplier": _is(0, 0.0),
-    "dynatemp_range": _is(0, 0.0),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "ignore_eos": (False,),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "min_tokens": (0,),
+    "length_penalty": (1, 1.0),
+    "typical_p": (1, 1.0),
+    "tfs_z": (1, 1.0),
+    "top_a": (0, 0.0),
+    "mirostat": (0,),
+    "dry_multiplier": (0, 0.0),
+    "dynatemp_range": (0, 0.0),
 }
 
 
@@ -249,24 +291,32 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+TemplateArguments = Annotated[
+    dict[str, Any],
+    AfterValidator(_template_arguments),
+    Described(
+        properties={
+            **dict.fromkeys(RESERVED, False),
+            "documents": {"type": ["array", "null"], "items": {"type": "object"}},
+        }
+    ),
+]
+
+
 class ChatRequest(Request):
     """The body of ``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     role_mapping: dict[str, str] | None = None
-    chat_template_kwargs: (
-        Annotated[dict[str, Any], AfterValidator(_template_arguments)] | None
-    ) = None
+    chat_template_kwargs: TemplateArguments | None = None
     reasoning_effort: Annotated[str, Field(min_length=1, max_length=32)] | None = None
     logprobs: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
-        if self.tool_choice not in (None, "auto", "none"):
-            raise refused('must be "auto" or "none" here', "tool_choice")
         if self.tools and self.parallel_tool_calls is False:
             raise refused("cannot be false: it is not supported", "parallel_tool_calls")
         roles = (*ROLES, *(self.role_mapping or {}))
@@ -276,27 +326,38 @@ class ChatRequest(Request):
                 raise refused(f"must be one of {names}", f"messages[{i}].role")
         return self
 
+    @classmethod
+    def describe(cls, schema: Json) -> None:
+        """Adds that calls cannot be kept from coming together."""
+        super().describe(schema)
+        some = {"type": "array", "minItems": 1}
+        together = {"tools": some, "parallel_tool_calls": {"const": False}}
+        schema["not"] = {"required": [*together], "properties": together}
+
 
 # -- texts -----------------------------------------------------------------------
 
 
-def _one_prompt(value: Any) -> Any:
-    """A list of one text is that text; mlx-lm's server answers one prompt."""
-    if isinstance(value, list):
-        value = value[0] if len(value) == 1 else None
-    if not isinstance(value, str):
-        raise refused("must be one string")
-    return value
+# mlx-lm's server answers one prompt.
+Prompt = Annotated[
+    Annotated[str, Tag("is_text")]
+    | Annotated[
+        Annotated[list[str], Field(min_length=1, max_length=1)], Tag("is_texts")
+    ],
+    choice("one string", is_text=str, is_texts=list),
+    AfterValidator(lambda value: value if isinstance(value, str) else value[0]),
+]
 
 
 class TextRequest(Request):
     """The body of ``/v1/completions``."""
 
-    prompt: Annotated[str, BeforeValidator(_one_prompt)]
+    prompt: Prompt
     logprobs: Annotated[
         Annotated[bool, Tag("is_bool")]
         | Annotated[int, Tag("is_int"), Field(ge=0, le=TOP_LOGPROBS_MAX)],
         choice("true, false or a number of tokens", is_bool=bool, is_int=int),
+        WHOLE,
     ] = False
 
 
@@ -337,20 +398,18 @@ def read(
     found = request.model_dump(
         exclude_unset=True, exclude={*extra, *WITHOUT_MEANING}, warnings=False
     )
-    _add_effort(found, getattr(request, "reasoning_effort", None))
-    _settle(found)
     if found.get("xtc_probability") and not takes_xtc:
         raise BadRequest(
             "xtc_probability needs mlx-lm 0.32 or later on this server.",
             "xtc_probability",
         )
+    _add_effort(found, getattr(request, "reasoning_effort", None))
+    _settle(found)
     return found
 
 
 class _Defaults(Request):
-    chat_template_kwargs: (
-        Annotated[dict[str, Any], AfterValidator(_template_arguments)] | None
-    ) = None
+    chat_template_kwargs: TemplateArguments | None = None
 
 
 def settled(defaults: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,26 @@ class Sequential:
         reads = isinstance(item, tuple) and item[0] < item[1]
         self._step.begin("prefill" if reads else "decode")
 
-    def _is_slow(self, request: InFlight, done: int, total: int) -> bool:
+    def between_steps(
+        self, request: InFlight, done: int, total: int, by_target: bool
+    ) -> None:
+        """With a draft model: the same, of a prompt that both read.
+
+        Memory is not looked at: what it learns is of one model's caches.
+
+        Raises:
+            Disconnected, Held: as `before_put`.
+        """
+        if self._has_left(request, ()):
+            raise Disconnected("the client left during the step")
+        if self._is_slow(request, done, total, by_target):
+            self._scheduler.read_slowly(request)
+            raise Held
+        self._step.begin("prefill" if done < total else "decode")
+
+    def _is_slow(
+        self, request: InFlight, done: int, total: int, by_target: bool = True
+    ) -> bool:
         """Whether the rest of its prompt is to be read in smaller steps.
 
         What has been read is read again then, so it must be worth it. It happens once
@@ -82,7 +101,7 @@ class Sequential:
         tokens = done - request.prompt_read[0]
         if running is None or tokens <= 0 or self._share:
             return False
-        self._prefill.took(tokens, running[1])
+        self._prefill.took(tokens, running[1], at_least=not by_target)
         size = self._prefill.fit()
         # Once more only where it is far too long: a busy machine is no slow model.
         most = self._prefill.aim_s * (1 if request.step_max is None else 4)

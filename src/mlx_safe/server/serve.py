@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, _reports, errors, install, on_fault, require
+from .. import Fault, _reports, errors, install, on_fault, require, status
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
@@ -96,12 +96,15 @@ def serve(arguments: Sequence[str]) -> int:
             print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
             return EXIT_REPLACE
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
+    logs.take_over()
     mlx_lm = parser_of(server)
     requirements.check_parser(mlx_lm)
     parser = whole_parser(mlx_lm)
     settings = resolve(parser, arguments, os.environ)
     options = settings.values
     check_flags(options, options)
+    for name in settings.unknown:
+        log.warning("%s in the environment is no flag's", name)
     if options.print_config:
         print(printed(parser, settings), end="")
         return 0
@@ -111,8 +114,6 @@ def serve(arguments: Sequence[str]) -> int:
     theirs = {a.dest: getattr(options, a.dest) for a in mlx_lm._actions}
 
     def run_here(host: str, port: int, model_provider: ModelProvider) -> None:
-        for name in settings.unknown:
-            log.warning("%s in the environment is no flag's", name)
         run(
             *(server, host, port, model_provider, options, home),
             may_ask=access.Access(keys, options.status_page),
@@ -205,6 +206,7 @@ def run(
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
     _check_hooks(options.require_hooks)
+    _check_reports()
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
@@ -277,6 +279,13 @@ def _check_hooks(required: bool) -> None:
         if required:
             raise CommandError(f"--require-hooks: {e}") from e
         log.warning("Metal is not hooked, and a fault may end the process: %s", e)
+
+
+def _check_reports() -> None:
+    found = status()
+    if found.report_dir is None:
+        why = "; ".join(r for r in found.reasons if "crash reports" in r)
+        log.warning("what ends this server will not be known: %s", why)
 
 
 def _open_disk(options: argparse.Namespace) -> Directory | None:

@@ -19,6 +19,7 @@ from .mlx_lm.protocols.requests import (
     GenerationArguments,
     ModelDescription,
 )
+from .mlx_lm.speculative import told
 from .model_demand import NoRoom
 from .model_limits import ModelLimits
 from .model_names import DEFAULT, ModelNames
@@ -43,6 +44,7 @@ class ServedModel:
     Args:
         is_first: whether it is the model that the server was started with.
         on_load, on_loaded: called before another is loaded, and afterwards.
+        on_call: called when a model with a draft, or the draft, is called.
         detokenizer: returns the detokenizer that is used in the place of mlx-lm's.
 
     Attributes:
@@ -60,6 +62,7 @@ class ServedModel:
         is_first: Callable[[], bool],
         on_load: Callable[[], None],
         on_loaded: Callable[[], None],
+        on_call: Callable[[int], None],
         detokenizer: Callable[[Any], Any],
         max_kv_size: int | None,
         disk: KVTier | None = None,
@@ -72,6 +75,7 @@ class ServedModel:
         self._resumed = resumed
         self._is_first = is_first
         self._on_load, self._on_loaded = on_load, on_loaded
+        self._on_call = on_call
         self._detokenizer = detokenizer
         self._max_kv_size = max_kv_size
         self._disk = disk
@@ -121,8 +125,11 @@ class ServedModel:
         ceiling = self._headroom.limits.static
         self._on_load()
         facts = replace_model(self._provider, named, lambda: ceiling().size)
-        model = self._provider.model
+        model, draft = self._provider.model, self._provider.draft_model
         assert model is not None
+        if draft is not None:
+            told(model, self._on_call)
+            told(draft, self._on_call)
         limits = ModelLimits.of(model, self._provider.tokenizer, facts)
         self._overflow.compare(limits.context)
         self.loaded = (self.key, limits)

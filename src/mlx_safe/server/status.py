@@ -97,7 +97,7 @@ class Status:
         self._failures: dict[str, int] = {}
         self._reports: list[dict[str, Any]] = []
         self._reports_due = 0.0
-        self._headlines: dict[str, str] = {}
+        self._told: dict[str, dict[str, str]] = {}
         self._mark(self._started, "start", 1, "the server was started")
 
     # -- the thread of the samples ---------------------------------------------------
@@ -153,15 +153,11 @@ class Status:
             newest = store.entries(directory)[-REPORTS_MAX:]
         except OSError:
             return []
-        self._headlines = {e.id: self._headline(e.id, e.path) for e in newest}
+        self._told = {e.id: self._told.get(e.id) or _told(e.path) for e in newest}
         return [
-            {"id": e.id, "time": e.seconds, "headline": self._headlines[e.id]}
+            {"id": e.id, "time": e.seconds, **self._told[e.id]}
             for e in reversed(newest)
         ]
-
-    def _headline(self, name: str, path: Path) -> str:
-        known = self._headlines.get(name)
-        return words.headline(reader.read(path)) if known is None else known
 
     # -- any thread --------------------------------------------------------------------
 
@@ -242,6 +238,12 @@ class Status:
             **{n: cache.get(n, 0) for n in ("evictions", "hits", "misses")},
         }
         return {name: int(value) for name, value in found.items()}
+
+
+def _told(path: Path) -> dict[str, str]:
+    """What a crash report says, and of whom: several servers may have one directory."""
+    report = reader.read(path)
+    return {"headline": words.headline(report), "server": words.server_of(report)}
 
 
 def disk_of(tier: Any) -> dict[str, Any] | None:

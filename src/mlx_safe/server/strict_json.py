@@ -20,7 +20,8 @@ __all__ = ["check_value", "dumps", "loads", "name_of", "parse", "wrong"]
 DEPTH_MAX = 64
 # Values in one body, keys not counted. Each takes up to 250 bytes when parsed.
 VALUES_MAX = 100_000
-# Neither a float nor MLX takes more. The seed alone goes to 2**64 - 1.
+# Larger ones are read as floats, as most parsers of JSON do; of more digits Python's
+# own int() takes too long, and beyond a float's range there is no number.
 INT_MAX = 2**64
 DIGITS_MAX = 20
 
@@ -61,8 +62,9 @@ def dumps(value: Any) -> str:
 
 
 def _int(digits: str) -> int | float:
-    # Python itself refuses thousands of digits; `check_value` knows the place.
-    return int(digits) if len(digits) <= DIGITS_MAX + 1 else math.inf
+    if len(digits) <= DIGITS_MAX + 1 and abs(found := int(digits)) < INT_MAX:
+        return found
+    return float(digits)  # infinity, whose place `check_value` knows
 
 
 def _too_deep(param: str | None = None) -> BadRequest:
@@ -110,9 +112,9 @@ def check_value(value: Any) -> None:
         elif isinstance(found, bool) or found is None:
             continue
         elif isinstance(found, int | float):
-            # Also the floats that Python makes of 1e999.
-            if not -INT_MAX < found < INT_MAX and _is_no_number(found):
-                raise _refusal(place, "must be a finite number that 64 bits can hold")
+            # The floats that Python makes of 1e999.
+            if not math.isfinite(found):
+                raise _refusal(place, "must be a number in the range of a double")
         elif level >= DEPTH_MAX:
             raise _too_deep(name_of(_path(place)[:1]))
         elif isinstance(found, dict):
@@ -122,10 +124,6 @@ def check_value(value: Any) -> None:
         else:
             for i, inner in enumerate(found):
                 pending.append((inner, level + 1, (place, i)))
-
-
-def _is_no_number(large: int | float) -> bool:
-    return isinstance(large, int) or not math.isfinite(large)
 
 
 def _check_text(text: str, place: Any) -> None:

@@ -41,7 +41,8 @@ class Layout:
 
     Attributes:
         make: makes them, empty.
-        has_blocks: some only grow. has_states: some are kept whole, at boundaries.
+        has_blocks: some only grow. has_states: some are kept whole, at boundaries, or
+            are of use from there only. moves: some change with each step.
 
     Raises:
         NotKept: one of them cannot be.
@@ -63,7 +64,8 @@ class Layout:
         self._states = [p for p in self.parts if isinstance(p, State)]
         self._forms = [f for part in self._slots for f in part.forms]
         self.has_blocks = bool(self._slots)
-        self.has_states = bool(self._states) or whole
+        self.moves = bool(self._states)
+        self.has_states = self.moves or whole
 
     @property
     def facts(self) -> list[Any]:

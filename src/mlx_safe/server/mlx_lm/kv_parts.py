@@ -94,11 +94,13 @@ class View:
 
     row: which of mlx-lm's batch; None: they are of one text. Between two steps a
     batch has its rows aligned at their ends, with padding before them.
+    ahead: a later step has begun: windows and states are those of more tokens.
     """
 
     caches: Sequence[Any]
     done: int
     row: int | None = None
+    ahead: bool = False
 
 
 class Slots:

@@ -7,28 +7,31 @@ be read by any.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
 
 from ... import _core
 from ...kv.directory import Directory
-from ...kv.format import BLOCK_TOKENS, HEADER_MAX, Node, chain
+from ...kv.format import BLOCK_TOKENS, Node
 from ...kv.identity import Identity, describe_model
-from ...kv.store import Draft, Found, Limits, Store, are_tokens
+from ...kv.store import Found, Limits, Store, are_tokens
 from ...kv.writer import Writer
 from ...memory.sizes import format_size
 from ..recorder import breadcrumb
-from . import compat
+from ..replies import is_of_all
+from . import compat, kv_parts
 from .hub import cached_model
-from .kv_layout import Layout, Unfit, to_bytes
-from .kv_parts import NotKept, View, leaves
+from .kv_capture import Capture, End, Kept, Reading
+from .kv_layout import Layout, Unfit
+from .kv_parts import NotKept, View
 
 __all__ = ["KVTier"]
 
@@ -41,6 +44,29 @@ CLOSE_S = 2.0
 TRY_AGAIN_AFTER = 16
 # What is damaged goes, and what is left may serve: looked at so often.
 LOADS_MAX = 4
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _spared(
+    call: Callable[Concatenate[KVTier, P], T],
+) -> Callable[Concatenate[KVTier, P], T | None]:
+    """``call``, which harms no request: what fails in it turns the tier off.
+
+    But a fault of the GPU, or the want of memory, is no failure of the tier's.
+    """
+
+    @functools.wraps(call)
+    def spared(self: KVTier, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return call(self, *args, **kwargs)
+        except Exception as e:
+            if is_of_all(e):
+                raise
+            self._has_failed(e)
+            return None
+
+    return spared
 
 
 class _Rate:
@@ -64,32 +90,6 @@ class _Restored:
     mark: str | None
 
 
-@dataclass(eq=False)
-class _Reading:
-    """How far a request's prompt has been read.
-
-    passing: a snapshot in the midst of it, in whose place the next one comes.
-    begun: tokens that its run did not have to read. tokens, caches: on the sequential
-    path.
-    """
-
-    request: Any
-    done: int = 0
-    since: float = 0.0
-    passing: Node | None = None
-    begun: int = 0
-    tokens: Sequence[int] = ()
-    caches: list[Any] | None = None
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Caches that are kept, and under which identity."""
-
-    layout: Layout
-    identity: str
-
-
 class KVTier:
     """The tier of one server.
 
@@ -105,11 +105,12 @@ class KVTier:
     def __init__(self, directory: Directory, limits: Limits) -> None:
         self.store = Store(directory, limits)
         self.writer = Writer(self.store)
+        self._capture = Capture(self.store, self.writer)
         self.current: Callable[[], Any] = lambda: None
         self._key: Any = None
-        self._kept: list[_Kept] = []
+        self._kept: list[Kept] = []
         self._restored: list[_Restored] = []
-        self._readings: dict[int, _Reading] = {}
+        self._readings: dict[int, Reading] = {}
         self._read_rate, self._restore_rate = _Rate(), _Rate()
         self._not_tried = 0
         self.store.open()
@@ -134,6 +135,7 @@ class KVTier:
             log.warning("KV caches of this model stay in memory: %s", why)
             return
         layout = self._kept[0].layout
+        self._capture.begin(self._kept)
         log.info(
             "KV caches are kept in %s, %s; the files hold what was said",
             self.store.path,
@@ -144,7 +146,7 @@ class KVTier:
             ),
         )
 
-    def _keep(self, provider: Any, quantized: bool) -> _Kept:
+    def _keep(self, provider: Any, quantized: bool) -> Kept:
         target, draft = provider.model, provider.draft_model
 
         def make() -> list[Any]:
@@ -173,11 +175,12 @@ class KVTier:
                 "mlx-lm": version("mlx-lm"),
                 "device": str(mx.default_device()),
                 "caches": layout.facts,
+                "quantization": compat.kv_quantization(provider.cli_args),
                 "name": Path(str(provider.model_key[0])).name,
             }
         )
         self.store.describe(identity.digest, identity.text)
-        return _Kept(layout, identity.digest)
+        return Kept(layout, identity.digest)
 
     def _is_on(self, model: Any, tokens: Sequence[Any]) -> bool:
         on = bool(self._kept) and self.store.off is None
@@ -198,8 +201,23 @@ class KVTier:
             **{name: events[name] for name in (*names, "damaged", "suspects")},
         }
 
+    def _has_failed(self, exc: Exception) -> None:
+        why = f"it failed ({type(exc).__name__}); prompts are read"
+        self.store.turn_off(why, exc)
+        # They may be the cause.
+        for restored in self._restored:
+            if restored.mark is not None:
+                self.store.drop(restored.nodes)
+                self._lift(restored)
+
     # -- restoring -------------------------------------------------------------------
 
+    @property
+    def has_restored(self) -> bool:
+        """A request in flight began from files."""
+        return any(not _has_ended(r.request) for r in self._restored)
+
+    @_spared
     def restore(
         self, model: Any, tokens: list[int], have: int
     ) -> tuple[list[Any], list[int]] | None:
@@ -233,7 +251,7 @@ class KVTier:
         return None
 
     def _load_marked(
-        self, kept: _Kept, found: Found, tokens: list[int]
+        self, kept: Kept, found: Found, tokens: list[int]
     ) -> tuple[list[Any] | None, int]:
         mark = self.store.begin_restore(found.nodes)
         if mark is None:
@@ -248,10 +266,10 @@ class KVTier:
             return None, 0
         return caches, end
 
-    def _best(self, tokens: list[int]) -> tuple[_Kept, Found] | None:
+    def _best(self, tokens: list[int]) -> tuple[Kept, Found] | None:
         """What saves most of what is on disk, or will be in a moment."""
 
-        def look() -> list[tuple[_Kept, Found]]:
+        def look() -> list[tuple[Kept, Found]]:
             most = len(tokens) - 1  # the last is always read
             found = [(k, self._find(k, tokens, most)) for k in self._kept]
             return [(k, f) for k, f in found if f is not None]
@@ -263,7 +281,7 @@ class KVTier:
             found = look()
         return max(found, key=lambda pair: pair[1].end, default=None)
 
-    def _find(self, kept: _Kept, tokens: Sequence[int], most: int) -> Found | None:
+    def _find(self, kept: Kept, tokens: Sequence[int], most: int) -> Found | None:
         return self.store.find(
             kept.identity,
             tokens,
@@ -284,7 +302,7 @@ class KVTier:
         return self._not_tried % TRY_AGAIN_AFTER == 0
 
     def _load(
-        self, kept: _Kept, nodes: Sequence[Node], tokens: list[int]
+        self, kept: Kept, nodes: Sequence[Node], tokens: list[int]
     ) -> tuple[list[Any] | None, int]:
         """Caches of those of ``nodes`` that are sound, from the first on."""
         layout, states, end = kept.layout, None, 0
@@ -309,22 +327,48 @@ class KVTier:
             return None, 0
         return layout.caches(slots, states or [], end), end
 
+    @_spared
     def first_token(self, request: Any) -> None:
-        """``request`` has a token: what it began from has killed nobody."""
+        """``request`` has a token: what it began from has killed nobody.
+
+        Called with each of its tokens.
+        """
+        self._readings.pop(id(request), None)
         for restored in self._restored:
-            if restored.request is request and restored.mark is not None:
-                self.store.end_restore(restored.mark)
-                restored.mark = None
+            if restored.request is request:
+                self._lift(restored)
+
+    def _lift(self, restored: _Restored) -> None:
+        if restored.mark is not None:
+            self.store.end_restore(restored.mark)
+            restored.mark = None
 
     # -- capturing -------------------------------------------------------------------
 
-    def capture(self, model: Any, tokens: list[int], caches: list[Any]) -> None:
-        """Has of a complete entry written what is not on disk."""
-        if self._is_on(model, tokens):
-            offsets = [getattr(c, "offset", len(tokens)) for c in leaves(caches)]
-            done = min([len(tokens), *offsets])
-            self._capture(tokens[:done], View(caches, done), None, is_boundary=True)
+    @_spared
+    def capture(
+        self,
+        model: Any,
+        tokens: list[int],
+        caches: list[Any],
+        *,
+        leaves: bool = False,
+    ) -> None:
+        """Has of a complete entry written what is not on disk.
 
+        Args:
+            leaves: memory has it no more.
+        """
+        if self._is_on(model, tokens):
+            offsets = [
+                getattr(c, "offset", len(tokens)) for c in kv_parts.leaves(caches)
+            ]
+            done = min([len(tokens), *offsets])
+            view = View(caches, done, ahead=max([done, *offsets]) > done)
+            end = End.LEAVES if leaves else End.OF_PART
+            self._take(tokens[:done], view, None, is_boundary=True, end=end)
+
+    @_spared
     def checkpoint(
         self, batch: Any, uid: Any, request: Any, *, is_boundary: bool
     ) -> None:
@@ -340,7 +384,13 @@ class KVTier:
         done = len(batch._prompt_batch.tokens[row])
         reading = self._progress(request, done)
         view = View(batch._prompt_batch.prompt_cache, done, row)
-        self._capture(key[1][:done], view, reading, is_boundary)
+        self._take(
+            key[1][:done],
+            view,
+            reading,
+            is_boundary=is_boundary,
+            end=End.OF_PART if is_boundary else End.NONE,
+        )
 
     def follow(self, model: Any, tokens: list[int], caches: Any, begun: int) -> Any:
         """Watches the caches that the sequential path begins with, and makes them.
@@ -348,6 +398,10 @@ class KVTier:
         Args:
             begun: how many of ``tokens`` they have.
         """
+        return self._follow(model, tokens, caches, begun) or caches
+
+    @_spared
+    def _follow(self, model: Any, tokens: list[int], caches: Any, begun: int) -> Any:
         request = self.current()
         if request is None or not request.run.alone or not self._is_on(model, tokens):
             return caches
@@ -356,172 +410,90 @@ class KVTier:
         reading.caches = caches or self._kept[0].layout.make()
         return reading.caches
 
+    @_spared
     def checkpoint_alone(self, request: Any, read: int) -> None:
         """The sequential path has read ``read`` tokens of its prompt."""
         reading = self._readings.get(id(request))
         if reading is None or reading.caches is None:
             return
-        offsets = [getattr(c, "offset", None) for c in leaves(reading.caches)]
-        done = min([reading.begun + read, *(n for n in offsets if n is not None)])
         if not self._is_on(self._key, reading.tokens):
             return
+        total = len(reading.tokens)
+        parts = kv_parts.leaves(reading.caches)
+        offsets = [getattr(c, "offset", None) for c in parts]
+        done = min([reading.begun + read, *(n for n in offsets if n is not None)])
+        # mlx-lm (0.31, 0.32) tells that it has read the last token when the step of the
+        # next has begun.
+        view = View(reading.caches, done, ahead=reading.begun + read >= total)
         self._progress(request, done)
         # No boundaries are known here; at the end another turn may differ in the last
         # tokens, so the one before that stays.
-        if done >= len(reading.tokens) - 1:
+        is_end = done >= total - 1
+        if is_end:
             reading.passing = None
-        self._capture(
-            reading.tokens[:done],
-            View(reading.caches, done),
-            reading,
-            is_boundary=False,
-        )
+        tokens = reading.tokens[:done]
+        end = End.OF_PART if is_end else End.NONE
+        self._take(tokens, view, reading, is_boundary=False, end=end)
 
-    def _progress(self, request: Any, done: int) -> _Reading:
-        reading = self._readings.setdefault(id(request), _Reading(request))
+    def _progress(self, request: Any, done: int) -> Reading:
+        reading = self._readings.setdefault(id(request), Reading(request))
         now = time.monotonic()
         if reading.done and done > reading.done:
             self._read_rate.saw(done - reading.done, now - reading.since)
         reading.done, reading.since = done, now
         return reading
 
-    def _capture(
+    def _take(
         self,
         tokens: Sequence[int],
         view: View,
-        reading: _Reading | None,
+        reading: Reading | None,
+        *,
         is_boundary: bool,
+        end: End,
     ) -> None:
+        """See `Capture.take`."""
         kept = next((k for k in self._kept if k.layout.is_at(view)), None)
-        if kept is None or view.done < BLOCK_TOKENS:
+        if kept is None:
             return
-        keys = chain(kept.identity, tokens)
-        nodes = [Node.block(kept.identity, keys, i) for i in range(len(keys))]
-        if kept.layout.has_blocks:
-            for i, node in enumerate(nodes):
-                if not self._take_block(kept, tokens, view, node, nodes[:i]):
-                    return
-        else:
-            nodes = []
-        if kept.layout.has_states:
-            node = Node.snapshot(kept.identity, keys, tokens)
-            self._take_snapshot(kept, tokens, view, node, nodes, reading, is_boundary)
-
-    def _take_block(
-        self,
-        kept: _Kept,
-        tokens: Sequence[int],
-        view: View,
-        node: Node,
-        before: Sequence[Node],
-    ) -> bool:
-        """Whether it is on disk, or will be."""
-        if self.store.has(node) or self.writer.holds(node):
-            return True
-        layout = kept.layout
-        if not self._has_room(layout.block_nbytes):
-            return False
-        arrays = layout.slots(view, node.start, node.end)
-        return self._offer(node, tokens, arrays, layout.about_block(), before)
-
-    def _take_snapshot(
-        self,
-        kept: _Kept,
-        tokens: Sequence[int],
-        view: View,
-        node: Node,
-        before: Sequence[Node],
-        reading: _Reading | None,
-        is_boundary: bool,
-    ) -> None:
-        """Takes one, unless there is one that is as good but for less than a block."""
-        passing = reading.passing if reading is not None else None
-        last = self._last_snapshot(kept, tokens, passing if is_boundary else None)
-        if view.done - last < BLOCK_TOKENS:
-            return
-        taken = kept.layout.snapshot(view, node.start)
-        if taken is None:
-            self.store.events["not_written_unfit"] += 1
-            if view.row is None and len(self._kept) == 1:
-                self._kept = []  # or blocks would be written for nothing
-                why = "their shapes are not those of an empty text"
-                log.warning("KV caches of this model stay in memory: %s", why)
-            return
-        about, arrays = taken
-        size = sum(x.nbytes for x in arrays)
-        # What is larger than a file may be would be taken for damaged.
-        if size > kept.layout.most(node) - HEADER_MAX or not self._has_room(size):
-            return
-        instead_of = () if passing is None else (passing,)
-        offered = self._offer(node, tokens, arrays, about, before, instead_of)
-        if offered and reading is not None:
-            reading.passing = None if is_boundary else node
-
-    def _last_snapshot(
-        self, kept: _Kept, tokens: Sequence[int], but: Node | None
-    ) -> int:
-        """Where the last one of this text ends, on disk or on its way there."""
-        keys = chain(kept.identity, tokens)
-        known = self.store.snapshots(kept.identity, keys, tokens)
-        known += self.writer.snapshots(kept.identity, tokens)
-        return max([node.end for node in known if node != but], default=0)
-
-    def _has_room(self, nbytes: int) -> bool:
-        if self.writer.has_room(nbytes):
-            return True
-        self.store.events["not_written_backlog"] += 1
-        return False
-
-    def _offer(
-        self,
-        node: Node,
-        tokens: Sequence[int],
-        arrays: Sequence[mx.array],
-        about: Any,
-        before: Sequence[Node],
-        instead_of: Sequence[Node] = (),
-    ) -> bool:
-        epoch = _core.epoch()
-        own = [mx.contiguous(x) for x in arrays]
-        mx.eval(own)
-        pieces = [to_bytes(x) for x in own]
-        if _core.epoch() != epoch:
-            return False
-        draft = Draft(
-            node, tokens[: node.end], pieces, about, tuple(before), tuple(instead_of)
+        fits = self._capture.take(
+            kept, tokens, view, reading, is_boundary=is_boundary, end=end
         )
-        return self.writer.offer(draft, epoch)
+        if not fits and view.row is None and len(self._kept) == 1:
+            self._kept = []  # or blocks would be written for nothing
+            why = "their shapes are not those of an empty text"
+            log.warning("KV caches of this model stay in memory: %s", why)
 
     # -- the epoch -------------------------------------------------------------------
 
+    @_spared
     def confirm(self) -> None:
-        """The loop is between two steps, and no fault is to be dealt with."""
+        """The loop is between two steps, and no fault is to be dealt with.
+
+        Called with every step: what is not to be done costs nothing.
+        """
         if self.writer.unconfirmed:
             mx.synchronize()
             self.writer.confirm(_core.epoch())
-        for reading in list(self._readings.values()):
-            if reading.request.is_ended:
-                del self._readings[id(reading.request)]  # its memory is to be free
-        kept = []
-        for restored in self._restored:
-            if restored.request is None or restored.request.is_ended:
-                if restored.mark is not None:
-                    self.store.end_restore(restored.mark)
-            else:
-                kept.append(restored)
-        self._restored = kept
+        if self._readings:
+            ended = [i for i, r in self._readings.items() if _has_ended(r.request)]
+            for i in ended:
+                del self._readings[i]  # its memory is to be free
+        if self._restored:
+            for restored in self._restored:
+                if _has_ended(restored.request):
+                    self._lift(restored)
+            self._restored = [r for r in self._restored if not _has_ended(r.request)]
 
     def fail(self, *, stray: bool) -> None:
         """There was a failure. stray: something may have been written anywhere."""
         for reading in self._readings.values():
             reading.caches = None
         self.writer.fail(all_of_it=stray)
-        if stray:
-            for restored in self._restored:
-                self.store.drop(restored.nodes)
         for restored in self._restored:
-            if restored.mark is not None:
-                self.store.end_restore(restored.mark)
+            if stray:
+                self.store.drop(restored.nodes)
+            self._lift(restored)
         self._restored = []
 
     def withdraw(self) -> None:
@@ -531,9 +503,12 @@ class KVTier:
     def close(self) -> None:
         """The server stops: what is confirmed is written, if the disk is quick."""
         for restored in self._restored:
-            if restored.mark is not None:
-                self.store.end_restore(restored.mark)
+            self._lift(restored)
         self.writer.close(CLOSE_S)
+
+
+def _has_ended(request: Any) -> bool:
+    return request is None or request.is_ended
 
 
 def _describe(name: Any) -> Any:

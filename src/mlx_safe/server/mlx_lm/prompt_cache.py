@@ -71,6 +71,8 @@ class _Order(CacheOrder):
         super().__init__()
         self.entries: list[_Entry] = []
         self.chosen: _Entry | None = None
+        # Called with the entry that goes next, while it is evicted.
+        self.evicted: Callable[[ModelKey, list[int]], None] | None = None
 
     def push(
         self, model: ModelKey, tokens: list[int], cache_type: str = "assistant"
@@ -94,6 +96,8 @@ class _Order(CacheOrder):
         else:
             model, tokens = chosen.model, chosen.tokens
         self.remove(model, tokens)
+        if self.evicted is not None:
+            self.evicted(model, tokens)
         return model, tokens
 
     def touch(self, entry: _Entry) -> None:
@@ -209,10 +213,21 @@ class PromptCache(LRUPromptCache):
             _trim_to_offset(cache)
         if self.disk is not None:
             self.disk.capture(model, tokens, prompt_cache)
+        if not self._store(model, tokens, prompt_cache, cache_type):
+            self.events["too_large"] += 1
+            self._leaves(model, tokens, prompt_cache)
+
+    def _store(
+        self,
+        model: ModelKey,
+        tokens: list[int],
+        prompt_cache: list[Any],
+        cache_type: str,
+    ) -> bool:
+        """False: there is no room for it."""
         size = sum(cache.nbytes for cache in prompt_cache)
         if size > self.max_bytes or self.max_size < 1:
-            self.events["too_large"] += 1
-            return
+            return False
         # Room is made first: not even for a moment is there more than the limit.
         trimmable = can_trim_prompt_cache(prompt_cache)
         replaced = [
@@ -221,8 +236,7 @@ class PromptCache(LRUPromptCache):
             if old.is_for(model, tokens) or (trimmable and _begins(old, model, tokens))
         ]
         if not self._may_replace(replaced, size):
-            self.events["too_large"] += 1
-            return
+            return False
         for old in replaced:
             self._drop(old)
         self.trim_to(n_sequences=self.max_size - 1, n_bytes=self.max_bytes - size)
@@ -231,10 +245,11 @@ class PromptCache(LRUPromptCache):
             # One by one, so that at most one layer is there twice.
             _make_own(cache)
         if _core.epoch() != epoch:
-            return  # the generator sees the new epoch as well
+            return True  # the generator sees the new epoch as well
         super().insert_cache(model, tokens, prompt_cache, cache_type=cache_type)
         entry = self._lru.entries[-1]
         entry.epoch, entry.trimmable = epoch, trimmable
+        return True
 
     def _may_replace(self, replaced: list[_Entry], size: int) -> bool:
         """Whether ``size`` bytes may come for these; none of them is evicted for it."""
@@ -274,11 +289,23 @@ class PromptCache(LRUPromptCache):
         if all(entry.protected for entry in self._lru.entries):
             return 0
         before = self.nbytes
-        super().trim_to(n_sequences=len(self) - 1)
+        self._lru.evicted = self._leaves if self.disk is not None else None
+        try:
+            super().trim_to(n_sequences=len(self) - 1)
+        finally:
+            self._lru.evicted = None
         self.events["evictions"] += 1
         freed = int(before - self.nbytes)
         breadcrumb("evict", "prompt cache entry", bytes=freed, left=len(self))
         return freed
+
+    def _leaves(
+        self, model: ModelKey, tokens: list[int], caches: list[Any] | None = None
+    ) -> None:
+        """Memory has this entry no more: the disk takes what it has not yet."""
+        if self.disk is not None:
+            caches = caches or self._trie.get(model, tokens).prompt_cache
+            self.disk.capture(model, tokens, caches, leaves=True)
 
     def forget(self, model: ModelKey, tokens: list[int], used: int) -> None:
         """Drops what a request with this prompt used, and what it stored of it.

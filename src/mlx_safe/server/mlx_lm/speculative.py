@@ -11,7 +11,7 @@ must be the target's, or MLX reads and writes beside the arrays (`fit`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from .model_facts import ModelFacts
 from .protocols.models import Cache, Model
 from .protocols.opaque import Array
 
-__all__ = ["fit", "fixed_caches", "no_draft", "why_not_draftable"]
+__all__ = ["Reading", "fit", "fixed_caches", "no_draft", "told", "why_not_draftable"]
 
 
 def why_not_draftable(model: Model) -> str | None:
@@ -97,3 +97,48 @@ def fit(draft: Model, has: ModelFacts, target: ModelFacts) -> None:
     draft.__class__ = type(
         cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__}
     )
+
+
+def told(model: Model, tell: Callable[[int], None]) -> None:
+    """From now on ``model`` calls ``tell`` with how many tokens each call has.
+
+    Before the call; it keeps its class's name and stays an instance of it.
+    """
+    cls = type(model)
+
+    def __call__(self: Model, tokens: Array, *args: Any, **kwargs: Any) -> Array:
+        tell(int(tokens.shape[-1]))
+        return cls.__call__(self, tokens, *args, **kwargs)
+
+    model.__class__ = type(
+        cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__}
+    )
+
+
+class Reading:
+    """How far a prompt is read by a draft model and its target, one after the other.
+
+    mlx-lm (0.31, 0.32) calls no ``prompt_progress_callback`` with a draft model. But
+    it evaluates each step before it begins the next, so a call of either model tells
+    that the steps before have been done.
+
+    Args:
+        tokens: that each of them has to read.
+        on_step: called between two steps with the tokens that have been read, of how
+            many, by both; and whether the target has read the last of them.
+    """
+
+    def __init__(self, tokens: int, on_step: Callable[[int, int, bool], None]) -> None:
+        # The last token of the prompt is read with the first of the answer.
+        self._each = tokens - 1
+        self._on_step = on_step
+        self._read = 0
+        self._is_over = False
+
+    def calls(self, tokens: int) -> None:
+        """A call with so many tokens begins, of whichever model."""
+        if self._is_over:
+            return
+        self._is_over = self._read >= 2 * self._each
+        self._on_step(self._read, 2 * self._each, self._read > self._each)
+        self._read += tokens

@@ -89,6 +89,7 @@ class BatchGenerator:
 class CacheEntry(Protocol):
     """One entry, as its trie has it."""
 
+    prompt_cache: list[Cache]
     nbytes: int
 
 

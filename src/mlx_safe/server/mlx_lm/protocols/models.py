@@ -41,6 +41,8 @@ class CliArgs(Protocol):
     prompt_cache_bytes: int | None
     prompt_concurrency: int
     decode_concurrency: int
+    allowed_origins: list[str]
+    chat_template: str
 
 
 class Cache(Protocol):

@@ -1,0 +1,221 @@
+"""What of caches goes to disk: full blocks, snapshots, and what comes after the last.
+
+Generation thread.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ... import _core
+from ...kv.format import BLOCK_TOKENS, HEADER_MAX, Node, chain
+from ...kv.store import Draft, Store
+from ...kv.writer import Writer
+from .kv_layout import Layout, to_bytes
+from .kv_parts import View
+
+__all__ = ["Capture", "Kept", "Reading"]
+
+# A tail, which is what comes after the last full block, is written where it is more
+# than this share of the text. When its block is full, it was written in vain: so all
+# tails together are no more than this share of the blocks, and a block.
+TAIL_SHARE = 0.1
+# Of a text that leaves memory the disk has all, or it is read again for sure.
+LEAVING_SHARE = 0.02
+
+
+class End(enum.Enum):
+    """What the tokens that are taken end with."""
+
+    NONE = "a step of a prompt"
+    OF_PART = "a part of the prompt, or the answer"
+    LEAVES = "the same; memory has it no more"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Caches that are kept, and under which identity."""
+
+    layout: Layout
+    identity: str
+
+
+@dataclass(eq=False)
+class Reading:
+    """How far a request's prompt has been read.
+
+    passing: a snapshot in the midst of it, in whose place the next one comes.
+    begun: tokens that its run did not have to read. tokens, caches: on the sequential
+    path.
+    """
+
+    request: Any
+    done: int = 0
+    since: float = 0.0
+    passing: Node | None = None
+    begun: int = 0
+    tokens: Sequence[int] = ()
+    caches: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Caches of a text, and the files that it can have.
+
+    blocks: the full ones. node: of the snapshot at its end. known: the snapshots of it
+    that are on disk, or on their way there.
+    """
+
+    kept: Kept
+    tokens: Sequence[int]
+    view: View
+    blocks: list[Node]
+    node: Node
+    known: list[Node]
+
+
+class Capture:
+    """Takes bytes of caches and gives them to the writer."""
+
+    def __init__(self, store: Store, writer: Writer) -> None:
+        self._store = store
+        self._writer = writer
+        # Bytes that may be spent on tails.
+        self._tails = 0.0
+
+    def begin(self, kept: Sequence[Kept]) -> None:
+        """Another model."""
+        self._tails = float(max(k.layout.block_nbytes for k in kept))
+
+    def take(
+        self,
+        kept: Kept,
+        tokens: Sequence[int],
+        view: View,
+        reading: Reading | None,
+        *,
+        is_boundary: bool,
+        end: End,
+    ) -> bool:
+        """Has written of ``tokens``, which ``view`` has, what is not on disk.
+
+        Args:
+            is_boundary: another turn may begin with them.
+            end: what they end with.
+
+        Returns False when windows or states have other shapes than they can have.
+        """
+        if view.done < BLOCK_TOKENS:
+            return True
+        layout = kept.layout
+        keys = chain(kept.identity, tokens)
+        blocks = [Node.block(kept.identity, keys, i) for i in range(len(keys))]
+        blocks = blocks if layout.has_blocks else []
+        known = self._store.snapshots(kept.identity, keys, tokens)
+        known += self._writer.snapshots(kept.identity, tokens)
+        node = Node.snapshot(kept.identity, keys, tokens)
+        text = _Text(kept, tokens, view, blocks, node, known)
+        if not all(self._take_block(text, i) for i in range(len(blocks))):
+            return True
+        if layout.has_states:
+            if layout.moves and view.ahead:
+                return True
+            return self._take_snapshot(text, reading, is_boundary)
+        if end is not End.NONE:
+            self._take_tail(text, end)
+        return True
+
+    def _take_block(self, text: _Text, i: int) -> bool:
+        """Whether it is on disk, or will be."""
+        node, layout = text.blocks[i], text.kept.layout
+        if self._store.has(node) or self._writer.holds(node):
+            return True
+        if not self._has_room(layout.block_nbytes):
+            return False
+        arrays = layout.slots(text.view, node.start, node.end)
+        # What was kept of it while it was not full serves nobody now.
+        tails = [] if layout.has_states else _after(text, node.start)
+        offered = self._offer(text, node, arrays, layout.about_block(), i, tails)
+        self._tails += TAIL_SHARE * layout.block_nbytes * offered
+        return offered
+
+    def _take_tail(self, text: _Text, end: End) -> None:
+        node, done = text.node, text.view.done
+        tails = _after(text, node.start)
+        last = max([tail.end for tail in tails], default=node.start)
+        size = text.kept.layout.block_nbytes * (done - node.start) // BLOCK_TOKENS
+        if end is End.LEAVES:
+            if done - last <= LEAVING_SHARE * done:
+                return
+        elif done - last <= TAIL_SHARE * done or size > self._tails:
+            return
+        taken = text.kept.layout.snapshot(text.view, node.start)
+        if taken is None or not self._has_room(size):
+            return
+        about, arrays = taken
+        offered = self._offer(text, node, arrays, about, len(text.blocks), tails)
+        if offered and end is not End.LEAVES:
+            self._tails -= size
+
+    def _take_snapshot(
+        self, text: _Text, reading: Reading | None, is_boundary: bool
+    ) -> bool:
+        """Takes one, unless there is one that is as good but for less than a block."""
+        node, layout = text.node, text.kept.layout
+        passing = reading.passing if reading is not None else None
+        but = passing if is_boundary else None
+        last = max([known.end for known in text.known if known != but], default=0)
+        if text.view.done - last < BLOCK_TOKENS:
+            return True
+        taken = layout.snapshot(text.view, node.start)
+        if taken is None:
+            self._store.events["not_written_unfit"] += 1
+            return False
+        about, arrays = taken
+        size = sum(x.nbytes for x in arrays)
+        # What is larger than a file may be would be taken for damaged.
+        if size > layout.most(node) - HEADER_MAX or not self._has_room(size):
+            return True
+        gone = [passing] if passing is not None and passing != node else []
+        offered = self._offer(text, node, arrays, about, len(text.blocks), gone)
+        if offered and reading is not None:
+            reading.passing = None if is_boundary else node
+        return True
+
+    def _has_room(self, nbytes: int) -> bool:
+        if self._writer.has_room(nbytes):
+            return True
+        self._store.events["not_written_backlog"] += 1
+        return False
+
+    def _offer(
+        self,
+        text: _Text,
+        node: Node,
+        arrays: Sequence[mx.array],
+        about: Any,
+        after: int,
+        instead_of: Sequence[Node],
+    ) -> bool:
+        """after: how many blocks it is of no use without."""
+        epoch = _core.epoch()
+        own = [mx.contiguous(x) for x in arrays]
+        mx.eval(own)
+        pieces = [to_bytes(x) for x in own]
+        if _core.epoch() != epoch:
+            return False
+        before, gone = tuple(text.blocks[:after]), tuple(instead_of)
+        tokens = text.tokens[: node.end]
+        return self._writer.offer(
+            Draft(node, tokens, pieces, about, before, gone), epoch
+        )
+
+
+def _after(text: _Text, start: int) -> list[Node]:
+    """The snapshots of it that come after its blocks up to ``start``."""
+    return [node for node in text.known if node.start == start]
