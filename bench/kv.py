@@ -324,8 +324,8 @@ def main() -> None:
             made / "model", hidden_size=options.hidden
         )
         if options.kind:
-            kinds = (str(model), options.kind)
-            model = make_model("model_types.py", made / "kinds", *kinds) / options.kind
+            named = (str(model), options.kind)
+            model = make_model("model_types.py", made / "kinds", *named) / options.kind
         for n in range(options.rounds):
             kinds = ["on"] if options.only_on else ["off", "on"]
             for kind in kinds if n % 2 == 0 else kinds[::-1]:

@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -56,7 +57,10 @@ class LiteLLM(Server):
         file = directory / "litellm.yaml"
         file.write_text(settings)
         # Its list of prices comes from the network otherwise.
+        key = f"sk-{secrets.token_hex(32)}"
         env = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        env["LITELLM_MASTER_KEY"] = key
+        self.headers["Authorization"] = f"Bearer {key}"
         where = ["--host", "127.0.0.1", "--port", str(self.port)]
         self.start([str(LITELLM), "--config", str(file), *where], env)
 
@@ -83,6 +87,7 @@ def ask(
         body, expected = texts[number % len(texts)]
         stream = number % 2 == 1
         headers = {"X-Conversation": name, "Content-Type": "application/json"}
+        headers |= proxy.headers
         asked = {"model": "chat", **body} if isinstance(proxy, LiteLLM) else body
         answer = proxy.post({**asked, "stream": stream}, headers=headers)
         if answer.broken or (stream and answer.status == 200 and not answer.done):

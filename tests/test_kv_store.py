@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from mlx_safe.cli import main
-from mlx_safe.kv import command, directory
+from mlx_safe.kv import command, directory, format
 from mlx_safe.kv.directory import Directory, NotOurs
 from mlx_safe.kv.format import ROOT, Node, chain
 from mlx_safe.kv.store import Limits, Store
@@ -387,7 +387,7 @@ def test_the_command_names_files_that_cannot_be_read(
 ) -> None:
     write(opened(tmp_path), TOKENS)
     broken = files(tmp_path)[0].name
-    plain = command.check
+    plain = format.check
 
     def check(fd: int, node: Node) -> None:
         if node.name == broken:

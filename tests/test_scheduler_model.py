@@ -412,7 +412,7 @@ class Loop:
             self._drop(client)
         if not self.batch:
             return
-        leaving = self.scheduler.step()
+        leaving = [] if self.scheduler.goes_on() else self.scheduler.step()
         for client in leaving:
             self._note_leaving(client)
             assert client.state in (RequestState.HELD, RequestState.FAILED)

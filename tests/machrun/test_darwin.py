@@ -90,6 +90,23 @@ BRANCHES = {
         names = ("hw.memsize", "iogpu.wired_limit_mb", "no.such.name")
         print(*map(machine.sysctl, names), machine.read_machine().total)
     """,
+    (
+        "server/disconnects.py",
+        'self._happenings = _Epoll() if hasattr(select, "epoll") else _Kqueue()',
+    ): """
+        import socket, threading
+        from types import SimpleNamespace
+        from mlx_safe.server.disconnects import Disconnects
+        one, other = socket.socketpair()
+        left = threading.Event()
+        watched = Disconnects()
+        with watched.watching("a", one):
+            watched.bind("a", SimpleNamespace(disconnect=left.set))
+            other.send(b"the next request")
+            before = left.wait(0.2)
+            other.close()
+            print(before, left.wait(30), type(watched._happenings).__name__)
+    """,
     ("server/disconnects.py", 'RDHUP = getattr(select, "POLLRDHUP", None)'): """
         import socket
         from mlx_safe.server import disconnects
@@ -132,7 +149,7 @@ SAYS = {
     "doctor.py": ["macOS 14.0 arm64"] * 3,
     "kv/files.py": ["True"],
     "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],
-    "server/disconnects.py": ["None False True"],
+    "server/disconnects.py": ["False True _Kqueue", "None False True"],
     "server/lifeline.py": ["False 5 2 3"] * 2,
     "server/request_file.py": ["True 0", "-1 False True"],
 }

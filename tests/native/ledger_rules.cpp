@@ -136,6 +136,30 @@ void does_not_track() {
   CHECK(c.ledger.event_count() == 0);
 }
 
+// A later signal of its own queue does not hide another queue's.
+void each_signal_on_the_way_counts() {
+  Case c;
+  c.waits_for(100, 20, 1).commit(100, 10).signals(101, 20, 5).commit(101, 10);
+  c.signals(200, 20, 1).commit(200, 11);
+  BufferRef record = c.complete(100);
+  CHECK(!record->settled);
+  c.complete(200);
+  CHECK(record->settled);
+}
+
+// The lowest signal beyond the value has come, and may have brought it. Its
+// handler has run, but not that of the buffer before it.
+void a_guess_waits_for_what_is_before_it() {
+  Case c;
+  c.waits_for(100, 20, 1).commit(100, 10);
+  c.commit(200, 11).signals(201, 20, 2).commit(201, 11);
+  c.complete(201);
+  BufferRef record = c.complete(100);
+  CHECK(!record->settled);
+  c.complete(200);
+  CHECK(record->settled && c.records() == 0);
+}
+
 // Failed values beyond the limit are merged, and none gets lost.
 void many_failed_values() {
   Case c;
@@ -274,6 +298,30 @@ void it_comes_late_to_another_queue() {
   CHECK(c.failure_of(21, 1) == f && c.failure_of(21, 2) == nullptr);
 }
 
+// What counts early, on a queue with a failure that was raised and another one.
+void the_newer_one_is_marked_early() {
+  Case c;
+  FailureRef a = failure("a"), b = failure("b");
+  c.commit(100, 10).commit(101, 10);
+  c.signals(102, 20, 1).waits_for(102, 21, 1).commit(102, 10);
+  c.complete(100, a);
+  c.ledger.raised(a);
+  c.complete(101, b);
+  CHECK(c.failure_of(20, 1) == b);
+}
+
+// One of the earlier failures is gone; those after it are raised.
+void one_that_is_gone_ends_no_list() {
+  Case c;
+  FailureRef earlier = failure(), later = failure();
+  c.commit(100, 10);
+  c.complete(100, earlier);
+  later->came_before.push_back(failure());
+  later->came_before.push_back(earlier);
+  c.ledger.raised(later);
+  CHECK(earlier->raised && c.ledger.unraised_on(id(10)) == nullptr);
+}
+
 // Its own failure is what a buffer tells of, and what stays.
 void its_own_comes_first() {
   Case c;
@@ -306,6 +354,23 @@ void a_cpu_signals() {
   CHECK(!c.is_closed(21, 1, 2) && c.is_closed(21, 2, 2));
   c.complete(100);
   CHECK(!c.is_closed(21, 5, 5));
+}
+
+// It sets what lies between the values of two buffers.
+void a_cpu_signals_between_buffers() {
+  Case c;
+  c.signals(100, 20, 2).commit(100, 10).signals(101, 20, 9).commit(101, 10);
+  c.ledger.signalled_by_cpu(id(20), 5, nullptr);
+  CHECK(c.is_closed(20, 2, 5));
+}
+
+// A value that the CPU has set is read, though a buffer sets it once more.
+void a_value_that_a_cpu_has_set() {
+  Case c;
+  c.signals(100, 20, 9).commit(100, 10);
+  c.ledger.signalled_by_cpu(id(20), 5, nullptr);
+  c.signals(101, 20, 5).commit(101, 11);
+  CHECK(c.ledger.settled_value(id(20), 5) == 5);
 }
 
 // ---- R12
@@ -426,6 +491,30 @@ void all_is_forgotten() {
 }
 
 // Every reference is let go of, and not before `take_trash`.
+// What is in flight is kept, whatever is encoded beside it.
+void what_is_open_is_forgotten() {
+  Case c;
+  for (int i = 0; i < 10; ++i)
+    c.signals(100 + i, 20, 1).signals(200 + i, 20, 1).commit(200 + i, 10);
+  c.ledger.forget_failures();
+  CHECK(c.records() == 10);
+}
+
+// A failure that was raised is forgotten with what it had spoilt, so the next
+// one is seen.
+void one_after_all_is_forgotten() {
+  Case c;
+  FailureRef a = failure("a"), b = failure("b");
+  c.commit(100, 10).waits_for(101, 20, 1).commit(101, 10);
+  c.complete(100, a);
+  c.ledger.raised(a);
+  c.ledger.forget_failures();
+  c.signals(200, 20, 1).commit(200, 11);
+  c.complete(200, b);
+  c.complete(101);
+  CHECK(c.ledger.unraised_on(id(10)) == b);
+}
+
 void references_are_let_go_of() {
   long before = plain_objects::references;
   {
@@ -649,6 +738,25 @@ void given_up() {
   CHECK(!held(other, 21, 3, kStart).given_up);
 }
 
+// Every value that is awaited, and none of another queue's.
+void all_that_holds_up_is_told() {
+  Case events;
+  events.signals(100, 21, 1).signals(100, 22, 1);
+  events.waits_for(101, 21, 1).waits_for(101, 22, 1).signals(101, 20, 1);
+  events.commit(101, 10);
+  CHECK(held(events, 20, 1, kStart).by.size() == 2);
+  Case values;
+  values.signals(100, 21, 2);
+  values.waits_for(101, 21, 1).waits_for(101, 21, 2).signals(101, 20, 1);
+  values.commit(101, 10);
+  CHECK(held(values, 20, 1, kStart).by.size() == 2);
+  Case queues;
+  queues.signals(100, 21, 1).signals(103, 22, 1);
+  queues.waits_for(110, 22, 1).commit(110, 11);
+  queues.waits_for(101, 21, 1).signals(101, 20, 1).commit(101, 10);
+  CHECK(held(queues, 20, 1, kStart).by.size() == 1);
+}
+
 // R15 against its own words, in programs by chance with a seed that is fixed.
 class HeldUpModel {
  public:
@@ -821,6 +929,8 @@ int main() {
   marks_from_where_it_got();
   marks_before_it_settles();
   does_not_track();
+  each_signal_on_the_way_counts();
+  a_guess_waits_for_what_is_before_it();
   many_failed_values();
   many_failed_values_downwards();
   a_later_value_is_not_asked_for();
@@ -829,8 +939,12 @@ int main() {
   the_list_of_earlier_ones_is_bounded();
   earlier_ones_may_go();
   it_comes_late_to_another_queue();
+  the_newer_one_is_marked_early();
+  one_that_is_gone_ends_no_list();
   its_own_comes_first();
   a_cpu_signals();
+  a_cpu_signals_between_buffers();
+  a_value_that_a_cpu_has_set();
   buffers_addresses();
   an_address_is_used_again_unseen();
   queues_addresses();
@@ -838,6 +952,8 @@ int main() {
   a_value_that_has_settled_stays_so();
   events_addresses();
   all_is_forgotten();
+  what_is_open_is_forgotten();
+  one_after_all_is_forgotten();
   references_are_let_go_of();
   failures_are_let_go_of();
   skipped();
@@ -846,6 +962,7 @@ int main() {
   ended_by_the_failure();
   failures_of_few_threads_are_kept();
   given_up();
+  all_that_holds_up_is_told();
   held_up();
   CHECK(plain_objects::references == 0);
 }

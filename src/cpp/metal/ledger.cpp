@@ -392,7 +392,6 @@ void Ledger::raise_on_queues(const FailureRef& failure) {
     if (queue->unraised != failure) continue;
     trash_.push_back(std::move(queue->taint));
     queue->taint = std::move(queue->unraised);
-    queue->unraised = nullptr;
     queue->tainted_until = queue->committed;
   }
 }

@@ -145,4 +145,6 @@ def _step(
     demand: Demand, now: Situation, load: Load, steps: Steps, alone: bool
 ) -> Decision:
     options = demand.next_step(load.rows, load.held, steps)
-    return decide(replace(now, alone=alone), options)
+    if now.alone != alone:
+        now = replace(now, alone=alone)
+    return decide(now, options)

@@ -48,7 +48,7 @@ class Connection(Connected, Protocol):
 
     def _exchange(self) -> Exchange: ...
     def heard(self) -> None:
-        """A token has been made; it may have no text yet."""
+        """A token has been made that has no text yet."""
 
     def send_json(self, status: int, value: Json) -> None: ...
     def end_headers(self) -> None: ...
@@ -90,9 +90,9 @@ class Answer:
         if not self._reads_calls:
             asked.request.tools = None
         self._choices = [_Choice(i, self) for i in range(handler.n)]
-        self._is_introduced = False
-        self._event: Json = {}
+        self._event = ""  # that of a stream, up to its choices
         self.is_chat = asked.request.request_type == "chat"
+        self._is_introduced = handler.n == 1 or not self.is_chat
         self.wants_logprobs = wants_logprobs(asked.arguments)
 
     def send(self) -> None:
@@ -111,20 +111,25 @@ class Answer:
 
     def _send(self, all_choices: Choices) -> None:
         handler = self._handler
+        stream = handler.stream
         with all_choices as choices:
             for index, item in choices:
                 choice = self._choices[index]
                 if hasattr(item, "token"):
-                    handler.heard()
                     choice.add(item)
                 elif item is None:
                     choice.end()
                 else:
                     self._begin(choice, item)
-                if handler.stream and (choice.has_something or choice.ended):
-                    self._introduce()
-                    self._send_event(self._frame([choice.take()]))
-            if handler.stream:
+                if not stream:
+                    continue
+                if choice.has_something or choice.ended:
+                    if not self._is_introduced:
+                        self._introduce()
+                    self._send_choice(choice.take())
+                else:
+                    handler.heard()
+            if stream:
                 self._end_stream()
             else:
                 handler.send_json(200, self._frame([t.take() for t in self._choices]))
@@ -164,11 +169,9 @@ class Answer:
         openai-python's helper (3.57) keeps them in the order of their first deltas,
         and looks them up by index.
         """
-        if self._is_introduced or len(self._choices) == 1 or not self.is_chat:
-            return
         self._is_introduced = True
         for choice in self._choices:
-            self._send_event(self._frame([choice.introduce()]))
+            self._send_choice(choice.introduce())
 
     def _usage(self) -> tuple[int, int, int]:
         """Tokens of the prompt, of all that was generated, and those in the cache."""
@@ -176,26 +179,29 @@ class Answer:
         completion = sum(choice.tokens for choice in self._choices)
         return len(context.prompt), completion, context.prompt_cache_count
 
-    def _frame(self, choices: list[Json]) -> Json:
-        if not self._handler.stream:
-            frame = self._handler.generate_response("", None, *self._usage())
-            return {**frame, "choices": choices}
-        # That of a stream's events is the same for all of them.
-        self._event = self._event or self._handler.generate_response("", None)
-        return {**self._event, "choices": choices}
-
     def _end_stream(self) -> None:
         handler = self._handler
         if (handler.stream_options or {}).get("include_usage"):
             frame = handler.completion_usage_response(*self._usage())
             # mlx-lm (0.31, 0.32) calls it a "chat.completion" in any stream.
-            self._send_event(frame | {"object": handler.object_type})
+            event = _encode(frame | {"object": handler.object_type})
+            handler.wfile.write(f"data: {event}\n\n".encode())
         handler.wfile.write(b"data: [DONE]\n\n")
         handler.wfile.flush()
 
-    def _send_event(self, value: Json) -> None:
-        self._handler.wfile.write(f"data: {_encode(value)}\n\n".encode())
-        self._handler.wfile.flush()
+    def _frame(self, choices: list[Json]) -> Json:
+        """All of an answer, or of an event: the choices last."""
+        usage = () if self._handler.stream else self._usage()
+        frame = self._handler.generate_response("", None, *usage)
+        frame.pop("choices", None)
+        return {**frame, "choices": choices}
+
+    def _send_choice(self, choice: Json) -> None:
+        if not self._event:
+            # The same for all events of a stream; each has one choice.
+            self._event = f"data: {_encode(self._frame([])).removesuffix(']}')}"
+        event = f"{self._event}{_encode(choice)}]}}\n\n"
+        self._handler.wfile.write(event.encode())
 
 
 class _Choice:
@@ -251,8 +257,12 @@ class _Choice:
             self._entries.append(
                 Entry(response.token, response.logprob, response.top_tokens)
             )
-        self._finish = response.finish_reason or self._finish
+        if response.finish_reason is not None:
+            self._finish = response.finish_reason
         for state, text in self._read(response):
+            if state == "normal" and self._call is None:
+                self._text += text
+                continue
             if state == "tool":
                 self._call = (self._call or "") + text
                 continue
@@ -301,7 +311,7 @@ class _Choice:
         choice: Json = {
             "index": self._index,
             "finish_reason": self._finish if self.ended else None,
-            "logprobs": self._logprobs(),
+            "logprobs": None if self._names is None else self._logprobs(self._names),
         }
         if not self._answer.is_chat:
             choice["text"] = self._text
@@ -310,8 +320,10 @@ class _Choice:
         else:
             choice["message"] = self._whole_message()
         self._length_sent += len(self._text)
-        self._calls_sent += len(self._calls)
-        self._text, self._reasoning, self._calls, self._entries = "", "", [], []
+        self._text = self._reasoning = ""
+        if self._calls:
+            self._calls_sent += len(self._calls)
+            self._calls = []
         self._is_first = False
         return choice
 
@@ -344,9 +356,8 @@ class _Choice:
         function = {"name": call.name, "arguments": call.arguments}
         return {"index": index, "type": "function", "id": name, "function": function}
 
-    def _logprobs(self) -> Json | None:
-        if self._names is None:
-            return None
+    def _logprobs(self, names: Names) -> Json:
+        entries, self._entries = self._entries, []
         if self._answer.is_chat:
-            return logprobs.of_chat(self._entries, self._names)
-        return logprobs.of_completion(self._entries, self._names, self._length_sent)
+            return logprobs.of_chat(entries, names)
+        return logprobs.of_completion(entries, names, self._length_sent)

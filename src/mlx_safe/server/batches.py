@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .. import _reports
 from .in_flight import InFlight
 from .logprobs import NOT_READ
 from .mlx_lm.kv_tier import KVTier
@@ -57,6 +58,27 @@ def watched(
                 self._requests[request.run.uid] = request
             return uids
 
+        def _goes_on(self) -> tuple[Sequence[PromptResponse], Sequence[AnswerResponse]]:
+            """A step like the one before: it only writes, and nobody came or left.
+
+            It does as little of its own as can be; what a token costs is here.
+            """
+            step.begin("decode")
+            prompts, generated = super().next()
+            self._hand_out(generated)
+            if disk is not None:
+                disk.confirm()
+            return prompts, generated
+
+        def _hand_out(self, generated: Sequence[AnswerResponse]) -> None:
+            for response in generated:
+                if response.finish_reason is not None:
+                    request = self._requests.pop(response.uid, None)
+                else:
+                    request = self._requests.get(response.uid)
+                if request is not None and not request.wants_logprobs:
+                    response.logprobs = NOT_READ
+
         def _never_inserted(self) -> tuple[Uid]:
             """A uid for a request that failed here; the next turn removes it."""
             self._missing.add(uid := f"never inserted {len(self._missing)}")
@@ -78,7 +100,11 @@ def watched(
             if self._leaving:
                 self._leaving = False
                 return [], []
+            if scheduler.goes_on():
+                return self._goes_on()
             leaving = [uid for uid, r in self._requests.items() if r.is_ended]
+            _reports.sample_memory()
+            unchanged = scheduler.is_unchanged
             leaving = leaving or [r.run.uid for r in scheduler.step()]
             if leaving:
                 self._leaving = True
@@ -86,7 +112,7 @@ def watched(
             if disk is not None:
                 # Here too: mlx-lm's loop asks for work twice a second only.
                 disk.confirm()
-            observer().begin()
+            observer().begin(unchanged)
             reading = [
                 r for r in self._requests.values() if r.state is RequestState.PREFILL
             ]
@@ -94,8 +120,7 @@ def watched(
                 prefill.fit(min(len(reading), self.prefill_batch_size), probe=True)
             step.begin("prefill" if reading else "decode")
             prompts, generated = super().next()
-            running = step.running
-            step.end()
+            running = step.running if prompts else None
             if disk is not None:
                 for prompt in prompts:
                     request = self._requests.get(prompt.uid)
@@ -106,12 +131,7 @@ def watched(
                             request,
                             is_boundary=prompt.end_of_segment,
                         )
-            for response in generated:
-                request = self._requests.get(response.uid)
-                if request is not None and not request.wants_logprobs:
-                    response.logprobs = NOT_READ
-                if response.finish_reason is not None:
-                    self._requests.pop(response.uid, None)
+            self._hand_out(generated)
             if any(not response.end_of_prompt for response in prompts):
                 prefill.went_well()
             if prompts and running is not None:

@@ -132,6 +132,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.watchdog = Watchdog(
             stall_timeout_s,
             self._is_working,
+            lambda: self.step.begun,
             self.live.doing,
             lambda why: self.recovery.give_up(
                 Unavailable(f"The server restarts: {why}.", restarts=True),
@@ -430,12 +431,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
         super()._serve_single(request, *args)
 
     def _before_put(self, request: InFlight, item: Any) -> None:
-        self.watchdog.moved()
-        _reports.sample_memory()
+        if not self._one_rank:  # `batches` does not see its steps
+            self.watchdog.moved()
         self.recovery.check_epoch()
         if self._disk is not None:
             self._keep_on_disk(self._disk, request, item)
         if request.run.alone:
+            _reports.sample_memory()
             self._sequential.before_put(request, item)
 
     def _between_steps(

@@ -33,6 +33,8 @@ log = logging.getLogger("mlx_safe.server")
 
 # With such lines mlx-lm reports how far it has read a prompt, after each step.
 COMMENT = b": keepalive"
+# How an answer begins that mlx-lm itself refuses with.
+MLX_LM_REFUSES = b'{"error": "'
 
 
 class _Checked:
@@ -89,20 +91,20 @@ class ProtectedHandler(Endpoints, APIHandler):
 
     def shape(self, data: bytes) -> bytes:
         """What of ``data``, written by mlx-lm, is sent."""
-        if data.startswith(COMMENT) and not self._is_late():
-            return b""
-        # What mlx-lm itself refuses; it writes the body in one go.
-        if data.startswith(b'{"error": "'):
-            refused = BadRequest(json.loads(data)["error"])
-            self._exchange().error = refused
-            return error_body(reply_for(refused))
-        return data
+        if not data.startswith((COMMENT, MLX_LM_REFUSES)):
+            return data  # as each token's
+        if data.startswith(COMMENT):
+            return data if self._is_late() else b""
+        # It writes the body in one go.
+        refused = BadRequest(json.loads(data)["error"])
+        self._exchange().error = refused
+        return error_body(reply_for(refused))
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._asked_at >= self.keepalive_after_s
 
     def heard(self) -> None:
-        """A token has been made; it may have no text yet, as those of tool calls."""
+        """A token has been made that has no text yet, as those of tool calls."""
         if not self.stream or not self._is_late():
             return
         if time.monotonic() - self.wfile.sent_at >= max(self.keepalive_after_s, 1.0):

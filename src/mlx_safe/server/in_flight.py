@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from queue import Queue
+from queue import SimpleQueue
 from typing import Any
 
 from .asked import wants_logprobs
@@ -35,7 +35,7 @@ __all__ = ["InFlight", "request_of"]
 _ATTRIBUTE = "_mlx_safe_request"
 
 # mlx-lm's queue of one request, the request and its arguments.
-Taken = tuple["Queue[Any]", CompletionRequest, GenerationArguments]
+Taken = tuple["SimpleQueue[Any]", CompletionRequest, GenerationArguments]
 
 
 def request_of(work: CompletionRequest) -> InFlight:
@@ -131,6 +131,13 @@ class InFlight(Request):
                 computed may be garbage.
             Disconnected: nobody waits for it any more (sequential path only).
         """
+        if hasattr(item, "token"):  # as most have
+            self._before_put(self, item)
+            is_last = item.finish_reason is not None
+            if self._scheduler.token(self, item.token, is_last):
+                self._place.produced(len(self.produced))
+                self._queue.put(item)
+            return
         if isinstance(item, Exception):
             # mlx-lm has ended the request with it.
             self._on_error(self, item)
@@ -140,11 +147,6 @@ class InFlight(Request):
             self._scheduler.complete(self)
         elif isinstance(item, tuple):
             self.read(*item)
-        elif hasattr(item, "token"):
-            is_last = item.finish_reason is not None
-            if self._scheduler.token(self, item.token, is_last):
-                self._place.produced(len(self.produced))
-                self.send(item)
         else:
             self._begin(item)
 

@@ -18,6 +18,8 @@ __all__ = ["Observer"]
 class Observer:
     """The windows between two readings of MLX's peak, which each resets.
 
+    A window is one step, or some of a batch that only writes and stays as it is.
+
     Attributes:
         peak: bytes, the most that was active since the server started.
     """
@@ -30,16 +32,26 @@ class Observer:
         # What the last step of a batch read and how far: {uid: tokens}.
         self._read: dict[Any, int] = {}
         self._steady = False
+        # (tokens, context) of the window's first step, if it was learned from.
+        self._learned: tuple[int, int] | None = None
 
-    def begin(self) -> None:
-        """A step begins."""
+    def begin(self, unchanged: bool = False) -> None:
+        """A step begins.
+
+        Args:
+            unchanged: those since the last `begin` were of the same batch.
+        """
         self._last_peak = int(mx.get_peak_memory())
         self.peak = max(self.peak, self._last_peak)
-        self._before = int(mx.get_active_memory())
+        active = int(mx.get_active_memory())
+        if unchanged and self._learned is not None:
+            used = self._last_peak - max(self._before, active)
+            self.transients.observe(*self._learned, max(0, used))
+        self._before, self._learned = active, None
         mx.reset_peak_memory()
 
     def recent_peak(self) -> int:
-        """The most that was active in this step and the one before.
+        """The most that was active in this window and the one before.
 
         A failure of the GPU is told of a step later, when what failed is free again.
         """
@@ -93,4 +105,6 @@ class Observer:
             (c + reading[r.uid] for c, r in zip(cached, prompts, strict=True)),
             default=max(lengths.values(), default=1),
         )
-        self.end(max(len(reading), 1) * max(chunk, 1), max(context, 1))
+        size = max(len(reading), 1) * max(chunk, 1), max(context, 1)
+        self.end(*size)
+        self._learned = size

@@ -93,7 +93,11 @@ class OwnFailures:
             return call
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-            return self.run(request, call, instead, *args, **kwargs)
+            try:
+                return call(*args, **kwargs)
+            except Exception as e:
+                self.failed(request, e)
+                return instead(*args, **kwargs)
 
         return guarded
 
@@ -107,25 +111,25 @@ class OwnFailures:
     ) -> T:
         """What ``call`` returns of the rest; ends ``request`` when it fails, once.
 
-        Called some times for each token, with ``instead`` when it has ended.
+        Called some times for each token. A request that has ended has no further step,
+        so it may fail once more in this one.
         """
-        if request.is_ended:
-            return instead(*args, **kwargs)
         try:
             return call(*args, **kwargs)
         except Exception as e:
-            if is_of_all(e):
-                raise
-            self._end(request, e)
+            self.failed(request, e)
             return instead(*args, **kwargs)
 
+    def failed(self, request: Request, exc: Exception) -> None:
+        """What belongs to ``request`` raised ``exc``, which is now handled.
 
-def _nothing(*_: Any) -> None:
-    pass
-
-
-def _no_text(*_: Any) -> str:
-    return ""
+        Raises:
+            Exception: it again, as it is about the GPU or memory.
+        """
+        if is_of_all(exc):
+            raise exc
+        if not request.is_ended:
+            self._end(request, exc)
 
 
 class _Detokenizer:
@@ -137,18 +141,26 @@ class _Detokenizer:
         self._request = request
 
     def add_token(self, token: int) -> None:
-        self._own.run(self._request, self._made.add_token, _nothing, token)
+        try:
+            self._made.add_token(token)
+        except Exception as e:
+            self._own.failed(self._request, e)
 
     def finalize(self) -> None:
-        self._own.run(self._request, self._made.finalize, _nothing)
+        try:
+            self._made.finalize()
+        except Exception as e:
+            self._own.failed(self._request, e)
 
     @property
     def last_segment(self) -> str:
         # mlx-lm (0.31, 0.32) asks for the log-probabilities next.
         self._own.answers = self._request
-        return self._own.run(
-            self._request, getattr, _no_text, self._made, "last_segment"
-        )
+        try:
+            return self._made.last_segment
+        except Exception as e:
+            self._own.failed(self._request, e)
+            return ""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._made, name)

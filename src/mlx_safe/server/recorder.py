@@ -60,18 +60,20 @@ class Place:
     def begun(self, prompt_tokens: int) -> None:
         """mlx-lm has read the prompt."""
         self._prompt_tokens = prompt_tokens
-        self._update(0)
+        _core.request_progress(self._place, prompt_tokens, self._prefilled, 0)
         breadcrumb("request", "begun", id=self.id, prompt_tokens=prompt_tokens)
 
     def prefilled(self, done: int, total: int) -> None:
         """So many tokens of what is to be read of the prompt have been read."""
         self._prefilled = done
-        self._update(0)
+        _core.request_progress(self._place, self._prompt_tokens, done, 0)
         breadcrumb("prefill", "prefill", id=self.id, done=done, total=total)
 
     def produced(self, tokens: int) -> None:
         """The client has so many tokens."""
-        self._update(tokens)
+        _core.request_progress(
+            self._place, self._prompt_tokens, self._prefilled, tokens
+        )
         if tokens % TOKENS_PER_BREADCRUMB == 0:
             breadcrumb("decode", "decode", id=self.id, tokens=tokens)
 
@@ -80,11 +82,6 @@ class Place:
         _core.request_end(self._place)
         self._place = -1
         breadcrumb("request", how, id=self.id, tokens=tokens)
-
-    def _update(self, tokens: int) -> None:
-        _core.request_progress(
-            self._place, self._prompt_tokens, self._prefilled, tokens
-        )
 
 
 def start_sampler(

@@ -101,7 +101,8 @@ class Recovery:
 
     def check_epoch(self) -> None:
         """Raises the error of the faults that have not been dealt with, if any."""
-        _faults.check(self._clean_epoch)
+        if _core.epoch() != self._clean_epoch:
+            _faults.check(self._clean_epoch)
 
     def recover(self, exc: Exception) -> None:
         """Answers everyone in flight and makes the thread fit for the next."""

@@ -46,6 +46,19 @@ BEGUN_WAIT_S = 60.0
 R = TypeVar("R", bound=Request)
 
 
+class _Steady:
+    """What runs stays as it is, and has its memory for ``steps`` more.
+
+    One for each time between two changes of any state: whoever changes one puts
+    another in its place, also while the generation thread counts this one down.
+    ``seen``: a step has been looked at since the last change.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.seen = False
+
+
 class Memory(Protocol):
     """Who knows how much memory there is: `headroom.Headroom`."""
 
@@ -103,8 +116,7 @@ class Scheduler(Generic[R]):
         # How many requests may run at a time; None: as many as mlx-lm likes.
         self._limit: int | None = None
         self._line = 0
-        # So many steps of what runs have their memory already.
-        self._steps_with_room = 0
+        self._steady = _Steady()
         self.tokens = 0
         self.current: R | None = None
         self.events: Counter[str] = Counter()
@@ -303,15 +315,17 @@ class Scheduler(Generic[R]):
 
     def token(self, request: R, token: int, is_last: bool) -> bool:
         """A token of its answer; whether the client is to have it."""
-        request.run.made += 1
-        if request.state in ENDED:  # its client left during the step
-            return False
-        if request.first_token_at is None:
-            request.first_token_at = self._clock()
-        if request.state is RequestState.PREFILL:
-            self._change(request, RequestState.DECODE)
-        if request.run.repeated:
-            request.run.repeated -= 1
+        run = request.run
+        run.made += 1
+        if request._state is not RequestState.DECODE:
+            if request.is_ended:  # its client left during the step
+                return False
+            if request.first_token_at is None:
+                request.first_token_at = self._clock()
+            if request.state is RequestState.PREFILL:
+                self._change(request, RequestState.DECODE)
+        if run.repeated:
+            run.repeated -= 1
             return False
         request.produced.append(token)
         self.tokens += 1
@@ -319,18 +333,36 @@ class Scheduler(Generic[R]):
             self._change(request, RequestState.FINISHED)
         return True
 
-    def step(self) -> list[R]:
-        """A step of the batch is due. Returns the requests that must leave it first.
+    def goes_on(self) -> bool:
+        """A step of the batch is due: whether all is as it was at the one before.
 
-        They are held, or have been answered.
+        Then what runs has its memory, and nobody has left. Otherwise `step` is asked.
         """
-        if self._steps_with_room > 0:
-            self._steps_with_room -= 1
-            return []
+        steady = self._steady
+        if steady.steps > 0:
+            steady.steps -= 1
+            return True
+        return False
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether no request has come or gone on since the last `step`."""
+        return self._steady.seen
+
+    def step(self) -> list[R]:
+        """A step is due that `goes_on` knows nothing of.
+
+        Returns:
+            Those that must leave the batch first. They are held, or have been answered.
+        """
+        steady = self._steady
         running = self.requests(*RUNNING)
         steps = self._memory.steps_with_room(self._load_of(running)) if running else 1
         if steps > 0:
-            self._steps_with_room = steps - 1
+            # In the first one what came and left is copied: the second tells what a
+            # step takes. When a state has changed meanwhile another has its place.
+            steady.steps = steps - 1 if steady.seen else 0
+            steady.seen = True
             return []
         # The one that came last goes first; what it has so far is not lost. Its
         # memory is free only when mlx-lm has dropped it, so it is one at a time.
@@ -523,7 +555,7 @@ class Scheduler(Generic[R]):
             if state in BEFORE_PREFILL and old not in BEFORE_PREFILL:
                 request.waits_since = self._clock()
             request._state = state
-            self._steps_with_room = 0
+            self._steady = _Steady()
             if state in ENDED:
                 self._in_flight.pop(request, None)
             return True

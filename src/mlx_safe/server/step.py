@@ -30,6 +30,11 @@ class Step:
         self._now = None
 
     @property
+    def begun(self) -> object:
+        """Something else for each step that begins; None: none runs."""
+        return self._now
+
+    @property
     def running(self) -> tuple[str, float] | None:
         """Its kind, and how many seconds it has taken so far; None: there is none."""
         now = self._now

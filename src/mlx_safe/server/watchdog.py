@@ -23,7 +23,9 @@ log = logging.getLogger("mlx_safe.server")
 class Watchdog:
     """Calls ``on_stall`` once when work is in flight and nothing moves.
 
-    ``doing`` says what is under way and for whom; it comes into the log and the report.
+    Args:
+        latest: gives something else after each step of the model that has begun.
+        doing: says what is under way and for whom, for the log and the report.
 
     `moved` may be called from any thread and costs less than a microsecond.
     """
@@ -32,11 +34,13 @@ class Watchdog:
         self,
         timeout_s: float,
         is_working: Callable[[], bool],
+        latest: Callable[[], object],
         doing: Callable[[], str],
         on_stall: Callable[[str], None],
     ) -> None:
         self._timeout_s = timeout_s
         self._is_working = is_working
+        self._latest = latest
         self._doing = doing
         self._on_stall = on_stall
         self._moves = 0
@@ -54,11 +58,12 @@ class Watchdog:
         # machine that slept, did not let the step go on either.
         every_s = min(1.0, self._timeout_s / 4)
         looks_max = math.ceil(self._timeout_s / every_s)
-        looks, moves = 0, self._moves
+        looks, before = 0, (self._moves, self._latest())
         while True:
             time.sleep(every_s)
-            if self._moves != moves or not self._is_working():
-                looks, moves = 0, self._moves
+            now = (self._moves, self._latest())
+            if now != before or not self._is_working():
+                looks, before = 0, now
                 continue
             looks += 1
             if looks > looks_max:

@@ -134,12 +134,13 @@ class _Writer(io.BufferedIOBase):
     def write(self, data: Any) -> int:
         count = len(data)
         shaped = self._handler.shape(bytes(data))
-        if not shaped or self.framing is Framing.NO_BODY:
+        framing = self.framing
+        if not shaped or framing is Framing.NO_BODY:
             return count
-        if self.framing is Framing.COLLECTED:
-            self._body += shaped
-        elif self.framing is Framing.CHUNKED:
+        if framing is Framing.CHUNKED:
             self.send(b"%x\r\n%b\r\n" % (len(shaped), shaped))
+        elif framing is Framing.COLLECTED:
+            self._body += shaped
         else:
             self.send(shaped)
         return count
@@ -156,10 +157,12 @@ class _Writer(io.BufferedIOBase):
 
     def send(self, data: bytes) -> None:
         """Sends ``data``, after the headers if they are still here."""
-        data = self._handler.take_head() + data
+        if not self.sent:
+            data = self._handler.take_head() + data
+            if data:
+                self._handler.held.reach(State.BEGUN)
         if not data:
             return
-        self._handler.held.reach(State.BEGUN)
         try:
             self._handler.connection.sendall(data)
         except BaseException:

@@ -16,17 +16,17 @@ import socket
 import sys
 import sysconfig
 import time
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 # Those that our code, or that of a library it uses, asks for.
 MISSING = {
     os: ("memfd_create", "eventfd", "pidfd_open", "sched_getaffinity"),
-    select: ("POLLRDHUP",),
+    select: ("POLLRDHUP", "epoll"),
     socket: ("TCP_INFO", "TCP_KEEPIDLE"),
     time: ("CLOCK_BOOTTIME",),
 }
 LIB_SYSTEM = "/usr/lib/libSystem.B.dylib"
-RDHUP = select.POLLRDHUP
+EPOLL, RDHUP = select.epoll, select.EPOLLRDHUP
 
 __all__ = ["pretend", "selectors"]
 
@@ -41,32 +41,31 @@ class kevent:
 class kqueue:
     """Of `select.kqueue`, one filter: EVFILT_READ, with EV_EOF as kqueue(2) has it."""
 
-    def __enter__(self) -> kqueue:
-        return self
-
-    def __exit__(
-        self, kind: type | None, value: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self.close()
+    def __init__(self) -> None:
+        self._epoll = EPOLL()
 
     def close(self) -> None:
-        """There is nothing to close."""
+        self._epoll.close()
 
     def control(
         self, changes: list[kevent], most: int, timeout: float | None = None
     ) -> list[kevent]:
-        poller = select.poll()
-        by_number = {}
         for change in changes:
             number = getattr(change.ident, "fileno", lambda c=change: c.ident)()
-            by_number[number] = change
-            poller.register(number, select.POLLIN | RDHUP)
-        waits = None if timeout is None else timeout * 1000
+            if change.flags & select.KQ_EV_DELETE:
+                self._epoll.unregister(number)
+                continue
+            clear = select.EPOLLET if change.flags & select.KQ_EV_CLEAR else 0
+            events = select.EPOLLIN | RDHUP | clear
+            try:
+                self._epoll.register(number, events)
+            except FileExistsError:
+                self._epoll.modify(number, events)
         found = []
-        for number, events in poller.poll(waits)[:most]:
-            at_end = events & (RDHUP | select.POLLHUP | select.POLLERR)
+        for number, events in self._epoll.poll(timeout, most) if most else ():
+            at_end = events & (RDHUP | select.EPOLLHUP | select.EPOLLERR)
             flags = select.KQ_EV_EOF if at_end else 0
-            found.append(kevent(number, by_number[number].filter, flags))
+            found.append(kevent(number, select.KQ_FILTER_READ, flags))
         return found
 
 
@@ -128,6 +127,7 @@ def pretend(version: str) -> None:
             if hasattr(module, name):
                 delattr(module, name)
     select.KQ_FILTER_READ, select.KQ_EV_ADD, select.KQ_EV_EOF = -1, 0x1, 0x8000
+    select.KQ_EV_DELETE, select.KQ_EV_CLEAR = 0x2, 0x20
     select.kqueue, select.kevent = kqueue, kevent
     ctypes.CDLL = _CDLL
     _add_macholib()

@@ -34,6 +34,13 @@ __all__ = [
     *("tokenizer_repairs", "try_quantization"),
 ]
 
+
+@functools.cache
+def _is_032() -> bool:
+    """Whether it is mlx-lm 0.32 or newer. Looking takes as long as some tokens."""
+    return parse_version(installed_version()) >= (0, 32)
+
+
 # Calls the first with what follows; when that fails, ends the request and calls the
 # second so.
 Guard = Callable[..., Any]
@@ -196,7 +203,7 @@ def keep_processors_in_place() -> None:
     There a batch without any of them keeps the place of a request that has ended. One
     that joins later gets those of another place, or none. Call it once.
     """
-    if parse_version(installed_version()) >= (0, 32):
+    if _is_032():
         return
     from mlx_lm.generate import GenerationBatch
 
@@ -212,7 +219,7 @@ def keep_processors_in_place() -> None:
 
 def takes_xtc() -> bool:
     """Whether the server's XTC works: 0.31.3 gives the sampler a list in a list."""
-    return parse_version(installed_version()) >= (0, 32)
+    return _is_032()
 
 
 # -- caches -----------------------------------------------------------------------
@@ -310,7 +317,7 @@ def chunks_are_exact() -> bool:
 
     0.31.3 looks at the length that is allocated, and throws live tokens away.
     """
-    return parse_version(installed_version()) >= (0, 32)
+    return _is_032()
 
 
 def batch_caches(batch: BatchGenerator) -> tuple[int, list[Uid]]:

@@ -57,7 +57,7 @@ def _spared(
     """
 
     @functools.wraps(call)
-    def spared(self: KVTier, *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def spared(self: KVTier, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
         try:
             return call(self, *args, **kwargs)
         except Exception as e:

@@ -148,9 +148,10 @@ class APIHandler(BaseHTTPRequestHandler):
 
 
 class Server(Protocol):
-    """The module ``mlx_lm.server``. The first eight are replaced by `patch`."""
+    """The module ``mlx_lm.server``. The first nine are replaced by `patch`."""
 
     logging: Any  # whole requests and answers are in its lines
+    Queue: Any  # a token's way to its handler
 
     def run(self, host: str, port: int, model_provider: ModelProvider) -> None: ...
     def load(self, *args: Any, **options: Any) -> tuple[Any, ...]: ...

@@ -1,0 +1,215 @@
+"""What a token and a request cost, counted and not timed: protected beside stock.
+
+    bench/token_cost.py [--tokens 50 250] [--top 25] [--strace]
+
+Bytecodes and calls of C functions that Python's threads execute, by function; the times
+that threads were put to sleep (Linux); system calls, if asked for and strace is there.
+A load of the machine changes none of it much, as it changes times. One client streams
+answers of two lengths: a token is the difference, a request is what is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_speed import PROTECTED, STOCK
+from gpu_support import ask, make_model
+
+from support.server import Server
+
+WORDS = 20  # of a prompt
+# Of the numbers that tell threads apart.
+NUMBERS = re.compile(r"Thread-\d+ |\d+")
+
+# In the server: on SIGUSR1 it writes what was executed so far, into $COUNTS.
+COUNTED = """
+import json, os, signal, sys, threading
+from collections import Counter
+codes, calls = {}, {}
+def trace(frame, event, arg):
+    mine = codes.setdefault(threading.current_thread().name, Counter())
+    frame.f_trace_opcodes, frame.f_trace_lines = True, False
+    code = frame.f_code
+    def local(frame, event, arg):
+        if event == "opcode":
+            mine[code] += 1
+        return local
+    return local
+def profile(frame, event, arg):
+    if event == "c_call":
+        who = threading.current_thread().name
+        calls[who] = calls.get(who, 0) + 1
+def tell(*_):
+    found = {}
+    for who, counter in list(codes.items()):
+        found[who] = [calls.get(who, 0), {}]
+        for code, n in list(counter.items()):
+            file = code.co_filename.rpartition("site-packages/")[2][-40:]
+            key = f"{file}:{code.co_qualname}"
+            found[who][1][key] = found[who][1].get(key, 0) + n
+    threads = {t.native_id: t.name for t in threading.enumerate()}
+    with open(os.environ["COUNTS"] + ".new", "w") as f:
+        json.dump([found, threads], f)
+    os.rename(os.environ["COUNTS"] + ".new", os.environ["COUNTS"])
+signal.signal(signal.SIGUSR1, tell)
+if "COUNTED" in os.environ:
+    threading.settrace(trace)
+    threading.setprofile(profile)
+"""
+
+
+def one(server: Server, tokens: int) -> None:
+    reply = ask(server, WORDS, tokens)
+    assert reply.tokens >= tokens - 1, reply.outcome
+    time.sleep(0.3)  # until it is stored
+
+
+def told(server: Server, path: Path) -> tuple[Any, dict[str, str]]:
+    """What was counted so far, and the names of Python's threads."""
+    path.unlink(missing_ok=True)
+    server.process.send_signal(signal.SIGUSR1)
+    until = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < until, "the server does not tell"
+        time.sleep(0.02)
+    counted, threads = json.loads(path.read_text())
+    return counted, threads
+
+
+def counts(server: Server, path: Path) -> Counter[tuple[str, str]]:
+    """(thread, function or ""): bytecodes, or calls of C functions, so far."""
+    found: Counter[tuple[str, str]] = Counter()
+    for thread, (calls, codes) in told(server, path)[0].items():
+        who = NUMBERS.sub("", thread)
+        found[who, ""] += calls
+        for name, n in codes.items():
+            found[who, name] += n
+    return found
+
+
+@contextmanager
+def syscalls(server: Server, wanted: bool) -> Iterator[Counter[tuple[str, str]]]:
+    """System calls of all its threads meanwhile, by name."""
+    found: Counter[tuple[str, str]] = Counter()
+    if not wanted:
+        yield found
+        return
+    with tempfile.NamedTemporaryFile("r") as file:
+        command = ["strace", "-f", "-qq", "-c", "-o", file.name]
+        tracer = subprocess.Popen([*command, "-p", str(server.process.pid)])
+        time.sleep(1.0)
+        yield found
+        tracer.send_signal(signal.SIGINT)
+        tracer.wait(30)
+        for line in file:
+            parts = line.split()
+            if len(parts) >= 5 and parts[3].isdigit() and parts[-1] != "total":
+                found["syscalls", parts[-1]] += int(parts[3])
+
+
+def sleeps(server: Server, path: Path) -> Counter[tuple[str, str]]:
+    """How often its threads have gone to sleep so far, by their name."""
+    found: Counter[tuple[str, str]] = Counter()
+    names = told(server, path)[1]
+    for task in Path(f"/proc/{server.process.pid}/task").glob("*/status"):
+        try:
+            fields = dict(x.split(":\t", 1) for x in task.read_text().splitlines())
+        except (OSError, ValueError):
+            continue  # it has just ended
+        times = int(fields["voluntary_ctxt_switches"])
+        name = names.get(fields["Pid"].strip(), "MLX's own")
+        found["sleeps", NUMBERS.sub("", name)] += times
+    return found
+
+
+def measure(
+    model: Path, program: str, args: argparse.Namespace, path: Path
+) -> tuple[Counter[Any], Counter[Any]]:
+    """What a token costs, and what a request does besides."""
+    env = {"MLX_SAFE_AUTOINSTALL": "0"} if program is STOCK else {}
+    env["COUNTS"] = str(path)
+    runs: list[Counter[Any]] = []
+    with Server(model, program=COUNTED + program, env=env | {"COUNTED": "1"}) as server:
+        server.wait_ready()
+        one(server, args.tokens[0])
+        for tokens in args.tokens:
+            before = counts(server, path)
+            one(server, tokens)
+            after = counts(server, path)
+            runs.append(Counter({k: after[k] - before[k] for k in after}))
+    with Server(model, program=COUNTED + program, env=env) as server:
+        server.wait_ready()
+        one(server, args.tokens[0])
+        for i, tokens in enumerate(args.tokens):
+            with syscalls(server, args.strace) as calls:
+                before = sleeps(server, path)
+                one(server, tokens)
+                after = sleeps(server, path)
+            runs[i].update({k: after[k] - before[k] for k in after})
+            runs[i].update(calls)
+    short, long = args.tokens
+    token = Counter({k: (runs[1][k] - runs[0][k]) / (long - short) for k in runs[1]})
+    return token, Counter({k: runs[0][k] - short * token[k] for k in runs[0]})
+
+
+def total(found: Counter[Any], what: str) -> float:
+    """Of ``bytecodes``, ``C calls``, ``sleeps`` or ``syscalls``."""
+    kinds = ("sleeps", "syscalls")
+    if what in kinds:
+        return sum(n for (who, _), n in found.items() if who == what)
+    wanted = (x for x in found.items() if x[0][0] not in kinds)
+    return sum(n for (_, name), n in wanted if (name == "") == (what == "C calls"))
+
+
+def show(what: str, found: dict[str, Counter[Any]], top: int) -> None:
+    print(f"\n## {what}")
+    for kind in ("bytecodes", "C calls", "sleeps", "syscalls"):
+        a, b = (total(found[name], kind) for name in ("stock", "protected"))
+        if a > 0:
+            print(f"{kind:>10}: {a:9.1f} {b:9.1f}  {b / a:.3f}")
+    stock, protected = found["stock"], found["protected"]
+    names = sorted({*stock, *protected}, key=lambda k: -abs(protected[k] - stock[k]))
+    for key in names[:top]:
+        more = protected[key] - stock[key]
+        name = " ".join((*key[:1], key[1] or "(C calls)"))
+        print(f"{more:+9.2f} {stock[key]:9.2f} {protected[key]:9.2f}  {name}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = functools.partial(parser.add_argument)
+    add("--tokens", type=int, nargs=2, default=[50, 250])
+    add("--top", type=int, default=25, help="lines of functions")
+    add("--strace", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        model = make_model(path / "model", 64, 2)
+        found = {
+            name: measure(model, program, args, path / "counts")
+            for name, program in (("stock", STOCK), ("protected", PROTECTED))
+        }
+    for i, what in enumerate(("a token", "a request")):
+        show(what, {name: found[name][i] for name in found}, args.top)
+
+
+if __name__ == "__main__":
+    main()
