@@ -240,6 +240,11 @@ check-wheels: build/macos-wheels.stamp build/linux-wheels.stamp  ## looks into t
 	$(WHEELS_PYTHON) tools/check_wheel.py $(if $(filter all,$(WHEELS)),--complete) dist/*.whl
 	$(WHEELS_PYTHON) -m pytest tests/packaging $(ARGS)
 
+# pip's index is asked for MLX, once for each Python. Not in CI.
+.PHONY: check-release
+check-release: build/linux-wheels.stamp  ## installs the wheels with each Python from 3.10 to 3.14 that is here
+	$(WHEELS_PYTHON) tools/check_release.py $(if $(filter all,$(WHEELS)),--complete) dist/*.whl
+
 contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx.dylib
 	CONTRACT_CACHE=$(CONTRACT_CACHE) $(WHEELS_PYTHON) -m pytest tests/contract $(ARGS)
 

@@ -22,7 +22,11 @@ PAGES = {
     },
 }
 # What a browser would fetch from elsewhere while it shows a page.
-_FETCHED = re.compile(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"https?://[^\"]+")
+_FETCHED = re.compile(
+    r"<(?:script|link|img|iframe)[^>]+(?:src|href)=\"(?:https?:)?//[^\"]+"
+    # The theme's script (mkdocs-material 9) has mermaid come for these.
+    r"|<pre class=\"mermaid\""
+)
 _LINK = re.compile(r"\]\((\.\./)?([\w./-]+\.md)((?:#[^)]*)?)\)")
 
 
