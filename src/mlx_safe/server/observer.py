@@ -32,7 +32,8 @@ class Observer:
         # What the last step of a batch read and how far: {uid: tokens}.
         self._read: dict[Any, int] = {}
         self._steady = False
-        # (tokens, context) of the window's first step, if it was learned from.
+        # (tokens, context) of the window's first step, if it was learned from and more
+        # like it may follow.
         self._learned: tuple[int, int] | None = None
 
     def begin(self, unchanged: bool = False) -> None:
@@ -107,4 +108,7 @@ class Observer:
         )
         size = max(len(reading), 1) * max(chunk, 1), max(context, 1)
         self.end(*size)
-        self._learned = size
+        if not reading:
+            # Of a step that reads there is one look: of the last few looks a failure's
+            # is one, and two for each step would drive it out.
+            self._learned = size
