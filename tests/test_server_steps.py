@@ -122,8 +122,10 @@ def test_a_draft_model_changes_nothing_of_it(drafting: Server) -> None:
     assert answer.status == 200 and answer.done, drafting.log
     assert drafting.process.poll() is None
     found = steps(drafting, since)
-    long = [n for n in found if n > 500]
-    assert len(long) <= 1, found  # the first that is known of the model
+    # The first that is known of the model. Where a busy machine makes the draft model
+    # slow, its step is the one that tells, and 512 tokens of the target take 1.02 s.
+    long = [n for n in found if n > 512]
+    assert len(long) <= 1, found
     read = re.findall(r"^: keepalive (\d+)/(\d+)$", answer.body, re.MULTILINE)
     done = [int(n) for n, _ in read]
     assert len(done) > 6
