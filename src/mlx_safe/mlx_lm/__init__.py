@@ -5,9 +5,10 @@
     mlx_safe.mlx_lm.protect()
 
 From then on each `BatchGenerator` keeps what was inserted into it and which tokens it
-has told. When a step fails on the GPU, it drops what the step may have left unwritten,
-begins again with every request under the same uid, from its prompt and the tokens that
-were told, and tells none of them twice. Its server sees a step that takes longer.
+has returned. When a step fails on the GPU, it drops what the step may have left
+unwritten. It begins again with every request, under the same uid, from its prompt and
+the tokens that it has returned. It returns none of them twice. Its server sees a step
+that takes longer.
 
 It raises the `GPUError` where that would not be exact: see `protect`.
 
@@ -40,7 +41,7 @@ def protect(
 ) -> None:
     """Protects every `BatchGenerator` that is made from now on. Main thread, once.
 
-    The class is changed, so that whoever has imported it already has it protected.
+    The class is changed, so a module that has imported it already has it protected.
     Called again it changes the settings.
 
     After a fault that may pass, or a failed allocation, all are begun again; fewer at a

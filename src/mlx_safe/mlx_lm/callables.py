@@ -1,7 +1,7 @@
 """Samplers and logits processors that may be called again.
 
 A request that goes on in the middle of its answer calls them with the same arguments
-as before, but not as often: one that counts its calls, or draws from a random state of
+as before, but not as often. One that counts its calls, or draws from a random state of
 its own, would give another answer. Python cannot say what a function does; what is
 found here is what its code and its closure show, and anything else has a state.
 """

@@ -116,7 +116,7 @@ class Kept:
     def tell_read(self, response: Any) -> None:
         """A step has read of its prompt: what was told before is not told again.
 
-        Its progress goes on, so that whoever waits for it sees that something is done.
+        Its progress goes on, so a caller that waits for it sees that something is done.
         """
         done = response.progress[0]
         if self.attempts == 0:

@@ -1,7 +1,7 @@
 """Where the flags' values come from: command line, environment, file, in this order.
 
 A value of the environment or of the file becomes the word that the command line would
-have (``--port=8081``), and the same parser reads it: so it is checked in the same way.
+have (``--port=8081``). The same parser reads it, so it is checked in the same way.
 """
 
 from __future__ import annotations

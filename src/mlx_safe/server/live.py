@@ -1,4 +1,4 @@
-"""What goes on now, in numbers: for ``/health``, ``/metrics`` and whoever shows it.
+"""What goes on now, in numbers: for ``/health``, ``/metrics`` and the status page.
 
 Keeps nothing: all of it is read from those who own it, on any thread.
 """

@@ -1,4 +1,4 @@
-"""The log: one format for every line, whoever wrote it, as text or as JSON.
+"""The log: one format for every line, from any logger, as text or as JSON.
 
 No text of a prompt or an answer comes into it, at any level. Our own lines have none;
 of other libraries' DEBUG lines nothing passes, of mlx-lm's own (0.31 to 0.32: whole
@@ -33,8 +33,8 @@ SAFE = (
     "Received tools but model does not support",
 )
 
-# Where the innermost frame of an exception is when no text can be in its message: there
-# is none any more, only numbers, or not yet, as a model is being loaded.
+# An exception whose innermost frame is here has no text in its message: there are only
+# numbers by then, or a model is being loaded and there is no text yet.
 NUMBERS_ONLY = (
     *("mlx.", "mlx_lm.models.", "mlx_lm.sample_utils", "mlx_lm.utils"),
     *("mlx_safe.memory", "mlx_safe.testing"),

@@ -92,8 +92,8 @@ class Resumed:
         """Logits processors of the sequential path, as the batched one has them.
 
         A penalty looks at the prompt and the answer. mlx-lm's sequential path shows
-        it less: of the prompt, only what was not in the prompt cache, and in 0.31.3
-        and with speculative decoding its last token alone. So the answer would
+        it less: of the prompt, only what was not in the prompt cache. In 0.31.3, and
+        with speculative decoding, it shows its last token alone. So the answer would
         depend on the cache, and on how often the request was run.
         """
         prompt = self._prompt

@@ -49,8 +49,8 @@ R = TypeVar("R", bound=Request)
 class _Steady:
     """What runs stays as it is, and has its memory for ``steps`` more.
 
-    One for each time between two changes of any state: whoever changes one puts
-    another in its place, also while the generation thread counts this one down.
+    One for each time between two changes of any state. A thread that changes a state
+    puts another in its place, also while the generation thread counts this one down.
     ``seen``: a step has been looked at since the last change.
     """
 

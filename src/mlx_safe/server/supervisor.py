@@ -52,8 +52,8 @@ USER_MISTAKE = 2
 CRASHES_MAX = 5
 BACK_OFF_S = (0.0, 1.0, 2.0, 4.0)
 HOLD_S = 60.0
-# So long after the channel was closed a server that still lives is one that goes on
-# without it, and not one that is ending. macOS closes a process's files first, and may
+# A server that still lives so long after its channel was closed goes on without it: it
+# is not ending. macOS closes a process's files first, and may
 # take many seconds to free what a large model had.
 END_TIMEOUT_S = 60.0
 TURN_S = 0.2
