@@ -209,3 +209,55 @@ def test_reply_for(exc: Exception, status: int, code: str, after: str | None) ->
 
 def test_reply_for_knows_no_other_exception() -> None:
     assert errors.reply_for(ValueError("mine")) is None
+
+
+def a_generator() -> Any:
+    yield 7
+
+
+async def a_coroutine() -> int:
+    return 7
+
+
+@pytest.mark.parametrize("function", [a_generator, a_coroutine])
+def test_what_has_not_run_yet_is_not_taken_for_done(function: Any) -> None:
+    """A fault of it would be raised outside, and nothing tried again."""
+    with pytest.raises(TypeError, match="of which nothing has run"):
+        mlx_safe.retry(function)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"function": 7}, "needs a function that takes nothing, not int"),
+        ({"attempts": "3"}, "attempts must be a whole number of calls, not str"),
+        ({"attempts": True}, "attempts must be a whole number of calls, not bool"),
+        ({"attempts": 2.5}, "attempts must be a whole number of calls, not float"),
+        ({"on": errors.OutOfMemoryError}, "on must be a function that says whether"),
+        ({"on": (ValueError,)}, "on must be a function that says whether"),
+        ({"on": None}, "on must be a function that says whether"),
+        ({"before": 3}, "before must be a function or None, not 3"),
+    ],
+)
+def test_an_argument_that_is_wrong_is_told_before_anything_runs(
+    wrong: dict[str, Any], said: str
+) -> None:
+    flaky = Flaky(1, RuntimeError(OUT_OF_MEMORY))
+    with pytest.raises(TypeError, match=said):
+        mlx_safe.retry(**{"function": flaky, **wrong})
+    assert flaky.calls == 0
+
+
+def test_next_fault_of_several_tasks_is_told_to_each_that_waits() -> None:
+    async def watch() -> Any:
+        waiting = [asyncio.create_task(mlx_safe.next_fault()) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        waiting[0].cancel()
+        await asyncio.gather(waiting[0], return_exceptions=True)
+        testing.record_fault(2)
+        with pytest.raises(TypeError, match="since must be an epoch or None, not str"):
+            await mlx_safe.next_fault("1")  # type: ignore[arg-type]
+        return await asyncio.wait_for(asyncio.gather(*waiting[1:]), 20)
+
+    first, second = asyncio.run(watch())
+    assert first.number == second.number

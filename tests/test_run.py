@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -111,6 +112,8 @@ time.sleep(300)
     [
         ((), "no program is named: mlx-safe run [options] -- COMMAND ..."),
         (("--", "no-such-program"), "no-such-program: no such command"),
+        (("--", ""), "'': no such command"),
+        (("--", "-m", "json.tool"), "-m: no command begins so; options of mlx-safe run"),
         (("--listen", "0", "--", "true"), "--listen needs --supervise"),
         (
             ("--supervise", "--listen", "0", "--", "true"),
@@ -132,6 +135,79 @@ def test_a_mistake_is_one_line(words: tuple[str, ...], said: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"mlx-safe: {said}")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", [(), ("--supervise",)], ids=["once", "supervise"])
+@pytest.mark.parametrize(
+    ("text", "mode", "said"),
+    [
+        ("print(1)", 0o600, "is no program; a script runs as: python "),
+        ("print(1)", 0o700, "cannot be started: has no #! line"),
+        ("#!/no/such/python", 0o700, "cannot be started: the interpreter that"),
+    ],
+)
+def test_what_cannot_be_executed_is_one_line(
+    tmp_path: Path, how: tuple[str, ...], text: str, mode: int, said: str
+) -> None:
+    path = tmp_path / "script"
+    path.write_text(text)
+    path.chmod(mode)
+    done = mlx_safe_run(*how, "--", str(path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"mlx-safe: {path}: {said}")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_program_that_looks_for_mlx_before_is_protected(tmp_path: Path) -> None:
+    look = "import importlib.util\nassert importlib.util.find_spec('mlx.core')\n"
+    path = program(tmp_path, look + IS_PROTECTED)
+    done = mlx_safe_run("--", sys.executable, path)
+    assert done.stdout == "[] True\n", done.stderr
+
+
+COUNTS_INTERRUPTS = """
+import os, pathlib, signal, sys, time
+if sys.argv[2] == "apart":
+    os.setpgid(0, 0)
+seen = []
+signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+pathlib.Path(sys.argv[1]).write_text("ready")
+for _ in range(3000):
+    if seen:
+        time.sleep(1)
+        sys.exit(len(seen))
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("where", ["beside", "apart"])
+def test_control_c_reaches_the_program_once(tmp_path: Path, where: str) -> None:
+    """The terminal tells all in its foreground; the supervisor, those that are not."""
+    path = program(tmp_path, COUNTS_INTERRUPTS)
+    ready = tmp_path / "ready"
+    command = [sys.executable, path, str(ready), where]
+    words = [*MLX_SAFE, "run", "--supervise", "--", *command]
+    ended: list[int] = []
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(words[0], words)
+    try:
+        assert eventually(ready.exists)
+        os.write(terminal, b"\x03")
+
+        def has_ended() -> bool:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                ended.append(os.waitstatus_to_exitcode(status))
+            return bool(ended)
+
+        assert eventually(has_ended)
+        assert ended == [1]
+    finally:
+        if not ended:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        os.close(terminal)
 
 
 def test_supervise_starts_what_a_fault_has_ended_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from ._guard import guard
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import TypeVar
+    from typing import Any, TypeVar
 
     from ._fault import Fault
 
@@ -46,20 +46,25 @@ def retry(
         function: takes nothing; a `guard` is around each call.
         attempts: how often it is called at most; 1 or more.
         on: whether to try again after this exception. By default: a `GPUError` that
-            is ``retryable``, or a failed allocation.
+            is ``retryable``, or a failed allocation. Asked about those two alone:
+            another exception is raised at once.
         before: called as ``before(exc, n)`` before the call after the ``n``-th, to
             make that one smaller, say.
 
     Raises:
         GPUError: the last attempt failed so, or ``on`` said no.
+        TypeError, ValueError: an argument is not as above; ``function`` returns a
+            coroutine or a generator, whose work would be done outside.
         Exception: whatever else ``function`` raises, at once.
     """
-    if attempts < 1:
-        raise ValueError(f"attempts must be at least 1, not {attempts}")
+    _check(function, attempts, on, before)
     for n in range(1, attempts + 1):
         try:
             with guard():
-                return function()
+                result = function()
+                if _is_lazy(result):
+                    raise _not_yet(result)
+                return result
         except Exception as e:
             fault = errors.from_exception(e)
             passes = fault is not None or errors.is_allocation_failure(e)
@@ -70,6 +75,47 @@ def retry(
         if before is not None:
             before(failed, n)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _check(function: object, attempts: object, on: object, before: object) -> None:
+    if not callable(function):
+        raise TypeError(
+            f"retry() needs a function that takes nothing, not {type(function).__name__}"
+        )
+    if not isinstance(attempts, int) or isinstance(attempts, bool):
+        raise TypeError(
+            f"attempts must be a whole number of calls, not {type(attempts).__name__}"
+        )
+    if attempts < 1:
+        raise ValueError(f"attempts must be at least 1, not {attempts}")
+    # A class can be called, too: with the exception it would make another one.
+    if isinstance(on, type) or not callable(on):
+        raise TypeError(
+            "on must be a function that says whether to try again after an exception, "
+            f"such as lambda exc: isinstance(exc, MemoryError), not {on!r}"
+        )
+    if not (before is None or callable(before)):
+        raise TypeError(f"before must be a function or None, not {before!r}")
+
+
+def _is_lazy(result: object) -> bool:
+    """Whether nothing has been done yet: a coroutine, or a generator."""
+    import types
+
+    kinds = (types.CoroutineType, types.GeneratorType, types.AsyncGeneratorType)
+    return isinstance(result, kinds)
+
+
+def _not_yet(result: Any) -> TypeError:
+    what = type(result).__name__
+    if hasattr(result, "close"):
+        result.close()
+    return TypeError(
+        f"retry() was given a function that returns a {what}, of which nothing has run: "
+        "let it return what is computed, as in retry(lambda: list(generate())) or "
+        "retry(lambda: asyncio.run(step())); in a loop that runs, "
+        "await asyncio.to_thread(retry, function)"
+    )
 
 
 def _reset(exc: Exception) -> None:
@@ -89,10 +135,13 @@ async def next_fault(since: int | None = None) -> Fault:
 
     Raises:
         OSError: no file descriptor is left for the notification.
+        TypeError: ``since`` is no number.
     """
     import asyncio
     import contextlib
 
+    if since is not None and not isinstance(since, int):
+        raise TypeError(f"since must be an epoch or None, not {type(since).__name__}")
     loop = asyncio.get_running_loop()
     after = _faults.epoch() if since is None else since
     come = asyncio.Event()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import socket
 import sys
 from pathlib import Path
 
-from .._command import CommandError, Parser
+from .._command import CommandError, Parser, in_one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     asked = _parser().parse_args(own)
     if not command:
         raise CommandError("no program is named: mlx-safe run [options] -- COMMAND ...")
-    program = shutil.which(command[0])
-    if program is None:
-        raise CommandError(f"{command[0]}: no such command")
+    program = _find(command[0])
     if asked.listen and not asked.supervise:
         raise CommandError("--listen needs --supervise")
     if bool(asked.listen) != any(FD in word for word in command):
@@ -87,7 +86,10 @@ def run(arguments: Sequence[str]) -> int:
     env = environment(os.environ, words)
     if not asked.supervise:
         sys.stdout.flush()
-        os.execve(program, command, env)
+        try:
+            os.execve(program, command, env)
+        except OSError as e:
+            raise _cannot_start(command[0], e) from e
     from . import restarts
 
     with contextlib.ExitStack() as stack:
@@ -96,7 +98,36 @@ def run(arguments: Sequence[str]) -> int:
             listener = stack.enter_context(_listen(asked.listen))
             fd = str(listener.fileno())
             command = [word.replace(FD, fd) for word in command]
-        return restarts.Restarts([program, *command[1:]], env, listener).run()
+        try:
+            return restarts.Restarts([program, *command[1:]], env, listener).run()
+        except OSError as e:
+            raise _cannot_start(command[0], e) from e
+
+
+def _find(name: str) -> str:
+    """The program's path."""
+    program = shutil.which(name)
+    if program is not None:
+        return program
+    if name.startswith("-"):
+        raise CommandError(
+            f"{name}: no command begins so; options of mlx-safe run stand before the "
+            "--, and a module runs as: python -m MODULE"
+        )
+    if os.path.isfile(name):
+        raise CommandError(f"{name}: is no program; a script runs as: python {name}")
+    raise CommandError(f"{name or repr(name)}: no such command")
+
+
+def _cannot_start(name: str, error: OSError) -> CommandError:
+    """What is said of a program that is there and cannot be executed."""
+    if error.errno == errno.ENOEXEC:
+        why = "has no #! line, and is no program of this machine"
+    elif error.errno == errno.ENOENT:
+        why = "the interpreter that its first line names is not there"
+    else:
+        why = in_one_line(error)
+    return CommandError(f"{name}: cannot be started: {why}")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -114,7 +145,8 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def environment(base: Mapping[str, str], words: Sequence[str]) -> dict[str, str]:
     """``base`` with what protects a Python that is started in it."""
-    path = [STARTUP, *filter(None, [base.get("PYTHONPATH")])]
+    before = base.get("PYTHONPATH", "").split(os.pathsep)
+    path = [STARTUP, *(entry for entry in before if entry not in ("", STARTUP))]
     return {
         **base,
         "PYTHONPATH": os.pathsep.join(path),

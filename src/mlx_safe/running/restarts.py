@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import threading
@@ -23,6 +24,20 @@ log = logging.getLogger("mlx_safe.supervisor")
 
 # One that has lived so long is not counted among the crashes in a row.
 SOUND_S = 60.0
+
+
+def _both_in_foreground(child: int) -> bool:
+    """Whether a Ctrl-C at the terminal reaches this process and ``child``."""
+    try:
+        terminal = os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp() == os.getpgid(child)
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
 
 
 class Restarts:
@@ -48,12 +63,22 @@ class Restarts:
 
     def _stop(self, number: int, frame: object) -> None:
         """Signal handler: passes the signal on and restarts no more."""
+        is_first = not self._stopping.is_set()
         self._stopping.set()
-        if self._child is not None and self._child.poll() is None:
-            self._child.send_signal(number)
+        child = self._child
+        if child is None or child.poll() is not None:
+            return
+        # Told twice of one Ctrl-C, uvicorn drops its clients.
+        if number == signal.SIGINT and is_first and _both_in_foreground(child.pid):
+            return
+        child.send_signal(number)
 
     def run(self) -> int:
-        """Returns the exit status for this process."""
+        """Returns the exit status for this process.
+
+        Raises:
+            OSError: the program cannot be executed.
+        """
         logs.set_up("INFO", "text", name="SUPERVISOR")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # nohup, and shells for what they start in the background, have it ignored.

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 import threading
-from importlib.machinery import PathFinder
 
+from .._after_import import after_import
 from . import ceilings, plans
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
     from typing import Any
 
 __all__ = ["attach", "attach_all", "attaches_all", "detach", "uncounted"]
@@ -150,27 +147,6 @@ def _length(
 # -- each model that is loaded ------------------------------------------------------
 
 
-class _Finder:
-    """Finds ``mlx.nn`` as ever, and hooks it once it has been loaded."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != _NN:
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def load_and_hook(module: ModuleType) -> None:
-                load(module)
-                _hook(module)
-
-            spec.loader.exec_module = load_and_hook  # type: ignore[method-assign]
-        return spec
-
-
 _hooked: list[Callable[[], object] | None] = []
 
 
@@ -188,10 +164,7 @@ def attach_all(when_hooked: Callable[[], object] | None = None) -> None:
     if _hooked:
         return
     _hooked.append(when_hooked)
-    if _NN in sys.modules:
-        _hook(sys.modules[_NN])
-    else:
-        sys.meta_path.insert(0, _Finder())
+    after_import({_NN: _hook})
 
 
 def attaches_all() -> bool:

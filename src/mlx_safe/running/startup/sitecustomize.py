@@ -11,11 +11,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import ModuleType
     from typing import Any
 
@@ -68,36 +68,14 @@ def _protect_batches(_: ModuleType) -> None:
         print(f"mlx-safe: --replay: {e}", file=sys.stderr)
 
 
-class _AfterImport:
-    """A finder that calls a function once a module has been loaded."""
-
-    def __init__(self, calls: dict[str, Callable[[ModuleType], None]]) -> None:
-        self._calls = calls
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        call = self._calls.pop(name, None)
-        if call is None:
-            return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                self._call_after(spec.loader, call)
-                return spec
-        return None
-
-    @staticmethod
-    def _call_after(loader: Any, call: Callable[[ModuleType], None]) -> None:
-        run = loader.exec_module
-
-        def run_and_call(module: ModuleType) -> None:
-            run(module)
-            call(module)
-
-        loader.exec_module = run_and_call
+def _after_import(calls: dict[str, Callable[[ModuleType], None]]) -> None:
+    """`mlx_safe._after_import`, without mlx_safe, which would be installed by that."""
+    path = os.path.join(_HERE, os.pardir, os.pardir, "_after_import.py")
+    spec = importlib.util.spec_from_file_location("_mlx_safe_after_import", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.after_import(calls)
 
 
 def _run_the_next() -> None:
@@ -118,5 +96,5 @@ if "MLX_SAFE_RUN" in os.environ:
         _calls["uvicorn.config"] = _protect_applications
     if "replay" in _WORDS:
         _calls["mlx_lm.generate"] = _protect_batches
-    sys.meta_path.insert(0, _AfterImport(_calls))
+    _after_import(_calls)
 _run_the_next()
