@@ -28,6 +28,7 @@ class Answer(NamedTuple):
     headers: dict[str, str]
     body: bytes
     raised: BaseException | None
+    has_ended: bool = True
 
     @property
     def json(self) -> Any:
@@ -75,6 +76,7 @@ async def asked(app: Any, path: str, **more: Any) -> Answer:
         {k.decode(): v.decode() for k, v in start["headers"]},
         b"".join(p.get("body", b"") for p in parts),
         raised,
+        bool(parts) and not parts[-1].get("more_body", False),
     )
 
 
@@ -83,8 +85,8 @@ def app(request: pytest.FixtureRequest) -> Any:
     return asgi.protect(asgi_app.make(request.param), health="/health")
 
 
-def ask(app: Any, path: str) -> Answer:
-    return asyncio.run(asked(app, path))
+def ask(app: Any, path: str, **more: Any) -> Answer:
+    return asyncio.run(asked(app, path, **more))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,12 @@ def ask(app: Any, path: str) -> Answer:
         ("/quotes", 503, "metal_out_of_memory"),
         ("/quotes?status=507", 503, "metal_out_of_memory"),
         ("/hides", 503, "metal_timeout"),
+        pytest.param(
+            *("/of_a_group", 503, "metal_out_of_memory"),
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 11), reason="Python 3.10 has no groups"
+            ),
+        ),
     ],
 )
 def test_a_fault_has_the_contracts_answer(
@@ -169,10 +177,185 @@ def test_a_stream_that_says_so_itself_is_left_alone(app: Any) -> None:
     assert ask(app, "/fails_later?how=well").body == b"data: one\n\ndata: two\n\n"
 
 
-def test_what_is_no_stream_of_events_is_cut(app: Any) -> None:
-    answer = ask(app, "/fails_later?type=text/plain")
+@pytest.mark.parametrize("kind", ["Text/Event-Stream; charset=utf-8"])
+def test_a_stream_is_known_however_it_is_written(app: Any, kind: str) -> None:
+    assert ask(app, f"/fails_later?type={kind}").body.endswith(b"data: [DONE]\n\n")
+
+
+def test_an_end_with_other_line_ends_is_one(app: Any) -> None:
+    body = ask(app, "/fails_later?how=crlf").body
+    assert body.endswith(b"data:[DONE]\r\n\r\n")
+    assert b"metal_out_of_memory" not in body
+
+
+def test_an_answer_about_faults_is_no_fault(app: Any) -> None:
+    assert b"metal_out_of_memory" not in ask(app, "/fails_later?how=answer").body
+    assert b"metal_out_of_memory" in ask(app, "/fails_later?how=failed").body
+
+
+@pytest.mark.parametrize("query", ["type=text/plain", "encoding=gzip"])
+def test_what_cannot_be_added_to_is_cut(app: Any, query: str) -> None:
+    """Nor has it an end, which Starlette's middleware would have sent before."""
+    answer = ask(app, f"/fails_later?{query}")
     assert answer.body == b"data: one\n\ndata: two\n\n"
     assert answer.raised is not None
+    assert not answer.has_ended
+
+
+def test_an_answer_in_parts_has_its_end(app: Any) -> None:
+    answer = ask(app, "/parts")
+    assert (answer.body, answer.has_ended) == (b"one two", True)
+
+
+def test_a_head_has_no_body(app: Any) -> None:
+    answer = ask(app, "/raises", method="HEAD")
+    assert (answer.status, answer.body) == (503, b"")
+    assert int(answer.headers["content-length"]) > 0
+    health = ask(app, "/health", method="HEAD")
+    assert (health.status, health.body) == (200, b"")
+
+
+def test_what_was_not_asked_of_health_is_the_applications(app: Any) -> None:
+    assert ask(app, "/health", method="POST").status == 404
+
+
+def test_where_it_is_mounted_makes_no_difference(app: Any) -> None:
+    # As uvicorn (--root-path) and Starlette (Mount) have it.
+    mounted = {"root_path": "/api"}
+    assert ask(app, "/api/health", **mounted).json == {"status": "ok"}
+    answer = ask(app, "/api/v1/messages", **mounted)
+    assert answer.json["type"] == "error"
+
+
+def test_a_route_below_v1_messages_is_no_other() -> None:
+    assert "code" in ask(asgi.protect(fails), "/v1/messages_of_mine").json["error"]
+    assert ask(asgi.protect(fails), "/sub/v1/messages/count").json["type"] == "error"
+
+
+async def nothing_comes() -> Any:
+    await asyncio.sleep(300)
+
+
+async def fails(scope: Any, receive: Any, send: Any) -> None:
+    raise RuntimeError(asgi_app.OUT_OF_MEMORY)
+
+
+def test_headers_that_are_not_of_the_body_stay(app: Any) -> None:
+    """A browser reads nothing without those of CORS."""
+
+    async def allows(scope: Any, receive: Any, send: Any) -> None:
+        async def send_more(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"access-control-allow-origin", b"*"))
+            await send(message)
+
+        await asgi_app.make()(scope, receive, send_more)
+
+    answer = ask(asgi.protect(allows), "/quotes")
+    assert answer.status == 503
+    assert answer.headers["access-control-allow-origin"] == "*"
+    assert int(answer.headers["content-length"]) == len(answer.body)
+
+
+def test_twice_protected_is_answered_and_counted_once() -> None:
+    inner = asgi.protect(asgi_app.make(), health="/health")
+    outer = asgi.protect(inner, metrics="/metrics")
+
+    async def both() -> tuple[Answer, Answer, Answer]:
+        return (
+            await asked(outer, "/raises"),
+            await asked(outer, "/health"),
+            await asked(outer, "/metrics"),
+        )
+
+    failed, health, metrics = asyncio.run(both())
+    assert (failed.status, health.status) == (503, 200)
+    assert b'{code="metal_out_of_memory"} 1' in metrics.body
+
+
+def test_it_can_be_a_middleware() -> None:
+    app = asgi_app.make()
+    app.add_middleware(asgi.ProtectedApp, health="/health")
+    assert ask(app, "/raises").status == 503
+    assert ask(app, "/health").json == {"status": "ok"}
+
+
+def test_trailers_are_passed_on() -> None:
+    async def trails(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "trailers": True})
+        await send({"type": "http.response.body", "body": b"x"})
+        await send({"type": "http.response.trailers", "headers": []})
+
+    async def types() -> list[str]:
+        sent: list[str] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+
+        scope = {"type": "http", "method": "GET", "path": "/"}
+        await asgi.protect(trails)(scope, nothing_comes, send)
+        return sent
+
+    assert asyncio.run(types())[-1] == "http.response.trailers"
+
+
+def test_what_is_held_reaches_a_slow_client_whole() -> None:
+    """The application ends while its 500 is on the way."""
+
+    async def slowly(scope: Any, receive: Any, send: Any) -> None:
+        await asgi_app.make()(scope, receive, send)
+        await asyncio.sleep(0.3)
+
+    async def sent_slowly() -> list[str]:
+        sent: list[str] = []
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0.5)
+            sent.append(message["type"])
+
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/own",
+            "headers": [],
+            "query_string": b"",
+            "raw_path": b"/own",
+        }
+        await asgi.protect(slowly)(scope, nothing_comes, send)
+        return sent
+
+    assert asyncio.run(sent_slowly()) == ["http.response.start", "http.response.body"]
+
+
+def test_an_exception_that_is_answered_is_in_the_log(
+    app: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def mine(scope: Any, receive: Any, send: Any) -> None:
+        testing.record_fault(2)  # somebody else's, it may be
+        raise ValueError("my own mistake")
+
+    assert ask(asgi.protect(mine), "/").status == 503
+    assert "my own mistake" in caplog.text
+    ask(app, "/raises")
+    assert "/raises: answered with metal_out_of_memory" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"app": None}, "needs an ASGI application, not None"),
+        ({"health": "health"}, "health must begin with a slash, not 'health'"),
+        ({"metrics": ""}, "metrics must begin with a slash, not ''"),
+    ],
+)
+def test_a_mistake_is_told_at_once(words: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
+        asgi.protect(**{"app": fails, **words})
+
+
+def test_who_goes_on_to_build_the_application_is_told_how() -> None:
+    with pytest.raises(AttributeError, match="complete the application first"):
+        asgi.protect(fails).get("/path")  # type: ignore[attr-defined]
 
 
 def test_a_background_task_runs_and_nobody_waits_for_it(app: Any) -> None:
@@ -299,6 +482,23 @@ def test_code_4_ends_the_process_with_75(served: Served) -> None:
     assert answer.status == 503
     assert answer.json["error"]["code"] == "metal_device_lost"
     assert served.process.wait(120) == 75
+
+
+def test_a_websocket_that_fails_is_closed_with_what_to_do(served: Served) -> None:
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    url = f"ws://127.0.0.1:{served.port}/socket_fails"
+    with connect(url) as websocket:
+        websocket.send("leaves")
+    with connect(url) as websocket:
+        websocket.send("fails")
+        with pytest.raises(ConnectionClosed) as closed:
+            websocket.recv(timeout=60)
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1013
+    served.process.terminate()
+    log = served.process.communicate(timeout=60)[1]
+    assert "Unexpected ASGI message" not in log
 
 
 def test_a_websocket_works_and_is_closed_when_the_process_is_lost(

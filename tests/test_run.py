@@ -113,7 +113,10 @@ time.sleep(300)
         ((), "no program is named: mlx-safe run [options] -- COMMAND ..."),
         (("--", "no-such-program"), "no-such-program: no such command"),
         (("--", ""), "'': no such command"),
-        (("--", "-m", "json.tool"), "-m: no command begins so; options of mlx-safe run"),
+        (
+            ("--", "-m", "json.tool"),
+            "-m: no command begins so; options of mlx-safe",
+        ),
         (("--listen", "0", "--", "true"), "--listen needs --supervise"),
         (
             ("--supervise", "--listen", "0", "--", "true"),

@@ -56,7 +56,7 @@ class _Finder:
         for finder in finders[finders.index(self) + 1 :] if self in finders else ():
             if not hasattr(finder, "find_spec"):
                 continue
-            spec = finder.find_spec(name, path, target)
+            spec: ModuleSpec | None = finder.find_spec(name, path, target)
             if spec is not None:
                 # Each time: a program may look for a module and not load it
                 # (``importlib.util.find_spec``).
@@ -75,7 +75,7 @@ class _Finder:
             call = self._calls.pop("" if spec is None else spec.name, None)
             if not self._calls:
                 with contextlib.suppress(ValueError):
-                    sys.meta_path.remove(self)  # type: ignore[arg-type]
+                    sys.meta_path.remove(self)
             if call is not None:
                 call(module)
 

@@ -80,7 +80,8 @@ def retry(
 def _check(function: object, attempts: object, on: object, before: object) -> None:
     if not callable(function):
         raise TypeError(
-            f"retry() needs a function that takes nothing, not {type(function).__name__}"
+            "retry() needs a function that takes nothing, not "
+            f"{type(function).__name__}"
         )
     if not isinstance(attempts, int) or isinstance(attempts, bool):
         raise TypeError(
@@ -111,7 +112,8 @@ def _not_yet(result: Any) -> TypeError:
     if hasattr(result, "close"):
         result.close()
     return TypeError(
-        f"retry() was given a function that returns a {what}, of which nothing has run: "
+        f"retry() was given a function that returns a {what}, of which nothing has "
+        "run: "
         "let it return what is computed, as in retry(lambda: list(generate())) or "
         "retry(lambda: asyncio.run(step())); in a loop that runs, "
         "await asyncio.to_thread(retry, function)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -61,6 +62,12 @@ async def own(request: Request) -> JSONResponse:
     return JSONResponse({"detail": "mine"}, 500, headers={"x-mine": "1"})
 
 
+async def of_a_group(request: Request) -> JSONResponse:
+    """A task group ends with what has failed in it, and with what that cancelled."""
+    parts = [asyncio.CancelledError(), RuntimeError(OUT_OF_MEMORY)]
+    raise BaseExceptionGroup("tasks", parts)  # type: ignore[name-defined]  # noqa: F821
+
+
 async def background(request: Request) -> JSONResponse:
     async def later() -> None:
         events.append("background began")
@@ -81,11 +88,31 @@ async def fails_later(request: Request) -> StreamingResponse:
             raise RuntimeError(OUT_OF_MEMORY)
         if how == "quote":
             yield f"data: Generation failed: {OUT_OF_MEMORY}\n\n"
+        if how == "crlf":
+            yield "data: [DONE] is not the end\r\n\r\n"
+            yield "data:[DONE]\r\n\r\n"
+            raise RuntimeError(OUT_OF_MEMORY)
+        if how == "answer":
+            done = {"type": "response.completed", "response": {"text": OUT_OF_MEMORY}}
+            yield f"data: {json.dumps({**done, 'error': None})}\n\n"
+        if how == "failed":
+            yield f"data: {json.dumps({'error': {'message': OUT_OF_MEMORY}})}\n\n"
         if how == "done":
             yield f'data: {{"error": "{OUT_OF_MEMORY}"}}\n\ndata: [DONE]\n\n'
 
     kind = request.query_params.get("type", "text/event-stream")
-    return StreamingResponse(parts(), media_type=kind)
+    headers = {"content-encoding": request.query_params.get("encoding", "identity")}
+    return StreamingResponse(parts(), media_type=kind, headers=headers)
+
+
+async def one_part(request: Request) -> StreamingResponse:
+    """Nothing fails: parts of some kind, and then what is not waited for."""
+
+    async def parts() -> AsyncIterator[str]:
+        yield "one "
+        yield "two"
+
+    return StreamingResponse(parts(), background=BackgroundTask(asyncio.sleep, 0.3))
 
 
 async def waits(request: Request) -> PlainTextResponse:
@@ -119,6 +146,15 @@ async def dies(request: Request) -> PlainTextResponse:
     return PlainTextResponse("too late")
 
 
+async def socket_fails(websocket: WebSocket) -> None:
+    """At its client's first word; or once that has left."""
+    await websocket.accept()
+    with contextlib.suppress(Exception):
+        if await websocket.receive_text() == "leaves":
+            await websocket.receive_text()
+    raise RuntimeError(OUT_OF_MEMORY)
+
+
 async def echo(websocket: WebSocket) -> None:
     await websocket.accept()
     with contextlib.suppress(Exception):
@@ -147,6 +183,8 @@ def make(middleware: bool = False) -> Starlette:
         "hides": hides,
         "own": own,
         "background": background,
+        "of_a_group": of_a_group,
+        "parts": one_part,
         "fails_later": fails_later,
         "waits": waits,
         "streams": streams,
@@ -156,7 +194,11 @@ def make(middleware: bool = False) -> Starlette:
     }
     routes = [Route(f"/{path}", handler) for path, handler in handlers.items()]
     return Starlette(
-        routes=[*routes, WebSocketRoute("/echo", echo)],
+        routes=[
+            *routes,
+            WebSocketRoute("/echo", echo),
+            WebSocketRoute("/socket_fails", socket_fails),
+        ],
         lifespan=lifespan,
         middleware=[Middleware(BaseHTTPMiddleware, passes)] if middleware else [],
     )

@@ -114,7 +114,7 @@ def _find(name: str) -> str:
             f"{name}: no command begins so; options of mlx-safe run stand before the "
             "--, and a module runs as: python -m MODULE"
         )
-    if os.path.isfile(name):
+    if Path(name).is_file():
         raise CommandError(f"{name}: is no program; a script runs as: python {name}")
     raise CommandError(f"{name or repr(name)}: no such command")
 

@@ -1,0 +1,294 @@
+"""One request and its answer. Event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import MutableMapping
+from typing import Any
+
+from .. import _core, _faults, errors
+from .messages import (
+    App,
+    Message,
+    Receive,
+    Send,
+    answerable,
+    has_done,
+    is_anthropic,
+    is_event_stream,
+    kept_headers,
+    named_in,
+    send_json,
+    told_at_the_end,
+)
+
+__all__ = ["Exchange"]
+
+log = logging.getLogger("mlx_safe")
+
+# Of an answer with a 5xx status, which is held back until it is known what it is of.
+HELD_MAX = 65536
+HELD_S = 0.1
+MAY_BE_A_FAULT = (500, 502, 503, 507)
+# Of a stream: what may name a fault, or be its [DONE].
+TAIL_MAX = 4096
+
+
+class Exchange:
+    """One request and its answer.
+
+    Attributes:
+        fault: what the request ended with, if it was a fault.
+        code: of the error response that it was given here; None: none.
+    """
+
+    def __init__(self, scope: MutableMapping[str, Any], send: Send) -> None:
+        self._scope = scope
+        self._send = send
+        self._since = _core.epoch()
+        self._lost: asyncio.Future[errors.GPUError] = (
+            asyncio.get_running_loop().create_future()
+        )
+        # A 5xx, or a stream's end, held back until it is known whether a fault is
+        # behind it.
+        self._held: list[Message] = []
+        self._held_size = 0
+        self._releasing: asyncio.Task[None] | None = None
+        self._sending = asyncio.Lock()
+        self._tail = b""
+        self._has_begun = False
+        self._has_parts = False
+        # The answer has its end; and that was not the application's.
+        self._is_over = False
+        self._is_ours = False
+        self._is_events = False
+        self.fault: errors.GPUError | None = None
+        self.code: str | None = None
+
+    def end(self, lost: errors.GPUError) -> None:
+        """The process is lost; called in the loop."""
+        if not self._lost.done():
+            self._lost.set_result(lost)
+
+    async def run(self, app: App, receive: Receive) -> None:
+        """Has ``app`` answer, until the process is lost."""
+        try:
+            await self._run(app, receive)
+        finally:
+            if self._releasing is not None:
+                self._releasing.cancel()
+
+    async def _run(self, app: App, receive: Receive) -> None:
+        if self._lost.done():
+            await self._fail(self._lost.result())
+            return
+        if self._scope["type"] == "websocket":
+            receive = self._until_it_leaves(receive)
+        # A task of its own: what runs in a thread of the application's cannot be
+        # cancelled, and its client must not wait for it when the process is lost.
+        task = asyncio.ensure_future(app(self._scope, receive, self._pass))
+        ends: set[asyncio.Future[Any]] = {task, self._lost}
+        try:
+            await asyncio.wait(ends, return_when="FIRST_COMPLETED")
+        except asyncio.CancelledError:  # the server gives the request up
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+        if not task.done():
+            task.cancel()
+            await self._fail(self._lost.result())
+            return
+        try:
+            task.result()
+        except BaseException as e:
+            # A group may have a fault and what it has cancelled.
+            is_group = hasattr(e, "exceptions")
+            if not (isinstance(e, Exception) or is_group):
+                raise
+            if not await self._answer_for(e):
+                raise
+        else:
+            await self._release()
+
+    def _until_it_leaves(self, receive: Receive) -> Receive:
+        """A client that has left is told nothing more."""
+
+        async def receive_and_look() -> Message:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                self._is_over = True
+            return message
+
+        return receive_and_look
+
+    async def _answer_for(self, exc: BaseException) -> bool:
+        """Whether ``exc`` comes of a fault or a lack of memory, and has its answer."""
+        known = answerable(exc)
+        cause = known or self._logged()
+        self.fault = cause if isinstance(cause, errors.GPUError) else None
+        if cause is not None and await self._fail(cause):
+            path = self._scope["path"]
+            if known is None:
+                # It may be nothing but the application's own, and nobody else logs it.
+                log.error("%s: answered with %s", path, self.code, exc_info=exc)
+            else:
+                log.warning("%s: answered with %s: %s", path, self.code, known)
+            return True
+        if cause is not None and self._has_begun and not self._is_over:
+            # Its end would make it look whole; without one the server cuts it.
+            self._held = []
+        await self._release()
+        return False
+
+    # -- what the application sends --------------------------------------------------
+
+    async def _pass(self, message: Message) -> None:
+        """Stands for the server's ``send``."""
+        kind: str = message["type"]
+        if self._is_ours and kind.startswith(("http.response", "websocket")):
+            return
+        if kind == "http.response.start":
+            if message["status"] >= 500:
+                self._held.append(message)
+                return
+            self._is_events = is_event_stream(message)
+            self._has_begun = True
+        elif kind == "http.response.body":
+            if self._held and not self._has_begun:
+                await self._hold(message)
+                return
+            if not self._passes_now(message):
+                return
+            if self._is_events:
+                message = self._complete(message)
+            self._is_over = not message.get("more_body", False)
+            self._has_parts = True
+        elif kind.startswith("http.response.") and self._held and not self._has_begun:
+            await self._release()  # a body of another kind, such as a file's path
+        elif kind == "websocket.close":
+            self._is_over = True
+        await self._send(message)
+
+    def _passes_now(self, message: Message) -> bool:
+        """The end of what came in parts waits until the application has ended.
+
+        Starlette's `BaseHTTPMiddleware` ends a stream first and raises what ended it
+        then (1.0): without its end the client sees that it is not whole.
+        """
+        if self._is_events or message.get("more_body", False) or self._is_over:
+            return True
+        if message.get("body") or not self._has_parts:
+            return True
+        self._held = [message]
+        self._release_soon()
+        return False
+
+    def _complete(self, message: Message) -> Message:
+        """A stream whose last event tells of a fault, and no [DONE], gets both ends."""
+        body = message.get("body", b"")
+        self._tail = (self._tail + body)[-TAIL_MAX:]
+        if message.get("more_body", False) or has_done(self._tail):
+            return message
+        found = told_at_the_end(self._tail, TAIL_MAX)
+        if found is None:
+            # Starlette's middleware ends a stream first and raises what ended it then.
+            self._release_soon()
+            self._held = [{"type": "http.response.body", "body": b""}]
+            return {**message, "more_body": True}
+        self.fault = found
+        self.code = found.kind.slug
+        return {**message, "body": body + self._last_event(found)}
+
+    async def _hold(self, message: Message) -> None:
+        self._held.append(message)
+        self._held_size += len(message.get("body", b""))
+        if self._held_size > HELD_MAX:
+            await self._release()
+        elif not message.get("more_body", False):
+            text = b"".join(m.get("body", b"") for m in self._held)
+            self.fault = named_in(text)
+            if self.fault is None and self._held[0]["status"] in MAY_BE_A_FAULT:
+                self.fault = self._logged()
+            if self.fault is not None:
+                await self._fail(self.fault)
+            else:
+                # Starlette answers 500 first and raises the exception then.
+                self._release_soon()
+
+    def _release_soon(self) -> None:
+        """Unless the application ends before; a background task may take long."""
+
+        async def release() -> None:
+            await asyncio.sleep(HELD_S)
+            await self._release()
+
+        self._releasing = asyncio.ensure_future(release())
+
+    async def _release(self) -> None:
+        """Sends what was held back: it is of no fault."""
+        async with self._sending:  # what is on its way to a slow client is waited for
+            held, self._held = self._held, []
+            for message in held:
+                self._has_begun = True
+                is_start = message["type"] == "http.response.start"
+                self._is_over = not (is_start or message.get("more_body"))
+                await self._send(message)
+
+    def _logged(self) -> errors.GPUError | None:
+        """The faults since the request came, whosever they were."""
+        logged = _faults.faults(self._since)
+        return errors.from_faults(logged) if logged else None
+
+    # -- what is sent instead --------------------------------------------------------
+
+    async def _fail(self, exc: Exception) -> bool:
+        """Answers with the error response of ``exc``; False: that cannot be done."""
+        reply = errors.reply_for(exc)
+        if reply is None:
+            return False
+        async with self._sending:
+            if self._is_over or not await self._answer(reply, exc):
+                return False
+        self.code = reply.code
+        return True
+
+    async def _answer(self, reply: errors.Reply, exc: Exception) -> bool:
+        if self._scope["type"] == "websocket":
+            self._is_over = self._is_ours = True
+            code = 1013 if reply.retry_after is not None else 1011
+            if isinstance(exc, errors.GPUError) and exc.fatal:
+                code = 1012
+            await self._send({"type": "websocket.close", "code": code})
+        elif not self._has_begun:
+            start = self._held[0] if self._held else {}
+            self._held = []
+            self._is_over = self._is_ours = True
+            own = [(k.lower().encode(), v.encode()) for k, v in reply.headers().items()]
+            await send_json(
+                self._send,
+                reply.status,
+                reply.anthropic() if self._is_anthropic() else reply.openai(),
+                [*kept_headers(start), *own],
+                head=self._scope["method"] == "HEAD",
+            )
+        elif self._is_events:
+            self._held = []
+            self._is_over = self._is_ours = True
+            last = b"" if has_done(self._tail) else self._last_event(exc)
+            await self._send({"type": "http.response.body", "body": last})
+        else:
+            return False
+        return True
+
+    def _last_event(self, exc: Exception) -> bytes:
+        reply = errors.reply_for(exc)
+        assert reply is not None
+        if self._is_anthropic():
+            text = json.dumps(reply.anthropic())
+            return f"event: error\ndata: {text}\n\n".encode()
+        return f"data: {json.dumps(reply.openai())}\n\ndata: [DONE]\n\n".encode()
+
+    def _is_anthropic(self) -> bool:
+        return is_anthropic(self._scope["path"])
