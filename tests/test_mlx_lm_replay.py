@@ -6,6 +6,9 @@ import copy
 import functools
 import gc
 import logging
+import math
+import random
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -345,6 +348,48 @@ def test_a_processor_with_a_state_is_not_called_again(
     refuses(generator, uids, "a logits processor of it may have a state")
 
 
+def test_an_array_that_is_changed_in_place_is_a_state(
+    model: Any, protected: None
+) -> None:
+    generator = generate.BatchGenerator(model)
+    processor = counts_in_place(mx.zeros((8,)))
+    uids = generator.insert([PROMPTS[0]], [8], logits_processors=[[processor]])
+    refuses(generator, uids, "a logits processor of it may have a state")
+
+
+def test_a_processor_that_draws_from_a_seed_is_not_called_again(
+    model: Any, protected: None
+) -> None:
+    def shakes(tokens: mx.array, logits: mx.array) -> mx.array:
+        return logits + mx.random.normal(logits.shape)
+
+    mx.random.seed(7)
+    generator = generate.BatchGenerator(model)
+    uids = generator.insert([PROMPTS[0]], [8], logits_processors=[[shakes]])
+    refuses(generator, uids, "MLX was seeded")
+
+
+def test_a_subclass_is_protected_by_its_base_and_once(
+    model: Any, right: list[list[int]], protected: None
+) -> None:
+    class Mine(generate.BatchGenerator):  # type: ignore[misc,name-defined]
+        def _next(self) -> Any:
+            return super()._next()
+
+    mlx_safe.mlx_lm.protect(Mine)
+    with testing.inject("decode", 5, 8) as plan:
+        generator = Mine(model, prefill_step_size=16)
+        assert run(generator, generator.insert(PROMPTS, LENGTHS)) == right
+        assert plan.fired == 1
+    mlx_safe.mlx_lm.unprotect()
+    mlx_safe.mlx_lm.protect(Mine)
+    try:
+        with pytest.raises(TypeError, match="Mine is protected, a subclass of"):
+            mlx_safe.mlx_lm.protect()
+    finally:
+        mlx_safe.mlx_lm.unprotect(Mine)
+
+
 def test_a_draw_that_was_seeded_is_not_made_again(model: Any, protected: None) -> None:
     from mlx_lm.sample_utils import make_sampler
 
@@ -468,6 +513,27 @@ def test_a_generator_goes_with_its_last_owner(model: Any, protected: None) -> No
 # -- what can be called again ---------------------------------------------------------
 
 STATE: list[int] = []
+now = time.time
+
+
+def draws_by_itself(logits: mx.array) -> int:
+    from random import randrange
+
+    return randrange(logits.size)
+
+
+def masks(tokens: mx.array, logits: mx.array) -> mx.array:
+    """In place, as many processors do: of what it is given."""
+    logits[:, 3] = -float("inf")
+    return logits
+
+
+def counts_in_place(counts: mx.array) -> Callable[[mx.array, mx.array], mx.array]:
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        counts[tokens[-1] % 8] += 1
+        return logits - counts[0]
+
+    return processor
 
 
 def test_which_callables_depend_on_their_arguments_alone() -> None:
@@ -486,6 +552,8 @@ def test_which_callables_depend_on_their_arguments_alone() -> None:
         *make_logits_processors(logit_bias={1: 2.0}, repetition_penalty=1.1),
         mlx_safe.mlx_lm.replayable(Counts()),
         lambda x: mx.array([float(v) for v in range(3)]),
+        masks,
+        lambda x: x * math.sqrt(2.0),
     ]
     for function in pure:
         assert not callables.has_state(function), function
@@ -496,6 +564,12 @@ def test_which_callables_depend_on_their_arguments_alone() -> None:
         lambda x: x + box[0],
         lambda x: x + len(STATE),
         functools.partial(lambda kept, x: x, box),
+        counts_in_place(mx.zeros((8,))),
+        lambda x: x * random.random(),
+        lambda x: x * time.time(),
+        now,
+        draws_by_itself,
+        mx.compile(lambda x: x + 1),  # type: ignore[misc]
     ]
     for function in changing:
         assert callables.has_state(function), function

@@ -71,7 +71,9 @@ def protect(
 
     Raises:
         ImportError: there is no mlx-lm.
-        TypeError: ``cls`` is not made as expected; the message says what is missing.
+        TypeError: ``cls`` is not made as expected, or a subclass of it is protected;
+            the message says what is missing. (A subclass of one that is protected
+            is so as well, and shares its settings.)
         ValueError: ``attempts`` is negative.
     """
     from . import batch

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -32,7 +32,7 @@ from .._failures import (
 )
 from .._thread_state import fetch_pending_errors, seed_anew
 from ..memory.demand import STEP_MIN
-from .callables import draws, has_state
+from .callables import draws, has_state, may_draw
 from .sequences import Kept, leaves
 
 __all__ = ["protect", "unprotect"]
@@ -81,10 +81,17 @@ class _Protection:
 
 def protect(cls: Any, attempts: int, keep_caches: bool) -> None:
     """As `mlx_safe.mlx_lm.protect`."""
-    found = cls.__dict__.get(_ATTRIBUTE)
+    # A subclass of one that is protected has what that has.
+    found = getattr(cls, _ATTRIBUTE, None)
     if found is not None:
         found.attempts, found.keep_caches = attempts, keep_caches
         return
+    below = next(filter(_is_protected, _below(cls)), None)
+    if below is not None:
+        raise TypeError(
+            f"{below.__module__}.{below.__name__} is protected, a subclass of "
+            f"{cls.__module__}.{cls.__name__}: protect that first, or unprotect this"
+        )
     missing = [name for name in _WRAPPED if not callable(getattr(cls, name, None))]
     if missing:
         raise TypeError(
@@ -96,6 +103,16 @@ def protect(cls: Any, attempts: int, keep_caches: bool) -> None:
     setattr(cls, _ATTRIBUTE, protection)
     for name, wrapped in _wrapped(protection).items():
         setattr(cls, name, wrapped)
+
+
+def _below(cls: Any) -> Iterator[Any]:
+    for one in cls.__subclasses__():
+        yield one
+        yield from _below(one)
+
+
+def _is_protected(cls: Any) -> bool:
+    return _ATTRIBUTE in vars(cls)
 
 
 def unprotect(cls: Any) -> None:
@@ -220,7 +237,7 @@ class _Replay:
         """What ``kept`` begins from when it begins again, or why it cannot."""
         _, _, _, cache, _, sampler, processors, _ = entry
         sampler = sampler or self._generator.sampler
-        kept.is_drawn = draws(sampler)
+        kept.is_drawn = draws(sampler) or any(map(may_draw, processors or ()))
         if has_state(sampler):
             kept.why_not = "its sampler may have a state"
         elif any(has_state(processor) for processor in processors or ()):
