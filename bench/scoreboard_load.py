@@ -247,18 +247,18 @@ class Client:
         seen.tokens = turn.tokens if seen.outcome == "right" else 0
         return seen
 
+    def _connection(self) -> contextlib.closing[http.client.HTTPConnection]:
+        return contextlib.closing(
+            http.client.HTTPConnection("127.0.0.1", self._port, timeout=HANG_S)
+        )
+
     def _try(self, body: dict[str, Any], seen: Seen) -> Answer:
         answer, pieces = Answer(None), []
         seen.asked = time.time()
         seen.first = 0.0
-        address = ("127.0.0.1", self._port)
-        connection = http.client.HTTPConnection(*address, timeout=HANG_S)
-        with contextlib.closing(connection):
+        with self._connection() as connection:
             try:
-                raw = json.dumps(body).encode()
-                head = {"Content-Type": "application/json"}
-                connection.request("POST", CHAT, raw, head)
-                response = connection.getresponse()
+                response = _post(connection, body)
                 answer.status = response.status
                 answer.headers = {k.lower(): v for k, v in response.getheaders()}
                 while piece := response.read1(1 << 16):
@@ -281,20 +281,24 @@ class Client:
         """Goes after the first piece of the answer."""
         now = time.time()
         seen = Seen(turn.number, turn.kind, "left", sent=now, asked=now, tries=1)
-        address = ("127.0.0.1", self._port)
-        connection = http.client.HTTPConnection(*address, timeout=HANG_S)
-        with contextlib.closing(connection):
+        with self._connection() as connection:
             try:
-                raw = json.dumps(body).encode()
-                head = {"Content-Type": "application/json"}
-                connection.request("POST", CHAT, raw, head)
-                connection.getresponse().read1(1 << 16)
+                _post(connection, body).read1(1 << 16)
             except TimeoutError:
                 seen.outcome = "hang"
             except (OSError, http.client.HTTPException) as e:
                 seen.told = type(e).__name__
         seen.first = seen.end = time.time()
         return seen
+
+
+def _post(
+    connection: http.client.HTTPConnection, body: dict[str, Any]
+) -> http.client.HTTPResponse:
+    """The answer's head; what there is of its body has not been read."""
+    head = {"Content-Type": "application/json"}
+    connection.request("POST", CHAT, json.dumps(body).encode(), head)
+    return connection.getresponse()
 
 
 def judge(answer: Answer, turn: Turn, right: str) -> tuple[str, str, bool]:

@@ -113,9 +113,8 @@ def _not_yet(result: Any) -> TypeError:
         result.close()
     return TypeError(
         f"retry() was given a function that returns a {what}, of which nothing has "
-        "run: "
-        "let it return what is computed, as in retry(lambda: list(generate())) or "
-        "retry(lambda: asyncio.run(step())); in a loop that runs, "
+        "run: let it return what is computed, as in retry(lambda: list(generate())) "
+        "or retry(lambda: asyncio.run(step())); in a loop that runs, "
         "await asyncio.to_thread(retry, function)"
     )
 
