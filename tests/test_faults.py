@@ -326,3 +326,91 @@ class TestCallbacks:
     def test_a_forked_child_has_its_own(self) -> None:
         done = child.run(program("faults_after_a_fork"))
         assert done.returncode == 0, done.stderr
+
+
+# -- whose a fault is ----------------------------------------------------------------
+
+
+def test_a_fault_names_the_guards_that_it_may_belong_to() -> None:
+    with mlx_safe.guard(name="before"):
+        pass
+    with (
+        pytest.raises(mlx_safe.MetalError) as caught,
+        mlx_safe.guard(name="outer"),
+        mlx_safe.guard(),
+        mlx_safe.guard(name="inner"),
+    ):
+        testing.record_fault(2)
+    with mlx_safe.guard(name="after"):
+        pass
+    assert caught.value.tasks == ("outer", "inner")
+    (fault,) = caught.value.faults
+    assert fault.tasks == ("outer", "inner")
+    assert mlx_safe.faults(fault.number - 1)[0].tasks == ("outer", "inner")
+    assert pickle.loads(pickle.dumps(caught.value)).tasks == ("outer", "inner")
+
+
+def test_guards_side_by_side_are_all_named() -> None:
+    inside = threading.Barrier(2)
+    caught: dict[str, tuple[str, ...]] = {}
+
+    def work(name: str) -> None:
+        try:
+            with mlx_safe.guard(name=name):
+                inside.wait(60)
+                if name == "one":
+                    testing.record_fault(2)
+                inside.wait(60)
+        except mlx_safe.MetalError as e:
+            caught[name] = e.tasks
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {name: set(tasks) for name, tasks in caught.items()} == {
+        "one": {"one", "two"},
+        "two": {"one", "two"},
+    }
+
+
+def test_what_mlx_raises_in_a_task_is_of_that_task() -> None:
+    """Nothing was counted: there are no hooks here. The exception says whose it is."""
+
+    async def work(name: str, fails: bool) -> tuple[str, ...]:
+        try:
+            async with mlx_safe.guard(name=name):
+                await asyncio.sleep(0.05)
+                if fails:
+                    raise RuntimeError(testing.metal_message(8))
+        except mlx_safe.MetalError as e:
+            return e.tasks
+        return ()
+
+    async def both() -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return await asyncio.gather(work("one", True), work("two", False))
+
+    assert list(asyncio.run(both())) == [("one",), ()]
+
+
+def test_a_callback_is_told_whose_it_may_be() -> None:
+    told: list[tuple[str, ...]] = []
+    with mlx_safe.on_fault(lambda fault: told.append(fault.tasks)):
+
+        @mlx_safe.guard(name="a step")
+        def step() -> None:
+            testing.record_fault(2)
+
+        with pytest.raises(mlx_safe.MetalError):
+            step()
+        assert eventually(lambda: bool(told))
+    assert told == [("a step",)]
+
+
+def test_without_a_name_there_is_no_task() -> None:
+    with pytest.raises(mlx_safe.MetalError) as caught, mlx_safe.guard():
+        testing.record_fault(2)
+    assert caught.value.tasks == ()
+    with pytest.raises(TypeError, match="name must be a text, not int"):
+        mlx_safe.guard(name=7)  # type: ignore[arg-type]

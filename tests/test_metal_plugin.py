@@ -27,6 +27,19 @@ def test_a_buffer(simulated_metal):
     assert mlx_safe.epoch() == before + 1
     assert simulated_metal.totals["buffers_failed"] == 1
 
+def test_a_buffer_is_of_the_guards_in_which_it_was_committed(simulated_metal):
+    with mlx_safe.guard(name="before"):
+        testing.run_command_buffer()
+    with pytest.raises(mlx_safe.MetalError) as caught, mlx_safe.guard(name="outer"):
+        with mlx_safe.guard(name="beside"):
+            testing.run_command_buffer()
+        simulated_metal.fail(code=2)
+        with mlx_safe.guard(name="inner"):
+            testing.run_command_buffer()
+    (fault,) = caught.value.faults
+    assert fault.buffer > 0
+    assert caught.value.tasks == ("outer", "inner")
+
 def test_again(simulated_metal):
     assert simulated_metal.totals["buffers_failed"] == 0
     testing.run_command_buffer()
@@ -67,5 +80,5 @@ def test_the_simulated_metal(
     path = os.pathsep.join([str(metalsim_package), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
     result = run(pytester, SIMULATED)
-    result.assert_outcomes(passed=6, errors=1)
+    result.assert_outcomes(passed=7, errors=1)
     result.stdout.fnmatch_lines(["*command buffer 5 with code 8 never fired*"])

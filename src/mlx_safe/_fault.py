@@ -22,6 +22,8 @@ class Fault:
         label: label of the command buffer, or "".
         gpu_start, gpu_end: GPUStartTime and GPUEndTime in seconds
             (CFTimeInterval); 0.0: not known.
+        tasks: names of the guards that it may belong to (`mlx_safe.guard`), the
+            outermost first; several where they were open side by side.
     """
 
     __slots__ = (
@@ -37,6 +39,7 @@ class Fault:
         "queue",
         "retryable",
         "source",
+        "tasks",
         "thread",
         "time",
     )
@@ -55,6 +58,7 @@ class Fault:
     label: str
     gpu_start: float
     gpu_end: float
+    tasks: tuple[str, ...]
 
     def __init__(self, **fields: object) -> None:
         for name in Fault.__slots__:

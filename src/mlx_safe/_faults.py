@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 
-from . import _core, errors
+from . import _core, _tasks, errors
 from ._fault import Fault
 
 TYPE_CHECKING = False
@@ -45,6 +45,7 @@ def _make(record: dict[str, object]) -> Fault:
     code = int(record["code"])  # type: ignore[call-overload]
     kind = errors.kind_of(code)
     source = _SOURCES[int(record["source"])]  # type: ignore[call-overload]
+    seconds = record["time_ns"] / 1e9  # type: ignore[operator]
     return Fault(
         number=record["number"],
         code=code,
@@ -54,13 +55,14 @@ def _make(record: dict[str, object]) -> Fault:
         # What reached terminate has left a thread of MLX or Metal dead.
         fatal=kind.fatal or source == "terminate",
         source=source,
-        time=record["time_ns"] / 1e9,  # type: ignore[operator]
+        time=seconds,
         thread=record["thread"],
         buffer=record["buffer"],
         queue=record["queue"],
         label=record["label"],
         gpu_start=record["gpu_start_s"],
         gpu_end=record["gpu_end_s"],
+        tasks=_tasks.names_of(int(record["buffer"]), seconds),  # type: ignore[call-overload]
     )
 
 
@@ -81,6 +83,7 @@ def _lost(number: int) -> Fault:
         label="",
         gpu_start=0.0,
         gpu_end=0.0,
+        tasks=(),
     )
 
 
@@ -324,4 +327,5 @@ def watch(
 
 def _after_fork_in_child() -> None:
     _core.after_fork_in_child()
+    _tasks.forget()
     _dispatcher.forget_parent()

@@ -27,6 +27,8 @@ class GPUError(RuntimeError):
         fatal: this process gets no more work done on the GPU.
         faults: tuple of `mlx_safe.Fault`, oldest first; empty when the error
             was made of an exception that MLX raised by itself.
+        tasks: tuple of the names of the guards that ``faults`` may belong to; without
+            faults, of those around the `guard` that has raised this.
     """
 
     def __init__(
@@ -39,9 +41,16 @@ class GPUError(RuntimeError):
         self.retryable = kind.retryable
         self.fatal = kind.fatal
         self.faults: tuple[Fault, ...] = tuple(faults)
+        self._around: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        of_faults = dict.fromkeys(name for f in self.faults for name in f.tasks)
+        return tuple(of_faults) if self.faults else self._around
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), str(self), self.code, self.faults)
+        arguments = (type(self), str(self), self.code, self.faults)
+        return _rebuild, arguments, {"_around": self._around}
 
 
 def _rebuild(
