@@ -85,7 +85,7 @@ test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VEN
 # tests are left out; with MLX_SAFE_REQUIRE_SERVERS=1 they fail then.
 # MLX_SAFE_TEST_PEERS, MLX_SAFE_TEST_MODES: names, comma-separated; else all.
 FOREIGN := $(patsubst requirements/servers/%.in,%,$(wildcard requirements/servers/*.in))
-test-servers: $(VENVS)/observe.ready  ## servers of others under faults, alone and protected
+test-servers: $(VENVS)/observe.ready build/native.stamp  ## servers of others under faults, alone and protected
 	-$(MAKE) --keep-going $(FOREIGN:%=$(VENVS)/server-%.ready)
 	MLX_SAFE_TEST_SERVERS=1 $(VENVS)/observe/bin/python $(PYTEST) tests/servers $(ARGS)
 	$(VENVS)/observe/bin/python tests/servers/matrix.py

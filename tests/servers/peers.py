@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 START_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "240"))
 ANSWER_S = 60.0
 
-MODEL, PORT = "{model}", "{port}"
+MODEL, PORT, FD = "{model}", "{port}", "{fd}"
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ MODES = {
     "replay": ("run", "--asgi", "--replay"),
 }
 
+# Of those that take a descriptor: what they are started with then.
+LISTENS = ("run", "--supervise", "--asgi", "--replay", "--listen", PORT)
+TAKES_A_DESCRIPTOR = {"rapid-mlx": ("rapid-mlx", "serve", MODEL, "--listen-fd", FD)}
+
 
 class Running(Server):
     """A peer in a child process."""
@@ -122,11 +126,11 @@ class Running(Server):
         self._plan = work / "plan"
         self._taken = work / "plan.taken"
         self._plans = 0
-        words = [w.format(model=model, port=self.port) for w in peer.command]
-        words[0] = str(peer.bin / words[0])
-        how = MODES[mode]
+        words = [str(peer.bin / peer.command[0]), *peer.command[1:]]
+        how = MODES.get(mode, LISTENS)
         if how is not None:
             words = [str(peer.bin / "mlx-safe"), *how, "--", *words]
+        words = [w.format(model=model, port=self.port, fd=FD) for w in words]
         home = work / "home"
         home.mkdir(exist_ok=True)
         env = {
@@ -161,6 +165,11 @@ class Running(Server):
         assert eventually(
             lambda: self._taken.exists() and self._taken.read_text() == taken
         ), self.log
+
+    def plan_faults_of_the_next(self, text: str) -> None:
+        """Of the program that comes after this one, from its start on."""
+        self._plan.write_text(text)
+        self._plans = 0
 
     def last_fired(self) -> float | None:
         """When an exception was thrown that ends the process; `time.time`."""

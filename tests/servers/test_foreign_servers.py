@@ -13,15 +13,28 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from peers import ANSWER_S, MODES, PEERS, ROOT, Peer, Running, outcome, running
+from peers import (
+    ANSWER_S,
+    MODES,
+    PEERS,
+    ROOT,
+    START_S,
+    TAKES_A_DESCRIPTOR,
+    Peer,
+    Running,
+    outcome,
+    running,
+)
 
 from support.server import Answer
 
 OUT = ROOT / "build" / "servers"
+METALSIM = ROOT / "build" / "native" / "metalsim" / "libmetalsim.so"
 REQUIRED = os.environ.get("MLX_SAFE_REQUIRE_SERVERS") == "1"
 
 
@@ -184,3 +197,67 @@ def end(server: Running, cells: dict[str, str]) -> None:
     if fired is not None:
         last = max(when for _, when in answers.values())
         cells["seconds to the last answer"] = f"{last - fired:.2f}"
+
+
+def test_one_socket_over_a_restart(
+    case: tuple[Peer, str], reference: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    """Nobody is refused, and the next program answers as the first one did."""
+    peer, mode = case
+    command = TAKES_A_DESCRIPTOR.get(peer.name)
+    if command is None or mode != "replay":
+        pytest.skip("it takes no descriptor, or is run so once only")
+    peer = replace(peer, command=command)
+    with running(peer, "listen", model, tmp_path / "work") as server:
+        server.plan_faults("decode:5:8:once:terminate")
+        assert outcome(server.say("decode"), None) == "503 + Retry-After", server.log
+        # It would strike in the next program as well.
+        server.plan_faults_of_the_next("")
+        deadline = time.monotonic() + START_S
+        while (after := server.say(AFTER)).status != 200:
+            # Cut, if the one that ends has accepted it; never refused.
+            assert "refused" not in (after.broken or ""), server.log
+            assert time.monotonic() < deadline, (after, server.log)
+            time.sleep(0.05)
+        assert outcome(after, reference[AFTER]) == "right", server.log
+        assert "ended with status 75; starting it again" in server.log
+
+
+# What a client sees, and whether the server goes on. On MLX 0.31.2 a failed command
+# buffer ends a process without hooks.
+ON_METAL = {
+    "alone": ("no answer", False),
+    "run": ("500", True),
+    "asgi": ("503 + Retry-After", True),
+    "replay": ("right", True),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+def test_a_command_buffer_of_the_simulated_metal(
+    case: tuple[Peer, str],
+    reference: dict[str, str],
+    model: Path,
+    tmp_path: Path,
+    stream: bool,
+) -> None:
+    """Through the hooks, as on a Mac."""
+    peer, mode = case
+    if peer.mlx != "0.31":
+        pytest.skip("MLX 0.32 ends no process")
+    if not METALSIM.exists():
+        pytest.fail(f"{METALSIM} is not there: make build/native.stamp")
+    peer = replace(peer, env={**peer.env, "MLX_SAFE_METAL_RUNTIME": str(METALSIM)})
+    text = "decode, stream" if stream else "decode"
+    seen, lives = ON_METAL[mode]
+    if stream and seen != "right":
+        seen = "event + [DONE]" if lives else "cut"
+    with running(peer, mode, model, tmp_path / "work") as server:
+        server.plan_faults("decode:5:8:once:metal")
+        assert outcome(server.say(text, stream), reference[text]) == seen, server.log
+        if lives:
+            server.plan_faults("")
+            after = server.say(AFTER)
+            assert outcome(after, reference[AFTER]) == "right", server.log
+        else:
+            assert server.process.wait(30) == -signal.SIGABRT
