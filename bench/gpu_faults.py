@@ -61,11 +61,12 @@ def _fault(server: Server, words: int, code: int) -> float:
 TIMED = """
 import os, time
 from mlx_safe import testing
-message = testing.cuda_message
+plans = testing.plans
+message = plans.cuda_message
 def told(code):
     os.write(1, f"the fault: {time.time():.6f}\\n".encode())
     return message(code)
-testing.cuda_message = told
+plans.cuda_message = told
 """
 STICKY = {719: "launch failure", 700: "illegal address", 716: "misaligned"}
 STICKY |= {710: "assert", 214: "ECC"}

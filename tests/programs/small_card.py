@@ -4,7 +4,7 @@ What a step takes is looked at when it has been made, and one that took more tha
 is ends as on a card, where MLX (0.32.4 with CUDA) raises from ``mx.eval`` and
 ``mx.async_eval``. Besides its arrays a step takes HIDDEN times as much again, which
 nothing counts, as do fragments of memory and what libraries take. What MLX has freed is
-its pool's until that is given back. The file named by BALLAST, if it is there, says how
+its pool's until that is given back; above the memory limit it gives back what it can. The file named by BALLAST, if it is there, says how
 many of the bytes another program has. A line "step: R x N" tells that a call of the
 model reads N tokens of R rows.
 """
@@ -26,6 +26,7 @@ from mlx_safe.server import limits as limits_of_server
 limits: Any = limits_of_server
 CARD, TOTAL, OUT_OF_MEMORY = int(os.environ["CARD"]), 10**12, 2
 HIDDEN = float(os.environ.get("HIDDEN", "0"))
+limit = 2**63  # of MLX's memory
 seen = reserved = 0  # the peak as it is asked for; with MLX's pool
 peak, reset, info, look = (
     *(mx.get_peak_memory, mx.reset_peak_memory, machine._device_info, machine.usage),
@@ -40,7 +41,7 @@ def card():
 def note():
     global seen, reserved
     most = max(peak(), mx.get_active_memory())
-    seen, reserved = max(seen, most), max(reserved, most)
+    seen, reserved = max(seen, most), max(min(reserved, limit), most)
     reset()
 
 
@@ -53,6 +54,12 @@ def reset_peak():
     global seen
     note()
     seen = 0
+
+
+def set_limit(size):
+    global limit
+    size, limit = limit, size
+    return size
 
 
 def clear():
@@ -86,6 +93,7 @@ def usage():
 
 mx.eval, mx.async_eval = small(mx.eval), small(mx.async_eval)
 mx.get_peak_memory, mx.reset_peak_memory, mx.clear_cache = get_peak, reset_peak, clear
+mx.set_memory_limit = set_limit
 mx.get_cache_memory = lambda: reserved - mx.get_active_memory()
 limits.usage = usage
 limits.read_machine = lambda: machine.read_machine(

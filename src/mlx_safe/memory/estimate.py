@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,6 +228,8 @@ def calibrate(
     model: Callable[..., Any],
     make_cache: Callable[[], list[Any]],
     transients: Transients,
+    *,
+    held_back: bool = False,
     **quantization: Any,
 ) -> CacheCost:
     """Reads a few tokens with ``model`` and looks at what that took.
@@ -239,6 +242,8 @@ def calibrate(
         model: called as ``model(tokens, cache=caches)``, tokens of shape (1, n).
         make_cache: makes the caches of one sequence, empty.
         transients: gets each step.
+        held_back: what is asked for is what a step takes at least, when MLX waits for
+            what is under way before it takes more (`Limits.holds_mlx_back`).
         quantization: as for `measure`.
 
     Called on the thread, and with the default stream, that the model runs on.
@@ -255,7 +260,8 @@ def calibrate(
         mx.reset_peak_memory()
         begin = time.perf_counter()
         model(tokens, cache=caches)
-        mx.eval([cache.state for cache in caches])
+        with _memory_limit(0 if held_back else None):
+            mx.eval([cache.state for cache in caches])
         seconds = time.perf_counter() - begin
         read += length
         peak, after = mx.get_peak_memory(), mx.get_active_memory()
@@ -282,6 +288,21 @@ def calibrate(
     caches.clear()
     mx.clear_cache()
     return CacheCost(cost.layers + _growing_states(looks, 4 * length))
+
+
+@contextmanager
+def _memory_limit(limit: int | None) -> Iterator[None]:
+    """MLX's own meanwhile, in bytes; None: as it is."""
+    import mlx.core as mx
+
+    if limit is None:
+        yield
+        return
+    before = mx.set_memory_limit(limit)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 def _growing_states(

@@ -32,6 +32,7 @@ def watched(
     own: OwnFailures,
     prefill: PrefillStep,
     step: Step,
+    someone_came: Callable[[], bool],
     disk: KVTier | None = None,
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
@@ -39,7 +40,10 @@ def watched(
     Between two steps it also looks for requests that have been stopped. mlx-lm takes
     those out only when it has a response for them and its turn of half a second is
     over (`TimeBudget`, 0.31 to 0.32). So it gets an empty response for them instead of
-    a step, and then none, which ends its turn.
+    a step, and then none, which ends its turn. Nor does it look for new requests before
+    its turn is over: one that came just after another would wait for half a second, and
+    be joined to a batch that is far ahead. A turn ends when ``someone_came``, but has
+    one step at least.
     """
 
     class Watched(cls):  # type: ignore[misc,valid-type]
@@ -48,6 +52,7 @@ def watched(
             self._missing: set[str] = set()
             self._read: dict[Uid, int] = {}
             self._leaving = False
+            self._has_stepped = False  # since someone came
             super().__init__(*args, **kwargs)
 
         def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +105,10 @@ def watched(
             if self._leaving:
                 self._leaving = False
                 return [], []
+            if self._has_stepped and someone_came():
+                self._has_stepped = False
+                return [], []
+            self._has_stepped = True
             if scheduler.goes_on():
                 return self._goes_on()
             leaving = [uid for uid, r in self._requests.items() if r.is_ended]

@@ -169,6 +169,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self._disk,
             self._one_rank,
             self._between_steps,
+            self._someone_came,
         )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
@@ -397,6 +398,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
         # Where another rank has the clients, it comes as that rank got it.
         request = taken[0] if self._rank == 0 else self._in_flight(taken)
         return request if request.taken() else None
+
+    def _someone_came(self) -> bool:
+        """Whether mlx-lm would get a new request if it asked now."""
+        return self.scheduler.takes_new() and not self._queue.empty()
 
     def _in_flight(self, asked: tuple[Any, Any, Any]) -> InFlight:
         return InFlight(

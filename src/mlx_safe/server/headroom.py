@@ -104,12 +104,16 @@ class Headroom:
         key = provider.model_key
         if key == self._measured:
             return
-        demand = demand_of(provider)
+        demand = demand_of(provider, self.limits.holds_mlx_back)
         self._measured = key
         assert provider.model is not None
         self._context = context_of(provider.model, provider.tokenizer)
         self._demand = demand
-        self.observer = Observer(demand.transients, self.observer.peak)
+        self.observer = Observer(
+            demand.transients,
+            self.observer.peak,
+            learns=not self.limits.holds_mlx_back,
+        )
         self._baseline = int(mx.get_active_memory()) - int(self._prompt_cache.nbytes)
         self._size_up()
 

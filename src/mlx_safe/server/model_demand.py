@@ -24,10 +24,10 @@ class NoRoom(ValueError):
     """The user's flags leave no room for the model, or do not suit it."""
 
 
-def demand_of(provider: ModelProvider) -> Demand:
+def demand_of(provider: ModelProvider, held_back: bool = False) -> Demand:
     """What requests to the model of ``provider`` take; with a draft model, both.
 
-    Of a model that cannot be measured it says nothing: requests take no memory then.
+    ``held_back``: as of `calibrate`. Of a model that cannot be measured it says nothing: requests take no memory then.
 
     Raises:
         RuntimeError: MLX failed while it was measured, as any step can.
@@ -36,7 +36,7 @@ def demand_of(provider: ModelProvider) -> Demand:
     transients = Transients()
     cost = CacheCost()
     try:
-        cost = _measure(provider, transients)
+        cost = _measure(provider, transients, held_back)
     except NoRoom:
         raise
     except Exception as e:
@@ -50,14 +50,18 @@ def demand_of(provider: ModelProvider) -> Demand:
     return Demand(cost, transients)
 
 
-def _measure(provider: ModelProvider, transients: Transients) -> CacheCost:
+def _measure(
+    provider: ModelProvider, transients: Transients, held_back: bool
+) -> CacheCost:
     layers: tuple[Any, ...] = ()
     quantization = compat.kv_quantization(provider.cli_args)
     for model in filter(None, (provider.model, provider.draft_model)):
         make_cache = partial(compat.make_cache, model)
         try:
             compat.try_quantization(make_cache(), quantization)
-            cost = calibrate(model, make_cache, transients, **quantization)
+            cost = calibrate(
+                model, make_cache, transients, held_back=held_back, **quantization
+            )
         except (ValueError, NotImplementedError) as e:
             if isinstance(e, ValueError) and not str(e).startswith("[quantize]"):
                 raise

@@ -20,12 +20,19 @@ class Observer:
 
     A window is one step, or some of a batch that only writes and stays as it is.
 
+    Args:
+        learns: False: the peak is no measure of what a step needs, as where MLX takes
+            what there is (`Limits.holds_mlx_back`).
+
     Attributes:
         peak: bytes, the most that was active since the server started.
     """
 
-    def __init__(self, transients: Transients, peak: int = 0) -> None:
+    def __init__(
+        self, transients: Transients, peak: int = 0, *, learns: bool = True
+    ) -> None:
         self.transients = transients
+        self._learns = learns
         self.peak = peak
         self._before = 0
         self._last_peak = 0
@@ -68,8 +75,9 @@ class Observer:
         """It has ended, and had ``tokens`` tokens (rows times length)."""
         peak, after = int(mx.get_peak_memory()), int(mx.get_active_memory())
         self.peak = max(self.peak, peak)
-        used = max(0, peak - max(self._before, after))
-        self.transients.observe(tokens, context, used)
+        if self._learns:
+            used = max(0, peak - max(self._before, after))
+            self.transients.observe(tokens, context, used)
 
     def end_of_batch_step(
         self,
@@ -108,7 +116,7 @@ class Observer:
         )
         size = max(len(reading), 1) * max(chunk, 1), max(context, 1)
         self.end(*size)
-        if not reading:
+        if self._learns and not reading:
             # Of a step that reads there is one look: of the last few looks a failure's
             # is one, and two for each step would drive it out.
             self._learned = size

@@ -38,6 +38,7 @@ class Parts:
     Args:
         one_rank: with more than one rank a failure is nobody's own: what is mended on
             each of them would differ from then on, such as what they draw.
+        someone_came: whether a request waits to be taken.
         on_read: with a draft model, called between two steps of a prompt, as
             `Reading` calls its own.
     """
@@ -52,7 +53,9 @@ class Parts:
         disk: KVTier | None,
         one_rank: bool,
         on_read: Callable[[InFlight, int, int, bool], None],
+        someone_came: Callable[[], bool],
     ) -> None:
+        self._someone_came = someone_came
         self._on_read = on_read
         self._reading: Reading | None = None
         self._scheduler = scheduler
@@ -78,6 +81,7 @@ class Parts:
                 self.own,
                 self._prefill,
                 self._step,
+                self._someone_came,
                 self._disk,
             )
         batch = cls(*args, **kwargs)

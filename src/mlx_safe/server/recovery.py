@@ -291,7 +291,9 @@ class Recovery:
             self._prompt_cache.clear()
         assert self._thread_state is not None
         self._thread_state.restore()
-        mx.clear_cache()
+        # After a fault that memory has no part in, what runs again finds its buffers.
+        if is_out_of_memory(fault, exc) or fault is None:
+            mx.clear_cache()
         self._metrics.resets.inc()
 
 

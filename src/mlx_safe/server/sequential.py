@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .headroom import Headroom
+from .headroom import STEPS_MAX, Headroom
 from .in_flight import InFlight
 from .prefill import PrefillStep
 from .prompts import Held
@@ -47,11 +47,13 @@ class Sequential:
         self._prefill = prefill
         self._step = step
         self._tokens = 0  # of this run
+        self._until_look = 0  # tokens, until memory is looked at again
         self._size = 0  # of the steps of this run, which mlx-lm has fixed
 
     def begin(self) -> None:
         """mlx-lm is about to work on a request alone."""
         self._size, self._tokens = self._prefill.fit(), 0
+        self._until_look = 0
         self._step.begin("prefill")
 
     def before_put(self, request: InFlight, item: Any) -> None:
@@ -112,6 +114,12 @@ class Sequential:
         length = None if self._share else _length(request, item)
         if length is None:
             return
+        if hasattr(item, "token"):
+            # What is asked for is a block of the caches, as for a batch.
+            self._until_look -= 1
+            if self._until_look > 0:
+                return
+            self._until_look = STEPS_MAX
         with self._headroom.observing_step(request.run.length, length):
             found = self._scheduler.single_step(request, length)
             if found == "smaller":
