@@ -175,6 +175,39 @@ def test_windows_and_states_are_used_and_not_read_again(
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("way", ["left", "fault"])
+def test_what_is_not_worth_its_bytes_is_there_when_it_is_needed(
+    kept: tuple[Server, Path], path: str, way: str
+) -> None:
+    """A tenth of the text more: no snapshot is written, but it is held in memory."""
+    server, directory = kept
+    forget_all(server, directory)
+    long, how = f"{path} {way} " + WORDS[:2300], PATHS[path]
+    ask(server, long, **how)
+    wait_written(server)
+    server.ask("forget")
+    before = sorted(directory.glob("*/s-*.kv"))
+    came = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+    more = long + WORDS[:700]
+    steps = 620 // SMALL_STEP  # less than a third of a block is missing then
+    if way == "fault":
+        server.plan(f"prefill:{steps}:8")
+        text, _ = ask(server, more, **how)
+        last = server.metric("mlx_safe_kv_disk_restored_tokens_total") - came
+        last -= len(long)  # it began from there
+    else:
+        server.hold(steps)
+        with server.connected({"messages": [{"role": "user", "content": more}], **how}):
+            server.wait_held()
+            assert sorted(directory.glob("*/s-*.kv")) == before
+        server.tell("go")
+        text, last = ask(server, more, **how)
+    assert last >= len(long) + 620 - 2 * 256
+    forget_all(server, directory)
+    assert ask(server, more, **how) == (text, 0)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_of_windows_and_states_a_fault_loses_a_block_and_a_step_at_most(
     kept: tuple[Server, Path], path: str
 ) -> None:
@@ -226,6 +259,40 @@ def test_a_draft_models_conversation_comes_from_disk(
         text, cached = ask(server, WORDS, first, "And now?")
         assert text == expected
         assert cached >= 2560
+
+
+@pytest.mark.parametrize("way", ["killed", "left", "fault"])
+def test_a_prompt_that_a_draft_model_reads_too_is_not_lost(
+    tiny_model: Path, draft_model: Path, tmp_path: Path, way: str
+) -> None:
+    """The draft model reads all of it first. What both have read is kept."""
+    draft = ("--draft-model", str(draft_model))
+    body = {"messages": [{"role": "user", "content": WORDS}]}
+    with with_tier(tiny_model, tmp_path / "kv", *draft) as server:
+        expected, _ = ask(server.wait_ready(), WORDS)
+        forget_all(server, tmp_path / "kv")
+        steps = -(-len(WORDS) // 128) + 10  # the tenth of the target, or one near it
+        if way == "fault":
+            server.plan(f"any:{steps}:8")
+            assert ask(server, WORDS)[0] == expected
+            came = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+            assert came >= 8 * 128 - 256 - 128
+            return
+        server.hold(steps)
+        with server.connected(body):
+            server.wait_held()
+            wait_written(server, 3)
+            if way == "killed":
+                os.kill(server.process.pid, signal.SIGKILL)
+                server.wait()
+        if way == "left":
+            server.tell("go")
+            text, cached = ask(server, WORDS)
+    if way == "killed":
+        with with_tier(tiny_model, tmp_path / "kv", *draft) as server:
+            text, cached = ask(server.wait_ready(), WORDS)
+    assert text == expected
+    assert cached >= 8 * 128 - 256 - 128
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -52,6 +52,7 @@ _NAME = re.compile(
 # Longer than a write on a slow disk: who holds the lock then has been stopped.
 LOCK_WAIT_S = 60.0
 LOCK_TURN_S = 0.01
+CLOCK_SLACK_NS = 60 * 10**9
 _UNIT = 4096  # file systems give space in units of it, or smaller ones
 GONE = (errno.ENOENT, errno.ENOTDIR)
 
@@ -142,7 +143,10 @@ class Directory:
             head = os.pread(fd, len(_MAGIC), 0)
             # Its writer may have died in its first bytes.
             if not stat.S_ISREG(found.st_mode) or not _MAGIC.startswith(head):
-                raise NotOurs(f"{self.path}/state: was not made by this version")
+                raise NotOurs(
+                    f"{self.path}: is of another version of mlx-safe; "
+                    "give an empty directory, or remove what is in this one"
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -278,7 +282,8 @@ class Directory:
                 raise
             if stat.S_ISREG(status.st_mode):
                 size = disk_size(status.st_size)
-                yield (identity, item.name), Entry(node, size, status.st_mtime_ns)
+                used = _when(status.st_mtime_ns)
+                yield (identity, item.name), Entry(node, size, used)
 
     def open_node(self, node: Node) -> int:
         """Opens the node's file for reading.
@@ -384,7 +389,8 @@ class Directory:
         """When the node was used last, ns; None: its file is not there."""
         try:
             name = f"{node.identity}/{node.name}"
-            return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mtime_ns
+            found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+            return _when(found.st_mtime_ns)
         except OSError as e:
             if e.errno in GONE:
                 return None
@@ -408,6 +414,15 @@ class Directory:
 def names(fd: int) -> list[str]:
     """What is in the open directory ``fd``; pathlib cannot list one."""
     return os.listdir(fd)
+
+
+def _when(ns: int) -> int:
+    """When a file with that date was used, ns; 0: long ago.
+
+    The clock may have been set back. What seems to be of the future would outlive
+    whatever is used from now on.
+    """
+    return ns if ns <= time.time_ns() + CLOCK_SLACK_NS else 0
 
 
 def _temporary() -> str:
