@@ -175,39 +175,6 @@ def test_windows_and_states_are_used_and_not_read_again(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("way", ["left", "fault"])
-def test_what_is_not_worth_its_bytes_is_there_when_it_is_needed(
-    kept: tuple[Server, Path], path: str, way: str
-) -> None:
-    """A tenth of the text more: no snapshot is written, but it is held in memory."""
-    server, directory = kept
-    forget_all(server, directory)
-    long, how = f"{path} {way} " + WORDS[:2300], PATHS[path]
-    ask(server, long, **how)
-    wait_written(server)
-    server.ask("forget")
-    before = sorted(directory.glob("*/s-*.kv"))
-    came = server.metric("mlx_safe_kv_disk_restored_tokens_total")
-    more = long + WORDS[:700]
-    steps = 620 // SMALL_STEP  # less than a third of a block is missing then
-    if way == "fault":
-        server.plan(f"prefill:{steps}:8")
-        text, _ = ask(server, more, **how)
-        last = server.metric("mlx_safe_kv_disk_restored_tokens_total") - came
-        last -= len(long)  # it began from there
-    else:
-        server.hold(steps)
-        with server.connected({"messages": [{"role": "user", "content": more}], **how}):
-            server.wait_held()
-            assert sorted(directory.glob("*/s-*.kv")) == before
-        server.tell("go")
-        text, last = ask(server, more, **how)
-    assert last >= len(long) + 620 - 2 * 256
-    forget_all(server, directory)
-    assert ask(server, more, **how) == (text, 0)
-
-
-@pytest.mark.parametrize("path", PATHS)
 def test_of_windows_and_states_a_fault_loses_a_block_and_a_step_at_most(
     kept: tuple[Server, Path], path: str
 ) -> None:
