@@ -434,6 +434,13 @@ def test_it_leaves_room_on_the_disk(tmp_path: Path) -> None:
 
 def test_a_directory_with_other_things_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
+    tmp_path.chmod(0o755)
+    for make in (True, False):
+        with pytest.raises(NotOurs, match=r"thesis\.txt"):
+            Directory(tmp_path, make=make)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755, "others may go on using it"
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "state").touch()
     with pytest.raises(NotOurs, match=r"thesis\.txt"):
         Directory(tmp_path)
     (tmp_path / "file").write_text("mine")
