@@ -352,7 +352,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
     ) -> tuple[Any, ...]:
         make = super()._make_state_machine
         return self.parts.state_machine(
-            lambda words: make(model_key, tokenizer, words, *args, **kwargs), stop_words
+            lambda: make(model_key, tokenizer, [], *args, **kwargs), stop_words
         )
 
     def _share_request(self, request: Any) -> Any:

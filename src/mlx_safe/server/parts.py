@@ -84,11 +84,13 @@ class Parts:
         return self._headroom.watch(self._prefill.watch(batch))
 
     def state_machine(
-        self, make: Callable[[list[str]], tuple[Any, ...]], stop_words: list[str]
+        self, make: Callable[[], tuple[Any, ...]], stop_words: list[str]
     ) -> tuple[Any, ...]:
-        """Stands in for ``_make_state_machine``, which ``make`` calls."""
-        made = self.own.make(lambda: make(stop_words), lambda: make([]))
-        stops, *rest = self.resumed.state_machine(made)
+        """Stands in for ``_make_state_machine``, which ``make`` calls without any."""
+        made = make()
+        stops, *rest = self.own.make(
+            lambda: self.resumed.state_machine(made, stop_words), lambda: made
+        )
         return (self.own.stops(stops), *rest)
 
     def sampler(
