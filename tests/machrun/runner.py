@@ -54,10 +54,11 @@ class Machine:
         return {
             "MACHRUN_MACOS": self.macos,
             "MACHRUN_PLATFORM": self.platform,
-            "MACHRUN_PYTHON": f"libpython{self.python}.so.1.0",
+            "MACHRUN_PYTHON": python.library,
             "MACHRUN_SYSROOT": str(python.sysroot),
             "MACHRUN_QEMU": str(QEMU),
-            "MACHRUN_LOADER": str(LOADER),
+            "MACHRUN_LOADER": str(python.program),
+            **python.preloaded,
             "MACHRUN_EXECUTABLE": str(HERE / "python"),
             "PYTHONHOME": str(python.sysroot / "usr"),
             "PYTHONPATH": ":".join(map(str, path)),
@@ -95,7 +96,7 @@ def load(
         env={
             **os.environ,
             "MACHRUN_MACOS": macos,
-            "MACHRUN_PYTHON": f"libpython{MAIN}.so.1.0",
+            "MACHRUN_PYTHON": PYTHONS[MAIN].library,
         },
         check=False,
     )
