@@ -273,7 +273,7 @@ def test_quantized_caches_come_back_where_they_ended(
 def test_files_that_are_sound_and_not_of_these_caches_are_not_used(
     keep: Callable[..., Kept],
 ) -> None:
-    """Whoever made them knew the format."""
+    """Their maker knew the format."""
     kept = keep("recurrent_gemma")
     model = kept.provider.model
     caches = make_prompt_cache(model)

@@ -54,7 +54,7 @@ def test_signal(private_reports: Path, how: str, number: int) -> None:
     assert report["breadcrumbs"][-1]["fields"] == {"attempt": 1}
     stacks = report["python_stacks"]
     assert 'File "<string>"' in stacks
-    # Whoever died is found in both.
+    # The process that died is found in both.
     assert f"Current thread {int(report['python_thread'], 16):#018x}" in stacks
     frame = report["native_stack"][0]
     assert frame["address"].startswith("0x") and frame["image"]
@@ -758,7 +758,7 @@ def test_the_crash_path_calls_nothing_unsafe(native: Native) -> None:
 
 
 def test_ours_calls_only_ours_in_the_crash_path(native: Native) -> None:
-    """What those call of ours is in those files, too."""
+    """What those call in our code is in those files, too."""
     defined: set[str] = set()
     called: set[str] = set()
     for source in CRASH_PATH:

@@ -114,7 +114,7 @@ def listed() -> set[str]:
     }
 
 
-# Names of ours that mlx-lm has as well, for something else.
+# Our names that mlx-lm has as well, for something else.
 NAMESAKES = {
     *(
         "_find",

@@ -2,8 +2,8 @@
 
 No text of a prompt or an answer comes into it, at any level. Our own lines have none;
 of other libraries' DEBUG lines nothing passes, of mlx-lm's own (0.31 to 0.32: whole
-bodies, each piece of text) only what `SAFE` lists; and of an exception its kind and the
-places that it passed are told, its message only where no text can be in it. Knows
+bodies, each piece of text) only what `SAFE` lists. Of an exception come its kind and
+the places that it passed, and its message only where no text can be in it. Knows
 nothing of MLX: the supervisor logs in the same way.
 """
 
@@ -189,8 +189,8 @@ class _Text(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = _in_one_line(record.getMessage())
-        told: Mapping[str, Any] = getattr(record, _FIELDS, {})
-        pairs = "".join(f" {name}={_shown(value)}" for name, value in told.items())
+        found: Mapping[str, Any] = getattr(record, _FIELDS, {})
+        pairs = "".join(f" {name}={_shown(value)}" for name, value in found.items())
         who = f"{self._name} - " if self._name else ""
         begin = f"{self.formatTime(record)} - {record.levelname} - {who}"
         line = f"{begin}{message}{pairs}"

@@ -54,7 +54,7 @@ class Observer:
     def recent_peak(self) -> int:
         """The most that was active in this window and the one before.
 
-        A failure of the GPU is told of a step later, when what failed is free again.
+        MLX reports a failure of the GPU one step later, when its memory is free again.
         """
         return max(self._last_peak, int(mx.get_peak_memory()))
 

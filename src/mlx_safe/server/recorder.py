@@ -53,7 +53,7 @@ class Place:
         self._prefilled = 0
 
     def taken(self) -> None:
-        """The generation thread has it; before, others are the ones to be told of."""
+        """The generation thread has it; until then a report names the others."""
         self._place = _core.request_begin(self.id, self.path)
         breadcrumb("request", "taken", id=self.id, path=self.path)
 

@@ -19,7 +19,7 @@ from .mlx_lm.protocols.requests import (
     GenerationArguments,
     ModelDescription,
 )
-from .mlx_lm.speculative import told
+from .mlx_lm.speculative import report_calls
 from .model_demand import NoRoom
 from .model_limits import ModelLimits
 from .model_names import DEFAULT, ModelNames
@@ -128,8 +128,8 @@ class ServedModel:
         model, draft = self._provider.model, self._provider.draft_model
         assert model is not None
         if draft is not None:
-            told(model, self._on_call)
-            told(draft, self._on_call)
+            report_calls(model, self._on_call)
+            report_calls(draft, self._on_call)
         limits = ModelLimits.of(model, self._provider.tokenizer, facts)
         self._overflow.compare(limits.context)
         self.loaded = (self.key, limits)

@@ -32,7 +32,7 @@ class Python:
     Attributes:
         version: as in the names of Debian's packages.
         suite: Debian's, which has it.
-        wheel: the tag of the wheel of ours that macOS's Python of this version takes.
+        wheel: the tag of our wheel that macOS's Python of this version takes.
     """
 
     version: str
