@@ -284,7 +284,9 @@ def _answered(about: str, name: str) -> Json:
     return {"description": about, "content": content}
 
 
-def _get(operation: str, summary: str, answer: Json, *fails: int, **more: Any) -> Json:
+def _get(
+    operation: str, summary: str, answer: Json, *fails: int, **more: object
+) -> Json:
     return {
         "get": {
             "operationId": operation,

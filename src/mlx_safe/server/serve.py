@@ -220,7 +220,7 @@ def run(
     ProtectedHandler.keepalive_after_s = options.keepalive_after
     ProtectedHandler.may_ask = may_ask
 
-    def handle(*args: Any) -> None:
+    def handle(*args: object) -> None:
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 

@@ -61,7 +61,7 @@ def fixed_caches(caches: Iterable[Cache]) -> str:
     return ", ".join(sorted(fixed))
 
 
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
+def _leaves(caches: Iterable[Cache]) -> Iterator[Any]:
     for cache in caches:
         if hasattr(cache, "caches"):
             yield from _leaves(cache.caches)
