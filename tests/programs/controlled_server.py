@@ -21,18 +21,19 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_safe import testing
 from mlx_safe.cli import main
 from mlx_safe.server import replay
+from mlx_safe.server.stop_words import StopsAtWords
 
 NEVER = 10**9  # a step that no test comes to
 
 
-class FailingStops(replay.StopsAtWords):
+class FailingStops(StopsAtWords):
     def __init__(self, stops, words):
         if "FAILS" in words:
             raise ValueError("asked for")
         super().__init__(stops, words)
 
 
-replay.StopsAtWords = FailingStops
+vars(replay)["StopsAtWords"] = FailingStops
 
 
 def forget():

@@ -14,6 +14,7 @@ from mlx_lm.models import llama
 from mlx_safe.cli import main
 from mlx_safe.server import logprobs as shown
 from mlx_safe.server import replay
+from mlx_safe.server.stop_words import StopsAtWords
 
 PLACES, FORWARD, POISONED, LATE = eval(sys.argv.pop(1))
 places = {value: name for name, value in PLACES.items()}
@@ -77,7 +78,7 @@ def processors(args):
 server._make_sampler, server._make_logits_processors = sampler, processors
 
 
-class BadStops(replay.StopsAtWords):
+class BadStops(StopsAtWords):
     def __init__(self, stops, words):
         super().__init__(stops, words)
         self.fails = "fails" in words
@@ -94,7 +95,7 @@ class BadStops(replay.StopsAtWords):
         raise LookupError("of one request")
 
 
-replay.StopsAtWords = BadStops
+vars(replay)["StopsAtWords"] = BadStops
 show_top = shown.top_logprobs
 
 

@@ -14,9 +14,18 @@ from ..mlx_lm.sequences import segments_with
 from ..mlx_lm.stops import stops_after
 from .in_flight import InFlight
 from .mlx_lm import compat
-from .mlx_lm.protocols.opaque import Array, Processor, Sampler
+from .mlx_lm.protocols.opaque import (
+    Array,
+    Processor,
+    Sampler,
+    Stops,
+    Tokenized,
+)
 from .mlx_lm.protocols.requests import GenerationArguments
-from .mlx_lm.protocols.text import Tokenizer
+from .mlx_lm.protocols.text import (
+    Detokenizer,
+    Tokenizer,
+)
 from .stop_words import StopsAtWords
 
 __all__ = ["Resumed"]
@@ -41,11 +50,11 @@ class Resumed:
 
     def prompt(
         self,
-        found: tuple[Any, ...],
+        found: Tokenized,
         request: InFlight,
         args: GenerationArguments,
         drafts: bool,
-    ) -> tuple[Any, ...]:
+    ) -> Tokenized:
         """What `_tokenize` found, with the tokens that the client has.
 
         ``drafts``: with speculative decoding the number of draws is not that of
@@ -68,9 +77,7 @@ class Resumed:
             keys.extend(self.tokens)
         return ([*prompt, *self.tokens], segments, *rest)
 
-    def state_machine(
-        self, made: tuple[Any, ...], stop_words: list[str]
-    ) -> tuple[Any, ...]:
+    def state_machine(self, made: Stops, stop_words: list[str]) -> Stops:
         """What `_make_state_machine` made, as it was after those tokens.
 
         ``stop_words`` end the answer as well.
@@ -106,16 +113,18 @@ class Resumed:
         prompt = self._prompt
         return [_Shown(processor, prompt) for processor in made]
 
-    def watch(self, tokenizer: Any, guarded: Callable[[Any], Any]) -> None:
+    def watch(
+        self, tokenizer: Tokenizer, guarded: Callable[[Detokenizer], Detokenizer]
+    ) -> None:
         """Makes ``tokenizer.detokenizer`` begin after those tokens.
 
         ``guarded``: returns the detokenizer that is used in the place of mlx-lm's.
         """
-        cls = type(tokenizer)
+        cls: Any = type(tokenizer)
         if getattr(cls, "_mlx_safe_resumes", False):
             return
 
-        def detokenizer(this: Any) -> Any:
+        def detokenizer(this: Tokenizer) -> Detokenizer:
             made = guarded(cls.detokenizer.fget(this))
             if self._stops is not None:
                 made, self._stops = self._stops.reading(made), None
