@@ -458,6 +458,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
+        if self._disk is not None:
+            self._disk.checkpoint_alone(request, None)
+            self._disk.confirm()
         self._sequential.between_steps(request, done, total, by_target)
         request.read(done, total)
 
