@@ -78,7 +78,7 @@ test-mixed-short: $(VENVS)/mixed.ready $(MODEL)/complete  ## the part of it that
 
 # A program that is missing is named, and its tests are left out; with
 # MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
-test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
+test-clients: client-modules build/docs.stamp $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server, a browser before its pages
 	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
 
 # Minutes for each, so not in CI. A server that could not be installed is named, and its

@@ -57,11 +57,16 @@ KILL_EVERY_S = 15.0
 CARD, BALLAST = 10**8, (3 * 10**7, 8 * 10**7, 9 * 10**7)
 # Of crash reports (docs/reports.md).
 REPORTS, REPORTS_BYTES = 50, 20 * 2**20
-# Read by the interpreter at its start: each of the supervised server's processes has a
-# fault of its own to come.
+# Read by the interpreter at its start. Each of the supervised server's processes has a
+# fault of its own to come. What glibc's arenas keep of large bodies is no leak: some
+# megabytes for each thread that has had one, given back before anything is measured.
 SITE = """\
-import os, pathlib
-os.environ["MLX_SAFE_INJECT"] = pathlib.Path(os.environ["SOAK_PLAN"]).read_text()
+import ctypes, os, pathlib, signal
+if "SOAK_PLAN" in os.environ:
+    os.environ["MLX_SAFE_INJECT"] = pathlib.Path(os.environ["SOAK_PLAN"]).read_text()
+else:
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    signal.signal(signal.SIGUSR2, lambda *_: give_back and give_back(0))
 """
 # What may be more than after the first minute: a connection that is not closed yet,
 # what Python's allocator keeps.
@@ -212,6 +217,7 @@ class Soak:
         self._directory = directory
         self._reports = (directory / "reports", directory / "disk" / "reports")
         tmp, reports = {"TMPDIR": str(directory / "tmp")}, "MLX_SAFE_REPORT_DIR"
+        tmp["PYTHONPATH"] = str(directory / "site")
         env = tmp | {reports: str(self._reports[0])}
         self.faulted = Server(
             model, "--prompt-cache-bytes", "4M", program=CONTROLLED, env=env
@@ -223,7 +229,6 @@ class Soak:
             env=tmp
             | {
                 reports: str(self._reports[1]),
-                "PYTHONPATH": str(directory / "site"),
                 "SOAK_PLAN": str(self._plan),
             },
         )
@@ -238,6 +243,7 @@ class Soak:
             "pressed": self.pressed,
         }
         self._first: dict[str, Left] = {}
+        self._resident: dict[str, int] = {}
         self._seen = {name: Told() for name in self.servers}
 
     def minute(self, number: int, seconds: float) -> list[str]:
@@ -298,7 +304,9 @@ class Soak:
             self._first[name] = self._left(name)
             print(f"{name} after the first minute: {self._first[name]}", flush=True)
             return []
-        grown = self._left(name).grown(first)
+        now = self._left(name)
+        self._resident[name] = now.resident >> 20
+        grown = now.grown(first)
         if grown:
             # What a moment keeps, a connection of one who left say, is gone in another.
             time.sleep(10)
@@ -307,6 +315,9 @@ class Soak:
 
     def _left(self, name: str) -> Left:
         server = self.servers[name]
+        if server is not self.killed:
+            server.process.send_signal(signal.SIGUSR2)
+            time.sleep(0.5)
         memory = server.ask("memory") if server is self.faulted else 0
         return left(server, self._directory, memory)
 
@@ -345,7 +356,7 @@ class Soak:
         at = time.strftime("%H:%M:%S")
         print(
             f"minute {number}, {at}: {planned} faults planned, {kills} kills, "
-            f"the ballast came {ballasts} times"
+            f"the ballast came {ballasts} times; resident, MiB: {self._resident}"
         )
         if number % self._asked.table == 0:
             for name, told in self._seen.items():
