@@ -179,6 +179,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self._disk,
             self._one_rank,
             self._between_steps,
+            # Queue's own deque: `empty` would take a lock before each step.
+            lambda: bool(self._queue.queue) and self.scheduler.takes_new(),
         )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None

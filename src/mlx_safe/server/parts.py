@@ -45,6 +45,7 @@ class Parts:
             each of them would differ from then on, such as what they draw.
         on_read: with a draft model, called between two steps of a prompt, as
             `Reading` calls its own.
+        is_awaited: whether a request waits that mlx-lm may have now.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Parts:
         disk: KVTier | None,
         one_rank: bool,
         on_read: Callable[[InFlight, int, int, bool], None],
+        is_awaited: Callable[[], bool],
     ) -> None:
+        self._is_awaited = is_awaited
         self._on_read = on_read
         self._reading: Reading | None = None
         self._scheduler = scheduler
@@ -85,6 +88,7 @@ class Parts:
                 self.own,
                 self._prefill,
                 self._step,
+                self._is_awaited,
                 self._disk,
             )
         batch = cls(*args, **kwargs)
