@@ -11,7 +11,7 @@ import pytest
 
 from .runner import LIMIT_S, Machine
 from .setup.packages import NEWEST
-from .setup.places import ALL, HERE
+from .setup.places import HERE
 
 FAULTS, THREADS_S = 60, 1.5
 
@@ -23,12 +23,13 @@ MACHINES = {
     "0.32.1": Machine(mlx="0.32.1"),
     "0.32.4": Machine(mlx="0.32.4"),
     "newest macOS 26.2": Machine(mlx=NEWEST, macos="26.2", system="26_0"),
+    # Each of our other wheels, with hooks of either mode.
+    "0.31.2 cp310 3.10": Machine(mlx="0.31.2", python="3.10"),
     "0.32.4 cp310 3.10": Machine(mlx="0.32.4", python="3.10"),
+    "0.31.2 cp312-abi3 3.13": Machine(mlx="0.31.2", python="3.13"),
     "0.32.4 cp312-abi3 3.13": Machine(mlx="0.32.4", python="3.13"),
+    "0.32.4 cp312-abi3 3.14": Machine(mlx="0.32.4", python="3.14"),
 }
-# It starts slowly, and test_loader.py installs the hooks on it in any case.
-if ALL:
-    MACHINES["0.32.4 cp312-abi3 3.14"] = Machine(mlx="0.32.4", python="3.14")
 
 
 @pytest.mark.parametrize("name", MACHINES)
