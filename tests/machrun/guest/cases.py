@@ -23,7 +23,7 @@ LIMIT_S = int(os.environ.get("MACHRUN_CASE_LIMIT", "30"))
 OUTCOMES = {
     "raised": "the evaluation itself raises RuntimeError",
     "late": "it returns, and a later, unrelated one raises",
-    "lost": "nobody is told",
+    "lost": "no exception is raised",
     "dies": "the process ends by SIGABRT: std::terminate",
     "hangs": f"it has not returned after {LIMIT_S} s",
 }

@@ -49,7 +49,7 @@ LIBUNWIND_SOURCES = (
 
 
 def zig(*arguments: object, into: Path) -> None:
-    """Runs zig; at a low priority, since whoever waits has other things running.
+    """Runs zig; at a low priority, since other programs run meanwhile.
 
     The file appears whole: an older one may be mapped by a process that runs.
     """

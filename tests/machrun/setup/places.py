@@ -33,7 +33,7 @@ class Python:
     Attributes:
         version: as in the names of Debian's packages.
         suite: Debian's, which has it, or its libraries.
-        wheel: the tag of the wheel of ours that macOS's Python of this version takes.
+        wheel: the tag of our wheel that macOS's Python of this version takes.
         from_pypi: from packages of PyPI, as setup/program.py has it.
     """
 
