@@ -273,7 +273,7 @@ def test_quantized_caches_come_back_where_they_ended(
 def test_files_that_are_sound_and_not_of_these_caches_are_not_used(
     keep: Callable[..., Kept],
 ) -> None:
-    """Whoever made them knew the format."""
+    """Their maker knew the format."""
     kept = keep("recurrent_gemma")
     model = kept.provider.model
     caches = make_prompt_cache(model)
@@ -361,7 +361,7 @@ def test_a_long_prompts_snapshots_go_one_for_the_next(
     text = [*TEXT, *TEXT, *TEXT]
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
-    caches = tier.follow(kept.key, text, None, 0)
+    caches: Any = tier.follow(kept.key, text, None, 0)
     kept_ends = []
     for at in range(0, 900, 100):
         read(model, text[at : at + 100], caches)
@@ -392,6 +392,7 @@ def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
     caches = tier.follow(kept.key, text, None, 0)
+    assert caches is not None
     for at in range(0, 900, 100):
         read(model, text[at : at + 100], caches)
         tier.checkpoint_alone(request, at + 100)
@@ -422,7 +423,7 @@ def test_what_is_taken_at_a_prompts_end_is_of_that_end(
     text = [*TEXT, *TEXT][:512]
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
-    caches = tier.follow(kept.key, text, None, 0)
+    caches: Any = tier.follow(kept.key, text, None, 0)
     made = generate_step(
         mx.array(text),
         model,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .. import _reports
 from .in_flight import InFlight
@@ -32,6 +31,7 @@ def watched(
     own: OwnFailures,
     prefill: PrefillStep,
     step: Step,
+    is_awaited: Callable[[], bool],
     disk: KVTier | None = None,
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
@@ -40,17 +40,21 @@ def watched(
     those out only when it has a response for them and its turn of half a second is
     over (`TimeBudget`, 0.31 to 0.32). So it gets an empty response for them instead of
     a step, and then none, which ends its turn.
+
+    So does it when ``is_awaited`` says that somebody has come in: mlx-lm takes one new
+    request a turn, who would wait for half a second otherwise.
     """
 
     class Watched(cls):  # type: ignore[misc,valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: object, **kwargs: object) -> None:
             self._requests: dict[Uid, InFlight] = {}  # of what is in the batch, by uid
             self._missing: set[str] = set()
             self._read: dict[Uid, int] = {}
             self._leaving = False
+            self._has_stepped = False  # in this turn
             super().__init__(*args, **kwargs)
 
-        def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
+        def insert_segments(self, *args: object, **kwargs: object) -> object:
             insert = super().insert_segments
             uids = own.make(lambda: insert(*args, **kwargs), self._never_inserted)
             request = scheduler.inserted(*uids)
@@ -90,7 +94,9 @@ def watched(
             longest = max(done - read.get(uid, 0) for uid, done in self._read.items())
             return longest * len(self._read)
 
-        def remove(self, uids: Sequence[Uid], *args: Any, **kwargs: Any) -> Any:
+        def remove(
+            self, uids: Sequence[Uid], *args: object, **kwargs: object
+        ) -> object:
             for uid in uids:
                 self._requests.pop(uid, None)
             uids = [uid for uid in uids if uid not in self._missing]
@@ -98,8 +104,12 @@ def watched(
 
         def next(self) -> tuple[Sequence[PromptResponse], Sequence[AnswerResponse]]:
             if self._leaving:
-                self._leaving = False
+                self._leaving = self._has_stepped = False
                 return [], []
+            if self._has_stepped and is_awaited():
+                self._has_stepped = False
+                return [], []
+            self._has_stepped = True
             if scheduler.goes_on():
                 return self._goes_on()
             leaving = [uid for uid, r in self._requests.items() if r.is_ended]
