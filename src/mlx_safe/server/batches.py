@@ -31,6 +31,7 @@ def watched(
     own: OwnFailures,
     prefill: PrefillStep,
     step: Step,
+    is_awaited: Callable[[], bool],
     disk: KVTier | None = None,
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
@@ -39,6 +40,9 @@ def watched(
     those out only when it has a response for them and its turn of half a second is
     over (`TimeBudget`, 0.31 to 0.32). So it gets an empty response for them instead of
     a step, and then none, which ends its turn.
+
+    So does it when ``is_awaited`` says that somebody has come in: mlx-lm takes one new
+    request a turn, who would wait for half a second otherwise.
     """
 
     class Watched(cls):  # type: ignore[misc,valid-type]
@@ -47,6 +51,7 @@ def watched(
             self._missing: set[str] = set()
             self._read: dict[Uid, int] = {}
             self._leaving = False
+            self._has_stepped = False  # in this turn
             super().__init__(*args, **kwargs)
 
         def insert_segments(self, *args: object, **kwargs: object) -> object:
@@ -99,8 +104,12 @@ def watched(
 
         def next(self) -> tuple[Sequence[PromptResponse], Sequence[AnswerResponse]]:
             if self._leaving:
-                self._leaving = False
+                self._leaving = self._has_stepped = False
                 return [], []
+            if self._has_stepped and is_awaited():
+                self._has_stepped = False
+                return [], []
+            self._has_stepped = True
             if scheduler.goes_on():
                 return self._goes_on()
             leaving = [uid for uid, r in self._requests.items() if r.is_ended]

@@ -179,6 +179,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self._disk,
             self._one_rank,
             self._between_steps,
+            # Queue's own deque: `empty` would take a lock before each step.
+            lambda: bool(self._queue.queue) and self.scheduler.takes_new(),
         )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
@@ -362,7 +364,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
     ) -> Stops:
         make = super()._make_state_machine
         return self.parts.state_machine(
-            lambda words: make(model_key, tokenizer, words, *args, **kwargs), stop_words
+            lambda: make(model_key, tokenizer, [], *args, **kwargs), stop_words
         )
 
     def _share_request(self, request: Taken | None) -> Taken | None:
@@ -458,6 +460,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
+        if self._disk is not None:
+            self._disk.checkpoint_alone(request, None)
+            self._disk.confirm()
         self._sequential.between_steps(request, done, total, by_target)
         request.read(done, total)
 

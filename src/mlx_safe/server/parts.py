@@ -45,6 +45,7 @@ class Parts:
             each of them would differ from then on, such as what they draw.
         on_read: with a draft model, called between two steps of a prompt, as
             `Reading` calls its own.
+        is_awaited: whether a request waits that mlx-lm may have now.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Parts:
         disk: KVTier | None,
         one_rank: bool,
         on_read: Callable[[InFlight, int, int, bool], None],
+        is_awaited: Callable[[], bool],
     ) -> None:
+        self._is_awaited = is_awaited
         self._on_read = on_read
         self._reading: Reading | None = None
         self._scheduler = scheduler
@@ -85,17 +88,18 @@ class Parts:
                 self.own,
                 self._prefill,
                 self._step,
+                self._is_awaited,
                 self._disk,
             )
         batch = cls(*args, **kwargs)
         return self._headroom.watch(self._prefill.watch(batch))
 
-    def state_machine(
-        self, make: Callable[[list[str]], Stops], stop_words: list[str]
-    ) -> Stops:
-        """Stands in for ``_make_state_machine``, which ``make`` calls."""
-        made = self.own.make(lambda: make(stop_words), lambda: make([]))
-        stops, *rest = self.resumed.state_machine(made)
+    def state_machine(self, make: Callable[[], Stops], stop_words: list[str]) -> Stops:
+        """Stands in for ``_make_state_machine``, which ``make`` calls without any."""
+        made = make()
+        stops, *rest = self.own.make(
+            lambda: self.resumed.state_machine(made, stop_words), lambda: made
+        )
         return (self.own.stops(stops), *rest)
 
     def sampler(

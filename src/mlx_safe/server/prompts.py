@@ -122,10 +122,6 @@ class Prompts:
         if not found[0]:
             raise BadRequest("The prompt is empty.", prompt_field(work))
         limits.facts.check_prompt(found[0], args.logits, prompt_field(work))
-        # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
-        # fail is this request's own.
-        for word in args.stop_words:
-            encode(word, add_special_tokens=False)
         return found, cut
 
     def _admit(self, request: InFlight, keys: list[int], max_tokens: int) -> None:

@@ -26,6 +26,7 @@ from .mlx_lm.protocols.text import (
     Detokenizer,
     Tokenizer,
 )
+from .stop_words import StopsAtWords
 
 __all__ = ["Resumed"]
 
@@ -44,6 +45,8 @@ class Resumed:
         self.width: int | None = None
         # What mlx-lm is given to begin with: prompt and tokens.
         self._prompt: list[int] = []
+        # Of the request whose text mlx-lm is about to begin.
+        self._stops: StopsAtWords | None = None
 
     def prompt(
         self,
@@ -74,12 +77,14 @@ class Resumed:
             keys.extend(self.tokens)
         return ([*prompt, *self.tokens], segments, *rest)
 
-    def state_machine(self, made: Stops) -> Stops:
-        """What `_make_state_machine` made, as it was after those tokens."""
-        if not self.tokens:
-            return made
+    def state_machine(self, made: Stops, stop_words: list[str]) -> Stops:
+        """What `_make_state_machine` made, as it was after those tokens.
+
+        ``stop_words`` end the answer as well.
+        """
         stops, *rest = made
-        return (stops_after(stops, list(self.tokens)), *rest)
+        self._stops = StopsAtWords(stops, stop_words) if stop_words else None
+        return (stops_after(self._stops or stops, list(self.tokens)), *rest)
 
     def sampler(
         self, sampler: Sampler, args: GenerationArguments, tokenizer: Tokenizer
@@ -121,6 +126,8 @@ class Resumed:
 
         def detokenizer(this: Tokenizer) -> Detokenizer:
             made = guarded(cls.detokenizer.fget(this))
+            if self._stops is not None:
+                made, self._stops = self._stops.reading(made), None
             for token in self.tokens:
                 made.add_token(token)
                 _ = made.last_segment  # what was read before is not new

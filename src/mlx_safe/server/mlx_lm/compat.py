@@ -117,8 +117,8 @@ def text_by_state(
     """What a context's responses say, in the order of a call for each. Handler thread.
 
     The function made takes a ``Response`` and gives (state, text) of its pieces,
-    without markers. States are "normal", "reasoning", "tool", and None at a stop
-    word (0.31, where the generation thread finds them; in 0.32 the handler does).
+    without markers. States are "normal", "reasoning", "tool", and None at the token
+    that ends an answer (0.31, where the generation thread finds them).
     """
     if not hasattr(context, "text_sm"):
         return lambda response: [(response.state, response.text)]  # type: ignore[attr-defined]
@@ -137,7 +137,7 @@ def _read_by_text(context: Any) -> Callable[[Response], list[tuple[str | None, s
             response.finish_reason == "stop"
             and response.token not in context.tokenizer.eos_token_ids
         ):
-            # What is held back is the beginning of the stop word.
+            # It ends after a stop word (`stop_words`).
             now, state = Texts.discard(now)
             return [(state, "")]
         now, pieces = Texts.split(now, response.text)

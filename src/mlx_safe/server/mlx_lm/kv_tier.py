@@ -156,6 +156,7 @@ class KVTier:
             return
         self._key = provider.model_key
         self._kept, self._readings = [], {}
+        self.writer.release()
         self._read_rate = _Rate()
         try:
             self._kept = [self._keep(provider, n) for n in compat.cache_forms(provider)]
@@ -366,7 +367,11 @@ class KVTier:
 
         Called with each of its tokens.
         """
-        self._readings.pop(id(request), None)
+        reading = self._readings.get(id(request))
+        if reading is not None and not reading.has_token:
+            reading.has_token, reading.caches = True, None
+            if not self.writer.has_held(id(request)):
+                del self._readings[id(request)]
         for restored in self._restored:
             if restored.request is request:
                 self._lift(restored)
@@ -448,8 +453,13 @@ class KVTier:
         return reading.caches
 
     @_spared
-    def checkpoint_alone(self, request: Reader, read: int) -> None:
-        """The sequential path has read ``read`` tokens of its prompt."""
+    def checkpoint_alone(self, request: Reader, read: int | None) -> None:
+        """The sequential path has read ``read`` tokens of its prompt.
+
+        Args:
+            read: None: with a draft model, which reads all of it before the target
+                begins. What both have read is kept: mlx-lm begins both at one token.
+        """
         reading = self._readings.get(id(request))
         if reading is None or reading.caches is None:
             return
@@ -458,10 +468,11 @@ class KVTier:
         total = len(reading.tokens)
         parts = kv_parts.leaves(reading.caches)
         offsets = [getattr(c, "offset", None) for c in parts]
-        done = min([reading.begun + read, *(n for n in offsets if n is not None)])
+        end = total if read is None else reading.begun + read
+        done = min([end, *(n for n in offsets if n is not None)])
         # mlx-lm (0.31, 0.32) tells that it has read the last token when the step of the
         # next has begun.
-        view = View(reading.caches, done, ahead=reading.begun + read >= total)
+        view = View(reading.caches, done, ahead=end >= total)
         self._progress(request, done)
         # No boundaries are known here; at the end another turn may differ in the last
         # tokens, so the one before that stays.
@@ -469,8 +480,8 @@ class KVTier:
         if is_end:
             reading.passing = None
         tokens = reading.tokens[:done]
-        end = End.OF_PART if is_end else End.NONE
-        self._take(tokens, view, reading, is_boundary=False, end=end)
+        part = End.OF_PART if is_end else End.NONE
+        self._take(tokens, view, reading, is_boundary=False, end=part)
 
     def _progress(self, request: Reader, done: int) -> Reading:
         reading = self._readings.setdefault(id(request), Reading(request))
@@ -515,7 +526,11 @@ class KVTier:
         if self._readings:
             ended = [i for i, r in self._readings.items() if _has_ended(r.request)]
             for i in ended:
-                del self._readings[i]  # its memory is to be free
+                reading = self._readings.pop(i)  # its memory is to be free
+                if reading.has_token:
+                    self.writer.let_go(i)
+                else:
+                    self.writer.release(i)  # it was broken off
         if self._restored:
             for restored in self._restored:
                 if _has_ended(restored.request):
@@ -525,8 +540,9 @@ class KVTier:
     def fail(self, *, stray: bool) -> None:
         """There was a failure. stray: something may have been written anywhere."""
         for reading in self._readings.values():
-            reading.caches = None
+            reading.caches, reading.has_token = None, False
         self.writer.fail(all_of_it=stray)
+        self.writer.release()
         for restored in self._restored:
             if stray:
                 self.store.drop(restored.nodes)
@@ -541,6 +557,7 @@ class KVTier:
         """The server stops: what is confirmed is written, if the disk is quick."""
         for restored in self._restored:
             self._lift(restored)
+        self.writer.release()
         self.writer.close(CLOSE_S)
 
 
