@@ -114,6 +114,16 @@ def test_a_refusal_says_why(
     assert (line["code"], line["param"]) == (code, param)
 
 
+def test_a_field_is_named_and_a_sentence_is_not(server: Server) -> None:
+    """What is no field of the API is told of at DEBUG, and may be anything."""
+    sentence = f"dear diary, {SECRET}"
+    answer = server.chat("hello", max_token=5, **{sentence: 1})
+    assert answer.status == 200
+    (line,) = [x for x in lines(server) if "without effect" in x["message"]]
+    assert line["message"] == "fields without effect: max_token, 1 more"
+    assert SECRET not in server.log
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_a_client_that_leaves_is_one_line(server: Server, path: str) -> None:
     body = {"messages": [{"role": "user", "content": SECRET}], "stream": True}
