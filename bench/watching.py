@@ -144,13 +144,13 @@ def by_itself() -> None:
             print(f"for each {name}: {1e6 * min(took) / 2000:.2f} µs")
 
 
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """(median, lower, upper)."""
+def interval(found: list[float]) -> tuple[float, float, float]:
+    """The median, and its 95 % interval by bootstrap: (median, lower, upper)."""
     draw = random.Random(1)
     medians = sorted(
-        statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000)
+        statistics.median(draw.choices(found, k=len(found))) for _ in range(2000)
     )
-    return statistics.median(ratios), medians[50], medians[-51]
+    return statistics.median(found), medians[50], medians[-51]
 
 
 def log_of(server: Server, count: int) -> tuple[float, float]:
@@ -237,9 +237,10 @@ def main() -> None:
         compare(options)
     with Server(options.model) as server:
         for path, took in scrape_s(server.wait_ready()).items():
+            middle, low, high = (1000 * s for s in interval(took))
             print(
-                f"{path}, {IN_FLIGHT} in flight, ms: median "
-                f"{1000 * took[len(took) // 2]:.1f}, 95 % "
+                f"{path}, {IN_FLIGHT} in flight, ms: median {middle:.1f} ({low:.1f} to "
+                f"{high:.1f}), of 100 the sixth slowest "
                 f"{1000 * took[len(took) * 95 // 100]:.1f}, least {1000 * took[0]:.1f}"
             )
         server.process.kill()

@@ -281,6 +281,7 @@ def test_a_mistake_is_a_line_of_the_log(
         command = ["serve", *words.get(place, ()), *supervised, *wrong]
         done = child.run(
             f"import sys; from mlx_safe.cli import main; sys.exit(main({command!r}))",
+            timeout=180.0,
             **variables,
         )
         assert done.returncode == 2 and done.stdout == "", done.stderr
