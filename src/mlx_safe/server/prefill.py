@@ -7,6 +7,8 @@ that it goes on. So steps are sized by time as well, once it is known what one t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 from .._failures import SMALLEST
 from ..memory.demand import STEP_MIN, step_sizes
@@ -115,6 +117,16 @@ class PrefillStep:
             probe: while nothing is known, a short step is to tell.
         """
         self.limit("time", self._fitting(max(rows, 1), probe))
+        return self.size
+
+    def agree(self, share: Callable[[Any], Any], rows: int = 1) -> int:
+        """`fit` of the first rank, by whose clock all go. All ranks, at the same turn.
+
+        Args:
+            share: mlx-lm's ``_share_object``: the first rank's object, on each.
+        """
+        size = int(share(self.fit(rows, probe=True)))
+        self.limit("time", size if size < self.full else None)
         return self.size
 
     def _fitting(self, rows: int, probe: bool) -> int | None:
