@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .. import _reports
 from .in_flight import InFlight
@@ -47,7 +46,7 @@ def watched(
     """
 
     class Watched(cls):  # type: ignore[misc,valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: object, **kwargs: object) -> None:
             self._requests: dict[Uid, InFlight] = {}  # of what is in the batch, by uid
             self._missing: set[str] = set()
             self._read: dict[Uid, int] = {}
@@ -55,7 +54,7 @@ def watched(
             self._has_stepped = False  # in this turn
             super().__init__(*args, **kwargs)
 
-        def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
+        def insert_segments(self, *args: object, **kwargs: object) -> object:
             insert = super().insert_segments
             uids = own.make(lambda: insert(*args, **kwargs), self._never_inserted)
             request = scheduler.inserted(*uids)
@@ -95,7 +94,9 @@ def watched(
             longest = max(done - read.get(uid, 0) for uid, done in self._read.items())
             return longest * len(self._read)
 
-        def remove(self, uids: Sequence[Uid], *args: Any, **kwargs: Any) -> Any:
+        def remove(
+            self, uids: Sequence[Uid], *args: object, **kwargs: object
+        ) -> object:
             for uid in uids:
                 self._requests.pop(uid, None)
             uids = [uid for uid in uids if uid not in self._missing]
