@@ -19,24 +19,7 @@ from support.server import Server, eventually, free_port
 NOTICE = "new report"
 LIMIT_S = 120.0
 
-PROGRAM = """
-import signal, sys, threading, time
-import mlx_safe
-mlx_safe.install()
-if sys.argv[1] == "computes":  # Python's own handlers would wait for ever
-    print("ready", flush=True)
-    sum(range(10**12))
-elif sys.argv[1] == "takes over":  # and puts back what was there, as uvicorn does
-    got = []
-    before = signal.signal(signal.SIGTERM, lambda *_: got.append(1))
-    print("ready", flush=True)
-    while not got:
-        time.sleep(0.1)
-    signal.signal(signal.SIGTERM, before)
-    signal.raise_signal(signal.SIGTERM)
-print("ready", flush=True)
-threading.Event().wait()
-"""
+PROGRAM = program("stops_in_three_ways")
 UVICORN = """
 import sys, uvicorn, mlx_safe
 mlx_safe.install()

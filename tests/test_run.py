@@ -168,19 +168,7 @@ def test_a_program_that_looks_for_mlx_before_is_protected(tmp_path: Path) -> Non
     assert done.stdout == "[] True\n", done.stderr
 
 
-COUNTS_INTERRUPTS = """
-import os, pathlib, signal, sys, time
-if sys.argv[2] == "apart":
-    os.setpgid(0, 0)
-seen = []
-signal.signal(signal.SIGINT, lambda *_: seen.append(1))
-pathlib.Path(sys.argv[1]).write_text("ready")
-for _ in range(3000):
-    if seen:
-        time.sleep(1)
-        sys.exit(len(seen))
-    time.sleep(0.02)
-"""
+COUNTS_INTERRUPTS = text_of("counts_interrupts")
 
 
 @pytest.mark.parametrize("where", ["beside", "apart"])

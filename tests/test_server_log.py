@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from support import child
+from support.programs import program
 from support.server import CONTROLLED, Answer, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 5}}
@@ -423,15 +424,7 @@ def test_refusals_of_a_server_that_stops_are_counted(tiny_model: Path) -> None:
 
 # -- a Mac whose hooks are not in --------------------------------------------------
 
-UNHOOKED = """
-import sys
-from mlx_safe.cli import main
-from mlx_safe.server import serve
-def require():
-    raise RuntimeError("faults of the GPU are not caught here: no such class")
-serve.require = require  # as `mlx_safe.require` does on a Mac
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+UNHOOKED = program("unhooked")
 
 
 def test_a_server_without_hooks_says_so(tiny_model: Path) -> None:

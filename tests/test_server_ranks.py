@@ -240,7 +240,7 @@ def test_mlx_launch_ends_the_other_ranks(tiny_model: Path, tmp_path: Path) -> No
     with Server(tiny_model, program=launcher) as server:
         server.wait_ready()
         assert_503(server.chat(), "unavailable")
-        # So whoever starts it again must not ask for the status.
+        # So a program that starts it again must not ask for the status.
         assert server.wait(END_TIMEOUT_S) == 0
         assert "rank 1 exited with code 75" in server.log
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import struct
-import subprocess
 import time
 import zlib
 from collections.abc import Iterator
@@ -20,26 +18,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from clients.conftest import BROWSERS
+from clients.browser import browse
 from support.server import BATCH_RUNS_S, CONTROLLED, Server
 
 KEEP = os.environ.get("MLX_SAFE_SCREENSHOTS")
 WIDE, PHONE = (1000, 1100), (390, 1500)
 TOP_ROWS = 40
-
-
-def browse(folder: Path, url: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Lets Chromium load ``url`` and run its script for some seconds."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)))
-    command = [
-        *(browser, "--headless", "--no-sandbox", "--disable-gpu"),
-        *("--disable-background-networking", "--disable-component-update"),
-        *(f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000"),
-        *("--enable-logging=stderr", "--hide-scrollbars", *options, url),
-    ]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=True
-    )
 
 
 @pytest.fixture(scope="module")

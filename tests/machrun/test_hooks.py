@@ -23,6 +23,7 @@ MACHINES = {
     "0.32.1": Machine(mlx="0.32.1"),
     "0.32.4": Machine(mlx="0.32.4"),
     "newest macOS 26.2": Machine(mlx=NEWEST, macos="26.2", system="26_0"),
+    "0.32.4 cp310 3.10": Machine(mlx="0.32.4", python="3.10"),
     "0.32.4 cp312-abi3 3.13": Machine(mlx="0.32.4", python="3.13"),
 }
 # It starts slowly, and test_loader.py installs the hooks on it in any case.

@@ -216,7 +216,7 @@ def test_a_fatal_fault_answers_everyone_and_leaves(
 def test_without_us_the_same_buffer_ends_the_server(
     slow_servers: None, model: Path, tmp_path: Path
 ) -> None:
-    """The control: mlx_lm.server with the older MLX, and nothing of ours."""
+    """The control: mlx_lm.server with the older MLX, without mlx-safe."""
     environment = environment_of(OLDEST_PAIR[0], tmp_path)
     options: dict[str, Any] = {"program": STOCK_FAILING, "env": environment}
     environment["MLX_SAFE_AUTOINSTALL"] = "0"

@@ -94,10 +94,10 @@ def headline(report: Report) -> str:
 
 def server_of(report: Report) -> str:
     """Which server it is of, by its port and model; "" when it is of none."""
-    told = report.context.get("server")
-    if not isinstance(told, dict):
+    server = report.context.get("server")
+    if not isinstance(server, dict):
         return ""
-    return _one_line(f"on port {told.get('port')} with {told.get('model')}")
+    return _one_line(f"on port {server.get('port')} with {server.get('model')}")
 
 
 def advice(report: Report) -> str:

@@ -68,7 +68,7 @@ class Restarts:
         child = self._child
         if child is None or child.poll() is not None:
             return
-        # Told twice of one Ctrl-C, uvicorn drops its clients.
+        # A second SIGINT for one Ctrl-C makes uvicorn drop its clients.
         if number == signal.SIGINT and is_first and _both_in_foreground(child.pid):
             return
         child.send_signal(number)

@@ -2,8 +2,8 @@
 
 No text of a prompt or an answer comes into it, at any level. Our own lines have none;
 of other libraries' DEBUG lines nothing passes, of mlx-lm's own (0.31 to 0.32: whole
-bodies, each piece of text) only what `SAFE` lists; and of an exception its kind and the
-places that it passed are told, its message only where no text can be in it. Knows
+bodies, each piece of text) only what `SAFE` lists. Of an exception come its kind and
+the places that it passed, and its message only where no text can be in it. Knows
 nothing of MLX: the supervisor logs in the same way.
 """
 
@@ -43,7 +43,7 @@ NUMBERS_ONLY = (
 _FIELDS = "mlx_safe_fields"
 
 
-def fields(**values: Any) -> dict[str, Any]:
+def fields(**values: object) -> dict[str, object]:
     """What a line says in figures and names, for ``extra=``; None is left out.
 
     As text they follow the message, ``name=value``; in JSON each is a member.
@@ -225,8 +225,8 @@ class _Text(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = _in_one_line(record.getMessage())
-        told: Mapping[str, Any] = getattr(record, _FIELDS, {})
-        pairs = "".join(f" {name}={_shown(value)}" for name, value in told.items())
+        found: Mapping[str, object] = getattr(record, _FIELDS, {})
+        pairs = "".join(f" {name}={_shown(value)}" for name, value in found.items())
         who = f"{self._name} - " if self._name else ""
         begin = f"{self.formatTime(record)} - {record.levelname} - {who}"
         line = f"{begin}{message}{pairs}"
@@ -234,7 +234,7 @@ class _Text(_Formatter):
         return f"{line}\n{trace}" if trace else line
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, (list, tuple)):
@@ -249,7 +249,7 @@ class _Json(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "time": f"{seconds}.{int(record.msecs):03}Z",
             "level": record.levelname,
             "logger": record.name,
@@ -263,7 +263,7 @@ class _Json(_Formatter):
         return json.dumps(line, default=str)
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     return round(value, 6) if isinstance(value, float) else value
 
 

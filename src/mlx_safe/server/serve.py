@@ -225,7 +225,7 @@ def run(
     ProtectedHandler.keepalive_after_s = options.keepalive_after
     ProtectedHandler.may_ask = may_ask
 
-    def handle(*args: Any) -> None:
+    def handle(*args: object) -> None:
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 
@@ -271,13 +271,13 @@ def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) 
     if may_ask.is_open and not access.is_loopback(str(address)):
         log.warning(
             "%s can be reached from other machines, and there is no --api-key: "
-            "whoever reaches it can use this server",
+            "anyone on the network can use this server",
             host,
         )
 
 
 def _check_hooks(required: bool) -> None:
-    """On a Mac faults must be caught, or it is told; elsewhere there are no hooks."""
+    """On a Mac it warns, or fails, without hooks; elsewhere there are none."""
     try:
         require()
     except RuntimeError as e:

@@ -22,6 +22,7 @@ from ..forensics import reader, store, words
 from . import supervisor
 from .health import Health
 from .metrics import samples_of
+from .mlx_lm.protocols.opaque import Json
 
 __all__ = ["HISTORIES", "VERSION", "Sources", "Status", "disk_of", "versions"]
 
@@ -67,7 +68,7 @@ class Sources:
     """
 
     health: Health
-    requests: Callable[[], list[dict[str, Any]]]
+    requests: Callable[[], list[Json]]
     memory: Callable[[], dict[str, float]]
     lowered: Callable[[], str | None]
     prompt_cache: Any
@@ -75,8 +76,8 @@ class Sources:
     events: Callable[[], Mapping[str, int]]
     tokens: Callable[[], int]
     model: Callable[[], str | None]
-    about: Mapping[str, Any]
-    disk: Callable[[], dict[str, Any] | None]
+    about: Mapping[str, object]
+    disk: Callable[[], Json | None]
 
 
 class Status:
@@ -96,7 +97,7 @@ class Status:
         self._marks: deque[str] = deque(maxlen=MARKS_MAX)
         self._counted = self._counts()
         self._failures: dict[str, int] = {}
-        self._reports: list[dict[str, Any]] = []
+        self._reports: list[Json] = []
         self._reports_due = 0.0
         self._told: dict[str, dict[str, str]] = {}
         self._mark(self._started, "start", 1, "the server was started")
@@ -147,7 +148,7 @@ class Status:
         mark = {"time": round(at, 1), "kind": kind, "count": count, "text": text}
         self._marks.append(_json(mark))
 
-    def _last_reports(self) -> list[dict[str, Any]]:
+    def _last_reports(self) -> list[Json]:
         directory = _paths.report_dir()
         try:
             newest = store.entries(directory)[-REPORTS_MAX:]
@@ -169,7 +170,7 @@ class Status:
         """
         health = self._from.health
         requests, memory = self._from.requests(), self._from.memory()
-        found: dict[str, Any] = {
+        found: Json = {
             "version": VERSION,
             "time": round(time.time(), 3),
             "server": {
@@ -207,7 +208,7 @@ class Status:
             more["history"] = _with(_json(kept), {"samples": samples})
         return _with(_json(found), more).encode()
 
-    def _memory(self, now: Mapping[str, float]) -> dict[str, Any]:
+    def _memory(self, now: Mapping[str, float]) -> Json:
         stored = int(self._from.prompt_cache.nbytes)
         used = now["active"] - now["model"] - stored
         parts = {
@@ -258,7 +259,7 @@ def _told(path: Path) -> dict[str, str]:
     return {"headline": words.headline(report), "server": words.server_of(report)}
 
 
-def disk_of(tier: Any) -> dict[str, Any] | None:
+def disk_of(tier: Any) -> Json | None:
     """The KV caches on disk, of a `KVTier`; None: there is none."""
     if tier is None:
         return None

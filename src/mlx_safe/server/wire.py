@@ -380,11 +380,11 @@ class Wire(BaseHTTPRequestHandler):
 
     # What http.server would log; an `Exchange` tells of all of it.
 
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+    def log_request(self, code: int | str = "-", size: object = "-") -> None:
         """Notes the status: the last is what is sent, as mlx-lm begins with a 200."""
         if self.exchange is None:  # its line was too long to be read
             self.exchange = Exchange()
         self._status = int(code)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Nothing: what is in it was sent by the client."""

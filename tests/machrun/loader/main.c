@@ -35,7 +35,7 @@ static void read_settings(void) {
 // The library of the sysroot, in which extension modules find Python's C API.
 static void open_python(void) {
   const char* name = getenv("MACHRUN_PYTHON");
-  if (name != NULL && dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
+  if (name != NULL && *name != '\0' && dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
     refuse(NULL, "MACHRUN_PYTHON=%s: %s", name, dlerror());
 }
 
