@@ -392,6 +392,7 @@ def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
     caches = tier.follow(kept.key, text, None, 0)
+    assert caches is not None
     for at in range(0, 900, 100):
         read(model, text[at : at + 100], caches)
         tier.checkpoint_alone(request, at + 100)

@@ -513,7 +513,7 @@ def test_a_stray_write_withdraws_what_is_not_published(
             armed = False
             failing = threading.Thread(target=lambda: writer.fail(all_of_it=True))
             failing.start()
-            failing.join(10)
+            failing.join(60)
             assert not failing.is_alive()
 
     store = opened(tmp_path, PLENTY, HookedFiles(hook))

@@ -129,7 +129,7 @@ def test_a_server_that_is_stopped_before_it_listens(
         for pipe in (server.process.stdin, server.process.stdout):
             assert pipe is not None
             pipe.close()
-        assert eventually(lambda: left(private_reports) == [], 10), server.log
+        assert eventually(lambda: left(private_reports) == []), server.log
 
 
 def test_a_stop_between_the_model_and_the_clients(

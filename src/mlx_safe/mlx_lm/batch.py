@@ -452,7 +452,7 @@ class _Replay:
         if not self._sizes:
             self._sizes = tuple(getattr(generator, name) for name in _SIZES)
         limit = at_once(what, len(self.kept), level, self._protection.attempts)
-        care = care_level(what, level)
+        care = care_level(what, level, self._protection.attempts)
         if limit is not None:
             generator.prefill_batch_size = min(limit, self._sizes[0])
             generator.completion_batch_size = min(limit, self._sizes[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 
+from .._failures import SMALLEST
 from ..memory.demand import STEP_MIN, step_sizes
 from .mlx_lm import compat
 from .mlx_lm.protocols.generation import BatchGenerator
@@ -36,6 +37,7 @@ class PrefillStep:
         self._cli_args = cli_args
         self._comfortable = self.full
         self._limits: dict[str, int] = {}
+        self._grows = True  # after a fault, as long as all goes well
         self._batch: weakref.ref[BatchGenerator] | None = None
 
     @property
@@ -72,14 +74,18 @@ class PrefillStep:
             compat.set_prefill_step(batch, self.size)
 
     def be_careful(self, level: int | None) -> None:
-        """Smaller steps after ``level`` tries that were in vain; 0, None: as usual."""
+        """Smaller steps after ``level`` tries that were in vain; 0, None: as usual.
+
+        `SMALLEST`: they stay so until it is called again.
+        """
+        self._grows = level != SMALLEST
         size = max(STEP_MIN, self.full // 4**level) if level else None
         self.limit("fault", size)
 
     def went_well(self) -> None:
         """A step of a prompt has been read: the next may be twice as large."""
         size = self._limits.get("fault")
-        if size is not None:
+        if size is not None and self._grows:
             self.limit("fault", 2 * size if 2 * size < self.full else None)
 
     # -- by time ----------------------------------------------------------------------
