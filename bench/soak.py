@@ -147,18 +147,24 @@ class Faults(Harm):
 class Kills(Harm):
     """Kills the supervised server's child, which its supervisor starts again.
 
+    One that has answered nothing is left alone: after some of those in a row the
+    supervisor gives up.
+
     Args:
         plan: the file that says which fault ends the next one, if nothing else does.
+        told: what its clients were told.
     """
 
-    def __init__(self, server: Server, seed: str, plan: Path) -> None:
+    def __init__(self, server: Server, seed: str, plan: Path, told: Told) -> None:
         super().__init__(server, seed)
-        self._plan = plan
+        self._plan, self._told = plan, told
 
     def run(self) -> None:
-        draw = self._draw
+        draw, seen = self._draw, -1
         while not self.stop.wait(KILL_EVERY_S * draw.uniform(0.5, 1.5)):
-            self._plan.write_text(f"any:{draw.randrange(1, 900)}:{draw.choice(FATAL)}")
+            if seen == (seen := self._told.statuses[200]):
+                continue
+            self._plan.write_text(f"any:{draw.randrange(99, 900)}:{draw.choice(FATAL)}")
             for pid in self._server.children():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -270,7 +276,7 @@ class Soak:
         seed = f"{self._seed}:{number}"
         harm = (
             Faults(self.faulted, f"{seed}:faults"),
-            Kills(self.killed, f"{seed}:kills", self._plan),
+            Kills(self.killed, f"{seed}:kills", self._plan, self._seen["killed"]),
             Ballast(self.pressed, f"{seed}:ballast", self._ballast),
         )
         for thread in harm:

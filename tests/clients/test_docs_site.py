@@ -1,4 +1,4 @@
-"""The search of the docs in a browser: ``make docs``, ``make client-browser``.
+"""The search of the documentation in a browser: ``make docs client-browser``.
 
 It runs in the page, and asks nobody but the one who serves the page.
 """
