@@ -24,7 +24,7 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
 .PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-mixed test-mixed-short test-observe test-clients test-servers test-reports sanitize lint format bench clean \
-  sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
+  sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-sweep machrun-table \
   requirements docs hardware-report
 
 help:  ## what can be made
@@ -147,6 +147,11 @@ MINUTES ?= 10
 .PHONY: soak
 soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
 	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# In CI: the same load as ever, and what it leaves behind three times.
+.PHONY: test-soak
+test-soak: $(VENVS)/observe.ready  ## a short one
+	$(VENVS)/observe/bin/python bench/soak.py --minutes 0.5 --every 10 --clients 2 --pause 0.2 --table 99 --seed 1
 
 # Minutes for each server and rate, so not in CI. SERVERS, RATES: names and numbers, else
 # all; servers of others are in it as far as `make test-servers` has installed them.
@@ -275,6 +280,10 @@ machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 machrun-table: machrun-setup  ## writes down anew what each MLX does with a failed buffer, and sends
 	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_versions
 	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_sent
+
+# SWEPT names rows, as tests/machrun/test_hooks.py has them; all take an hour. Not in CI.
+machrun-sweep: machrun-setup  ## 10,000 faults for each MLX and wheel, and their table
+	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_hooks $(SWEPT)
 
 requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels, and the clients
 	$(WHEELS_PYTHON) $(PIP) uv

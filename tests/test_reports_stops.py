@@ -111,7 +111,7 @@ def test_an_ignored_signal_stays_ignored(private_reports: Path) -> None:
     assert out == "here\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("supervise", [False, True])
 def test_a_server_that_is_stopped_before_it_listens(
     private_reports: Path, tiny_model: Path, number: int, supervise: bool

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -25,7 +26,7 @@ import pytest
 from mlx_safe.server import lifeline
 from support import model_types
 from support.programs import program
-from support.server import Answer, Server, free_port
+from support.server import NEVER, Answer, Server, free_port
 
 # Ranks that get no error from a lost peer (MLX up to 0.32.0) end after this time. Not
 # before: while one is loading its model, the other waits for it.
@@ -33,6 +34,7 @@ STALL_TIMEOUT = ("--stall-timeout", "8")
 END_TIMEOUT_S = 180.0
 
 ONE_STREAM = program("one_stream")
+SLOW_RANK = program("slow_to_read")
 
 
 @contextmanager
@@ -98,6 +100,57 @@ def test_requests_and_leavers_and_the_end(tiny_model: Path, tmp_path: Path) -> N
         for rank in ranks:
             assert "Traceback" not in rank.log
         assert "listening" not in second.log
+
+
+@pytest.mark.parametrize("path", [{}, {"seed": 1}], ids=["batched", "sequential"])
+def test_who_leaves_the_queue_leaves_the_ranks_together(
+    tiny_model: Path, tmp_path: Path, path: dict[str, Any]
+) -> None:
+    """Only the first knows that its client has left; the others have the request."""
+    with two_ranks(tiny_model, tmp_path, inject=("", "")) as ranks:
+        first = ranks[0]
+        text = first.chat(**path).text
+        busy = {"max_tokens": 400, "seed": 2}  # alone: all others wait in the queue
+        with first.chatting(1, **busy) as answers:
+            first.wait_for_requests(1)
+            for _ in range(3):
+                leave(first, **path)
+        assert [a.status for a in answers] == [200]
+        assert first.chat(**path).text == text
+        first.process.send_signal(signal.SIGTERM)
+        assert ends(ranks) == [0, 0]
+
+
+# Each step of the first rank, who waits for the other, takes 2 ms for each token.
+PACED = ("--step-seconds", "1", "--prefill-step-size", "1024")
+
+
+@pytest.mark.parametrize("path", [{}, {"seed": 1}], ids=["batched", "sequential"])
+def test_all_ranks_take_steps_of_the_seconds_that_were_asked_for(
+    tiny_model: Path, tmp_path: Path, path: dict[str, Any]
+) -> None:
+    """One of them is slow to read, and that is not the one that decides."""
+    plans = (f"any:{NEVER}", f"any:{NEVER}")
+    with two_ranks(
+        tiny_model, tmp_path, *PACED, inject=plans, program=SLOW_RANK
+    ) as ranks:
+        first = ranks[0]
+        text = " ".join(f"w{i % 97}" for i in range(100))
+        assert first.chat(text, max_tokens=1, **path).status == 200  # tells the speed
+        began = [len(rank.log) for rank in ranks]
+        long = " ".join(f"v{i % 97}" for i in range(400))
+        answer = first.chat(long, max_tokens=2, **path)
+        assert answer.status == 200
+        took = [
+            [int(n) for n in re.findall(r"step of (\d+)", rank.log[since:])]
+            for rank, since in zip(ranks, began, strict=True)
+        ]
+        assert took[0] == took[1]
+        assert len(took[0]) > 2 and max(took[0]) <= 600, took
+        read = answer.json["usage"]["prompt_tokens"]
+        assert sum(took[0]) in range(read - 8, read + 9)
+        first.process.send_signal(signal.SIGTERM)
+        assert ends(ranks) == [0, 0]
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -184,11 +184,18 @@ def _places() -> dict[str, Path]:
     return {"crash reports": Path(_paths.report_dir()), "models of the hub": models}
 
 
+def _is_seen(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # of somebody else's, or a name that is too long
+        return False
+
+
 def disk_check(places: Mapping[str, Path]) -> list[str]:
     """How much is free where the server writes, one line for each volume."""
     by_volume: dict[int, tuple[list[str], Path]] = {}
     for name, path in places.items():
-        there = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+        there = next(filter(_is_seen, (path, *path.parents)), Path("/"))
         names, _ = by_volume.setdefault(there.stat().st_dev, ([], there))
         names.append(name)
     lines = []

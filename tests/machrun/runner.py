@@ -62,8 +62,8 @@ class Machine:
             "MACHRUN_EXECUTABLE": str(HERE / "python"),
             "PYTHONHOME": str(python.sysroot / "usr"),
             "PYTHONPATH": ":".join(map(str, path)),
-            # Debian's files are compiled when they are installed, ours never. Whoever
-            # forbids it for the host does not mean the guest, for which it takes long.
+            # Debian's files are compiled when they are installed, ours never. That
+            # is slow under emulation, so it is kept even where the host keeps none.
             "PYTHONPYCACHEPREFIX": str(CACHE / "pycache" / python.tag),
             "PYTHONDONTWRITEBYTECODE": "",
             # With it MLX calls a compiler for the CPU's kernels, at run time.

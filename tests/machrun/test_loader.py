@@ -136,6 +136,17 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
         )
 
 
+def test_what_is_not_there_is_named(core: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "none.dylib"
+    done = load(path)
+    said = f"machrun: {path}: there is no such file\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    (tmp_path / "lib.dylib").write_bytes(core)
+    done = load(tmp_path / "lib.dylib", macos="next")
+    said = "machrun: environment: MACHRUN_MACOS=next is not a version\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:
     (end,) = struct.unpack_from("<I", core, 20)
     for size in (31, 32, 100, 32 + end // 2, 32 + end, 0x4000, len(core) - 1):

@@ -55,9 +55,7 @@ threading.Thread(target=listen, daemon=True).start()
 SLOW_START_S, SLOW_ANSWER_S = 560.0, 300.0
 PATHS: dict[str, dict[str, int]] = {"batched": {}, "sequential": {"seed": 1}}
 PHASES = {"prefill": "prefill:1:8", "decode": "decode:4:8"}
-STEP = 256  # of a prompt
-ARGUMENTS = ("--prefill-step-size", str(STEP), "--prompt-cache-size", "0")
-LONG = "x" * 600
+ARGUMENTS = ("--prefill-step-size", "256", "--prompt-cache-size", "0")
 Texts = dict[str, str]
 
 

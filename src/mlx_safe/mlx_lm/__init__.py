@@ -58,10 +58,9 @@ def protect(
       (``all_tokens``) do not explain.
 
     A cache that goes to the server (of an answer that has ended, of ``extract_cache``
-    or ``remove``) is computed first, so that no prompt cache keeps what a fault has
-    spoilt. Who reads prompts outside the generator must look after that by
-    himself (`mlx_safe.guard`): a fault since the last step makes ``insert`` with a
-    cache raise.
+    or ``remove``) is computed first. So no prompt cache keeps what a fault has spoilt.
+    Who reads prompts outside the generator must look after that by himself
+    (`mlx_safe.guard`): a fault since the last step makes ``insert`` with a cache raise.
 
     Args:
         cls: mlx-lm's class, or a copy of it in another package; None: mlx-lm's.

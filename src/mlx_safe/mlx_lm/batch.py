@@ -20,17 +20,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import _core, _faults, _reports, errors
-from .._exceptions import clear_frames
+from .. import errors
 from .._failures import (
     Failure,
+    FaultWatch,
     at_once,
     care_level,
-    fault_behind,
     is_out_of_memory,
     what_it_means,
 )
-from .._thread_state import fetch_pending_errors, seed_anew
+from .._thread_state import drop_failed, make_sound
 from ..memory.demand import STEP_MIN
 from .callables import draws, has_state, may_draw
 from .sequences import Kept, leaves
@@ -180,8 +179,7 @@ class _Replay:
         self._ref = weakref.ref(generator)
         self._plain_next = protection.plain["_next"]
         self.kept: dict[Any, Kept] = {}
-        # The epoch up to which nothing has failed, or was dealt with.
-        self._clean = _core.epoch()
+        self._faults = FaultWatch()
         # Failures since a token was returned.
         self._in_vain = 0
         # What failed while a cache was computed for the server.
@@ -214,10 +212,10 @@ class _Replay:
         try:
             if given:
                 mx.eval([cache.state for cache in given])
-                _faults.check(self._clean)
+                self._faults.check()
         except Exception as e:
             self._protection.plain["remove"](self._generator, uids)
-            fault = fault_behind(e, self._clean)
+            fault = self._faults.behind(e)
             self._pass(e)
             raise fault or e from None
         seeded = _seeds.take()
@@ -231,7 +229,7 @@ class _Replay:
         if self.kept:
             self._doubt = self._doubt or exc
         else:
-            self._clean = _core.epoch()
+            self._faults.settle()
 
     def _judge(self, kept: Kept, entry: Sequence[Any]) -> None:
         """What ``kept`` begins from when it begins again, or why it cannot."""
@@ -279,9 +277,9 @@ class _Replay:
         try:
             for cache in caches.values():
                 _compute(cache[0])
-            _faults.check(self._clean)
+            self._faults.check()
         except Exception as e:
-            fault = fault_behind(e, self._clean)
+            fault = self._faults.behind(e)
             self._pass(e)
             raise fault or e from None
         return caches
@@ -289,7 +287,7 @@ class _Replay:
     def _forget_all(self) -> None:
         self.kept.clear()
         self._refused = self._doubt = None
-        self._clean = _core.epoch()
+        self._faults.settle()
         self._end_care()
 
     # -- steps -----------------------------------------------------------------------
@@ -308,12 +306,12 @@ class _Replay:
                     doubt, self._doubt = self._doubt, None
                     raise doubt
                 # Of what the step before has left to be computed.
-                _faults.check(self._clean)
+                self._faults.check()
                 prompts, answers = self._plain_next(self._ref())
                 for answer in answers:
                     if answer.finish_reason is not None and answer.prompt_cache:
                         _compute(answer.prompt_cache)
-                _faults.check(self._clean)
+                self._faults.check()
             except Exception as e:
                 failed = e
             else:
@@ -349,12 +347,10 @@ class _Replay:
         Raises:
             Exception: ``exc``, or the fault that it stands for: it stays failed.
         """
-        fault = fault_behind(exc, self._clean)
+        fault = self._faults.behind(exc)
         if fault is None and not errors.is_allocation_failure(exc):
             raise exc
-        if fault is not None and not fault.faults:
-            # One that is in the log has its report from there.
-            _reports.write_fault_beside(str(fault), fault.code)
+        self._faults.report(fault)
         what = what_it_means(fault, exc)
         queued = {entry[0] for entry in self._generator._unprocessed_sequences}
         ran = [kept for uid, kept in self.kept.items() if uid not in queued]
@@ -363,10 +359,9 @@ class _Replay:
         cause = fault or exc
         self._in_vain += 1
         self._reset(exc)
-        late = [f for f in _faults.faults(self._clean) if f.fatal]
-        if late and not (fault is not None and fault.fatal):
-            cause, why_not = errors.from_faults(late), "the process must be replaced"
-        self._clean = _core.epoch()
+        late = self._faults.settle()
+        if late is not None and not (fault is not None and fault.fatal):
+            cause, why_not = late, "the process must be replaced"
         if why_not is not None:
             self._refuse(cause, why_not)
         for kept in ran:
@@ -426,7 +421,7 @@ class _Replay:
 
     def _reset(self, exc: Exception) -> None:
         """Drops what the step may have left unwritten, and MLX's own errors of it."""
-        clear_frames(exc)
+        drop_failed(exc)
         generator = self._generator
         generator._prompt_batch.filter([])
         answers = generator._generation_batch
@@ -434,14 +429,10 @@ class _Replay:
         answers._current_tokens, answers._current_logprobs = None, []
         generator._unprocessed_sequences.clear()
         generator._currently_processing.clear()
-        # MLX 0.32 raises a stored error without a wait, and the memory of what has
-        # failed may still be written to.
-        _core.metal_wait_for_skipped()
-        fetch_pending_errors(generator._stream)
-        if any(kept.is_drawn for kept in self.kept.values()):
-            seed_anew()
+        draws = any(kept.is_drawn for kept in self.kept.values())
+        make_sound(generator._stream, draws=draws)
+        if draws:
             _seeds.take()  # it was for nobody
-        mx.clear_cache()
 
     def _take_care(self, what: Failure) -> None:
         """Sets how many run at a time, and in which steps prompts are read."""

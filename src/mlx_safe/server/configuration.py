@@ -7,6 +7,7 @@ have (``--port=8081``). The same parser reads it, so it is checked in the same w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
@@ -17,7 +18,9 @@ from typing import Any
 
 from .._command import CommandError, Parser
 
-__all__ = ["Settings", "option_of", "printed", "resolve", "variable_of"]
+__all__ = [
+    *("Settings", "log_format_of", "option_of", "printed", "resolve", "variable_of"),
+]
 
 # Of one start, and of no file.
 NOT_IN_A_FILE = ("help", "print_config", "config")
@@ -105,6 +108,21 @@ def resolve(
     if path is not None:
         values.config = path
     return Settings(values, sources, _unknown(parser, environment))
+
+
+def log_format_of(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """``--log-format``, also where other flags, or the file, are wrong.
+
+    What is wrong is told in it. As text where nobody can tell.
+    """
+    for flags in (("--log-format", "--config"), ("--log-format",)):
+        parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
+        for flag in flags:  # a file that cannot be read says nothing
+            parser.add_argument(flag)
+        with contextlib.suppress(CommandError):
+            found = resolve(parser, arguments, environment, partial=True)
+            return "json" if found.values.log_format == "json" else "text"
+    return "text"
 
 
 def _given(parser: Parser, words: Sequence[str], partial: bool = False) -> Values:

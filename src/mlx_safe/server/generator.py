@@ -121,9 +121,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
-        # The ranks must take the same steps, and each has a clock of its own.
-        aim_s = step_seconds if self._one_rank else 0.0
-        prefill = PrefillStep(model_provider.cli_args, aim_s)
+        share = None if self._one_rank else self._share_object
+        prefill = PrefillStep(model_provider.cli_args, step_seconds)
         self.headroom = Headroom(memory, prompt_cache, prefill, self._one_rank)
         self.scheduler: Scheduler[InFlight] = Scheduler(
             self.headroom,
@@ -177,7 +176,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.step,
             self.recovery.end_alone,
             self._disk,
-            self._one_rank,
+            share,
             self._between_steps,
             # Queue's own deque: `empty` would take a lock before each step.
             lambda: bool(self._queue.queue) and self.scheduler.takes_new(),
@@ -201,7 +200,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             max_kv_size=max_kv_size,
             disk=self._disk,
         )
-        share = None if self._one_rank else self._share_object
         self._sequential = Sequential(
             self.scheduler, self.headroom, share, prefill, self.step
         )
@@ -409,7 +407,9 @@ class ProtectedResponseGenerator(ResponseGenerator):
         # Where another rank has the clients, it comes as that rank got it.
         is_here = self._rank == 0
         request = cast(InFlight, taken[0]) if is_here else self._in_flight(taken)
-        return request if request.taken() else None
+        if not request.taken() and self._one_rank:
+            return None
+        return request  # of one whose client has left, too: the other ranks have it
 
     def _in_flight(self, asked: Taken) -> InFlight:
         return InFlight(
@@ -444,8 +444,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
         super()._serve_single(request, *args)
 
     def _before_put(self, request: InFlight, item: Item) -> None:
-        if not self._one_rank:  # `batches` does not see its steps
-            self.watchdog.moved()
         self.recovery.check_epoch()
         if self._disk is not None:
             self._keep_on_disk(self._disk, request, item)

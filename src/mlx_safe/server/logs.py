@@ -16,12 +16,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 __all__ = [
-    *("FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "set_up"),
-    "take_over",
+    *("FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "refuse"),
+    *("set_up", "take_over"),
 ]
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -68,10 +68,46 @@ def set_up(level: str, form: str, name: str | None = None) -> None:
     logging.getLogger("mlx_safe").setLevel(level)
     logging.captureWarnings(True)
     threading.excepthook = _thread_ended
+    sys.excepthook = _ended
+    sys.unraisablehook = _ignored
+
+
+def refuse(message: str, form: str) -> None:
+    """Nothing is started, for a mistake of the user's: its one line, in ``form``."""
+    if form == "json":
+        set_up("INFO", form)
+        logging.getLogger("mlx_safe.server").error("cannot start: %s", message)
+    else:
+        print(f"mlx-safe: {message}", file=sys.stderr)
+
+
+# Three that stand in the place of Python's own words, which quote the exception's
+# message and are in no format.
+
+
+def _ended(
+    kind: type[BaseException], exc: BaseException, trace: TracebackType | None
+) -> None:
+    if isinstance(exc, KeyboardInterrupt):
+        sys.__excepthook__(kind, exc, trace)
+    else:
+        logging.getLogger("mlx_safe.server").critical(
+            "the main thread has ended", exc_info=(kind, exc, trace)
+        )
+
+
+def _ignored(args: sys.UnraisableHookArgs) -> None:
+    """Of a destructor or a callback, from which nothing can be raised."""
+    if args.exc_value is not None:
+        whose = getattr(args.object, "__qualname__", type(args.object).__name__)
+        logging.getLogger("mlx_safe.server").error(
+            "an exception was ignored",
+            exc_info=args.exc_value,
+            extra=fields(where=whose),
+        )
 
 
 def _thread_ended(args: threading.ExceptHookArgs) -> None:
-    """In the place of Python's own words, which quote the exception's message."""
     if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
         name = None if args.thread is None else args.thread.name
         logging.getLogger("mlx_safe.server").error(

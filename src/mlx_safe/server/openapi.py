@@ -32,8 +32,8 @@ COUNT = {"type": "integer", "minimum": 0}
 ABOUT = f"""A protected `mlx_lm.server`.
 
 In every object of a request `null` means absent. Fields that are not described have no
-effect. A body is UTF-8 and has at most {VALUES_MAX} values, at most {DEPTH_MAX} arrays
-and objects stand in each other, numbers are within the range of a double, and no string
+effect. A body is UTF-8 and has at most {VALUES_MAX} values. At most {DEPTH_MAX} arrays
+and objects stand in each other. Numbers are within the range of a double, and no string
 has half of a surrogate pair. Bodies larger than `--max-request-bytes`
 ({DEFAULT_MAX_BYTES} as a default) are a 413. What only the model knows is a 400 as
 well: a prompt without a token or longer than its context, a token id that it does not

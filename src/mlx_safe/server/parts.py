@@ -11,7 +11,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from .batches import watched
+from .batches import paced, watched
 from .headroom import Headroom
 from .in_flight import InFlight
 from .logprobs import NOT_READ, top_logprobs
@@ -41,8 +41,9 @@ class Parts:
     """Makes them. Generation thread only.
 
     Args:
-        one_rank: with more than one rank a failure is nobody's own: what is mended on
-            each of them would differ from then on, such as what they draw.
+        share: mlx-lm's ``_share_object``; None: there is one rank. With more a
+            failure is nobody's own: what is mended on each of them would differ from
+            then on, such as what they draw.
         on_read: with a draft model, called between two steps of a prompt, as
             `Reading` calls its own.
         is_awaited: whether a request waits that mlx-lm may have now.
@@ -56,7 +57,7 @@ class Parts:
         step: Step,
         end_alone: Callable[[InFlight, Exception], None],
         disk: KVTier | None,
-        one_rank: bool,
+        share: Callable[[object], object] | None,
         on_read: Callable[[InFlight, int, int, bool], None],
         is_awaited: Callable[[], bool],
     ) -> None:
@@ -68,19 +69,21 @@ class Parts:
         self._prefill = prefill
         self._step = step
         self._disk = disk
-        self._one_rank = one_rank
+        self._share = share
         self.own = OwnFailures(self._current, end_alone)
         self.resumed = Resumed()
 
     def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start."""
-        return self._scheduler.current if self._one_rank else None
+        return self._scheduler.current if self._share is None else None
 
     def batch(
         self, cls: type[BatchGenerator], *args: object, **kwargs: object
     ) -> BatchGenerator:
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
-        if self._one_rank:  # or each would see other requests to leave
+        if self._share is not None:  # each would see other requests to leave
+            cls = paced(cls, self._prefill, self._step, self._share)
+        else:
             cls = watched(
                 cls,
                 self._scheduler,

@@ -7,6 +7,7 @@ that it goes on. So steps are sized by time as well, once it is known what one t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 from .._failures import SMALLEST
 from ..memory.demand import STEP_MIN, step_sizes
@@ -115,6 +116,17 @@ class PrefillStep:
             probe: while nothing is known, a short step is to tell.
         """
         self.limit("time", self._fitting(max(rows, 1), probe))
+        return self.size
+
+    def agree(self, share: Callable[[object], object], rows: int = 1) -> int:
+        """`fit` of the first rank, by whose clock all go. All ranks, at the same turn.
+
+        Args:
+            share: mlx-lm's ``_share_object``: the first rank's object, on each.
+        """
+        size = share(self.fit(rows, probe=True))
+        assert isinstance(size, int)
+        self.limit("time", size if size < self.full else None)
         return self.size
 
     def _fitting(self, rows: int, probe: bool) -> int | None:

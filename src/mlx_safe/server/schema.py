@@ -185,6 +185,8 @@ class Request(Fields):
             schema["properties"].setdefault(name, {"enum": [*neutral, None]})
 
 
+FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
+
 WITHOUT_MEANING = (
     *("user", "store", "metadata", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "prediction"),
@@ -391,8 +393,13 @@ def read(path: str, raw: bytes | bytearray, *, takes_xtc: bool = True) -> Json:
         raise _as_bad_request(e) from None
     extra = set(request.__pydantic_extra__ or {})
     if unknown := extra - set(NOT_SUPPORTED):
-        names = sorted(strict_json.name_of([name]) or "''" for name in unknown)
-        log.debug("fields without effect: %s", ", ".join(names[:20]))
+        # A sentence is no field's name: it may be what somebody has written.
+        names = sorted(filter(FIELD_NAME.fullmatch, unknown))
+        others = len(unknown) - len(names[:20])
+        log.debug(
+            "fields without effect: %s",
+            ", ".join([*names[:20], *([f"{others} more"] if others else [])]),
+        )
     found = request.model_dump(
         exclude_unset=True, exclude={*extra, *WITHOUT_MEANING}, warnings=False
     )

@@ -53,7 +53,8 @@ class Sequential:
 
     def begin(self) -> None:
         """mlx-lm is about to work on a request alone."""
-        self._size, self._tokens = self._prefill.fit(), 0
+        share, self._tokens = self._share, 0
+        self._size = self._prefill.fit() if not share else self._prefill.agree(share)
         self._step.begin("prefill")
 
     def before_put(self, request: InFlight, item: Item) -> None:
@@ -101,9 +102,11 @@ class Sequential:
         """
         running = self._step.running
         tokens = done - request.prompt_read[0]
-        if running is None or tokens <= 0 or self._share:
+        if running is None or tokens <= 0:
             return False
         self._prefill.took(tokens, running[1], at_least=not by_target)
+        if self._share:  # with several ranks it goes on as it was begun
+            return False
         size = self._prefill.fit()
         # Once more only where it is far too long: a busy machine is no slow model.
         most = self._prefill.aim_s * (1 if request.step_max is None else 4)

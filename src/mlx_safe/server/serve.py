@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from ..kv.directory import Directory, NotOurs
 from ..kv.store import DISK_BYTES, Limits
 from . import access, http_server, logs, ranks, supervisor
 from .body import Bodies
-from .configuration import printed, resolve
+from .configuration import log_format_of, printed, resolve
 from .flag_checks import check_flags
 from .flags import own_parser, whole_parser
 from .handover import Handover, Message
@@ -52,12 +51,18 @@ def serve(arguments: Sequence[str]) -> int:
         arguments: the command line after ``mlx-safe serve``.
 
     Returns:
-        the exit status, after ``--help``. A server that has run ends the process
-        itself: with 0, or with 75 when it must be replaced.
-
-    Raises:
-        CommandError: it cannot start; the message says what to do.
+        the exit status, after ``--help``, and 2 where it cannot start: a line says
+        what to do. A server that has run ends the process itself: with 0, or with 75
+        when it must be replaced.
     """
+    try:
+        return _serve(arguments)
+    except CommandError as e:
+        logs.refuse(str(e), log_format_of(arguments, os.environ))
+        return supervisor.USER_MISTAKE
+
+
+def _serve(arguments: Sequence[str]) -> int:
     parser = own_parser()
     # mlx-lm's flags are known when it is imported, which the supervisor does not do.
     options = resolve(parser, arguments, os.environ, partial=True).values
@@ -93,7 +98,7 @@ def serve(arguments: Sequence[str]) -> int:
             home.wait_made()
         except Exception as e:
             # One of them may be about to start again.
-            print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
+            log.error("the ranks cannot meet: %s", e)
             return EXIT_REPLACE
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
     logs.take_over()

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,12 @@ class Status:
     def __init__(self, sources: Sources) -> None:
         self._from = sources
         self._started = time.time()
-        self._samples: dict[str, deque[list[float]]] = {
+        # What does not change is JSON at once: an answer has thousands of numbers.
+        self._samples: dict[str, deque[str]] = {
             name: deque(maxlen=span.count) for name, span in HISTORIES.items()
         }
         self._due = dict.fromkeys(HISTORIES, 0.0)
-        self._marks: deque[Json] = deque(maxlen=MARKS_MAX)
+        self._marks: deque[str] = deque(maxlen=MARKS_MAX)
         self._counted = self._counts()
         self._failures: dict[str, int] = {}
         self._reports: list[Json] = []
@@ -108,7 +109,7 @@ class Status:
         now = time.monotonic()
         due = [name for name in HISTORIES if now >= self._due[name]]
         if due:
-            taken = self._sample()
+            taken = _json(self._sample())
             for name in due:
                 self._samples[name].append(taken)
                 self._due[name] = now + HISTORIES[name].every_s - 0.5
@@ -144,9 +145,8 @@ class Status:
         self._counted = counts
 
     def _mark(self, at: float, kind: str, count: int, text: str) -> None:
-        self._marks.append(
-            {"time": round(at, 1), "kind": kind, "count": count, "text": text}
-        )
+        mark = {"time": round(at, 1), "kind": kind, "count": count, "text": text}
+        self._marks.append(_json(mark))
 
     def _last_reports(self) -> list[Json]:
         directory = _paths.report_dir()
@@ -200,15 +200,13 @@ class Status:
             },
             "disk": self._from.disk(),
             "reports": self._reports,
-            "marks": list(self._marks),
         }
+        more = {"marks": _array(self._marks)}
         if history is not None:
-            found["history"] = {
-                "every_s": HISTORIES[history].every_s,
-                "fields": FIELDS,
-                "samples": list(self._samples[history]),
-            }
-        return json.dumps(found, separators=(",", ":")).encode()
+            kept = {"every_s": HISTORIES[history].every_s, "fields": FIELDS}
+            samples = _array(self._samples[history])
+            more["history"] = _with(_json(kept), {"samples": samples})
+        return _with(_json(found), more).encode()
 
     def _memory(self, now: Mapping[str, float]) -> Json:
         stored = int(self._from.prompt_cache.nbytes)
@@ -239,6 +237,20 @@ class Status:
             **{n: cache.get(n, 0) for n in ("evictions", "hits", "misses")},
         }
         return {name: int(value) for name, value in found.items()}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _array(encoded: Iterable[str]) -> str:
+    return f"[{','.join(encoded)}]"
+
+
+def _with(members: str, more: Mapping[str, str]) -> str:
+    """An object of JSON that has some, with more of them."""
+    added = "".join(f',"{name}":{value}' for name, value in more.items())
+    return f"{members[:-1]}{added}}}"
 
 
 def _told(path: Path) -> dict[str, str]:

@@ -21,7 +21,8 @@ def fetch() -> None:
     for version, system in packages.LATER_SYSTEMS.items():
         packages.get_mlx(version, main, system)
     for python in PYTHONS.values():
-        packages.get_mlx(packages.NEWEST_PAIR[0], python)
+        for version in packages.PAIRS:
+            packages.get_mlx(version, python)
         packages.get_ours(python)
         if python.from_pypi:
             program.get_program(python)
