@@ -356,7 +356,6 @@ SUMS = (
 
 
 def test_metrics_add_up_to_what_clients_saw(server: Server) -> None:
-    time.sleep(0.3)  # the answer of `renew` is counted when it has been sent
     before = counts(server)
     sums = {name: server.metric(name) for name in SUMS}
     answers = [
@@ -415,6 +414,7 @@ def test_refusals_of_a_server_that_stops_are_counted(tiny_model: Path) -> None:
         with server.chatting(1, max_tokens=50) as answers:
             server.wait_held()
             server.process.send_signal(signal.SIGTERM)
+            server.wait_for_log("stopping")
             time.sleep(0.2)
         server.go()
         assert server.wait() == 0

@@ -304,8 +304,16 @@ class Server:
     def renew(self) -> Server:
         """Nothing is planned, cached or logged: for tests that share `CONTROLLED`."""
         self.plan(f"any:{NEVER}")
-        # When this is answered, what was before is done with.
-        assert self.chat("another", max_tokens=1).status == 200, self.log
+        # When this is answered, what was before is done with. It is counted and logged
+        # when the answer has been sent.
+        answer = self.chat("another", max_tokens=1)
+        assert answer.status == 200, self.log
+        name = answer.json["id"]
+
+        def is_logged() -> bool:
+            return any(name in x and "outcome" in x for x in self.log.splitlines())
+
+        assert eventually(is_logged), self.log
         self.ask("forget")
         self._lines.clear()
         return self
