@@ -260,7 +260,7 @@ def test_sizes_are_what_they_were_afterwards(model: Any, protected: None) -> Non
         while len(ends) < len(uids):
             steps(generator, told, ends)
             during.append([getattr(generator, name) for name in names])
-    assert [1, 1, 128] in during
+    assert [1, 1, 64] in during
     assert [getattr(generator, name) for name in names] == before
     assert generator._prompt_batch.prefill_step_size == before[2]
 

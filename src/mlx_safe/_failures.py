@@ -13,6 +13,7 @@ import enum
 from . import _core, _faults, _reports, errors
 
 __all__ = [
+    "SMALLEST",
     "Failure",
     "FaultWatch",
     "at_once",
@@ -21,6 +22,10 @@ __all__ = [
     "is_out_of_memory",
     "what_it_means",
 ]
+
+
+# Of care: prompts are read in the smallest steps, to their end.
+SMALLEST = 16
 
 
 class Failure(enum.Enum):
@@ -122,11 +127,14 @@ def at_once(what: Failure, count: int, level: int, attempts_max: int) -> int | N
     return None if what is Failure.PASSING else max(1, count // 2)
 
 
-def care_level(what: Failure, level: int) -> int | None:
+def care_level(what: Failure, level: int, attempts_max: int) -> int | None:
     """How many times four prompts are read in smaller steps; None: as before.
 
-    At once after `TOO_LONG`; after `TOO_MUCH` fewer at a time may be enough.
+    At once after `TOO_LONG`; after `TOO_MUCH` fewer at a time may be enough. The last
+    time `SMALLEST`: how much less would do nobody knows, and what fits is answered.
     """
+    if what in (Failure.TOO_MUCH, Failure.TOO_LONG) and level >= max(2, attempts_max):
+        return SMALLEST
     if what is Failure.TOO_MUCH:
         return level - 1
     return level if what is Failure.TOO_LONG else None

@@ -15,13 +15,13 @@ from .messages import (
     Receive,
     Send,
     answerable,
+    fault_at_the_end,
     has_done,
     is_anthropic,
     is_event_stream,
     kept_headers,
     named_in,
     send_json,
-    told_at_the_end,
 )
 
 __all__ = ["Exchange"]
@@ -120,7 +120,7 @@ class Exchange:
             await self._release()
 
     def _until_it_leaves(self, receive: Receive) -> Receive:
-        """A client that has left is told nothing more."""
+        """A client that has left gets nothing more."""
 
         async def receive_and_look() -> Message:
             message = await receive()
@@ -198,7 +198,7 @@ class Exchange:
         self._tail = (self._tail + body)[-TAIL_MAX:]
         if message.get("more_body", False) or has_done(self._tail):
             return message
-        found = told_at_the_end(self._tail, TAIL_MAX)
+        found = fault_at_the_end(self._tail, TAIL_MAX)
         if found is None:
             # Starlette's middleware ends a stream first and raises what ended it then.
             self._release_soon()

@@ -167,7 +167,7 @@ def _wrapped(protection: _Protection) -> dict[str, Any]:
 
 
 class _Replay:
-    """What one generator was given and has told.
+    """What one generator was given and has produced.
 
     Attributes:
         kept: the requests in it, by uid; those that came first come first.
@@ -180,7 +180,7 @@ class _Replay:
         self._plain_next = protection.plain["_next"]
         self.kept: dict[Any, Kept] = {}
         self._faults = FaultWatch()
-        # Failures since a token was told.
+        # Failures since a token was returned.
         self._in_vain = 0
         # What failed while a cache was computed for the server.
         self._doubt: Exception | None = None
@@ -356,20 +356,20 @@ class _Replay:
         ran = [kept for uid, kept in self.kept.items() if uid not in queued]
         why_not = self._why_not(what, ran or list(self.kept.values()))
         out_of_memory = is_out_of_memory(fault, exc)
-        told = fault or exc
+        cause = fault or exc
         self._in_vain += 1
         self._reset(exc)
         late = self._faults.settle()
         if late is not None and not (fault is not None and fault.fatal):
-            told, why_not = late, "the process must be replaced"
+            cause, why_not = late, "the process must be replaced"
         if why_not is not None:
-            self._refuse(told, why_not)
+            self._refuse(cause, why_not)
         for kept in ran:
             kept.attempts += 1
         self._take_care(Failure.TOO_MUCH if out_of_memory else what)
         queue = self._generator._unprocessed_sequences
         queue.extend(kept.entry() for kept in self.kept.values())
-        log.warning("%s; requests begun again: %d", told, len(self.kept))
+        log.warning("%s; requests begun again: %d", cause, len(self.kept))
 
     def _why_not(self, what: Failure, ran: list[Kept]) -> str | None:
         if what is Failure.FINAL:
@@ -397,9 +397,9 @@ class _Replay:
         if not self.kept.keys() >= {*prompts.uids, *answers.uids}:
             return "requests were inserted before `protect`, or in another way"
         for uid, made in zip(answers.uids, answers._num_tokens, strict=False):
-            # One more where the step that made it was not told of.
+            # One more where the step that made it returned nothing.
             if made - self.kept[uid].made not in (0, 1):
-                return "tokens were told that did not pass by"
+                return "tokens came that did not pass by the generator"
         return None
 
     def _is_put_last(self, worst: list[Kept]) -> bool:
@@ -412,12 +412,12 @@ class _Replay:
         self.kept[kept.uid] = self.kept.pop(kept.uid)
         return True
 
-    def _refuse(self, told: Exception, why: str) -> None:
-        if hasattr(told, "add_note"):
-            told.add_note(f"mlx_safe.mlx_lm: not done again: {why}")
-        log.error("%s; not done again: %s", told, why)
-        self._refused = told
-        raise told
+    def _refuse(self, cause: Exception, why: str) -> None:
+        if hasattr(cause, "add_note"):
+            cause.add_note(f"mlx_safe.mlx_lm: not done again: {why}")
+        log.error("%s; not done again: %s", cause, why)
+        self._refused = cause
+        raise cause
 
     def _reset(self, exc: Exception) -> None:
         """Drops what the step may have left unwritten, and MLX's own errors of it."""
@@ -443,7 +443,7 @@ class _Replay:
         if not self._sizes:
             self._sizes = tuple(getattr(generator, name) for name in _SIZES)
         limit = at_once(what, len(self.kept), level, self._protection.attempts)
-        care = care_level(what, level)
+        care = care_level(what, level, self._protection.attempts)
         if limit is not None:
             generator.prefill_batch_size = min(limit, self._sizes[0])
             generator.completion_batch_size = min(limit, self._sizes[1])

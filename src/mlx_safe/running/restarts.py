@@ -88,7 +88,7 @@ class Restarts:
         child = self._child
         if child is None or child.poll() is not None:
             return
-        # Told twice of one Ctrl-C, uvicorn drops its clients.
+        # A second SIGINT for one Ctrl-C makes uvicorn drop its clients.
         is_of_terminal = number in OF_TERMINALS and is_first
         if is_of_terminal and _both_in_foreground(child.pid):
             return

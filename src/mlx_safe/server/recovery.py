@@ -197,18 +197,18 @@ class Recovery:
         again: list[InFlight],
         ended: list[InFlight],
     ) -> None:
-        told = fields(
+        extra = fields(
             code=None if fault is None else fault.code,
             replayed=ids(again),
             ended=ids(ended),
         )
         if fault is None and is_allocation_failure(exc):
-            log.warning("no memory is left: %s", of_exception(exc), extra=told)
+            log.warning("no memory is left: %s", of_exception(exc), extra=extra)
         elif fault is None:
-            log.error("a generation step failed", exc_info=exc, extra=told)
+            log.error("a generation step failed", exc_info=exc, extra=extra)
         else:
             advice = fault.kind.advice
-            log.warning("fault of the GPU: %s. %s", fault, advice, extra=told)
+            log.warning("fault of the GPU: %s. %s", fault, advice, extra=extra)
 
     def fail_everyone(self, exc: Exception) -> None:
         """Also those that are still in the queue."""
