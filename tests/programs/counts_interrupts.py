@@ -13,8 +13,15 @@ import time
 ready, seen, go_on = map(pathlib.Path, sys.argv[1:4])
 if sys.argv[4] == "apart":
     os.setpgid(0, 0)
-interrupts: list[None] = []
-signal.signal(signal.SIGINT, lambda *_: interrupts.append(seen.touch()))
+interrupts = []
+
+
+def note(number, frame):
+    interrupts.append(number)
+    seen.touch()
+
+
+signal.signal(signal.SIGINT, note)
 ready.touch()
 for _ in range(3000):
     time.sleep(0.02)
