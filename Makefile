@@ -148,6 +148,11 @@ MINUTES ?= 10
 soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
 	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+# In CI: the same load as ever, and what it leaves behind three times.
+.PHONY: test-soak
+test-soak: $(VENVS)/observe.ready  ## a short one
+	$(VENVS)/observe/bin/python bench/soak.py --minutes 0.5 --every 10 --clients 2 --pause 0.2 --table 99 --seed 1
+
 # Minutes for each server and rate, so not in CI. SERVERS, RATES: names and numbers, else
 # all; servers of others are in it as far as `make test-servers` has installed them.
 # SCOREBOARD_ARGS=--append: more rounds of what is in build/scoreboard.json.

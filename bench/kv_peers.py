@@ -102,6 +102,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PROGRAM")
+    parser.add_argument("--only", choices=PEERS, help="this one alone")
     parser.add_argument("--model", type=Path, help="default: a random one")
     parser.add_argument("--hidden", type=int, default=512, help="of the random one")
     parser.add_argument("--words", type=int, default=190)
@@ -112,7 +113,8 @@ def main() -> None:
             Path(folder) / "model", hidden_size=options.hidden
         )
         for name, program in peers.items():
-            compare(name, program, model, Path(folder), options.words)
+            if options.only in (None, name):
+                compare(name, program, model, Path(folder), options.words)
 
 
 if __name__ == "__main__":

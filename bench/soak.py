@@ -75,7 +75,13 @@ MORE = {"threads": 4, "descriptors": 8, "files": 0, "memory": 2**20, "resident":
 
 @dataclass
 class Left:
-    """What a server has when nobody asks it anything."""
+    """What a server has when nobody asks it anything.
+
+    Attributes:
+        memory: bytes of MLX's arrays, where it can be asked.
+        resident: bytes, without what MLX keeps for reuse, which is as much as the
+            largest step has taken.
+    """
 
     threads: int
     descriptors: int
@@ -99,14 +105,14 @@ def status_of(pid: int, name: str) -> int:
     raise AssertionError(name)
 
 
-def left(server: Server, directory: Path, memory: int = 0) -> Left:
+def left(server: Server, directory: Path, memory: int = 0, pool: int = 0) -> Left:
     pid = server.process.pid
     return Left(
         threads=status_of(pid, "Threads"),
         descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         files=len(list((directory / "tmp").iterdir())),
         memory=memory,
-        resident=1024 * status_of(pid, "VmRSS"),
+        resident=1024 * status_of(pid, "VmRSS") - pool,
     )
 
 
@@ -141,18 +147,24 @@ class Faults(Harm):
 class Kills(Harm):
     """Kills the supervised server's child, which its supervisor starts again.
 
+    One that has answered nothing is left alone: after some of those in a row the
+    supervisor gives up.
+
     Args:
         plan: the file that says which fault ends the next one, if nothing else does.
+        told: what its clients were told.
     """
 
-    def __init__(self, server: Server, seed: str, plan: Path) -> None:
+    def __init__(self, server: Server, seed: str, plan: Path, told: Told) -> None:
         super().__init__(server, seed)
-        self._plan = plan
+        self._plan, self._told = plan, told
 
     def run(self) -> None:
-        draw = self._draw
+        draw, seen = self._draw, -1
         while not self.stop.wait(KILL_EVERY_S * draw.uniform(0.5, 1.5)):
-            self._plan.write_text(f"any:{draw.randrange(1, 900)}:{draw.choice(FATAL)}")
+            if seen == (seen := self._told.statuses[200]):
+                continue
+            self._plan.write_text(f"any:{draw.randrange(99, 900)}:{draw.choice(FATAL)}")
             for pid in self._server.children():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -244,6 +256,7 @@ class Soak:
         }
         self._first: dict[str, Left] = {}
         self._resident: dict[str, int] = {}
+        self._pool: dict[str, int] = {}
         self._seen = {name: Told() for name in self.servers}
 
     def minute(self, number: int, seconds: float) -> list[str]:
@@ -263,7 +276,7 @@ class Soak:
         seed = f"{self._seed}:{number}"
         harm = (
             Faults(self.faulted, f"{seed}:faults"),
-            Kills(self.killed, f"{seed}:kills", self._plan),
+            Kills(self.killed, f"{seed}:kills", self._plan, self._seen["killed"]),
             Ballast(self.pressed, f"{seed}:ballast", self._ballast),
         )
         for thread in harm:
@@ -315,11 +328,14 @@ class Soak:
 
     def _left(self, name: str) -> Left:
         server = self.servers[name]
-        if server is not self.killed:
-            server.process.send_signal(signal.SIGUSR2)
-            time.sleep(0.5)
+        if server is self.killed:
+            return left(server, self._directory)
+        server.process.send_signal(signal.SIGUSR2)
+        time.sleep(0.5)
         memory = server.ask("memory") if server is self.faulted else 0
-        return left(server, self._directory, memory)
+        pool = int(server.metric("mlx_safe_memory_pool_bytes"))
+        self._pool[name] = pool >> 20
+        return left(server, self._directory, memory, pool)
 
     def _kept(self) -> list[str]:
         """What takes more of the disk than it may."""
@@ -356,7 +372,8 @@ class Soak:
         at = time.strftime("%H:%M:%S")
         print(
             f"minute {number}, {at}: {planned} faults planned, {kills} kills, "
-            f"the ballast came {ballasts} times; resident, MiB: {self._resident}"
+            f"the ballast came {ballasts} times; resident, MiB: {self._resident}, "
+            f"MLX's pool: {self._pool}"
         )
         if number % self._asked.table == 0:
             for name, told in self._seen.items():
@@ -409,6 +426,8 @@ def main() -> None:
             flag, type=type(default), default=default, help=f"{what} ({default})"
         )
     asked = parser.parse_args()
+    # Its servers end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     print(
         f"seed {asked.seed}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}",
         flush=True,

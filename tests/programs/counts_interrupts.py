@@ -1,7 +1,7 @@
 """Its status is how often it was interrupted.
 
-Arguments: a file that says that it runs, one that says that it was interrupted, one
-after which it may end, and "apart" for a process group of its own.
+Arguments: the files that it makes when it is ready and when it was interrupted, that
+which lets it go on, and "apart": in a process group of its own.
 """
 
 import os
@@ -10,18 +10,19 @@ import signal
 import sys
 import time
 
-ready, seen, go_on = map(pathlib.Path, sys.argv[1:4])
-if sys.argv[4] == "apart":
+where = sys.argv[4]
+ready, seen, go_on = (pathlib.Path(name) for name in sys.argv[1:4])
+if where == "apart":
     os.setpgid(0, 0)
-interrupts = []
+interrupts: list[int] = []
 
 
-def note(number, frame):
+def interrupted(number: int, *_: object) -> None:
     interrupts.append(number)
     seen.touch()
 
 
-signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGINT, interrupted)
 ready.touch()
 for _ in range(3000):
     time.sleep(0.02)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 from .._failures import SMALLEST
 from ..memory.demand import STEP_MIN, step_sizes
@@ -119,13 +118,14 @@ class PrefillStep:
         self.limit("time", self._fitting(max(rows, 1), probe))
         return self.size
 
-    def agree(self, share: Callable[[Any], Any], rows: int = 1) -> int:
+    def agree(self, share: Callable[[object], object], rows: int = 1) -> int:
         """`fit` of the first rank, by whose clock all go. All ranks, at the same turn.
 
         Args:
             share: mlx-lm's ``_share_object``: the first rank's object, on each.
         """
-        size = int(share(self.fit(rows, probe=True)))
+        size = share(self.fit(rows, probe=True))
+        assert isinstance(size, int)
         self.limit("time", size if size < self.full else None)
         return self.size
 
