@@ -314,21 +314,7 @@ def test_an_application_that_is_not_changed_answers_and_comes_back() -> None:
         assert process.wait(60) in (0, 128 + signal.SIGTERM)
 
 
-LIVES_ON = """
-import os, pathlib, signal, sys, time
-directory = pathlib.Path(sys.argv[1])
-def note(number, frame):
-    (directory / signal.Signals(number).name).touch()
-for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(number, note)
-starts = directory / "starts"
-starts.write_text((starts.read_text() if starts.exists() else "") + "x")
-for _ in range(3000):
-    time.sleep(0.02)
-    if (directory / "end").exists():
-        (directory / "end").unlink()
-        os._exit(75)
-"""
+LIVES_ON = text_of("lives_on_after_signals")
 
 
 def test_a_signal_that_the_program_lives_on_after_is_no_stop(tmp_path: Path) -> None:
