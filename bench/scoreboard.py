@@ -7,7 +7,7 @@ In each round the servers go through one script one after another (`scoreboard_l
 first undisturbed, which is what their answers are held against; then with so many
 faults per hundred requests; then on a GPU of two thirds of the memory that the script
 wants of the first of them. A fault is planned when its request is
-sent, and strikes one of the next eleven steps, whoever's they are. Every run has a
+sent, and strikes one of the next eleven steps, of any request. Every run has a
 process of its own. The file is written after each of them, so a run that was ended is
 not lost; ``--append`` adds rounds to it.
 """

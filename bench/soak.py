@@ -1,16 +1,19 @@
 """Random load, faults, kills and rude clients; nothing may be left of them.
 
 ``make soak MINUTES=120``, or ``.venvs/observe/bin/python bench/soak.py --minutes 5
-[--seed N]``. Two servers with a tiny model: to one come faults of every code that a
-process survives; the other one, supervised, is killed by SIGKILL and by fatal faults,
-with its KV caches on a disk that is full (as root; else on one that is not, which is
-said).
+[--seed N]``. Three servers with a tiny model:
+
+- *faulted*: faults come to it, of every code that a process survives.
+- *killed*, supervised: SIGKILL and the codes after which a process must be replaced end
+  it; its KV caches and crash reports are on a disk that is full (as root; else on one
+  that is not, which is said).
+- *pressed*: on a card that another program takes most of, now and then.
 
 After each minute everything stands still and is looked at: whether every answer was
 right or an error of the contract, whether memory, threads, descriptors, temporary files
 and disk are where they were after the first minute, and whether `/metrics` counts the
-answers that the clients read. The first minute that is not clean ends the run, with
-status 1.
+answers that the clients read. Of the killed one it is the supervisor that is looked at.
+The first minute that is not clean ends the run, with status 1.
 """
 
 from __future__ import annotations
@@ -39,16 +42,32 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from soak_load import Client, Crowd, Told, prompts  # noqa: E402
 
+from support.programs import program  # noqa: E402
 from support.server import CONTROLLED, NEVER, Server, eventually  # noqa: E402
 
-CLIENTS = 4  # of each server
 TEXTS = 40
-# 4, 9 to 0xb: the process is replaced; those the supervised server gets.
-FAULTS = (0x2, 0x3, 0x5, 0x6, 0x8, 0xE, 0x10, 0x11)
-FATAL = (0x4, 0xB)
+# Those of IOGPU, and one that nobody knows. What ends a process comes to the supervised
+# server: code 4, and an exception on a thread of nobody's.
+FAULTS = (0x2, 0x3, 0x5, 0x6, 0x8, 0x9, 0xA, 0xB, 0xE, 0x10, 0x11, 0x7F)
+FATAL = ("4", "8:once:terminate")
 ACTIONS = ("raise", "record", "bug")
 KV_LIMIT, DISK = 16 * 2**20, 8 * 2**20
 KILL_EVERY_S = 15.0
+# What the pressed server's card has, and what another program takes of it.
+CARD, BALLAST = 10**8, (3 * 10**7, 8 * 10**7, 9 * 10**7)
+# Of crash reports (docs/reports.md).
+REPORTS, REPORTS_BYTES = 50, 20 * 2**20
+# Read by the interpreter at its start. Each of the supervised server's processes has a
+# fault of its own to come. What glibc's arenas keep of large bodies is no leak: some
+# megabytes for each thread that has had one, given back before anything is measured.
+SITE = """\
+import ctypes, os, pathlib, signal
+if "SOAK_PLAN" in os.environ:
+    os.environ["MLX_SAFE_INJECT"] = pathlib.Path(os.environ["SOAK_PLAN"]).read_text()
+else:
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    signal.signal(signal.SIGUSR2, lambda *_: give_back and give_back(0))
+"""
 # What may be more than after the first minute: a connection that is not closed yet,
 # what Python's allocator keeps.
 MORE = {"threads": 4, "descriptors": 8, "files": 0, "memory": 2**20, "resident": 2**26}
@@ -56,7 +75,13 @@ MORE = {"threads": 4, "descriptors": 8, "files": 0, "memory": 2**20, "resident":
 
 @dataclass
 class Left:
-    """What a server has when nobody asks it anything."""
+    """What a server has when nobody asks it anything.
+
+    Attributes:
+        memory: bytes of MLX's arrays, where it can be asked.
+        resident: bytes, without what MLX keeps for reuse, which is as much as the
+            largest step has taken.
+    """
 
     threads: int
     descriptors: int
@@ -80,14 +105,14 @@ def status_of(pid: int, name: str) -> int:
     raise AssertionError(name)
 
 
-def left(server: Server, directory: Path, memory: int) -> Left:
+def left(server: Server, directory: Path, memory: int = 0, pool: int = 0) -> Left:
     pid = server.process.pid
     return Left(
         threads=status_of(pid, "Threads"),
         descriptors=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         files=len(list((directory / "tmp").iterdir())),
         memory=memory,
-        resident=1024 * status_of(pid, "VmRSS"),
+        resident=1024 * status_of(pid, "VmRSS") - pool,
     )
 
 
@@ -120,14 +145,48 @@ class Faults(Harm):
 
 
 class Kills(Harm):
-    """Kills the supervised server's child, which its supervisor starts again."""
+    """Kills the supervised server's child, which its supervisor starts again.
+
+    One that has answered nothing is left alone: after some of those in a row the
+    supervisor gives up.
+
+    Args:
+        plan: the file that says which fault ends the next one, if nothing else does.
+        told: what its clients were told.
+    """
+
+    def __init__(self, server: Server, seed: str, plan: Path, told: Told) -> None:
+        super().__init__(server, seed)
+        self._plan, self._told = plan, told
 
     def run(self) -> None:
-        while not self.stop.wait(KILL_EVERY_S * self._draw.uniform(0.5, 1.5)):
+        draw, seen = self._draw, -1
+        while not self.stop.wait(KILL_EVERY_S * draw.uniform(0.5, 1.5)):
+            if seen == (seen := self._told.statuses[200]):
+                continue
+            self._plan.write_text(f"any:{draw.randrange(99, 900)}:{draw.choice(FATAL)}")
             for pid in self._server.children():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     self.done += 1
+
+
+class Ballast(Harm):
+    """Takes memory of the pressed server's card, and gives it back."""
+
+    def __init__(self, server: Server, seed: str, file: Path) -> None:
+        super().__init__(server, seed)
+        self._file = file
+
+    def run(self) -> None:
+        while not self.stop.wait(self._draw.uniform(1.0, 5.0)):
+            size = self._draw.choice(BALLAST)
+            # In one piece: the server reads the file at any time.
+            self._file.with_suffix(".new").write_text(str(size))
+            self._file.with_suffix(".new").rename(self._file)
+            self.done += 1
+            self.stop.wait(self._draw.uniform(1.0, 10.0))
+            self._file.unlink()
 
 
 @contextlib.contextmanager
@@ -156,107 +215,184 @@ def undisturbed(model: Path, seed: int) -> list[tuple[dict[str, Any], str]]:
 
 
 class Soak:
-    """The run: two servers, their clients, and what is looked at after each minute."""
+    """The run: the servers, their clients, and what is looked at after each minute."""
 
-    def __init__(self, directory: Path, model: Path, seed: int) -> None:
-        self._seed = seed
-        self._texts = undisturbed(model, seed)
-        (directory / "tmp").mkdir()
+    def __init__(self, directory: Path, model: Path, asked: argparse.Namespace) -> None:
+        self._seed, self._asked = asked.seed, asked
+        self._texts = undisturbed(model, self._seed)
+        for name in ("tmp", "site", "reports"):
+            (directory / name).mkdir()
+        (directory / "site" / "sitecustomize.py").write_text(SITE)
+        self._plan = directory / "plan"
+        self._plan.write_text(f"any:700:{FATAL[0]}")
+        self._ballast = directory / "ballast"
         self._directory = directory
-        env = {"TMPDIR": str(directory / "tmp"), "MLX_SAFE_DIR": str(directory)}
+        self._reports = (directory / "reports", directory / "disk" / "reports")
+        tmp, reports = {"TMPDIR": str(directory / "tmp")}, "MLX_SAFE_REPORT_DIR"
+        tmp["PYTHONPATH"] = str(directory / "site")
+        env = tmp | {reports: str(self._reports[0])}
         self.faulted = Server(
-            model,
-            *("--prompt-cache-bytes", "4M"),
-            program=CONTROLLED,
-            env=env,
+            model, "--prompt-cache-bytes", "4M", program=CONTROLLED, env=env
         )
         kv = ("--kv-dir", str(directory / "disk" / "kv"))
         self.killed = Server(
             model,
             *("--supervise", *kv, "--kv-disk-bytes", str(KV_LIMIT)),
-            inject=",".join(f"any:{700 + 300 * i}:{x}" for i, x in enumerate(FATAL)),
-            env=env,
+            env=tmp
+            | {
+                reports: str(self._reports[1]),
+                "SOAK_PLAN": str(self._plan),
+            },
         )
-        self.first: Left | None = None
-        self._seen: dict[Server, Told] = {self.faulted: Told(), self.killed: Told()}
+        self.pressed = Server(
+            model,
+            program=program("small_card"),
+            env=env | {"CARD": str(CARD), "BALLAST": str(self._ballast)},
+        )
+        self.servers = {
+            "faulted": self.faulted,
+            "killed": self.killed,
+            "pressed": self.pressed,
+        }
+        self._first: dict[str, Left] = {}
+        self._resident: dict[str, int] = {}
+        self._pool: dict[str, int] = {}
+        self._seen = {name: Told() for name in self.servers}
 
     def minute(self, number: int, seconds: float) -> list[str]:
         """Runs for so long; one line for each thing that is not as it should be."""
         crowd = [
             Client(
                 server,
-                f"{self._seed}:{number}:{i}:{server is self.killed}",
+                f"{self._seed}:{number}:{i}:{name}",
                 self._texts,
-                self._seen[server],
+                self._seen[name],
                 may_be_cut=server is self.killed,
+                pause=self._asked.pause,
             )
-            for server in self._seen
-            for i in range(CLIENTS)
+            for name, server in self.servers.items()
+            for i in range(self._asked.clients)
         ]
-        faults = Faults(self.faulted, f"{self._seed}:{number}:faults")
-        kills = Kills(self.killed, f"{self._seed}:{number}:kills")
-        for thread in (faults, kills):
+        seed = f"{self._seed}:{number}"
+        harm = (
+            Faults(self.faulted, f"{seed}:faults"),
+            Kills(self.killed, f"{seed}:kills", self._plan, self._seen["killed"]),
+            Ballast(self.pressed, f"{seed}:ballast", self._ballast),
+        )
+        for thread in harm:
             thread.start()
         with Crowd(crowd) as running:
             time.sleep(seconds)
-        for thread in (faults, kills):
+        for thread in harm:
             thread.stop.set()
             thread.join(60)
         self.faulted.plan(f"any:{NEVER}")
         wrong = [f"the soak itself: {e!r}" for e in running.failed]
-        wrong += [x for told in self._seen.values() for x in told.wrong]
+        wrong += [
+            f"{name}: {x}" for name, told in self._seen.items() for x in told.wrong
+        ]
         wrong += self._comes_to_rest()
-        self._say(number, faults.done, kills.done)
+        self._say(number, *(thread.done for thread in harm))
         return wrong
 
     def _comes_to_rest(self) -> list[str]:
         wrong = []
-        for server in self._seen:
+        for name, server in self.servers.items():
             if server.process.poll() is not None:
-                return [f"a server ended:\n{server.log[-4000:]}"]
+                return [f"{name} ended:\n{server.log[-4000:]}"]
             if not eventually(functools.partial(is_well, server), 120):
-                wrong.append("it is not well again:\n" + server.log[-4000:])
-        idle = "mlx_safe_requests_in_flight"
-        if not eventually(lambda: self.faulted.metric(idle) == 0, 60):
-            wrong.append("a request is left in flight")
-        wrong += self._adds_up()
+                wrong.append(f"{name} is not well again:\n{server.log[-4000:]}")
+        for name in ("faulted", "pressed"):
+            if not eventually(functools.partial(is_idle, self.servers[name]), 60):
+                wrong.append(f"{name}: a request is left in flight")
+            wrong += [f"{name}: {x}" for x in self._adds_up(name)]
         self.faulted.ask("forget")
-        now = left(self.faulted, self._directory, self.faulted.ask("memory"))
-        if self.first is None:
-            self.first = now
-            print(f"after the first minute: {now}", flush=True)
-        # What a moment keeps, a connection of one who left say, is gone in another.
-        grown = now.grown(self.first)
+        for name in self.servers:
+            wrong += [f"{name}: {x}" for x in self._grown(name)]
+        return wrong + self._kept()
+
+    def _grown(self, name: str) -> list[str]:
+        first = self._first.get(name)
+        if first is None:
+            self._first[name] = self._left(name)
+            print(f"{name} after the first minute: {self._first[name]}", flush=True)
+            return []
+        now = self._left(name)
+        self._resident[name] = now.resident >> 20
+        grown = now.grown(first)
         if grown:
+            # What a moment keeps, a connection of one who left say, is gone in another.
             time.sleep(10)
-            now = left(self.faulted, self._directory, self.faulted.ask("memory"))
-            grown = now.grown(self.first)
-        kept = sum(
-            x.stat().st_size
-            for x in (self._directory / "disk").rglob("*")
-            if x.is_file()
-        )
+            grown = self._left(name).grown(first)
+        return grown
+
+    def _left(self, name: str) -> Left:
+        server = self.servers[name]
+        if server is self.killed:
+            return left(server, self._directory)
+        server.process.send_signal(signal.SIGUSR2)
+        time.sleep(0.5)
+        memory = server.ask("memory") if server is self.faulted else 0
+        pool = int(server.metric("mlx_safe_memory_pool_bytes"))
+        self._pool[name] = pool >> 20
+        return left(server, self._directory, memory, pool)
+
+    def _kept(self) -> list[str]:
+        """What takes more of the disk than it may."""
+        found = []
+        kept = sum(size_of_files(self._directory / "disk" / "kv"))
         if kept > KV_LIMIT:
-            grown.append(f"KV caches take {kept} bytes of {KV_LIMIT}")
-        return wrong + grown
+            found.append(f"KV caches take {kept} bytes of {KV_LIMIT}")
+        for reports in self._reports:
+            # The oldest go when a process starts that finds a new one. Beside a report
+            # are empty files, and the run files of those who run.
+            count = len([*reports.glob("[0-9]*.json")])
+            size = sum(size_of_files(reports))
+            if count > REPORTS + 5 or size > 2 * REPORTS_BYTES:
+                found.append(f"{count} reports in {size} bytes")
+        return found
 
-    def _adds_up(self) -> list[str]:
-        """Whether the server counts no fewer answers than the clients have read."""
-        read = self._seen[self.faulted].statuses
-        counted = answers(self.faulted)
-        return [
-            f"clients read {n} answers of {status}, /metrics counts {counted[status]}"
-            for status, n in read.items()
-            if counted[status] < n
-        ]
+    def _adds_up(self, name: str) -> list[str]:
+        """Whether it counts all answers that clients have read, and no more than asked.
 
-    def _say(self, number: int, planned: int, kills: int) -> None:
-        print(f"minute {number}: {planned} faults planned, {kills} kills")
-        for server, told in self._seen.items():
-            name = "killed" if server is self.killed else "faulted"
-            for (asked, came), n in sorted(told.outcomes.items()):
-                print(f"  {name:8} {asked:13} {came:40} {n:6}")
+        Who leaves, and who is refused before the body is read, may have been counted.
+        """
+        told = self._seen[name]
+        counted = answers(self.servers[name])
+        found = []
+        for status, n in told.statuses.items():
+            if (m := counted[str(status)]) < n:
+                found.append(f"clients read {n} answers of {status}, /metrics has {m}")
+        asked = sum(told.outcomes.values())
+        if counted.total() > asked:
+            found.append(f"clients asked {asked}, /metrics counts {counted.total()}")
+        return found
+
+    def _say(self, number: int, planned: int, kills: int, ballasts: int) -> None:
+        at = time.strftime("%H:%M:%S")
+        print(
+            f"minute {number}, {at}: {planned} faults planned, {kills} kills, "
+            f"the ballast came {ballasts} times; resident, MiB: {self._resident}, "
+            f"MLX's pool: {self._pool}"
+        )
+        if number % self._asked.table == 0:
+            for name, told in self._seen.items():
+                for (asked, came), n in sorted(told.outcomes.items()):
+                    print(f"  {name:8} {asked:13} {came:40} {n:6}")
         sys.stdout.flush()
+
+
+def size_of_files(directory: Path) -> list[int]:
+    found = []
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            if path.is_file():
+                found.append(path.stat().st_size)
+    return found
+
+
+def is_idle(server: Server) -> bool:
+    return server.metric("mlx_safe_requests_in_flight") == 0
 
 
 def is_well(server: Server) -> bool:
@@ -265,13 +401,13 @@ def is_well(server: Server) -> bool:
     return False
 
 
-def answers(server: Server) -> Counter[int]:
-    """By status, from `/metrics`."""
-    found: Counter[int] = Counter()
+def answers(server: Server) -> Counter[str]:
+    """By status, ``"none"`` where nothing was sent, from `/metrics`."""
+    found: Counter[str] = Counter()
     for line in server.get("/metrics").body.splitlines():
-        status = re.search(r'^mlx_safe_requests_total\{.*status="(\d+)"', line)
+        status = re.search(r'^mlx_safe_requests_total\{.*status="(\w+)"', line)
         if status is not None:
-            found[int(status[1])] += int(float(line.rsplit(" ", 1)[1]))
+            found[status[1]] += int(float(line.rsplit(" ", 1)[1]))
     return found
 
 
@@ -280,7 +416,18 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.0)
     fresh = random.SystemRandom().randrange(2**32)
     parser.add_argument("--seed", type=int, default=fresh)
+    for flag, default, what in (
+        ("--clients", 4, "of each server"),
+        ("--every", 60.0, "seconds of load before everything is looked at"),
+        ("--pause", 0.0, "seconds that a client thinks, on average, at most 60"),
+        ("--table", 1, "what clients were told is printed after so many minutes"),
+    ):
+        parser.add_argument(
+            flag, type=type(default), default=default, help=f"{what} ({default})"
+        )
     asked = parser.parse_args()
+    # Its servers end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     print(
         f"seed {asked.seed}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}",
         flush=True,
@@ -292,20 +439,25 @@ def main() -> None:
         model = directory / "model"
         subprocess.run([sys.executable, str(make), str(model)], check=True)
         with full_disk(directory / "disk"):
-            soak = Soak(directory, model, asked.seed)
-            with soak.faulted.wait_ready(), soak.killed.wait_ready():
-                run(soak, asked.minutes)
+            soak = Soak(directory, model, asked)
+            with contextlib.ExitStack() as stack:
+                for server in soak.servers.values():
+                    stack.enter_context(server)
+                for server in soak.servers.values():
+                    server.wait_ready()
+                run(soak, asked)
 
 
-def run(soak: Soak, minutes: float) -> None:
-    number, ends = 0, time.monotonic() + 60 * minutes
-    while (rest := ends - time.monotonic()) > 1:
+def run(soak: Soak, asked: argparse.Namespace) -> None:
+    number, began = 0, time.monotonic()
+    while (rest := began + 60 * asked.minutes - time.monotonic()) > 1:
         number += 1
-        wrong = soak.minute(number, min(60.0, rest))
+        wrong = soak.minute(number, min(asked.every, rest))
         if wrong:
             print("\n".join(wrong))
             sys.exit(1)
-    print(f"clean: {number} minutes")
+    minutes = (time.monotonic() - began) / 60
+    print(f"clean: {minutes:.1f} minutes, looked at {number} times")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from support.server import REQUEST_TIMEOUT_S, Answer, Server
 CHAT = "/v1/chat/completions"
 # What an answer may be but 200; anything else is a fault of the server.
 REFUSALS = {400, 404, 408, 411, 413, 431, 503}
-# Of a step that fails by what is no fault of the GPU's (the plan's action "bug").
+# Of a step that fails by what is no fault of the GPU's (the plan's action "bug"), and
+# of a fault that means corrupted memory (9 to 0xb, 0x10, 0x11): not tried again.
 BUG = (500, "internal_generation_error")
 WORDS = ("ship", "sail", "wind", "rope", "deck", "mast", "tide", "port", "keel", "buoy")
 LARGE = 8 * 2**20
@@ -82,6 +83,7 @@ class Client:
     Args:
         texts: the prompts, and what an undisturbed server answers to each.
         may_be_cut: whether the server is killed meanwhile, which cuts answers.
+        pause: seconds between two deeds, on average.
     """
 
     def __init__(
@@ -92,12 +94,14 @@ class Client:
         told: Told,
         *,
         may_be_cut: bool,
+        pause: float = 0.0,
     ) -> None:
         self._server = server
         self._draw = random.Random(seed)
         self._texts = texts
         self._told = told
         self._may_be_cut = may_be_cut
+        self._pause = pause
         self._deeds: list[tuple[int, Callable[[], None]]] = [
             (12, self.chat),
             (3, self.leave),
@@ -112,6 +116,7 @@ class Client:
         """Does one thing, drawn by its weight."""
         weights, deeds = zip(*self._deeds, strict=True)
         self._draw.choices(deeds, weights)[0]()
+        time.sleep(self._draw.uniform(0, 2 * self._pause))
 
     # -- what is right -------------------------------------------------------------
 
@@ -157,7 +162,8 @@ class Client:
         case = self._draw.choice(BAD)
         answer = self._server.post(case.also(max_tokens=1), case.path)
         expected = {400} if case.refused else {200, 400}
-        if answer.status in (None, 503):
+        # One that may be answered may meet a fault.
+        if answer.status in (None, 503) or (answer.status == 500 and not case.refused):
             self._judge("malformed", answer, None, stream=False)
             return
         self._told.status(answer.status)

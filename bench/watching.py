@@ -1,16 +1,17 @@
 """What the log, the metrics and the status page cost: with and without, in pairs.
 
-Both servers run at the same time on the same model and answer in turn; which of the
-two comes first changes with each pair. ``--before`` is a directory with an earlier
-package ``mlx_safe``, complete with its native part. Without it the other server is this
-one with all of that taken out: it logs, counts, samples and notes nothing.
+One server answers in turn with all of that and without it: then it logs, counts,
+samples and notes nothing. Which of the two comes first changes with each pair. Two
+processes differ by more than all of it costs, so it is one. ``--before`` is a directory
+with an earlier package ``mlx_safe``, complete with its native part: a server of it
+answers in turn with this one then.
 
 Printed: what a token, a step and a request pay for it by themselves; lines and bytes of
 the log for each request; CPU seconds of the process for each token (with by without,
 the median of the pairs and its 95 % interval by bootstrap), which a busy machine
 disturbs less than the time; and how long ``/metrics``, ``/status.json`` and,
-to compare, ``/health`` take while 64 requests are in flight. Aims: at most
-1.01 of the CPU, under 5 ms.
+to compare, ``/health`` take while 64 requests are in flight. Aims: at most 1.01 of the
+CPU, under 5 ms.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import threading
 import time
 import timeit
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -36,29 +38,54 @@ IN_FLIGHT = 64
 SCRAPES = 100
 TOKENS = 600
 
-WITHOUT = """
-import sys
+# Says how much CPU it has used when it is told anything.
+COUNTED = """
+import os, sys, threading, time
 from mlx_safe.cli import main
-from mlx_safe.server import exchange, metrics, recorder, step
-nothing = lambda *args, **kwargs: None
-recorder.start_sampler = nothing
-for cls, names in (
-    (recorder.Place, ("taken", "begun", "prefilled", "produced", "ended")),
-    (metrics.Metrics, ("count",)),
-    (exchange.Exchange, ("log",)),
-    (step.Step, ("begin", "end")),
-):
-    for name in names:
-        setattr(cls, name, nothing)
+def switch(word):
+    pass
+{more}
+def listen():
+    for line in sys.stdin:
+        word = line.strip()
+        switch(word)
+        os.write(1, f"{{word}}: {{time.process_time_ns()}}\\n".encode())
+threading.Thread(target=listen, daemon=True).start()
 sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+# Told "with" or "without" it goes on so.
+SWITCHED = """
+from types import SimpleNamespace
+from mlx_safe.server import exchange, metrics, recorder, step
+PARTS = [
+    (cls, name, getattr(cls, name))
+    for cls, names in (
+        (recorder.Place, ("taken", "begun", "prefilled", "produced", "ended")),
+        (metrics.Metrics, ("count",)),
+        (exchange.Exchange, ("log",)),
+        (step.Step, ("begin", "end")),
+    )
+    for name in names
+]
+on = threading.Event()
+on.set()
+def nothing(*args, **kwargs):
+    pass
+def sleep(seconds):
+    time.sleep(seconds)
+    on.wait()
+recorder.time = SimpleNamespace(sleep=sleep)
+def switch(word):
+    if word in ("with", "without"):
+        on.set() if word == "with" else on.clear()
+        for cls, name, own in PARTS:
+            setattr(cls, name, own if on.is_set() else nothing)
 """
 
 
 def cpu_s(server: Server) -> float:
-    """User and system time of the server's process; Linux only."""
-    text = Path(f"/proc/{server.process.pid}/stat").read_text()
-    fields = text.rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """CPU seconds of the server's process so far."""
+    return server.ask("cpu") / 1e9
 
 
 def ask(server: Server, streams: int, tokens: int) -> float:
@@ -117,13 +144,13 @@ def by_itself() -> None:
             print(f"for each {name}: {1e6 * min(took) / 2000:.2f} µs")
 
 
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """(median, lower, upper)."""
+def interval(found: list[float]) -> tuple[float, float, float]:
+    """The median, and its 95 % interval by bootstrap: (median, lower, upper)."""
     draw = random.Random(1)
     medians = sorted(
-        statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000)
+        statistics.median(draw.choices(found, k=len(found))) for _ in range(2000)
     )
-    return statistics.median(ratios), medians[50], medians[-51]
+    return statistics.median(found), medians[50], medians[-51]
 
 
 def log_of(server: Server, count: int) -> tuple[float, float]:
@@ -161,44 +188,59 @@ def scrape_s(server: Server) -> dict[str, list[float]]:
     return {path: sorted(seconds) for path, seconds in took.items()}
 
 
+def in_pairs(
+    options: argparse.Namespace, this: Callable[[], Server], other: Callable[[], Server]
+) -> None:
+    """The CPU of a token, in pairs; each call makes a server ready for its part."""
+    ratios = []
+    for i in range(options.pairs + 1):
+        found = {}
+        for part in (this, other) if i % 2 else (other, this):
+            found[part] = ask(part(), options.streams, TOKENS)
+        if i:  # the first warms up
+            ratios.append(found[this] / found[other])
+    middle, low, high = interval(ratios)
+    print(f"CPU for a token, this by other: {middle:.4f} ({low:.4f} to {high:.4f})")
+    print("pairs:", *(f"{r:.3f}" for r in ratios), flush=True)
+
+
 def compare(options: argparse.Namespace) -> None:
-    """The log's lines, and the CPU, of both servers."""
-    if options.before is None:
-        other = Server(options.model, program=WITHOUT)
-    else:
+    """The log's lines, and the CPU, of both."""
+    with Server(options.model, program=COUNTED.format(more=SWITCHED)) as server:
+        server.wait_ready()
+        if options.before is None:
+
+            def switched(word: str) -> Server:
+                server.ask(word)
+                return server
+
+            in_pairs(options, lambda: switched("with"), lambda: switched("without"))
+            return
         path = {"PYTHONPATH": str(options.before.resolve())}
-        other = Server(options.model, env=path)
-    with other as before, Server(options.model) as after:
-        both = (before.wait_ready(), after.wait_ready())
-        for name, server in zip(("other", "this"), both, strict=True):
-            lines, size = log_of(server, 20)
-            print(f"{name}: {lines:.1f} lines, {size:.0f} bytes a request", flush=True)
-        ratios = []
-        for i in range(options.pairs + 1):
-            order = both if i % 2 else both[::-1]
-            found = {id(s): ask(s, options.streams, TOKENS) for s in order}
-            if i:  # the first warms up
-                ratios.append(found[id(after)] / found[id(before)])
-        middle, low, high = interval(ratios)
-        print(f"CPU for a token, this by other: {middle:.3f} ({low:.3f} to {high:.3f})")
-        print("pairs:", *(f"{r:.3f}" for r in ratios), flush=True)
+        with Server(options.model, env=path, program=COUNTED.format(more="")) as before:
+            before.wait_ready()
+            for name, one in (("other", before), ("this", server)):
+                lines, size = log_of(one, 20)
+                print(f"{name}: {lines:.1f} lines, {size:.0f} bytes a request")
+            in_pairs(options, lambda: server, lambda: before)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--before", type=Path)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--streams", type=int, default=1)
     options = parser.parse_args()
     by_itself()
     if options.pairs:
         compare(options)
     with Server(options.model) as server:
         for path, took in scrape_s(server.wait_ready()).items():
+            middle, low, high = (1000 * s for s in interval(took))
             print(
-                f"{path}, {IN_FLIGHT} in flight, ms: median "
-                f"{1000 * took[len(took) // 2]:.1f}, 95 % "
+                f"{path}, {IN_FLIGHT} in flight, ms: median {middle:.1f} ({low:.1f} to "
+                f"{high:.1f}), of 100 the sixth slowest "
                 f"{1000 * took[len(took) * 95 // 100]:.1f}, least {1000 * took[0]:.1f}"
             )
         server.process.kill()

@@ -42,3 +42,73 @@ def test_only_the_profiles_say_where_examples_come_from() -> None:
             ):
                 fixed.append(f"{path.name}:{node.value.lineno} {node.arg}")
     assert fixed == []
+
+
+PACKAGE = ROOT / "src" / "mlx_safe"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+} - {"__init__"}
+# Commands and what they are made of: they may know the server.
+COMMANDS = {"__main__", "cli", "doctor", "checks", "running"}
+
+
+def _imported(name: str) -> set[str]:
+    """The modules of the package that ``name`` imports, also in its functions."""
+    path = PACKAGE.joinpath(*name.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    here = name.split(".") if path.is_dir() else name.split(".")[:-1]
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = here[: len(here) + 1 - node.level]
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                inner = ".".join([*base, alias.name])
+                found.add(inner if inner in MODULES else ".".join(base))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")))
+    return (found & MODULES) - {name}
+
+
+IMPORTS = {name: _imported(name) for name in sorted(MODULES)}
+
+
+def test_no_modules_import_each_other() -> None:
+    """Nor by way of others: what imports nothing that is left can be taken away."""
+    left = dict(IMPORTS)
+    while free := [name for name, found in left.items() if not found & left.keys()]:
+        for name in free:
+            del left[name]
+    assert left == {}
+
+
+def test_the_library_knows_nothing_of_the_server() -> None:
+    above = [
+        (name, other)
+        for name, found in IMPORTS.items()
+        for other in found
+        if other.split(".")[0] == "server"
+        and name.split(".")[0] not in {"server", *COMMANDS}
+    ]
+    assert above == []
+
+
+def test_what_knows_mlx_lm_takes_little_from_the_server() -> None:
+    """And the rest of the server imports no mlx-lm: `server/mlx_lm/` does."""
+    taken = {
+        other
+        for name, found in IMPORTS.items()
+        if name.startswith("server.mlx_lm")
+        for other in found
+        if other.startswith("server.") and not other.startswith("server.mlx_lm")
+    }
+    assert taken <= {"server.logs", "server.recorder", "server.replies"}
+    for path in sorted((PACKAGE / "server").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^ *(from|import) mlx_lm\b", text, re.MULTILINE), path

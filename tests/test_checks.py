@@ -106,6 +106,12 @@ def test_the_free_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert line.startswith(BAD)
 
 
+def test_a_place_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    """The doctor ended with a traceback."""
+    (line,) = checks.disk_check({"one": tmp_path / ("x" * 300) / "reports"})
+    assert line.endswith(" free for one")
+
+
 def test_another_server_is_seen_and_its_key_is_not(
     private_reports: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.format import Node, chain
 from mlx_safe.kv.store import Draft, Limits
-from mlx_safe.server.mlx_lm import kv_window
+from mlx_safe.server.mlx_lm import kv_capture, kv_window
 from mlx_safe.server.mlx_lm.kv_parts import leaves
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 from support import model_types
@@ -273,7 +273,7 @@ def test_quantized_caches_come_back_where_they_ended(
 def test_files_that_are_sound_and_not_of_these_caches_are_not_used(
     keep: Callable[..., Kept],
 ) -> None:
-    """Whoever made them knew the format."""
+    """Their maker knew the format."""
     kept = keep("recurrent_gemma")
     model = kept.provider.model
     caches = make_prompt_cache(model)
@@ -361,7 +361,7 @@ def test_a_long_prompts_snapshots_go_one_for_the_next(
     text = [*TEXT, *TEXT, *TEXT]
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
-    caches = tier.follow(kept.key, text, None, 0)
+    caches: Any = tier.follow(kept.key, text, None, 0)
     kept_ends = []
     for at in range(0, 900, 100):
         read(model, text[at : at + 100], caches)
@@ -376,6 +376,42 @@ def test_a_long_prompts_snapshots_go_one_for_the_next(
     assert_equal(logits(model, restored), logits(model, caches))
 
 
+@pytest.mark.parametrize(
+    ("way", "length"),
+    [("fault", 900), ("stray", 300), ("left", 900), ("stop", 900), ("answered", 300)],
+)
+def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch, way: str, length: int
+) -> None:
+    """A snapshot that saves a small share of the text is written if that is lost."""
+    monkeypatch.setattr(kv_capture, "SHARE", 0.9)
+    kept = keep("mamba2")
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    text = [*TEXT, *TEXT, *TEXT]
+    request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
+    tier.current = lambda: request
+    caches = tier.follow(kept.key, text, None, 0)
+    assert caches is not None
+    for at in range(0, 900, 100):
+        read(model, text[at : at + 100], caches)
+        tier.checkpoint_alone(request, at + 100)
+        kept.settle()
+    assert [n.end for n in nodes(tier)] == [300]
+    if way in ("fault", "stray"):
+        tier.fail(stray=way == "stray")
+    elif way == "answered":
+        tier.first_token(request)
+    request.is_ended = way in ("left", "answered")
+    if way != "stop":  # which a new process begins with
+        kept.settle()
+        assert [n.end for n in nodes(tier)] == [length]
+    restored, found = kept.restore(text)
+    assert found == length
+    if length == 900:
+        assert_equal(logits(model, restored), logits(model, caches))
+
+
 @pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "gemma3_text"])
 def test_what_is_taken_at_a_prompts_end_is_of_that_end(
     keep: Callable[..., Kept], kind: str
@@ -387,7 +423,7 @@ def test_what_is_taken_at_a_prompts_end_is_of_that_end(
     text = [*TEXT, *TEXT][:512]
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
-    caches = tier.follow(kept.key, text, None, 0)
+    caches: Any = tier.follow(kept.key, text, None, 0)
     made = generate_step(
         mx.array(text),
         model,

@@ -8,10 +8,12 @@ import json
 import logging
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -297,6 +299,94 @@ def test_what_was_used_least_goes_first_and_ends_before_beginnings(
     assert store.nbytes == on_disk(tmp_path) == 4 * 4096
 
 
+def test_after_the_clock_was_set_back_what_is_new_stays(tmp_path: Path) -> None:
+    """What seems to be of the future would never go, and whatever is new at once."""
+    limits = Limits(4 * 4096, free=0)
+    store = opened(tmp_path, limits)
+    for n in range(4):
+        write(store, [n] * 256)
+    in_a_year = time.time_ns() + 365 * 86400 * 10**9
+    for file in files(tmp_path):
+        os.utime(file, ns=(in_a_year, in_a_year))
+    store.close()
+    store = opened(tmp_path, limits)
+    for n in range(4, 7):
+        write(store, [n] * 256)
+    assert [bool(restored(store, [n] * 256)) for n in range(4, 7)] == [True] * 3
+    assert len(files(tmp_path)) == 4
+    # One that is used again is of now.
+    (old,) = [n for n in range(4) if restored(store, [n] * 256)]
+    mark = store.begin_restore([drafts([old] * 256)[0].node])
+    assert mark is not None
+    for n in range(7, 10):
+        write(store, [n] * 256)
+    assert restored(store, [old] * 256)
+
+
+def test_a_limit_that_was_lowered_holds_from_the_start(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    write(store, OTHER)
+    write(store, TOKENS)
+    for age, tokens in enumerate((TOKENS, OTHER)):
+        for draft in drafts(tokens):
+            when = 10**9 * (9 - age)
+            os.utime(tmp_path / IDENTITY / draft.node.name, ns=(when, when))
+    store.close()
+    store = opened(tmp_path, Limits(3 * 4096, free=0))
+    assert store.nbytes == on_disk(tmp_path) == 3 * 4096
+    assert len(restored(store, TOKENS)) == 2
+    assert [n.end for n in restored(store, OTHER)] == [256]
+    store.close()
+    opened(tmp_path, Limits(1, free=0)).close()
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["all of it", "a model's", "marks"])
+def test_a_directory_that_is_removed_under_way(
+    tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(tmp_path / "kv")
+    write(store, TOKENS)
+    gone = {"all of it": "", "a model's": IDENTITY, "marks": "marks"}[what]
+    shutil.rmtree(tmp_path / "kv" / gone)
+    nodes = [draft.node for draft in drafts(TOKENS)]
+    mark = store.begin_restore(nodes)
+    assert (mark is not None) == (what == "a model's")
+    if mark is not None:
+        assert store.read(nodes[0], TOKENS, 1 << 20) is None
+        store.end_restore(mark)
+    assert not restored(store, TOKENS)
+    for draft in drafts(OTHER):
+        assert store.publish(draft) == (what == "a model's")
+    warned = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warned) == (what != "a model's")
+
+
+def test_a_directory_of_another_version_is_said_and_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(opened(tmp_path), TOKENS)
+    state = tmp_path / "state"
+    state.write_bytes(b"mlxskvd0" + state.read_bytes()[8:])
+    for command_line in (["kv", "list", str(tmp_path)], ["kv", "empty", str(tmp_path)]):
+        assert main(command_line) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "is of another version of mlx-safe; give an empty directory" in said
+    assert len(files(tmp_path)) == 2
+
+
+def test_files_of_an_older_format_are_not_used(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    write(store, TOKENS)
+    for file in files(tmp_path):
+        data = file.read_bytes()
+        file.write_bytes(data[:8] + struct.pack("<I", 0) + data[12:])
+    assert not restored(store, TOKENS)
+    assert store.events["damaged"] == 1
+    assert store.publish(drafts(TOKENS)[0])
+
+
 def test_another_servers_use_counts(tmp_path: Path) -> None:
     here, there = (opened(tmp_path, Limits(2 * 4096, free=0)) for _ in range(2))
     write(here, [1] * 256)
@@ -344,6 +434,13 @@ def test_it_leaves_room_on_the_disk(tmp_path: Path) -> None:
 
 def test_a_directory_with_other_things_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
+    tmp_path.chmod(0o755)
+    for make in (True, False):
+        with pytest.raises(NotOurs, match=r"thesis\.txt"):
+            Directory(tmp_path, make=make)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755, "others may go on using it"
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "state").touch()
     with pytest.raises(NotOurs, match=r"thesis\.txt"):
         Directory(tmp_path)
     (tmp_path / "file").write_text("mine")
@@ -416,7 +513,7 @@ def test_a_stray_write_withdraws_what_is_not_published(
             armed = False
             failing = threading.Thread(target=lambda: writer.fail(all_of_it=True))
             failing.start()
-            failing.join(10)
+            failing.join(60)
             assert not failing.is_alive()
 
     store = opened(tmp_path, PLENTY, HookedFiles(hook))
@@ -452,6 +549,40 @@ def test_only_what_a_later_point_of_its_epoch_confirms_is_written(
     writer.confirm(8)
     assert not writer.write_one()
     assert [n.end for n in restored(store, TOKENS)] == [256]
+
+
+def test_what_is_held_is_written_when_it_is_released_and_not_otherwise(
+    tmp_path: Path,
+) -> None:
+    store = opened(tmp_path)
+    writer = Writer(store)
+    first, second, third = drafts([n % 97 for n in range(768)])
+    assert writer.hold(1, first, 7)
+    assert writer.unconfirmed
+    writer.confirm(7)
+    assert not writer.unconfirmed
+    assert not writer.write_one()
+    assert writer.hold(1, second, 7), "in the place of the first"
+    assert writer.hold(2, third, 7)
+    writer.confirm(7)
+    writer.let_go(2)
+    writer.release()
+    assert [d.node for d in writer._drafts()] == [second.node]
+    assert writer.write_one()
+    # One that no later point has confirmed goes, as after any fault.
+    assert writer.hold(1, first, 7)
+    writer.release(1)
+    assert writer.hold(2, first, 7)
+    writer.fail(all_of_it=False)
+    assert writer.hold(3, first, 7)
+    writer.confirm(8)
+    assert writer.hold(4, first, 8)
+    writer.confirm(8)
+    writer.fail(all_of_it=True)  # it may have written anywhere
+    writer.release()
+    assert not writer.write_one()
+    assert writer.waiting == 0
+    assert not Writer(store, backlog=100).hold(1, first, 7), "half of it at most"
 
 
 def test_the_backlog_is_bounded_and_takes_one_that_is_larger(tmp_path: Path) -> None:

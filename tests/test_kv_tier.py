@@ -73,7 +73,7 @@ def test_what_comes_back_is_the_same_bit_for_bit(
     tier.confirm()
     flush(tier)
     assert len(files(tmp_path)) == 2
-    found = tier.restore(provider.model_key, TOKENS, 0)
+    found: Any = tier.restore(provider.model_key, TOKENS, 0)
     assert found is not None
     restored, rest = found
     assert rest == TOKENS[512:]
@@ -216,7 +216,7 @@ def test_what_comes_after_the_last_block_is_kept_where_it_is_worth_it(
     both = sorted([256, 512, 256, 512, 768, 1024, 1180])
     assert go_on(caches, second, 1180) == both
     assert go_on(caches, second, 1190) == both
-    found = tier.restore(key, second, 0)
+    found: Any = tier.restore(key, second, 0)
     assert found is not None
     restored, rest = found
     assert rest == second[1180:]
@@ -289,7 +289,7 @@ def test_it_restores_only_where_that_is_cheaper(provider: Any, tier: KVTier) -> 
 def test_both_speeds_are_learned(provider: Any, tier: KVTier) -> None:
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
-    caches = tier.follow(provider.model_key, TOKENS, None, 0)
+    caches: Any = tier.follow(provider.model_key, TOKENS, None, 0)
     for at in range(0, 600, 100):
         mx.eval(read(provider, TOKENS[at : at + 100], caches))
         tier.checkpoint_alone(request, at + 100)

@@ -474,7 +474,7 @@ def test_python_sees_a_class_that_comes_later(native: Native, mode: str) -> None
 
 @pytest.mark.parametrize("mode", MODES)
 def test_python_beside_another_library(native: Native, mode: str) -> None:
-    """It replaces a method of ours: faults are seen, and what stays is said."""
+    """It replaces one of our methods: faults are seen, and what stays is said."""
     done = in_python(
         native,
         f"""

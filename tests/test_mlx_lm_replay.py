@@ -260,7 +260,7 @@ def test_sizes_are_what_they_were_afterwards(model: Any, protected: None) -> Non
         while len(ends) < len(uids):
             steps(generator, told, ends)
             during.append([getattr(generator, name) for name in names])
-    assert [1, 1, 128] in during
+    assert [1, 1, 64] in during
     assert [getattr(generator, name) for name in names] == before
     assert generator._prompt_batch.prefill_step_size == before[2]
 
@@ -494,6 +494,82 @@ def test_no_cache_of_a_step_that_failed_is_handed_out(
     while len(ends) < 3:
         assert steps(generator, told, ends)
     assert [told[uid] for uid in uids] == right
+
+
+def empty_caches(model: Any, window: int | None) -> Any:
+    """As a server makes them; with a window some prompts and answers overrun it."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+    def make() -> Any:
+        return KVCache() if window is None else RotatingKVCache(window)
+
+    return [[make() for _ in model.layers] for _ in PROMPTS]
+
+
+def windowed(model: Any, window: int | None) -> list[list[int]]:
+    return answers_of(model, caches=empty_caches(model, window))
+
+
+@pytest.mark.parametrize(
+    ("phase", "step"), [("prefill", 1), ("prefill", 3), ("decode", 2), ("decode", 14)]
+)
+def test_a_windowed_cache_is_begun_again(
+    model: Any, protected: None, phase: str, step: int
+) -> None:
+    right = windowed(model, 16)
+    assert right != windowed(model, None), "the window must make a difference"
+    with testing.inject(phase, step, 8) as plan:
+        assert windowed(model, 16) == right
+        assert plan.fired == 1
+
+
+def test_a_cache_that_mlx_lm_cannot_batch_fails_as_without_us(model: Any) -> None:
+    """Quantised ones have no `merge` (mlx-lm 0.31 to 0.32)."""
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    def failure() -> tuple[type[Exception], str]:
+        caches = [QuantizedKVCache() for _ in model.layers]
+        generator = generate.BatchGenerator(model)
+        with pytest.raises(Exception) as caught:
+            run(generator, generator.insert([PROMPTS[0]], [12], caches=[caches]))
+        return caught.type, str(caught.value)
+
+    without = failure()
+    mlx_safe.mlx_lm.protect()
+    try:
+        assert failure() == without
+    finally:
+        mlx_safe.mlx_lm.unprotect()
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("later", range(7))
+def test_one_is_taken_out_in_the_midst_of_beginning_again(
+    model: Any, protected: None, window: int | None, later: int
+) -> None:
+    """Its cache is what its tokens say, however much has been read again."""
+    right = windowed(model, window)
+    generator = generate.BatchGenerator(model, prefill_step_size=8)
+    caches = empty_caches(model, window)
+    uids = generator.insert(PROMPTS, LENGTHS, caches=caches)
+    told: Tokens = {}
+    ends: dict[int, str] = {}
+    while len(told.get(uids[2], [])) < 3:
+        steps(generator, told, ends)
+    with testing.inject("decode", 1, 5) as plan:
+        for _ in range(1 + later):
+            steps(generator, told, ends)
+        assert plan.fired == 1
+    taken = generator.remove([uids[2]], return_prompt_caches=True)
+    caches, tokens = taken[uids[2]]
+    whole = PROMPTS[2] + told[uids[2]]
+    assert tokens, "it has been read in part"
+    assert list(tokens) == whole[: len(tokens)]
+    assert {cache.offset for cache in caches} == {len(tokens)}
+    while len(ends) < 2:
+        assert steps(generator, told, ends)
+    assert [told[uids[0]], told[uids[1]]] == right[:2]
+    assert told[uids[2]] == right[2][: len(told[uids[2]])]
 
 
 def test_a_generator_goes_with_its_last_owner(model: Any, protected: None) -> None:

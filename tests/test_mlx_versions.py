@@ -65,7 +65,7 @@ def test_what_is_shipped_names_the_tested_versions() -> None:
     assert f"newer than {newest_mlx}," in _mlx_versions._UNKNOWN
     bound = f"mlx-lm>={oldest},<{TOO_NEW_MLX_LM}"
     assert bound == requirements.REQUIREMENT
-    too_new = (*parse_version(TOO_NEW_MLX_LM), 0)
+    too_new = parse_version(TOO_NEW_MLX_LM)
     assert (parse_version(oldest), too_new) == requirements.SUPPORTED
     assert parse_version(oldest) <= parse_version(newest) < too_new
     project = PYPROJECT.read_text()

@@ -96,7 +96,7 @@ def test_skipped(metal_fault):
 
 
 def test_programs(pytester: pytest.Pytester) -> None:
-    """They import nothing of ours, and are told by the environment."""
+    """They import nothing of mlx-safe: the environment has the plan."""
     run(
         pytester,
         """

@@ -356,3 +356,13 @@ def test_the_chart_shows_memory_under_its_ceiling() -> None:
     assert lines[1].strip() == ""
     assert lines[3] == "█" * 20  # half of six rows are full
     assert lines[5] == "█" * 20
+
+
+def test_a_ceiling_that_is_far_above_does_not_flatten_the_chart() -> None:
+    """It was mostly blank: on most machines the ceiling is far above a small model."""
+    history = [[i * 10**9, reports.GIB, 18 * reports.GIB] for i in range(20)]
+    data = json.dumps(reports.sample(memory_history=history)).encode()
+    *bars, about = words.chart(reader.parse(data))
+    assert bars[0] == "█" * 20 + " 1.0 GiB"
+    assert all(line == "█" * 20 for line in bars[1:])
+    assert about.endswith("the ceiling is far above, at 18.0 GiB")

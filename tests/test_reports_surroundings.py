@@ -19,6 +19,7 @@ from mlx_safe.forensics import reader, words
 from support import child
 from support.deaths import die, left_over, only_report, paths
 from support.native import Native
+from support.programs import program
 
 # ---- the program's descriptors ------------------------------------------------
 
@@ -170,17 +171,7 @@ def test_a_crash_that_is_survived_for_ever_does_not_fill_the_disk(
     private_reports: Path,
 ) -> None:
     """A handler in Python returns to the instruction that crashes again."""
-    done = die(
-        """
-    signal.setitimer(signal.ITIMER_REAL, 250)  # a limit
-    for _ in range(200):
-        os.kill(os.getpid(), signal.SIGBUS)
-    print("alive", flush=True)
-    testing.throw_on_foreign_thread()
-    time.sleep(200)
-    """,
-        before="signal.signal(signal.SIGBUS, lambda *_: None)",
-    )
+    done = child.run(program("crashes_for_ever"))
     assert done.stdout == "alive\n", done.stderr
     assert done.returncode == -signal.SIGABRT
     found = [json.loads(p.read_bytes())["why"] for p in paths(private_reports)]

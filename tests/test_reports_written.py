@@ -54,7 +54,7 @@ def test_signal(private_reports: Path, how: str, number: int) -> None:
     assert report["breadcrumbs"][-1]["fields"] == {"attempt": 1}
     stacks = report["python_stacks"]
     assert 'File "<string>"' in stacks
-    # Whoever died is found in both.
+    # The process that died is found in both.
     assert f"Current thread {int(report['python_thread'], 16):#018x}" in stacks
     frame = report["native_stack"][0]
     assert frame["address"].startswith("0x") and frame["image"]
@@ -247,18 +247,7 @@ def test_a_call_through_a_null_pointer(private_reports: Path) -> None:
 
 
 def test_two_threads_at_once(private_reports: Path) -> None:
-    done = die(
-        """
-    write = ctypes.CDLL(None).memset  # without the GIL
-    at_once = threading.Barrier(8)
-    def crash():
-        at_once.wait()
-        write(0, 0, 1)
-    for _ in range(8):
-        threading.Thread(target=crash).start()
-    time.sleep(200)
-    """
-    )
+    done = child.run(program("crashes_in_eight_threads"))
     assert done.returncode == -signal.SIGSEGV
     assert only_report(private_reports)["why"] == "signal"
 
@@ -293,19 +282,7 @@ def test_disk_full(private_reports: Path) -> None:
 
 
 def test_disk_full_does_not_disturb_the_living(private_reports: Path) -> None:
-    done = child.run(
-        """
-        import logging, resource
-        logging.basicConfig()
-        import mlx_safe
-        from mlx_safe import _reports
-        resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
-        assert _reports.write("fault", "one") is None
-        assert _reports.write("fault", "two") is None
-        assert mlx_safe.status().reports_failed == 2
-        assert mlx_safe.install().installed
-        """
-    )
+    done = child.run(program("reports_on_a_full_disk"))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("a crash report could not be written to") == 1
 
@@ -313,18 +290,8 @@ def test_disk_full_does_not_disturb_the_living(private_reports: Path) -> None:
 def test_a_full_disk_has_room_for_the_report_of_a_death(
     native: Native, private_reports: Path
 ) -> None:
-    done = die(
-        """
-    from mlx_safe import _reports
-    for i in range(300):
-        mlx_safe.breadcrumb("x" * 90, i=i)
-    ctypes.CDLL(None).full_disk(0)
-    assert _reports.write("fault", "one") is None
-    assert _reports.write("fault", "two") is None
-    run_file = f"run-{os.getpid()}.json"
-    assert os.listdir(mlx_safe.status().report_dir) == [run_file]
-    os.abort()
-    """,
+    done = child.run(
+        program("dies_on_a_full_disk"),
         LD_PRELOAD=native.full_disk,
     )
     assert done.returncode == -signal.SIGABRT, done.stderr
@@ -339,26 +306,7 @@ def test_a_forked_child_has_room_of_its_own(private_reports: Path) -> None:
     """What two processes hold, neither of them can give up."""
     if sys.platform == "darwin":
         return  # it does not say what a descriptor without a name was called
-    done = die(
-        """
-    def reserves():
-        found = []
-        for fd in os.listdir("/proc/self/fd"):
-            try:
-                name = os.readlink(f"/proc/self/fd/{fd}")
-                found += [(name, os.fstat(int(fd)))] if ".reserve-" in name else []
-            except OSError:
-                pass  # that of the listing itself
-        return found
-    pid = os.fork()
-    ((name, held),) = reserves()
-    assert f"/.reserve-{os.getpid()} " in name and held.st_size >= 1 << 17, (
-        name, held)
-    if pid == 0:
-        os._exit(0)
-    assert os.waitpid(pid, 0)[1] == 0
-    """
-    )
+    done = child.run(program("reserves_after_a_fork"))
     assert done.returncode == 0, done.stderr
 
 
@@ -403,34 +351,13 @@ def test_directory_that_cannot_be_written(private_reports: Path, gone: str) -> N
 
 
 def test_no_descriptor_is_left(private_reports: Path) -> None:
-    done = die(
-        """
-    import resource
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    try:
-        while True:
-            os.dup(1)
-    except OSError:
-        os.abort()
-    """
-    )
+    done = child.run(program("dies_without_descriptors"))
     assert done.returncode == -signal.SIGABRT
     assert only_report(private_reports)["why"] == "signal"
 
 
 def test_forked_child(private_reports: Path) -> None:
-    done = die(
-        """
-    pid = os.fork()
-    if pid == 0:
-        ctypes.string_at(0)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGSEGV, status
-    d = os.environ["MLX_SAFE_REPORT_DIR"]
-    assert f"run-{os.getpid()}.json" in os.listdir(d), os.listdir(d)
-    print(pid)
-    """
-    )
+    done = child.run(program("crashes_after_a_fork"))
     assert done.returncode == 0, done.stderr
     report = only_report(private_reports)
     assert report["pid"] == report["thread"] == int(done.stdout)
@@ -457,18 +384,7 @@ def test_faults_are_reported_at_a_limited_rate(private_reports: Path) -> None:
 
 
 def test_run_file(private_reports: Path) -> None:
-    done = child.run(
-        """
-        import json, os, signal
-        import mlx_safe
-        from mlx_safe import _core, _reports
-        _core.sample_memory(2, 1, 3, 5)
-        place = _core.request_begin("cmpl-1", "/v1/completions")
-        _core.request_progress(place, 100, 64, 3)
-        _reports.refresh_run_file()
-        os.kill(os.getpid(), signal.SIGKILL)
-        """
-    )
+    done = child.run(program("is_killed_with_a_request"))
     assert done.returncode == -signal.SIGKILL
     (path,) = private_reports.iterdir()
     left = json.loads(path.read_bytes())
@@ -548,17 +464,7 @@ def test_a_death_while_the_run_file_is_written_leaves_nothing_of_it(
     private_reports: Path,
 ) -> None:
     for _ in range(5):
-        done = die(
-            """
-    def write():
-        while True:
-            _core.write_run_file()
-    threading.Thread(target=write, daemon=True).start()
-    time.sleep(0.02)
-    testing.throw_on_foreign_thread()
-    time.sleep(200)
-    """
-        )
+        done = child.run(program("dies_while_it_writes"))
         assert done.returncode == -signal.SIGABRT, done.stderr
         left = left_over(private_reports)
         assert [name for name in left if "run-" in name] == []
@@ -758,7 +664,7 @@ def test_the_crash_path_calls_nothing_unsafe(native: Native) -> None:
 
 
 def test_ours_calls_only_ours_in_the_crash_path(native: Native) -> None:
-    """What those call of ours is in those files, too."""
+    """What those call in our code is in those files, too."""
     defined: set[str] = set()
     called: set[str] = set()
     for source in CRASH_PATH:

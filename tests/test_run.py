@@ -107,6 +107,18 @@ time.sleep(300)
     assert json.loads(report.read_text())["why"] == "terminate"
 
 
+@pytest.mark.parametrize("how", [(), ("--supervise",)], ids=["once", "supervise"])
+def test_a_program_without_mlx_leaves_no_report(
+    private_reports: Path, how: tuple[str, ...]
+) -> None:
+    """It becomes what was `mlx-safe`, which had a run file."""
+    assert mlx_safe_run(*how, "--", "true").returncode == 0
+    # Who looks for those that have died.
+    done = mlx_safe_run("--", sys.executable, "-c", "import mlx.core")
+    assert done.stderr == ""
+    assert not [p for p in private_reports.rglob("*") if p.is_file()]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -168,27 +180,15 @@ def test_a_program_that_looks_for_mlx_before_is_protected(tmp_path: Path) -> Non
     assert done.stdout == "[] True\n", done.stderr
 
 
-COUNTS_INTERRUPTS = """
-import os, pathlib, signal, sys, time
-if sys.argv[2] == "apart":
-    os.setpgid(0, 0)
-seen = []
-signal.signal(signal.SIGINT, lambda *_: seen.append(1))
-pathlib.Path(sys.argv[1]).write_text("ready")
-for _ in range(3000):
-    if seen:
-        time.sleep(1)
-        sys.exit(len(seen))
-    time.sleep(0.02)
-"""
+COUNTS_INTERRUPTS = text_of("counts_interrupts")
 
 
 @pytest.mark.parametrize("where", ["beside", "apart"])
 def test_control_c_reaches_the_program_once(tmp_path: Path, where: str) -> None:
     """The terminal tells all in its foreground; the supervisor, those that are not."""
     path = program(tmp_path, COUNTS_INTERRUPTS)
-    ready = tmp_path / "ready"
-    command = [sys.executable, path, str(ready), where]
+    ready, seen, go_on = (tmp_path / name for name in ("ready", "seen", "go_on"))
+    command = [sys.executable, path, *map(str, (ready, seen, go_on)), where]
     words = [*MLX_SAFE, "run", "--supervise", "--", *command]
     ended: list[int] = []
     pid, terminal = pty.fork()
@@ -198,7 +198,14 @@ def test_control_c_reaches_the_program_once(tmp_path: Path, where: str) -> None:
         os.execv(words[0], words)
     try:
         assert eventually(ready.exists)
+        # Two that come at once are one for the program. So the supervisor acts on its
+        # own only when the program has seen the terminal's.
+        os.kill(pid, signal.SIGSTOP)
         os.write(terminal, b"\x03")
+        if where == "beside":
+            assert eventually(seen.exists)
+        os.kill(pid, signal.SIGCONT)
+        go_on.touch()
 
         def has_ended() -> bool:
             found, status = os.waitpid(pid, os.WNOHANG)
@@ -305,6 +312,54 @@ def test_an_application_that_is_not_changed_answers_and_comes_back() -> None:
         assert eventually(served)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, 128 + signal.SIGTERM)
+
+
+LIVES_ON = text_of("lives_on_after_signals")
+
+
+def test_a_signal_that_the_program_lives_on_after_is_no_stop(tmp_path: Path) -> None:
+    """As for programs that read their configuration anew after SIGHUP."""
+    path = program(tmp_path, LIVES_ON)
+    starts = tmp_path / "starts"
+    command = (sys.executable, path, str(tmp_path))
+    with running("--supervise", "--", *command) as process:
+        assert eventually(starts.exists)
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            process.send_signal(number)
+            assert eventually((tmp_path / number.name).exists), number
+        (tmp_path / "end").touch()
+        assert eventually(lambda: starts.read_text() == "xx")
+        process.send_signal(signal.SIGQUIT)
+        assert process.wait(60) == 128 + signal.SIGQUIT
+
+
+def test_one_that_ends_by_the_signal_it_was_sent_was_to_end(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    with running(
+        "--supervise", "--", "sh", "-c", f"touch {ready}; exec sleep 300"
+    ) as it:
+        assert eventually(ready.exists)
+        it.send_signal(signal.SIGHUP)
+        assert it.wait(60) == 128 + signal.SIGHUP
+
+
+def test_a_signal_that_comes_while_the_program_is_started_reaches_it() -> None:
+    code = """
+import os, signal, subprocess, sys
+from mlx_safe.running import restarts
+start = subprocess.Popen
+def start_and_hang_up(*args, **kwargs):
+    child = start(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGHUP)
+    return child
+subprocess.Popen = start_and_hang_up
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.exit(restarts.Restarts(["/bin/sleep", "300"], os.environ, None).run())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], timeout=LIMIT_S, check=False, capture_output=True
+    )
+    assert done.returncode == 128 + signal.SIGHUP, done.stderr
 
 
 def test_a_stop_ends_the_program_too(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_safe.server
+from mlx_safe._failures import SMALLEST
 from mlx_safe.memory.budget import Decision, Situation
 from mlx_safe.memory.demand import Demand, Row, step_sizes
 from mlx_safe.memory.estimate import CacheCost, LayerCost, Transients
@@ -548,15 +549,16 @@ class Loop:
         if self.attempts == 0:
             assert again == []
             return
+        is_last = level >= max(2, self.attempts)
         if what is Failure.UNKNOWN or (again and level >= min(2, self.attempts)):
             self.limit = 1
         elif again and what not in (Failure.PASSING, Failure.UNKNOWN):
             self.limit = max(1, len(again) // 2)
         if again and what is Failure.TOO_MUCH:
             # The first time the lowered ceiling says what fits.
-            assert self.care == level - 1
+            assert self.care == (SMALLEST if is_last else level - 1)
         elif again and what is Failure.TOO_LONG:
-            assert self.care == level
+            assert self.care == (SMALLEST if is_last else level)
 
     # -- what always holds ---------------------------------------------------------
 

@@ -479,7 +479,7 @@ def _put_together(stream: bool, *said: tuple[str | None, str]) -> tuple[Any, ...
     """(content, names of the calls, their ids, why it ended)."""
     handler: Any = _Written(stream, list(said))
     request = SimpleNamespace(request_type="chat", tools=None)
-    wanted = SimpleNamespace(logprobs=False, top_logprobs=-1, seed=None)
+    wanted = SimpleNamespace(logprobs=False, top_logprobs=-1, seed=None, stop_words=[])
     Answer(handler, Asked(request, wanted, None)).send()
     found = [frame["choices"][0] for frame in handler.frames]
     messages = [choice.get("delta") or choice.get("message") or {} for choice in found]

@@ -139,13 +139,17 @@ def test_a_card_that_is_smaller_than_estimated_ends_nobody(tiny_model: Path) -> 
     with Server(tiny_model, program=program("small_card"), env=env) as server:
         server.wait_ready()
         # Of other programs nothing is left: what there is, the driver says.
-        assert "what is free on the card now" in server.log
+        server.wait_for_log("what is free on the card now")
         answers = ask_all(server, 8, max_tokens=16, text="of a ship " * 100)
-        assert [answer.status for answer in answers] == [200] * 8
-        assert all(answer.broken is None and not answer.error for answer in answers)
+        assert [answer.status for answer in answers] == [200] * 8, server.log
+        wrong = [answer for answer in answers if answer.broken or answer.error]
+        assert not wrong, server.log
+        # Each teaches: there are fewer than requests.
         faults = server.metric("mlx_safe_generation_failures_total")
-        assert 1 <= faults <= 3
-        assert "out of memory with up to" in server.log
+        assert 1 <= faults < 8, server.log
+        server.wait_for_log("out of memory with up to")
+        why = ("it is lowered for that", "what other programs leave of the card")
+        assert any(text in server.log for text in why)
 
 
 def test_a_ballast_that_comes_is_made_room_for(

@@ -158,7 +158,7 @@ def test_all_of_a_batch_are_told(
 
 @pytest.mark.parametrize("path", ["batched", "sequential"])
 def test_stock_server_without_us(tiny_model: Path, path: str) -> None:
-    """The other side of the proof: the same fault, and nothing of ours."""
+    """The other side of the proof: the same fault, without mlx-safe."""
     ask = {"max_tokens": TOKENS, "stream": True, **PATHS[path]}
     server = Server(tiny_model, inject="decode:9:8", stock=True).wait_ready()
     # Where the first client waits for ever, its answer ends with the server.

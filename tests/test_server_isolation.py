@@ -33,7 +33,7 @@ FOR_PLACE: dict[str, dict[str, Any]] = {
     "stop words": {"stop": ["fails"]},
     "top_logprobs": {"logprobs": True, "top_logprobs": 7},
 }
-# In a prompt: the step that reads it fails, whoever is in it.
+# In a prompt: the step that reads it fails, for all its requests.
 FORWARD = "\x07\x07\x07"
 # In a prompt: a step that goes on from an entry of the prompt cache fails.
 POISONED = "\x08\x08\x08"
@@ -77,7 +77,7 @@ def bad(place: str, **more: Any) -> dict[str, Any]:
 
 
 def check_soundness(server: Server) -> None:
-    """Whoever comes after a failure is served, and draws as if by chance."""
+    """A request after a failure is served, and draws as if by chance."""
     drawn = {server.chat(temperature=1, max_tokens=8).text for _ in range(3)}
     assert len(drawn) > 1, "all were drawn with one key"
     assert server.chat(temperature=1, seed=3).status == 200

@@ -228,6 +228,40 @@ def test_a_draft_models_conversation_comes_from_disk(
         assert cached >= 2560
 
 
+@pytest.mark.parametrize("way", ["killed", "left", "fault"])
+def test_a_prompt_that_a_draft_model_reads_too_is_not_lost(
+    tiny_model: Path, draft_model: Path, tmp_path: Path, way: str
+) -> None:
+    """The draft model reads all of it first. What both have read is kept."""
+    draft = ("--draft-model", str(draft_model))
+    body = {"messages": [{"role": "user", "content": WORDS}]}
+    with with_tier(tiny_model, tmp_path / "kv", *draft) as server:
+        expected, _ = ask(server.wait_ready(), WORDS)
+        forget_all(server, tmp_path / "kv")
+        steps = -(-len(WORDS) // 128) + 10  # the tenth of the target, or one near it
+        if way == "fault":
+            server.plan(f"any:{steps}:8")
+            assert ask(server, WORDS)[0] == expected
+            came = server.metric("mlx_safe_kv_disk_restored_tokens_total")
+            assert came >= 8 * 128 - 256 - 128
+            return
+        server.hold(steps)
+        with server.connected(body):
+            server.wait_held()
+            wait_written(server, 3)
+            if way == "killed":
+                os.kill(server.process.pid, signal.SIGKILL)
+                server.wait()
+        if way == "left":
+            server.tell("go")
+            text, cached = ask(server, WORDS)
+    if way == "killed":
+        with with_tier(tiny_model, tmp_path / "kv", *draft) as server:
+            text, cached = ask(server.wait_ready(), WORDS)
+    assert text == expected
+    assert cached >= 8 * 128 - 256 - 128
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_after_a_stray_write_the_entry_it_came_from_goes(
     tiny_model: Path, tmp_path: Path, path: str

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from support import child
+from support.programs import program
 from support.server import CONTROLLED, Answer, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 5}}
@@ -111,6 +113,16 @@ def test_a_refusal_says_why(
     (line,) = requests(server, 1)
     assert (line["outcome"], line["status"]) == ("refused", status)
     assert (line["code"], line["param"]) == (code, param)
+
+
+def test_a_field_is_named_and_a_sentence_is_not(server: Server) -> None:
+    """What is no field of the API is told of at DEBUG, and may be anything."""
+    sentence = f"dear diary, {SECRET}"
+    answer = server.chat("hello", max_token=5, **{sentence: 1})
+    assert answer.status == 200
+    (line,) = [x for x in lines(server) if "without effect" in x["message"]]
+    assert line["message"] == "fields without effect: max_token, 1 more"
+    assert SECRET not in server.log
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -226,6 +238,74 @@ def test_a_thread_that_ends_is_a_line(tiny_model: Path) -> None:
         assert line["trace"].endswith("ValueError") and SECRET not in server.log
 
 
+def test_so_is_what_python_would_print_itself() -> None:
+    """An exception of a destructor, and one that ends the main thread."""
+    done = child.run(
+        f"""
+        from mlx_safe.server import logs
+
+        class Fails:
+            def __del__(self):
+                raise ValueError("{SECRET}")
+
+        logs.set_up("INFO", "json")
+        Fails()
+        raise LookupError("{SECRET}")
+        """
+    )
+    found = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 1 and SECRET not in done.stderr
+    assert [(x["level"], x["message"]) for x in found] == [
+        ("ERROR", "an exception was ignored"),
+        ("CRITICAL", "the main thread has ended"),
+    ]
+    assert found[0]["where"] == "Fails.__del__"
+    assert found[1]["trace"].endswith("LookupError")
+
+
+@pytest.mark.parametrize("supervised", [(), ("--supervise",)])
+@pytest.mark.parametrize("place", ["flag", "variable", "file"])
+def test_a_mistake_is_a_line_of_the_log(
+    tmp_path: Path, place: str, supervised: tuple[str, ...]
+) -> None:
+    """Wherever the format comes from, and whichever flag is wrong."""
+    file = tmp_path / "flags.toml"
+    file.write_text('log-format = "json"\n' if place == "file" else "port = 8081\n")
+    words = {"flag": ("--log-format=json",), "file": ("--config", str(file))}
+    variables = {"MLX_SAFE_LOG_FORMAT": "json"} if place == "variable" else {}
+    for wrong, says in (
+        (("--port", "many"), "argument --port: must be from 0 to 65535"),
+        (("--no-such-flag",), "--no-such-flag"),
+        (("--model", "/no/such/model"), "there is no such directory"),
+        (("--host", "192.0.2.1", "--model", "/no/such"), ""),
+    ):
+        command = ["serve", *words.get(place, ()), *supervised, *wrong]
+        done = child.run(
+            f"import sys; from mlx_safe.cli import main; sys.exit(main({command!r}))",
+            timeout=180.0,
+            **variables,
+        )
+        assert done.returncode == 2 and done.stdout == "", done.stderr
+        last = json.loads(done.stderr.splitlines()[-1])
+        assert last["level"] == "ERROR" and says in last["message"], done.stderr
+        assert last["message"].startswith("cannot start: "), done.stderr
+        for line in done.stderr.splitlines():
+            json.loads(line)
+
+
+def test_a_file_that_is_wrong_is_told_in_the_format_of_the_flag(tmp_path: Path) -> None:
+    for text in ("port = ", "no-such-flag = 1", 'log-format = "xml"'):
+        (tmp_path / "flags.toml").write_text(text)
+        command = ["serve", "--log-format", "json"]
+        command += ["--config", str(tmp_path / "flags.toml")]
+        done = child.run(
+            f"import sys; from mlx_safe.cli import main; sys.exit(main({command!r}))"
+        )
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2
+        assert json.loads(line)["message"].startswith("cannot start: --config ")
+
+
 def test_lines_of_libraries_have_it_too(tiny_model: Path, tmp_path: Path) -> None:
     """transformers writes to stderr itself, where a text is longer than it likes."""
     model = tmp_path / "model"
@@ -276,7 +356,6 @@ SUMS = (
 
 
 def test_metrics_add_up_to_what_clients_saw(server: Server) -> None:
-    time.sleep(0.3)  # the answer of `renew` is counted when it has been sent
     before = counts(server)
     sums = {name: server.metric(name) for name in SUMS}
     answers = [
@@ -335,6 +414,7 @@ def test_refusals_of_a_server_that_stops_are_counted(tiny_model: Path) -> None:
         with server.chatting(1, max_tokens=50) as answers:
             server.wait_held()
             server.process.send_signal(signal.SIGTERM)
+            server.wait_for_log("stopping")
             time.sleep(0.2)
         server.go()
         assert server.wait() == 0
@@ -344,15 +424,7 @@ def test_refusals_of_a_server_that_stops_are_counted(tiny_model: Path) -> None:
 
 # -- a Mac whose hooks are not in --------------------------------------------------
 
-UNHOOKED = """
-import sys
-from mlx_safe.cli import main
-from mlx_safe.server import serve
-def require():
-    raise RuntimeError("faults of the GPU are not caught here: no such class")
-serve.require = require  # as `mlx_safe.require` does on a Mac
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+UNHOOKED = program("unhooked")
 
 
 def test_a_server_without_hooks_says_so(tiny_model: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
+from support.programs import program
 from support.server import CONTROLLED, Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,20 +112,7 @@ def test_the_alerts_ask_for_what_there_is(exported: dict[str, str]) -> None:
 
 
 def test_any_registry_can_have_those_of_the_process() -> None:
-    code = """
-import mlx_safe, prometheus_client, mlx.core as mx
-mlx_safe.install()
-mlx_safe.metrics.register()
-mlx_safe.metrics.register()
-own = prometheus_client.CollectorRegistry()
-mlx_safe.metrics.register(own)
-mlx_safe.testing.record_fault(2)
-print(float(own.get_sample_value("mlx_safe_faults_total")))
-x = mx.ones(1 << 20); mx.eval(x)
-print(own.get_sample_value("mlx_safe_memory_active_bytes") >= 4 << 20)
-text = prometheus_client.generate_latest().decode()
-print(text.count("TYPE mlx_safe_faults_total"))
-"""
+    code = program("metrics_of_the_process")
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mlx_safe.server import status_page
 from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
 
 PAGE_MAX = 60_000
@@ -285,9 +286,44 @@ def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:
         assert (done.returncode, done.stdout) == (1, "")
         assert "it needs a key: --api-key-file" in done.stderr
         assert top(server, MLX_SAFE_API_KEY="k").returncode == 0
+        command = [sys.executable, "-m", "mlx_safe", "top", "--once"]
+        by_port = subprocess.run(
+            [*command, "--port", str(server.port)],
+            env={**os.environ, "MLX_SAFE_API_KEY": "k"},
+            timeout=60,
+            check=False,
+        )
+        assert by_port.returncode == 0
     done = top(server)
     assert done.returncode == 1
     assert done.stderr.startswith(
         f"mlx-safe: http://127.0.0.1:{server.port}: no answer"
     )
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--port", "0"), "--port 0: must be from 1 to 65535"),
+        (("--port", "x"), "--port: invalid int value: 'x'"),
+        (("--port", "8080", "--url", "http://h"), "--port is in --url already"),
+        (("--url", "localhost:8080"), "--url localhost:8080: must be as http://"),
+        (("--url", "http://"), "--url http://: must be as http://"),
+        (("--url", "http://h:99999"), "--url http://h:99999: must be as http://"),
+        (("--every", "0"), "--every: must be from 0.1 to 3600 seconds"),
+    ],
+)
+def test_a_mistake_in_the_flags_of_top(arguments: tuple[str, ...], says: str) -> None:
+    from mlx_safe._command import CommandError
+    from mlx_safe.top import top
+
+    with pytest.raises(CommandError, match=re.escape(says)):
+        top(arguments)
+
+
+def test_the_pictures_in_the_docs_are_of_this_page() -> None:
+    """Made again by tests/clients/test_status_page.py: MLX_SAFE_SCREENSHOTS."""
+    images = Path(__file__).parent.parent / "docs" / "images"
+    digest = hashlib.sha256(status_page.body()).hexdigest()
+    assert (images / "status-page.sha256").read_text() == f"{digest}\n"

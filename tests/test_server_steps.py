@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.programs import program
-from support.server import NEVER, Server, eventually
+from support.server import CONTROLLED, NEVER, Answer, Server, eventually
 
 # 2 ms a token: at most 500 tokens in a second. A word has four tokens.
 SLOW = program("slow_to_read")
@@ -20,6 +21,17 @@ FLAGS = (
     *("--step-seconds", "1", "--prefill-step-size", "1024"),
     *("--prompt-cache-size", "0"),
 )
+
+
+# What ends mlx-lm's turn of its batch after half a second never does.
+ENDLESS_TURNS = (
+    """
+import mlx_lm.server
+mlx_lm.server.TimeBudget.__init__.__defaults__ = (3600.0, 25, 10)
+"""
+    + CONTROLLED
+)
+QUEUED = 'mlx_safe_requests_in_state{state="queued"}'
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +161,37 @@ def test_a_cancel_takes_a_step_with_a_draft_model(drafting: Server) -> None:
     drafting.wait_for_log("outcome=client_left", seen + 1)
     assert drafting.chat("short", max_tokens=1).status == 200
     assert sum(steps(drafting, since)) < 2000  # of 8000
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_who_comes_in_joins_the_batch_at_the_next_step(
+    tiny_model: Path, stream: bool
+) -> None:
+    """mlx-lm lets it wait until the batch has run for half a second."""
+    server = Server(tiny_model, program=ENDLESS_TURNS).wait_ready()
+    with server, contextlib.ExitStack() as stack:
+        server.hold(6)
+        asked = stack.enter_context(server.chatting(1, max_tokens=400))
+        stack.callback(server.go)
+        server.wait_held()
+        newcomers = [
+            threading.Thread(
+                target=lambda i=i: found.append(
+                    server.chat(f"newcomer {i}", max_tokens=3, stream=stream)
+                ),
+                daemon=True,
+            )
+            for i in range(3)
+        ]
+        found: list[Answer] = []
+        for thread in newcomers:
+            thread.start()
+        assert eventually(lambda: server.metric(QUEUED) == 3), server.log
+        # They have their answers before the first one has taken so many steps.
+        server.hold(60)
+        server.go()
+        server.wait_held()
+        for thread in newcomers:
+            thread.join(20)
+        assert [a.status for a in found] == [200] * 3, server.log
+        assert not asked

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from support import child
+from support.programs import program
 
 THROW = """
     import time, mlx_safe
@@ -95,19 +96,7 @@ def test_two_threads_at_once_leave_one_report(private_reports: Path) -> None:
 
 
 def test_a_forked_child_dies_as_it_would_have(private_reports: Path) -> None:
-    done = child.run(
-        """
-        import os, time, mlx_safe
-        from mlx_safe import testing
-        mlx_safe.install(on_terminate="drain")
-        pid = os.fork()
-        if pid == 0:
-            testing.throw_on_foreign_thread()
-            time.sleep(20)
-        _, status = os.waitpid(pid, 0)
-        assert os.waitstatus_to_exitcode(status) == -6, status
-        """
-    )
+    done = child.run(program("dies_after_a_fork"))
     assert done.returncode == 0, done.stderr
     assert len(reports(private_reports)) == 1
 

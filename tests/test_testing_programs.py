@@ -10,52 +10,11 @@ from pathlib import Path
 import pytest
 
 from mlx_safe.running.command import environment
+from support.programs import program
 
 # A user's program, which knows nothing of mlx-safe.
-CHAT = """
-import sys
-from mlx_lm import load, stream_generate
-model, tokenizer = load(sys.argv[1])
-said = 0
-try:
-    for response in stream_generate(model, tokenizer, [5, 6, 7, 8], max_tokens=6):
-        said += 1
-except RuntimeError as e:
-    print("failed after", said, e)
-else:
-    print("said", said)
-"""
-# A loader of its own, as a server that vendors mlx-lm has. The parts are called by
-# name and with embeddings.
-VENDORED = """
-import json, sys
-import mlx.core as mx
-from pathlib import Path
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import _get_classes
-directory = Path(sys.argv[1])
-config = json.loads((directory / "config.json").read_text())
-Model, Arguments = _get_classes(config)
-model = Model(Arguments.from_dict(config))
-weights = {}
-for file in directory.glob("*.safetensors"):
-    weights.update(mx.load(str(file)))
-model.load_weights(list(weights.items()), strict=False)
-tokens = mx.array([[5, 6, 7, 8]])
-embeddings = model.model.embed_tokens(tokens)
-cache = make_prompt_cache(model)
-calls = [
-    lambda: model(inputs=tokens, cache=cache),
-    lambda: model(None, cache, input_embeddings=embeddings),
-    lambda: model.model(tokens[:, :1], cache=cache),
-    lambda: model.model(inputs=None, cache=cache, input_embeddings=embeddings[:, :1]),
-]
-for number, call in enumerate(calls, 1):
-    try:
-        mx.eval(call())
-    except RuntimeError as e:
-        print("call", number, "failed", e)
-"""
+CHAT = program("chats")
+VENDORED = program("vendors_a_loader")
 
 
 def run(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import mlx.core as mx
 import pytest
 
-from mlx_safe._thread_state import ThreadState
+from mlx_safe import _core
+from mlx_safe._thread_state import ThreadState, drop_failed
 from support.child import run
 from support.programs import program
 
@@ -92,3 +95,32 @@ def test_errors_that_are_pending_are_fetched(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(mx, "synchronize", synchronize)
     state.restore()
     assert pending == []
+
+
+class Held:
+    """Stands for an array of the work that has failed."""
+
+
+def test_what_failed_is_freed_when_nothing_writes_to_it_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MLX 0.32 raises a stored error without a wait."""
+    seen: list[weakref.ref[Held]] = []
+
+    def step() -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        raise RuntimeError
+
+    there_at_the_wait = []
+    monkeypatch.setattr(
+        _core,
+        "metal_wait_for_skipped",
+        lambda: there_at_the_wait.append(seen[0]() is not None),
+    )
+    try:
+        step()
+    except RuntimeError as e:
+        drop_failed(e)
+    assert there_at_the_wait == [True]
+    assert seen[0]() is None

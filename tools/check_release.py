@@ -1,8 +1,9 @@
-"""Installs a wheel as a user would: check_release.py WHEEL...
+"""Installs a wheel as a user would: check_release.py WHEEL... | --installed
 
 For each Python from 3.10 to 3.14 that is on the machine: a clean environment, pip's
 install of the wheel that fits it, the import, `mlx-safe --version`, and a fault in a
-guard. A Python that is missing is named; with ``--complete`` that is a failure.
+guard. A Python that is missing is named; with ``--complete`` that is a failure. With
+``--installed`` the same is tried of what the Python has that runs this.
 
 Exit status: 0; 1: something did not work, or no wheel was tried at all.
 """
@@ -10,13 +11,12 @@ Exit status: 0; 1: something did not work, or no wheel was tried at all.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-from build_wheels import NEWER, PYTHONS, find_python
 
 ROOT = Path(__file__).resolve().parents[1]
 # A fault inside a guard is an exception, and the next step works.
@@ -59,23 +59,48 @@ def attempt(python: str, wheel: Path, wanted: str) -> None:
         pip = [f"{own}/python", "-m", "pip", "install", "--quiet"]
         said = ["--disable-pip-version-check", f"mlx-safe{extra} @ {wheel.as_uri()}"]
         subprocess.run([*pip, *said], check=True)
-        for command, expected in (
-            ([f"{own}/python", "-c", "import mlx_safe; print('imported')"], "imported"),
-            ([f"{own}/mlx-safe", "--version"], wanted),
-            ([f"{own}/python", "-c", FAULT], "caught"),
-        ):
-            done = subprocess.run(
-                command, cwd=directory, capture_output=True, text=True, timeout=120
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert expected in done.stdout, done.stdout + done.stderr
+        use(own, directory, wanted)
+
+
+def use(own: str, directory: str, wanted: str) -> None:
+    """Tries what is installed beside the programs in ``own``; raises as `attempt`."""
+    for command, expected in (
+        ([f"{own}/python", "-c", "import mlx_safe; print('imported')"], "imported"),
+        ([f"{own}/mlx-safe", "--version"], wanted),
+        ([f"{own}/python", "-c", FAULT], "caught"),
+    ):
+        done = subprocess.run(
+            command, cwd=directory, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert expected in done.stdout, done.stdout + done.stderr
+
+
+def installed() -> int:
+    """Tries what this Python has; the exit status."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            wanted = importlib.metadata.version("mlx-safe")
+            use(str(Path(sys.executable).parent), directory, wanted)
+        except (AssertionError, OSError, subprocess.SubprocessError, ImportError) as e:
+            print(f"check_release: {version}: {e!r}", file=sys.stderr)
+            return 1
+    print(f"{version}: mlx-safe {wanted} works")
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("wheels", nargs="+", type=lambda name: Path(name).resolve())
+    parser.add_argument("wheels", nargs="*", type=lambda name: Path(name).resolve())
+    parser.add_argument("--installed", action="store_true", help="what is here")
     parser.add_argument("--complete", action="store_true", help="no Python may miss")
     arguments = parser.parse_args()
+    if arguments.installed:
+        return installed()
+    # It needs what builds the wheels.
+    from build_wheels import NEWER, PYTHONS, find_python
+
     failed, tried = False, 0
     for version in (*PYTHONS, *NEWER):
         python = find_python(version)

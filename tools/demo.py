@@ -56,7 +56,7 @@ START_S = 240.0
 CHUNK_S = 240.0
 GET_S = 60.0
 STOP_S = 30.0
-# Whoever waits for an answer that does not come waits so long.
+# How long a client waits for an answer that does not come.
 STOCK_HANGS_S = 60.0
 WIDTH = 78
 

@@ -1,4 +1,4 @@
-"""Calls functions once modules have been loaded, whoever imports them, and when.
+"""Calls functions once modules have been loaded, by any importer, at any time.
 
 The standard library alone, and nothing of this package: what runs at the start of each
 Python of a protected program (``running/startup/``) loads this file by its path.

@@ -1,23 +1,31 @@
 """What a failed step means for what was computed in it, and how it is tried again.
 
-Both replays go by it: the server's (`mlx_safe.server.scheduler`) and that of a batch
-generator of mlx-lm in another's server (`mlx_safe.mlx_lm`). Pure functions, any thread.
+Both who begin again go by it: the server (`mlx_safe.server.recovery`), which has mlx-lm
+serve the request once more, and the batch generator in another's server
+(`mlx_safe.mlx_lm.batch`), which inserts it once more. ARCHITECTURE.md says what else
+they share, and what not. The functions are pure, for any thread.
 """
 
 from __future__ import annotations
 
 import enum
 
-from . import _faults, errors
+from . import _core, _faults, _reports, errors
 
 __all__ = [
+    "SMALLEST",
     "Failure",
+    "FaultWatch",
     "at_once",
     "care_level",
     "fault_behind",
     "is_out_of_memory",
     "what_it_means",
 ]
+
+
+# Of care: prompts are read in the smallest steps, to their end.
+SMALLEST = 16
 
 
 class Failure(enum.Enum):
@@ -28,6 +36,43 @@ class Failure(enum.Enum):
     TOO_LONG = "they may be tried again, fewer at a time and in smaller steps"
     FINAL = "they must not be tried again"
     UNKNOWN = "one of them causes it"
+
+
+class FaultWatch:
+    """The faults that a loop of steps has yet to deal with. Used by its thread.
+
+    Attributes:
+        clean: the epoch up to which there was none, or all were dealt with.
+    """
+
+    __slots__ = ("clean",)
+
+    def __init__(self) -> None:
+        self.clean = _core.epoch()
+
+    def check(self) -> None:
+        """Raises the error of those that are new. Without one, under 0.1 µs."""
+        if _core.epoch() != self.clean:
+            _faults.check(self.clean)
+
+    def behind(self, exc: Exception) -> errors.GPUError | None:
+        """The fault that a step has failed with, by ``exc`` or by the log."""
+        return fault_behind(exc, self.clean)
+
+    def report(self, fault: errors.GPUError | None) -> None:
+        """Writes a crash report of ``fault``, if nothing else does."""
+        # One that is in the log has its report from there.
+        if fault is not None and not fault.faults:
+            _reports.write_fault_beside(str(fault), fault.code)
+
+    def settle(self) -> errors.GPUError | None:
+        """Called after the reset: all so far are dealt with, but for what it returns.
+
+        That is a fatal fault, which may have come while the state was being reset.
+        """
+        late = [f for f in _faults.faults(self.clean) if f.fatal]
+        self.clean = _core.epoch()
+        return errors.from_faults(late) if late else None
 
 
 def fault_behind(exc: Exception, since: int) -> errors.GPUError | None:
@@ -82,11 +127,14 @@ def at_once(what: Failure, count: int, level: int, attempts_max: int) -> int | N
     return None if what is Failure.PASSING else max(1, count // 2)
 
 
-def care_level(what: Failure, level: int) -> int | None:
+def care_level(what: Failure, level: int, attempts_max: int) -> int | None:
     """How many times four prompts are read in smaller steps; None: as before.
 
-    At once after `TOO_LONG`; after `TOO_MUCH` fewer at a time may be enough.
+    At once after `TOO_LONG`; after `TOO_MUCH` fewer at a time may be enough. The last
+    time `SMALLEST`: how much less would do nobody knows, and what fits is answered.
     """
+    if what in (Failure.TOO_MUCH, Failure.TOO_LONG) and level >= max(2, attempts_max):
+        return SMALLEST
     if what is Failure.TOO_MUCH:
         return level - 1
     return level if what is Failure.TOO_LONG else None

@@ -58,8 +58,7 @@ class guard:
     With a name it is a task: what is raised has the names of the guards that its faults
     may belong to in ``tasks``, and so has each `Fault`, for callbacks of `on_fault`. A
     command buffer belongs to the guards that were open when it was committed. Guards
-    that were open side by side, in threads or asyncio tasks, cannot be told apart, and
-    are all named.
+    that were open side by side, in threads or asyncio tasks, are all named.
 
         async with mlx_safe.guard(name=f"request {number}"):
             ...

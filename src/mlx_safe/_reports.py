@@ -82,7 +82,7 @@ class _State:
         self.fault_reports = 0
         self.suppressed = 0
         self.last_fault_report = float("-inf")
-        self.told_failure = False
+        self.logged_failure = False
         self.subscription: _faults.Subscription | None = None
         self.writing: threading.Thread | None = None
         self.sampled_at = float("-inf")
@@ -316,8 +316,8 @@ def _log_failure(directory: str) -> None:
     import logging
 
     # Once is enough; `status().reports_failed` counts on.
-    level = logging.DEBUG if _state.told_failure else logging.ERROR
-    _state.told_failure = True
+    level = logging.DEBUG if _state.logged_failure else logging.ERROR
+    _state.logged_failure = True
     logging.getLogger("mlx_safe").log(
         level, "a crash report could not be written to %s", directory
     )

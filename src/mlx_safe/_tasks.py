@@ -3,8 +3,8 @@
 A command buffer belongs to every guard that was open when it was committed: MLX is
 lazy, so that is where its work was waited for, or submitted by ``mx.async_eval``, and
 not where it was written down. Without hooks a fault has no command buffer, and its
-time decides. Guards that were open side by side cannot be told apart: a buffer does
-not say which thread or asyncio task it is of. All of this may be used from any thread.
+time decides. Guards that were open side by side are all named: a buffer does not
+say which thread or asyncio task it is of. All of this may be used from any thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Task", "in_this_context", "names_of"]
 
-# Guards that have ended and are remembered: a fault may be told of after them.
+# Guards that have ended and are remembered: MLX may report a fault after them.
 ENDED_MAX = 1024
 
 _lock = threading.Lock()

@@ -20,9 +20,10 @@ import os
 
 import mlx.core as mx
 
-from . import errors
+from . import _core, errors
+from ._exceptions import clear_frames
 
-__all__ = ["ThreadState", "fetch_pending_errors", "seed_anew"]
+__all__ = ["ThreadState", "drop_failed", "make_sound", "seed_anew"]
 
 log = logging.getLogger("mlx_safe")
 
@@ -34,6 +35,32 @@ PENDING_ERRORS_MAX = 8
 def seed_anew() -> None:
     """Gives the calling thread a random state that cannot be predicted."""
     mx.random.seed(int.from_bytes(os.urandom(8), "little"))
+
+
+def drop_failed(exc: Exception) -> None:
+    """Frees what the frames of ``exc`` hold: arrays of the work that has failed.
+
+    After a wait: MLX 0.32 raises a stored error without one, and the GPU may still
+    write to their memory.
+    """
+    _core.metal_wait_for_skipped()
+    clear_frames(exc)
+
+
+def make_sound(*streams: mx.Stream, draws: bool = True) -> None:
+    """After a failure, when what it has spoilt is gone: the next work may begin.
+
+    Args:
+        streams: whose stored errors are fetched, beside the default stream's.
+        draws: something may have been drawing: the random state is made anew.
+
+    Raises:
+        GPUError: fatal: nothing can be computed any more.
+    """
+    _fetch_pending_errors(*streams)
+    if draws:
+        seed_anew()
+    mx.clear_cache()
 
 
 class ThreadState:
@@ -53,8 +80,7 @@ class ThreadState:
         has imported, a quarter of a second where that is a lot.
         """
         self.hold()
-        fetch_pending_errors()
-        seed_anew()
+        make_sound()
 
     def hold(self) -> None:
         """The default device and stream are what they were. Under a microsecond."""
@@ -62,7 +88,7 @@ class ThreadState:
         mx.set_default_stream(self._stream)
 
 
-def fetch_pending_errors(*streams: mx.Stream) -> None:
+def _fetch_pending_errors(*streams: mx.Stream) -> None:
     """Has MLX raise what it has stored of the default stream and of ``streams``.
 
     Raises:

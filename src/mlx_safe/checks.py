@@ -110,18 +110,18 @@ def macos_check(built: Mapping[str, Version], macos: str, mlx: str | None) -> li
     """
     if not built:
         return []
-    told = ", ".join(f"{name} for macOS {_dotted(v)}" for name, v in built.items())
+    files = ", ".join(f"{name} for macOS {_dotted(v)}" for name, v in built.items())
     if not macos:
-        return [f"{told}; this is no macOS"]
+        return [f"{files}; this is no macOS"]
     here = tuple(int(part) for part in macos.split(".")[:2])
     here = (here[0], here[1] if len(here) > 1 else 0)
     newest = max(built.values())
     if here >= newest:
-        return [f"{told}: they fit macOS {macos}"]
+        return [f"{files}: they fit macOS {macos}"]
     # pip looks at the wheel's tag alone, which says 26.0 for what needs 26.2 (0.32.4).
     older = f"macosx_{min(15, here[0])}_0_arm64"
     return [
-        f"{BAD}{told}, and this is macOS {macos}: MLX may not load, or its kernels "
+        f"{BAD}{files}, and this is macOS {macos}: MLX may not load, or its kernels "
         f"may be missing. Update macOS to {_dotted(newest)}, or take the older wheel: "
         f"pip download --no-deps --only-binary :all: --platform {older} "
         f"mlx-metal=={mlx} && pip install --force-reinstall --no-deps "
@@ -184,11 +184,18 @@ def _places() -> dict[str, Path]:
     return {"crash reports": Path(_paths.report_dir()), "models of the hub": models}
 
 
+def _is_seen(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # of somebody else's, or a name that is too long
+        return False
+
+
 def disk_check(places: Mapping[str, Path]) -> list[str]:
     """How much is free where the server writes, one line for each volume."""
     by_volume: dict[int, tuple[list[str], Path]] = {}
     for name, path in places.items():
-        there = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+        there = next(filter(_is_seen, (path, *path.parents)), Path("/"))
         names, _ = by_volume.setdefault(there.stat().st_dev, ([], there))
         names.append(name)
     lines = []
@@ -201,7 +208,7 @@ def disk_check(places: Mapping[str, Path]) -> list[str]:
 
 # -- other servers ---------------------------------------------------------------------
 
-# As they stand in a command line. Of it nothing else is told: keys may be in it.
+# As they stand in a command line. Nothing else of it is shown: keys may be in it.
 SERVERS = (
     *("mlx-safe serve", "mlx_safe serve", "mlx_lm.server", "mlx_lm server"),
     *("mlx_vlm.server", "vllm-mlx", "mlx-openai-server", "ollama", "LM Studio"),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["look", "render", "top"]
 
 URL = "http://127.0.0.1:8080"
+PORT_MAX = 65535
 TIMEOUT_S = 10.0
 VERSION = 1
 BAR_WIDTH = 48
@@ -63,8 +64,9 @@ def top(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
         description="What a server does now: its memory, requests and failures.",
     )
+    parser.add_argument("--url", help=f"of the server (default: {URL})", metavar="URL")
     parser.add_argument(
-        "--url", default=URL, help=f"of the server (default: {URL})", metavar="URL"
+        "--port", type=int, metavar="N", help="of a server on this machine, for --url"
     )
     parser.add_argument(
         "--api-key-file",
@@ -79,8 +81,7 @@ def top(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(list(arguments))
     if not 0.1 <= asked.every <= 3600:
         raise CommandError("--every: must be from 0.1 to 3600 seconds")
-    if urllib.parse.urlsplit(asked.url).scheme not in ("http", "https"):
-        raise CommandError(f"--url {asked.url}: must begin with http:// or https://")
+    url = _url(asked.url, asked.port)
     try:
         from rich.console import Console
     except ModuleNotFoundError:
@@ -88,14 +89,33 @@ def top(arguments: Sequence[str]) -> int:
     key = _key(asked.api_key_file)
     if not asked.once:
         with contextlib.suppress(KeyboardInterrupt):
-            _watch(Console(), asked.url, key, asked.every)
+            _watch(Console(), url, key, asked.every)
         return 0
     try:
-        Console().print(render(look(asked.url, key)))
+        Console().print(render(look(url, key)))
     except NoAnswer as e:
         print(f"mlx-safe: {e}", file=sys.stderr)
         return 1
     return 0
+
+
+def _url(url: str | None, port: int | None) -> str:
+    if port is not None:
+        if url is not None:
+            raise CommandError("--port is in --url already: give one of them")
+        if not 1 <= port <= PORT_MAX:
+            raise CommandError(f"--port {port}: must be from 1 to {PORT_MAX}")
+        return f"http://127.0.0.1:{port}"
+    url = URL if url is None else url
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_one = is_one and parts.port != 0
+    except ValueError:  # of a port, or of brackets
+        is_one = False
+    if not is_one:
+        raise CommandError(f"--url {url}: must be as {URL}")
+    return url
 
 
 def _key(path: str | None) -> str | None:

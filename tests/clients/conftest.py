@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.browser import BROWSERS
 from clients.cases import Stage
 from clients.proxy import PROXIES, program
 from clients.stage import CLIENTS, drivers
@@ -20,8 +21,7 @@ from support.clients import REQUIRED
 
 TABLE = os.environ.get("MLX_SAFE_CLIENT_TABLE")
 HERE = Path(__file__).parent
-PAGE = "test_status_page.py"
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+PAGES = ("test_docs_site.py", "test_status_page.py")
 
 
 def missing() -> dict[str, str]:
@@ -29,7 +29,7 @@ def missing() -> dict[str, str]:
     found = {c.name: reason for c in CLIENTS if (reason := c.missing())}
     found.update({name: name for name in PROXIES if not program(name)})
     if not any(map(shutil.which, BROWSERS)):
-        found[PAGE] = "chromium (make client-browser)"
+        found.update(dict.fromkeys(PAGES, "chromium (make client-browser)"))
     return found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from clients.cases import CALM, ENDLESS, NO_REPLAY, POSTED, Stage, start_all
-from clients.proxy import PROXIES, Proxy
+from clients.proxy import EXAMPLES, PROXIES, Proxy, program
 from support.server import CONTROLLED, Answer, Server, eventually
 
 # A body larger than what HAProxy holds of one by itself, 16 KB.
@@ -178,6 +180,25 @@ def test_checks_leave_nothing_in_the_log(two: list[Server], proxy: Proxy) -> Non
         gone = [x for x in server.log.splitlines() if "a client went away" in x]
         assert gone == []
         assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_proxy_takes_the_example_as_it_is(name: str, tmp_path: Path) -> None:
+    """With its own ports and files, as an operator checks it; without a warning."""
+    found = program(name)
+    assert found, f"{name} is not installed"
+    example = str(EXAMPLES / f"{name}.{'cfg' if name == 'haproxy' else 'conf'}")
+    arguments = {
+        "haproxy": ["-c", "-dW", "-f", example],
+        "nginx": ["-t", "-p", str(tmp_path), "-e", "stderr", "-c", example],
+    }
+    if name == "nginx":
+        arguments[name] += ["-g", f"pid {tmp_path}/pid;"]
+    checked = subprocess.run(
+        [found, *arguments[name]], capture_output=True, text=True, timeout=60
+    )
+    assert checked.returncode == 0, checked.stderr
+    assert not re.search("warn|alert|emerg", checked.stderr, re.I), checked.stderr
 
 
 @pytest.mark.parametrize("name", PROXIES)

@@ -54,15 +54,18 @@ class Machine:
         return {
             "MACHRUN_MACOS": self.macos,
             "MACHRUN_PLATFORM": self.platform,
-            "MACHRUN_PYTHON": f"libpython{self.python}.so.1.0",
+            "MACHRUN_PYTHON": python.library,
             "MACHRUN_SYSROOT": str(python.sysroot),
             "MACHRUN_QEMU": str(QEMU),
-            "MACHRUN_LOADER": str(LOADER),
+            "MACHRUN_LOADER": str(python.program),
+            **python.preloaded,
             "MACHRUN_EXECUTABLE": str(HERE / "python"),
             "PYTHONHOME": str(python.sysroot / "usr"),
             "PYTHONPATH": ":".join(map(str, path)),
-            # Debian's files are compiled when they are installed, ours never.
+            # Debian's files are compiled when they are installed, ours never. That
+            # is slow under emulation, so it is kept even where the host keeps none.
             "PYTHONPYCACHEPREFIX": str(CACHE / "pycache" / python.tag),
+            "PYTHONDONTWRITEBYTECODE": "",
             # With it MLX calls a compiler for the CPU's kernels, at run time.
             "MLX_DISABLE_COMPILE": "1",
         }
@@ -95,7 +98,7 @@ def load(
         env={
             **os.environ,
             "MACHRUN_MACOS": macos,
-            "MACHRUN_PYTHON": f"libpython{MAIN}.so.1.0",
+            "MACHRUN_PYTHON": PYTHONS[MAIN].library,
         },
         check=False,
     )

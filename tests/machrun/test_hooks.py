@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .runner import LIMIT_S, Machine
-from .setup.packages import NEWEST
-from .setup.places import ALL, HERE
+from .setup.packages import NEWEST, VERSIONS
+from .setup.places import HERE, PYTHONS, ROOT
 
 FAULTS, THREADS_S = 60, 1.5
+DOCS = ROOT / "docs" / "machrun.md"
+START, END = "<!-- written by make machrun-sweep -->\n", "<!-- end of sweeps -->\n"
 
 MACHINES = {
     "0.30.6": Machine(mlx="0.30.6"),
@@ -23,33 +27,43 @@ MACHINES = {
     "0.32.1": Machine(mlx="0.32.1"),
     "0.32.4": Machine(mlx="0.32.4"),
     "newest macOS 26.2": Machine(mlx=NEWEST, macos="26.2", system="26_0"),
+    # Each of our other wheels, with hooks of either mode.
+    "0.31.2 cp310 3.10": Machine(mlx="0.31.2", python="3.10"),
+    "0.32.4 cp310 3.10": Machine(mlx="0.32.4", python="3.10"),
+    "0.31.2 cp312-abi3 3.13": Machine(mlx="0.31.2", python="3.13"),
     "0.32.4 cp312-abi3 3.13": Machine(mlx="0.32.4", python="3.13"),
+    "0.32.4 cp312-abi3 3.14": Machine(mlx="0.32.4", python="3.14"),
 }
-# It starts slowly, and test_loader.py installs the hooks on it in any case.
-if ALL:
-    MACHINES["0.32.4 cp312-abi3 3.14"] = Machine(mlx="0.32.4", python="3.14")
+
+
+def swept(
+    machine: Machine, over_cpu: int, on_gpu: int, seconds: float, limit_s: float
+) -> dict[str, Any]:
+    """What guest/sweep.py counts."""
+    numbers = (str(over_cpu), str(on_gpu), str(seconds))
+    done = subprocess.run(
+        [HERE / "python", HERE / "guest" / "sweep.py", *numbers],
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        env={**os.environ, **machine.environment},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_every_fault_is_told(name: str, private_reports: Path) -> None:
     machine = MACHINES[name]
-    program = [str(HERE / "python"), str(HERE / "guest" / "sweep.py")]
-    done = subprocess.run(
-        [*program, str(FAULTS), str(FAULTS), str(THREADS_S)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        env={**os.environ, **machine.environment},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = swept(machine, FAULTS, FAULTS, THREADS_S, LIMIT_S)
     early = machine.version < "0.32"
     assert found["mode"] == ("intercept" if early else "observe")
     assert found["verified"] and found["reasons"] == []
     for sweep in (found["over the CPU"], found["on the GPU"]):
         assert sweep["faults"] == sweep["told"] == FAULTS
-        assert sweep["silent"] == sweep["untrue"] == sweep["other"] == 0, done.stderr
+        assert sweep["silent"] == sweep["untrue"] == sweep["other"] == 0, found
     threads = found["threads"]
     assert threads["failed"] > 0 and threads["told"] > 0 and threads["other"] == 0
     counters = found["counters"]
@@ -83,3 +97,47 @@ def test_in_a_forked_child_nothing_is_hooked() -> None:
     """)
     said, status = done.stdout.splitlines()
     assert "forked" in said and status == "0", done.stdout + done.stderr
+
+
+# ---- the table of docs/machrun.md: `make machrun-sweep` -----------------------
+
+# Each version of MLX with the main wheel, too.
+SWEPT = {**MACHINES, **{version: Machine(mlx=version) for version in VERSIONS}}
+MANY, FEW, MANY_THREADS_S, MANY_LIMIT_S = 10_000, 60, 20.0, 7200.0
+COUNTED = ("faults", "told", "silent", "untrue", "other")
+
+
+def key_of(machine: Machine) -> str:
+    """How its row begins."""
+    python = PYTHONS[machine.python]
+    wheel = python.wheel.partition("-")[2]
+    wheel = f"{python.wheel} ({python.version})" if wheel == "abi3" else wheel
+    return f"| {machine.version} | {wheel} | {machine.macos} |"
+
+
+def row_of(machine: Machine) -> str:
+    """Where evaluations over the CPU's stream would end it, they are few or none."""
+    version = machine.version
+    counts = (MANY, 0) if version < "0.32" else (FEW, MANY)
+    counts = (0, MANY) if version == "0.32.0" else counts
+    found = swept(machine, *counts, MANY_THREADS_S, MANY_LIMIT_S)
+    both = found["over the CPU"], found["on the GPU"]
+    cells = [f"{sum(part[name] for part in both):,}" for name in COUNTED]
+    told, failed = (found["threads"][name] for name in ("told", "failed"))
+    return f"{key_of(machine)} {' | '.join(cells)} | {told:,} of {failed:,} |\n"
+
+
+def write(names: list[str]) -> None:
+    """Puts each row into the docs as soon as it is known."""
+    for name in names or SWEPT:
+        row = row_of(SWEPT[name])
+        before, rest = DOCS.read_text().split(START)
+        rows, after = rest.split(END)
+        key = key_of(SWEPT[name])
+        kept = [r for r in rows.splitlines(True) if not r.startswith(key)]
+        DOCS.write_text(f"{before}{START}{''.join(kept)}{row}{END}{after}")
+        print(f"machrun: {name}: {row}", end="")
+
+
+if __name__ == "__main__":
+    write(sys.argv[1:])

@@ -13,7 +13,7 @@ from .runner import Machine, load
 from .samples import changed, commands, signed_again, with_chains
 from .setup import native
 from .setup.packages import get_ours
-from .setup.places import CACHE, HERE, MAIN, NOT_RUN, PYTHONS, ROOT, SetupError
+from .setup.places import CACHE, HERE, MAIN, PYTHONS, ROOT, SetupError
 
 OURS = "mlx_safe/_core.cpython-311-darwin.so"
 
@@ -136,6 +136,17 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
         )
 
 
+def test_what_is_not_there_is_named(core: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "none.dylib"
+    done = load(path)
+    said = f"machrun: {path}: there is no such file\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    (tmp_path / "lib.dylib").write_bytes(core)
+    done = load(tmp_path / "lib.dylib", macos="next")
+    said = "machrun: environment: MACHRUN_MACOS=next is not a version\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:
     (end,) = struct.unpack_from("<I", core, 20)
     for size in (31, 32, 100, 32 + end // 2, 32 + end, 0x4000, len(core) - 1):
@@ -185,29 +196,23 @@ def test_code_is_not_writable_and_constants_are_not(private_reports: Path) -> No
     assert not [line for line in images if re.match(r"\S+ .wx", line)]
 
 
-@pytest.mark.parametrize(
-    "wheel", sorted({*NOT_RUN, *(python.wheel for python in PYTHONS.values())})
-)
-def test_the_wheel_is_run(wheel: str) -> None:
-    """By the Pythons in `PYTHONS`, in test_hooks.py; said here of each."""
-    if reason := NOT_RUN.get(wheel):
-        pytest.skip(f"the wheel {wheel} is not run: {reason}")
-    versions = [v for v, python in PYTHONS.items() if python.wheel == wheel]
-    for version in versions:
-        done = Machine(python=version).run("""
-            import sys, mlx_safe
-            from mlx_safe import _core
-            print("%d.%d" % sys.version_info[:2], mlx_safe.install().verified)
-            print(_core.__file__)
-        """)
-        assert done.stdout.split()[:2] == [version, "True"], done.stderr
-        assert Path(done.stdout.split()[2]).is_relative_to(CACHE / "ours" / wheel)
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_wheel_is_run(version: str) -> None:
+    """By each Python that takes it."""
+    done = Machine(python=version).run("""
+        import sys, mlx_safe
+        from mlx_safe import _core
+        print("%d.%d" % sys.version_info[:2], mlx_safe.install().verified)
+        print(_core.__file__)
+    """)
+    assert done.stdout.split()[:2] == [version, "True"], done.stderr
+    wheel = PYTHONS[version].wheel
+    assert Path(done.stdout.split()[2]).is_relative_to(CACHE / "ours" / wheel)
 
 
-def test_every_wheel_of_ours_is_run_or_named() -> None:
+def test_every_wheel_of_ours_is_run() -> None:
     built = {
         path.name.split("-", 2)[2].partition("-macosx")[0]
         for path in ROOT.glob("dist/mlx_safe-*-macosx_*.whl")
     }
-    run = {python.wheel for python in PYTHONS.values()}
-    assert built <= run | set(NOT_RUN)
+    assert built == {python.wheel for python in PYTHONS.values()}

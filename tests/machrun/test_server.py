@@ -55,9 +55,7 @@ threading.Thread(target=listen, daemon=True).start()
 SLOW_START_S, SLOW_ANSWER_S = 560.0, 300.0
 PATHS: dict[str, dict[str, int]] = {"batched": {}, "sequential": {"seed": 1}}
 PHASES = {"prefill": "prefill:1:8", "decode": "decode:4:8"}
-STEP = 256  # of a prompt
-ARGUMENTS = ("--prefill-step-size", str(STEP), "--prompt-cache-size", "0")
-LONG = "x" * 600
+ARGUMENTS = ("--prefill-step-size", "256", "--prompt-cache-size", "0")
 Texts = dict[str, str]
 
 
@@ -216,7 +214,7 @@ def test_a_fatal_fault_answers_everyone_and_leaves(
 def test_without_us_the_same_buffer_ends_the_server(
     slow_servers: None, model: Path, tmp_path: Path
 ) -> None:
-    """The control: mlx_lm.server with the older MLX, and nothing of ours."""
+    """The control: mlx_lm.server with the older MLX, without mlx-safe."""
     environment = environment_of(OLDEST_PAIR[0], tmp_path)
     options: dict[str, Any] = {"program": STOCK_FAILING, "env": environment}
     environment["MLX_SAFE_AUTOINSTALL"] = "0"

@@ -85,7 +85,7 @@ void next_evaluation_waits(const Hooks&) {
     done = true;
     set_value(ready, 1);
   });
-  // Whoever waits with little time does not spend everybody's.
+  // A thread that waits with little time does not spend everybody's.
   CHECK(wait_for(short_wait, 1, 1) == "reached");
   new_event();  // each evaluation makes one first
   CHECK(done);
@@ -93,7 +93,7 @@ void next_evaluation_waits(const Hooks&) {
 }
 
 // The first buffer fails; its handler signals for it when the GPU has done the
-// second's signal of the same event and waits for whoever waits for that.
+// second's signal of the same event and waits for a thread that waits for that.
 void late_signal_undoes_nothing(const Hooks&) {
   host::Ref queue = new_queue(), fence = new_event(), back = new_event();
   fail_next(queue, 20'000);

@@ -172,6 +172,27 @@ void a_guess_waits_for_what_it_waited_for() {
   CHECK(record->settled && c.records() == 0);
 }
 
+// The guess waits for two buffers of one queue: what is known of the first,
+// which waits for one that still runs, does not answer for the second.
+void a_guess_looks_at_each_that_it_waited_for() {
+  Case c;
+  // The waiting buffer, for a value of which only a higher one is pending.
+  c.waits_for(100, 20, 5).commit(100, 10);
+  // Behind it on its queue, so it cannot settle before.
+  c.signals(101, 21, 1).commit(101, 10);
+  // Still runs.
+  c.signals(102, 22, 1).commit(102, 11);
+  c.waits_for(103, 22, 1).signals(103, 23, 1).commit(103, 12);
+  c.waits_for(104, 21, 1).signals(104, 24, 1).commit(104, 12);
+  c.waits_for(105, 23, 1).waits_for(105, 24, 1).signals(105, 20, 7);
+  c.commit(105, 13);
+  for (int buffer : {101, 103, 104, 105}) c.complete(buffer);
+  BufferRef record = c.complete(100);
+  CHECK(record && record->settled);
+  c.complete(102);
+  CHECK(c.records() == 0);
+}
+
 // Failed values beyond the limit are merged, and none gets lost.
 void many_failed_values() {
   Case c;
@@ -944,6 +965,7 @@ int main() {
   each_signal_on_the_way_counts();
   a_guess_waits_for_what_is_before_it();
   a_guess_waits_for_what_it_waited_for();
+  a_guess_looks_at_each_that_it_waited_for();
   many_failed_values();
   many_failed_values_downwards();
   a_later_value_is_not_asked_for();

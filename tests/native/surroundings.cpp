@@ -240,7 +240,7 @@ void forked() {
   CHECK(METALSIM(metalsim_wait_idle)(drive::kLongMs) == 1);
   pid_t child = fork();
   if (child == 0) {
-    // Metal is of no use here, but nothing of ours may hang or crash.
+    // Metal is of no use here, but none of our code may hang or crash.
     hooks.uninstall();
     _exit(hooks.epoch() > 0 ? 0 : 1);
   }

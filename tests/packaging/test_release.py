@@ -13,7 +13,7 @@ import pytest
 import release_notes
 
 ROOT = Path(__file__).parents[2]
-# In the repository, and of no use to whoever builds from an sdist.
+# In the repository, and of no use to a build from an sdist.
 NOT_IN_SDIST = (".github/",)
 MADE_BY_THE_BACK_END = {"PKG-INFO"}
 

@@ -6,7 +6,7 @@ A fault plan counts steps from when it is read and takes the place of the one be
 "connections" for that of the connections accepted so far, "pid" for the server's.
 "forget" empties the prompt cache, and answers how many prompts were in it. "hold N":
 the Nth step from now waits, before anything of it is done, for "go"; "hold" asks how
-many it is away. mlx-lm fails on a request with the stop word "FAILS".
+many it is away. A request with the stop word "FAILS" fails as mlx-lm starts it.
 """
 
 import gc
@@ -17,22 +17,23 @@ import threading
 
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.server import ResponseGenerator
 
 from mlx_safe import testing
 from mlx_safe.cli import main
+from mlx_safe.server import replay
+from mlx_safe.server.stop_words import StopsAtWords
 
 NEVER = 10**9  # a step that no test comes to
-make = ResponseGenerator._make_state_machine
 
 
-def failing(self, model_key, tokenizer, stop_words, *args, **kwargs):
-    if "FAILS" in stop_words:
-        raise ValueError("asked for")
-    return make(self, model_key, tokenizer, stop_words, *args, **kwargs)
+class FailingStops(StopsAtWords):
+    def __init__(self, stops, words):
+        if "FAILS" in words:
+            raise ValueError("asked for")
+        super().__init__(stops, words)
 
 
-ResponseGenerator._make_state_machine = failing
+vars(replay)["StopsAtWords"] = FailingStops
 
 
 def forget():

@@ -13,6 +13,8 @@ from mlx_lm.models import llama
 
 from mlx_safe.cli import main
 from mlx_safe.server import logprobs as shown
+from mlx_safe.server import replay
+from mlx_safe.server.stop_words import StopsAtWords
 
 PLACES, FORWARD, POISONED, LATE = eval(sys.argv.pop(1))
 places = {value: name for name, value in PLACES.items()}
@@ -76,33 +78,24 @@ def processors(args):
 server._make_sampler, server._make_logits_processors = sampler, processors
 
 
-class BadStops:
-    def __init__(self, stops):
-        self.stops = stops
-
-    def make_state(self):
-        return self.stops.make_state()
+class BadStops(StopsAtWords):
+    def __init__(self, stops, words):
+        super().__init__(stops, words)
+        self.fails = "fails" in words
 
     def matcher(self):
-        return self
+        return self if self.fails else super().matcher()
 
     def match(self, state, token):
-        raise LookupError("of one request")
+        if self.fails:
+            raise LookupError("of one request")
+        return super().match(state, token)
 
     def advance(self, token):
         raise LookupError("of one request")
 
 
-make_stops = server.ResponseGenerator._make_state_machine
-
-
-@wraps(make_stops)
-def stops_made(self, model_key, tokenizer, stop_words, *args, **kwargs):
-    made = make_stops(self, model_key, tokenizer, stop_words, *args, **kwargs)
-    return (BadStops(made[0]), *made[1:]) if "fails" in stop_words else made
-
-
-server.ResponseGenerator._make_state_machine = stops_made
+vars(replay)["StopsAtWords"] = BadStops
 show_top = shown.top_logprobs
 
 

@@ -1,16 +1,23 @@
 """The protected server with a model that takes 2 ms for each token of a prompt.
 
 It says how many tokens each step has: all rows together. `testing.attach` gets the
-model where faults are planned (MLX_SAFE_INJECT).
+model where faults are planned (MLX_SAFE_INJECT). Of several ranks the second is slow.
+For them all runs on one stream, as in `one_stream`.
 """
 
+import importlib
+import os
 import sys
 import time
+
+import mlx.core as mx
 
 from mlx_safe import testing
 from mlx_safe.cli import main
 
-TOKEN_S = 0.002
+TOKEN_S = 0.002 if os.environ.get("MLX_RANK") != "0" else 0.0
+if "MLX_RANK" in os.environ:
+    importlib.import_module("mlx_lm.generate").generation_stream = mx.cpu
 attach = testing.attach
 
 

@@ -71,11 +71,14 @@ def clear():
 def small(evaluate):
     @functools.wraps(evaluate)
     def call(*args):
+        note()
+        before = mx.get_active_memory()
         evaluate(*args)
         mx.synchronize()
+        most = max(peak(), mx.get_active_memory())
         note()
         active = mx.get_active_memory()
-        if reserved + HIDDEN * (reserved - active) > card():
+        if reserved + HIDDEN * (most - max(before, active)) > card():
             raise RuntimeError(testing.cuda_message(OUT_OF_MEMORY))
 
     return call

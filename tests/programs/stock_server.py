@@ -1,4 +1,4 @@
-"""mlx_lm.server as it is, with nothing of ours but the injected fault."""
+"""mlx_lm.server as it is, with nothing but the injected fault."""
 
 import mlx_lm.server as server
 

@@ -57,6 +57,8 @@ class Peer:
 
 VLLM = ("vllm-mlx", "serve", MODEL, "--port", PORT, "--host", "127.0.0.1")
 MTPLX = ("--no-mtp", "--unsafe-force-unverified", "--yes", "--no-auth")
+# By default it takes one at a time, with a generator of its own.
+VMLX = ("--continuous-batching", "--max-num-seqs", "4", "--reasoning-parser", "none")
 PEERS = [
     Peer(
         "vllm-mlx-batched",
@@ -86,6 +88,13 @@ PEERS = [
         "rapid-mlx 0.16.10, mlx 0.32.4, mlx-lm 0.31.3",
         batched=True,
         env={"RAPID_MLX_TELEMETRY": "0", "DO_NOT_TRACK": "1"},
+    ),
+    Peer(
+        "vmlx",
+        "vmlx",
+        (*("vmlx", "serve", MODEL, "--port", PORT, "--host", "127.0.0.1"), *VMLX),
+        "vmlx 1.6.81, mlx 0.32.4, mlx-lm 0.31.3",
+        batched=True,
     ),
     Peer(
         "mlx-vlm",

@@ -6,11 +6,14 @@ its pid.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import http.client
+import io
 import json
 import os
 import random
+import select
 import signal
 import socket
 import ssl
@@ -160,21 +163,44 @@ class Server:
     def start(self, command: list[str], env: dict[str, str] | None = None) -> None:
         """Starts the child, and reads what it says."""
         self._lines: list[str] = []
+        self._decoder = io.IncrementalNewlineDecoder(
+            codecs.getincrementaldecoder("utf-8")("replace"), translate=True
+        )
+        self._rest = ""  # of a line that has no end yet
+        self._reading = threading.Lock()
+        self._is_read = False  # to its end
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             env=env,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
+        while not self._is_read:
+            self._take(timeout=1.0)
+
+    def _take(self, timeout: float = 0.0) -> bool:
+        """Takes what is new in the output; whether there was anything. Any thread."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.append(line)
+        end = self.process.stdout.fileno() if not self._is_read else -1
+        if end < 0 or not select.select([end], [], [], timeout)[0]:
+            return False
+        with self._reading:
+            # Another thread may have taken it.
+            if self._is_read or not select.select([end], [], [], 0)[0]:
+                return not self._is_read
+            data = os.read(end, 1 << 16)
+            text = self._rest + self._decoder.decode(data, final=not data)
+            *lines, self._rest = text.split("\n")
+            self._lines += [line + "\n" for line in lines]
+            if not data:
+                self._lines += [self._rest] if self._rest else []
+                self._is_read = True
+            return True
 
     def plan(self, text: str) -> None:
         """Plans faults in a server that runs `CONTROLLED`."""
@@ -219,7 +245,7 @@ class Server:
     def tell(self, line: str) -> None:
         """Writes a line to the server's standard input."""
         assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
+        self.process.stdin.write(f"{line}\n".encode())
         self.process.stdin.flush()
 
     def metric(self, name: str, **labels: str) -> float:
@@ -266,14 +292,28 @@ class Server:
 
     @property
     def log(self) -> str:
-        """What it has said, or what since `renew`."""
+        """What it has said until now, or what since `renew`.
+
+        All of it: what a server logs before it answers is in the log for whoever has
+        the answer.
+        """
+        while self._take():
+            pass
         return "".join(self._lines)
 
     def renew(self) -> Server:
         """Nothing is planned, cached or logged: for tests that share `CONTROLLED`."""
         self.plan(f"any:{NEVER}")
-        # When this is answered, what was before is done with.
-        assert self.chat("another", max_tokens=1).status == 200, self.log
+        # When this is answered, what was before is done with. It is counted and logged
+        # when the answer has been sent.
+        answer = self.chat("another", max_tokens=1)
+        assert answer.status == 200, self.log
+        name = answer.json["id"]
+
+        def is_logged() -> bool:
+            return any(name in x and "outcome" in x for x in self.log.splitlines())
+
+        assert eventually(is_logged), self.log
         self.ask("forget")
         self._lines.clear()
         return self

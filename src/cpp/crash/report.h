@@ -62,8 +62,8 @@ void write_second_report(const Event& event, int number,
 bool write_run_file() noexcept;
 // Async-signal-safe. Only that of this process, not of its parent.
 void remove_run_file() noexcept;
-// The process ends as it was told to: there is no death to tell of, and no run
-// file from now on. Async-signal-safe.
+// The process ends on request: there is no death to report, and no run file
+// from now on. Async-signal-safe.
 void stopped_in_order() noexcept;
 
 struct ReportCounts {

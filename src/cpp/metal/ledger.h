@@ -175,6 +175,13 @@ class Ledger {
   // releasing an object may run code that comes back to the ledger.
   using Trash = std::vector<std::shared_ptr<void>>;
   Trash take_trash() noexcept { return std::exchange(trash_, {}); }
+  std::size_t trash_size() const noexcept { return trash_.size(); }
+  // One of it: the list keeps its memory.
+  std::shared_ptr<void> take_last_trash() noexcept {
+    std::shared_ptr<void> last = std::move(trash_.back());
+    trash_.pop_back();
+    return last;
+  }
 
  private:
   friend struct LedgerInspector;  // tests/native: checks the invariants

@@ -42,8 +42,17 @@ class SharedLedger::Locked {
 #ifdef MLX_SAFE_CHECK_INVARIANTS
     LedgerInspector::check(owner_.ledger_);
 #endif
-    Ledger::Trash trash = owner_.ledger_.take_trash();
-    owner_.mutex_.unlock();
+    // Mostly nothing, or the buffer that has settled.
+    std::size_t dropped = owner_.ledger_.trash_size();
+    if (dropped == 0) {
+      owner_.mutex_.unlock();
+    } else if (dropped == 1) {
+      std::shared_ptr<void> one = owner_.ledger_.take_last_trash();
+      owner_.mutex_.unlock();
+    } else {
+      Ledger::Trash all = owner_.ledger_.take_trash();
+      owner_.mutex_.unlock();
+    }
   }
   Locked(const Locked&) = delete;
   Locked& operator=(const Locked&) = delete;

@@ -28,7 +28,8 @@ std::vector<void*> open_libraries(std::string* path, std::string* why_not) {
   const char* simulated = std::getenv("MLX_SAFE_METAL_RUNTIME");
   if (simulated == nullptr || *simulated == '\0') {
     *why_not =
-        "Metal is not hooked: there is no Objective-C runtime on this system";
+        "no Metal on this system, so nothing to hook: MLX raises what fails "
+        "here as an exception";
     return {};
   }
   const char* const names[] = {simulated};

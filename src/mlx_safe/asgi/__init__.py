@@ -149,8 +149,8 @@ class ProtectedApp:
         if scope["method"] not in ("GET", "HEAD"):
             return False
         if path == self._metrics:
-            told = self._in_prometheus_words()
-            await send_bytes(send, 200, told, METRICS_TYPE, head=head)
+            page = self._in_prometheus_words()
+            await send_bytes(send, 200, page, METRICS_TYPE, head=head)
         elif self._lost is None:
             await send_json(send, 200, {"status": "ok"}, head=head)
         else:

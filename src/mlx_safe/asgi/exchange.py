@@ -15,13 +15,13 @@ from .messages import (
     Receive,
     Send,
     answerable,
+    fault_at_the_end,
     has_done,
     is_anthropic,
     is_event_stream,
     kept_headers,
     named_in,
     send_json,
-    told_at_the_end,
 )
 
 __all__ = ["Exchange"]
@@ -48,9 +48,9 @@ class Exchange:
         self._scope = scope
         self._send = send
         self._since = _core.epoch()
-        self._lost: asyncio.Future[errors.GPUError] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self._lost: errors.GPUError | None = None
+        # Done when the application has ended, or the process is lost.
+        self._ends: asyncio.Future[None] | None = None
         # A 5xx, or a stream's end, held back until it is known whether a fault is
         # behind it.
         self._held: list[Message] = []
@@ -69,8 +69,13 @@ class Exchange:
 
     def end(self, lost: errors.GPUError) -> None:
         """The process is lost; called in the loop."""
-        if not self._lost.done():
-            self._lost.set_result(lost)
+        if self._lost is None:
+            self._lost = lost
+            self._wake()
+
+    def _wake(self, _: object = None) -> None:
+        if self._ends is not None and not self._ends.done():
+            self._ends.set_result(None)
 
     async def run(self, app: App, receive: Receive) -> None:
         """Has ``app`` answer, until the process is lost."""
@@ -81,24 +86,26 @@ class Exchange:
                 self._releasing.cancel()
 
     async def _run(self, app: App, receive: Receive) -> None:
-        if self._lost.done():
-            await self._fail(self._lost.result())
+        if self._lost is not None:
+            await self._fail(self._lost)
             return
         if self._scope["type"] == "websocket":
             receive = self._until_it_leaves(receive)
         # A task of its own: what runs in a thread of the application's cannot be
         # cancelled, and its client must not wait for it when the process is lost.
+        self._ends = asyncio.get_running_loop().create_future()
         task = asyncio.ensure_future(app(self._scope, receive, self._pass))
-        ends: set[asyncio.Future[Any]] = {task, self._lost}
+        task.add_done_callback(self._wake)
         try:
-            await asyncio.wait(ends, return_when="FIRST_COMPLETED")
+            await self._ends
         except asyncio.CancelledError:  # the server gives the request up
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             raise
         if not task.done():
             task.cancel()
-            await self._fail(self._lost.result())
+            assert self._lost is not None  # it has woken this
+            await self._fail(self._lost)
             return
         try:
             task.result()
@@ -113,7 +120,7 @@ class Exchange:
             await self._release()
 
     def _until_it_leaves(self, receive: Receive) -> Receive:
-        """A client that has left is told nothing more."""
+        """A client that has left gets nothing more."""
 
         async def receive_and_look() -> Message:
             message = await receive()
@@ -191,7 +198,7 @@ class Exchange:
         self._tail = (self._tail + body)[-TAIL_MAX:]
         if message.get("more_body", False) or has_done(self._tail):
             return message
-        found = told_at_the_end(self._tail, TAIL_MAX)
+        found = fault_at_the_end(self._tail, TAIL_MAX)
         if found is None:
             # Starlette's middleware ends a stream first and raises what ended it then.
             self._release_soon()

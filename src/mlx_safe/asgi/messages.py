@@ -75,7 +75,7 @@ def named_in(text: bytes) -> errors.GPUError | None:
     return None
 
 
-def told_at_the_end(tail: bytes, tail_max: int) -> errors.GPUError | None:
+def fault_at_the_end(tail: bytes, tail_max: int) -> errors.GPUError | None:
     """The fault that the last event of a stream tells of as its error.
 
     An answer may quote one, too: of a conversation about them, say.

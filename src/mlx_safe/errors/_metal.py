@@ -124,7 +124,8 @@ _KINDS = (
         MetalOutOfMemoryError,
         "metal_out_of_memory",
         retryable=True,
-        advice="Less prompt cache, shorter prompts, or a higher iogpu.wired_limit_mb.",
+        advice="Less prompt cache, shorter prompts, or, on a Mac, a higher "
+        "iogpu.wired_limit_mb.",
     ),
     FaultKind(
         0x9,

@@ -36,7 +36,7 @@ def tell(directory: str | None = None, server: dict[str, object] | None = None) 
 
     Args:
         directory: None: where the reports of this process go.
-        server: what `_reports.name_process` was told of this one; None: it is none.
+        server: what `_reports.name_process` got for this one; None: it is none.
     """
     directory = directory or _paths.report_dir()
     try:
@@ -66,8 +66,8 @@ def tell(directory: str | None = None, server: dict[str, object] | None = None) 
 
 
 def _is_ours(report: Report, server: dict[str, object] | None) -> bool:
-    told = report.context.get("server")
-    if not isinstance(told, dict) or server is None:
-        return not told
+    named = report.context.get("server")
+    if not isinstance(named, dict) or server is None:
+        return not named
     # It may tell more of a server than what it is known by.
-    return all(told.get(name) == value for name, value in server.items())
+    return all(named.get(name) == value for name, value in server.items())

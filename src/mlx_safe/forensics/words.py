@@ -33,6 +33,8 @@ _AGAIN = re.compile(r"[ST][0-9A-Z]*_|Dp")
 _AGAIN_MAX = 20
 _TIMELINE_MAX = 60
 _CHART_ROWS = 6
+# Above so many times the most that was active, a ceiling is named and not drawn.
+_CHART_FAR = 3
 # Above this share, memory is what one looks at first.
 _NEARLY_FULL = 0.9
 _LESS = "less prompt cache, shorter prompts, or fewer requests at a time."
@@ -92,10 +94,10 @@ def headline(report: Report) -> str:
 
 def server_of(report: Report) -> str:
     """Which server it is of, by its port and model; "" when it is of none."""
-    told = report.context.get("server")
-    if not isinstance(told, dict):
+    server = report.context.get("server")
+    if not isinstance(server, dict):
         return ""
-    return _one_line(f"on port {told.get('port')} with {told.get('model')}")
+    return _one_line(f"on port {server.get('port')} with {server.get('model')}")
 
 
 def advice(report: Report) -> str:
@@ -303,9 +305,15 @@ def _memory(report: Report) -> list[tuple[str, ...]]:
 
 
 def chart(report: Report) -> list[str]:
-    """Active memory over time as bars, the ceiling as a line above them."""
+    """Active memory over time as bars, the ceiling as a line above them.
+
+    One that is far above would leave the bars flat, and the chart blank.
+    """
     points = [p for p in report.memory_history if p.active is not None][-64:]
-    top = max((max(p.active or 0, p.ceiling or 0) for p in points), default=0)
+    most = max((p.active or 0 for p in points), default=0)
+    ceiling = max((p.ceiling or 0 for p in points), default=0)
+    is_far = ceiling > _CHART_FAR * most
+    top = most if is_far else max(most, ceiling)
     if len(points) < 2 or top <= 0:
         return []
     eighths = _CHART_ROWS * 8
@@ -314,16 +322,17 @@ def chart(report: Report) -> list[str]:
         cells = ""
         for point in points:
             bar = (point.active or 0) * eighths // top - row * 8
-            ceiling = ((point.ceiling or 0) * eighths // top - 1) // 8
+            line = ((point.ceiling or 0) * eighths // top - 1) // 8
             if bar > 0:
                 cells += " ▁▂▃▄▅▆▇█"[min(bar, 8)]
             else:
-                cells += "─" if point.ceiling and ceiling == row else " "
+                cells += "─" if point.ceiling and line == row else " "
         lines.append(cells)
     lines[0] += f" {size(top)}"
     first, last = points[0].time_ns, points[-1].time_ns
     if first is not None and last is not None:
-        lines.append(f"the last {(last - first) / 1e9:.0f} s of active memory")
+        far = f"; the ceiling is far above, at {size(ceiling)}" if is_far else ""
+        lines.append(f"the last {(last - first) / 1e9:.0f} s of active memory{far}")
     return lines
 
 

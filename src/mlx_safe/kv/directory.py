@@ -52,6 +52,7 @@ _NAME = re.compile(
 # Longer than a write on a slow disk: who holds the lock then has been stopped.
 LOCK_WAIT_S = 60.0
 LOCK_TURN_S = 0.01
+CLOCK_SLACK_NS = 60 * 10**9
 _UNIT = 4096  # file systems give space in units of it, or smaller ones
 GONE = (errno.ENOENT, errno.ENOTDIR)
 
@@ -99,9 +100,11 @@ class Directory:
                 self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._open.append(self.fd)
-            self._check_owner()
+            if os.fstat(self.fd).st_uid != os.geteuid():
+                raise NotOurs(f"{self.path}: belongs to another user")
             self._state = self._open_state(make)
             self._open.append(self._state)
+            self._make_private()  # not before it is known to be ours
             self.marks = self.files.directory("marks", self.fd, make=True)
             self._open.append(self.marks)
         except OSError as e:
@@ -111,11 +114,8 @@ class Directory:
             self.close()
             raise
 
-    def _check_owner(self) -> None:
-        found = os.fstat(self.fd)
-        if found.st_uid != os.geteuid():
-            raise NotOurs(f"{self.path}: belongs to another user")
-        if stat.S_IMODE(found.st_mode) & 0o077:
+    def _make_private(self) -> None:
+        if not self.is_private:
             # Where modes are kept; some file systems know none.
             with contextlib.suppress(OSError):
                 os.fchmod(self.fd, 0o700)
@@ -129,24 +129,34 @@ class Directory:
         try:
             fd = self.files.open("state", self.fd, write=True)
         except FileNotFoundError:
-            # Another server may be making it just now.
-            others = [n for n in names(self.fd) if n[0] != "." and n not in _OWN]
-            if others or not make:
-                why = f" ({others[0]} is in it); give an empty one" if others else ""
-                raise NotOurs(
-                    f"{self.path}: is no directory of KV caches{why}"
-                ) from None
+            self._refuse_others(is_any_enough=not make)
             fd = self._make_state()
         try:
             found = os.fstat(fd)
             head = os.pread(fd, len(_MAGIC), 0)
-            # Its writer may have died in its first bytes.
+            if not head:  # its writer may have died before its first byte
+                self._refuse_others()
             if not stat.S_ISREG(found.st_mode) or not _MAGIC.startswith(head):
-                raise NotOurs(f"{self.path}/state: was not made by this version")
+                raise NotOurs(
+                    f"{self.path}: is of another version of mlx-safe; "
+                    "give an empty directory, or remove what is in this one"
+                )
         except BaseException:
             os.close(fd)
             raise
         return fd
+
+    def _refuse_others(self, *, is_any_enough: bool = False) -> None:
+        """Raises `NotOurs` if there are other things in it, or if it only might be."""
+        # Another server may be making it just now.
+        others = [
+            n
+            for n in names(self.fd)
+            if n[0] != "." and n not in _OWN and not _IDENTITY.fullmatch(n)
+        ]
+        if others or is_any_enough:
+            why = f" ({others[0]} is in it); give an empty one" if others else ""
+            raise NotOurs(f"{self.path}: is no directory of KV caches{why}")
 
     def _make_state(self) -> int:
         with contextlib.suppress(FileExistsError):
@@ -278,7 +288,8 @@ class Directory:
                 raise
             if stat.S_ISREG(status.st_mode):
                 size = disk_size(status.st_size)
-                yield (identity, item.name), Entry(node, size, status.st_mtime_ns)
+                used = _when(status.st_mtime_ns)
+                yield (identity, item.name), Entry(node, size, used)
 
     def open_node(self, node: Node) -> int:
         """Opens the node's file for reading.
@@ -384,7 +395,8 @@ class Directory:
         """When the node was used last, ns; None: its file is not there."""
         try:
             name = f"{node.identity}/{node.name}"
-            return os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mtime_ns
+            found = os.stat(name, dir_fd=self.fd, follow_symlinks=False)
+            return _when(found.st_mtime_ns)
         except OSError as e:
             if e.errno in GONE:
                 return None
@@ -408,6 +420,15 @@ class Directory:
 def names(fd: int) -> list[str]:
     """What is in the open directory ``fd``; pathlib cannot list one."""
     return os.listdir(fd)
+
+
+def _when(ns: int) -> int:
+    """When a file with that date was used, ns; 0: long ago.
+
+    The clock may have been set back. What seems to be of the future would outlive
+    whatever is used from now on.
+    """
+    return ns if ns <= time.time_ns() + CLOCK_SLACK_NS else 0
 
 
 def _temporary() -> str:

@@ -6,6 +6,9 @@ which it is synchronised, and no fault has come in between, it says so (`confirm
 then is a file begun. After a fault it says that as well (`fail`), and when that
 returns, nothing that was withdrawn by it appears any more.
 
+What is only of use if its request is broken off is held: it is written when that
+happens (`release`), and never when it does not (`let_go`).
+
 The thread touches no object of MLX. With MLX 0.32 an array belongs to the streams of
 the thread that made it. On Metal others have seen such writers abort the process.
 """
@@ -55,6 +58,7 @@ class Writer:
         self._backlog = backlog
         self._changed = threading.Condition()
         self._items: deque[_Item] = deque()
+        self._held: dict[int, _Item] = {}  # by whom it is held for
         # Between an item's last look at `withdrawn` and its rename.
         self._gate = threading.Lock()
         self._at_work: _Item | None = None
@@ -76,7 +80,9 @@ class Writer:
     @property
     def unconfirmed(self) -> bool:
         """Something waits for `confirm`."""
-        return bool(self._items) and not self._items[-1].confirmed
+        if self._items and not self._items[-1].confirmed:
+            return True
+        return bool(self._held) and not all(i.confirmed for i in self._held.values())
 
     def has_room(self, nbytes: int) -> bool:
         """Whether a draft of so many bytes would be taken now."""
@@ -92,6 +98,39 @@ class Writer:
             self._items.append(item)
             self._waiting += item.nbytes
             return True
+
+    def hold(self, owner: int, draft: Draft, epoch: int) -> bool:
+        """Keeps ``draft`` in memory, in the place of what is held for ``owner``.
+
+        What is held takes half of the backlog at most; False: there is no room.
+        """
+        with self._changed:
+            self._held.pop(owner, None)
+            item = _Item(draft, epoch)
+            held = sum(other.nbytes for other in self._held.values())
+            if held + item.nbytes > self._backlog // 2 or self._closed:
+                return False
+            self._held[owner] = item
+            return True
+
+    def has_held(self, owner: int) -> bool:
+        """Whether something is held for ``owner``."""
+        return owner in self._held
+
+    def let_go(self, owner: int) -> None:
+        """What is held for ``owner`` is of no use any more."""
+        with self._changed:
+            self._held.pop(owner, None)
+
+    def release(self, owner: int | None = None) -> None:
+        """What is held for ``owner``, or for all, is written, if it is confirmed."""
+        with self._changed:
+            for name in [owner] if owner is not None else list(self._held):
+                item = self._held.pop(name, None)
+                if item is not None and item.confirmed:
+                    self._items.append(item)
+                    self._waiting += item.nbytes
+            self._changed.notify_all()
 
     def _drafts(self) -> list[Draft]:
         with self._changed:
@@ -121,10 +160,10 @@ class Writer:
 
     def confirm(self, epoch: int) -> None:
         """The GPU is synchronised, in ``epoch``; what is of another one goes."""
-        if not self._items:  # called with every step
+        if not self._items and not self._held:  # called with every step
             return
         with self._changed:
-            for item in self._items:
+            for item in (*self._items, *self._held.values()):
                 if item.epoch == epoch:
                     item.confirmed = True
             self._withdraw(lambda item: not item.confirmed)
@@ -143,6 +182,8 @@ class Writer:
             pass
 
     def _withdraw(self, which: Callable[[_Item], bool]) -> None:
+        for owner in [o for o, item in self._held.items() if which(item)]:
+            del self._held[owner]
         kept: deque[_Item] = deque()
         for item in self._items:
             if which(item):

@@ -15,7 +15,7 @@ It raises the `GPUError` where that would not be exact: see `protect`.
 | Module | What is in it |
 |---|---|
 | `batch` | what is kept of one generator, and what follows a failure of it |
-| `sequences` | one request: what was inserted and told, and how to go on with it |
+| `sequences` | one request: what was inserted and produced, and how to go on with it |
 | `callables` | samplers and processors: which depend on their arguments alone |
 | `stops` | stop words after some tokens of an answer |
 
@@ -52,16 +52,15 @@ def protect(
 
     - a sampler or a logits processor may have a state (see `replayable`);
     - MLX was seeded (``mx.random.seed``) for an answer that is drawn;
-    - tokens were told that did not pass by the generator, or it has requests that were
+    - tokens came that did not pass by the generator, or it has requests that were
       inserted before;
     - ``keep_caches`` is false, and a request came with a cache that its tokens
       (``all_tokens``) do not explain.
 
     A cache that goes to the server (of an answer that has ended, of ``extract_cache``
-    or ``remove``) is computed first, so that no prompt cache keeps what a fault has
-    spoilt. Who reads prompts outside the generator must look after that by
-    himself (`mlx_safe.guard`): a fault since the last step makes ``insert`` with a
-    cache raise.
+    or ``remove``) is computed first. So no prompt cache keeps what a fault has spoilt.
+    Who reads prompts outside the generator must look after that by himself
+    (`mlx_safe.guard`): a fault since the last step makes ``insert`` with a cache raise.
 
     Args:
         cls: mlx-lm's class, or a copy of it in another package; None: mlx-lm's.

@@ -20,17 +20,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import _core, _faults, _reports, errors
-from .._exceptions import clear_frames
+from .. import errors
 from .._failures import (
     Failure,
+    FaultWatch,
     at_once,
     care_level,
-    fault_behind,
     is_out_of_memory,
     what_it_means,
 )
-from .._thread_state import fetch_pending_errors, seed_anew
+from .._thread_state import drop_failed, make_sound
 from ..memory.demand import STEP_MIN
 from .callables import draws, has_state, may_draw
 from .sequences import Kept, leaves
@@ -168,7 +167,7 @@ def _wrapped(protection: _Protection) -> dict[str, Any]:
 
 
 class _Replay:
-    """What one generator was given and has told.
+    """What one generator was given and has produced.
 
     Attributes:
         kept: the requests in it, by uid; those that came first come first.
@@ -180,9 +179,8 @@ class _Replay:
         self._ref = weakref.ref(generator)
         self._plain_next = protection.plain["_next"]
         self.kept: dict[Any, Kept] = {}
-        # The epoch up to which nothing has failed, or was dealt with.
-        self._clean = _core.epoch()
-        # Failures since a token was told.
+        self._faults = FaultWatch()
+        # Failures since a token was returned.
         self._in_vain = 0
         # What failed while a cache was computed for the server.
         self._doubt: Exception | None = None
@@ -214,10 +212,10 @@ class _Replay:
         try:
             if given:
                 mx.eval([cache.state for cache in given])
-                _faults.check(self._clean)
+                self._faults.check()
         except Exception as e:
             self._protection.plain["remove"](self._generator, uids)
-            fault = fault_behind(e, self._clean)
+            fault = self._faults.behind(e)
             self._pass(e)
             raise fault or e from None
         seeded = _seeds.take()
@@ -231,7 +229,7 @@ class _Replay:
         if self.kept:
             self._doubt = self._doubt or exc
         else:
-            self._clean = _core.epoch()
+            self._faults.settle()
 
     def _judge(self, kept: Kept, entry: Sequence[Any]) -> None:
         """What ``kept`` begins from when it begins again, or why it cannot."""
@@ -279,9 +277,9 @@ class _Replay:
         try:
             for cache in caches.values():
                 _compute(cache[0])
-            _faults.check(self._clean)
+            self._faults.check()
         except Exception as e:
-            fault = fault_behind(e, self._clean)
+            fault = self._faults.behind(e)
             self._pass(e)
             raise fault or e from None
         return caches
@@ -289,7 +287,7 @@ class _Replay:
     def _forget_all(self) -> None:
         self.kept.clear()
         self._refused = self._doubt = None
-        self._clean = _core.epoch()
+        self._faults.settle()
         self._end_care()
 
     # -- steps -----------------------------------------------------------------------
@@ -308,12 +306,12 @@ class _Replay:
                     doubt, self._doubt = self._doubt, None
                     raise doubt
                 # Of what the step before has left to be computed.
-                _faults.check(self._clean)
+                self._faults.check()
                 prompts, answers = self._plain_next(self._ref())
                 for answer in answers:
                     if answer.finish_reason is not None and answer.prompt_cache:
                         _compute(answer.prompt_cache)
-                _faults.check(self._clean)
+                self._faults.check()
             except Exception as e:
                 failed = e
             else:
@@ -349,32 +347,29 @@ class _Replay:
         Raises:
             Exception: ``exc``, or the fault that it stands for: it stays failed.
         """
-        fault = fault_behind(exc, self._clean)
+        fault = self._faults.behind(exc)
         if fault is None and not errors.is_allocation_failure(exc):
             raise exc
-        if fault is not None and not fault.faults:
-            # One that is in the log has its report from there.
-            _reports.write_fault_beside(str(fault), fault.code)
+        self._faults.report(fault)
         what = what_it_means(fault, exc)
         queued = {entry[0] for entry in self._generator._unprocessed_sequences}
         ran = [kept for uid, kept in self.kept.items() if uid not in queued]
         why_not = self._why_not(what, ran or list(self.kept.values()))
         out_of_memory = is_out_of_memory(fault, exc)
-        told = fault or exc
+        cause = fault or exc
         self._in_vain += 1
         self._reset(exc)
-        late = [f for f in _faults.faults(self._clean) if f.fatal]
-        if late and not (fault is not None and fault.fatal):
-            told, why_not = errors.from_faults(late), "the process must be replaced"
-        self._clean = _core.epoch()
+        late = self._faults.settle()
+        if late is not None and not (fault is not None and fault.fatal):
+            cause, why_not = late, "the process must be replaced"
         if why_not is not None:
-            self._refuse(told, why_not)
+            self._refuse(cause, why_not)
         for kept in ran:
             kept.attempts += 1
         self._take_care(Failure.TOO_MUCH if out_of_memory else what)
         queue = self._generator._unprocessed_sequences
         queue.extend(kept.entry() for kept in self.kept.values())
-        log.warning("%s; requests begun again: %d", told, len(self.kept))
+        log.warning("%s; requests begun again: %d", cause, len(self.kept))
 
     def _why_not(self, what: Failure, ran: list[Kept]) -> str | None:
         if what is Failure.FINAL:
@@ -402,9 +397,9 @@ class _Replay:
         if not self.kept.keys() >= {*prompts.uids, *answers.uids}:
             return "requests were inserted before `protect`, or in another way"
         for uid, made in zip(answers.uids, answers._num_tokens, strict=False):
-            # One more where the step that made it was not told of.
+            # One more where the step that made it returned nothing.
             if made - self.kept[uid].made not in (0, 1):
-                return "tokens were told that did not pass by"
+                return "tokens came that did not pass by the generator"
         return None
 
     def _is_put_last(self, worst: list[Kept]) -> bool:
@@ -417,16 +412,16 @@ class _Replay:
         self.kept[kept.uid] = self.kept.pop(kept.uid)
         return True
 
-    def _refuse(self, told: Exception, why: str) -> None:
-        if hasattr(told, "add_note"):
-            told.add_note(f"mlx_safe.mlx_lm: not done again: {why}")
-        log.error("%s; not done again: %s", told, why)
-        self._refused = told
-        raise told
+    def _refuse(self, cause: Exception, why: str) -> None:
+        if hasattr(cause, "add_note"):
+            cause.add_note(f"mlx_safe.mlx_lm: not done again: {why}")
+        log.error("%s; not done again: %s", cause, why)
+        self._refused = cause
+        raise cause
 
     def _reset(self, exc: Exception) -> None:
         """Drops what the step may have left unwritten, and MLX's own errors of it."""
-        clear_frames(exc)
+        drop_failed(exc)
         generator = self._generator
         generator._prompt_batch.filter([])
         answers = generator._generation_batch
@@ -434,14 +429,10 @@ class _Replay:
         answers._current_tokens, answers._current_logprobs = None, []
         generator._unprocessed_sequences.clear()
         generator._currently_processing.clear()
-        # MLX 0.32 raises a stored error without a wait, and the memory of what has
-        # failed may still be written to.
-        _core.metal_wait_for_skipped()
-        fetch_pending_errors(generator._stream)
-        if any(kept.is_drawn for kept in self.kept.values()):
-            seed_anew()
+        draws = any(kept.is_drawn for kept in self.kept.values())
+        make_sound(generator._stream, draws=draws)
+        if draws:
             _seeds.take()  # it was for nobody
-        mx.clear_cache()
 
     def _take_care(self, what: Failure) -> None:
         """Sets how many run at a time, and in which steps prompts are read."""
@@ -452,7 +443,7 @@ class _Replay:
         if not self._sizes:
             self._sizes = tuple(getattr(generator, name) for name in _SIZES)
         limit = at_once(what, len(self.kept), level, self._protection.attempts)
-        care = care_level(what, level)
+        care = care_level(what, level, self._protection.attempts)
         if limit is not None:
             generator.prefill_batch_size = min(limit, self._sizes[0])
             generator.completion_batch_size = min(limit, self._sizes[1])

@@ -1,4 +1,4 @@
-"""One request of a batch: what was inserted and told, and how to go on with it.
+"""One request of a batch: what was inserted and produced, and how to go on with it.
 
 Generation thread. ``segments``: lists of token ids, the parts in which mlx-lm reads a
 prompt.
@@ -33,7 +33,7 @@ class Kept:
 
     Attributes:
         uid: mlx-lm's.
-        produced: tokens that were told. made: those of them since it was last begun.
+        produced: tokens that `next` returned. made: those since it was last begun.
         attempts: how often it was begun again.
         is_drawn: its sampler may draw.
         seeded: MLX was seeded for it.
@@ -88,7 +88,7 @@ class Kept:
 
     @property
     def is_explained(self) -> bool:
-        """Whether its cache has as many tokens as the generator was told of."""
+        """Whether its cache has as many tokens as the generator knows of."""
         found = [offset(cache) for cache in leaves(self._cache)]
         known = [n for n in found if n is not None]
         return bool(known) and all(n == len(self._tokens) for n in known)
@@ -114,7 +114,7 @@ class Kept:
         )
 
     def tell_read(self, response: Any) -> None:
-        """A step has read of its prompt: what was told before is not told again.
+        """A step has read of its prompt: what was reported before is not repeated.
 
         Its progress goes on, so a caller that waits for it sees that something is done.
         """

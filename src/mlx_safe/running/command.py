@@ -10,6 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
+from .. import _core
 from .._command import CommandError, Parser, in_one_line
 
 TYPE_CHECKING = False
@@ -84,6 +85,8 @@ def run(arguments: Sequence[str]) -> int:
         *(["replay"] if asked.replay else []),
     ]
     env = environment(os.environ, words)
+    # What becomes of this process is no crash of a program that uses MLX.
+    _core.remove_run_file()
     if not asked.supervise:
         sys.stdout.flush()
         try:

@@ -11,5 +11,5 @@ overridden and why. `mlx_lm.seams` compares that with the installed mlx-lm at st
 - A request: `schema`, `messages`, `strict_json`, `model_names`, `model_limits`.
 - Generation: `generator`, `scheduler`, `request`, `prompts`, `parts`, `recovery`.
 - An answer: `answers`, `choices`, `tool_calls`, `logprobs`.
-- What is told of it: `logs`, `exchange`, `metrics`, `live`, `step`.
+- Its record: `logs`, `exchange`, `metrics`, `live`, `step`.
 """

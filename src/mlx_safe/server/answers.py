@@ -23,6 +23,7 @@ from .logs import fields
 from .mlx_lm import compat
 from .mlx_lm.protocols.opaque import Json
 from .mlx_lm.protocols.requests import AnsweredContext, Response
+from .stop_words import StopWords
 
 __all__ = ["Answer"]
 
@@ -79,12 +80,14 @@ class Answer:
     Attributes:
         is_chat: it is a message, and not a bare text.
         wants_logprobs: the client asked for them.
+        stop_words: each choice ends before the first of them.
     """
 
     def __init__(self, handler: Connection, asked: Asked) -> None:
         self._handler = handler
         self._asked = asked
         self._tools = asked.request.tools
+        self.stop_words = asked.arguments.stop_words
         # Nobody waits for a call then: models that write one all the same say it.
         self._reads_calls = handler.body.get("tool_choice") != "none"
         if not self._reads_calls:
@@ -220,6 +223,10 @@ class _Choice:
         self.tokens = 0
         self.ended = False
         self._finish = "stop"
+        words = answer.stop_words
+        self._stops = StopWords(words) if words else None
+        # Of what it holds back.
+        self._state: str | None = "normal"
         # Not sent yet.
         self._text = ""
         self._reasoning = ""
@@ -253,6 +260,8 @@ class _Choice:
     def add(self, response: Response) -> None:
         """Takes one token, and the text that it completes, from mlx-lm."""
         self.tokens += 1
+        if self._stops is not None and self._stops.found:
+            return  # made before the generation thread could end it
         if self._names is not None:
             self._entries.append(
                 Entry(response.token, response.logprob, response.top_tokens)
@@ -260,14 +269,24 @@ class _Choice:
         if response.finish_reason is not None:
             self._finish = response.finish_reason
         for state, text in self._read(response):
-            if state == "normal" and self._call is None:
-                self._text += text
-                continue
-            if state == "tool":
-                self._call = (self._call or "") + text
-                continue
-            if state is None:  # 0.31: a stop word, wherever it comes
-                continue
+            if self._stops is None:
+                self._add_text(state, text)
+            elif state is not None:
+                self._add_text_to_stop(self._stops, state, text)
+
+    def _add_text_to_stop(self, stops: StopWords, state: str, text: str) -> None:
+        if state != self._state:  # a marker stands between, and none in a stop word
+            self._add_text(self._state, stops.rest())
+            self._state = state
+        if not stops.found:
+            self._add_text(state, stops.take(text))
+
+    def _add_text(self, state: str | None, text: str) -> None:
+        if state == "normal" and self._call is None:
+            self._text += text
+        elif state == "tool":
+            self._call = (self._call or "") + text
+        elif state is not None:  # 0.31: None at the model's own end
             if self._call is not None:
                 self._end_call(closed=True)
             if state == "reasoning":
@@ -277,6 +296,10 @@ class _Choice:
 
     def end(self) -> None:
         """There are no more tokens."""
+        if self._stops is not None:
+            if self._stops.found:
+                self._finish = "stop"
+            self._add_text(self._state, self._stops.rest())
         if self._call is not None:
             self._end_call(closed=False)
         if self._calls_sent + len(self._calls) and self._finish == "stop":

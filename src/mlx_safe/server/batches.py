@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .. import _reports
 from .in_flight import InFlight
@@ -22,7 +21,71 @@ from .request import RequestState
 from .scheduler import Scheduler
 from .step import Step
 
-__all__ = ["watched"]
+__all__ = ["paced", "watched"]
+
+
+class _Read:
+    """How much of their prompts has been read, by uid."""
+
+    def __init__(self) -> None:
+        self._done: dict[Uid, int] = {}
+
+    def tokens(self, prompts: Sequence[PromptResponse]) -> int:
+        """In the last step; the rows of a step are as long as the longest."""
+        before, self._done = self._done, {r.uid: int(r.progress[0]) for r in prompts}
+        longest = max(done - before.get(uid, 0) for uid, done in self._done.items())
+        return longest * len(self._done)
+
+
+def paced(
+    cls: type[BatchGenerator],
+    prefill: PrefillStep,
+    step: Step,
+    share: Callable[[object], object],
+) -> type[BatchGenerator]:
+    """A subclass of ``cls`` for one of several ranks, who agree on the size of steps.
+
+    Whether a step reads is known to all alike, and without a word: by what was
+    inserted, told and removed. So they meet for its size at the same step.
+    """
+
+    class Paced(cls):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            self._reading: dict[Uid, None] = {}
+            self._read = _Read()
+            super().__init__(*args, **kwargs)
+
+        def insert_segments(self, *args: object, **kwargs: object) -> object:
+            uids = super().insert_segments(*args, **kwargs)
+            self._reading.update(dict.fromkeys(uids))
+            return uids
+
+        def remove(
+            self, uids: Sequence[Uid], *args: object, **kwargs: object
+        ) -> object:
+            self._are_read(uids)
+            return super().remove(uids, *args, **kwargs)
+
+        def _are_read(self, uids: Sequence[Uid]) -> None:
+            for uid in uids:
+                self._reading.pop(uid, None)
+
+        def next(self) -> tuple[Sequence[PromptResponse], Sequence[AnswerResponse]]:
+            _reports.sample_memory()
+            rows = min(len(self._reading), self.prefill_batch_size)
+            if rows:
+                prefill.agree(share, rows)
+            step.begin("prefill" if rows else "decode")
+            prompts, generated = super().next()
+            running = step.running
+            if prompts and running is not None:
+                prefill.took(self._read.tokens(prompts), running[1])
+            self._are_read([r.uid for r in prompts if r.end_of_prompt])
+            self._are_read([r.uid for r in generated])
+            return prompts, generated
+
+    Paced.__name__ = cls.__name__
+    return Paced
 
 
 def watched(
@@ -32,7 +95,7 @@ def watched(
     own: OwnFailures,
     prefill: PrefillStep,
     step: Step,
-    someone_came: Callable[[], bool],
+    is_awaited: Callable[[], bool],
     disk: KVTier | None = None,
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` (mlx-lm's `BatchGenerator`) that asks before each step.
@@ -40,22 +103,22 @@ def watched(
     Between two steps it also looks for requests that have been stopped. mlx-lm takes
     those out only when it has a response for them and its turn of half a second is
     over (`TimeBudget`, 0.31 to 0.32). So it gets an empty response for them instead of
-    a step, and then none, which ends its turn. Nor does it look for new requests before
-    its turn is over: one that came just after another would wait for half a second, and
-    be joined to a batch that is far ahead. A turn ends when ``someone_came``, but has
-    one step at least.
+    a step, and then none, which ends its turn.
+
+    So does it when ``is_awaited`` says that somebody has come in: mlx-lm takes one new
+    request a turn, who would wait for half a second otherwise.
     """
 
     class Watched(cls):  # type: ignore[misc,valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: object, **kwargs: object) -> None:
             self._requests: dict[Uid, InFlight] = {}  # of what is in the batch, by uid
             self._missing: set[str] = set()
-            self._read: dict[Uid, int] = {}
+            self._read = _Read()
             self._leaving = False
-            self._has_stepped = False  # since someone came
+            self._has_stepped = False  # in this turn
             super().__init__(*args, **kwargs)
 
-        def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
+        def insert_segments(self, *args: object, **kwargs: object) -> object:
             insert = super().insert_segments
             uids = own.make(lambda: insert(*args, **kwargs), self._never_inserted)
             request = scheduler.inserted(*uids)
@@ -89,13 +152,9 @@ def watched(
             self._missing.add(uid := f"never inserted {len(self._missing)}")
             return (uid,)
 
-        def _tokens_read(self, prompts: Sequence[PromptResponse]) -> int:
-            """In the last step; the rows of a step are as long as the longest."""
-            read, self._read = self._read, {r.uid: int(r.progress[0]) for r in prompts}
-            longest = max(done - read.get(uid, 0) for uid, done in self._read.items())
-            return longest * len(self._read)
-
-        def remove(self, uids: Sequence[Uid], *args: Any, **kwargs: Any) -> Any:
+        def remove(
+            self, uids: Sequence[Uid], *args: object, **kwargs: object
+        ) -> object:
             for uid in uids:
                 self._requests.pop(uid, None)
             uids = [uid for uid in uids if uid not in self._missing]
@@ -103,9 +162,9 @@ def watched(
 
         def next(self) -> tuple[Sequence[PromptResponse], Sequence[AnswerResponse]]:
             if self._leaving:
-                self._leaving = False
+                self._leaving = self._has_stepped = False
                 return [], []
-            if self._has_stepped and someone_came():
+            if self._has_stepped and is_awaited():
                 self._has_stepped = False
                 return [], []
             self._has_stepped = True
@@ -144,7 +203,7 @@ def watched(
             if any(not response.end_of_prompt for response in prompts):
                 prefill.went_well()
             if prompts and running is not None:
-                prefill.took(self._tokens_read(prompts), running[1])
+                prefill.took(self._read.tokens(prompts), running[1])
             observer().end_of_batch_step(prompts, generated, scheduler.prompt_lengths)
             return prompts, generated
 

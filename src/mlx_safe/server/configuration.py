@@ -7,6 +7,7 @@ have (``--port=8081``). The same parser reads it, so it is checked in the same w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import sys
@@ -17,7 +18,9 @@ from typing import Any
 
 from .._command import CommandError, Parser
 
-__all__ = ["Settings", "option_of", "printed", "resolve", "variable_of"]
+__all__ = [
+    *("Settings", "log_format_of", "option_of", "printed", "resolve", "variable_of"),
+]
 
 # Of one start, and of no file.
 NOT_IN_A_FILE = ("help", "print_config", "config")
@@ -44,6 +47,9 @@ _UNSET = object()
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+
+# By the flag's name, without dashes.
+Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,22 @@ def resolve(
     return Settings(values, sources, _unknown(parser, environment))
 
 
-def _given(
-    parser: Parser, words: Sequence[str], partial: bool = False
-) -> dict[str, Any]:
+def log_format_of(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """``--log-format``, also where other flags, or the file, are wrong.
+
+    What is wrong is told in it. As text where nobody can tell.
+    """
+    for flags in (("--log-format", "--config"), ("--log-format",)):
+        parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
+        for flag in flags:  # a file that cannot be read says nothing
+            parser.add_argument(flag)
+        with contextlib.suppress(CommandError):
+            found = resolve(parser, arguments, environment, partial=True)
+            return "json" if found.values.log_format == "json" else "text"
+    return "text"
+
+
+def _given(parser: Parser, words: Sequence[str], partial: bool = False) -> Values:
     """What ``words`` say, without defaults."""
     lists = (argparse._AppendAction, argparse._ExtendAction)
     marked = argparse.Namespace(
@@ -125,8 +144,8 @@ def _actions(parser: Parser) -> Iterator[argparse.Action]:
             yield action
 
 
-def _of_environment(parser: Parser, environment: Mapping[str, str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _of_environment(parser: Parser, environment: Mapping[str, str]) -> Values:
+    found: Values = {}
     for action in parser._actions:
         name = variable_of(action)
         text = environment.get(name, "")
@@ -147,7 +166,7 @@ def _of_environment(parser: Parser, environment: Mapping[str, str]) -> dict[str,
     return found
 
 
-def _table(path: str) -> dict[str, Any]:
+def _table(path: str) -> Values:
     try:
         if sys.version_info >= (3, 11):
             import tomllib
@@ -157,9 +176,7 @@ def _table(path: str) -> dict[str, Any]:
         raise CommandError("--config needs tomli: pip install 'tomli>=2'") from None
     given = f"--config {path}"
     try:
-        found: dict[str, Any] = tomllib.loads(
-            Path(path).read_text(encoding="utf-8-sig")
-        )
+        found: Values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         return found
     except OSError as e:
         raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
@@ -180,10 +197,10 @@ def _unknown(parser: Parser, environment: Mapping[str, str]) -> tuple[str, ...]:
     )
 
 
-def _of_file(parser: Parser, path: str, partial: bool) -> dict[str, Any]:
+def _of_file(parser: Parser, path: str, partial: bool) -> Values:
     given = f"--config {path}"
     flags = {option_of(action): action for action in _actions(parser)}
-    found: dict[str, Any] = {}
+    found: Values = {}
     for key, value in _table(path).items():
         if key in flags:
             found |= _read(parser, flags[key], value, f"{given}: {key}")
@@ -197,9 +214,7 @@ def _meant(key: str, flags: Mapping[str, object]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _read(
-    parser: Parser, action: argparse.Action, value: Any, place: str
-) -> dict[str, Any]:
+def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Values:
     """What the flag has as ``value``; ``place`` is named when that is wrong."""
     try:
         if action.nargs == 0:

@@ -119,7 +119,7 @@ class _Epoll:
         self._epoll = select.epoll()
 
     def add(self, number: int) -> None:
-        """Told of from now on, once for each thing that happens; also at once."""
+        """Watches it from now on: once for each change, also one that came before."""
         with contextlib.suppress(FileExistsError):  # of another choice of its answer
             self._epoll.register(number, select.EPOLLRDHUP | select.EPOLLET)
 
@@ -132,7 +132,7 @@ class _Epoll:
 
 
 class _Kqueue:
-    """macOS: the same; data that has come is told of as well."""
+    """macOS: the same; data that has come is reported as well."""
 
     def __init__(self) -> None:
         kq: Any = select  # what only systems with kqueue have

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from . import openapi, schema, status_page
 from .access import STATUS
 from .metrics import CONTENT_TYPE
 from .mlx_lm import compat
+from .mlx_lm.protocols.opaque import Json
 from .replies import BadRequest, ModelNotFound
 from .responses import Responses
 from .status import HISTORIES
@@ -86,7 +86,7 @@ class Endpoints(Responses):
         else:
             super()._set_cors_headers()
 
-    def _listed(self, name: str) -> dict[str, Any]:
+    def _listed(self, name: str) -> Json:
         return {"id": name, "object": "model", "created": self.created}
 
     def handle_models_request(self) -> None:

@@ -1,4 +1,4 @@
-"""One request over HTTP and its answer: how it ended, told once and counted once.
+"""One request over HTTP and its answer: how it ended, logged once and counted once.
 
 The handler notes what happens to it; what became of the generation it reads from the
 requests of the state machine (`request`). The line in the log and the counts of
@@ -95,8 +95,9 @@ class Exchange:
     @property
     def code(self) -> str:
         """That of the error response; "" without one."""
-        told = self.outcome in ("refused", "failed")
-        return reply_for(self.error).code if told and self.error is not None else ""
+        if self.error is None or self.outcome not in ("refused", "failed"):
+            return ""
+        return reply_for(self.error).code
 
     @property
     def replays(self) -> int:

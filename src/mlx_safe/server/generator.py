@@ -11,7 +11,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from queue import Queue
-from typing import Any, NoReturn
+from typing import NoReturn, cast
 
 import mlx.core as mx
 
@@ -30,12 +30,20 @@ from .mlx_lm.bases import ResponseGenerator
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.prompt_cache import PromptCache
 from .mlx_lm.protocols.models import ModelProvider
-from .mlx_lm.protocols.opaque import ModelKey, Progress
+from .mlx_lm.protocols.opaque import (
+    Item,
+    Json,
+    ModelKey,
+    Progress,
+    Stops,
+    Tokenized,
+)
 from .mlx_lm.protocols.requests import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
     Response,
+    Taken,
 )
 from .mlx_lm.protocols.text import Tokenizer
 from .model_names import ModelNames
@@ -73,14 +81,16 @@ STOP_TIMEOUT_OF_RANKS_S = 8.0
 STARTS_WITHOUT_WORK_MAX = 20
 
 
-class Door(Queue[Any]):
+class Door(Queue[Taken]):
     """mlx-lm's queue: who comes in is in flight from then on."""
 
-    def __init__(self, arrive: Callable[[Any], Any]) -> None:
+    def __init__(self, arrive: Callable[[Taken], Taken]) -> None:
         super().__init__()
         self._arrive = arrive
 
-    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+    def put(
+        self, item: Taken, block: bool = True, timeout: float | None = None
+    ) -> None:
         """Raises what ``arrive`` does: nothing is queued then."""
         super().put(self._arrive(item), block, timeout)
 
@@ -111,9 +121,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         # With more than one rank all must take the same steps, and only the first
         # has clients (`ranks`): nothing is run again, a failure ends the process.
         self._one_rank = mx.distributed.init().size() == 1
-        # The ranks must take the same steps, and each has a clock of its own.
-        aim_s = step_seconds if self._one_rank else 0.0
-        prefill = PrefillStep(model_provider.cli_args, aim_s)
+        share = None if self._one_rank else self._share_object
+        prefill = PrefillStep(model_provider.cli_args, step_seconds)
         self.headroom = Headroom(memory, prompt_cache, prefill, self._one_rank)
         self.scheduler: Scheduler[InFlight] = Scheduler(
             self.headroom,
@@ -167,9 +176,10 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self.step,
             self.recovery.end_alone,
             self._disk,
-            self._one_rank,
+            share,
             self._between_steps,
-            self._someone_came,
+            # Queue's own deque: `empty` would take a lock before each step.
+            lambda: bool(self._queue.queue) and self.scheduler.takes_new(),
         )
         # An error that mlx-lm caught itself, until the thread gets round to it.
         self._caught: Exception | None = None
@@ -190,7 +200,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             max_kv_size=max_kv_size,
             disk=self._disk,
         )
-        share = None if self._one_rank else self._share_object
         self._sequential = Sequential(
             self.scheduler, self.headroom, share, prefill, self.step
         )
@@ -265,7 +274,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         """The width of the loaded model's logits; None: not known. Any thread."""
         return self._model.limits.facts.width
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Json:
         """What crash reports tell of this server. Any thread."""
         return {} if self._disk is None else {"kv_disk": self._disk.figures()}
 
@@ -329,7 +338,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         tokenizer: Tokenizer,
         request: CompletionRequest,
         args: GenerationArguments,
-    ) -> tuple[Any, ...]:
+    ) -> Tokenized:
         tokenize = super()._tokenize
         return self._prompts.read(
             request, args, tokenizer, lambda request: tokenize(tokenizer, request, args)
@@ -348,15 +357,15 @@ class ProtectedResponseGenerator(ResponseGenerator):
         model_key: ModelKey,
         tokenizer: Tokenizer,
         stop_words: list[str],
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Any, ...]:
+        *args: object,
+        **kwargs: object,
+    ) -> Stops:
         make = super()._make_state_machine
         return self.parts.state_machine(
-            lambda words: make(model_key, tokenizer, words, *args, **kwargs), stop_words
+            lambda: make(model_key, tokenizer, [], *args, **kwargs), stop_words
         )
 
-    def _share_request(self, request: Any) -> Any:
+    def _share_request(self, request: Taken | None) -> Taken | None:
         """Where the first rank tells the others; they wait if that fails."""
         if request is not None and not self._one_rank:
             try:
@@ -367,7 +376,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
                 request = None
         return super()._share_request(request)
 
-    def _next_request(self, timeout: float | None = None) -> Any:
+    def _next_request(self, timeout: float | None = None) -> Taken | None:
         # mlx-lm's loop comes by here between any two pieces of work.
         self._starts_without_work = 0
         self.step.end()
@@ -396,19 +405,18 @@ class ProtectedResponseGenerator(ResponseGenerator):
                 self._home.end()
             return None
         # Where another rank has the clients, it comes as that rank got it.
-        request = taken[0] if self._rank == 0 else self._in_flight(taken)
-        return request if request.taken() else None
+        is_here = self._rank == 0
+        request = cast(InFlight, taken[0]) if is_here else self._in_flight(taken)
+        if not request.taken() and self._one_rank:
+            return None
+        return request  # of one whose client has left, too: the other ranks have it
 
-    def _someone_came(self) -> bool:
-        """Whether mlx-lm would get a new request if it asked now."""
-        return self.scheduler.takes_new() and not self._queue.empty()
-
-    def _in_flight(self, asked: tuple[Any, Any, Any]) -> InFlight:
+    def _in_flight(self, asked: Taken) -> InFlight:
         return InFlight(
             self.scheduler, asked, self._before_put, self._on_caught, self._one_rank
         )
 
-    def _arrive(self, asked: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    def _arrive(self, asked: Taken) -> Taken:
         """What a handler puts into mlx-lm's queue, in flight from now on."""
         if isinstance(asked[1], AllStop):
             return asked
@@ -421,23 +429,21 @@ class ProtectedResponseGenerator(ResponseGenerator):
         return request, asked[1], asked[2]
 
     @property
-    def requests(self) -> Any:
+    def requests(self) -> Queue[Taken]:
         """mlx-lm's queue of what is to be generated."""
         return self._queue
 
     @requests.setter
-    def requests(self, queue: Any) -> None:
+    def requests(self, queue: Queue[Taken]) -> None:
         # mlx-lm makes it just before it starts the thread that reads it.
         self._queue = Door(self._arrive)
 
-    def _serve_single(self, request: Any, *args: Any) -> None:
-        self.scheduler.serve_alone(request[0])
+    def _serve_single(self, request: Taken, *args: object) -> None:
+        self.scheduler.serve_alone(cast(InFlight, request[0]))
         self._sequential.begin()
         super()._serve_single(request, *args)
 
-    def _before_put(self, request: InFlight, item: Any) -> None:
-        if not self._one_rank:  # `batches` does not see its steps
-            self.watchdog.moved()
+    def _before_put(self, request: InFlight, item: Item) -> None:
         self.recovery.check_epoch()
         if self._disk is not None:
             self._keep_on_disk(self._disk, request, item)
@@ -452,10 +458,13 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.watchdog.moved()
         _reports.sample_memory()
         self.recovery.check_epoch()
+        if self._disk is not None:
+            self._disk.checkpoint_alone(request, None)
+            self._disk.confirm()
         self._sequential.between_steps(request, done, total, by_target)
         request.read(done, total)
 
-    def _keep_on_disk(self, disk: KVTier, request: InFlight, item: Any) -> None:
+    def _keep_on_disk(self, disk: KVTier, request: InFlight, item: Item) -> None:
         if hasattr(item, "token"):
             disk.first_token(request)
         elif request.run.alone and isinstance(item, tuple):
@@ -510,7 +519,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         if self._one_rank:
             self._stop = True
         else:
-            self.requests.put((Queue(), AllStop(), None))
+            self.requests.put(cast(Taken, (Queue(), AllStop(), None)))
         # A step that is under way may take its time, or never end.
         self._generation_thread.join(
             STOP_TIMEOUT_S if self._one_rank else STOP_TIMEOUT_OF_RANKS_S

@@ -206,7 +206,7 @@ class ProtectedHandler(Endpoints, APIHandler):
         self.n = self.body.get("n", 1)
         super().validate_model_parameters()
 
-    def _validate(self, name: str, *args: Any, **more: Any) -> None:
+    def _validate(self, name: str, *args: object, **more: object) -> None:
         if name == "top_logprobs":  # 11 for mlx-lm
             more["max_val"] = schema.TOP_LOGPROBS_MAX
         super()._validate(name, *args, **more)

@@ -14,16 +14,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from queue import SimpleQueue
-from typing import Any
 
 from .asked import wants_logprobs
-from .mlx_lm.protocols.opaque import ModelKey
+from .mlx_lm.protocols.opaque import (
+    Item,
+    ModelKey,
+)
 from .mlx_lm.protocols.requests import (
     AnsweredContext,
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
+    Taken,
 )
 from .mlx_lm.protocols.text import Tokenizer
 from .recorder import Place
@@ -33,9 +35,6 @@ from .scheduler import Scheduler
 __all__ = ["InFlight", "request_of"]
 
 _ATTRIBUTE = "_mlx_safe_request"
-
-# mlx-lm's queue of one request, the request and its arguments.
-Taken = tuple["SimpleQueue[Any]", CompletionRequest, GenerationArguments]
 
 
 def request_of(work: CompletionRequest) -> InFlight:
@@ -65,13 +64,13 @@ class InFlight(Request):
         wants_logprobs: its client asked for log-probabilities.
     """
 
-    _first: Any = None  # the context that its handler has
+    _first: GenerationContext | None = None  # the context that its handler has
 
     def __init__(
         self,
         scheduler: Scheduler[InFlight],
         taken: Taken,
-        before_put: Callable[[InFlight, Any], None],
+        before_put: Callable[[InFlight, Item], None],
         on_error: Callable[[InFlight, Exception], None],
         may_stop_alone: bool = True,
     ) -> None:
@@ -123,7 +122,7 @@ class InFlight(Request):
         args = dataclasses.replace(self._args, max_tokens=left)  # type: ignore[type-var]
         return self, request, args
 
-    def put(self, item: Any) -> None:
+    def put(self, item: Item) -> None:
         """Passes ``item`` on, unless a fault has made it worthless.
 
         Raises:
@@ -183,7 +182,7 @@ class InFlight(Request):
         """Its client has closed the connection: ends the request."""
         self._scheduler.disconnect(self)
 
-    def send(self, item: Any) -> None:
+    def send(self, item: Item) -> None:
         self._queue.put(item)
 
     def stop_run(self) -> None:

@@ -7,7 +7,7 @@ import time
 
 import mlx.core as mx
 
-from ..memory.ceiling import Ceiling, LearnedCeiling, ceiling
+from ..memory.ceiling import HOLD_S, RETURN_S, Ceiling, LearnedCeiling, ceiling
 from ..memory.machine import read_machine, usage
 from ..memory.sizes import format_size
 from .recorder import breadcrumb
@@ -158,17 +158,23 @@ class Limits:
         self._card_until = 0.0
         there = self.present().size
         share = self._card_share
+        why = (
+            f"it is lowered for that, stays there for {HOLD_S / 60:.0f} min, and is "
+            f"{format_size(there)} again in {RETURN_S / 60:.0f} min more"
+        )
         if share is None:
             found, value = None, self._learned.fault(held, baseline, there)
         elif expected is not None and share < OTHERS_TOOK * expected:
             found, value = None, self.now().size
+            why = "what other programs leave of the card, which they took meanwhile"
         else:
             found, value = there, self._learned.fault(there, baseline, there)
         breadcrumb("ceiling", "out of memory", active=held, bytes=value)
         # The failure has its own line, a warning; this is what follows from it.
         log.info(
-            "out of memory with up to %s active: the ceiling is %s for now",
+            "out of memory with up to %s active: the ceiling is %s now (%s)",
             format_size(held),
             format_size(value),
+            why,
         )
         return found

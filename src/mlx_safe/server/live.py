@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from .mlx_lm.protocols.opaque import Json
 from .request import BEFORE_PREFILL, ENDED, RUNNING, Request, RequestState
 from .scheduler import Scheduler
 from .step import KINDS, Step
@@ -70,7 +71,7 @@ class Live:
         return {kind: running[1] if running and running[0] == kind else 0.0
                 for kind in KINDS}  # fmt: skip
 
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[Json]:
         """Each request in flight, with its progress; figures and ids, no text."""
         return [
             {
@@ -104,7 +105,7 @@ class Live:
         who = f" for {', '.join(whose)}" if whose else ""
         return f"{running[0]}{who}, {running[1]:.0f} s so far"
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """What ``/health`` tells besides the state."""
         waiting, oldest = self.queue()
         running = self.step.running

@@ -2,8 +2,8 @@
 
 No text of a prompt or an answer comes into it, at any level. Our own lines have none;
 of other libraries' DEBUG lines nothing passes, of mlx-lm's own (0.31 to 0.32: whole
-bodies, each piece of text) only what `SAFE` lists; and of an exception its kind and the
-places that it passed are told, its message only where no text can be in it. Knows
+bodies, each piece of text) only what `SAFE` lists. Of an exception come its kind and
+the places that it passed, and its message only where no text can be in it. Knows
 nothing of MLX: the supervisor logs in the same way.
 """
 
@@ -16,12 +16,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 __all__ = [
-    *("FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "set_up"),
-    "take_over",
+    *("FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "refuse"),
+    *("set_up", "take_over"),
 ]
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -43,7 +43,7 @@ NUMBERS_ONLY = (
 _FIELDS = "mlx_safe_fields"
 
 
-def fields(**values: Any) -> dict[str, Any]:
+def fields(**values: object) -> dict[str, object]:
     """What a line says in figures and names, for ``extra=``; None is left out.
 
     As text they follow the message, ``name=value``; in JSON each is a member.
@@ -68,10 +68,46 @@ def set_up(level: str, form: str, name: str | None = None) -> None:
     logging.getLogger("mlx_safe").setLevel(level)
     logging.captureWarnings(True)
     threading.excepthook = _thread_ended
+    sys.excepthook = _ended
+    sys.unraisablehook = _ignored
+
+
+def refuse(message: str, form: str) -> None:
+    """Nothing is started, for a mistake of the user's: its one line, in ``form``."""
+    if form == "json":
+        set_up("INFO", form)
+        logging.getLogger("mlx_safe.server").error("cannot start: %s", message)
+    else:
+        print(f"mlx-safe: {message}", file=sys.stderr)
+
+
+# Three that stand in the place of Python's own words, which quote the exception's
+# message and are in no format.
+
+
+def _ended(
+    kind: type[BaseException], exc: BaseException, trace: TracebackType | None
+) -> None:
+    if isinstance(exc, KeyboardInterrupt):
+        sys.__excepthook__(kind, exc, trace)
+    else:
+        logging.getLogger("mlx_safe.server").critical(
+            "the main thread has ended", exc_info=(kind, exc, trace)
+        )
+
+
+def _ignored(args: sys.UnraisableHookArgs) -> None:
+    """Of a destructor or a callback, from which nothing can be raised."""
+    if args.exc_value is not None:
+        whose = getattr(args.object, "__qualname__", type(args.object).__name__)
+        logging.getLogger("mlx_safe.server").error(
+            "an exception was ignored",
+            exc_info=args.exc_value,
+            extra=fields(where=whose),
+        )
 
 
 def _thread_ended(args: threading.ExceptHookArgs) -> None:
-    """In the place of Python's own words, which quote the exception's message."""
     if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
         name = None if args.thread is None else args.thread.name
         logging.getLogger("mlx_safe.server").error(
@@ -189,8 +225,8 @@ class _Text(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = _in_one_line(record.getMessage())
-        told: Mapping[str, Any] = getattr(record, _FIELDS, {})
-        pairs = "".join(f" {name}={_shown(value)}" for name, value in told.items())
+        found: Mapping[str, object] = getattr(record, _FIELDS, {})
+        pairs = "".join(f" {name}={_shown(value)}" for name, value in found.items())
         who = f"{self._name} - " if self._name else ""
         begin = f"{self.formatTime(record)} - {record.levelname} - {who}"
         line = f"{begin}{message}{pairs}"
@@ -198,7 +234,7 @@ class _Text(_Formatter):
         return f"{line}\n{trace}" if trace else line
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, (list, tuple)):
@@ -213,7 +249,7 @@ class _Json(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "time": f"{seconds}.{int(record.msecs):03}Z",
             "level": record.levelname,
             "logger": record.name,
@@ -227,7 +263,7 @@ class _Json(_Formatter):
         return json.dumps(line, default=str)
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     return round(value, 6) if isinstance(value, float) else value
 
 

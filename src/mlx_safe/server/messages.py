@@ -61,7 +61,7 @@ def choice(expected: str, **kinds: type) -> Discriminator:
             ``is_``, by which they are known in the place of an error.
     """
 
-    def tag(value: Any) -> str | None:
+    def tag(value: object) -> str | None:
         return next((name for name, kind in kinds.items() if type(value) is kind), None)
 
     return Discriminator(
@@ -78,7 +78,7 @@ class Described:
         keywords: of JSON Schema (2020-12).
     """
 
-    def __init__(self, **keywords: Any) -> None:
+    def __init__(self, **keywords: object) -> None:
         self._keywords = keywords
 
     def __get_pydantic_json_schema__(
@@ -96,13 +96,13 @@ class Fields(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
+    def _null_is_absent(cls, value: object) -> object:
         if isinstance(value, dict):
             return cls.completed({k: v for k, v in value.items() if v is not None})
         return value
 
     @classmethod
-    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def completed(cls, value: Json) -> Json:
         """``value`` with what an object of this kind stands for when it is not said."""
         return value
 
@@ -197,7 +197,7 @@ def _has(name: str) -> Json:
     return {"required": [name], "properties": {name: {"not": NULL}}}
 
 
-def _kind_of_part(value: Any) -> str | None:
+def _kind_of_part(value: object) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("text", "refusal"):
         return f"is_{kind}"
@@ -223,7 +223,7 @@ Content = Annotated[
 # -- calls of tools ------------------------------------------------------------------
 
 
-def readable_arguments(value: Any) -> str:
+def readable_arguments(value: object) -> str:
     """The arguments of a call in the history as the text of a JSON object.
 
     mlx-lm (0.31 to 0.32) parses the text for the template, and templates go through
@@ -258,7 +258,7 @@ class CalledFunction(Fields):
     arguments: Arguments
 
     @classmethod
-    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def completed(cls, value: Json) -> Json:
         """``value`` with what may be left out."""
         return {"arguments": "", **value}
 
@@ -271,7 +271,7 @@ class ToolCall(Fields):
     function: CalledFunction
 
     @classmethod
-    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def completed(cls, value: Json) -> Json:
         """``value`` with what may be left out."""
         return {"type": "function", **value}
 
@@ -291,7 +291,7 @@ class Message(Fields):
     reasoning_content: str | None = None
 
     @classmethod
-    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def completed(cls, value: Json) -> Json:
         """In today's words what the API had others for: ``function_call``."""
         if value.get("tool_calls") == []:
             del value["tool_calls"]

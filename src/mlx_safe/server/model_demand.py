@@ -27,7 +27,8 @@ class NoRoom(ValueError):
 def demand_of(provider: ModelProvider, held_back: bool = False) -> Demand:
     """What requests to the model of ``provider`` take; with a draft model, both.
 
-    ``held_back``: as of `calibrate`. Of a model that cannot be measured it says nothing: requests take no memory then.
+    ``held_back``: as of `calibrate`. Of a model that cannot be measured it says
+    nothing: requests take no memory then.
 
     Raises:
         RuntimeError: MLX failed while it was measured, as any step can.

@@ -5,12 +5,18 @@ Used by the generation thread only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 
 from ..memory.estimate import TOKENS_MIN, Transients
+from .mlx_lm.protocols.generation import (
+    AnswerResponse,
+    PromptResponse,
+)
+from .mlx_lm.protocols.opaque import (
+    Uid,
+)
 
 __all__ = ["Observer"]
 
@@ -37,7 +43,7 @@ class Observer:
         self._before = 0
         self._last_peak = 0
         # What the last step of a batch read and how far: {uid: tokens}.
-        self._read: dict[Any, int] = {}
+        self._read: dict[Uid, int] = {}
         self._steady = False
         # (tokens, context) of the window's first step, if it was learned from and more
         # like it may follow.
@@ -61,7 +67,7 @@ class Observer:
     def recent_peak(self) -> int:
         """The most that was active in this window and the one before.
 
-        A failure of the GPU is told of a step later, when what failed is free again.
+        MLX reports a failure of the GPU one step later, when its memory is free again.
         """
         return max(self._last_peak, int(mx.get_peak_memory()))
 
@@ -81,9 +87,9 @@ class Observer:
 
     def end_of_batch_step(
         self,
-        prompts: Iterable[Any],
-        generated: list[Any],
-        lengths: Callable[[], dict[Any, int]],
+        prompts: Iterable[PromptResponse],
+        generated: Sequence[AnswerResponse],
+        lengths: Callable[[], dict[Uid, int]],
     ) -> None:
         """A step of mlx-lm's `BatchGenerator` has ended with these responses.
 
@@ -106,7 +112,10 @@ class Observer:
         self._read, self._steady = reading, steady
 
     def _learn(
-        self, reading: dict[Any, int], prompts: list[Any], lengths: dict[Any, int]
+        self,
+        reading: dict[Uid, int],
+        prompts: list[PromptResponse],
+        lengths: dict[Uid, int],
     ) -> None:
         chunk = max((reading[u] - self._read[u] for u in reading), default=1)
         cached = [lengths.get(r.uid, 0) - int(r.progress[1]) for r in prompts]

@@ -32,8 +32,8 @@ COUNT = {"type": "integer", "minimum": 0}
 ABOUT = f"""A protected `mlx_lm.server`.
 
 In every object of a request `null` means absent. Fields that are not described have no
-effect. A body is UTF-8 and has at most {VALUES_MAX} values, at most {DEPTH_MAX} arrays
-and objects stand in each other, numbers are within the range of a double, and no string
+effect. A body is UTF-8 and has at most {VALUES_MAX} values. At most {DEPTH_MAX} arrays
+and objects stand in each other. Numbers are within the range of a double, and no string
 has half of a surrogate pair. Bodies larger than `--max-request-bytes`
 ({DEFAULT_MAX_BYTES} as a default) are a 413. What only the model knows is a 400 as
 well: a prompt without a token or longer than its context, a token id that it does not
@@ -251,7 +251,7 @@ def _errors() -> Json:
     }
     challenge = {"WWW-Authenticate": {"required": True, "schema": TEXT}}
     allow = {"Allow": {"required": True, "schema": TEXT}}
-    told = {
+    errors = {
         "400": ("The request is wrong; `param` names the field.", {}),
         "401": ("There is no key, or it is not right.", challenge),
         "404": ("There is no such path, model, adapter or draft model.", {}),
@@ -265,7 +265,7 @@ def _errors() -> Json:
     }
     return {
         f"Error{status}": {"description": about, "headers": headers, "content": error}
-        for status, (about, headers) in told.items()
+        for status, (about, headers) in errors.items()
     }
 
 
@@ -284,7 +284,9 @@ def _answered(about: str, name: str) -> Json:
     return {"description": about, "content": content}
 
 
-def _get(operation: str, summary: str, answer: Json, *fails: int, **more: Any) -> Json:
+def _get(
+    operation: str, summary: str, answer: Json, *fails: int, **more: object
+) -> Json:
     return {
         "get": {
             "operationId": operation,
@@ -310,8 +312,8 @@ STREAM = (
 
 def _post(operation: str, summary: str, request: str, answer: str) -> Json:
     ok = _answered("The answer.", answer)
-    told = STREAM.format(chunk=f"a {answer}Chunk")
-    ok["content"]["text/event-stream"] = {"schema": {**TEXT, "description": told}}
+    frames = STREAM.format(chunk=f"a {answer}Chunk")
+    ok["content"]["text/event-stream"] = {"schema": {**TEXT, "description": frames}}
     body = {
         "required": True,
         "content": {"application/json": {"schema": _ref(request)}},

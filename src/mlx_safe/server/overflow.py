@@ -11,9 +11,12 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .._command import CommandError
+from .mlx_lm.protocols.opaque import (
+    Json,
+    Tokenized,
+)
 from .mlx_lm.protocols.requests import CompletionRequest
 from .model_limits import too_long
 
@@ -21,9 +24,9 @@ __all__ = ["Overflow", "Truncation", "shortenings"]
 
 log = logging.getLogger("mlx_safe.server")
 
-Message = dict[str, Any]
+Message = Json
 # mlx-lm's ``_tokenize``: the prompt, a list of tokens, comes first.
-Read = Callable[[CompletionRequest], tuple[Any, ...]]
+Read = Callable[[CompletionRequest], Tokenized]
 
 SYSTEM_ROLES = ("system", "developer")
 TOOL_ROLES = ("tool", "function")
@@ -109,7 +112,7 @@ class Overflow:
         read: Read,
         encode: Callable[[str], Sequence[int]],
         context: int | None = None,
-    ) -> tuple[tuple[Any, ...], Truncation | None]:
+    ) -> tuple[Tokenized, Truncation | None]:
         """What ``read`` makes of ``request``, cut if need be, and how it was cut.
 
         Args:
@@ -156,10 +159,10 @@ class Overflow:
         whole: CompletionRequest,
         tokens: int,
         read: Read,
-    ) -> tuple[tuple[Any, ...], Truncation]:
+    ) -> tuple[Tokenized, Truncation]:
         assert self._max_tokens is not None
         messages = whole.messages
-        read_so_far: dict[tuple[int, ...], tuple[Any, ...]] = {}
+        read_so_far: dict[tuple[int, ...], Tokenized] = {}
 
         def length(kept: Sequence[int]) -> int:
             shorter = copy.copy(whole)
@@ -253,7 +256,7 @@ def _system_prompt(messages: list[Message]) -> int:
 def _cuts(messages: list[Message]) -> list[int]:
     """Where a turn or a step begins, and no tool call waits for its result."""
     answer = -1
-    calls: dict[Any, int] = {}
+    calls: dict[object, int] = {}
     waiting: list[int] = []  # one for each call without a result
     crossed = set()
     for i, message in enumerate(messages):

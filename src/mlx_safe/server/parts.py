@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
-from .batches import watched
+from .batches import paced, watched
 from .headroom import Headroom
 from .in_flight import InFlight
 from .logprobs import NOT_READ, top_logprobs
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import BatchGenerator, GenerationResponse
 from .mlx_lm.protocols.models import Model
-from .mlx_lm.protocols.opaque import Array, Json, Processor, Sampler
+from .mlx_lm.protocols.opaque import (
+    Array,
+    Json,
+    Processor,
+    Sampler,
+    Stops,
+)
 from .mlx_lm.protocols.requests import GenerationArguments
 from .mlx_lm.protocols.text import Tokenizer
 from .mlx_lm.speculative import Reading
@@ -36,11 +41,12 @@ class Parts:
     """Makes them. Generation thread only.
 
     Args:
-        one_rank: with more than one rank a failure is nobody's own: what is mended on
-            each of them would differ from then on, such as what they draw.
-        someone_came: whether a request waits to be taken.
+        share: mlx-lm's ``_share_object``; None: there is one rank. With more a
+            failure is nobody's own: what is mended on each of them would differ from
+            then on, such as what they draw.
         on_read: with a draft model, called between two steps of a prompt, as
             `Reading` calls its own.
+        is_awaited: whether a request waits that mlx-lm may have now.
     """
 
     def __init__(
@@ -49,13 +55,13 @@ class Parts:
         headroom: Headroom,
         prefill: PrefillStep,
         step: Step,
-        end_alone: Callable[[Any, Exception], None],
+        end_alone: Callable[[InFlight, Exception], None],
         disk: KVTier | None,
-        one_rank: bool,
+        share: Callable[[object], object] | None,
         on_read: Callable[[InFlight, int, int, bool], None],
-        someone_came: Callable[[], bool],
+        is_awaited: Callable[[], bool],
     ) -> None:
-        self._someone_came = someone_came
+        self._is_awaited = is_awaited
         self._on_read = on_read
         self._reading: Reading | None = None
         self._scheduler = scheduler
@@ -63,17 +69,21 @@ class Parts:
         self._prefill = prefill
         self._step = step
         self._disk = disk
-        self._one_rank = one_rank
+        self._share = share
         self.own = OwnFailures(self._current, end_alone)
         self.resumed = Resumed()
 
     def _current(self) -> InFlight | None:
         """The request that mlx-lm is about to start."""
-        return self._scheduler.current if self._one_rank else None
+        return self._scheduler.current if self._share is None else None
 
-    def batch(self, cls: type[BatchGenerator], *args: Any, **kwargs: Any) -> Any:
+    def batch(
+        self, cls: type[BatchGenerator], *args: object, **kwargs: object
+    ) -> BatchGenerator:
         """Stands in for ``mlx_lm.server.BatchGenerator``, which is ``cls``."""
-        if self._one_rank:  # or each would see other requests to leave
+        if self._share is not None:  # each would see other requests to leave
+            cls = paced(cls, self._prefill, self._step, self._share)
+        else:
             cls = watched(
                 cls,
                 self._scheduler,
@@ -81,18 +91,18 @@ class Parts:
                 self.own,
                 self._prefill,
                 self._step,
-                self._someone_came,
+                self._is_awaited,
                 self._disk,
             )
         batch = cls(*args, **kwargs)
         return self._headroom.watch(self._prefill.watch(batch))
 
-    def state_machine(
-        self, make: Callable[[list[str]], tuple[Any, ...]], stop_words: list[str]
-    ) -> tuple[Any, ...]:
-        """Stands in for ``_make_state_machine``, which ``make`` calls."""
-        made = self.own.make(lambda: make(stop_words), lambda: make([]))
-        stops, *rest = self.resumed.state_machine(made)
+    def state_machine(self, make: Callable[[], Stops], stop_words: list[str]) -> Stops:
+        """Stands in for ``_make_state_machine``, which ``make`` calls without any."""
+        made = make()
+        stops, *rest = self.own.make(
+            lambda: self.resumed.state_machine(made, stop_words), lambda: made
+        )
         return (self.own.stops(stops), *rest)
 
     def sampler(

@@ -7,7 +7,9 @@ that it goes on. So steps are sized by time as well, once it is known what one t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
+from .._failures import SMALLEST
 from ..memory.demand import STEP_MIN, step_sizes
 from .mlx_lm import compat
 from .mlx_lm.protocols.generation import BatchGenerator
@@ -36,6 +38,7 @@ class PrefillStep:
         self._cli_args = cli_args
         self._comfortable = self.full
         self._limits: dict[str, int] = {}
+        self._grows = True  # after a fault, as long as all goes well
         self._batch: weakref.ref[BatchGenerator] | None = None
 
     @property
@@ -72,14 +75,18 @@ class PrefillStep:
             compat.set_prefill_step(batch, self.size)
 
     def be_careful(self, level: int | None) -> None:
-        """Smaller steps after ``level`` tries that were in vain; 0, None: as usual."""
+        """Smaller steps after ``level`` tries that were in vain; 0, None: as usual.
+
+        `SMALLEST`: they stay so until it is called again.
+        """
+        self._grows = level != SMALLEST
         size = max(STEP_MIN, self.full // 4**level) if level else None
         self.limit("fault", size)
 
     def went_well(self) -> None:
         """A step of a prompt has been read: the next may be twice as large."""
         size = self._limits.get("fault")
-        if size is not None:
+        if size is not None and self._grows:
             self.limit("fault", 2 * size if 2 * size < self.full else None)
 
     # -- by time ----------------------------------------------------------------------
@@ -109,6 +116,17 @@ class PrefillStep:
             probe: while nothing is known, a short step is to tell.
         """
         self.limit("time", self._fitting(max(rows, 1), probe))
+        return self.size
+
+    def agree(self, share: Callable[[object], object], rows: int = 1) -> int:
+        """`fit` of the first rank, by whose clock all go. All ranks, at the same turn.
+
+        Args:
+            share: mlx-lm's ``_share_object``: the first rank's object, on each.
+        """
+        size = share(self.fit(rows, probe=True))
+        assert isinstance(size, int)
+        self.limit("time", size if size < self.full else None)
         return self.size
 
     def _fitting(self, rows: int, probe: bool) -> int | None:

@@ -17,7 +17,10 @@ from .in_flight import InFlight, request_of
 from .logs import fields
 from .metrics import Metrics
 from .mlx_lm import compat
-from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.opaque import (
+    Json,
+    Tokenized,
+)
 from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
 from .mlx_lm.protocols.text import Tokenizer
 from .model_limits import prompt_field
@@ -34,7 +37,7 @@ __all__ = ["Held", "Prompts"]
 log = logging.getLogger("mlx_safe.server")
 
 # mlx-lm's ``_tokenize``, of one tokenizer and arguments.
-Tokenize = Callable[[CompletionRequest], tuple[Any, ...]]
+Tokenize = Callable[[CompletionRequest], Tokenized]
 # Keys of ``chat_template_kwargs`` that are left out one by one to find a wrong one.
 KEYS_TRIED = 4
 
@@ -74,7 +77,7 @@ class Prompts:
         args: GenerationArguments,
         tokenizer: Tokenizer,
         tokenize: Tokenize,
-    ) -> tuple[Any, ...]:
+    ) -> Tokenized:
         """What mlx-lm's ``_tokenize`` is to return for ``work``, its request.
 
         Args:
@@ -99,7 +102,7 @@ class Prompts:
         args: GenerationArguments,
         tokenizer: Tokenizer,
         tokenize: Tokenize,
-    ) -> tuple[tuple[Any, ...], Truncation | None]:
+    ) -> tuple[Tokenized, Truncation | None]:
         limits = self._model.limits
         # Once more: another model may have been asked for when it came.
         limits.check(args)
@@ -119,13 +122,9 @@ class Prompts:
         if not found[0]:
             raise BadRequest("The prompt is empty.", prompt_field(work))
         limits.facts.check_prompt(found[0], args.logits, prompt_field(work))
-        # Here, and not in the midst of a batch, where mlx-lm does it: what makes it
-        # fail is this request's own.
-        for word in args.stop_words:
-            encode(word, add_special_tokens=False)
         return found, cut
 
-    def _admit(self, request: InFlight, keys: list[Any], max_tokens: int) -> None:
+    def _admit(self, request: InFlight, keys: list[int], max_tokens: int) -> None:
         """Has the scheduler let ``request`` run, or raises.
 
         Raises:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from .. import _core, _reports
+from .mlx_lm.protocols.opaque import Json
 
 __all__ = ["Place", "breadcrumb", "name_request", "request_id", "start_sampler"]
 
@@ -25,17 +25,17 @@ def breadcrumb(kind: str, text: str, **fields: str | int | float | bool | None) 
     _core.breadcrumb(kind, text, fields)
 
 
-def name_request(request: Any, request_id: str, path: str) -> None:
+def name_request(request: object, request_id: str, path: str) -> None:
     """Notes on mlx-lm's request what its client knows it by."""
     setattr(request, _NAME, (request_id, path))
 
 
-def request_id(request: Any) -> str:
+def request_id(request: object) -> str:
     """The id that was noted on mlx-lm's request; kept when ranks share it."""
     return _name(request)[0]
 
 
-def _name(request: Any) -> tuple[str, str]:
+def _name(request: object) -> tuple[str, str]:
     found: tuple[str, str] = getattr(request, _NAME, ("-", "-"))
     return found
 
@@ -46,14 +46,14 @@ class Place:
     When all 64 places are taken it has none, and only leaves breadcrumbs.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: object) -> None:
         self.id, self.path = _name(request)
         self._place = -1
         self._prompt_tokens = -1
         self._prefilled = 0
 
     def taken(self) -> None:
-        """The generation thread has it; before, others are the ones to be told of."""
+        """The generation thread has it; until then a report names the others."""
         self._place = _core.request_begin(self.id, self.path)
         breadcrumb("request", "taken", id=self.id, path=self.path)
 
@@ -86,7 +86,7 @@ class Place:
 
 def start_sampler(
     memory_limits: Callable[[], dict[str, int]],
-    server: Callable[[], dict[str, Any]],
+    server: Callable[[], Json],
     also: Callable[[], None],
 ) -> None:
     """Samples memory now and once a second, and keeps the run file fresh.

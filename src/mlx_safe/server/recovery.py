@@ -10,10 +10,9 @@ import logging
 
 import mlx.core as mx
 
-from .. import _core, _faults, _reports, errors
-from .._exceptions import clear_frames
-from .._failures import Failure, fault_behind, is_out_of_memory, what_it_means
-from .._thread_state import ThreadState, seed_anew
+from .. import _core, _reports, errors
+from .._failures import Failure, FaultWatch, is_out_of_memory, what_it_means
+from .._thread_state import ThreadState, drop_failed, seed_anew
 from .backoff import REFUSE_FOR_S, Backoff
 from .exchange import ids
 from .headroom import Headroom
@@ -71,8 +70,7 @@ class Recovery:
         self._prompt_cache = prompt_cache
         self._metrics = metrics
         self._one_rank = one_rank
-        # The epoch up to which faults have been dealt with.
-        self._clean_epoch = _core.epoch()
+        self._faults = FaultWatch()
         self._thread_state: ThreadState | None = None
 
     def begin(self) -> None:
@@ -101,21 +99,18 @@ class Recovery:
 
     def check_epoch(self) -> None:
         """Raises the error of the faults that have not been dealt with, if any."""
-        if _core.epoch() != self._clean_epoch:
-            _faults.check(self._clean_epoch)
+        self._faults.check()
 
     def recover(self, exc: Exception) -> None:
         """Answers everyone in flight and makes the thread fit for the next."""
         self._health.enter("recovering", "the state is being reset after a failure")
-        fault = fault_behind(exc, self._clean_epoch)
+        fault = self._faults.behind(exc)
         error = fault or portable(exc)
         self._metrics.failures.labels(reply_for(error).code).inc()
         if fault is not None and fault.fatal:
             self.give_up(fault)
             return
-        if fault is not None and not fault.faults:
-            # One that is in the log has its report from there (`watch_faults`).
-            _reports.write_fault_beside(str(fault), fault.code)
+        self._faults.report(fault)
         if not self._one_rank:
             self._give_up_among_ranks(fault, exc)
             return
@@ -143,10 +138,9 @@ class Recovery:
             # Before the answers: a client that tries again at once finds the memory
             # free and /health telling so.
             self._reset(exc, fault, ending)
-            late = [f for f in _faults.faults(self._clean_epoch) if f.fatal]
-            if late:
-                self.give_up(errors.from_faults(late))
-            self._clean_epoch = _core.epoch()
+            late = self._faults.settle()
+            if late is not None:
+                self.give_up(late)
             if fault is not None and self._backoff.fault(self._scheduler.tokens):
                 self._refuse_for_a_while()
             else:
@@ -203,18 +197,18 @@ class Recovery:
         again: list[InFlight],
         ended: list[InFlight],
     ) -> None:
-        told = fields(
+        extra = fields(
             code=None if fault is None else fault.code,
             replayed=ids(again),
             ended=ids(ended),
         )
         if fault is None and is_allocation_failure(exc):
-            log.warning("no memory is left: %s", of_exception(exc), extra=told)
+            log.warning("no memory is left: %s", of_exception(exc), extra=extra)
         elif fault is None:
-            log.error("a generation step failed", exc_info=exc, extra=told)
+            log.error("a generation step failed", exc_info=exc, extra=extra)
         else:
             advice = fault.kind.advice
-            log.warning("fault of the GPU: %s. %s", fault, advice, extra=told)
+            log.warning("fault of the GPU: %s. %s", fault, advice, extra=extra)
 
     def fail_everyone(self, exc: Exception) -> None:
         """Also those that are still in the queue."""
@@ -271,7 +265,7 @@ class Recovery:
         as they are clear. Entries of the prompt cache that were complete before the
         fault may stay.
         """
-        clear_frames(exc)
+        drop_failed(exc)
         if self._prompt_cache.disk is not None:
             # Of an exception that is no fault nobody knows what it has touched.
             passing = is_out_of_memory(fault, exc) or (
@@ -280,7 +274,7 @@ class Recovery:
             stray = not (passing and _epoch_is_exact())
             self._prompt_cache.disk.fail(stray=stray)
         if self._entries_may_stay(fault, exc, ending):
-            self._prompt_cache.keep_clean(self._clean_epoch)
+            self._prompt_cache.keep_clean(self._faults.clean)
             for request in ending if fault is None else ():
                 # Run alone, it failed again: what it began from may be the cause.
                 used = getattr(request.context, "prompt_cache_count", -1)
@@ -291,9 +285,6 @@ class Recovery:
             self._prompt_cache.clear()
         assert self._thread_state is not None
         self._thread_state.restore()
-        # After a fault that memory has no part in, what runs again finds its buffers.
-        if is_out_of_memory(fault, exc) or fault is None:
-            mx.clear_cache()
         self._metrics.resets.inc()
 
 

@@ -14,9 +14,19 @@ from ..mlx_lm.sequences import segments_with
 from ..mlx_lm.stops import stops_after
 from .in_flight import InFlight
 from .mlx_lm import compat
-from .mlx_lm.protocols.opaque import Array, Processor, Sampler
+from .mlx_lm.protocols.opaque import (
+    Array,
+    Processor,
+    Sampler,
+    Stops,
+    Tokenized,
+)
 from .mlx_lm.protocols.requests import GenerationArguments
-from .mlx_lm.protocols.text import Tokenizer
+from .mlx_lm.protocols.text import (
+    Detokenizer,
+    Tokenizer,
+)
+from .stop_words import StopsAtWords
 
 __all__ = ["Resumed"]
 
@@ -35,14 +45,16 @@ class Resumed:
         self.width: int | None = None
         # What mlx-lm is given to begin with: prompt and tokens.
         self._prompt: list[int] = []
+        # Of the request whose text mlx-lm is about to begin.
+        self._stops: StopsAtWords | None = None
 
     def prompt(
         self,
-        found: tuple[Any, ...],
+        found: Tokenized,
         request: InFlight,
         args: GenerationArguments,
         drafts: bool,
-    ) -> tuple[Any, ...]:
+    ) -> Tokenized:
         """What `_tokenize` found, with the tokens that the client has.
 
         ``drafts``: with speculative decoding the number of draws is not that of
@@ -65,12 +77,14 @@ class Resumed:
             keys.extend(self.tokens)
         return ([*prompt, *self.tokens], segments, *rest)
 
-    def state_machine(self, made: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What `_make_state_machine` made, as it was after those tokens."""
-        if not self.tokens:
-            return made
+    def state_machine(self, made: Stops, stop_words: list[str]) -> Stops:
+        """What `_make_state_machine` made, as it was after those tokens.
+
+        ``stop_words`` end the answer as well.
+        """
         stops, *rest = made
-        return (stops_after(stops, list(self.tokens)), *rest)
+        self._stops = StopsAtWords(stops, stop_words) if stop_words else None
+        return (stops_after(self._stops or stops, list(self.tokens)), *rest)
 
     def sampler(
         self, sampler: Sampler, args: GenerationArguments, tokenizer: Tokenizer
@@ -99,17 +113,21 @@ class Resumed:
         prompt = self._prompt
         return [_Shown(processor, prompt) for processor in made]
 
-    def watch(self, tokenizer: Any, guarded: Callable[[Any], Any]) -> None:
+    def watch(
+        self, tokenizer: Tokenizer, guarded: Callable[[Detokenizer], Detokenizer]
+    ) -> None:
         """Makes ``tokenizer.detokenizer`` begin after those tokens.
 
         ``guarded``: returns the detokenizer that is used in the place of mlx-lm's.
         """
-        cls = type(tokenizer)
+        cls: Any = type(tokenizer)
         if getattr(cls, "_mlx_safe_resumes", False):
             return
 
-        def detokenizer(this: Any) -> Any:
+        def detokenizer(this: Tokenizer) -> Detokenizer:
             made = guarded(cls.detokenizer.fget(this))
+            if self._stops is not None:
+                made, self._stops = self._stops.reading(made), None
             for token in self.tokens:
                 made.add_token(token)
                 _ = made.last_segment  # what was read before is not new

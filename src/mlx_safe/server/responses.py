@@ -9,11 +9,12 @@ import contextlib
 import json
 import time
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .access import Access, challenge, refusal_body
 from .body import discard
 from .exchange import DISCONNECTED, Exchange
+from .mlx_lm.protocols.opaque import Json
 from .replies import BadRequest, Reply, reply_for
 from .service import Service
 from .wire import Wire
@@ -143,7 +144,7 @@ class Responses(Wire):
         self.wfile.flush()
         self._exchange().is_error_event = True
 
-    def send_json(self, status: int, value: dict[str, Any]) -> None:
+    def send_json(self, status: int, value: Json) -> None:
         """Answers with ``value``. Raises OSError when the client has left."""
         self.send_body(status, "application/json", json.dumps(value).encode())
 

@@ -488,7 +488,7 @@ class Scheduler(Generic[R]):
         level = max(request.attempts for request in again)
         limit = at_once(what, len(again), level, self._attempts_max)
         self._limit = limit or self._limit
-        care = care_level(what, level)
+        care = care_level(what, level, self._attempts_max)
         if care is not None:
             self._be_careful(care)
 

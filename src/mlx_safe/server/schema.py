@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -47,7 +47,7 @@ XTC_THRESHOLD_MAX = 0.5
 DRAFTS_MAX = 64
 
 
-def _whole(value: Any) -> Any:
+def _whole(value: object) -> object:
     """JSON has one kind of number: 1.0 is an integer (JSON Schema 2020-12, 6.1.1)."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -161,12 +161,12 @@ class Request(Fields):
     # Of the API, without a meaning here: they change no answer.
     user: str | None = None
     store: bool | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Json | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prediction: dict[str, Any] | None = None
+    prediction: Json | None = None
 
     @model_validator(mode="after")
     def _no_other_answer(self) -> Request:
@@ -185,6 +185,8 @@ class Request(Fields):
             schema["properties"].setdefault(name, {"enum": [*neutral, None]})
 
 
+FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,39}")
+
 WITHOUT_MEANING = (
     *("user", "store", "metadata", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "prediction"),
@@ -192,14 +194,14 @@ WITHOUT_MEANING = (
 )
 
 
-def _is(value: Any, neutral: tuple[Any, ...]) -> bool:
+def _is(value: object, neutral: tuple[object, ...]) -> bool:
     """Whether ``value`` is one of ``neutral``, type and all."""
     return any(type(value) is type(n) and value == n for n in neutral)
 
 
 # What other servers take and would change the answer, with the values that would
 # not. What is in neither this table nor a schema is accepted and has no effect.
-NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
+NOT_SUPPORTED: dict[str, tuple[object, ...]] = {
     # The OpenAI API.
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -245,7 +247,7 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
 class Parameters(Fields):
     """A JSON schema, as far as mlx-lm's templates and parsers go into it."""
 
-    properties: dict[str, Any] | None = None
+    properties: Json | None = None
 
 
 class Function(Fields):
@@ -256,7 +258,7 @@ class Function(Fields):
     parameters: Parameters
 
     @classmethod
-    def completed(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def completed(cls, value: Json) -> Json:
         """``value`` with what may be left out."""
         nothing = {"type": "object", "properties": {}}
         return {**value, "parameters": value.get("parameters", nothing)}
@@ -279,7 +281,7 @@ RESERVED = (
 )
 
 
-def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
+def _template_arguments(value: Json) -> Json:
     for name in RESERVED:
         if name in value:
             raise refused(f"must not have {name}")
@@ -292,7 +294,7 @@ def _template_arguments(value: dict[str, Any]) -> dict[str, Any]:
 
 
 TemplateArguments = Annotated[
-    dict[str, Any],
+    Json,
     AfterValidator(_template_arguments),
     Described(
         properties={
@@ -371,9 +373,7 @@ PATHS: dict[str, type[Request]] = {
 # -- from a body to a request --------------------------------------------------------
 
 
-def read(
-    path: str, raw: bytes | bytearray, *, takes_xtc: bool = True
-) -> dict[str, Any]:
+def read(path: str, raw: bytes | bytearray, *, takes_xtc: bool = True) -> Json:
     """The request that ``raw`` is, as mlx-lm's ``do_POST`` is to read it.
 
     Args:
@@ -393,8 +393,13 @@ def read(
         raise _as_bad_request(e) from None
     extra = set(request.__pydantic_extra__ or {})
     if unknown := extra - set(NOT_SUPPORTED):
-        names = sorted(strict_json.name_of([name]) or "''" for name in unknown)
-        log.debug("fields without effect: %s", ", ".join(names[:20]))
+        # A sentence is no field's name: it may be what somebody has written.
+        names = sorted(filter(FIELD_NAME.fullmatch, unknown))
+        others = len(unknown) - len(names[:20])
+        log.debug(
+            "fields without effect: %s",
+            ", ".join([*names[:20], *([f"{others} more"] if others else [])]),
+        )
     found = request.model_dump(
         exclude_unset=True, exclude={*extra, *WITHOUT_MEANING}, warnings=False
     )
@@ -412,7 +417,7 @@ class _Defaults(Request):
     chat_template_kwargs: TemplateArguments | None = None
 
 
-def settled(defaults: dict[str, Any]) -> dict[str, Any]:
+def settled(defaults: Json) -> Json:
     """Fields that hold where a request has none, as `read` would leave them.
 
     Raises:
@@ -426,7 +431,7 @@ def settled(defaults: dict[str, Any]) -> dict[str, Any]:
     return {"top_p": 1.0, "chat_template_kwargs": {}, **found}
 
 
-def takes_images(request: dict[str, Any]) -> str | None:
+def takes_images(request: Json) -> str | None:
     """The place of the first image of a request that `read` has made; None: none."""
     for i, message in enumerate(request.get("messages", ())):
         content = message.get("content")
@@ -470,14 +475,14 @@ SENTENCES = {
 }
 
 
-def _add_effort(found: dict[str, Any], effort: str | None) -> None:
+def _add_effort(found: Json, effort: str | None) -> None:
     """``reasoning_effort`` is a variable of the templates that know it (gpt-oss)."""
     if effort is not None:
         arguments = found.get("chat_template_kwargs", {})
         found["chat_template_kwargs"] = {"reasoning_effort": effort, **arguments}
 
 
-def _settle(found: dict[str, Any]) -> None:
+def _settle(found: Json) -> None:
     """Brings values that mlx-lm's samplers cannot take to the nearest that they can."""
     for name in ("stop", "logit_bias", "tools", "chat_template_kwargs"):
         if not found.get(name, True):

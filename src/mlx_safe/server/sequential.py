@@ -6,10 +6,12 @@ Used by the generation thread only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from .headroom import STEPS_MAX, Headroom
 from .in_flight import InFlight
+from .mlx_lm.protocols.opaque import (
+    Item,
+)
 from .prefill import PrefillStep
 from .prompts import Held
 from .replies import NotEnoughMemory
@@ -37,7 +39,7 @@ class Sequential:
         self,
         scheduler: Scheduler[InFlight],
         headroom: Headroom,
-        share: Callable[[Any], Any] | None,
+        share: Callable[[object], object] | None,
         prefill: PrefillStep,
         step: Step,
     ) -> None:
@@ -52,11 +54,12 @@ class Sequential:
 
     def begin(self) -> None:
         """mlx-lm is about to work on a request alone."""
-        self._size, self._tokens = self._prefill.fit(), 0
+        share, self._tokens = self._share, 0
+        self._size = self._prefill.fit() if not share else self._prefill.agree(share)
         self._until_look = 0
         self._step.begin("prefill")
 
-    def before_put(self, request: InFlight, item: Any) -> None:
+    def before_put(self, request: InFlight, item: Item) -> None:
         """A step was done, and mlx-lm puts ``item`` for the client.
 
         Raises:
@@ -101,16 +104,18 @@ class Sequential:
         """
         running = self._step.running
         tokens = done - request.prompt_read[0]
-        if running is None or tokens <= 0 or self._share:
+        if running is None or tokens <= 0:
             return False
         self._prefill.took(tokens, running[1], at_least=not by_target)
+        if self._share:  # with several ranks it goes on as it was begun
+            return False
         size = self._prefill.fit()
         # Once more only where it is far too long: a busy machine is no slow model.
         most = self._prefill.aim_s * (1 if request.step_max is None else 4)
         is_long = bool(most) and running[1] > most
         return is_long and 2 * size <= self._size and total - done > size
 
-    def _look_at_memory(self, request: InFlight, item: Any) -> None:
+    def _look_at_memory(self, request: InFlight, item: Item) -> None:
         length = None if self._share else _length(request, item)
         if length is None:
             return
@@ -127,7 +132,7 @@ class Sequential:
             if found == "none":
                 raise NotEnoughMemory("there is no memory for the next step")
 
-    def _has_left(self, request: InFlight, item: Any) -> bool:
+    def _has_left(self, request: InFlight, item: Item) -> bool:
         """Whether the client is gone; with more than one rank, as all ranks see it.
 
         Only the first rank knows, and sharing waits for the step that is under way:
@@ -142,7 +147,7 @@ class Sequential:
         return bool(self._share(request.is_ended or None))
 
 
-def _length(request: InFlight, item: Any) -> int | None:
+def _length(request: InFlight, item: Item) -> int | None:
     """Tokens in the caches when mlx-lm puts ``item``; None: that tells nothing."""
     if request.claim is None:
         return None

@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from ..kv.directory import Directory, NotOurs
 from ..kv.store import DISK_BYTES, Limits
 from . import access, http_server, logs, ranks, supervisor
 from .body import Bodies
-from .configuration import printed, resolve
+from .configuration import log_format_of, printed, resolve
 from .flag_checks import check_flags
 from .flags import own_parser, whole_parser
 from .handover import Handover, Message
@@ -52,12 +51,18 @@ def serve(arguments: Sequence[str]) -> int:
         arguments: the command line after ``mlx-safe serve``.
 
     Returns:
-        the exit status, after ``--help``. A server that has run ends the process
-        itself: with 0, or with 75 when it must be replaced.
-
-    Raises:
-        CommandError: it cannot start; the message says what to do.
+        the exit status, after ``--help``, and 2 where it cannot start: a line says
+        what to do. A server that has run ends the process itself: with 0, or with 75
+        when it must be replaced.
     """
+    try:
+        return _serve(arguments)
+    except CommandError as e:
+        logs.refuse(str(e), log_format_of(arguments, os.environ))
+        return supervisor.USER_MISTAKE
+
+
+def _serve(arguments: Sequence[str]) -> int:
     parser = own_parser()
     # mlx-lm's flags are known when it is imported, which the supervisor does not do.
     options = resolve(parser, arguments, os.environ, partial=True).values
@@ -93,7 +98,7 @@ def serve(arguments: Sequence[str]) -> int:
             home.wait_made()
         except Exception as e:
             # One of them may be about to start again.
-            print(f"mlx-safe: the ranks cannot meet: {e}", file=sys.stderr)
+            log.error("the ranks cannot meet: %s", e)
             return EXIT_REPLACE
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
     logs.take_over()
@@ -220,7 +225,7 @@ def run(
     ProtectedHandler.keepalive_after_s = options.keepalive_after
     ProtectedHandler.may_ask = may_ask
 
-    def handle(*args: Any) -> None:
+    def handle(*args: object) -> None:
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 
@@ -266,13 +271,13 @@ def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) 
     if may_ask.is_open and not access.is_loopback(str(address)):
         log.warning(
             "%s can be reached from other machines, and there is no --api-key: "
-            "whoever reaches it can use this server",
+            "anyone on the network can use this server",
             host,
         )
 
 
 def _check_hooks(required: bool) -> None:
-    """On a Mac faults must be caught, or it is told; elsewhere there are no hooks."""
+    """On a Mac it warns, or fails, without hooks; elsewhere there are none."""
     try:
         require()
     except RuntimeError as e:

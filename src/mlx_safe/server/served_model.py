@@ -12,14 +12,22 @@ from .headroom import Headroom
 from .mlx_lm import kv_window
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.model_loading import replace_model
-from .mlx_lm.protocols.models import CliArgs, ModelProvider
+from .mlx_lm.protocols.models import (
+    CliArgs,
+    Model,
+    ModelProvider,
+)
 from .mlx_lm.protocols.opaque import ModelKey
 from .mlx_lm.protocols.requests import (
     CompletionRequest,
     GenerationArguments,
     ModelDescription,
 )
-from .mlx_lm.speculative import told
+from .mlx_lm.protocols.text import (
+    Detokenizer,
+    Tokenizer,
+)
+from .mlx_lm.speculative import report_calls
 from .model_demand import NoRoom
 from .model_limits import ModelLimits
 from .model_names import DEFAULT, ModelNames
@@ -63,7 +71,7 @@ class ServedModel:
         on_load: Callable[[], None],
         on_loaded: Callable[[], None],
         on_call: Callable[[int], None],
-        detokenizer: Callable[[Any], Any],
+        detokenizer: Callable[[Detokenizer], Detokenizer],
         max_kv_size: int | None,
         disk: KVTier | None = None,
     ) -> None:
@@ -121,22 +129,22 @@ class ServedModel:
         elif named.draft is not None and key is not None and key[:2] == named[:2]:
             limits.check_draft()  # the model that is loaded, with another draft model
 
-    def _load_anew(self, *named: Any) -> None:
+    def _load_anew(self, *named: str | None) -> None:
         ceiling = self._headroom.limits.static
         self._on_load()
         facts = replace_model(self._provider, named, lambda: ceiling().size)
         model, draft = self._provider.model, self._provider.draft_model
         assert model is not None
         if draft is not None:
-            told(model, self._on_call)
-            told(draft, self._on_call)
+            report_calls(model, self._on_call)
+            report_calls(draft, self._on_call)
         limits = ModelLimits.of(model, self._provider.tokenizer, facts)
         self._overflow.compare(limits.context)
         self.loaded = (self.key, limits)
         self._resumed.width = facts.width
         self._on_loaded()
 
-    def _load_or_say_why(self, *named: Any) -> Any:
+    def _load_or_say_why(self, *named: str | None) -> tuple[Model, Tokenizer]:
         # What a model is measured with is no step of a request.
         with testing.uncounted():
             model, tokenizer = self._load_and_measure(*named)
@@ -145,7 +153,7 @@ class ServedModel:
         self._resumed.watch(tokenizer, self._detokenizer)
         return model, tokenizer
 
-    def _load_and_measure(self, *named: Any) -> Any:
+    def _load_and_measure(self, *named: Any) -> tuple[Model, Tokenizer]:
         # mlx-lm 0.31.3 forgets the adapters of its command line.
         named = self._names.default if named[0] == DEFAULT else named
         try:
@@ -165,7 +173,7 @@ class ServedModel:
             self._disk.model_loaded(self._provider)
         return model, tokenizer
 
-    def _count_steps(self, model: Any) -> None:
+    def _count_steps(self, model: Model) -> None:
         """Steps of the target alone are planned for, whether it has a draft or not."""
         width = self._provider.cli_args.num_draft_tokens + 1 if self.has_draft else 1
         testing.attach(model, decode_width=width)

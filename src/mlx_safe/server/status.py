@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..forensics import reader, store, words
 from . import supervisor
 from .health import Health
 from .metrics import samples_of
+from .mlx_lm.protocols.opaque import Json
 
 __all__ = ["HISTORIES", "VERSION", "Sources", "Status", "disk_of", "versions"]
 
@@ -67,7 +68,7 @@ class Sources:
     """
 
     health: Health
-    requests: Callable[[], list[dict[str, Any]]]
+    requests: Callable[[], list[Json]]
     memory: Callable[[], dict[str, float]]
     lowered: Callable[[], str | None]
     prompt_cache: Any
@@ -75,8 +76,8 @@ class Sources:
     events: Callable[[], Mapping[str, int]]
     tokens: Callable[[], int]
     model: Callable[[], str | None]
-    about: Mapping[str, Any]
-    disk: Callable[[], dict[str, Any] | None]
+    about: Mapping[str, object]
+    disk: Callable[[], Json | None]
 
 
 class Status:
@@ -88,14 +89,15 @@ class Status:
     def __init__(self, sources: Sources) -> None:
         self._from = sources
         self._started = time.time()
-        self._samples: dict[str, deque[list[float]]] = {
+        # What does not change is JSON at once: an answer has thousands of numbers.
+        self._samples: dict[str, deque[str]] = {
             name: deque(maxlen=span.count) for name, span in HISTORIES.items()
         }
         self._due = dict.fromkeys(HISTORIES, 0.0)
-        self._marks: deque[dict[str, Any]] = deque(maxlen=MARKS_MAX)
+        self._marks: deque[str] = deque(maxlen=MARKS_MAX)
         self._counted = self._counts()
         self._failures: dict[str, int] = {}
-        self._reports: list[dict[str, Any]] = []
+        self._reports: list[Json] = []
         self._reports_due = 0.0
         self._told: dict[str, dict[str, str]] = {}
         self._mark(self._started, "start", 1, "the server was started")
@@ -107,7 +109,7 @@ class Status:
         now = time.monotonic()
         due = [name for name in HISTORIES if now >= self._due[name]]
         if due:
-            taken = self._sample()
+            taken = _json(self._sample())
             for name in due:
                 self._samples[name].append(taken)
                 self._due[name] = now + HISTORIES[name].every_s - 0.5
@@ -143,11 +145,10 @@ class Status:
         self._counted = counts
 
     def _mark(self, at: float, kind: str, count: int, text: str) -> None:
-        self._marks.append(
-            {"time": round(at, 1), "kind": kind, "count": count, "text": text}
-        )
+        mark = {"time": round(at, 1), "kind": kind, "count": count, "text": text}
+        self._marks.append(_json(mark))
 
-    def _last_reports(self) -> list[dict[str, Any]]:
+    def _last_reports(self) -> list[Json]:
         directory = _paths.report_dir()
         try:
             newest = store.entries(directory)[-REPORTS_MAX:]
@@ -169,7 +170,7 @@ class Status:
         """
         health = self._from.health
         requests, memory = self._from.requests(), self._from.memory()
-        found: dict[str, Any] = {
+        found: Json = {
             "version": VERSION,
             "time": round(time.time(), 3),
             "server": {
@@ -199,17 +200,15 @@ class Status:
             },
             "disk": self._from.disk(),
             "reports": self._reports,
-            "marks": list(self._marks),
         }
+        more = {"marks": _array(self._marks)}
         if history is not None:
-            found["history"] = {
-                "every_s": HISTORIES[history].every_s,
-                "fields": FIELDS,
-                "samples": list(self._samples[history]),
-            }
-        return json.dumps(found, separators=(",", ":")).encode()
+            kept = {"every_s": HISTORIES[history].every_s, "fields": FIELDS}
+            samples = _array(self._samples[history])
+            more["history"] = _with(_json(kept), {"samples": samples})
+        return _with(_json(found), more).encode()
 
-    def _memory(self, now: Mapping[str, float]) -> dict[str, Any]:
+    def _memory(self, now: Mapping[str, float]) -> Json:
         stored = int(self._from.prompt_cache.nbytes)
         used = now["active"] - now["model"] - stored
         parts = {
@@ -240,13 +239,27 @@ class Status:
         return {name: int(value) for name, value in found.items()}
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _array(encoded: Iterable[str]) -> str:
+    return f"[{','.join(encoded)}]"
+
+
+def _with(members: str, more: Mapping[str, str]) -> str:
+    """An object of JSON that has some, with more of them."""
+    added = "".join(f',"{name}":{value}' for name, value in more.items())
+    return f"{members[:-1]}{added}}}"
+
+
 def _told(path: Path) -> dict[str, str]:
     """What a crash report says, and of whom: several servers may have one directory."""
     report = reader.read(path)
     return {"headline": words.headline(report), "server": words.server_of(report)}
 
 
-def disk_of(tier: Any) -> dict[str, Any] | None:
+def disk_of(tier: Any) -> Json | None:
     """The KV caches on disk, of a `KVTier`; None: there is none."""
     if tier is None:
         return None

@@ -27,6 +27,9 @@ DIGITS_MAX = 20
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+# (the place of its container, its key or index); None: the whole.
+Place = Any
+
 
 def loads(raw: bytes | bytearray) -> Any:
     """The value that ``raw`` is, UTF-8 with or without a byte order mark.
@@ -56,7 +59,7 @@ def parse(text: str) -> Any:
         raise _too_deep() from None
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
     """``value``, which `loads` has made, as text for another parser."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -96,7 +99,7 @@ def _check_count(raw: bytes | bytearray) -> None:
         raise _too_many()
 
 
-def check_value(value: Any) -> None:
+def check_value(value: object) -> None:
     """Looks at every value in ``value`` for what nothing behind the door takes.
 
     Raises:
@@ -104,7 +107,7 @@ def check_value(value: Any) -> None:
             pair, or too many levels; its ``param`` is the place.
     """
     # (value, level, place: (place of its container, key or index)).
-    pending: list[tuple[Any, int, Any]] = [(value, 0, None)]
+    pending: list[tuple[Any, int, Place]] = [(value, 0, None)]
     while pending:
         found, level, place = pending.pop()
         if isinstance(found, str):
@@ -126,12 +129,12 @@ def check_value(value: Any) -> None:
                 pending.append((inner, level + 1, (place, i)))
 
 
-def _check_text(text: str, place: Any) -> None:
+def _check_text(text: str, place: Place) -> None:
     if not text.isascii() and _SURROGATE.search(text):
         raise _refusal(place, "has half of a surrogate pair, which is no character")
 
 
-def _refusal(place: Any, what: str) -> BadRequest:
+def _refusal(place: Place, what: str) -> BadRequest:
     return wrong(name_of(_path(place)), what)
 
 
@@ -144,7 +147,7 @@ def wrong(place: str | None, what: str) -> BadRequest:
     return BadRequest(f"{place or 'The request'} {what}.", field)
 
 
-def _path(place: Any) -> list[str | int]:
+def _path(place: Place) -> list[str | int]:
     path = []
     while place is not None:
         place, key = place

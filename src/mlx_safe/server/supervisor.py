@@ -25,6 +25,7 @@ from typing import Any
 from .. import _core
 from .._command import CommandError, Parser
 from . import handover, logs, ranks
+from .configuration import log_format_of
 from .handover import Message
 from .holding import Holding
 
@@ -316,7 +317,7 @@ def main(arguments: Sequence[str]) -> int:
         logs.set_up(flags.log_level, flags.log_format, name="SUPERVISOR")
         listener = _listen(flags.host, flags.port)
     except CommandError as e:
-        print(f"mlx-safe: {e}", file=sys.stderr)
+        logs.refuse(str(e), log_format_of(arguments, os.environ))
         return USER_MISTAKE
     command = [sys.executable, "-m", "mlx_safe", "serve", *arguments]
     _allow_many_files()

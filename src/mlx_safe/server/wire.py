@@ -82,6 +82,7 @@ class _Reader(io.RawIOBase):
 
     Attributes:
         count: bytes so far.
+        is_paused: the connection is not asked, as if nothing had come.
     """
 
     def __init__(self, connection: socket.socket, held: Held) -> None:
@@ -89,6 +90,7 @@ class _Reader(io.RawIOBase):
         self._held = held
         self._taken = memoryview(held.taken)
         self.count = 0
+        self.is_paused = False
 
     def readable(self) -> bool:
         return True
@@ -98,11 +100,10 @@ class _Reader(io.RawIOBase):
             count = min(len(buffer), len(self._taken))
             buffer[:count] = self._taken[:count]
             self._taken = self._taken[count:]
+        elif self.is_paused:
+            return None
         else:
-            try:
-                count = self._held.receive(self._connection, memoryview(buffer))
-            except BlockingIOError:  # only in `Wire._ahead`
-                return None
+            count = self._held.receive(self._connection, memoryview(buffer))
         self.count += count
         return count
 
@@ -263,12 +264,14 @@ class Wire(BaseHTTPRequestHandler):
             self.server.resume(self.connection)
 
     def _ahead(self) -> bytes:
-        """What has been sent and not been read by the handler, without waiting."""
-        self.connection.settimeout(0)
+        """What has been received and not been read by the handler."""
+        # Only of the buffer: a system call gives the GIL away, and to have it back
+        # while a batch is put out takes up to 5 ms (`sys.getswitchinterval`).
+        self._reader.is_paused = True
         try:
             ahead: bytes = self._buffered.peek(1)
         finally:
-            self.connection.settimeout(self.timeout)
+            self._reader.is_paused = False
         return ahead
 
     def body_was_read(self) -> None:
@@ -276,8 +279,7 @@ class Wire(BaseHTTPRequestHandler):
         self._head_ends_at = None
 
     def _position(self) -> int:
-        ahead = self._ahead()  # first: it may read more
-        return self._reader.count - len(ahead)
+        return self._reader.count - len(self._ahead())
 
     def parse_request(self) -> bool:
         """Reads the head; False when it was refused."""
@@ -378,11 +380,11 @@ class Wire(BaseHTTPRequestHandler):
 
     # What http.server would log; an `Exchange` tells of all of it.
 
-    def log_request(self, code: Any = "-", size: Any = "-") -> None:
+    def log_request(self, code: int | str = "-", size: object = "-") -> None:
         """Notes the status: the last is what is sent, as mlx-lm begins with a 200."""
         if self.exchange is None:  # its line was too long to be read
             self.exchange = Exchange()
         self._status = int(code)
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Nothing: what is in it was sent by the client."""

@@ -71,7 +71,7 @@ def gpu_ceiling(size: int | str) -> GPUCeiling:
 
     Each step of an attached model is evaluated at once and its peak is measured, with
     the weights and caches that are there. If it is above the ceiling, MLX's error for
-    out of memory is raised. The program is not told of the ceiling: it meets it, as it
+    out of memory is raised. The program does not know the ceiling: it meets it, as it
     would the GPU's. MLX's peak counts from the start of the last step then.
 
     Args:

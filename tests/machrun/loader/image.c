@@ -340,12 +340,13 @@ static int open_file(Image* image) {
 Image* load_image(const char* path, const Image* loader, bool quiet) {
   char* real = realpath(path, NULL);
   if (real == NULL && quiet) return NULL;
-  if (real == NULL) refuse(loader, "%s: there is no such file", path);
   for (int i = 0; i < g_image_count; i++)
-    if (!strcmp(g_images[i].path, real)) return &g_images[i];
+    if (real && !strcmp(g_images[i].path, real)) return &g_images[i];
   if (g_image_count == kImagesMax) refuse(loader, "too many images");
   Image* image = &g_images[g_image_count];
   *image = (Image){.number = g_image_count};
+  snprintf(image->path, sizeof image->path, "%s", path);
+  if (real == NULL) refuse(image, "there is no such file");
   if (strlen(real) >= sizeof image->path) refuse(loader, "%s: too long", path);
   strcpy(image->path, real);
   free(real);

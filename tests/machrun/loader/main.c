@@ -23,20 +23,21 @@ __attribute__((visibility("default"))) void* machrun_any(const char* name) {
 }
 
 uint32_t g_pretends;
+static const Image kEnvironment = {.path = "environment"};  // for refuse()
 
 static void read_settings(void) {
   const char* version = getenv("MACHRUN_MACOS");
   unsigned major = 14, minor = 0;
   if (version != NULL && sscanf(version, "%u.%u", &major, &minor) < 1)
-    refuse(NULL, "MACHRUN_MACOS=%s is not a version", version);
+    refuse(&kEnvironment, "MACHRUN_MACOS=%s is not a version", version);
   g_pretends = major << 16 | minor << 8;
 }
 
 // The library of the sysroot, in which extension modules find Python's C API.
 static void open_python(void) {
   const char* name = getenv("MACHRUN_PYTHON");
-  if (name != NULL && dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
-    refuse(NULL, "MACHRUN_PYTHON=%s: %s", name, dlerror());
+  if (name != NULL && *name != '\0' && dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
+    refuse(&kEnvironment, "MACHRUN_PYTHON=%s: %s", name, dlerror());
 }
 
 int main(int count, char** arguments) {
@@ -46,7 +47,7 @@ int main(int count, char** arguments) {
   if (count > 1 && !strcmp(arguments[1], "--imports")) return print_imports();
   if (count > 1 && !strcmp(arguments[1], "--python")) {
     int (*run_python)(int, char**) = dlsym(RTLD_DEFAULT, "Py_BytesMain");
-    if (run_python == NULL) refuse(NULL, "MACHRUN_PYTHON is not set");
+    if (run_python == NULL) refuse(&kEnvironment, "MACHRUN_PYTHON is not set");
     return run_python(count - 1, arguments + 1);
   }
   Image* image = NULL;

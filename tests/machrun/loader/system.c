@@ -1,5 +1,5 @@
 // The list of all that libSystem and Python have for the images: an import that
-// is not on it does not load. Whoever adds a name looks up its ABI on both
+// is not on it does not load. To add a name, look up its ABI on both
 // systems; test_imports.py reports names that no image imports.
 #define _GNU_SOURCE
 #include <dlfcn.h>

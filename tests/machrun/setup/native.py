@@ -12,7 +12,18 @@ from pathlib import Path
 
 import ziglang
 
-from .places import CACHE, HERE, LOADER, ROOT, digest, fresh, is_current, made, run
+from .places import (
+    CACHE,
+    HERE,
+    LOADER,
+    PRELOADED,
+    ROOT,
+    digest,
+    fresh,
+    is_current,
+    made,
+    run,
+)
 
 ZIG = Path(ziglang.__file__).parent / "zig"
 LIB = ZIG.parent / "lib"
@@ -38,7 +49,7 @@ LIBUNWIND_SOURCES = (
 
 
 def zig(*arguments: object, into: Path) -> None:
-    """Runs zig; at a low priority, since whoever waits has other things running.
+    """Runs zig; at a low priority, since other programs run meanwhile.
 
     The file appears whole: an older one may be mapped by a process that runs.
     """
@@ -128,26 +139,26 @@ def build_accelerate() -> Path:
 
 
 def build_loader() -> Path:
-    """The loader, for aarch64 Linux; it reads Mach-O by Apple's own headers."""
+    """The loader, for aarch64 Linux; it reads Mach-O by Apple's own headers.
+
+    As a program, and as a library that is preloaded into one (start.c).
+    """
     place = HERE / "loader"
-    sources = sorted(f for f in place.glob("*.c") if f.name != "abi_check.c")
+    alone = {"abi_check.c", "start.c"}
+    sources = sorted(f for f in place.glob("*.c") if f.name not in alone)
     headers = CACHE / "headers"
-    options = [*LINUX, "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-rdynamic"]
-    stamp = digest([*sources, *sorted(place.glob("*.[hz]*")), *options])
+    options = [*LINUX, "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{headers}"]
+    stamp = digest([*sorted(place.glob("*.[chz]*")), *options])
     if not is_current(LOADER, stamp):
         fresh(headers)
         (headers / "mach-o").symlink_to(LIB / "libc/include/any-darwin-any/mach-o")
         hashes = CACHE / "sha256.o"
-        zig(
-            "build-obj",
-            *LINUX[:2],
-            "-O",
-            "ReleaseFast",
-            place / "sha256.zig",
-            into=hashes,
-        )
-        libraries = ["-lm", "-ldl", "-lpthread"]
-        zig("cc", *options, f"-I{headers}", *sources, hashes, *libraries, into=LOADER)
+        fast = ["-O", "ReleaseFast", "-fPIC"]
+        zig("build-obj", *LINUX[:2], *fast, place / "sha256.zig", into=hashes)
+        rest = [*sources, hashes, "-lm", "-ldl", "-lpthread"]
+        preloaded = ["-fPIC", "-shared", place / "start.c"]
+        zig("cc", *options, *preloaded, *rest, into=PRELOADED)
+        zig("cc", *options, "-rdynamic", *rest, into=LOADER)
         made(LOADER, stamp)
     return LOADER
 

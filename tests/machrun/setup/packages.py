@@ -40,12 +40,13 @@ def _pip(*arguments: object) -> str:
     return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
 
 
-def _download(python: Python, system: str, wanted: list[str], into: Path) -> list[Path]:
-    platform = ["--platform", f"macosx_{system}_arm64", "--only-binary=:all:"]
+def download(
+    python: Python, platform: str, wanted: list[str], into: Path
+) -> list[Path]:
+    """The wheels that pip takes for a Python and a platform, alone."""
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--platform", platform]
     version = ["--python-version", python.version, "--implementation", "cp"]
-    _pip(
-        "download", "--quiet", *platform, *version, "--no-deps", "--dest", into, *wanted
-    )
+    _pip("download", *options, *version, "--dest", into, *wanted)
     return sorted(into.glob("*.whl"))
 
 
@@ -78,9 +79,8 @@ def get_mlx(version: str, python: Python, system: str = "14_0") -> Path:
         pin = "" if version == NEWEST else f"=={version}"
         fresh(place)
         wheels = fresh(CACHE / "downloads" / place.name)
-        for wheel in _download(
-            python, system, [f"mlx{pin}", f"mlx-metal{pin}"], wheels
-        ):
+        wanted = [f"mlx{pin}", f"mlx-metal{pin}"]
+        for wheel in download(python, f"macosx_{system}_arm64", wanted, wheels):
             _unpack(wheel, place)
         shutil.rmtree(wheels)
         (place / "complete").touch()

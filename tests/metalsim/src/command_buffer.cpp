@@ -208,7 +208,7 @@ CommandBuffer::~CommandBuffer() {
 
 void CommandBuffer::use(Object* resource, uint64_t bytes) {
   referenced_bytes += bytes;
-  // Without retained references whoever encodes must keep them alive, as MLX
+  // Without retained references the encoder must keep them alive, as MLX
   // does by capturing them in completion handlers.
   if (retains) {
     objc_retain(resource);

@@ -9,42 +9,18 @@ Without that variable nothing is done.
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 MODULE = "transformers.utils.import_utils"
-
-
-class Finder:
-    """Finds `MODULE` as ever, and wraps its function once it is loaded."""
-
-    @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if name != MODULE:
-            return None
-        sys.meta_path.remove(Finder)
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                remember(module, os.environ["MLX_SAFE_TEST_IMPORTS"])
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+PACKAGE = Path(__file__).parents[3] / "src" / "mlx_safe"
 
 
 def remember(module: Any, file: str) -> None:
     """Lets the module's `define_import_structure` read its results from ``file``."""
     import pickle
-    from pathlib import Path
 
     define = module.define_import_structure
     try:
@@ -66,6 +42,14 @@ def remember(module: Any, file: str) -> None:
 
 
 def install() -> None:
-    """Does so at the import of transformers, if the variable is set."""
-    if "MLX_SAFE_TEST_IMPORTS" in os.environ:
-        sys.meta_path.insert(0, Finder)
+    """Does so after the import of transformers, if the variable is set."""
+    file = os.environ.get("MLX_SAFE_TEST_IMPORTS")
+    if file is None:
+        return
+    # `mlx_safe._after_import`, without mlx_safe, which many children do not import.
+    path = PACKAGE / "_after_import.py"
+    spec = importlib.util.spec_from_file_location("_mlx_safe_after_import", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.after_import({MODULE: lambda loaded: remember(loaded, file)})

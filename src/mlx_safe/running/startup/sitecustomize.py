@@ -57,7 +57,7 @@ def _protect_applications(uvicorn_config: ModuleType) -> None:
 
 
 def _protect_batches(_: ModuleType) -> None:
-    """Batches of mlx-lm's are begun again, whoever makes them."""
+    """Batches of mlx-lm's are begun again, in any server."""
     try:
         from mlx_safe import mlx_lm
     except ImportError:

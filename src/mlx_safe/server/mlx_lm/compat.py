@@ -12,10 +12,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..._mlx_versions import parse_version
-from .protocols.generation import BatchGenerator
+from .protocols.generation import (
+    AnswerBatch,
+    BatchGenerator,
+)
 from .protocols.models import Cache, CliArgs, Model, ModelProvider
-from .protocols.opaque import Sampler, Uid
-from .protocols.requests import GenerationContext, Response
+from .protocols.opaque import (
+    Array,
+    Json,
+    Sampler,
+    State,
+    Tokenized,
+    Uid,
+)
+from .protocols.requests import (
+    GenerationContext,
+    Response,
+    Vision032,
+)
 from .protocols.text import Tokenizer
 from .requirements import installed_version
 
@@ -60,14 +74,14 @@ class _GuardedStops:
     def make_state(self) -> Any:
         return self._run(self._stops.make_state, lambda: None)
 
-    def match(self, state: Any, token: int) -> Any:
+    def match(self, state: State, token: int) -> Any:
         return self._run(self._stops.match, _no_match, state, token)
 
     def matcher(self) -> Any:
         return _GuardedMatcher(self._run(self._stops.matcher, lambda: None), self._run)
 
 
-def _no_match(state: Any, token: int) -> tuple[Any, None, None]:
+def _no_match(state: State, token: int) -> tuple[State, None, None]:
     return state, None, None
 
 
@@ -103,8 +117,8 @@ def text_by_state(
     """What a context's responses say, in the order of a call for each. Handler thread.
 
     The function made takes a ``Response`` and gives (state, text) of its pieces,
-    without markers. States are "normal", "reasoning", "tool", and None at a stop
-    word (0.31, where the generation thread finds them; in 0.32 the handler does).
+    without markers. States are "normal", "reasoning", "tool", and None at the token
+    that ends an answer (0.31, where the generation thread finds them).
     """
     if not hasattr(context, "text_sm"):
         return lambda response: [(response.state, response.text)]  # type: ignore[attr-defined]
@@ -123,7 +137,7 @@ def _read_by_text(context: Any) -> Callable[[Response], list[tuple[str | None, s
             response.finish_reason == "stop"
             and response.token not in context.tokenizer.eos_token_ids
         ):
-            # What is held back is the beginning of the stop word.
+            # It ends after a stop word (`stop_words`).
             now, state = Texts.discard(now)
             return [(state, "")]
         now, pieces = Texts.split(now, response.text)
@@ -152,7 +166,7 @@ def spelling(tokenizer: Any) -> str:
     }.get(name, "text")
 
 
-def tokenizer_repairs(cls: type[Tokenizer]) -> dict[str, Any]:
+def tokenizer_repairs(cls: type[Tokenizer]) -> Json:
     """Methods for a subclass of ``cls``, mlx-lm's tokenizer.
 
     `_tokenize` looks for a thought in the last 11 tokens of a prompt. With less of
@@ -209,7 +223,7 @@ def keep_processors_in_place() -> None:
 
     take_out = GenerationBatch.filter
 
-    def filter_all(self: Any, keep: list[int]) -> None:
+    def filter_all(self: AnswerBatch, keep: list[int]) -> None:
         take_out(self, keep)
         if not any(self.logits_processors):
             self.logits_processors = [[] for _ in keep]
@@ -237,7 +251,7 @@ def meet_on_the_gpu() -> None:
     all_sum = mx.distributed.all_sum
 
     @functools.wraps(all_sum)
-    def on_the_gpu(x: Any, *, group: Any = None, stream: Any = None) -> Any:
+    def on_the_gpu(x: Array, *, group: Any = None, stream: Any = None) -> Array:
         # MLX's types raise when they are compared with another's, such as None.
         of_a_device = isinstance(stream, mx.Device) and stream.type == mx.cpu
         if of_a_device or stream is mx.cpu:
@@ -262,22 +276,22 @@ def attends(model: Model) -> bool:
     return not all(isinstance(made, ArraysCache) for made in make_cache(model))
 
 
-def cache_keys(found: Sequence[Any]) -> list[Any]:
+def cache_keys(found: Tokenized) -> list[int]:
     """What the prompt cache knows a prompt by, of what `_tokenize` found.
 
     Its tokens; with images (mlx-lm 0.32) a list of its own.
     """
-    keys: list[Any] = getattr(found[-1], "cache_key", found[0])
-    return keys
+    images: Vision032 = found[-1]
+    return images.cache_key if hasattr(images, "cache_key") else found[0]
 
 
-def kv_quantization(cli_args: CliArgs) -> dict[str, Any]:
+def kv_quantization(cli_args: CliArgs) -> Json:
     """mlx-lm 0.32's ``--kv-bits`` and its kin; empty when there are none."""
     names = ("kv_bits", "kv_group_size", "quantized_kv_start")
     return {name: getattr(cli_args, name) for name in names if hasattr(cli_args, name)}
 
 
-def try_quantization(caches: Iterable[Any], quantization: dict[str, Any]) -> None:
+def try_quantization(caches: Iterable[Cache], quantization: Json) -> None:
     """Quantizes ``caches``, which are empty, as mlx-lm does past the start.
 
     Raises:
@@ -301,7 +315,7 @@ def cache_forms(provider: ModelProvider) -> list[bool]:
     )
 
 
-def quantized(caches: list[Any], cli_args: CliArgs) -> list[Any]:
+def quantized(caches: list[Cache], cli_args: CliArgs) -> list[Cache]:
     """``caches``, which are empty, as mlx-lm has them past the start."""
     found = kv_quantization(cli_args)
     return [

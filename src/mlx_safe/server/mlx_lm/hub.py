@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+
+from .protocols.opaque import Json
 
 __all__ = ["cached_model", "cached_names", "is_hub_name", "knows_model_type"]
 
 
-def knows_model_type(config: dict[str, Any]) -> bool:
+def knows_model_type(config: Json) -> bool:
     """Whether mlx-lm has a module for a model with this config. Imports none."""
     from mlx_lm import utils
 

@@ -21,10 +21,11 @@ from .kv_parts import View
 
 __all__ = ["Capture", "Kept", "Reading"]
 
-# A tail, which is what comes after the last full block, is written where it is more
-# than this share of the text. When its block is full, it was written in vain: so all
-# tails together are no more than this share of the blocks, and a block.
-TAIL_SHARE = 0.1
+# A snapshot, or a tail, which is what comes after the last full block, is written where
+# more than this share of the text would be read again without it. A tail was written in
+# vain when its block is full. So all of them together are no more than this share of
+# the blocks, and a block.
+SHARE = 0.1
 # Of a text that leaves memory the disk has all, or it is read again for sure.
 LEAVING_SHARE = 0.02
 
@@ -49,9 +50,10 @@ class Kept:
 class Reading:
     """How far a request's prompt has been read.
 
-    passing: a snapshot in the midst of it, in whose place the next one comes.
+    passing: a snapshot in the midst of it, in whose place the next one comes. (A
+    snapshot that is not worth its bytes is held in memory, for as long as it runs.)
     begun: tokens that its run did not have to read. tokens, caches: on the sequential
-    path.
+    path. has_token: all of it has been read.
     """
 
     request: Any
@@ -61,6 +63,7 @@ class Reading:
     begun: int = 0
     tokens: Sequence[int] = ()
     caches: list[Any] | None = None
+    has_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Capture:
         if layout.has_states:
             if layout.moves and view.ahead:
                 return True
-            return self._take_snapshot(text, reading, is_boundary)
+            return self._take_snapshot(text, reading, is_boundary, end)
         if end is not End.NONE:
             self._take_tail(text, end)
         return True
@@ -141,7 +144,7 @@ class Capture:
         # What was kept of it while it was not full serves nobody now.
         tails = [] if layout.has_states else _after(text, node.start)
         offered = self._offer(text, node, arrays, layout.about_block(), i, tails)
-        self._tails += TAIL_SHARE * layout.block_nbytes * offered
+        self._tails += SHARE * layout.block_nbytes * offered
         return offered
 
     def _take_tail(self, text: _Text, end: End) -> None:
@@ -152,7 +155,7 @@ class Capture:
         if end is End.LEAVES:
             if done - last <= LEAVING_SHARE * done:
                 return
-        elif done - last <= TAIL_SHARE * done or size > self._tails:
+        elif done - last <= SHARE * done or size > self._tails:
             return
         taken = text.kept.layout.snapshot(text.view, node.start)
         if taken is None or not self._has_room(size):
@@ -163,14 +166,21 @@ class Capture:
             self._tails -= size
 
     def _take_snapshot(
-        self, text: _Text, reading: Reading | None, is_boundary: bool
+        self, text: _Text, reading: Reading | None, is_boundary: bool, end: End
     ) -> bool:
-        """Takes one, unless there is one that is as good but for less than a block."""
+        """Takes one, unless there is one that is as good but for less than a block.
+
+        Where it would save a small share of the text only it is not written, but held
+        until its request has ended: it may be broken off.
+        """
         node, layout = text.node, text.kept.layout
         passing = reading.passing if reading is not None else None
-        but = passing if is_boundary else None
-        last = max([known.end for known in text.known if known != but], default=0)
-        if text.view.done - last < BLOCK_TOKENS:
+        if is_boundary and reading is not None:
+            reading.passing = None  # it, or what comes in its place, stays
+        last = max([known.end for known in text.known], default=0)
+        lost, share = text.view.done - last, SHARE * text.view.done
+        is_worth_it = end is End.LEAVES or lost > share
+        if lost < BLOCK_TOKENS or (reading is None and not is_worth_it):
             return True
         taken = layout.snapshot(text.view, node.start)
         if taken is None:
@@ -179,12 +189,22 @@ class Capture:
         about, arrays = taken
         size = sum(x.nbytes for x in arrays)
         # What is larger than a file may be would be taken for damaged.
-        if size > layout.most(node) - HEADER_MAX or not self._has_room(size):
+        if size > layout.most(node) - HEADER_MAX:
             return True
         gone = [passing] if passing is not None and passing != node else []
-        offered = self._offer(text, node, arrays, about, len(text.blocks), gone)
+        after = len(text.blocks)
+        if reading is not None and not is_worth_it:
+            held = self._draft(text, node, arrays, about, after, gone)
+            if held is not None:
+                self._writer.hold(id(reading.request), *held)
+            return True
+        if not self._has_room(size):
+            return True
+        offered = self._offer(text, node, arrays, about, after, gone)
         if offered and reading is not None:
-            reading.passing = None if is_boundary else node
+            if not is_boundary:
+                reading.passing = node
+            self._writer.let_go(id(reading.request))
         return True
 
     def _has_room(self, nbytes: int) -> bool:
@@ -202,18 +222,32 @@ class Capture:
         after: int,
         instead_of: Sequence[Node],
     ) -> bool:
-        """after: how many blocks it is of no use without."""
+        made = self._draft(text, node, arrays, about, after, instead_of)
+        return made is not None and self._writer.offer(*made)
+
+    def _draft(
+        self,
+        text: _Text,
+        node: Node,
+        arrays: Sequence[mx.array],
+        about: Any,
+        after: int,
+        instead_of: Sequence[Node],
+    ) -> tuple[Draft, int] | None:
+        """Bytes of ``arrays``, and their epoch; None: there was a fault meanwhile.
+
+        Args:
+            after: how many blocks it is of no use without.
+        """
         epoch = _core.epoch()
         own = [mx.contiguous(x) for x in arrays]
         mx.eval(own)
         pieces = [to_bytes(x) for x in own]
         if _core.epoch() != epoch:
-            return False
+            return None
         before, gone = tuple(text.blocks[:after]), tuple(instead_of)
         tokens = text.tokens[: node.end]
-        return self._writer.offer(
-            Draft(node, tokens, pieces, about, before, gone), epoch
-        )
+        return Draft(node, tokens, pieces, about, before, gone), epoch
 
 
 def _after(text: _Text, start: int) -> list[Node]:

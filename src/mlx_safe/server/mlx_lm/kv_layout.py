@@ -23,6 +23,12 @@ import mlx.core as mx
 
 from ...kv.format import BLOCK_TOKENS, HEADER_MAX, SNAPSHOT, Node
 from .kv_parts import Form, NotKept, Slots, State, Taken, View, leaves, part_of
+from .protocols.models import (
+    Cache,
+)
+from .protocols.opaque import (
+    Json,
+)
 
 __all__ = ["Layout", "Unfit", "to_bytes"]
 
@@ -50,8 +56,8 @@ class Layout:
 
     def __init__(
         self,
-        make: Callable[[], list[Any]],
-        run: Callable[[list[Any]], Any],
+        make: Callable[[], list[Cache]],
+        run: Callable[[list[Cache]], object],
         whole: bool = False,
     ) -> None:
         self.make = make
@@ -68,7 +74,7 @@ class Layout:
         self.has_states = self.moves or whole
 
     @property
-    def facts(self) -> list[Any]:
+    def facts(self) -> list[object]:
         """JSON that is another for other caches."""
         return [
             [*part.fixed, *(f and f.without_slots().listed() for f in part.forms)]
@@ -103,7 +109,7 @@ class Layout:
             for x in part.slots(cache, view, a, b)
         ]
 
-    def snapshot(self, view: View, start: int) -> tuple[Any, list[mx.array]] | None:
+    def snapshot(self, view: View, start: int) -> tuple[Json, list[mx.array]] | None:
         """(what the file says, arrays), not evaluated; None: it cannot be taken.
 
         Args:
@@ -124,17 +130,17 @@ class Layout:
             arrays += [x for x in found if x is not None]
         return {"arrays": self._listed(view.done - start), "states": states}, arrays
 
-    def _listed(self, count: int) -> list[list[Any]]:
+    def _listed(self, count: int) -> list[list[str | int]]:
         return [f.of_slots(count).listed() for f in self._forms]
 
-    def about_block(self) -> dict[str, Any]:
+    def about_block(self) -> Json:
         """What a block's file says of itself."""
         return {"arrays": self._listed(BLOCK_TOKENS)}
 
     # -- and back --------------------------------------------------------------------
 
     def read(
-        self, node: Node, about: Any, pieces: Sequence[bytes]
+        self, node: Node, about: object, pieces: Sequence[bytes]
     ) -> tuple[list[mx.array], list[Taken]]:
         """(slots, states) of a file whose checksums are right.
 
@@ -180,7 +186,7 @@ class Layout:
         slots: list[list[mx.array]],
         states: Sequence[Taken],
         end: int,
-    ) -> list[Any]:
+    ) -> list[Cache]:
         """Caches of ``end`` tokens. Empties ``slots``: the parts of each array.
 
         One layer at a time is there twice, and no more.

@@ -21,6 +21,7 @@ from mlx_lm.models.cache import (
 )
 
 from . import compat
+from .protocols.models import Cache
 
 __all__ = ["Form", "NotKept", "Slots", "State", "Taken", "View", "leaves", "part_of"]
 
@@ -36,7 +37,7 @@ STEP_MAX = 8192
 Taken = tuple[list[int], list[mx.array | None]]
 
 
-def leaves(caches: Iterable[Any]) -> Iterator[Any]:
+def leaves(caches: Iterable[Cache]) -> Iterator[Any]:
     """The caches, those inside a list of caches (hybrid models) one by one."""
     for cache in caches:
         if isinstance(cache, CacheList):
@@ -69,7 +70,7 @@ class Form:
     def nbytes(self) -> int:
         return prod(self.shape) * int(getattr(mx, self.dtype).size)
 
-    def listed(self) -> list[Any]:
+    def listed(self) -> list[str | int]:
         """As JSON."""
         return [self.dtype, *self.shape]
 
@@ -97,7 +98,7 @@ class View:
     ahead: a later step has begun: windows and states are those of more tokens.
     """
 
-    caches: Sequence[Any]
+    caches: Sequence[Cache]
     done: int
     row: int | None = None
     ahead: bool = False
@@ -152,7 +153,7 @@ class State:
 
     def __init__(self, cache: Any) -> None:
         self._cls = type(cache)
-        self.fixed: list[Any] = [type(cache).__name__]
+        self.fixed: list[str | int] = [type(cache).__name__]
         self.forms = [None if x is None else self._form(x) for x in self._arrays(cache)]
 
     def _form(self, x: mx.array) -> Form:
@@ -183,7 +184,7 @@ class State:
     def _cut(self, ints: list[int], arrays: list[mx.array | None]) -> Taken:
         return ints, arrays
 
-    def is_right(self, ints: Any, forms: Sequence[Form | None], end: int) -> bool:
+    def is_right(self, ints: object, forms: Sequence[Form | None], end: int) -> bool:
         """Whether a file may say so."""
         if not isinstance(ints, list) or len(ints) != len(self.ints):
             return False

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -32,6 +32,18 @@ from .hub import cached_model
 from .kv_capture import Capture, End, Kept, Reading
 from .kv_layout import Layout, Unfit
 from .kv_parts import NotKept, View
+from .protocols.generation import (
+    BatchGenerator,
+)
+from .protocols.models import (
+    Cache,
+    ModelProvider,
+)
+from .protocols.opaque import (
+    Json,
+    ModelKey,
+    Uid,
+)
 
 __all__ = ["KVTier"]
 
@@ -81,11 +93,31 @@ class _Rate:
             self.per_s = now if not self.per_s else 0.7 * self.per_s + 0.3 * now
 
 
+Caches = list[Cache] | None  # of a prompt
+
+
+class Run(Protocol):
+    """One run of a request; `alone`: on the sequential path."""
+
+    alone: bool
+
+
+class Reader(Protocol):
+    """What is asked of a request in flight, whose prompt is read."""
+
+    prompt_key: tuple[ModelKey, list[int]] | None
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def is_ended(self) -> bool: ...
+
+
 @dataclass(eq=False)
 class _Restored:
     """What a request began from. mark: lifted with its first token, then None."""
 
-    request: Any
+    request: Reader | None
     nodes: tuple[Node, ...]
     mark: str | None
 
@@ -106,8 +138,8 @@ class KVTier:
         self.store = Store(directory, limits)
         self.writer = Writer(self.store)
         self._capture = Capture(self.store, self.writer)
-        self.current: Callable[[], Any] = lambda: None
-        self._key: Any = None
+        self.current: Callable[[], Reader | None] = lambda: None
+        self._key: ModelKey = None
         self._kept: list[Kept] = []
         self._restored: list[_Restored] = []
         self._readings: dict[int, Reading] = {}
@@ -118,12 +150,13 @@ class KVTier:
 
     # -- the model -------------------------------------------------------------------
 
-    def model_loaded(self, provider: Any) -> None:
+    def model_loaded(self, provider: ModelProvider) -> None:
         """Finds out whether the caches of what was just loaded can be kept."""
         if provider.model_key == self._key:
             return
         self._key = provider.model_key
         self._kept, self._readings = [], {}
+        self.writer.release()
         self._read_rate = _Rate()
         try:
             self._kept = [self._keep(provider, n) for n in compat.cache_forms(provider)]
@@ -146,16 +179,17 @@ class KVTier:
             ),
         )
 
-    def _keep(self, provider: Any, quantized: bool) -> Kept:
+    def _keep(self, provider: ModelProvider, quantized: bool) -> Kept:
         target, draft = provider.model, provider.draft_model
+        assert target is not None
 
-        def make() -> list[Any]:
+        def make() -> list[Cache]:
             made = compat.make_cache(target)
             if draft is not None:  # mlx-lm has both in one list
                 made += compat.make_cache(draft)
             return compat.quantized(made, provider.cli_args) if quantized else made
 
-        def run(caches: list[Any]) -> None:
+        def run(caches: list[Cache]) -> None:
             # Nothing is computed: shapes are known without. Of a few tokens, as some
             # states grow at first (longcat_flash_ngram's last tokens).
             tokens = mx.zeros((1, 16), mx.int32)
@@ -182,11 +216,11 @@ class KVTier:
         self.store.describe(identity.digest, identity.text)
         return Kept(layout, identity.digest)
 
-    def _is_on(self, model: Any, tokens: Sequence[Any]) -> bool:
+    def _is_on(self, model: ModelKey, tokens: Sequence[object]) -> bool:
         on = bool(self._kept) and self.store.off is None
         return on and model == self._key and are_tokens(tokens)
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> Json:
         """For crash reports; JSON-able, no text of anybody's. Any thread."""
         events = self.store.events
         names = ("restored", "restored_tokens", "written", "written_bytes")
@@ -219,8 +253,8 @@ class KVTier:
 
     @_spared
     def restore(
-        self, model: Any, tokens: list[int], have: int
-    ) -> tuple[list[Any], list[int]] | None:
+        self, model: ModelKey, tokens: list[int], have: int
+    ) -> tuple[list[Cache], list[int]] | None:
         """Caches of the beginning of ``tokens``, and the rest; None: read it.
 
         The request's claim has counted them as read: nothing is owned by two.
@@ -252,7 +286,7 @@ class KVTier:
 
     def _load_marked(
         self, kept: Kept, found: Found, tokens: list[int]
-    ) -> tuple[list[Any] | None, int]:
+    ) -> tuple[list[Cache] | None, int]:
         mark = self.store.begin_restore(found.nodes)
         if mark is None:
             return None, 0
@@ -303,7 +337,7 @@ class KVTier:
 
     def _load(
         self, kept: Kept, nodes: Sequence[Node], tokens: list[int]
-    ) -> tuple[list[Any] | None, int]:
+    ) -> tuple[list[Cache] | None, int]:
         """Caches of those of ``nodes`` that are sound, from the first on."""
         layout, states, end = kept.layout, None, 0
         slots: list[list[mx.array]] = []
@@ -328,12 +362,16 @@ class KVTier:
         return layout.caches(slots, states or [], end), end
 
     @_spared
-    def first_token(self, request: Any) -> None:
+    def first_token(self, request: Reader) -> None:
         """``request`` has a token: what it began from has killed nobody.
 
         Called with each of its tokens.
         """
-        self._readings.pop(id(request), None)
+        reading = self._readings.get(id(request))
+        if reading is not None and not reading.has_token:
+            reading.has_token, reading.caches = True, None
+            if not self.writer.has_held(id(request)):
+                del self._readings[id(request)]
         for restored in self._restored:
             if restored.request is request:
                 self._lift(restored)
@@ -348,9 +386,9 @@ class KVTier:
     @_spared
     def capture(
         self,
-        model: Any,
+        model: ModelKey,
         tokens: list[int],
-        caches: list[Any],
+        caches: list[Cache],
         *,
         leaves: bool = False,
     ) -> None:
@@ -370,7 +408,7 @@ class KVTier:
 
     @_spared
     def checkpoint(
-        self, batch: Any, uid: Any, request: Any, *, is_boundary: bool
+        self, batch: BatchGenerator, uid: Uid, request: Reader, *, is_boundary: bool
     ) -> None:
         """A prompt in mlx-lm's ``batch`` has been read further.
 
@@ -392,7 +430,9 @@ class KVTier:
             end=End.OF_PART if is_boundary else End.NONE,
         )
 
-    def follow(self, model: Any, tokens: list[int], caches: Any, begun: int) -> Any:
+    def follow(
+        self, model: ModelKey, tokens: list[int], caches: Caches, begun: int
+    ) -> Caches:
         """Watches the caches that the sequential path begins with, and makes them.
 
         Args:
@@ -401,7 +441,9 @@ class KVTier:
         return self._follow(model, tokens, caches, begun) or caches
 
     @_spared
-    def _follow(self, model: Any, tokens: list[int], caches: Any, begun: int) -> Any:
+    def _follow(
+        self, model: ModelKey, tokens: list[int], caches: Caches, begun: int
+    ) -> Caches:
         request = self.current()
         if request is None or not request.run.alone or not self._is_on(model, tokens):
             return caches
@@ -411,8 +453,13 @@ class KVTier:
         return reading.caches
 
     @_spared
-    def checkpoint_alone(self, request: Any, read: int) -> None:
-        """The sequential path has read ``read`` tokens of its prompt."""
+    def checkpoint_alone(self, request: Reader, read: int | None) -> None:
+        """The sequential path has read ``read`` tokens of its prompt.
+
+        Args:
+            read: None: with a draft model, which reads all of it before the target
+                begins. What both have read is kept: mlx-lm begins both at one token.
+        """
         reading = self._readings.get(id(request))
         if reading is None or reading.caches is None:
             return
@@ -421,10 +468,11 @@ class KVTier:
         total = len(reading.tokens)
         parts = kv_parts.leaves(reading.caches)
         offsets = [getattr(c, "offset", None) for c in parts]
-        done = min([reading.begun + read, *(n for n in offsets if n is not None)])
+        end = total if read is None else reading.begun + read
+        done = min([end, *(n for n in offsets if n is not None)])
         # mlx-lm (0.31, 0.32) tells that it has read the last token when the step of the
         # next has begun.
-        view = View(reading.caches, done, ahead=reading.begun + read >= total)
+        view = View(reading.caches, done, ahead=end >= total)
         self._progress(request, done)
         # No boundaries are known here; at the end another turn may differ in the last
         # tokens, so the one before that stays.
@@ -432,10 +480,10 @@ class KVTier:
         if is_end:
             reading.passing = None
         tokens = reading.tokens[:done]
-        end = End.OF_PART if is_end else End.NONE
-        self._take(tokens, view, reading, is_boundary=False, end=end)
+        part = End.OF_PART if is_end else End.NONE
+        self._take(tokens, view, reading, is_boundary=False, end=part)
 
-    def _progress(self, request: Any, done: int) -> Reading:
+    def _progress(self, request: Reader, done: int) -> Reading:
         reading = self._readings.setdefault(id(request), Reading(request))
         now = time.monotonic()
         if reading.done and done > reading.done:
@@ -478,7 +526,11 @@ class KVTier:
         if self._readings:
             ended = [i for i, r in self._readings.items() if _has_ended(r.request)]
             for i in ended:
-                del self._readings[i]  # its memory is to be free
+                reading = self._readings.pop(i)  # its memory is to be free
+                if reading.has_token:
+                    self.writer.let_go(i)
+                else:
+                    self.writer.release(i)  # it was broken off
         if self._restored:
             for restored in self._restored:
                 if _has_ended(restored.request):
@@ -488,8 +540,9 @@ class KVTier:
     def fail(self, *, stray: bool) -> None:
         """There was a failure. stray: something may have been written anywhere."""
         for reading in self._readings.values():
-            reading.caches = None
+            reading.caches, reading.has_token = None, False
         self.writer.fail(all_of_it=stray)
+        self.writer.release()
         for restored in self._restored:
             if stray:
                 self.store.drop(restored.nodes)
@@ -504,14 +557,15 @@ class KVTier:
         """The server stops: what is confirmed is written, if the disk is quick."""
         for restored in self._restored:
             self._lift(restored)
+        self.writer.release()
         self.writer.close(CLOSE_S)
 
 
-def _has_ended(request: Any) -> bool:
+def _has_ended(request: Reader | None) -> bool:
     return request is None or request.is_ended
 
 
-def _describe(name: Any) -> Any:
+def _describe(name: object) -> object:
     """The files behind one of mlx-lm's names; None for none.
 
     Raises:

@@ -8,15 +8,27 @@ from __future__ import annotations
 import argparse
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from ..._command import CommandError
 from .. import logs
 from . import compat
-from .protocols.models import ModelProvider
-from .protocols.opaque import Array
+from .protocols.generation import (
+    BatchGenerator,
+    GenerationResponse,
+)
+from .protocols.models import (
+    Model,
+    ModelProvider,
+)
+from .protocols.opaque import (
+    Array,
+    Json,
+    Processor,
+    Sampler,
+)
 from .protocols.requests import GenerationArguments
 from .protocols.server import Server
 from .protocols.text import Tokenizer
@@ -24,7 +36,35 @@ from .protocols.text import Tokenizer
 __all__ = ["parser_of", "patch", "run_main"]
 
 
-def _replace(server: Server, **functions: Any) -> None:
+class Parts(Protocol):
+    """The server's `parts.Parts`: what stands in for mlx-lm's functions."""
+
+    def sampler(
+        self,
+        make: Callable[[GenerationArguments, Tokenizer], Sampler],
+        args: GenerationArguments,
+        tokenizer: Tokenizer,
+    ) -> Sampler: ...
+    def processors(
+        self,
+        make: Callable[[GenerationArguments], list[Processor]],
+        args: GenerationArguments,
+    ) -> list[Processor]: ...
+    def top_logprobs(
+        self, logprobs: Array, top_n: int, tokenizer: Tokenizer
+    ) -> tuple[Json, ...]: ...
+    def stream_alone(
+        self,
+        made: Iterator[GenerationResponse],
+        *,
+        prompt: Sequence[int],
+        draft_model: Model | None = None,
+        **more: object,
+    ) -> Iterator[GenerationResponse]: ...
+    def batch(self, cls: Any, *args: object, **kwargs: object) -> BatchGenerator: ...
+
+
+def _replace(server: Server, **functions: object) -> None:
     for name, value in functions.items():
         setattr(server, name, value)
 
@@ -49,10 +89,10 @@ def parser_of(server: Server) -> argparse.ArgumentParser:
     """
 
     class Collecting(argparse.ArgumentParser):
-        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        def parse_args(self, *args: object, **kwargs: object) -> Any:
             raise _Made(self)
 
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: object, **kwargs: object) -> None:
         raise CommandError("this mlx-lm reads its flags in a way that is not known")
 
     before = {name: vars(server)[name] for name in ("argparse", "run")}
@@ -82,7 +122,7 @@ def run_main(
     """
 
     class Parsed(argparse.ArgumentParser):
-        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        def parse_args(self, *args: object, **kwargs: object) -> Any:
             return values
 
     _with_parser(server, Parsed)
@@ -95,7 +135,7 @@ def run_main(
     server.main()
 
 
-def patch(server: Server, parts: Callable[[], Any]) -> None:
+def patch(server: Server, parts: Callable[[], Parts]) -> None:
     """Sends mlx-lm's functions through ``parts``, which need not exist yet.
 
     Main thread, once, before the generation thread starts.
@@ -108,21 +148,23 @@ def patch(server: Server, parts: Callable[[], Any]) -> None:
     make_sampler, make_batch = server._make_sampler, server.BatchGenerator
     make_processors, stream = server._make_logits_processors, server.stream_generate
 
-    def sampler(args: GenerationArguments, tokenizer: Tokenizer) -> Any:
+    def sampler(args: GenerationArguments, tokenizer: Tokenizer) -> Sampler:
         return parts().sampler(make_sampler, args, tokenizer)
 
-    def processors(args: GenerationArguments) -> Any:
+    def processors(args: GenerationArguments) -> list[Processor]:
         return parts().processors(make_processors, args)
 
-    def format_top(logprobs: Array, top_n: int, tokenizer: Tokenizer) -> Any:
+    def format_top(
+        logprobs: Array, top_n: int, tokenizer: Tokenizer
+    ) -> tuple[Json, ...]:
         if top_n <= 0:
             return ()
         return parts().top_logprobs(logprobs, top_n, tokenizer)
 
-    def stream_alone(*args: Any, **kwargs: Any) -> Any:
+    def stream_alone(*args: Any, **kwargs: Any) -> Iterator[GenerationResponse]:
         return parts().stream_alone(stream(*args, **kwargs), **kwargs)
 
-    def batch(*args: Any, **kwargs: Any) -> Any:
+    def batch(*args: object, **kwargs: object) -> BatchGenerator:
         return parts().batch(make_batch, *args, **kwargs)
 
     _replace(

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -29,7 +28,9 @@ from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
 from .kv_parts import leaves
 from .kv_tier import KVTier
-from .protocols.models import Cache
+from .protocols.models import (
+    Cache,
+)
 from .protocols.opaque import ModelKey
 
 __all__ = ["PromptCache"]
@@ -185,7 +186,7 @@ class PromptCache(LRUPromptCache):
         self,
         model: ModelKey,
         tokens: list[int],
-        prompt_cache: list[Any],
+        prompt_cache: list[Cache],
         *,
         cache_type: str = "assistant",
     ) -> None:
@@ -206,7 +207,7 @@ class PromptCache(LRUPromptCache):
         self,
         model: ModelKey,
         tokens: list[int],
-        prompt_cache: list[Any],
+        prompt_cache: list[Cache],
         cache_type: str,
     ) -> None:
         for cache in leaves(prompt_cache):
@@ -221,7 +222,7 @@ class PromptCache(LRUPromptCache):
         self,
         model: ModelKey,
         tokens: list[int],
-        prompt_cache: list[Any],
+        prompt_cache: list[Cache],
         cache_type: str,
     ) -> bool:
         """False: there is no room for it."""
@@ -300,7 +301,7 @@ class PromptCache(LRUPromptCache):
         return freed
 
     def _leaves(
-        self, model: ModelKey, tokens: list[int], caches: list[Any] | None = None
+        self, model: ModelKey, tokens: list[int], caches: list[Cache] | None = None
     ) -> None:
         """Memory has this entry no more: the disk takes what it has not yet."""
         if self.disk is not None:
@@ -406,7 +407,7 @@ def _begins(entry: _Entry, model: ModelKey, tokens: list[int]) -> bool:
     return bool(entry.model == model) and tokens[:size] == entry.tokens
 
 
-def _held(prompt_cache: list[Any], tokens: list[int]) -> list[int]:
+def _held(prompt_cache: list[Cache], tokens: list[int]) -> list[int]:
     """Those of ``tokens`` that all caches hold; caches with more are cut to them.
 
     Speculative decoding has not read the last token or two when it ends, and its draft
@@ -443,7 +444,7 @@ def _make_own(cache: Cache) -> None:
     """
     made: list[mx.array] = []
 
-    def own(value: Any) -> Any:
+    def own(value: object) -> object:
         if not isinstance(value, mx.array):
             return value
         made.append(mx.contiguous(value))

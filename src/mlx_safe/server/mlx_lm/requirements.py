@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from typing import cast
 
@@ -21,9 +22,10 @@ __all__ = [
     "installed_version",
 ]
 
-# Oldest version, and the first that is too new. pyproject.toml says the same.
-SUPPORTED = ((0, 31, 3), (0, 33, 0))
+# From requirements/versions.mk, which a test compares it with, and pyproject.toml.
 REQUIREMENT = "mlx-lm>=0.31.3,<0.33"
+# Oldest version, and the first that is too new.
+SUPPORTED = tuple(parse_version(v) for v in re.findall("[0-9.]+", REQUIREMENT))
 INSTALL = f"pip install '{REQUIREMENT}'"
 # Module, and the package that has it: what the extra "server" stands for.
 NEEDED = {

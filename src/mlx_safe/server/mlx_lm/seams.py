@@ -138,7 +138,7 @@ ALTERNATIVES: tuple[tuple[str, tuple[Place, ...], tuple[Place, ...]], ...] = (
 PARTS = (PromptBatch, AnswerBatch, CacheTrie, CacheOrder, CliArgs)
 
 
-def missing_seams(server: Any) -> list[str]:
+def missing_seams(server: object) -> list[str]:
     """What mlx-lm does not have as expected, one line for each; empty when all fits.
 
     Makes a generator, a batch and a prompt cache, all empty, to look at them. Call it
@@ -156,16 +156,16 @@ def missing_seams(server: Any) -> list[str]:
     return missing or _missing_of_made(server)
 
 
-def missing_of_provider(provider: Any) -> list[str]:
+def missing_of_provider(provider: object) -> list[str]:
     """The same of mlx-lm's `ModelProvider`, which only its ``main`` can make."""
     return list(_missing_attributes("ModelProvider", provider, ModelProvider))
 
 
-def _is_missing(server: Any, place: Place) -> bool:
+def _is_missing(server: object, place: Place) -> bool:
     return any(_missing_at(server, place))
 
 
-def _missing_at(server: Any, place: Place) -> Iterator[str]:
+def _missing_at(server: object, place: Place) -> Iterator[str]:
     module, path, wanted = place
     found = server if module == SERVER else _imported(module)
     for part in path.split(".") if path else ():
@@ -185,7 +185,7 @@ def _imported(module: str) -> Any:
         return None
 
 
-def methods(wanted: type) -> dict[str, Any]:
+def methods(wanted: type) -> dict[str, object]:
     """The methods that ``wanted``, of `protocols`, lists; by name."""
     return {
         name: getattr(cls, name)
@@ -196,7 +196,7 @@ def methods(wanted: type) -> dict[str, Any]:
     }
 
 
-def attributes(wanted: type) -> dict[str, Any]:
+def attributes(wanted: type) -> dict[str, object]:
     """The attributes that ``wanted``, of `protocols`, lists, and their types."""
     names = {name for cls in _of_protocols(wanted) for name in _annotated(cls)}
     hints = typing.get_type_hints(wanted)
@@ -215,7 +215,9 @@ def _annotated(cls: type) -> list[str]:
     return list(vars(cls).get("__annotations__", {}))
 
 
-def _missing_method(label: str, holder: Any, name: str, wanted: Any) -> Iterator[str]:
+def _missing_method(
+    label: str, holder: object, name: str, wanted: object
+) -> Iterator[str]:
     found = getattr(holder, name, None)
     if found is None:
         yield f"{label} is gone"
@@ -234,7 +236,7 @@ def _parameters(call: Any) -> tuple[str, ...]:
     return tuple(names[1:] if names[:1] == ["self"] else names)
 
 
-def _has(holder: Any, name: str) -> bool:
+def _has(holder: object, name: str) -> bool:
     """Whether ``holder``, a module or a class, has ``name``, or its methods set it."""
     if hasattr(holder, name):
         return True
@@ -266,7 +268,7 @@ def _missing_of_made(server: Any) -> list[str]:
         return [f"an object cannot be made: {in_one_line(e)}"]
 
 
-def _missing_attributes(label: str, found: Any, wanted: type) -> Iterator[str]:
+def _missing_attributes(label: str, found: object, wanted: type) -> Iterator[str]:
     """Of an object, and of those parts of it that this server looks into."""
     for name, hint in attributes(wanted).items():
         try:

@@ -22,7 +22,14 @@ from .model_facts import ModelFacts
 from .protocols.models import Cache, Model
 from .protocols.opaque import Array
 
-__all__ = ["Reading", "fit", "fixed_caches", "no_draft", "told", "why_not_draftable"]
+__all__ = [
+    "Reading",
+    "fit",
+    "fixed_caches",
+    "no_draft",
+    "report_calls",
+    "why_not_draftable",
+]
 
 
 def why_not_draftable(model: Model) -> str | None:
@@ -54,7 +61,7 @@ def fixed_caches(caches: Iterable[Cache]) -> str:
     return ", ".join(sorted(fixed))
 
 
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
+def _leaves(caches: Iterable[Cache]) -> Iterator[Any]:
     for cache in caches:
         if hasattr(cache, "caches"):
             yield from _leaves(cache.caches)
@@ -99,15 +106,15 @@ def fit(draft: Model, has: ModelFacts, target: ModelFacts) -> None:
     )
 
 
-def told(model: Model, tell: Callable[[int], None]) -> None:
-    """From now on ``model`` calls ``tell`` with how many tokens each call has.
+def report_calls(model: Model, report: Callable[[int], None]) -> None:
+    """From now on ``model`` calls ``report`` with how many tokens each call has.
 
     Before the call; it keeps its class's name and stays an instance of it.
     """
     cls = type(model)
 
     def __call__(self: Model, tokens: Array, *args: Any, **kwargs: Any) -> Array:
-        tell(int(tokens.shape[-1]))
+        report(int(tokens.shape[-1]))
         return cls.__call__(self, tokens, *args, **kwargs)
 
     model.__class__ = type(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from .models import Cache
 from .opaque import Array, ModelKey, Processor, Uid
@@ -74,15 +74,17 @@ class BatchGenerator:
     _prompt_batch: PromptBatch
     _generation_batch: AnswerBatch
     # Their uids come first.
-    _unprocessed_sequences: Sequence[Sequence[Any]]
+    _unprocessed_sequences: Sequence[Sequence[object]]
 
-    def insert_segments(self, segments: Any, *args: Any, **kwargs: Any) -> Any:
+    def insert_segments(
+        self, segments: object, *args: object, **kwargs: object
+    ) -> Sequence[Uid]:
         """Overridden by `batches`: a failure is the request's own."""
 
     def next(self) -> tuple[Sequence[PromptResponse], Sequence[AnswerResponse]]:
         """Overridden by `batches`: asks for memory before each step."""
 
-    def remove(self, uids: Sequence[Uid], *args: Any, **kwargs: Any) -> Any:
+    def remove(self, uids: Sequence[Uid], *args: object, **kwargs: object) -> object:
         """Overridden by `batches`, which forgets them as well."""
 
 
@@ -133,7 +135,7 @@ class LRUPromptCache:
         self,
         model: ModelKey,
         tokens: list[int],
-        prompt_cache: list[Any],
+        prompt_cache: list[Cache],
         *,
         cache_type: str = "assistant",
     ) -> None:

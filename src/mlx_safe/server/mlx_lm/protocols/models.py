@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from .opaque import Array, ModelKey
 from .text import Tokenizer
@@ -54,8 +54,8 @@ class Cache(Protocol):
 class KVCache(Cache, Protocol):
     """Keys and values of all tokens; ``keys`` is None before the first."""
 
-    keys: Any
-    values: Any
+    keys: Array
+    values: Array
     offset: int  # tokens
 
     def is_trimmable(self) -> bool: ...
@@ -66,17 +66,17 @@ class KVCache(Cache, Protocol):
 class BatchKVCache(Cache, Protocol):
     """The same of a batch: a row's tokens end at ``_idx``, before them is padding."""
 
-    keys: Any
-    values: Any
-    left_padding: Any
+    keys: Array
+    values: Array
+    left_padding: Array
     _idx: int
 
 
 class QuantizedKVCache(Cache, Protocol):
     """``keys`` and ``values`` are three arrays each; ``--kv-bits``."""
 
-    keys: Any
-    values: Any
+    keys: Array
+    values: Array
     offset: int
     group_size: int
     bits: int
@@ -85,8 +85,8 @@ class QuantizedKVCache(Cache, Protocol):
 class RotatingKVCache(Cache, Protocol):
     """Of the last ``max_size`` tokens, and the first ``keep``; the next is ``_idx``."""
 
-    keys: Any
-    values: Any
+    keys: Array
+    values: Array
     offset: int
     max_size: int
     keep: int
@@ -102,8 +102,8 @@ class BatchRotatingKVCache(Cache, Protocol):
 class ChunkedKVCache(Cache, Protocol):
     """Of the last ``chunk_size`` tokens, in other models."""
 
-    keys: Any
-    values: Any
+    keys: Array
+    values: Array
     offset: int
     chunk_size: int
     start_position: int
@@ -112,9 +112,9 @@ class ChunkedKVCache(Cache, Protocol):
 class ArraysCache(Cache, Protocol):
     """States, of one text or of a batch."""
 
-    cache: list[Any]
-    left_padding: Any
-    lengths: Any
+    cache: list[Array | None]
+    left_padding: Array
+    lengths: Array
 
     def extract(self, idx: int) -> ArraysCache: ...
 
@@ -122,18 +122,18 @@ class ArraysCache(Cache, Protocol):
 class CacheList(Cache, Protocol):
     """Several caches of one layer (hybrid models)."""
 
-    caches: Sequence[Any]
+    caches: Sequence[Cache]
 
 
 class Model(Protocol):
     """A model of mlx-lm: a module of MLX, each of a class of its own."""
 
-    layers: list[Any]
+    layers: list[object]
 
     def __call__(self, tokens: Array, *, cache: list[Cache]) -> Array:
         """Logits, (rows, tokens, width). Replaced for a draft model (`speculative`)."""
 
-    def parameters(self) -> Any:
+    def parameters(self) -> object:
         """The weights, in dictionaries and lists."""
 
     def clear(self) -> None:
@@ -164,7 +164,7 @@ class ModelProvider(Protocol):
 class ModelProvider032(ModelProvider, Protocol):
     """With what reads images (mlx-lm 0.32)."""
 
-    processor: Any
+    processor: object
 
 
 class Caches(Protocol):

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-from .opaque import Json
+from .opaque import Item, Json
 from .text import TextStateMachine, Tokenizer
 
 __all__ = [
     "AnsweredContext",
+    "Answers",
     "CompletionRequest",
     "GenerationArguments",
     "GenerationContext",
@@ -20,8 +21,15 @@ __all__ = [
     "Response",
     "Response031",
     "SamplingArguments",
+    "Taken",
     "Vision032",
 ]
+
+
+class Answers(Protocol):
+    """The queue of one request; `InFlight` stands in for it."""
+
+    def put(self, item: Item) -> None: ...
 
 
 class CompletionRequest(Protocol):
@@ -71,6 +79,10 @@ class GenerationArguments(Protocol):
     chat_template_kwargs: Json | None
 
 
+# What `generate` puts into the queue of `ResponseGenerator`, for its thread.
+Taken = tuple[Answers, CompletionRequest, GenerationArguments]
+
+
 class Vision032(Protocol):
     """Images of a prompt; the last that `_tokenize` returns (mlx-lm 0.32)."""
 
@@ -82,7 +94,7 @@ class GenerationContext(Protocol):
 
     prompt: list[int]
     prompt_cache_count: int
-    tool_parser: Callable[[str, Any], Any]
+    tool_parser: Callable[[str, list[Json] | None], object]
 
     def stop(self) -> None:
         """Replaced for each request, so that its end is noticed at once."""

@@ -6,16 +6,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
+from queue import Queue
+from types import ModuleType
 from typing import Any, Protocol
 
 from .generation import BatchGenerator, GenerationResponse, LRUPromptCache
 from .models import CliArgs, Model, ModelProvider
-from .opaque import Array, Json, ModelKey, Processor, Progress, Sampler
+from .opaque import (
+    Array,
+    Json,
+    ModelKey,
+    Processor,
+    Progress,
+    Sampler,
+    Stops,
+    Tokenized,
+)
 from .requests import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
     Response,
+    Taken,
 )
 from .text import Tokenizer
 
@@ -25,8 +37,8 @@ __all__ = ["APIHandler", "ResponseGenerator", "SampleUtils032", "Server"]
 class ResponseGenerator:
     """The generation thread and the queue before it."""
 
-    requests: Any  # a queue. Overridden by `generator`: who comes in is in flight
-    prompt_cache: Any
+    requests: Queue[Taken]  # Overridden by `generator`: who comes in is in flight
+    prompt_cache: LRUPromptCache
     model_provider: ModelProvider
     cli_args: CliArgs
     _stop: bool
@@ -51,13 +63,13 @@ class ResponseGenerator:
     def _generate(self) -> None:
         """The thread's loop. Overridden by `generator`: run again after a failure."""
 
-    def _next_request(self, timeout: float | None) -> Any:
+    def _next_request(self, timeout: float | None) -> Taken | None:
         """Every request passes here. Overridden: its queue becomes an `InFlight`."""
 
-    def _share_request(self, request: Any) -> Any:
+    def _share_request(self, request: Taken | None) -> Taken | None:
         """With more than one rank. Overridden: one too deeply nested is refused."""
 
-    def _share_object(self, obj: Any) -> Any:
+    def _share_object(self, obj: object) -> object:
         """With more than one rank. Overridden by none, called: who has left."""
 
     def _log_cache_stats(self) -> None:
@@ -66,7 +78,7 @@ class ResponseGenerator:
     def _is_batchable(self, args: GenerationArguments) -> bool:
         """Overridden: asked of the model that is named, not of the one before."""
 
-    def _serve_single(self, request: Any) -> None:
+    def _serve_single(self, request: Taken) -> None:
         """The sequential path. Overridden: a client that left ends it in a step."""
 
     def _tokenize(
@@ -74,12 +86,12 @@ class ResponseGenerator:
         tokenizer: Tokenizer,
         request: CompletionRequest,
         args: GenerationArguments,
-    ) -> tuple[Any, ...]:
+    ) -> Tokenized:
         """Overridden: limits, admission, and the tokens that a replay has already."""
 
     def _make_state_machine(
         self, model_key: ModelKey, tokenizer: Tokenizer, stop_words: list[str]
-    ) -> tuple[Any, ...]:
+    ) -> Stops:
         """Overridden: stop words of a replay; a failure is the request's own."""
 
 
@@ -88,14 +100,16 @@ class APIHandler(BaseHTTPRequestHandler):
 
     response_generator: Any
     created: int
-    body: Any
+    body: Json
     stream: bool
     stream_options: Json | None
     requested_model: str
     request_id: str
     object_type: str
 
-    def __init__(self, response_generator: Any, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(
+        self, response_generator: ResponseGenerator, *args: object, **kwargs: object
+    ) -> None: ...
 
     def do_GET(self) -> None:
         """Overridden by `handler`: /metrics, one model, 404 and 405."""
@@ -103,7 +117,7 @@ class APIHandler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Overridden by `handler`: it reads a body that `schema` has checked."""
 
-    def _validate(self, name: str, *args: Any, **more: Any) -> None:
+    def _validate(self, name: str, *args: object, **more: object) -> None:
         """Overridden by `handler`: up to 20 alternatives."""
 
     def validate_model_parameters(self) -> None:
@@ -150,11 +164,11 @@ class APIHandler(BaseHTTPRequestHandler):
 class Server(Protocol):
     """The module ``mlx_lm.server``. The first nine are replaced by `patch`."""
 
-    logging: Any  # whole requests and answers are in its lines
-    Queue: Any  # a token's way to its handler
+    logging: ModuleType  # whole requests and answers are in its lines
+    Queue: type  # a token's way to its handler
 
     def run(self, host: str, port: int, model_provider: ModelProvider) -> None: ...
-    def load(self, *args: Any, **options: Any) -> tuple[Any, ...]: ...
+    def load(self, *args: object, **options: object) -> tuple[object, ...]: ...
     def _make_sampler(
         self, args: GenerationArguments, tokenizer: Tokenizer
     ) -> Sampler: ...
@@ -165,7 +179,7 @@ class Server(Protocol):
     def BatchGenerator(self, model: Model) -> BatchGenerator: ...
     # Called with `prompt` and `draft_model` by name: `parts` reads them.
     def stream_generate(
-        self, *args: Any, **kwargs: Any
+        self, *args: object, **kwargs: object
     ) -> Iterator[GenerationResponse]: ...
     def main(self) -> None: ...
     def get_system_fingerprint(self) -> str: ...

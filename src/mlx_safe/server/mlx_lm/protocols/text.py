@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
+
+from .opaque import State
 
 __all__ = [
     "Detokenizer",
@@ -44,20 +46,20 @@ class TokenizerWrapper(Protocol):
 class Tokenizer031(TokenizerWrapper, Protocol):
     """With the class of its detokenizers (mlx-lm 0.31)."""
 
-    _detokenizer_class: Any
+    _detokenizer_class: type[Detokenizer]
 
 
 class Tokenizer032(TokenizerWrapper, Protocol):
     """With the detokenizer that is copied for each answer (mlx-lm 0.32)."""
 
-    _detokenizer: Any
+    _detokenizer: Detokenizer
 
 
 class Tokenizer(TokenizerWrapper, Protocol):
     """What the wrapper passes on to transformers, whose names these are."""
 
     eos_token_ids: set[int]
-    added_tokens_decoder: dict[int, Any]
+    added_tokens_decoder: dict[int, object]
     model_max_length: int | None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
@@ -69,14 +71,14 @@ class Tokenizer(TokenizerWrapper, Protocol):
 class StopMatcher032(Protocol):
     """How far in a stop word an answer is."""
 
-    def advance(self, token: int) -> Any: ...
+    def advance(self, token: int) -> object: ...
 
 
 class StopWords031(Protocol):
     """What `_make_state_machine` makes of stop words (mlx-lm 0.31)."""
 
-    def make_state(self) -> Any: ...
-    def match(self, state: Any, x: int) -> Any: ...
+    def make_state(self) -> State: ...
+    def match(self, state: State, x: int) -> tuple[State, object, object]: ...
 
 
 class StopWords032(Protocol):
@@ -88,10 +90,10 @@ class StopWords032(Protocol):
 class TextStateMachine(Protocol):
     """``mlx_lm.generate.TextStateMachine`` (0.32): text, reasoning, tool calls."""
 
-    def make_state(self, initial: str) -> Any: ...
+    def make_state(self, initial: str) -> State: ...
     @staticmethod
-    def split(state: Any, text: str) -> tuple[Any, list[tuple[str, str]]]: ...
+    def split(state: State, text: str) -> tuple[State, list[tuple[str, str]]]: ...
     @staticmethod
-    def flush(state: Any) -> tuple[Any, str, str]: ...
+    def flush(state: State) -> tuple[State, str, str]: ...
     @staticmethod
-    def discard(state: Any) -> tuple[Any, str]: ...
+    def discard(state: State) -> tuple[State, str]: ...

@@ -1,0 +1,121 @@
+"""The next turn after kill -9, of this server and of others with a tier on disk.
+
+The same model, prompt and machine. A server answers a long prompt; then it is killed
+and started again with its files, and once more with none. Of both the time to the first
+token of the next turn, its text, and how many tokens the server says it did not read.
+
+    bench/kv_peers.py --peer vllm-mlx=PATH/bin/vllm-mlx [--model DIR] [--words 500]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from kv import ask, streamed, text_of
+
+from support import tiny_model
+from support.server import PYTHON, Server, free_port
+
+START_S = 240
+# Those that write when they are idle have so long.
+IDLE_S = 8.0
+
+# What each is started with: without its tier, and with it.
+OURS = ["{python}", "-m", "mlx_safe", "serve", "--model", "{model}", "--port", "{port}"]
+PEERS = {
+    "mlx-safe": (OURS, ["--kv-dir", "{work}"]),
+    "vllm-mlx": (
+        ["{python}", "serve", "{model}", "--port", "{port}", "--continuous-batching"],
+        ["--ssd-cache-dir", "{work}"],
+    ),
+}
+
+
+class Peer(Server):
+    """One of them in a child process."""
+
+    def __init__(self, words: Sequence[str], python: str, model: Path, work: Path):
+        self.model, self.tls = model, None
+        self.headers = {"Content-Type": "application/json"}
+        self.port = free_port()
+        given = {"python": python, "model": model, "port": self.port, "work": work}
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(work.parent)}
+        self.start([word.format(**given) for word in words], env)
+
+    def wait_ready(self) -> Peer:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                ask(self, [{"role": "user", "content": "warm up"}])
+                return self
+            except (OSError, SystemExit, ValueError):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"it does not answer:\n{self.log}") from None
+                time.sleep(0.3)
+
+
+def compare(name: str, python: str, model: Path, work: Path, words: int) -> None:
+    plain, tier = PEERS[name]
+    directory = work / name
+    directory.mkdir()
+    messages = [{"role": "user", "content": text_of(words, 3)}]
+    with Peer([*plain, *tier], python, model, directory / "kv") as server:
+        server.wait_ready()
+        moments, text, _ = streamed(server, messages, 12)
+        read = moments[1].since(moments[0])
+        time.sleep(IDLE_S)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.wait()
+    messages += [
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "go on"},
+    ]
+    found = {}
+    for how, flags in (("its files", tier), ("none", ())):
+        with Peer([*plain, *flags], python, model, directory / "kv") as server:
+            server.wait_ready()
+            moments, text, usage = streamed(server, messages, 12)
+            took = moments[1].since(moments[0])
+            details = usage.get("prompt_tokens_details") or {}
+            found[how] = text
+            print(
+                f"{name}, with {how}: next turn's first token / reading: "
+                f"{took.over(read)}; {details.get('cached_tokens')} of "
+                f"{usage.get('prompt_tokens')} tokens said to be not read",
+                flush=True,
+            )
+    same = found["its files"] == found["none"]
+    print(f"{name}: text {'the same' if same else f'ANOTHER: {found}'}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PROGRAM")
+    parser.add_argument("--only", choices=PEERS, help="this one alone")
+    parser.add_argument("--model", type=Path, help="default: a random one")
+    parser.add_argument("--hidden", type=int, default=512, help="of the random one")
+    parser.add_argument("--words", type=int, default=190)
+    options = parser.parse_args()
+    peers = {"mlx-safe": PYTHON, **dict(p.split("=", 1) for p in options.peer)}
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or tiny_model.make(
+            Path(folder) / "model", hidden_size=options.hidden
+        )
+        for name, program in peers.items():
+            if options.only in (None, name):
+                compare(name, program, model, Path(folder), options.words)
+
+
+if __name__ == "__main__":
+    main()
