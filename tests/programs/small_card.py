@@ -4,9 +4,9 @@ What a step takes is looked at when it has been made, and one that took more tha
 is ends as on a card, where MLX (0.32.4 with CUDA) raises from ``mx.eval`` and
 ``mx.async_eval``. Besides its arrays a step takes HIDDEN times as much again, which
 nothing counts, as do fragments of memory and what libraries take. What MLX has freed is
-its pool's until that is given back; above the memory limit it gives back what it can. The file named by BALLAST, if it is there, says how
-many of the bytes another program has. A line "step: R x N" tells that a call of the
-model reads N tokens of R rows.
+its pool's until that is given back; above the memory limit it gives back what it can.
+The file named by BALLAST, if it is there, says how many of the bytes another program
+has. A line "step: R x N" tells that a call of the model reads N tokens of R rows.
 """
 
 import functools
