@@ -469,7 +469,7 @@ def test_a_cache_that_cannot_be_quantized_is_told_of() -> None:
     flags = SimpleNamespace(kv_bits=4, kv_group_size=64, quantized_kv_start=5000)
     provider = SimpleNamespace(model=model, draft_model=None, cli_args=flags)
     with pytest.raises(model_demand.NoRoom, match=r"--kv-bits 4 .*Rotating"):
-        model_demand._measure(provider, Transients())
+        model_demand._measure(provider, Transients(), False)
 
 
 @NO_KV_BITS
