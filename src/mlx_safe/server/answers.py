@@ -225,8 +225,8 @@ class _Choice:
         self._finish = "stop"
         words = answer.stop_words
         self._stops = StopWords(words) if words else None
-        # Of what it holds back.
-        self._state: str | None = "normal"
+        # The state of what it holds back, as mlx-lm names it.
+        self._held_in: str | None = "normal"
         # Not sent yet.
         self._text = ""
         self._reasoning = ""
@@ -275,9 +275,9 @@ class _Choice:
                 self._add_text_to_stop(self._stops, state, text)
 
     def _add_text_to_stop(self, stops: StopWords, state: str, text: str) -> None:
-        if state != self._state:  # a marker stands between, and none in a stop word
-            self._add_text(self._state, stops.rest())
-            self._state = state
+        if state != self._held_in:  # a marker stands between, and none in a stop word
+            self._add_text(self._held_in, stops.rest())
+            self._held_in = state
         if not stops.found:
             self._add_text(state, stops.take(text))
 
@@ -299,7 +299,7 @@ class _Choice:
         if self._stops is not None:
             if self._stops.found:
                 self._finish = "stop"
-            self._add_text(self._state, self._stops.rest())
+            self._add_text(self._held_in, self._stops.rest())
         if self._call is not None:
             self._end_call(closed=False)
         if self._calls_sent + len(self._calls) and self._finish == "stop":
