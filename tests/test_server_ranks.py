@@ -26,7 +26,7 @@ import pytest
 from mlx_safe.server import lifeline
 from support import model_types
 from support.programs import program
-from support.server import NEVER, Answer, Server, free_port
+from support.server import NEVER, Answer, Server, eventually, free_port
 
 # Ranks that get no error from a lost peer (MLX up to 0.32.0) end after this time. Not
 # before: while one is loading its model, the other waits for it.
@@ -106,16 +106,19 @@ def test_requests_and_leavers_and_the_end(tiny_model: Path, tmp_path: Path) -> N
 def test_who_leaves_the_queue_leaves_the_ranks_together(
     tiny_model: Path, tmp_path: Path, path: dict[str, Any]
 ) -> None:
-    """Only the first knows that its client has left; the others have the request."""
+    """Only the first knows that its client has left; the others have the request.
+
+    When it alone dropped it, what came after had another text.
+    """
     with two_ranks(tiny_model, tmp_path, inject=("", "")) as ranks:
         first = ranks[0]
         text = first.chat(**path).text
-        busy = {"max_tokens": 400, "seed": 2}  # alone: all others wait in the queue
-        with first.chatting(1, **busy) as answers:
-            first.wait_for_requests(1)
+        # One that runs alone: all others wait in the queue.
+        with stream_of(first, seed=2):
             for _ in range(3):
                 leave(first, **path)
-        assert [a.status for a in answers] == [200]
+            assert first.metric("mlx_safe_requests_in_flight") == 1
+        assert eventually(lambda: first.get("/health").json["in_flight"] == 0)
         assert first.chat(**path).text == text
         first.process.send_signal(signal.SIGTERM)
         assert ends(ranks) == [0, 0]
@@ -246,9 +249,9 @@ def test_mlx_launch_ends_the_other_ranks(tiny_model: Path, tmp_path: Path) -> No
 
 
 @contextmanager
-def stream_of(server: Server) -> Iterator[Any]:
+def stream_of(server: Server, **more: Any) -> Iterator[Any]:
     """The lines of a stream that has begun and does not end by itself."""
-    ask = {"messages": [{"role": "user", "content": "hello"}], "stream": True}
+    ask = {"messages": [{"role": "user", "content": "hello"}], "stream": True, **more}
     with closing(server.connect()) as connection:
         body = json.dumps({**ask, "max_tokens": 100_000})
         connection.request("POST", "/v1/chat/completions", body)
