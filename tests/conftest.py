@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import platform
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,12 @@ from support.native import Native
 
 ROOT = Path(__file__).parent
 LEFT_OUT = "mlx_safe_left_out"
+
+# nohup, and shells in what they start in the background, have these ignored; a child
+# inherits that. With a handler here it begins with the default.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 # Before any test imports mlx_safe, which at once says there that it runs.
 _reports_of_this_process = tempfile.TemporaryDirectory()

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,18 +26,6 @@ async def app(scope, receive, send):
     pass
 uvicorn.run(app, port=int(sys.argv[1]), lifespan="off")
 """
-
-
-@pytest.fixture(autouse=True)
-def signals_that_stop() -> Iterator[None]:
-    """What nohup, and shells for what they start in the background, have ignored."""
-    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
-    ignored = [n for n in numbers if signal.getsignal(n) is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def left(directory: Path) -> list[str]:
