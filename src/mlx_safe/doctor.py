@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -325,7 +324,7 @@ def render(found: dict[str, Any]) -> str:
     available = machine["available"]
     free = "" if available is None else f", {format_size(available)} available"
     hooks = "hooked and verified" if protection["verified"] else "not hooked"
-    if sys.platform != "darwin" and not protection["metal_hooks"]:
+    if not machine["system"].startswith("macOS") and not protection["metal_hooks"]:
         hooks = "none here"
     lines = [
         f"machine     {machine['device']}, {format_size(machine['memory'])}{free}",
