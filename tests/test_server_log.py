@@ -279,7 +279,8 @@ def test_a_mistake_is_a_line_of_the_log(
         (("--model", "/no/such/model"), "there is no such directory"),
         (("--host", "192.0.2.1", "--model", "/no/such"), ""),
     ):
-        command = ["serve", *words.get(place, ()), *supervised, *wrong]
+        port = ("--port", "0") if "--port" not in wrong else ()
+        command = ["serve", *words.get(place, ()), *supervised, *port, *wrong]
         done = child.run(
             f"import sys; from mlx_safe.cli import main; sys.exit(main({command!r}))",
             timeout=180.0,
