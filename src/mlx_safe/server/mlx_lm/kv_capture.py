@@ -143,7 +143,8 @@ class Capture:
         arrays = layout.slots(text.view, node.start, node.end)
         # What was kept of it while it was not full serves nobody now.
         tails = [] if layout.has_states else _after(text, node.start)
-        offered = self._offer(text, node, arrays, layout.about_block(), i, tails)
+        about = layout.about_block()
+        offered = self._offer(self._draft(text, node, arrays, about, i, tails))
         self._tails += SHARE * layout.block_nbytes * offered
         return offered
 
@@ -161,7 +162,8 @@ class Capture:
         if taken is None or not self._has_room(size):
             return
         about, arrays = taken
-        offered = self._offer(text, node, arrays, about, len(text.blocks), tails)
+        made = self._draft(text, node, arrays, about, len(text.blocks), tails)
+        offered = self._offer(made)
         if offered and end is not End.LEAVES:
             self._tails -= size
 
@@ -200,7 +202,7 @@ class Capture:
             return True
         if not self._has_room(size):
             return True
-        offered = self._offer(text, node, arrays, about, after, gone)
+        offered = self._offer(self._draft(text, node, arrays, about, after, gone))
         if offered and reading is not None:
             if not is_boundary:
                 reading.passing = node
@@ -213,17 +215,8 @@ class Capture:
         self._store.events["not_written_backlog"] += 1
         return False
 
-    def _offer(
-        self,
-        text: _Text,
-        node: Node,
-        arrays: Sequence[mx.array],
-        about: Any,
-        after: int,
-        instead_of: Sequence[Node],
-    ) -> bool:
-        made = self._draft(text, node, arrays, about, after, instead_of)
-        return made is not None and self._writer.offer(*made)
+    def _offer(self, drafted: tuple[Draft, int] | None) -> bool:
+        return drafted is not None and self._writer.offer(*drafted)
 
     def _draft(
         self,
