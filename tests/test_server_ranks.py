@@ -117,7 +117,8 @@ def test_who_leaves_the_queue_leaves_the_ranks_together(
         with stream_of(first, seed=2):
             for _ in range(3):
                 leave(first, **path)
-            assert first.metric("mlx_safe_requests_in_flight") == 1
+            in_flight = "mlx_safe_requests_in_flight"
+            assert eventually(lambda: first.metric(in_flight) == 1)
         assert eventually(lambda: first.get("/health").json["in_flight"] == 0)
         assert first.chat(**path).text == text
         first.process.send_signal(signal.SIGTERM)
