@@ -267,7 +267,9 @@ MACHRUN_FILES_server := tests/machrun/test_server.py
 MACHRUN_FILES_versions := tests/machrun/test_versions.py tests/machrun/test_hooks.py tests/machrun/test_sent.py
 MACHRUN_FILES_hardware := tests/machrun/test_hardware.py
 MACHRUN_FILES_rest = tests/machrun $(foreach part,$(filter-out rest,$(MACHRUN_PARTS)),$(MACHRUN_FILES_$(part):%=--ignore %))
-machrun:  ## the macOS binaries of MLX and ours, executed under emulation
+# What others need as well is made by this make: a second one would make it again, and
+# `dist` goes when the sdist is built.
+machrun: build/macos-wheels.stamp $(VENVS)/observe.tools $(VENVS)/wheels.ready  ## the macOS binaries of MLX and ours, executed under emulation
 	@$(MAKE) --no-print-directory $(if $(findstring jobserver,$(MAKEFLAGS)),,--jobs=2 --output-sync=target) $(MACHRUN_PARTS:%=machrun-%)
 
 .PHONY: $(MACHRUN_PARTS:%=machrun-%)
