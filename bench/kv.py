@@ -40,7 +40,7 @@ from memory_ceiling import run as run_load
 from support import tiny_model
 from support.model_types import load_type
 from support.models import make_model
-from support.server import CONTROLLED, NEVER, Server
+from support.server import CONTROLLED, NEVER, Server, kept_in
 from support.usage import cpu_seconds
 
 TIMEOUT_S = 3600
@@ -50,7 +50,7 @@ def start(model: Path, directory: Path | None, size: str = "20G") -> Server:
     # A step may take minutes on a busy machine.
     arguments = ["--prefill-step-size", "256", "--stall-timeout", "0"]
     if directory is not None:
-        arguments += ["--kv-dir", str(directory), "--kv-disk-bytes", size]
+        arguments += [*kept_in(directory), "--kv-disk-bytes", size]
     return Server(model, *arguments, program=CONTROLLED, inject=f"any:{NEVER}")
 
 

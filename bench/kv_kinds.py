@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support import tiny_model
 from support.models import make_model
-from support.server import CONTROLLED, Server
+from support.server import CONTROLLED, Server, kept_in
 
 SAYS = ("read again, after", "step failed", "Traceback", "no longer kept", "ends alone")
 WORDS = ["ships", "sail", "slowly", "over", "the", "grey", "sea", "at", "night"]
@@ -62,7 +62,7 @@ def converse(server: Server, seed: int, until: float, seen: Counter[str]) -> Non
 
 def run(model: Path, directory: Path, seconds: float, seed: int) -> bool:
     flags = ["--prefill-step-size", "64", "--prompt-cache-size", "2"]
-    flags += ["--kv-dir", str(directory), "--kv-disk-bytes", "6M"]
+    flags += [*kept_in(directory), "--kv-disk-bytes", "6M"]
     seen: Counter[str] = Counter()
     with Server(model, *flags, program=CONTROLLED) as server:
         server.wait_ready()

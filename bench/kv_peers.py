@@ -32,7 +32,7 @@ IDLE_S = 8.0
 # What each is started with: without its tier, and with it.
 OURS = ["{python}", "-m", "mlx_safe", "serve", "--model", "{model}", "--port", "{port}"]
 PEERS = {
-    "mlx-safe": (OURS, ["--kv-dir", "{work}"]),
+    "mlx-safe": (OURS, ["--kv-dir", "{work}", "--kv-free-bytes", "0"]),
     "vllm-mlx": (
         ["{python}", "serve", "{model}", "--port", "{port}", "--continuous-batching"],
         ["--ssd-cache-dir", "{work}"],

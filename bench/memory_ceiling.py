@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from support import tiny_model
-from support.server import Server
+from support.server import Server, kept_in
 from support.usage import cpu_seconds
 
 TOKENS = 8
@@ -120,7 +120,7 @@ def main() -> None:
         limit = ("--max-active-memory-bytes", str(ceiling))
         runs = {"without": free, "with": run(model, load, *limit)}
         if args.kv:
-            kept = ("--kv-dir", f"{directory}/kv")
+            kept = kept_in(f"{directory}/kv")
             runs["on disk"] = run(model, load, *limit, *kept)
     print(f"ceiling {ceiling / 1e6:.1f} MB, {args.share:.2f} of the peak without it")
     for name, found in runs.items():

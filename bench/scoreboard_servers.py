@@ -63,7 +63,7 @@ CONTESTANTS = [
     Contestant(
         "mlx-safe-kv",
         "mlx-safe serve --kv-dir",
-        (*OURS, "--kv-dir", "{work}/kv"),
+        (*OURS, "--kv-dir", "{work}/kv", "--kv-free-bytes", "0"),
         CEILING,
         ours=True,
     ),

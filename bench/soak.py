@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from soak_load import Client, Crowd, Told, prompts  # noqa: E402
 
 from support.programs import program  # noqa: E402
-from support.server import CONTROLLED, NEVER, Server, eventually  # noqa: E402
+from support.server import CONTROLLED, NEVER, Server, eventually, kept_in  # noqa: E402
 
 TEXTS = 40
 # Those of IOGPU, and one that nobody knows. What ends a process comes to the supervised
@@ -234,7 +234,7 @@ class Soak:
         self.faulted = Server(
             model, "--prompt-cache-bytes", "4M", program=CONTROLLED, env=env
         )
-        kv = ("--kv-dir", str(directory / "disk" / "kv"))
+        kv = kept_in(directory / "disk" / "kv")
         self.killed = Server(
             model,
             *("--supervise", *kv, "--kv-disk-bytes", str(KV_LIMIT)),

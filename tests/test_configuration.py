@@ -42,6 +42,7 @@ def file(tmp_path: Path) -> Path:
         temp = 0.5
         max-active-memory-bytes = "20G"
         kv-disk-bytes = 5_000_000
+        kv-free-bytes = 0
         supervise = true
         served-model-name = ["one", "two words"]
         allowed-origins = ["http://a", "http://b"]
@@ -67,6 +68,7 @@ def test_a_file_has_every_kind_of_value(parser: Parser, file: Path) -> None:
     assert found.temp == 0.5
     assert found.max_active_memory_bytes == 20 * 10**9
     assert found.kv_disk_bytes == 5_000_000
+    assert found.kv_free_bytes == 0
     assert found.supervise is True
     assert found.served_model_name == ["one", "two words"]
     assert found.allowed_origins == ["http://a", "http://b"]

@@ -414,7 +414,9 @@ def test_it_writes_no_more_than_so_much_an_hour(tmp_path: Path) -> None:
     assert store.events["not_written_hourly"] == 1
 
 
-def test_it_leaves_room_on_the_disk(tmp_path: Path) -> None:
+def test_it_leaves_room_on_the_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Small(HookedFiles):
         free = 10 * 4096
 
@@ -428,8 +430,20 @@ def test_it_leaves_room_on_the_disk(tmp_path: Path) -> None:
     write(store, [1] * 256)
     assert len(files(tmp_path)) == 2
     disk.free = 0
-    assert not store.publish(drafts(OTHER)[0])
+    for _ in range(2):
+        assert not store.publish(drafts(OTHER)[0])
     assert store.off is None
+    assert caplog.messages == [
+        "KV caches are not written: 0 B free on the volume of --kv-dir, and "
+        "12.3 kB are left to others (--kv-free-bytes)"
+    ]
+
+
+def test_what_is_left_free_by_default_fits_the_volume() -> None:
+    assert Limits(1).floor(10**12) == 10 * 10**9
+    assert Limits(1).floor(5 * 10**9) == 5 * 10**8
+    assert Limits(1, free=10**11).floor(10**12) == 10**11
+    assert Limits(1, free=0).floor(10**12) == 0
 
 
 def test_a_directory_with_other_things_is_not_used(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from mlx_safe.server.mlx_lm import kv_capture, kv_tier
 from mlx_safe.server.mlx_lm.kv_layout import Layout, to_bytes
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
+from support.server import kept_in
 
 TOKENS = [3 + n % 50 for n in range(560)]  # what comes after 512 is not worth it
 
@@ -352,13 +353,19 @@ def test_the_doctor_says_whether_the_server_could_use_it(
     tier.capture(provider.model_key, TOKENS, cached(provider))
     tier.confirm()
     flush(tier)
-    assert doctor(["--kv-dir", str(tmp_path / "kv"), "--kv-disk-bytes", "1G"]) == 0
+    assert doctor([*kept_in(tmp_path / "kv"), "--kv-disk-bytes", "1G"]) == 0
     told = capsys.readouterr().out
     assert "2 files" in told
     assert "of 1.0 GB" in told
+    assert "nothing is written" not in told
+    too_much = ("--kv-free-bytes", "1000T")
+    assert doctor(["--kv-dir", str(tmp_path / "kv"), *too_much]) == 0
+    assert "! nothing is written: see --kv-free-bytes" in capsys.readouterr().out
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes").write_text("mine")
     with pytest.raises(CommandError, match="no directory of KV caches"):
         doctor(["--kv-dir", str(tmp_path / "full")])
     with pytest.raises(CommandError, match="needs --kv-dir"):
         doctor(["--kv-disk-bytes", "1G"])
+    with pytest.raises(CommandError, match="--kv-free-bytes needs --kv-dir"):
+        doctor(["--kv-free-bytes", "0"])

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_safe.kv.command import kv
 from support.models import make_model
-from support.server import CONTROLLED, Server, eventually
+from support.server import CONTROLLED, Server, eventually, kept_in
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 WORDS = " ".join(f"{n} ships" for n in range(330))
@@ -42,7 +42,7 @@ def plain(tiny_model: Path) -> Iterator[Server]:
 
 
 def with_tier(model: Path, directory: Path, *more: str) -> Server:
-    arguments = ("--kv-dir", str(directory), *STEP, *more)
+    arguments = (*kept_in(directory), *STEP, *more)
     return Server(model, *arguments, program=CONTROLLED)
 
 

@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.programs import program
-from support.server import CONTROLLED, Server
+from support.server import CONTROLLED, Server, kept_in
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"\bmlx_safe_\w+")
@@ -24,7 +24,7 @@ NAME = re.compile(r"\bmlx_safe_\w+")
 def server(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    flags = ("--kv-dir", str(tmp_path_factory.mktemp("kv")))
+    flags = kept_in(tmp_path_factory.mktemp("kv"))
     with Server(tiny_model, *flags, program=CONTROLLED) as found:
         found.wait_ready()
         assert found.chat(max_tokens=4).status == 200

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mlx_safe.server import status_page
-from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually
+from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually, kept_in
 
 PAGE_MAX = 60_000
 SECRET = "a text that must not be told"
@@ -30,7 +30,7 @@ def shared(
     disk = tmp_path_factory.mktemp("kv")
     with Server(
         tiny_model,
-        *("--kv-dir", str(disk), "--max-active-memory-bytes", "1G"),
+        *(*kept_in(disk), "--max-active-memory-bytes", "1G"),
         *("--prompt-cache-size", "2"),
         program=CONTROLLED,
     ).wait_ready() as server:

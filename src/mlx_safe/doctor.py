@@ -11,9 +11,9 @@ from typing import Any
 
 from . import install
 from ._command import CommandError, Parser, in_one_line, need_mlx, path_or_name
-from .checks import all_checks
+from .checks import BAD, all_checks
 from .kv.directory import Directory, NotOurs
-from .kv.store import DISK_BYTES
+from .kv.store import DISK_BYTES, Limits
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.demand import Demand, step_sizes
 from .memory.estimate import CacheCost, Transients, calibrate
@@ -65,9 +65,8 @@ def doctor(arguments: Sequence[str]) -> int:
         help="the server's flag of this name: is it usable?",
         **text,
     )
-    parser.add_argument(
-        "--kv-disk-bytes", metavar="SIZE", help="the server's flag of this name"
-    )
+    for flag in ("--kv-disk-bytes", "--kv-free-bytes"):
+        parser.add_argument(flag, metavar="SIZE", help="the server's flag of this name")
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -86,13 +85,21 @@ def doctor(arguments: Sequence[str]) -> int:
         draft=asked.draft_model,
         config=asked.config,
     )
-    kept = _size("--kv-disk-bytes", asked.kv_disk_bytes)
+    limits = _kv_limits(asked)
     if asked.kv_dir is not None:
-        found["kv_disk"] = _kv_disk(asked.kv_dir, kept or DISK_BYTES, found)
-    elif kept is not None:
-        raise CommandError("--kv-disk-bytes needs --kv-dir")
+        found["kv_disk"] = _kv_disk(asked.kv_dir, limits, found)
     print(json.dumps(found, indent=2) if asked.json else render(found))
     return 0
+
+
+def _kv_limits(asked: argparse.Namespace) -> Limits:
+    size = _size("--kv-disk-bytes", asked.kv_disk_bytes)
+    nothing = (asked.kv_free_bytes or "").strip() == "0"
+    free = 0 if nothing else _size("--kv-free-bytes", asked.kv_free_bytes)
+    for flag, value in (("--kv-disk-bytes", size), ("--kv-free-bytes", free)):
+        if asked.kv_dir is None and value is not None:
+            raise CommandError(f"{flag} needs --kv-dir")
+    return Limits(size or DISK_BYTES, free=free)
 
 
 def _size(flag: str, text: str | None) -> int | None:
@@ -167,7 +174,7 @@ def examine(
     return found
 
 
-def _kv_disk(path: str, limit: int, found: dict[str, Any]) -> dict[str, Any]:
+def _kv_disk(path: str, limits: Limits, found: dict[str, Any]) -> dict[str, Any]:
     """What ``--kv-dir`` has, and has room for.
 
     Raises:
@@ -179,21 +186,24 @@ def _kv_disk(path: str, limit: int, found: dict[str, Any]) -> dict[str, Any]:
         raise CommandError(f"--kv-dir {e}") from e
     try:
         sizes = [entry.size for entry in directory.scan().values()]
-        free, _ = directory.files.free_bytes(directory.fd)
+        free, volume = directory.files.free_bytes(directory.fd)
         private = directory.is_private
     except OSError as e:
         raise CommandError(f"--kv-dir {path}: {e.strerror}") from e
     finally:
         directory.close()
     a_token = found.get("model", {}).get("bytes_per_token")
+    left = limits.floor(volume)
+    room = max(min(limits.size, sum(sizes) + free - left), 0)
     return {
         "path": path,
         "files": len(sizes),
         "bytes": sum(sizes),
-        "limit": limit,
+        "limit": limits.size,
         "free": free,
+        "left_free": left,
         "private": private,
-        "tokens": limit // a_token if a_token else None,
+        "tokens": room // a_token if a_token else None,
     }
 
 
@@ -353,8 +363,11 @@ def _render_kv_disk(kept: dict[str, Any]) -> list[str]:
     lines = [
         f"KV on disk  {kept['path']}: {kept['files']} files, "
         f"{format_size(kept['bytes'])} of {format_size(kept['limit'])}; "
-        f"{format_size(kept['free'])} free on the volume",
+        f"{format_size(kept['free'])} free on the volume, "
+        f"{format_size(kept['left_free'])} of it left to others",
     ]
+    if kept["free"] + kept["bytes"] < kept["left_free"]:
+        lines.append(f"            {BAD}nothing is written: see --kv-free-bytes")
     if tokens is not None:
         room = format_tokens(tokens)
         lines.append(f"            room for {room} of what grows with the text")

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from clients.browser import browse
-from support.server import BATCH_RUNS_S, CONTROLLED, Server
+from support.server import BATCH_RUNS_S, CONTROLLED, Server, kept_in
 
 KEEP = os.environ.get("MLX_SAFE_SCREENSHOTS")
 WIDE, PHONE = (1000, 1100), (390, 1500)
@@ -33,7 +33,7 @@ def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with Server(
         tiny_model,
         *("--max-active-memory-bytes", "12M", "--prompt-cache-size", "2"),
-        *("--kv-dir", str(disk)),
+        *kept_in(disk),
         program=CONTROLLED,
     ).wait_ready() as server:
         for i in range(4):

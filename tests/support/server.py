@@ -49,6 +49,12 @@ REFUSING = program("refuses_for_an_hour")
 # mlx-lm looks for new requests when a batch has run for half a second.
 BATCH_RUNS_S = 0.6
 
+
+def kept_in(directory: Path | str) -> tuple[str, ...]:
+    """Flags of KV caches on disk, however full the disk of this machine is."""
+    return ("--kv-dir", str(directory), "--kv-free-bytes", "0")
+
+
 # Of the ports given out last: nobody else who asks here is given them.
 _reserved: deque[contextlib.ExitStack] = deque()
 RESERVED_MAX = 16

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..memory.sizes import format_size
 from .directory import GONE, Directory, Entry, disk_size
 from .format import (
     BLOCK_TOKENS,
@@ -39,6 +40,8 @@ log = logging.getLogger("mlx_safe.kv")
 
 # How much a directory holds by default.
 DISK_BYTES = 20 * 10**9
+# What it leaves to others by default.
+FREE_BYTES = 10 * 10**9
 
 # A node's use is written down when the last one is so long ago.
 USE_AGAIN_NS = 60 * 10**9
@@ -50,12 +53,16 @@ _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 class Limits:
     """Bytes. size: of all files. per_hour: written. free: left on the volume.
 
-    The last is at most a tenth of the volume, so that a small one is of use.
+    free: None: `FREE_BYTES`, or a tenth of the volume, so that a small one is of use.
     """
 
     size: int
     per_hour: int = 64 * 10**9
-    free: int = 10 * 10**9
+    free: int | None = None
+
+    def floor(self, volume: int) -> int:
+        """What is left free on a volume of so many bytes."""
+        return min(FREE_BYTES, volume // 10) if self.free is None else self.free
 
 
 @dataclass(frozen=True, eq=False)
@@ -499,7 +506,7 @@ class Store:
     def _make_room(self, size: int, keep: Sequence[Node]) -> bool:
         """Under the lock: evicts until ``size`` bytes more are within the limits."""
         free, volume = self._directory.files.free_bytes(self._directory.fd)
-        floor = min(self.limits.free, volume // 10)
+        floor = self.limits.floor(volume)
         with self._mutex:
             needed = max(self._total + size - self.limits.size, floor + size - free)
             if needed <= 0:
@@ -512,6 +519,12 @@ class Store:
             ]
             sizes = sum(self._index[i, name].size for _, _, name, i in oldest)
         if size and sizes < needed:
+            if floor + size > free + sizes and not self.events["not_written_no_room"]:
+                log.warning(
+                    "KV caches are not written: %s free on the volume of --kv-dir, and "
+                    "%s are left to others (--kv-free-bytes)",
+                    *(format_size(free), format_size(floor)),
+                )
             return False
         self._change()
         heapq.heapify(oldest)

@@ -72,8 +72,9 @@ def check_flags(options: argparse.Namespace, args: CliArgs) -> None:
     _settle_defaults(args)
     _check_kv_flags(options, args)
     _check_model_flags(options, args)
-    if options.kv_disk_bytes and not options.kv_dir:
-        raise CommandError("--kv-disk-bytes needs --kv-dir")
+    for flag in ("kv_disk_bytes", "kv_free_bytes"):
+        if getattr(options, flag) is not None and not options.kv_dir:
+            raise CommandError(f"--{flag.replace('_', '-')} needs --kv-dir")
 
 
 def _check_origins(args: CliArgs) -> None:

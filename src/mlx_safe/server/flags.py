@@ -347,6 +347,13 @@ def _add_disk_flags(parser: argparse._ActionsContainer) -> None:
         help="how much --kv-dir may hold, such as 50G; what was used least goes first "
         "(default with --kv-dir: 20G)",
     )
+    parser.add_argument(
+        "--kv-free-bytes",
+        type=_size_or_none,
+        metavar="SIZE",
+        help="what --kv-dir leaves free on its volume; 0: nothing "
+        "(default: 10G, or a tenth of a volume under 100G)",
+    )
 
 
 def _name(text: str) -> str:
@@ -404,6 +411,10 @@ def _size(text: str) -> int:
         return parse_size(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _size_or_none(text: str) -> int:
+    return 0 if text.strip() == "0" else _size(text)
 
 
 def _seconds(text: str) -> float:

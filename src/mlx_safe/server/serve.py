@@ -345,7 +345,8 @@ def _make_generator(
     cli_args = model_provider.cli_args
     prompt_cache = PromptCache(cli_args.prompt_cache_size, cli_args.prompt_cache_bytes)
     if disk is not None:
-        prompt_cache.disk = KVTier(disk, Limits(options.kv_disk_bytes or DISK_BYTES))
+        limits = Limits(options.kv_disk_bytes or DISK_BYTES, free=options.kv_free_bytes)
+        prompt_cache.disk = KVTier(disk, limits)
     return ProtectedResponseGenerator(
         model_provider,
         prompt_cache,
