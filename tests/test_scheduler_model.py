@@ -196,7 +196,7 @@ class Loop:
     def __init__(self, choices: bytes, attempts: int = ATTEMPTS) -> None:
         self.choices = iter(choices)
         self.is_calm = False
-        self.now = 0.0
+        self.now = 1.0
         self.machine = Machine()
         self.care: int | None = None
         self.attempts = attempts
@@ -262,6 +262,7 @@ class Loop:
     def enter(self, client: Client) -> None:
         self.arrived.append(client)
         self.scheduler.arrive(client)
+        assert client.came_at == client.waits_since == self.now
         self.queue.append(client)
 
     def leave(self) -> None:
