@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from support import child
-from support.native import Native, in_python
+from support.native import Native, in_python, run_on_metal
 
 WORKLOADS = (
     "basic",
@@ -259,100 +259,19 @@ MODES = ("intercept", "observe")
 @pytest.mark.parametrize("mode", MODES)
 def test_python(native: Native, mode: str) -> None:
     """A fault is an exception, a guard's and a callback's, once, and nobody else's."""
-    done = in_python(
-        native,
-        f"""
-    mode = {mode!r}
-    status = mlx_safe.install(mode=mode)
-    assert status.verified and status.metal_hooks, status.reasons
-    assert any("commit]" in name for name in status.hooked), status.hooked
-    wraps = any("addCompletedHandler" in name for name in status.hooked)
-    assert wraps == (mode == "intercept"), status.hooked
-    assert status.runtime == os.environ["MLX_SAFE_METAL_RUNTIME"]
-    with mlx_safe.guard():
-        testing.run_command_buffer()
-    seen = []
-    mlx_safe.on_fault(seen.append)
-    for late_us in (0, 5000):
-        before = mlx_safe.epoch()
-        fail_next(8, late_us)
-        try:
-            with mlx_safe.guard():
-                testing.run_command_buffer()
-        except mlx_safe.errors.MetalOutOfMemoryError as e:
-            (fault,) = e.faults
-            assert fault.source == "metal" and fault.queue and fault.buffer
-            assert 0 < fault.gpu_start <= fault.gpu_end
-            assert fault.message == str(e) == str(e.__cause__)
-        else:
-            raise AssertionError("nothing was raised")
-        assert mlx_safe.epoch() == before + 1
-        fail_next(2, late_us)
-        try:
-            with mlx_safe.guard():
-                try:
-                    testing.run_command_buffer()
-                except RuntimeError:
-                    pass  # as MLX swallows some of its own
-        except mlx_safe.errors.MetalTimeoutError as e:
-            assert [fault.code for fault in e.faults] == [2]
-        else:
-            raise AssertionError("the guard did not see what was swallowed")
-        with mlx_safe.guard():
-            testing.run_command_buffer()
-    until = time.monotonic() + 200
-    while len(seen) < 4 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [f.code for f in seen] == [8, 2, 8, 2]
-    mlx_safe.uninstall()
-    assert mlx_safe.status().hooked == ()
-    """,
-    )
+    done = run_on_metal(native, "faults_on_metal", mode)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_python_sees_every_code(native: Native, mode: str) -> None:
-    done = in_python(
-        native,
-        f"""
-    mlx_safe.install(mode={mode!r})
-    for code in (2, 3, 5, 6, 8, 9, 0xA, 0xB, 0xE, 0x10, 0x11, 7):
-        fail_next(code)
-        try:
-            testing.run_command_buffer()
-        except RuntimeError as e:
-            error = mlx_safe.errors.from_exception(e)
-            assert type(error) is mlx_safe.errors.kind_of(code).error, (code, error)
-            assert mlx_safe.faults()[-1].code == code
-        else:
-            raise AssertionError(code)
-        testing.run_command_buffer()
-    """,
-    )
+    done = run_on_metal(native, "every_code_on_metal", mode)
     assert done.returncode == 0, done.stderr
 
 
 def test_python_decodes_any_code(native: Native) -> None:
     """Numbers of all sizes through NSError's userInfo."""
-    done = in_python(
-        native,
-        """
-    import random
-    random.seed(1)
-    mlx_safe.install(mode="intercept")
-    for _ in range(100):
-        code = random.choice((random.randrange(1, 64), random.randrange(1, 2**31)))
-        if code == 4: continue
-        fail_next(code)
-        try:
-            testing.run_command_buffer()
-        except RuntimeError as e:
-            assert mlx_safe.errors.from_exception(e).code == code, (code, e)
-        assert mlx_safe.faults()[-1].code == code, code
-        assert mlx_safe.faults()[-1].label == "mlx_safe.testing"
-    """,
-    )
+    done = run_on_metal(native, "any_code_on_metal")
     assert done.returncode == 0, done.stderr
 
 
@@ -413,43 +332,7 @@ def test_python_without_a_selector_stands_aside(native: Native, mode: str) -> No
 @pytest.mark.parametrize("mode", MODES)
 def test_python_in_a_forked_child_stands_aside(native: Native, mode: str) -> None:
     """Also when another thread is at `status` or `install` meanwhile."""
-    done = in_python(
-        native,
-        f"""
-    import threading, warnings
-    mlx_safe.install(mode={mode!r})
-    def busy():
-        while not stop.is_set():
-            mlx_safe.install(mode={mode!r})
-    stop = threading.Event()
-    thread = threading.Thread(target=busy, daemon=True)
-    thread.start()
-    for _ in range(20):
-        pid = os.fork()
-        if pid == 0:
-            warnings.simplefilter("ignore")
-            status = mlx_safe.status()
-            told = [r for r in status.reasons if "forked child" in r]
-            good = len(told) == 1 and not (
-                status.metal_hooks or status.verified or status.hooked)
-            again = mlx_safe.install(mode={mode!r})
-            good = good and not again.metal_hooks and told[0] in again.reasons
-            mlx_safe.uninstall()
-            os._exit(0 if good else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    stop.set()
-    thread.join()
-    status = mlx_safe.status()
-    assert status.verified and not any("fork" in r for r in status.reasons)
-    fail_next()
-    try:
-        testing.run_command_buffer()
-    except RuntimeError:
-        pass
-    else:
-        raise AssertionError("nothing was raised")
-    """,
-    )
+    done = run_on_metal(native, "forks_on_metal", mode)
     assert done.returncode == 0, done.stderr
 
 
@@ -475,54 +358,7 @@ def test_python_sees_a_class_that_comes_later(native: Native, mode: str) -> None
 @pytest.mark.parametrize("mode", MODES)
 def test_python_beside_another_library(native: Native, mode: str) -> None:
     """It replaces one of our methods: faults are seen, and what stays is said."""
-    done = in_python(
-        native,
-        f"""
-    P = ctypes.c_void_p
-    Method = ctypes.CFUNCTYPE(None, P, P)  # void (*)(id, SEL)
-    def of_runtime(name, *types):
-        function = getattr(sim, name)
-        function.restype, function.argtypes = P, types
-        return function
-    owner = of_runtime("objc_getClass", ctypes.c_char_p)(b"_MTLCommandBuffer")
-    commit = of_runtime("sel_registerName", ctypes.c_char_p)(b"commit")
-    method = of_runtime("class_getInstanceMethod", P, P)(owner, commit)
-    replace = of_runtime("method_setImplementation", P, P)
-    calls = []
-    @Method
-    def theirs(self, selector):
-        calls.append(self)
-        original(self, selector)
-
-    status = mlx_safe.install(mode={mode!r})
-    assert status.verified and not any("Metal" in r for r in status.reasons)
-    original = Method(replace(method, ctypes.cast(theirs, P)))
-    fail_next()
-    try:
-        with mlx_safe.guard():
-            testing.run_command_buffer()
-    except mlx_safe.errors.MetalOutOfMemoryError as e:
-        assert len(e.faults) == 1 and calls
-    else:
-        raise AssertionError("nothing was raised")
-
-    mlx_safe.uninstall()
-    status = mlx_safe.status()
-    assert not status.installed and not status.metal_hooks
-    assert "another library has replaced" in status.reasons[-1], status.reasons
-    assert status.hooked == ("-[_MTLCommandBuffer commit]",), status.hooked
-    del calls[:]
-    testing.run_command_buffer()
-    assert calls
-
-    status = mlx_safe.install(mode={mode!r})
-    assert status.verified and not any("Metal" in r for r in status.reasons)
-    replace(method, ctypes.cast(original, P))
-    mlx_safe.uninstall()
-    assert mlx_safe.status().hooked == ()
-    assert mlx_safe.status().reasons == ("not installed: call install()",)
-    """,
-    )
+    done = run_on_metal(native, "beside_another_library", mode)
     assert done.returncode == 0, done.stderr
 
 
@@ -573,29 +409,7 @@ def test_python_imports_while_the_device_fails(native: Native) -> None:
 
 
 def test_python_threads_all_learn_of_their_failures(native: Native) -> None:
-    done = in_python(
-        native,
-        """
-    import threading
-    mlx_safe.install(mode="intercept")
-    raised = []
-    def work():
-        for _ in range(50):
-            try:
-                testing.run_command_buffer()
-            except RuntimeError as e:
-                raised.append(e)
-    sim.metalsim_plan_fail(7, 8, 0, 500)
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert raised and mlx_safe.epoch() == 1, (raised, mlx_safe.epoch())
-    c = _core.metal_counters()
-    assert c["buffers"] == c["completed"] and c["gate_limit"] == 0, c
-    assert c["buffer_records"] == 0, c
-    testing.run_command_buffer()
-    """,
-    )
+    done = run_on_metal(native, "threads_on_metal")
     assert done.returncode == 0, done.stderr
 
 

@@ -20,7 +20,7 @@ import pytest
 from mlx_safe.forensics import export, orphans, reader, records, words
 from support import child, reports
 from support.deaths import die, left_over, only_report, paths
-from support.native import Native, in_python
+from support.native import Native, in_python, run_on_metal
 from support.programs import program
 
 # ---- signals --------------------------------------------------------------
@@ -530,30 +530,7 @@ def every_kind(
         collected.extend(json.loads(path.read_bytes()) for path in whole)
 
     collected: list[dict[str, Any]] = []
-    found(
-        in_python,
-        native,
-        """
-    import mlx.core as mx
-    from mlx_safe import _reports
-    mlx_safe.install(mode="intercept")
-    mlx_safe.check(0)
-    _core.request_begin("cmpl-1", "/v1/completions")
-    mlx_safe.breadcrumb("one", n=1)
-    fail_next(8)
-    try:
-        testing.run_command_buffer()
-    except RuntimeError:
-        pass
-    deadline = time.monotonic() + 50
-    while not mlx_safe.status().reports_written:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert _reports.write("stall", "no progress")
-    testing.throw_on_foreign_thread()
-    time.sleep(50)
-    """,
-    )
+    found(run_on_metal, native, "report_of_each_kind")
     found(die, "    ctypes.string_at(0)")
     found(die, "    os.kill(os.getpid(), signal.SIGKILL)")
     found(die, "    os.kill(os.getpid(), signal.SIGBUS)")

@@ -30,6 +30,7 @@ from mlx_safe.memory.estimate import CacheCost, LayerCost, Transients
 from mlx_safe.server import admission
 from mlx_safe.server.admission import Ask, Load, SingleStep
 from mlx_safe.server.request import (
+    BEFORE_PREFILL,
     ENDED,
     RUNNING,
     TRANSITIONS,
@@ -179,10 +180,13 @@ class Watched(Scheduler[Client]):
         self.seen: Counter[tuple[RequestState, RequestState]] = Counter()
 
     def _change(self, request: Client, state: RequestState) -> bool:
-        old = request.state
+        old, waited_since = request.state, request.waits_since
         changed = super()._change(request, state)
         if changed:
             self.seen[old, state] += 1
+            begins_to_wait = old not in BEFORE_PREFILL and state in BEFORE_PREFILL
+            since = self._clock() if begins_to_wait else waited_since
+            assert request.waits_since == since
         return changed
 
 
@@ -192,7 +196,7 @@ class Loop:
     def __init__(self, choices: bytes, attempts: int = ATTEMPTS) -> None:
         self.choices = iter(choices)
         self.is_calm = False
-        self.now = 0.0
+        self.now = 1.0
         self.machine = Machine()
         self.care: int | None = None
         self.attempts = attempts
@@ -209,6 +213,7 @@ class Loop:
         self.limit: int | None = None  # how many may run at a time
         self.events: Counter[str] = Counter()
         self.steps = 0
+        self.states: set[object] = set()
 
     def _be_careful(self, level: int | None) -> None:
         self.care = level
@@ -257,6 +262,7 @@ class Loop:
     def enter(self, client: Client) -> None:
         self.arrived.append(client)
         self.scheduler.arrive(client)
+        assert client.came_at == client.waits_since == self.now
         self.queue.append(client)
 
     def leave(self) -> None:
@@ -325,6 +331,7 @@ class Loop:
                 taken = self.scheduler.take(first)
                 assert taken is not was_ended
                 client = first if taken else None
+        assert client is None or client.prompt_read == (0, 0)
         return client
 
     def begin(self, client: Client) -> None:
@@ -460,6 +467,9 @@ class Loop:
             read = min(client.unread, self.machine.step_size)
             client.unread -= read
             client.length += read
+            told = (client.length, client.length + client.unread)
+            self.scheduler.progress(client, *told)
+            assert client.prompt_read == told
             return
         if self.choose(40) == 1:
             self.scheduler.complete(client)  # without a last token
@@ -562,7 +572,16 @@ class Loop:
 
     # -- what always holds ---------------------------------------------------------
 
+    def _state(self) -> object:
+        """What decides about what comes next, without lengths and times."""
+        requests = tuple(
+            (c.state, c.is_single, c.has_context, c.attempts, c.line is not None)
+            for c in self.alive
+        )
+        return requests, self.limit, self.care, self.scheduler.is_unchanged
+
     def check(self) -> None:
+        self.states.add(self._state())
         for client in self.arrived:
             assert len(client.ends) + client.is_cancelled == client.is_ended
             assert len(client.notes) == client.is_ended
@@ -663,7 +682,7 @@ def test_any_order_of_events(choices: bytes, attempts: int) -> None:
 def test_every_transition_is_reached() -> None:
     """So the table has none that never happens, and the model tries them all."""
     seen: Counter[tuple[RequestState, RequestState]] = Counter()
-    steps, begin = 0, time.process_time()
+    steps, begin, states = 0, time.process_time(), set()
     draw = random.Random(1)
     for i in range(240):
         # A 0 is the quiet choice: in every second run more of them.
@@ -672,8 +691,10 @@ def test_every_transition_is_reached() -> None:
         loop = run(quiet if i % 2 else choices, i % (ATTEMPTS + 1))
         seen += loop.scheduler.seen
         steps += loop.steps
+        states |= loop.states
     seconds = time.process_time() - begin
     print(f"{steps} steps, {steps / seconds:.0f} in a second of the CPU")
+    print(f"{len(states)} states")
     for (old, new), times in sorted(seen.items(), key=lambda item: item[1]):
         print(f"{times:7} {old.value} -> {new.value}")
     assert seen.keys() == TRANSITIONS.keys()
@@ -747,6 +768,71 @@ def test_fewer_run_at_a_time_after_a_failure(what: Failure, most: int) -> None:
     while (client := loop.take()) is not None:
         loop.begin(client)
     assert len(loop.batch) == most
+    loop.end()
+
+
+def test_a_steady_batch_asks_for_memory_once_for_many_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = loop_with([Client(20, 60, False, False) for _ in range(2)])
+    scheduler = loop.scheduler
+    monkeypatch.setattr(loop.machine, "steps_with_room", lambda load: 4)
+
+    def steady_steps() -> int:
+        count = 0
+        while scheduler.goes_on():
+            count += 1
+        return count
+
+    for _ in range(2):
+        assert not scheduler.is_unchanged and steady_steps() == 0
+        # The first step after a change grants none; the others do, four in all.
+        assert scheduler.step() == []
+        assert scheduler.is_unchanged and steady_steps() == 0
+        for _ in range(2):
+            assert scheduler.step() == []
+            assert steady_steps() == 3
+        assert scheduler.step() == []
+        scheduler.disconnect(loop.batch[-1])
+        loop.batch.pop()
+    for _ in range(2):  # nobody runs: nothing is granted
+        assert scheduler.step() == [] and steady_steps() == 0
+
+
+def test_a_client_that_left_during_a_step_gets_no_token_of_it() -> None:
+    loop = loop_with([Client(20, 60, False, False)])
+    (client,) = loop.batch
+    loop.scheduler.disconnect(client)
+    assert not loop.scheduler.token(client, 0, False)
+    assert client.produced == [] and loop.scheduler.tokens == 0
+
+
+def test_one_that_is_to_read_slowly_goes_on_at_its_turn() -> None:
+    loop = loop_with([Client(300, 2, True, False)])
+    client = loop.single
+    assert client is not None
+    loop.scheduler.read_slowly(client)
+    loop._drop(client)
+    assert client.state is RequestState.HELD and client.line == 1
+    assert client.step_max == loop.machine.step_size
+    assert loop.events == loop.scheduler.events == {}
+    loop.check()
+    loop.end()
+
+
+def test_one_that_has_waited_long_enough_goes_before_those_that_may_wait_on() -> None:
+    loop = loop_with([Client(300, 200, False, False) for _ in range(2)])
+    loop.machine.others = CEILING
+    loop.step()
+    (first,) = loop.scheduler.held()
+    late = Client(300, 200, False, False)
+    loop.enter(late)
+    assert loop.take() is late
+    loop.begin(late)
+    assert loop.scheduler.held() == [first, late] and loop.take() is None
+    loop.now += WAIT_S
+    loop.offered = loop.take()
+    assert loop.offered is late
     loop.end()
 
 

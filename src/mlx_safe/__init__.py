@@ -6,7 +6,6 @@ turns that off. See `install`, `guard`, `check`, `on_fault` and `status`.
 
 from __future__ import annotations
 
-import importlib as _importlib
 import os as _os
 
 from . import errors
@@ -49,7 +48,9 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Modules that not every process needs: imported when they are asked for."""
     if name in ("asgi", "metrics", "testing"):
-        return _importlib.import_module(f".{name}", __name__)
+        import importlib  # a quarter of a millisecond, only for these
+
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from support import child
+from support.programs import PROGRAMS, with_suite
 
 
 @dataclass
@@ -54,11 +56,7 @@ class Native:
 
 PYTHON = """
     import ctypes, os, time
-    sim = ctypes.CDLL(os.environ["MLX_SAFE_METAL_RUNTIME"])
-    sim.metalsim_plan_fail.argtypes = [
-        ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_uint32]
-    def fail_next(code=8, late_us=0):
-        sim.metalsim_plan_fail(1, code, 0, late_us)
+    from support.simulated import fail_next, sim
     {before}
     import mlx_safe
     from mlx_safe import _core, testing
@@ -69,5 +67,23 @@ PYTHON = """
 def in_python(
     native: Native, code: str, before: str = "", **environment: Any
 ) -> subprocess.CompletedProcess[str]:
-    program = PYTHON.format(before=before) + code
-    return child.run(program, MLX_SAFE_METAL_RUNTIME=native.runtime, **environment)
+    text = PYTHON.format(before=before) + code
+    return child.run(text, **_loads(native), **environment)
+
+
+def run_on_metal(
+    native: Native, name: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``tests/programs/NAME.py`` on the simulated Metal."""
+    return subprocess.run(
+        [sys.executable, str(PROGRAMS / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **_loads(native), **environment},
+        check=False,
+    )
+
+
+def _loads(native: Native) -> dict[str, Any]:
+    return {"MLX_SAFE_METAL_RUNTIME": native.runtime, "PYTHONPATH": with_suite()}
