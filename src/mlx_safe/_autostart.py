@@ -56,4 +56,4 @@ def is_serve() -> bool:
         return False
     if words[0] == "-m":  # so it is until Python has found what to run
         return sys.orig_argv[-len(words)].endswith("mlx_safe")
-    return os.path.basename(words[0]) == "mlx-safe"
+    return words[0].rpartition("/")[2] == "mlx-safe"

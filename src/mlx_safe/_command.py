@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import stat
 import sys
+from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_file(path: str, given: str) -> None:
         CommandError: it cannot be read; with the reason.
     """
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError as e:
         raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
     if stat.S_ISDIR(mode):
@@ -76,7 +76,7 @@ def read_text(path: str, given: str) -> str:
     """
     check_file(path, given)
     try:
-        with open(path, "rb") as file:  # noqa: PTH123
+        with Path(path).open("rb") as file:
             found = file.read(FILE_MAX + 1)
         if len(found) <= FILE_MAX:
             return found.decode("utf-8-sig")
