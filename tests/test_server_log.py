@@ -324,6 +324,17 @@ def test_a_plan_that_cannot_be_read_is_one_too(
     assert json.loads(line)["message"].startswith(f"cannot start: {says}")
 
 
+def test_so_is_what_an_exception_says_that_nothing_caught(tiny_model: Path) -> None:
+    """It reaches std::terminate, and the server answers before it leaves."""
+    plan = "decode:3:8:once:terminate"
+    with Server(tiny_model, "--log-format", "json", inject=plan) as server:
+        server.wait_ready()
+        assert server.chat(max_tokens=9).status == 503
+        assert server.wait() == 75
+    said = [x["message"] for x in lines(server) if x["level"] == "ERROR"]
+    assert any(x.startswith("the process must be replaced: ") for x in said)
+
+
 @pytest.mark.parametrize("supervised", [(), ("--supervise",)])
 def test_what_is_said_before_and_after_has_the_format(
     tiny_model: Path, tmp_path: Path, supervised: tuple[str, ...]

@@ -153,11 +153,12 @@ void say(const char* text) noexcept {
   terminal_written();
   if (!drain) pass_on();
 
-  say("mlx-safe: an exception reached std::terminate: ");
-  say(g_thrown.message);
-  say(g_state.drainers.load() == 0
-          ? "\nmlx-safe: nobody answers clients here; leaving with status 75\n"
-          : "\nmlx-safe: answering the clients, then leaving with status 75\n");
+  // Who answers the clients says so itself, in the form that its log has.
+  if (g_state.drainers.load() == 0) {
+    say("mlx-safe: an exception reached std::terminate: ");
+    say(g_thrown.message);
+    say("\nmlx-safe: nobody answers clients here; leaving with status 75\n");
+  }
   park();
 }
 

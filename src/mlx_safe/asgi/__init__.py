@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -36,6 +37,8 @@ from .exchange import Exchange
 from .messages import App, Receive, Send, route, send_bytes, send_json
 
 __all__ = ["ProtectedApp", "protect"]
+
+log = logging.getLogger("mlx_safe")
 
 # How long the clients' last words may take to get to their sockets.
 ANSWER_S = 5.0
@@ -184,6 +187,7 @@ class ProtectedApp:
         if not loop.is_running():  # it serves nobody, and the process is not its own
             return
         lost = errors.from_faults([fault])
+        log.error("the process must be replaced: %s", lost)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(self._replace, lost)
             self._all_answered.wait(ANSWER_S)
