@@ -274,7 +274,7 @@ machrun: build/macos-wheels.stamp $(VENVS)/observe.tools $(VENVS)/wheels.ready  
 
 .PHONY: $(MACHRUN_PARTS:%=machrun-%)
 $(MACHRUN_PARTS:%=machrun-%): machrun-%: machrun-setup $(VENVS)/wheels.ready
-	$(WHEELS_PYTHON) $(PYTEST) $(MACHRUN_FILES_$*) $(ARGS)
+	$(WHEELS_PYTHON) $(PYTEST) $(RERUN) $(MACHRUN_FILES_$*) $(ARGS)
 
 machrun-setup: build/macos-wheels.stamp $(VENVS)/observe.tools
 	cd tests && nice -n 5 ../$(WHEELS_PYTHON) -m machrun.setup
