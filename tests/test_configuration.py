@@ -6,6 +6,7 @@ import errno
 import os
 import plistlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_what_is_no_file(tmp_path: Path, flag: str, kind: str) -> None:
         "bytes": "cannot be used" if flag == "ssl-certfile" else "is not UTF-8",
         "none": f"cannot be read: {os.strerror(errno.ENOENT)}",
     }[kind]
-    read = {
+    read: dict[str, Callable[[], object]] = {
         "config": lambda: resolve(own_parser(), ["--config", str(path)], {}),
         "api-key-file": lambda: read_keys(None, str(path)),
         "ssl-certfile": lambda: Tls(str(path), None),

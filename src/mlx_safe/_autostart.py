@@ -51,7 +51,9 @@ def begin_or_exit() -> None:
 
 def is_serve() -> bool:
     """Whether this process is ``mlx-safe serve``, or ``python -m mlx_safe serve``."""
-    words = getattr(sys, "argv", [])  # a program that embeds Python may have none
+    words: list[str] = getattr(
+        sys, "argv", []
+    )  # a program that embeds Python may have none
     if words[1:2] != ["serve"]:
         return False
     if words[0] == "-m":  # so it is until Python has found what to run

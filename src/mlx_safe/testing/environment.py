@@ -27,7 +27,7 @@ def _on_stderr(line: str) -> None:
     print(f"mlx-safe: {line}", file=sys.stderr, flush=True)
 
 
-_tell = _on_stderr
+_tell: Callable[[str], None] = _on_stderr
 
 
 def follow(tell: Callable[[str], None] | None = None) -> None:
