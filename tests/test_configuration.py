@@ -164,13 +164,13 @@ def test_what_is_no_file(tmp_path: Path, flag: str, kind: str) -> None:
         "bytes": "cannot be used" if flag == "ssl-certfile" else "is not UTF-8",
         "none": f"cannot be read: {os.strerror(errno.ENOENT)}",
     }[kind]
-    read: dict[str, Callable[[], object]] = {
+    readers: dict[str, Callable[[], object]] = {
         "config": lambda: resolve(own_parser(), ["--config", str(path)], {}),
         "api-key-file": lambda: read_keys(None, str(path)),
         "ssl-certfile": lambda: Tls(str(path), None),
-    }[flag]
+    }
     with pytest.raises(CommandError, match=f"^--{flag} {path}: {why}"):
-        read()
+        readers[flag]()
 
 
 @pytest.mark.parametrize(
