@@ -4,7 +4,7 @@ One server answers in turn with all of that and without it: then it logs, counts
 samples and notes nothing. Which of the two comes first changes with each pair. Two
 processes differ by more than all of it costs, so it is one. ``--before`` is a directory
 with an earlier package ``mlx_safe``, complete with its native part: a server of it
-answers in turn with this one then.
+answers in turn with this one then, and is scraped in turn.
 
 Printed: what a token, a step and a request pay for it by themselves; lines and bytes of
 the log for each request; CPU seconds of the process for each token (with by without,
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support.server import Server
 
 IN_FLIGHT = 64
-SCRAPES = 100
+SCRAPES = 50  # of each server; two of each are asked
 TOKENS = 600
 
 # Says how much CPU it has used when it is told anything.
@@ -185,7 +185,21 @@ def scrape_s(server: Server) -> dict[str, list[float]]:
                 took.setdefault(path, []).append(time.perf_counter() - began)
                 time.sleep(0.02)
     assert server.metric("mlx_safe_requests_in_flight") >= IN_FLIGHT // 2
-    return {path: sorted(seconds) for path, seconds in took.items()}
+    server.process.kill()
+    return took
+
+
+def scrapes(model: Path, before: Path | None) -> dict[str, list[float]]:
+    """`scrape_s` of this, and of the other in turn, each twice."""
+    sources: dict[str, dict[str, str]] = {"this": {}}
+    if before is not None:
+        sources["other"] = {"PYTHONPATH": str(before.resolve())}
+    found: dict[str, list[float]] = {}
+    for name in (*sources, *reversed(sources)):
+        with Server(model, env=sources[name]) as server:
+            for path, seconds in scrape_s(server.wait_ready()).items():
+                found.setdefault(f"{name}, {path}", []).extend(seconds)
+    return found
 
 
 def in_pairs(
@@ -235,15 +249,14 @@ def main() -> None:
     by_itself()
     if options.pairs:
         compare(options)
-    with Server(options.model) as server:
-        for path, took in scrape_s(server.wait_ready()).items():
-            middle, low, high = (1000 * s for s in interval(took))
-            print(
-                f"{path}, {IN_FLIGHT} in flight, ms: median {middle:.1f} ({low:.1f} to "
-                f"{high:.1f}), of 100 the sixth slowest "
-                f"{1000 * took[len(took) * 95 // 100]:.1f}, least {1000 * took[0]:.1f}"
-            )
-        server.process.kill()
+    for path, seconds in scrapes(options.model, options.before).items():
+        took = sorted(seconds)
+        middle, low, high = (1000 * s for s in interval(took))
+        print(
+            f"{path}, {IN_FLIGHT} in flight, ms: median {middle:.1f} ({low:.1f} to "
+            f"{high:.1f}), of 100 the sixth slowest "
+            f"{1000 * took[len(took) * 95 // 100]:.1f}, least {1000 * took[0]:.1f}"
+        )
 
 
 if __name__ == "__main__":

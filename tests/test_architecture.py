@@ -50,7 +50,7 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
 } - {"__init__"}
 # Commands and what they are made of: they may know the server.
-COMMANDS = {"__main__", "cli", "doctor", "checks", "running"}
+COMMANDS = {"__main__", "cli", "doctor", "checks", "running", "top"}
 
 
 def _imported(name: str) -> set[str]:

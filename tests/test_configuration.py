@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import plistlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from mlx_safe.server.access import read_keys
 from mlx_safe.server.configuration import Settings, printed, resolve, variable_of
 from mlx_safe.server.flag_checks import check_flags
 from mlx_safe.server.flags import own_parser, whole_parser
+from mlx_safe.server.tls import Tls
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -119,6 +123,12 @@ def test_the_file_can_be_named_in_the_environment(parser: Parser, file: Path) ->
         ("log-level = 'LOUD'", "log-level: invalid choice: 'LOUD'"),
         ("port = 2026-11-28", "port: must be text, a number"),
         ("port =", "is not TOML: "),
+        ("chat-template-args = " + "[" * 10_000, "is not TOML: too many brackets"),
+        ("port = " + "9" * 5000, "is not TOML: "),
+        ("[port]\na = 1", "port: must be no table"),
+        ("[[served-model-name]]\na = 1", "served-model-name: must be no table"),
+        ("served-model-name = [['a', 'b']]", "must be no array of arrays"),
+        ("#" * 2**20 + "\n", "is larger than 1048576 bytes"),
         ("model = ''", "model: must be a printable text, not ''"),
         ('kv-dir = "a\\u0000b"', "kv-dir: must be a printable text"),
         ("max-kv-size = 1_073_741_825", "max-kv-size: must be at most 1073741824"),
@@ -134,6 +144,33 @@ def test_a_mistake_in_the_file(
     assert str(caught.value).startswith(f"--config {file}: ")
     assert why in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "bytes", "none"])
+@pytest.mark.parametrize("flag", ["config", "api-key-file", "ssl-certfile"])
+def test_what_is_no_file(tmp_path: Path, flag: str, kind: str) -> None:
+    """It was waited for, for ever, and without a word."""
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "named"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "bytes":
+        path.write_bytes(b"\xff\xfe")
+    why = {
+        "pipe": "must be a file; each start reads it again",
+        "device": "must be a file; each start reads it again",
+        "directory": f"cannot be read: {os.strerror(errno.EISDIR)}",
+        "bytes": "cannot be used" if flag == "ssl-certfile" else "is not UTF-8",
+        "none": f"cannot be read: {os.strerror(errno.ENOENT)}",
+    }[kind]
+    readers: dict[str, Callable[[], object]] = {
+        "config": lambda: resolve(own_parser(), ["--config", str(path)], {}),
+        "api-key-file": lambda: read_keys(None, str(path)),
+        "ssl-certfile": lambda: Tls(str(path), None),
+    }
+    with pytest.raises(CommandError, match=f"^--{flag} {path}: {why}"):
+        readers[flag]()
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_files_of_keys(tmp_path: Path) -> None:
             read_keys(None, str(file))
         assert "a b" not in str(caught.value)
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(CommandError, match="is not text"):
+    with pytest.raises(CommandError, match="is not UTF-8"):
         read_keys(None, str(file))
 
 

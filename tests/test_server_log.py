@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 
 from support import child
 from support.programs import program
-from support.server import CONTROLLED, Answer, Server, eventually
+from support.reports import sample, write
+from support.server import CONTROLLED, PYTHON, Answer, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 5}}
 SECRET = "xylophone-manatee"
@@ -292,6 +295,62 @@ def test_a_mistake_is_a_line_of_the_log(
         assert last["message"].startswith("cannot start: "), done.stderr
         for line in done.stderr.splitlines():
             json.loads(line)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("MLX_SAFE_INJECT", "sometimes", "MLX_SAFE_INJECT: cannot read 'sometimes'"),
+        ("MLX_SAFE_INJECT_CEILING", "much", "MLX_SAFE_INJECT_CEILING must be a size"),
+        ("MLX_SAFE_INJECT_LOG", "/dev", "MLX_SAFE_INJECT_LOG: cannot be written: "),
+    ],
+)
+@pytest.mark.parametrize("supervised", [(), ("--supervise",)])
+def test_a_plan_that_cannot_be_read_is_one_too(
+    name: str, text: str, says: str, supervised: tuple[str, ...]
+) -> None:
+    """It is read when mlx_safe is imported, before the format is known."""
+    command = [PYTHON, "-m", "mlx_safe", "serve", "--log-format", "json", *supervised]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "MLX_SAFE_INJECT": "decode:3", name: text},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert json.loads(line)["message"].startswith(f"cannot start: {says}")
+
+
+def test_so_is_what_an_exception_says_that_nothing_caught(tiny_model: Path) -> None:
+    """It reaches std::terminate, and the server answers before it leaves."""
+    plan = "decode:3:8:once:terminate"
+    with Server(tiny_model, "--log-format", "json", inject=plan) as server:
+        server.wait_ready()
+        assert server.chat(max_tokens=9).status == 503
+        assert server.wait() == 75
+    said = [x["message"] for x in lines(server) if x["level"] == "ERROR"]
+    assert any(x.startswith("an exception reached std::terminate: ") for x in said)
+
+
+@pytest.mark.parametrize("supervised", [(), ("--supervise",)])
+def test_what_is_said_before_and_after_has_the_format(
+    tiny_model: Path, tmp_path: Path, supervised: tuple[str, ...]
+) -> None:
+    """Of a variable that is read when mlx_safe is installed, and of a plan."""
+    write(tmp_path / "reports", sample())
+    wrong = {"MLX_SAFE_REPORTS_KEEP": "many"}
+    wrong["MLX_SAFE_REPORT_DIR"] = str(tmp_path / "reports")
+    flags = ("--log-format", "json", *supervised)
+    with Server(tiny_model, *flags, inject="decode:99", env=wrong) as server:
+        server.wait_ready()
+        server.stop()
+    messages = [x["message"] for x in lines(server)]
+    assert sum("MLX_SAFE_REPORTS_KEEP must be" in x for x in messages) >= 1
+    (unfired,) = [x for x in messages if "has not struck" in x]
+    assert "MLX_SAFE_INJECT: decode:99:8:once:raise never fired" in unfired
 
 
 def test_a_file_that_is_wrong_is_told_in_the_format_of_the_flag(tmp_path: Path) -> None:

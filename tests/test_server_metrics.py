@@ -8,11 +8,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mlx_safe.server.exchange import Exchange
+from mlx_safe.server.live import Live
+from mlx_safe.server.metrics import Metrics
+from mlx_safe.server.scheduler import Scheduler
+from mlx_safe.server.step import Step
 from support.programs import program
 from support.server import CONTROLLED, Server, kept_in
 
@@ -109,6 +116,32 @@ def test_the_alerts_ask_for_what_there_is(exported: dict[str, str]) -> None:
     for rule in group["rules"]:
         assert names_in(rule["expr"], exported) == []
         assert rule["annotations"]["summary"]
+
+
+def test_a_scrape_is_what_prometheus_would_write_of_it() -> None:
+    """Whatever has changed since the scrape before, whose text is used again."""
+
+    def scraped(text: bytes) -> list[str]:
+        # What MLX and the system count goes on meanwhile.
+        lines = text.decode().splitlines()
+        return [line for line in lines if not line.startswith("mlx_safe_memory")]
+
+    tokens = 1
+    scheduler: Any = Scheduler(None, 2, 1.0)  # type: ignore[arg-type]
+    metrics = Metrics(Live(scheduler, Step(), dict), lambda: tokens, lambda: 1.0)
+    for status in (200, 200, 400, 200):
+        exchange = Exchange()
+        exchange.close(status, True)
+        metrics.count(exchange)
+        metrics.replays.inc()
+        tokens += 7
+        expected = generate_latest(metrics.registry)
+        assert scraped(metrics.render()) == scraped(expected)
+        assert scraped(metrics.render()) == scraped(expected)
+    samples = text_string_to_metric_families(metrics.render().decode())
+    found = {s.name: s.value for family in samples for s in family.samples}
+    assert found["mlx_safe_generated_tokens_total"] == 29
+    assert found["mlx_safe_replays_total"] == 4
 
 
 def test_any_registry_can_have_those_of_the_process() -> None:

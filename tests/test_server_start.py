@@ -69,10 +69,20 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
     assert_one_clear_line(done, "there is no config.json")
 
 
+def test_a_config_that_is_no_file(tmp_path: Path) -> None:
+    """mlx-lm would wait for ever for who writes into the pipe."""
+    os.mkfifo(tmp_path / "config.json")
+    done = serve("--model", str(tmp_path), "--port", str(free_port()))
+    assert_one_clear_line(done, "there is no config.json")
+
+
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     done = serve("--model", str(tmp_path), "--port", str(free_port()))
     assert_one_clear_line(done, f"the model cannot be loaded: --model {tmp_path}: ")
+    (tmp_path / "config.json").write_text("{")
+    done = serve("--model", str(tmp_path), "--port", str(free_port()))
+    assert_one_clear_line(done, f"--model {tmp_path}: a file is not JSON: ")
 
 
 def test_a_model_whose_answers_would_be_noise(tiny_model: Path, tmp_path: Path) -> None:
@@ -178,6 +188,7 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         (("--api-key-file", "/no/key"), "--api-key-file /no/key: cannot be read"),
         (("--config", "/no/config"), "--config /no/config: cannot be read"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
+        (("--host", "a..b"), "--host a..b: is no name of a host"),
         (("--adapter-path", "/no/adapter"), "--adapter-path /no/adapter"),
         (("--no-such-flag",), "--no-such-flag"),
         (("--max-active-memory-bytes", "5X"), "not '5X'"),

@@ -322,6 +322,24 @@ def test_a_mistake_in_the_flags_of_top(arguments: tuple[str, ...], says: str) ->
         top(arguments)
 
 
+@pytest.mark.parametrize("text", ["two words\n", "\u00e9\n", "\n"])
+def test_what_top_sends_is_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """Or it would say of a key that no header can carry: it is no mlx-safe serve."""
+    from mlx_safe._command import CommandError
+    from mlx_safe.top import top
+
+    file = tmp_path / "keys"
+    file.write_text(text)
+    with pytest.raises(CommandError, match=f"^--api-key-file {file}: .*key"):
+        top(["--once", "--api-key-file", str(file)])
+    if text.strip():
+        monkeypatch.setenv("MLX_SAFE_API_KEY", text)
+        with pytest.raises(CommandError, match=r"^MLX_SAFE_API_KEY: a key must be"):
+            top(["--once"])
+
+
 def test_the_pictures_in_the_docs_are_of_this_page() -> None:
     """Made again by tests/clients/test_status_page.py: MLX_SAFE_SCREENSHOTS."""
     images = Path(__file__).parent.parent / "docs" / "images"

@@ -6,9 +6,7 @@ turns that off. See `install`, `guard`, `check`, `on_fault` and `status`.
 
 from __future__ import annotations
 
-import os as _os
-
-from . import errors
+from . import _autostart, errors
 from ._fault import Fault
 from ._faults import Subscription, drained, draining, epoch, faults, on_fault
 from ._guard import check, guard
@@ -54,10 +52,5 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if _os.environ.get("MLX_SAFE_AUTOINSTALL", "1") not in ("0", "false", "no", ""):
-    install()
-
-if _os.environ.get("MLX_SAFE_INJECT") or _os.environ.get("MLX_SAFE_INJECT_CEILING"):
-    from .testing import environment as _environment
-
-    _environment.follow_or_exit()
+if not _autostart.is_serve():
+    _autostart.begin_or_exit()

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
+import stat
 import sys
+from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["MLX", "CommandError", "Parser", "in_one_line", "need_mlx", "path_or_name"]
+__all__ = [
+    *("MLX", "CommandError", "Parser", "check_file", "in_one_line", "need_mlx"),
+    *("path_or_name", "read_text"),
+]
 
 # As pip knows it.
 MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"
 
 # Characters of somebody else's message: MLX lists all weights that are missing.
 MESSAGE_MAX = 500
+
+# Bytes of a file that somebody writes by hand.
+FILE_MAX = 1 << 20
 
 
 class CommandError(Exception):
@@ -37,9 +46,55 @@ def path_or_name(text: str) -> str:
     return text
 
 
+def check_file(path: str, given: str) -> None:
+    """A file that is read at each start must be one, and not a pipe or a device.
+
+    Each start of a supervised server reads it, and a pipe has its contents once; one
+    that nobody writes into would let the start wait for ever, without a word.
+
+    Args:
+        given: the flag and its value, for the message.
+
+    Raises:
+        CommandError: it cannot be read; with the reason.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as e:
+        raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise CommandError(f"{given}: cannot be read: Is a directory")
+    if not stat.S_ISREG(mode):
+        raise CommandError(f"{given}: must be a file; each start reads it again")
+
+
+def read_text(path: str, given: str) -> str:
+    """A small file's text, without the mark that some editors begin it with.
+
+    Raises:
+        CommandError: as of `check_file`; or it is not UTF-8, or too large.
+    """
+    check_file(path, given)
+    try:
+        with Path(path).open("rb") as file:
+            found = file.read(FILE_MAX + 1)
+        if len(found) <= FILE_MAX:
+            return found.decode("utf-8-sig")
+        why = f"is larger than {FILE_MAX} bytes"
+    except OSError as e:
+        why = f"cannot be read: {e.strerror}"
+    except UnicodeError:
+        why = "is not UTF-8"
+    raise CommandError(f"{given}: {why}")
+
+
 def in_one_line(error: BaseException) -> str:
     """All of its message in one line; the hub's libraries use many lines."""
-    return " ".join(str(error).split())[:MESSAGE_MAX] or type(error).__name__
+    text = " ".join(str(error).split())[:MESSAGE_MAX] or type(error).__name__
+    # Says where in the file, and not that it is one.
+    if isinstance(error, json.JSONDecodeError):
+        return f"a file is not JSON: {text}"
+    return f"a file is not text: {text}" if isinstance(error, UnicodeError) else text
 
 
 def need_mlx() -> None:

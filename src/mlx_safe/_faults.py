@@ -224,9 +224,18 @@ class _Dispatcher:
         for fault in new:
             with self._lock:
                 current = list(self._subscriptions)
+            drains = fault.source == "terminate" and any(s._drains for s in current)
+            if drains:
+                import logging
+
+                logging.getLogger("mlx_safe").error(
+                    "an exception reached std::terminate: %s; answering the clients, "
+                    "then leaving with status 75",
+                    fault.message,
+                )
             for subscription in current:
                 self._call(subscription, fault)
-            if fault.source == "terminate" and any(s._drains for s in current):
+            if drains:
                 drained()
 
     def _look(self) -> None:

@@ -12,11 +12,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._command import CommandError, Parser
+from ._command import CommandError, Parser, read_text
 from .memory.sizes import format_size
+from .server.access import KEY_RULE, is_key
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -120,14 +120,18 @@ def _url(url: str | None, port: int | None) -> str:
 
 def _key(path: str | None) -> str | None:
     if path is None:
-        return os.environ.get("MLX_SAFE_API_KEY") or None
-    try:
-        return Path(path).read_text(encoding="utf-8").split()[0]
-    except OSError as e:
-        why = f"cannot be read: {e.strerror}"
-    except (UnicodeError, IndexError):
-        why = "there is no key in it"
-    raise CommandError(f"--api-key-file {path}: {why}")
+        place, key = "MLX_SAFE_API_KEY", os.environ.get("MLX_SAFE_API_KEY", "")
+        if not key:
+            return None
+    else:
+        place = f"--api-key-file {path}"
+        lines = read_text(path, place).split("\n")
+        key = next((line.strip() for line in lines if line.strip()), "")
+        if not key:
+            raise CommandError(f"{place}: there is no key in it")
+    if not is_key(key):
+        raise CommandError(f"{place}: a key {KEY_RULE}")
+    return key
 
 
 def look(url: str, key: str | None = None) -> dict[str, Any]:

@@ -109,7 +109,9 @@ class Directory:
             self._open.append(self.marks)
         except OSError as e:
             self.close()
-            raise NotOurs(f"{self.path}: {e.strerror}") from e
+            is_none = isinstance(e, (FileExistsError, NotADirectoryError))
+            why = "is no directory" if is_none else f"cannot be used: {e.strerror}"
+            raise NotOurs(f"{self.path}: {why}") from e
         except BaseException:
             self.close()
             raise

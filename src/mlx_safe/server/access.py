@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from email.message import Message
 from pathlib import Path
 
-from .._command import CommandError
+from .._command import CommandError, read_text
 from .replies import BadRequest, Reply, reply_for
 
 __all__ = [
@@ -47,21 +47,23 @@ def read_keys(key: str | None, path: str | None) -> tuple[str, ...]:
     keys = [] if key is None else [key]
     if path is not None:
         given = f"--api-key-file {path}"
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-            mode = Path(path).stat().st_mode
-        except (OSError, UnicodeError) as e:
-            why = (e.strerror if isinstance(e, OSError) else None) or "is not text"
-            raise CommandError(f"{given}: cannot be read: {why}") from None
+        lines = read_text(path, given).splitlines()
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise CommandError(f"{given}: there is no key in it")
         if not all(map(is_key, found)):
             raise CommandError(f"{given}: a key {KEY_RULE}")
-        if mode & 0o044:
+        if _others_can_read(path):
             log.warning("%s: others can read it (chmod 600)", given)
         keys += found
     return tuple(keys)
+
+
+def _others_can_read(path: str) -> bool:
+    try:
+        return bool(Path(path).stat().st_mode & 0o044)
+    except OSError:  # it has gone meanwhile
+        return False
 
 
 def is_loopback(address: str) -> bool:

@@ -13,10 +13,9 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .._command import CommandError, Parser
+from .._command import CommandError, Parser, in_one_line, read_text
 
 __all__ = [
     *("Settings", "log_format_of", "option_of", "printed", "resolve", "variable_of"),
@@ -175,15 +174,16 @@ def _table(path: str) -> Values:
     except ModuleNotFoundError:
         raise CommandError("--config needs tomli: pip install 'tomli>=2'") from None
     given = f"--config {path}"
+    text = read_text(path, given)
     try:
-        found: Values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found: Values = tomllib.loads(text)
+    except RecursionError:
+        why = "too many brackets in one another"
+    except ValueError as e:  # of a number with thousands of digits as well
+        why = in_one_line(e)
+    else:
         return found
-    except OSError as e:
-        raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
-    except UnicodeError:
-        raise CommandError(f"{given}: is not UTF-8") from None
-    except tomllib.TOMLDecodeError as e:
-        raise CommandError(f"{given}: is not TOML: {e}") from None
+    raise CommandError(f"{given}: is not TOML: {why}")
 
 
 def _unknown(parser: Parser, environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -223,6 +223,12 @@ def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Va
             return {action.dest: value}
         is_list = isinstance(action.default, list)
         values = value if is_list and isinstance(value, list) else [value]
+        for v in values:
+            # Of those that a file can have, JSON alone is told as a table.
+            if isinstance(v, dict) and action.type is not json.loads:
+                raise CommandError("must be no table")
+            if isinstance(v, list) and v is not value:
+                raise CommandError("must be no array of arrays")
         words = [f"--{option_of(action)}={_word(v)}" for v in values]
         return _given(parser, words)
     except CommandError as e:

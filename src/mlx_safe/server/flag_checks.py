@@ -28,7 +28,10 @@ def check_paths(args: object) -> None:
         option = _option(flag)
         if _is_there(Path(value), f"{option} {value}"):
             config = Path(value) / "config.json"
-            if flag != "adapter_path" and not _is_there(config, f"{option} {value}"):
+            # A directory or a pipe of that name is none: mlx-lm would wait for it.
+            if flag != "adapter_path" and not (
+                _is_there(config, f"{option} {value}") and config.is_file()
+            ):
                 raise CommandError(
                     f"{option} {value}: there is no config.json in it; it must be "
                     "a directory with an MLX model"

@@ -14,7 +14,9 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from .._install import installed_versions
 from .._version import __version__
@@ -81,6 +83,17 @@ MEMORY_GAUGES = {
 # In seconds: from a small model on a fast machine to a long prompt on a slow one.
 LONG_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+
+
+class _One(CollectorRegistry):
+    """A registry of one family that has been collected."""
+
+    def __init__(self, family: Metric) -> None:
+        super().__init__()
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return (self._family,)
 
 
 class _Values(Collector):
@@ -173,6 +186,8 @@ class Metrics:
         ready: Callable[[], float],
     ) -> None:
         self.registry = CollectorRegistry()
+        # By the family's name: its samples, and the text that was made of them.
+        self._texts: dict[str, tuple[list[Sample], bytes]] = {}
         self.requests = Counter(
             "mlx_safe_requests",
             "Answers by how they ended, the code of the error and the HTTP status",
@@ -315,4 +330,15 @@ class Metrics:
 
     def render(self) -> bytes:
         """The registry in Prometheus's text format."""
-        return generate_latest(self.registry)
+        return b"".join(map(self._text, self.registry.collect()))
+
+    def _text(self, family: Metric) -> bytes:
+        """Of one family. Most have the samples of the scrape before, and its text.
+
+        To write all of them takes prometheus_client (0.26) 1 ms of the GIL's time.
+        """
+        samples, text = self._texts.get(family.name, (None, b""))
+        if samples != family.samples:
+            text = generate_latest(_One(family))
+            self._texts[family.name] = (family.samples, text)
+        return text

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import Fault, _reports, errors, install, on_fault, require, status
+from .. import Fault, _autostart, _reports, errors, install, on_fault, require, status
 from .._command import CommandError, Parser, need_mlx
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
@@ -70,6 +70,10 @@ def _serve(arguments: Sequence[str]) -> int:
     if options.help:
         return _print_help(parser)
     logs.set_up(options.log_level, options.log_format)
+    try:
+        _autostart.begin(_tell_of_a_plan)
+    except ValueError as e:
+        raise CommandError(str(e)) from None
     keys = access.read_keys(options.api_key, options.api_key_file)
     tls = None
     if options.ssl_certfile is not None:
@@ -147,6 +151,10 @@ def _model_of(arguments: Sequence[str]) -> str | None:
     parser.add_argument("--model")
     model: str | None = parser.parse_known_args(list(arguments))[0].model
     return model
+
+
+def _tell_of_a_plan(what: str) -> None:
+    log.warning("a planned fault has not struck: %s", what)
 
 
 def _print_help(own: Parser) -> int:

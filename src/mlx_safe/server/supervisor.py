@@ -265,6 +265,8 @@ def find_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
         )
     except socket.gaierror as e:
         raise CommandError(f"--host {host}: {e.strerror}") from e
+    except UnicodeError:  # Python's, of a part that is empty or too long for a name
+        raise CommandError(f"--host {host}: is no name of a host") from None
     return infos[0][0], infos[0][4]
 
 

@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 
-from .._command import CommandError
+from .._command import CommandError, check_file
 
 __all__ = ["Tls"]
 
@@ -40,9 +40,11 @@ class Tls:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._context.set_alpn_protocols(["http/1.1"])
-        given = f"--ssl-certfile {certificate}" + (
-            f" --ssl-keyfile {key}" if key is not None else ""
-        )
+        given = f"--ssl-certfile {certificate}"
+        check_file(certificate, given)
+        if key is not None:
+            check_file(key, f"--ssl-keyfile {key}")
+            given += f" --ssl-keyfile {key}"
         try:
             self._context.load_cert_chain(certificate, key, no_password)
         except ssl.SSLError as e:

@@ -13,26 +13,42 @@ import sys
 
 from . import ceilings, models, plans
 
-__all__ = ["follow", "follow_or_exit", "plan_from_environment", "tell_unfired"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["follow", "plan_from_environment", "tell_unfired"]
 
 _planned: list[plans.Injection | ceilings.GPUCeiling] = []
 _has_followed = False
 
 
-def follow() -> None:
+def _on_stderr(line: str) -> None:
+    print(f"mlx-safe: {line}", file=sys.stderr, flush=True)
+
+
+_tell: Callable[[str], None] = _on_stderr
+
+
+def follow(tell: Callable[[str], None] | None = None) -> None:
     """Plans what the environment asks for, and attaches each model that is loaded.
 
     Called when mlx_safe is imported; once is enough. At the end of a program that
-    has imported ``mlx.nn`` a line on stderr names each plan that has not struck.
+    has imported ``mlx.nn`` each plan that has not struck is told of.
+
+    Args:
+        tell: how, each by a line; None: as before, at first on stderr.
 
     Raises:
         ValueError: the environment cannot be read; with one line that says how.
     """
-    global _has_followed
+    global _has_followed, _tell
+    _tell = tell or _tell
     if _has_followed:
         return
     size = os.environ.get(ceilings.ENVIRONMENT)
     planned = plans.parse_plan(os.environ.get(plans.ENVIRONMENT, ""))
+    _check_log()
     if size:
         try:
             _planned.append(ceilings.gpu_ceiling(size))
@@ -44,16 +60,12 @@ def follow() -> None:
         models.attach_all(_watch_the_end)
 
 
-def follow_or_exit() -> None:
-    """`follow`; a plan that cannot be read ends the program with status 2.
-
-    A test that went on without its fault would show nothing.
-    """
+def _check_log() -> None:
+    """Or the first model could not be attached, and would seem to be at fault."""
     try:
-        follow()
-    except ValueError as e:
-        print(f"mlx-safe: {e}", file=sys.stderr)
-        sys.exit(2)
+        plans.log("", None)
+    except OSError as e:
+        raise ValueError(f"{plans.LOG}: cannot be written: {e.strerror}") from None
 
 
 def _watch_the_end() -> None:
@@ -72,7 +84,7 @@ def tell_unfired() -> None:
                 if isinstance(one, plans.Injection)
                 else ceilings.ENVIRONMENT
             )
-            print(f"mlx-safe: {name}: {one.why_not()}", file=sys.stderr, flush=True)
+            _tell(f"{name}: {one.why_not()}")
 
 
 def plan_from_environment() -> list[plans.Injection]:

@@ -162,10 +162,13 @@ attached: list[str] = []
 
 
 def log(event: str, what: object) -> None:
-    """Adds ``event``, this process's id and ``what`` to ``MLX_SAFE_INJECT_LOG``."""
+    """Adds ``event``, this process's id and ``what`` to ``MLX_SAFE_INJECT_LOG``.
+
+    With an empty ``event`` the file is opened only.
+    """
     path = os.environ.get(LOG)
     if path:
-        line = f"{event} {os.getpid()} {what}\n".encode()
+        line = f"{event} {os.getpid()} {what}\n".encode() if event else b""
         # One write at the end of the file: several processes may have it open.
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
