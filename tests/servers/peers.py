@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parent.parent.parent
 START_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "240"))
 ANSWER_S = 60.0
 
-MODEL, PORT, FD = "{model}", "{port}", "{fd}"
+# MODELS: a directory that has nothing but the model's.
+MODEL, MODELS, PORT, FD = "{model}", "{models}", "{port}", "{fd}"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Peer:
         versions: what stands in the matrix.
         batched: it uses mlx-lm's `BatchGenerator`, so that it can be begun again.
         env: what it needs on Linux.
+        takes_names: requests give the model's name, not its path.
+        begins_early: a plain answer's 200 goes out before there is an answer.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Peer:
     batched: bool = False
     mlx: str = "0.32"
     env: dict[str, str] = field(default_factory=dict)
+    takes_names: bool = False
+    begins_early: bool = False
 
     @property
     def bin(self) -> Path:
@@ -97,6 +103,14 @@ PEERS = [
         batched=True,
     ),
     Peer(
+        "flyto-mlx",
+        "flyto-mlx",
+        ("omlx", "serve", "--model-dir", MODELS, "--port", PORT, "--no-cache"),
+        "flyto-mlx 0.7.0 (a fork of omlx), mlx 0.32.3, mlx-lm 0.31.3",
+        takes_names=True,
+        begins_early=True,
+    ),
+    Peer(
         "mlx-vlm",
         "mlx-vlm",
         ("mlx_vlm.server", "--model", MODEL, "--port", PORT, "--host", "127.0.0.1"),
@@ -139,7 +153,12 @@ class Running(Server):
         how = MODES.get(mode, LISTENS)
         if how is not None:
             words = [str(peer.bin / "mlx-safe"), *how, "--", *words]
-        words = [w.format(model=model, port=self.port, fd=FD) for w in words]
+        models = work / "models"
+        models.mkdir(exist_ok=True)
+        if not (models / model.name).exists():
+            shutil.copytree(model, models / model.name)
+        values = {"model": model, "models": models, "port": self.port, "fd": FD}
+        words = [w.format(**values) for w in words]
         home = work / "home"
         home.mkdir(exist_ok=True)
         env = {
@@ -188,7 +207,7 @@ class Running(Server):
     def say(self, text: str, stream: bool = False, max_tokens: int = 16) -> Answer:
         return self.post(
             {
-                "model": str(self.model),
+                "model": self.model.name if self.peer.takes_names else str(self.model),
                 "messages": [{"role": "user", "content": text}],
                 "max_tokens": max_tokens,
                 "temperature": 0,

@@ -17,6 +17,7 @@ It raises the `GPUError` where that would not be exact: see `protect`.
 | `batch` | what is kept of one generator, and what follows a failure of it |
 | `sequences` | one request: what was inserted and produced, and how to go on with it |
 | `callables` | samplers and processors: which depend on their arguments alone |
+| `places` | in mlx-lm 0.31.3, a sampler and penalties stay with their request |
 | `stops` | stop words after some tokens of an answer |
 
 mlx-lm 0.31.3 to 0.32. Importing this does not import mlx-lm.

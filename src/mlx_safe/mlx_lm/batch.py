@@ -8,7 +8,7 @@ Used by the thread that generates. All of mlx-lm that is touched here (0.31.3 to
   ``_currently_processing``, ``prefill_batch_size``, ``completion_batch_size`` and
   ``prefill_step_size``.
 - its ``_prompt_batch`` and ``_generation_batch``: ``filter([])`` empties them, so that
-  what a server has hung on to them stays.
+  what a server has hung on to them stays; `places` mends what 0.31.3 leaves behind.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .._failures import (
 from .._thread_state import drop_failed, make_sound
 from ..memory.demand import STEP_MIN
 from .callables import draws, has_state, may_draw
+from .places import keep_places
 from .sequences import Kept, leaves
 
 __all__ = ["protect", "unprotect"]
@@ -44,26 +45,27 @@ _SIZES = ("prefill_batch_size", "completion_batch_size", "prefill_step_size")
 
 
 class _Seeds:
-    """Whether ``mx.random.seed`` was called since one asked last. Any thread.
+    """How often ``mx.random.seed`` was called. Any thread.
 
-    A server that seeds for a request does so before it is inserted.
+    A server that seeds for a request does so before or after it is inserted, and may
+    insert others in between, into other generators.
+
+    Attributes:
+        calls: so far. taken: of them, those that an insert into any generator has met.
     """
 
     def __init__(self) -> None:
-        self._called = False
+        self.calls = 0
+        self.taken = 0
         self.seed: Callable[..., Any] = mx.random.seed
 
     def watch(self) -> None:
         def seed(*args: Any, **kwargs: Any) -> Any:
-            self._called = True
+            self.calls += 1
             return self.seed(*args, **kwargs)
 
         if mx.random.seed is self.seed:
             mx.random.seed = seed
-
-    def take(self) -> bool:
-        called, self._called = self._called, False
-        return called
 
 
 _seeds = _Seeds()
@@ -182,6 +184,9 @@ class _Replay:
         self._faults = FaultWatch()
         # Failures since a token was returned.
         self._in_vain = 0
+        # Of the calls of `mx.random.seed`, those that an insert here has met.
+        self._seeds_met = _seeds.taken
+        keep_places(type(generator._generation_batch))
         # What failed while a cache was computed for the server.
         self._doubt: Exception | None = None
         # What `next` raises until the server has done something about it.
@@ -218,7 +223,8 @@ class _Replay:
             fault = self._faults.behind(e)
             self._pass(e)
             raise fault or e from None
-        seeded = _seeds.take()
+        seeded = self._seeds_met < _seeds.calls
+        self._seeds_met = _seeds.taken = _seeds.calls
         for entry in entries:
             self.kept[entry[0]] = kept = Kept(entry)
             kept.seeded = seeded
@@ -384,17 +390,20 @@ class _Replay:
         reasons.append(self._why_not_of_batch())
         return next((reason for reason in reasons if reason is not None), None)
 
-    @staticmethod
-    def _why_not_as_it_is(kept: Kept) -> str | None:
-        if kept.seeded and kept.is_drawn:
+    def _why_not_as_it_is(self, kept: Kept) -> str | None:
+        # After it was inserted, perhaps.
+        if kept.is_drawn and (kept.seeded or self._seeds_met < _seeds.calls):
             return "MLX was seeded for an answer that is drawn"
+        if kept.has_changed():
+            return "what its sampler or a logits processor of it reads has changed"
         return None
 
     def _why_not_of_batch(self) -> str | None:
         """Whether the batch is not what passed by here."""
         prompts = self._generator._prompt_batch
         answers = self._generator._generation_batch
-        if not self.kept.keys() >= {*prompts.uids, *answers.uids}:
+        queued = {entry[0] for entry in self._generator._unprocessed_sequences}
+        if not self.kept.keys() >= {*prompts.uids, *answers.uids, *queued}:
             return "requests were inserted before `protect`, or in another way"
         for uid, made in zip(answers.uids, answers._num_tokens, strict=False):
             # One more where the step that made it returned nothing.
@@ -430,9 +439,9 @@ class _Replay:
         generator._unprocessed_sequences.clear()
         generator._currently_processing.clear()
         draws = any(kept.is_drawn for kept in self.kept.values())
+        called = _seeds.calls
         make_sound(generator._stream, draws=draws)
-        if draws:
-            _seeds.take()  # it was for nobody
+        _seeds.calls = called  # the new seed is for nobody
 
     def _take_care(self, what: Failure) -> None:
         """Sets how many run at a time, and in which steps prompts are read."""

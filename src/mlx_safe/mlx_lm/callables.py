@@ -4,6 +4,9 @@ A request that goes on in the middle of its answer calls them with the same argu
 as before, but not as often. One that counts its calls, or draws from a random state of
 its own, would give another answer. Python cannot say what a function does; what is
 found here is what its code and its closure show, and anything else has a state.
+
+What somebody else changes between two calls (a flag in a closure) is noticed by
+comparing what it reads; what is in an array is not compared.
 """
 
 from __future__ import annotations
@@ -15,23 +18,40 @@ import types
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any, TypeVar
 
     F = TypeVar("F", bound=Callable[..., Any])
 
-__all__ = ["draws", "has_state", "may_draw", "replayable"]
+__all__ = ["draws", "has_state", "may_draw", "reads", "replayable"]
 
 _MARK = "mlx_safe_replayable"
 # What they make depends on arguments and on MLX's random state (mlx-lm 0.31 to 0.32).
 _KNOWN = ("mlx_lm.sample_utils",)
 _KEEPS = ("STORE_DEREF", "DELETE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR")
 _READS = ("LOAD_GLOBAL", "LOAD_NAME")
-# In place, of an array that is kept from one call to the next.
+# In place. MLX's arrays do ``a += b`` so as well, whoever else has ``a``.
 _CHANGES = ("STORE_SUBSCR", "DELETE_SUBSCR")
+_CHANGING = frozenset(
+    f"{under}{name}{under}"
+    for under in ("", "__")
+    for name in (
+        *("setitem", "delitem", "iadd", "isub", "imul", "itruediv", "ifloordiv"),
+        *("imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+)
 # Modules whose functions their arguments decide; and MLX, whose random state is
 # looked after. Of any other nobody knows what it keeps: `random`, `time`.
 _MODULES = ("mlx", "mlx_lm", "math", "cmath", "operator", "functools", "numpy")
+# Of the functions of `builtins`; the others reach what is outside: `globals`, `open`.
+_FUNCTIONS = frozenset(
+    (
+        *("abs", "all", "any", "ascii", "bin", "callable", "chr", "divmod", "format"),
+        *("getattr", "hasattr", "hash", "hex", "isinstance", "issubclass", "iter"),
+        *("len", "max", "min", "next", "oct", "ord", "pow", "print", "repr", "round"),
+        *("sorted", "sum"),
+    )
+)
 _DEPTH_MAX = 4
 
 
@@ -41,18 +61,31 @@ def replayable(function: F) -> F:
     For an object with ``__call__``, and for a function whose closure changes nothing.
     Returns it.
     """
-    setattr(function, _MARK, True)
+    setattr(function, _MARK, _mark_of(function))
     return function
+
+
+def _mark_of(function: Any) -> Any:
+    # `functools.wraps` copies it to another function, which has other code.
+    return getattr(function, "__code__", True)
 
 
 def has_state(function: Any) -> bool:
     """Whether ``function`` may depend on more than its arguments."""
-    return not _is_pure(function, _DEPTH_MAX)
+    look = _Look()
+    return not look.is_pure(function, _DEPTH_MAX) or (look.changes and look.has_arrays)
+
+
+def reads(function: Any) -> list[Any]:
+    """Numbers and texts that ``function`` reads, and others may change."""
+    look = _Look()
+    look.is_pure(function, _DEPTH_MAX)
+    return look.read
 
 
 def may_draw(processor: Any) -> bool:
     """Whether a logits processor may draw: it is none of mlx-lm's own."""
-    return getattr(processor, "__module__", None) not in _KNOWN
+    return not _is_known(processor)
 
 
 def draws(sampler: Any) -> bool:
@@ -62,74 +95,148 @@ def draws(sampler: Any) -> bool:
     if not isinstance(sampler, types.FunctionType):
         return getattr(sampler, "__name__", "") != "argmax"
     code = sampler.__code__
-    return "argmax" not in code.co_names or bool(code.co_freevars)
-
-
-def _is_pure(value: Any, depth: int) -> bool:
-    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+    if code.co_freevars or any(isinstance(c, types.CodeType) for c in code.co_consts):
         return True
-    if depth == 0:
-        return False
-    if isinstance(value, (tuple, frozenset)):
-        return all(_is_pure(part, depth - 1) for part in value)
-    if getattr(value, _MARK, False):
-        return True
-    if isinstance(value, types.ModuleType):
-        return value.__name__.partition(".")[0] in _MODULES
-    if getattr(value, "__module__", None) in _KNOWN and not isinstance(value, type):
-        return True
-    kind = type(value)
-    # What `mx.compile` makes (``gc_func``, 0.31 to 0.32) does not say what it keeps.
-    if kind.__name__.endswith("gc_func"):
-        return False
-    # Of MLX: arrays and their kinds, and functions that are written in C++.
-    if kind.__module__ == "nanobind" or kind.__module__.startswith("mlx.core"):
-        return True
-    if isinstance(value, functools.partial):
-        parts = (value.func, *value.args, *value.keywords.values())
-        return all(_is_pure(part, depth - 1) for part in parts)
-    if isinstance(value, types.BuiltinFunctionType):
-        return value.__self__ is None or _is_pure(value.__self__, depth - 1)
-    return isinstance(value, types.FunctionType) and _has_pure_parts(value, depth - 1)
+    # `mx.argmax`, and nothing beside it: Gumbel's way to draw ends with it, too.
+    found = [sampler.__globals__[n] for n in code.co_names if n in sampler.__globals__]
+    names = {n for n in code.co_names if n not in sampler.__globals__}
+    return not names <= {"argmax"} or any(
+        draws(value) for value in found if not isinstance(value, types.ModuleType)
+    )
 
 
-def _has_pure_parts(function: types.FunctionType, depth: int) -> bool:
-    codes = list(_codes(function.__code__))
-    instructions = [i for code in codes for i in dis.get_instructions(code)]
-    done = {i.opname for i in instructions}
-    if not done.isdisjoint(_KEEPS):
-        return False
-    imported = {i.argval for i in instructions if i.opname == "IMPORT_NAME"}
-    if any(name.partition(".")[0] not in _MODULES for name in imported):
-        return False
-    used = {i.argval for i in instructions if i.opname in _READS}
-    found = [
-        *(cell.cell_contents for cell in function.__closure__ or ()),
-        *(function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).values(),
-        *(function.__globals__[n] for n in used if n in function.__globals__),
-    ]
-    if not done.isdisjoint(_CHANGES) and any(map(_is_array, found)):
-        return False
-    attributes = {name for code in codes for name in code.co_names}
-    if "random" in attributes and any(map(_is_numpy, found)):
-        return False
-    return all(_is_pure(value, depth) for value in found if not _is_builtin(value))
+class _Look:
+    """What was found of one function, and of what it calls.
+
+    Attributes:
+        changes: something is changed in place. has_arrays: it has arrays from one call
+            to the next.
+        read: numbers and texts that it reads.
+    """
+
+    def __init__(self) -> None:
+        self.changes = False
+        self.has_arrays = False
+        self.read: list[Any] = []
+
+    def is_pure(self, value: Any, depth: int) -> bool:
+        if value is None or isinstance(value, (bool, int, float, str, bytes)):
+            self.read.append(value)
+            return True
+        if depth == 0:
+            return False
+        if isinstance(value, (tuple, frozenset)):
+            return self._are_pure(value, depth - 1)
+        if _is_marked(value) or _is_known(value):
+            return True
+        if isinstance(value, types.ModuleType):
+            name = value.__name__
+            return name.partition(".")[0] in _MODULES and not _is_numpy_random(name)
+        kind = type(value)
+        # What `mx.compile` makes (``gc_func``, 0.31 to 0.32) does not say what it
+        # keeps.
+        if kind.__name__.endswith("gc_func"):
+            return False
+        # Of MLX: arrays and their kinds, and functions that are written in C++.
+        if kind.__module__ == "nanobind" or kind.__module__.startswith("mlx.core"):
+            self.has_arrays = self.has_arrays or kind.__name__ == "array"
+            return True
+        if isinstance(value, functools.partial):
+            parts = (value.func, *value.args, *value.keywords.values())
+            return self._are_pure(parts, depth - 1)
+        if isinstance(value, types.BuiltinFunctionType):
+            return value.__self__ is None or self.is_pure(value.__self__, depth - 1)
+        return isinstance(value, types.FunctionType) and self._has_pure_parts(
+            value, depth - 1
+        )
+
+    def _are_pure(self, values: Iterable[Any], depth: int) -> bool:
+        return all(self.is_pure(value, depth) for value in values)
+
+    def _has_pure_parts(self, function: types.FunctionType, depth: int) -> bool:
+        if function.__dict__.keys() - {_MARK, "__wrapped__"}:
+            return False  # it may count there
+        facts = _facts(function.__code__)
+        if not facts.is_pure:
+            return False
+        self.changes = self.changes or facts.changes
+        try:
+            found = [cell.cell_contents for cell in function.__closure__ or ()]
+        except ValueError:  # it is not there yet
+            return False
+        found += function.__defaults__ or ()
+        found += (function.__kwdefaults__ or {}).values()
+        for name in facts.used:
+            if name in function.__globals__:
+                found.append(function.__globals__[name])
+            elif not _is_pure_builtin(name):
+                return False
+        has_numpy = facts.imports_numpy or any(map(_is_numpy, found))
+        if has_numpy and "random" in facts.names:
+            return False
+        return self._are_pure(found, depth)
 
 
-def _is_array(value: Any) -> bool:
-    return type(value).__name__ in ("array", "ndarray")
+class _Facts:
+    """What the code of a function shows, and that of those within it."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        codes = list(_codes(code))
+        instructions = [i for code in codes for i in dis.get_instructions(code)]
+        done = {i.opname for i in instructions}
+        imported = {i.argval for i in instructions if i.opname == "IMPORT_NAME"}
+        self.names = {name for code in codes for name in code.co_names}
+        self.used = {i.argval for i in instructions if i.opname in _READS}
+        self.imports_numpy = any(n.partition(".")[0] == "numpy" for n in imported)
+        self.is_pure = (
+            done.isdisjoint(_KEEPS)
+            and all(name.partition(".")[0] in _MODULES for name in imported)
+            and not any(map(_is_numpy_random, imported))
+        )
+        self.changes = (
+            not done.isdisjoint(_CHANGES)
+            or not self.names.isdisjoint(_CHANGING)
+            or any(map(_is_in_place, instructions))
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _facts(code: types.CodeType) -> _Facts:
+    return _Facts(code)
+
+
+def _is_in_place(instruction: dis.Instruction) -> bool:
+    name = instruction.opname
+    return name.startswith("INPLACE_") or (  # Python 3.10
+        name == "BINARY_OP" and instruction.argrepr.endswith("=")
+    )
+
+
+def _is_marked(value: Any) -> bool:
+    mark = getattr(value, _MARK, None)
+    return mark is not None and mark is _mark_of(value)
+
+
+def _is_known(value: Any) -> bool:
+    """Whether it is a function of mlx-lm's own."""
+    # Not by its ``__module__``, which `functools.wraps` copies.
+    names = getattr(value, "__globals__", None)
+    if names is not None:
+        return names.get("__name__") in _KNOWN
+    # What `mx.compile` has made of one.
+    return getattr(value, "__module__", None) in _KNOWN and not isinstance(value, type)
 
 
 def _is_numpy(value: Any) -> bool:
     return isinstance(value, types.ModuleType) and value.__name__ == "numpy"
 
 
-def _is_builtin(value: Any) -> bool:
-    return value is getattr(builtins, getattr(value, "__name__", ""), _NOTHING)
+def _is_numpy_random(name: str) -> bool:
+    return f"{name}.".startswith("numpy.random.")
 
 
-_NOTHING = object()
+def _is_pure_builtin(name: str) -> bool:
+    return name in _FUNCTIONS or isinstance(getattr(builtins, name, None), type)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+from .callables import reads
 from .stops import stops_after
 
 TYPE_CHECKING = False
@@ -43,7 +44,7 @@ class Kept:
     __slots__ = (
         *("uid", "produced", "made", "attempts", "is_drawn", "seeded", "why_not"),
         *("_segments", "_max_tokens", "_cache", "_tokens", "_sampler", "_processors"),
-        *("_stops", "_read", "_is_read", "_total"),
+        *("_stops", "_read", "_is_read", "_total", "_reads"),
     )
 
     def __init__(self, entry: Sequence[Any]) -> None:
@@ -65,8 +66,17 @@ class Kept:
         self._sampler = sampler
         self._processors = processors
         self._stops = stops
+        self._reads = self._what_it_reads()
         self._read = 0
         self._is_read = False
+
+    def _what_it_reads(self) -> list[Any]:
+        found = (self._sampler, *(self._processors or ()))
+        return [reads(one) for one in found if one is not None]
+
+    def has_changed(self) -> bool:
+        """Whether its sampler or a processor reads another value than at first."""
+        return self._what_it_reads() != self._reads
 
     # -- the cache that it comes with ------------------------------------------------
 

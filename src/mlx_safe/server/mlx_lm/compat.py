@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..._mlx_versions import parse_version
+from ...mlx_lm.places import keep_places
 from .protocols.generation import (
-    AnswerBatch,
     BatchGenerator,
 )
 from .protocols.models import Cache, CliArgs, Model, ModelProvider
@@ -214,21 +214,13 @@ def sample_with_this_thread() -> None:
 def keep_processors_in_place() -> None:
     """Lets each request of a batch keep its own penalties and biases (0.31.3).
 
-    There a batch without any of them keeps the place of a request that has ended. One
-    that joins later gets those of another place, or none. Call it once.
+    See `mlx_safe.mlx_lm.places`.
     """
     if _is_032():
         return
     from mlx_lm.generate import GenerationBatch
 
-    take_out = GenerationBatch.filter
-
-    def filter_all(self: AnswerBatch, keep: list[int]) -> None:
-        take_out(self, keep)
-        if not any(self.logits_processors):
-            self.logits_processors = [[] for _ in keep]
-
-    GenerationBatch.filter = filter_all
+    keep_places(GenerationBatch)
 
 
 def takes_xtc() -> bool:
