@@ -404,6 +404,8 @@ void test_codes() {
     CHECK(outcome.domain == "IOGPUCommandQueueErrorDomain");
     CHECK(run_one(queue).status == 4);
   }
+  CHECK(METALSIM(metalsim_plan_struck_here)() == 12);
+  std::thread([] { CHECK(METALSIM(metalsim_plan_struck_here)() == 0); }).join();
   METALSIM(metalsim_plan_fail)(1, 8, 0, 0);
   CHECK(run_one(queue).text ==
         "Insufficient Memory "
