@@ -13,7 +13,7 @@ import pytest
 
 from .runner import LIMIT_S, Machine
 from .setup.packages import NEWEST, VERSIONS
-from .setup.places import HERE, PYTHONS, ROOT
+from .setup.places import CACHE, HERE, PYTHONS, ROOT
 
 FAULTS, THREADS_S = 60, 1.5
 DOCS = ROOT / "docs" / "machrun.md"
@@ -136,15 +136,18 @@ def row_of(machine: Machine) -> str:
 
 def write(names: list[str]) -> None:
     """Puts each row into the docs as soon as it is known."""
+    # Not into the user's own folder.
+    os.environ.setdefault("MLX_SAFE_REPORT_DIR", str(CACHE / "reports"))
     if unknown := [name for name in names if name not in SWEPT]:
         sys.exit(f"machrun: no row {' '.join(unknown)}: there are {' '.join(SWEPT)}")
     for name in names or SWEPT:
         row = row_of(SWEPT[name])
         before, rest = DOCS.read_text().split(START)
-        rows, after = rest.split(END)
+        table, after = rest.split(END)
+        head, rows = table.splitlines(True)[:2], table.splitlines(True)[2:]
         key = key_of(SWEPT[name])
-        kept = [r for r in rows.splitlines(True) if not r.startswith(key)]
-        DOCS.write_text(f"{before}{START}{''.join(sorted([*kept, row]))}{END}{after}")
+        rows = sorted([*(r for r in rows if not r.startswith(key)), row])
+        DOCS.write_text(f"{before}{START}{''.join([*head, *rows])}{END}{after}")
         print(f"machrun: {name}: {row}", end="")
 
 

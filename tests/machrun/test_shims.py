@@ -46,7 +46,6 @@ def test_what_they_do(program: Path, tmp_path: Path) -> None:
         ("unknown_level", "setsockopt of level 0x29 with the unknown option 0x1b"),
         ("unknown_signal", "raise of the signal 7, which Linux has not"),
         ("unknown_handle", "dlsym with the handle -1"),
-        ("unknown_mode", "dlopen with RTLD_NOLOAD"),
         ("absent", "fcopyfile is called, and nobody has written it"),
     ],
 )

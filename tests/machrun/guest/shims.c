@@ -365,6 +365,7 @@ static void memory(void) {
 static void libraries(void) {
   CHECK(dlopen("/nowhere.dylib", RTLD_NOW) == NULL);
   CHECK(dlerror() != NULL && dlerror() == NULL);  // told once
+  CHECK(dlopen(g_file, RTLD_NOLOAD) == NULL);     // nor is it looked at
   CHECK(dlsym(RTLD_DEFAULT, "lseek") == (void*)lseek);
   CHECK(dlsym(RTLD_DEFAULT, "no_such_name") == NULL && dlerror() != NULL);
 }
@@ -404,5 +405,4 @@ int unknown_option(void) {
 int unknown_level(void) { return setsockopt(0, IPPROTO_IPV6, 27, "", 0); }
 int unknown_signal(void) { return raise(SIGEMT); }
 int unknown_handle(void) { return dlsym(RTLD_NEXT, "open") == NULL; }
-int unknown_mode(void) { return dlopen("/x", RTLD_NOLOAD) == NULL; }
 int absent(void) { return fcopyfile(0, 1, NULL, 0); }
