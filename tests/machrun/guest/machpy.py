@@ -108,4 +108,4 @@ def failed_buffers() -> int:
 
 def planned_here() -> int:
     """How many command buffers of this thread were planned to fail."""
-    return simulator("metalsim_plan_struck_here", ctypes.c_uint64)()  # type: ignore[operator, no-any-return]
+    return simulator("metalsim_plan_struck_here", ctypes.c_uint64)()
