@@ -60,13 +60,17 @@ REPORTS, REPORTS_BYTES = 50, 20 * 2**20
 # Read by the interpreter at its start. Each of the supervised server's processes has a
 # fault of its own to come. What glibc's arenas keep of large bodies is no leak: some
 # megabytes for each thread that has had one, given back before anything is measured.
-SITE = """\
+GIVEN_BACK = "soak: memory that is free is given back"
+SITE = f"""\
 import ctypes, os, pathlib, signal
+def give_back(*_):
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    os.write(2, b"{GIVEN_BACK}\\n")
 if "SOAK_PLAN" in os.environ:
     os.environ["MLX_SAFE_INJECT"] = pathlib.Path(os.environ["SOAK_PLAN"]).read_text()
 else:
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    signal.signal(signal.SIGUSR2, lambda *_: give_back and give_back(0))
+    signal.signal(signal.SIGUSR2, give_back)
 """
 # What may be more than after the first minute: a connection that is not closed yet,
 # what Python's allocator keeps.
@@ -330,8 +334,10 @@ class Soak:
         server = self.servers[name]
         if server is self.killed:
             return left(server, self._directory)
+        seen = server.log.count(GIVEN_BACK)
         server.process.send_signal(signal.SIGUSR2)
-        time.sleep(0.5)
+        if not eventually(lambda: server.log.count(GIVEN_BACK) > seen):
+            raise SystemExit(f"{name} does not say that it has given memory back")
         memory = server.ask("memory") if server is self.faulted else 0
         pool = int(server.metric("mlx_safe_memory_pool_bytes"))
         self._pool[name] = pool >> 20

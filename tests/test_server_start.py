@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import IO, Any
 import pytest
 
 from support import child
+from support.models import make_fp8
 from support.programs import program
 from support.server import Server, free_port
 
@@ -71,6 +73,29 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
     done = serve("--model", str(tmp_path), "--port", str(free_port()))
     assert_one_clear_line(done, f"the model cannot be loaded: --model {tmp_path}: ")
+
+
+def test_a_model_whose_answers_would_be_noise(tiny_model: Path, tmp_path: Path) -> None:
+    """MLX reads FP8 weights as the whole numbers that their bits are."""
+    model = shutil.copytree(tiny_model, tmp_path / "fp8")
+    make_fp8(model)
+    said = ".weight is uint8, as MLX reads FP8, and mlx-lm does not decode it"
+    done = serve("--model", str(model), "--port", str(free_port()))
+    assert_one_clear_line(done, f"the model cannot be loaded: --model {model}: ", said)
+    done = child.run(
+        f"""
+        import sys
+        from mlx_safe.cli import main
+        sys.exit(main(["doctor", "--model", {str(model)!r}]))
+        """,
+        timeout=180,
+    )
+    assert_one_clear_line(done, f"--model {model}: cannot be loaded: ", said)
+    with Server(tiny_model) as server:
+        refused = server.wait_ready().chat(model=str(model))
+        assert refused.error["code"] == "model_not_found"
+        assert server.chat().status == 200
+        assert said in server.log
 
 
 def test_paths_that_cannot_be_read_are_no_tracebacks(tmp_path: Path) -> None:

@@ -242,6 +242,7 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
         CommandError: one cannot be loaded.
     """
     from .server.flag_checks import check_paths
+    from .server.mlx_lm.model_facts import why_not_servable
     from .server.mlx_lm.requirements import import_server
 
     server = import_server()
@@ -254,7 +255,10 @@ def _load(name: str, adapter: str | None, draft: str | None) -> list[Any]:
         if path is None:
             continue
         try:
-            loaded.append(server.load(path, **options)[:2])
+            model, tokenizer = server.load(path, **options)[:2]
+            if (why := why_not_servable(model)) is not None:
+                raise ValueError(why)
+            loaded.append((model, tokenizer))
         except Exception as e:
             why = in_one_line(e)
             raise CommandError(f"{flag} {path}: cannot be loaded: {why}") from e

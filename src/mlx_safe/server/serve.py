@@ -22,6 +22,7 @@ from .flag_checks import check_flags
 from .flags import own_parser, whole_parser
 from .handover import Handover, Message
 from .health import EXIT_REPLACE, Health
+from .heap import give_back_what_is_free
 from .mlx_lm import requirements
 from .mlx_lm.patch import parser_of, patch, run_main
 from .mlx_lm.protocols.models import ModelProvider
@@ -100,6 +101,7 @@ def _serve(arguments: Sequence[str]) -> int:
             # One of them may be about to start again.
             log.error("the ranks cannot meet: %s", e)
             return EXIT_REPLACE
+    give_back_what_is_free()
     server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
     logs.take_over()
     mlx_lm = parser_of(server)

@@ -23,7 +23,7 @@ from . import compat
 from .protocols.models import Model
 from .protocols.requests import LogitsProcessorArguments
 
-__all__ = ["ModelFacts", "look_at"]
+__all__ = ["ModelFacts", "look_at", "why_not_servable"]
 
 log = logging.getLogger("mlx_safe.server")
 
@@ -137,3 +137,24 @@ def _embeddings_of(tokens: mx.array, rows: list[int]) -> Iterator[None]:
     finally:
         for kind, call in zip(kinds, calls, strict=True):
             kind.__call__ = call
+
+
+def why_not_servable(model: object) -> str | None:
+    """Why every answer would be noise, with status 200. Nothing is evaluated.
+
+    MLX reads FP8 numbers as the whole numbers that their bits are, and mlx-lm computes
+    with those (mlx 0.31.2 and 0.32.4, mlx-lm 0.31.3 and 0.32.2). Where mlx-lm decodes
+    them, as it does for DeepSeek, it has done so when the model is there.
+    """
+    assert isinstance(model, nn.Module)
+    for name, layer in model.named_modules():
+        if type(layer) not in (nn.Linear, nn.Embedding):
+            continue
+        kind = layer.weight.dtype
+        if not mx.issubdtype(kind, mx.floating):
+            return (
+                f"{name}.weight is {str(kind).rpartition('.')[2]}, as MLX reads FP8, "
+                "and mlx-lm does not decode it; take a model with 16-bit weights, or "
+                "one that mlx_lm.convert has quantised"
+            )
+    return None

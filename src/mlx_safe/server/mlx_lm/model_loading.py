@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from ...memory.sizes import format_size
 from . import compat
-from .model_facts import ModelFacts, look_at
+from .model_facts import ModelFacts, look_at, why_not_servable
 from .protocols.models import Model, ModelProvider
 from .speculative import fit, fixed_caches, no_draft, why_not_draftable
 
@@ -77,6 +77,9 @@ def _check(loaded: ModelProvider, ceiling: int | None) -> ModelFacts:
                 f"its weights are {format_size(size)}, and MLX may hold "
                 f"{format_size(ceiling)}"
             )
+    for model in _models(loaded):
+        if (why := why_not_servable(model)) is not None:
+            raise Unservable(why)
     target = _target(loaded)
     facts = look_at(target)
     if loaded.draft_model is not None:
