@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from .runner import Machine, load
-from .samples import changed, commands, signed_again, with_chains
+from .samples import (
+    CHAINED_FIXUPS,
+    address_to_offset,
+    changed,
+    commands,
+    segments,
+    signed_again,
+    with_chains,
+)
 from .setup import native
 from .setup.packages import get_ours
 from .setup.places import CACHE, HERE, MAIN, PYTHONS, ROOT, SetupError
@@ -75,6 +84,89 @@ def unsigned(raw: bytes) -> bytes:
     return changed(raw, commands(raw)[0x1D], struct.pack("<I", 0x26))
 
 
+# ---- neighbours: what dyld or the kernel would not take, either ----------------
+
+DYSYMTAB, LOADS, BUILD_VERSION = 0xB, 0xC, 0x32
+
+
+def segment(raw: bytes, name: bytes) -> int:
+    """Where the load command of a segment lies."""
+    at = 32
+    while raw[at + 8 : at + 24].rstrip(b"\0") != name:
+        at += int.from_bytes(raw[at + 4 : at + 8], "little")
+    return at
+
+
+def number(raw: bytes, at: int) -> int:
+    return int.from_bytes(raw[at : at + 4], "little")
+
+
+def with_number(raw: bytes, at: int, value: int) -> bytes:
+    return changed(raw, at, struct.pack("<I", value))
+
+
+def for_a_newer_macos_by_the_older_command(raw: bytes) -> bytes:
+    at = commands(raw)[BUILD_VERSION]
+    return changed(raw, at, struct.pack("<4I", 0x24, number(raw, at + 4), 0xF0000, 0))
+
+
+def for_no_system(raw: bytes) -> bytes:
+    return with_number(raw, commands(raw)[BUILD_VERSION], 0x2A)
+
+
+def for_ios_by_the_older_command(raw: bytes) -> bytes:
+    return with_number(raw, commands(raw)[BUILD_VERSION], 0x25)
+
+
+def with_flat_names(raw: bytes) -> bytes:
+    return with_number(raw, 24, number(raw, 24) & ~0x80)
+
+
+def without_word_of_thread_variables(raw: bytes) -> bytes:
+    return with_number(raw, 24, number(raw, 24) & ~0x800000)
+
+
+def with_an_unknown_command(raw: bytes) -> bytes:
+    return with_number(raw, commands(raw)[DYSYMTAB], 0x2C)  # encrypted
+
+
+def with_commands_that_are_too_long(raw: bytes) -> bytes:
+    return with_number(raw, 20, number(raw, 20) - 8)
+
+
+def with_more_than_it_may(raw: bytes) -> bytes:
+    return with_number(raw, segment(raw, b"__DATA") + 56, 1)  # maxprot
+
+
+def without_its_header(raw: bytes) -> bytes:
+    return changed(raw, segment(raw, b"__TEXT") + 40, struct.pack("<Q", 0x4000))
+
+
+def with_a_section_of_another_segment(raw: bytes) -> bytes:
+    at = segment(raw, b"__DATA") + 72 + 32
+    return changed(raw, at, struct.pack("<Q", 0x4000))
+
+
+def with_an_unsigned_segment(raw: bytes) -> bytes:
+    """Its bytes are those behind the signed part."""
+    at = segment(raw, b"__DATA")
+    size = min(number(raw, at + 32), len(raw) - number(raw, commands(raw)[0x1D] + 8))
+    return changed(raw, at + 40, struct.pack("<2Q", len(raw) - size, size))
+
+
+def with_fixups_in_constants(raw: bytes) -> bytes:
+    return with_number(raw, segment(raw, b"__DATA_CONST") + 60, 1)
+
+
+def of_another_library(raw: bytes) -> bytes:
+    """The first two libraries change places, and so does what is imported of them."""
+    one = commands(raw)[LOADS]
+    two = one + number(raw, one + 4)
+    end = two + number(raw, two + 4)
+    assert number(raw, two) == LOADS
+    return changed(raw, one, raw[two:end] + raw[one:two])
+
+
 BAD: dict[Callable[[bytes], bytes], str] = {
     for_x86: "for x86_64, not for arm64",
     for_a_newer_macos: "needs macOS 26.2, and 14.0 is pretended",
@@ -87,6 +179,19 @@ BAD: dict[Callable[[bytes], bytes], str] = {
     with_a_command_that_dyld_must_know: "unknown load command 0x800000ff that dyld",
     truncated: "truncated: ",
     unsigned: "it is not signed: macOS does not load it",
+    for_a_newer_macos_by_the_older_command: "needs macOS 15.0, and 14.0 is pretended",
+    for_no_system: "it does not say that it is for macOS",
+    for_ios_by_the_older_command: "nobody has reviewed the load command 0x25",
+    with_flat_names: "its imports do not say of which library they are",
+    without_word_of_thread_variables: "its header does not tell of the thread's",
+    with_an_unknown_command: "nobody has reviewed the load command 0x2c",
+    with_commands_that_are_too_long: "damaged: a load command behind the last",
+    with_more_than_it_may: "segment __DATA asks for more than it may",
+    without_its_header: "damaged: its first segment lacks the header",
+    with_a_section_of_another_segment: "damaged: section __.* lies badly",
+    with_an_unsigned_segment: "segment __DATA is not all signed",
+    with_fixups_in_constants: "damaged: a fixup in segment __DATA_CONST, which is not",
+    of_another_library: "Symbol not found|nobody has reviewed the import",
 }
 
 
@@ -115,6 +220,49 @@ def test_what_is_wrong_is_named_in_one_line(
     if change not in (truncated, unsigned):
         bad = signed_again(bad)
     assert re.match(BAD[change], refused(bad, tmp_path / "lib.dylib"))
+
+
+def chains(raw: bytes) -> tuple[int, int]:
+    """Where the chained fixups lie, and in them the first segment that has any."""
+    (offset,) = struct.unpack_from("<I", raw, commands(raw)[CHAINED_FIXUPS] + 8)
+    starts = offset + number(raw, offset + 4)
+    places = struct.unpack_from(f"<{number(raw, starts)}I", raw, starts + 4)
+    return offset, starts + next(place for place in places if place)
+
+
+def test_chains_that_lead_astray(chained: bytes, tmp_path: Path) -> None:
+    offset, place = chains(chained)
+    imports = offset + number(chained, offset + 8)
+    (page,) = struct.unpack_from("<H", chained, place + 4)
+    (start,) = struct.unpack_from("<Q", chained, place + 8)
+    (first,) = struct.unpack_from("<H", chained, place + 22)
+    at = address_to_offset(chained, segments(chained)[0][0] + start + first)
+    (pointer,) = struct.unpack_from("<Q", chained, at)
+    link = 0xFFF << 51
+    beyond = pointer & link | 0xFFFFFFF  # no import: an address in the image
+    for where, value, said in (
+        (place + 4, struct.pack("<H", 0x2000), "unknown fixup format: pages of 8192"),
+        (place + 8, struct.pack("<Q", start + 8), "damaged: fixups of another segment"),
+        (place + 20, struct.pack("<H", 200), "truncated|damaged: fixups of another"),
+        (place + 22, struct.pack("<H", page - 4), "damaged: a chain of fixups leaves"),
+        (at, struct.pack("<Q", pointer | link), "damaged: a chain of fixups leaves"),
+        (at, struct.pack("<Q", beyond), "damaged: a pointer to 0xfffffff, outside"),
+        (imports, b"\x63", "damaged: _.* is of library 99"),
+        (imports, b"\xf0", "damaged: _.* is of library -16"),
+        (imports, b"\xff", r"Symbol not found: _.* \(expected in: the program\)"),
+        (imports, b"\0", r"Symbol not found: _.* \(expected in: this image\)"),
+    ):
+        bad = signed_again(changed(chained, where, value))
+        line = refused(bad, tmp_path / "lib.dylib")
+        assert re.match(said, line), (said, line)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.dylib")
+    for path in (tmp_path, tmp_path / "fifo.dylib"):
+        done = load(path)
+        said = f"machrun: {path}: it cannot be read\n"
+        assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_a_page_that_is_not_what_was_signed(core: bytes, tmp_path: Path) -> None:

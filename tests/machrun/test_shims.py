@@ -42,6 +42,10 @@ def test_what_they_do(program: Path, tmp_path: Path) -> None:
         ("unknown_mmap", "mmap with the unknown flags 0x800"),
         ("unknown_clock", "the unknown clock 99"),
         ("unknown_attributes", "pthread_create with attributes"),
+        ("unknown_option", "setsockopt of level 0xffff with the unknown option 0x40"),
+        ("unknown_level", "setsockopt of level 0x29 with the unknown option 0x1b"),
+        ("unknown_signal", "raise of the signal 7, which Linux has not"),
+        ("unknown_handle", "dlsym with the handle -1"),
         ("absent", "fcopyfile is called, and nobody has written it"),
     ],
 )

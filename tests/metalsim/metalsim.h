@@ -68,6 +68,9 @@ METALSIM_API void metalsim_plan_clear(void);
 METALSIM_API void metalsim_plan_fail(uint64_t nth, int code, int persistent,
                                      uint32_t handler_delay_us);
 
+// How many buffers that the calling thread has committed were planned to fail.
+METALSIM_API uint64_t metalsim_plan_struck_here(void);
+
 // ---- time ------------------------------------------------------------------
 
 // Every buffer's handlers run so long after the GPU is done with it.

@@ -396,6 +396,7 @@ Outcome run_one(const Ref& queue) {
 
 void test_codes() {
   Ref queue = new_queue();
+  uint64_t before = METALSIM(metalsim_plan_struck_here)();
   for (int code : {2, 3, 5, 6, 8, 9, 0xa, 0xb, 0xe, 0x10, 0x11, 0x77}) {
     METALSIM(metalsim_plan_fail)(1, code, 0, 0);
     Outcome outcome = run_one(queue);
@@ -404,6 +405,8 @@ void test_codes() {
     CHECK(outcome.domain == "IOGPUCommandQueueErrorDomain");
     CHECK(run_one(queue).status == 4);
   }
+  CHECK(METALSIM(metalsim_plan_struck_here)() == before + 12);
+  std::thread([] { CHECK(METALSIM(metalsim_plan_struck_here)() == 0); }).join();
   METALSIM(metalsim_plan_fail)(1, 8, 0, 0);
   CHECK(run_one(queue).text ==
         "Insufficient Memory "

@@ -104,3 +104,8 @@ def failed_buffers() -> int:
     totals = (ctypes.c_uint64 * 32)()
     simulator("metalsim_get_totals", None, ctypes.c_void_p)(totals)
     return totals[3]
+
+
+def planned_here() -> int:
+    """How many command buffers of this thread were planned to fail."""
+    return simulator("metalsim_plan_struck_here", ctypes.c_uint64)()

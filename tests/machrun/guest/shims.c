@@ -4,12 +4,15 @@
 #include <copyfile.h>
 #include <ctype.h>
 #include <dirent.h>
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libproc.h>
+#include <limits.h>
 #include <locale.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -22,6 +25,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/sysctl.h>
+#include <sys/un.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -63,6 +67,10 @@ static void files(const char* directory) {
   CHECK(map != MAP_FAILED && !memcmp(map, "twelve bytes", 12));
   map = mmap(NULL, 100, PROT_READ | PROT_WRITE, MAP_ANON | MAP_SHARED, -1, 0);
   CHECK(map != MAP_FAILED && map[99] == 0);
+  CHECK(mmap(NULL, 12, PROT_READ, MAP_PRIVATE, fd, 4096) == MAP_FAILED);
+  CHECK(errno == EINVAL);  // pages have 16 KiB
+  CHECK(lseek(fd, 0, SEEK_DATA) == 0 && lseek(fd, 0, SEEK_HOLE) == 12);
+  FAILS(lseek(fd, 0, 9), EINVAL);
   CHECK(close(copy) == 0 && close(fd) == 0);
   FAILS(close(fd), EBADF);
   char name[300];
@@ -106,8 +114,9 @@ static void sockets(int port) {
   int server = socket(AF_INET, SOCK_STREAM, 0);
   CHECK(setsockopt(server, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) == 0);
   CHECK(setsockopt(server, SOL_SOCKET, SO_RCVBUF, &size, sizeof size) == 0);
-  FAILS(setsockopt(server, SOL_SOCKET, SO_USELOOPBACK, &on, sizeof on),
-        ENOPROTOOPT);
+  CHECK(setsockopt(server, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on) == 0);
+  CHECK(setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0);
+  CHECK(setsockopt(client, IPPROTO_TCP, TCP_KEEPALIVE, &on, sizeof on) == 0);
   CHECK(bind(server, (void*)&address, sizeof address) == 0);
   CHECK(listen(server, 1) == 0);
   int other = socket(AF_INET, SOCK_STREAM, 0);
@@ -116,7 +125,11 @@ static void sockets(int port) {
   client = socket(AF_INET, SOCK_STREAM, 0);
   CHECK(connect(client, (void*)&address, sizeof address) == 0);
   socklen_t length = sizeof peer;
+  CHECK(fcntl(server, F_SETFL, O_NONBLOCK) == 0);
   int accepted = accept(server, (void*)&peer, &length);
+  CHECK(fcntl(accepted, F_GETFL) & O_NONBLOCK);  // inherited
+  FAILS(recv(accepted, (char[4]){0}, 4, 0), EAGAIN);
+  CHECK(fcntl(accepted, F_SETFL, 0) == 0 && fcntl(server, F_SETFL, 0) == 0);
   CHECK(accepted >= 0 && length == sizeof peer);
   CHECK(peer.sin_family == AF_INET && peer.sin_len == sizeof peer);
   CHECK(peer.sin_addr.s_addr == htonl(INADDR_LOOPBACK));
@@ -128,6 +141,18 @@ static void sockets(int port) {
   CHECK(shutdown(client, SHUT_WR) == 0 && recv(accepted, data, 4, 0) == 0);
   FAILS(send(0x7fff, "x", 1, 0), EBADF);
   FAILS(recv(server, data, 1, 0), ENOTCONN);
+}
+
+static void local_sockets(const char* directory) {
+  struct sockaddr_un address = {.sun_len = sizeof address, .sun_family = AF_UNIX};
+  snprintf(address.sun_path, sizeof address.sun_path, "%s/s", directory);
+  int server = socket(AF_UNIX, SOCK_STREAM, 0);
+  int client = socket(AF_UNIX, SOCK_STREAM, 0);
+  if (strlen(directory) + 3 > sizeof address.sun_path) return;
+  FAILS(connect(client, (void*)&address, sizeof address), ENOENT);
+  CHECK(bind(server, (void*)&address, sizeof address) == 0);
+  CHECK(listen(server, 1) == 0);
+  CHECK(connect(client, (void*)&address, sizeof address) == 0);
 }
 
 static void addresses(void) {
@@ -142,6 +167,8 @@ static void addresses(void) {
   CHECK(six->sin6_port == htons(80) && six->sin6_addr.s6_addr[15] == 1);
   freeaddrinfo(found);
   CHECK(getaddrinfo("no number", "80", &hints, &found) == EAI_NONAME);
+  hints.ai_flags |= AI_NUMERICSERV;
+  CHECK(getaddrinfo("::1", "http", &hints, &found) == EAI_NONAME);
 }
 
 static volatile sig_atomic_t g_number, g_own, g_on_stack;
@@ -154,8 +181,28 @@ static void handle(int number, siginfo_t* info, void* context) {
   g_on_stack = &here >= g_stack && &here < g_stack + sizeof g_stack;
 }
 
+static volatile sig_atomic_t g_code, g_status;
+static volatile pid_t g_pid;
+static void handle_child(int number, siginfo_t* info, void* context) {
+  (void)number, (void)context;
+  g_code = info->si_code;
+  g_status = info->si_status;
+  g_pid = info->si_pid;
+}
+
+static void children(void) {
+  struct sigaction action = {.sa_flags = SA_SIGINFO | SA_RESTART};
+  action.sa_sigaction = handle_child;
+  CHECK(sigaction(SIGCHLD, &action, NULL) == 0);
+  CHECK(pclose(popen("exit 3", "r")) == 3 << 8);
+  CHECK(g_code == CLD_EXITED && g_status == 3 && g_pid > 0);
+}
+
 static void signals(void) {
   stack_t stack = {.ss_sp = g_stack, .ss_size = sizeof g_stack}, before;
+  stack.ss_size = MINSIGSTKSZ - 1;
+  FAILS(sigaltstack(&stack, NULL), ENOMEM);
+  stack.ss_size = sizeof g_stack;
   CHECK(sigaltstack(&stack, NULL) == 0 && sigaltstack(NULL, &before) == 0);
   CHECK(before.ss_sp == g_stack && before.ss_size == sizeof g_stack);
   CHECK((before.ss_flags & SS_DISABLE) == 0);
@@ -225,6 +272,7 @@ static void threads(void) {
   CHECK(pthread_mutex_unlock(&checked) == 0);
   CHECK(pthread_mutex_unlock(&checked) == EPERM);
   CHECK(pthread_mutex_destroy(&checked) == 0);
+  CHECK(pthread_join(pthread_self(), NULL) == EDEADLK);
   pthread_t thread;
   int value = 5;
   void* result = NULL;
@@ -265,6 +313,7 @@ static void system_itself(void) {
   room = sizeof bytes;
   CHECK(sysctlbyname("hw.memsize", &bytes, &room, NULL, 0) == 0 && bytes);
   FAILS(sysctlbyname("hw.nothing", &bytes, &room, NULL, 0), ENOENT);
+  FAILS(sysctlbyname("hw.memsize", NULL, NULL, &bytes, sizeof bytes), EPERM);
   static const clockid_t kClocks[] = {CLOCK_MONOTONIC, CLOCK_UPTIME_RAW,
                                       CLOCK_PROCESS_CPUTIME_ID};
   for (int i = 0; i < 3; i++) {
@@ -292,6 +341,33 @@ static void texts(void) {
   CHECK(strerror_r(ETIMEDOUT, text, sizeof text) == 0);
   CHECK(strstr(text, "timed out") != NULL);
   CHECK(strerror_r(ETIMEDOUT, text, 3) == ERANGE);
+  CHECK(strerror_r(9999, text, sizeof text) == EINVAL);
+  CHECK(!strcmp(text, "Unknown error: 9999"));
+  // Linux has these numbers for others.
+  CHECK(strerror_r(EDEADLK, text, sizeof text) == 0 && strstr(text, "deadlock"));
+  CHECK(snprintf(text, sizeof text, "%p|%p", NULL, (void*)16) == 8);
+  CHECK(!strcmp(text, "0x0|0x10"));
+  struct lconv* c = localeconv();
+  CHECK(c->int_frac_digits == CHAR_MAX && c->n_sign_posn == CHAR_MAX);
+  CHECK(!strcmp(c->decimal_point, ".") && c->grouping[0] == '\0');
+}
+
+static void memory(void) {
+  char* kept = malloc(8);
+  kept = realloc(kept, 0);
+  CHECK(kept != NULL);
+  free(kept);
+  CHECK(aligned_alloc(64, 100) == NULL && errno == EINVAL);
+  void* aligned = aligned_alloc(64, 128);
+  CHECK(aligned != NULL && (uintptr_t)aligned % 64 == 0);
+}
+
+static void libraries(void) {
+  CHECK(dlopen("/nowhere.dylib", RTLD_NOW) == NULL);
+  CHECK(dlerror() != NULL && dlerror() == NULL);  // told once
+  CHECK(dlopen(g_file, RTLD_NOLOAD) == NULL);     // nor is it looked at
+  CHECK(dlsym(RTLD_DEFAULT, "lseek") == (void*)lseek);
+  CHECK(dlsym(RTLD_DEFAULT, "no_such_name") == NULL && dlerror() != NULL);
 }
 
 int run(int count, char** arguments) {
@@ -299,12 +375,16 @@ int run(int count, char** arguments) {
   files(arguments[1]);
   directories(arguments[1]);
   sockets(atoi(arguments[2]));
+  local_sockets(arguments[1]);
   addresses();
   signals();
+  children();
   jumps();
   threads();
   system_itself();
   texts();
+  memory();
+  libraries();
   printf("checks %d\n", g_checks);
   return 0;
 }
@@ -319,4 +399,10 @@ int unknown_attributes(void) {
   pthread_t thread;
   return pthread_create(&thread, (const pthread_attr_t*)&thread, work, NULL);
 }
+int unknown_option(void) {
+  return setsockopt(0, SOL_SOCKET, SO_USELOOPBACK, "", 0);
+}
+int unknown_level(void) { return setsockopt(0, IPPROTO_IPV6, 27, "", 0); }
+int unknown_signal(void) { return raise(SIGEMT); }
+int unknown_handle(void) { return dlsym(RTLD_NEXT, "open") == NULL; }
 int absent(void) { return fcopyfile(0, 1, NULL, 0); }

@@ -1,10 +1,14 @@
 // Compiled for macOS, and never run: mac_abi.h against Apple's headers.
 #include <ctype.h>
 #include <dirent.h>
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <libproc.h>
+#include <limits.h>
+#include <locale.h>
 #include <netdb.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -65,6 +69,11 @@ _Static_assert(offsetof(struct __darwin_mcontext64, __ss.__fp) ==
                    offsetof(MacMcontext, fp),
                "the frame pointer lies elsewhere");
 SAME(struct utsname, MacUtsname)
+SAME(struct lconv, MacLconv)
+MEMBER(struct lconv, decimal_point, MacLconv, texts[0])
+MEMBER(struct lconv, int_frac_digits, MacLconv, numbers[0])
+MEMBER(struct lconv, int_n_sign_posn, MacLconv, numbers[13])
+CHECK(CHAR_MAX, 127)
 SAME(struct rusage_info_v0, MacRusage0)
 MEMBER(struct rusage_info_v0, ri_resident_size, MacRusage0, resident)
 MEMBER(struct rusage_info_v0, ri_phys_footprint, MacRusage0, phys_footprint)

@@ -193,8 +193,10 @@ void* bind_symbol(const Image* image, int ordinal, const char* name,
     found = in_library(library, name);
     if (found == NULL && library->is_system && !weak)
       refuse(image, "nobody has reviewed the import %s of libSystem", name);
-  } else if (ordinal == BIND_SPECIAL_DYLIB_FLAT_LOOKUP || ordinal == BIND_SPECIAL_DYLIB_MAIN_EXECUTABLE) {
+  } else if (ordinal == BIND_SPECIAL_DYLIB_FLAT_LOOKUP) {
     found = in_all(name);
+  } else if (ordinal == BIND_SPECIAL_DYLIB_MAIN_EXECUTABLE) {
+    found = in_python(name);
   } else if (ordinal == BIND_SPECIAL_DYLIB_WEAK_LOOKUP) {
     found = coalesced(name);
   } else if (ordinal == BIND_SPECIAL_DYLIB_SELF) {
@@ -202,8 +204,10 @@ void* bind_symbol(const Image* image, int ordinal, const char* name,
   } else {
     refuse(image, "damaged: %s is of library %d", name, ordinal);
   }
+  static const char* const kPlaces[] = {"this image", "the program",
+                                        "flat namespace", "any image"};
   if (found == NULL && !weak)
     refuse(image, "Symbol not found: %s (expected in: %s)", name,
-           library ? library->install_name : "flat namespace");
+           library ? library->install_name : kPlaces[-ordinal]);
   return found;
 }

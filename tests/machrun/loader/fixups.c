@@ -24,6 +24,17 @@ static int64_t read_sleb(const Image* image, const uint8_t** at,
   return (int64_t)(negative ? value | -(1ull << bits) : value);
 }
 
+// What is relocated lies in the image; or right behind it, as an end may.
+static void check_target(const Image* image, uint64_t offset) {
+  if (offset > image->size)
+    refuse(image, "damaged: a pointer to %#lx, outside of its segments", offset);
+}
+static void check_writable(const Image* image, const Segment* segment) {
+  if (!(segment->command->initprot & 2))
+    refuse(image, "damaged: a fixup in segment %.16s, which is not writable",
+           segment->command->segname);
+}
+
 // ---- chained ---------------------------------------------------------------
 
 typedef struct dyld_chained_starts_in_segment ChainedStarts;
@@ -63,7 +74,7 @@ static void follow_chain(const Image* image, uint8_t* at, const uint8_t* end,
                          const uint64_t* targets, uint32_t count) {
   for (uint64_t next = 1; next != 0; at += 4 * next) {
     if (at + 8 > end)
-      refuse(image, "damaged: a chain of fixups leaves its segment");
+      refuse(image, "damaged: a chain of fixups leaves its page");
     union {
       uint64_t value;
       struct dyld_chained_ptr_64_bind bind;
@@ -74,6 +85,7 @@ static void follow_chain(const Image* image, uint8_t* at, const uint8_t* end,
     if (raw.bind.bind && raw.bind.ordinal >= count)
       refuse(image, "damaged: import %u of %u", (unsigned)raw.bind.ordinal,
              count);
+    if (!raw.bind.bind) check_target(image, raw.rebase.target);
     raw.value = raw.bind.bind
                     ? targets[raw.bind.ordinal] + raw.bind.addend
                     : ((uint64_t)image->base + raw.rebase.target) |
@@ -88,13 +100,24 @@ static void fix_segment(const Image* image, const Segment* segment,
   if (starts->pointer_format != DYLD_CHAINED_PTR_64_OFFSET)
     refuse(image, "unknown fixup format: pointers of format %u",
            starts->pointer_format);
+  uint64_t page_size = starts->page_size;
+  if (page_size != kPage && page_size != 4096)
+    refuse(image, "unknown fixup format: pages of %lu bytes", page_size);
+  if (starts->segment_offset != segment->command->vmaddr - image->preferred ||
+      starts->page_count > (segment->size + page_size - 1) / page_size)
+    refuse(image, "damaged: fixups of another segment than %.16s",
+           segment->command->segname);
+  check_writable(image, segment);
   for (int page = 0; page < starts->page_count; page++) {
     uint16_t start = starts->page_start[page];
     if (start == DYLD_CHAINED_PTR_START_NONE) continue;
     if (start & DYLD_CHAINED_PTR_START_MULTI)
       refuse(image, "unknown fixup format: several chains in a page");
-    uint8_t* at = segment->start + (uint64_t)page * starts->page_size + start;
-    follow_chain(image, at, segment->start + segment->size, targets, count);
+    uint8_t* at = segment->start + page * page_size;
+    uint64_t left = segment->size - page * page_size;
+    // The last of a page may go on in the next.
+    uint64_t end = left < page_size + 7 ? left : page_size + 7;
+    follow_chain(image, at + start, at + end, targets, count);
   }
 }
 
@@ -136,6 +159,8 @@ struct Opcodes {
 };
 
 static uint64_t rebased(const Opcodes* o, uint64_t before) {
+  // The highest byte may hold a mark, as in the names of libc++'s types.
+  check_target(o->image, (before << 8 >> 8) - o->image->preferred);
   return before + (uint64_t)o->image->base - o->image->preferred;
 }
 static uint64_t bound(const Opcodes* o, uint64_t before) {
@@ -159,6 +184,7 @@ static void fix(Opcodes* o, uint64_t count, uint64_t skip) {
     if (o->segment >= (unsigned)image->segment_count || segment->size < 8 ||
         o->offset > segment->size - 8 || skip > segment->size)
       refuse(image, "damaged: a fixup outside of its segment");
+    check_writable(image, segment);
     if (o->name == NULL && o->fix != rebased)
       refuse(image, "damaged: an import without a name");
     uint64_t* place = (uint64_t*)(segment->start + o->offset);

@@ -67,6 +67,8 @@ void each_command(Image* image, void (*visit)(Image*, const LoadCommand*)) {
       refuse(image, "damaged: a load command of %u bytes", command->cmdsize);
     file_range(image, at, command->cmdsize, "load command");
     at += command->cmdsize;
+    if (at > sizeof(MachHeader) + ((const MachHeader*)image->file)->sizeofcmds)
+      refuse(image, "damaged: a load command behind the last");
     visit(image, command);
   }
 }
@@ -104,16 +106,22 @@ static void check_header(const Image* image) {
     refuse(image, "for arm64e or another kind of arm64 than is pretended");
   if (header->filetype != MH_DYLIB && header->filetype != MH_BUNDLE)
     refuse(image, "neither a dylib nor a bundle (type %u)", header->filetype);
+  if (!(header->flags & MH_TWOLEVEL))
+    refuse(image, "its imports do not say of which library they are");
 }
 
-static void check_platform(const Image* image, const LoadCommand* command) {
+static void check_version(Image* image, uint32_t least) {
+  if (least > g_pretends)
+    refuse(image, "needs macOS %u.%u, and %u.%u is pretended", least >> 16,
+           least >> 8 & 0xff, g_pretends >> 16, g_pretends >> 8 & 0xff);
+  image->is_for_macos = true;
+}
+
+static void check_platform(Image* image, const LoadCommand* command) {
   const struct build_version_command* build = (const void*)command;
   if (build->platform != PLATFORM_MACOS)
     refuse(image, "for platform %u, not for macOS", build->platform);
-  if (build->minos > g_pretends)
-    refuse(image, "needs macOS %u.%u, and %u.%u is pretended",
-           build->minos >> 16, build->minos >> 8 & 0xff, g_pretends >> 16,
-           g_pretends >> 8 & 0xff);
+  check_version(image, build->minos);
 }
 
 static void add_segment(Image* image, const LoadCommand* command) {
@@ -124,6 +132,11 @@ static void add_segment(Image* image, const LoadCommand* command) {
   file_range(image, segment->fileoff, segment->filesize, "segment");
   if ((segment->initprot & 6) == 6)
     refuse(image, "segment %.16s is writable and executable", segment->segname);
+  if (segment->initprot & ~segment->maxprot || segment->initprot & ~7)
+    refuse(image, "segment %.16s asks for more than it may", segment->segname);
+  if (image->segment_count == 0 &&
+      (segment->fileoff != 0 || segment->filesize < sizeof(MachHeader)))
+    refuse(image, "damaged: its first segment lacks the header");
   // As dyld wants them: in order, so that none lies on another.
   uint64_t last = image->preferred + image->size, end;
   if (image->segment_count == 0) image->preferred = last = segment->vmaddr;
@@ -135,6 +148,11 @@ static void add_segment(Image* image, const LoadCommand* command) {
   image->size = (end - image->preferred + kPage - 1) & ~(kPage - 1ull);
   image->segments[image->segment_count++] =
       (Segment){NULL, segment->vmsize, segment};
+  const Section* section = (const Section*)(segment + 1);
+  for (uint32_t i = 0; i < segment->nsects; i++, section++)
+    if (section->addr < segment->vmaddr || section->addr > end ||
+        section->size > end - section->addr)
+      refuse(image, "damaged: section %.16s lies badly", section->sectname);
 }
 
 static Range linkedit(const Image* image, uint32_t offset, uint64_t size,
@@ -170,6 +188,9 @@ static void read_command(Image* image, const LoadCommand* command) {
       return add_segment(image, command);
     case LC_BUILD_VERSION:
       return check_platform(image, command);
+    case LC_VERSION_MIN_MACOSX:  // what older linkers write
+      return check_version(
+          image, ((const struct version_min_command*)command)->version);
     case LC_SYMTAB:
       return read_symtab(image, (const void*)command);
     case LC_DYLD_INFO_ONLY:
@@ -194,25 +215,40 @@ static void read_command(Image* image, const LoadCommand* command) {
       return;
     case LC_RPATH:
       return add_run_path(image, command);
+    case LC_LOAD_DYLIB:
     case LC_LOAD_WEAK_DYLIB:
       return;  // later
+    // For debuggers and linkers; dyld does nothing for them.
+    case LC_UUID:
+    case LC_LOAD_DYLINKER:  // zig writes it into dylibs, too
+    case LC_DYSYMTAB:
+    case LC_SOURCE_VERSION:
+    case LC_FUNCTION_STARTS:
+    case LC_DATA_IN_CODE:
+    case LC_LINKER_OPTIMIZATION_HINT:
+    case LC_NOTE:
+      return;
     default:
       if (command->cmd & LC_REQ_DYLD)
         refuse(image, "unknown load command %#x that dyld must know",
                command->cmd);
+      refuse(image, "nobody has reviewed the load command %#x", command->cmd);
   }
 }
 
 static void check_section(Image* image, const Section* section) {
   uint64_t offset = section->addr - image->preferred;
-  if (offset > image->size || section->size > image->size - offset)
-    refuse(image, "damaged: section %.16s lies badly", section->sectname);
   Range place = {(uint32_t)offset, (uint32_t)section->size};
   if (!strncmp(section->sectname, "__eh_frame", 16)) image->eh_frame = place;
   if (!strncmp(section->sectname, "__unwind_info", 16))
     image->unwind_info = place;
   uint32_t kind = section->flags & SECTION_TYPE;
+  if (kind == S_THREAD_LOCAL_VARIABLES &&
+      !(((const MachHeader*)image->file)->flags & MH_HAS_TLV_DESCRIPTORS))
+    refuse(image, "its header does not tell of the thread's variables it has");
   if (kind != S_THREAD_LOCAL_REGULAR && kind != S_THREAD_LOCAL_ZEROFILL) return;
+  if (section->align > 6)
+    refuse(image, "a thread's variable is aligned to more than 64 bytes");
   Range* whole = &image->thread_template;
   if (whole->size == 0) whole->offset = place.offset;
   if (place.offset < whole->offset)
@@ -326,7 +362,7 @@ static void bring_up(Image* image) {
 }
 
 static int open_file(Image* image) {
-  int file = open(image->path, O_RDONLY | O_CLOEXEC);
+  int file = open(image->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   struct stat found;
   if (file < 0 || fstat(file, &found) != 0 || !S_ISREG(found.st_mode))
     refuse(image, "it cannot be read");
@@ -353,6 +389,10 @@ Image* load_image(const char* path, const Image* loader, bool quiet) {
   int file = open_file(image);
   check_header(image);
   each_command(image, read_command);
+  if (!image->is_for_macos) refuse(image, "it does not say that it is for macOS");
+  if (image->install_name == NULL &&
+      ((const MachHeader*)image->file)->filetype == MH_DYLIB)
+    refuse(image, "damaged: a dylib without a name");
   lay_out(image);
   each_section(image, check_section);
   check_signature(image);

@@ -99,6 +99,13 @@ typedef struct MacAddrinfo {
   struct MacAddrinfo* next;
 } MacAddrinfo;
 
+// <_locale.h>: ten texts, and numbers of which "C" has none (CHAR_MAX, which is
+// 127 on macOS and 255 on aarch64 Linux).
+typedef struct {
+  const char* texts[10];
+  char numbers[14];
+} MacLconv;
+
 typedef struct {
   char magic[8], encoding[32];
   void *sgetrune, *sputrune;
@@ -149,13 +156,26 @@ typedef struct {
   X(_SC_CLK_TCK, 3) X(_SC_OPEN_MAX, 5) X(_SC_NPROCESSORS_CONF, 57)            \
   X(_SC_NPROCESSORS_ONLN, 58)
 #define SOCKET_OPTIONS(X)                                                     \
-  X(SO_REUSEADDR, 4) X(SO_KEEPALIVE, 8) X(SO_REUSEPORT, 0x200)                \
+  X(SO_REUSEADDR, 4) X(SO_KEEPALIVE, 8) X(SO_BROADCAST, 0x20)                 \
+  X(SO_REUSEPORT, 0x200)                                                      \
   X(SO_SNDBUF, 0x1001) X(SO_RCVBUF, 0x1002)
+#define TCP_OPTIONS(X)                                                        \
+  X(TCP_NODELAY, 1) X(TCP_KEEPINTVL, 0x101) X(TCP_KEEPCNT, 0x102)
+#define ILL_CODES(X)                                                          \
+  X(ILL_ILLOPC, 1) X(ILL_ILLTRP, 2) X(ILL_PRVOPC, 3) X(ILL_ILLOPN, 4)         \
+  X(ILL_ILLADR, 5) X(ILL_PRVREG, 6) X(ILL_COPROC, 7) X(ILL_BADSTK, 8)
+#define FPE_CODES(X)                                                          \
+  X(FPE_FLTDIV, 1) X(FPE_FLTOVF, 2) X(FPE_FLTUND, 3) X(FPE_FLTRES, 4)         \
+  X(FPE_FLTINV, 5) X(FPE_FLTSUB, 6) X(FPE_INTDIV, 7) X(FPE_INTOVF, 8)
+#define SEEKS(X)                                                              \
+  X(SEEK_SET, 0) X(SEEK_CUR, 1) X(SEEK_END, 2) X(SEEK_HOLE, 3) X(SEEK_DATA, 4)
 #define MESSAGE_FLAGS(X)                                                      \
   X(MSG_OOB, 1) X(MSG_PEEK, 2) X(MSG_WAITALL, 0x40) X(MSG_DONTWAIT, 0x80)
-#define ADDRESS_FAMILIES(X) X(AF_UNSPEC, 0) X(AF_INET, 2) X(AF_INET6, 30)
+#define ADDRESS_FAMILIES(X)                                                   \
+  X(AF_UNSPEC, 0) X(AF_UNIX, 1) X(AF_INET, 2) X(AF_INET6, 30)
 #define ADDRESS_FLAGS(X)                                                      \
-  X(AI_PASSIVE, 1) X(AI_CANONNAME, 2) X(AI_NUMERICHOST, 4)
+  X(AI_PASSIVE, 1) X(AI_NUMERICHOST, 4) X(AI_ALL, 0x100)                      \
+  X(AI_ADDRCONFIG, 0x400) X(AI_V4MAPPED, 0x800) X(AI_NUMERICSERV, 0x1000)
 #define ADDRESS_ERRORS(X)                                                     \
   X(EAI_AGAIN, 2) X(EAI_BADFLAGS, 3) X(EAI_FAIL, 4) X(EAI_FAMILY, 5)          \
   X(EAI_MEMORY, 6) X(EAI_NONAME, 8) X(EAI_SERVICE, 9) X(EAI_SOCKTYPE, 10)     \
@@ -164,12 +184,13 @@ typedef struct {
   X(F_NOCACHE, 48) X(F_FULLFSYNC, 51) X(F_SETNOSIGPIPE, 73)                   \
   X(SI_USER, 0x10001) X(SIGEMT, 7) X(SIGINFO, 29) X(_SC_PAGESIZE, 29)          \
   X(CLOCK_UPTIME_RAW, 8) X(SOL_SOCKET, 0xffff) X(PTHREAD_MUTEX_RECURSIVE, 2)                         \
-  X(PTHREAD_MUTEX_ERRORCHECK, 1) X(RUSAGE_INFO_V0, 0)
+  X(PTHREAD_MUTEX_ERRORCHECK, 1) X(RUSAGE_INFO_V0, 0) X(SO_NOSIGPIPE, 0x1022) \
+  X(TCP_KEEPALIVE, 0x10) X(MINSIGSTKSZ, 32768) X(RTLD_NOLOAD, 0x10)
 #define EACH_LIST(X)                                                          \
   OPEN_FLAGS(X) FCNTL_COMMANDS(X) MMAP_FLAGS(X) SA_FLAGS(X)       \
   STACK_FLAGS(X) SIGNALS(X) ERRNOS(X) CLOCKS(X) SYSCONF_NAMES(X)              \
   SOCKET_OPTIONS(X) MESSAGE_FLAGS(X) ADDRESS_FAMILIES(X) ADDRESS_FLAGS(X)     \
-  ADDRESS_ERRORS(X) ALONE(X)
+  ADDRESS_ERRORS(X) TCP_OPTIONS(X) ILL_CODES(X) FPE_CODES(X) SEEKS(X) ALONE(X)
 // clang-format on
 
 #define MAC_ENUM(name, value) kMac_##name = value,

@@ -54,6 +54,7 @@ struct Image {
   int dependent_count;
   const char* run_paths[kDependentsMax];
   int run_path_count;
+  bool is_for_macos;
   Range fixups, exports, signature;  // in the file, all of it there
   const struct dyld_info_command* dyld_info;
   const struct symtab_command* symtab;

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "shims.h"
 
@@ -60,9 +61,19 @@ int mac_dladdr(const void* address, Dl_info* to) {
 #define MAC_RTLD_DEFAULT ((void*)-2)
 static __thread char t_error[256];
 
+// macOS's own libraries are no files, and always there.
+static bool may_be_loaded(const char* path) {
+  char* real = realpath(path, NULL);
+  bool found = real == NULL;
+  for (int i = 0; i < g_image_count && !found; i++)
+    found = !strcmp(g_images[i].path, real);
+  free(real);
+  return found;
+}
+
 void* mac_dlopen(const char* path, int mode) {
-  (void)mode;
   if (path == NULL) return MAC_RTLD_DEFAULT;
+  if (mode & kMac_RTLD_NOLOAD && !may_be_loaded(path)) return NULL;
   Library found = find_library(path, &g_images[0], true);
   if (found.image == NULL && !found.is_system) {
     snprintf(t_error, sizeof t_error, "dlopen(%s): no such file", path);
@@ -75,6 +86,9 @@ void* mac_dlopen(const char* path, int mode) {
 void* mac_dlsym(void* handle, const char* name) {
   static const Library kSystem = {"libSystem", NULL, NULL, true};
   char mangled[512];
+  // RTLD_NEXT, RTLD_SELF and RTLD_MAIN_ONLY
+  if (handle != MAC_RTLD_DEFAULT && (intptr_t)handle < 0)
+    refuse(NULL, "dlsym with the handle %ld", (long)handle);
   snprintf(mangled, sizeof mangled, "_%s", name);
   void* found = handle == MAC_RTLD_DEFAULT ? in_all(mangled)
                                            : in_library(handle, mangled);
@@ -85,7 +99,13 @@ void* mac_dlsym(void* handle, const char* name) {
              name);
   return found;
 }
-char* mac_dlerror(void) { return t_error[0] ? t_error : NULL; }
+char* mac_dlerror(void) {
+  static __thread char told[sizeof t_error];
+  if (t_error[0] == '\0') return NULL;
+  strcpy(told, t_error);
+  t_error[0] = '\0';
+  return told;
+}
 int mac_dlclose(void* handle) {
   if (handle != MAC_RTLD_DEFAULT) free(handle);
   return 0;

@@ -12,6 +12,8 @@ static const Pair kSignals[] = {
     {kMac_SIGINFO, 0}};
 static const Pair kFlags[] = {SA_FLAGS(PAIR)};
 static const Pair kStackFlags[] = {STACK_FLAGS(PAIR)};
+static const Pair kIllCodes[] = {ILL_CODES(PAIR)};
+static const Pair kFpeCodes[] = {FPE_CODES(PAIR)};
 enum { kSignalsMax = 32 };
 
 static int own_signal(int number) { return TO_OWN(kSignals, number, number); }
@@ -40,16 +42,23 @@ static Trampoline* trampoline(void) {
   return found;
 }
 
+static int mac_code(int number, int code) {
+  if (code <= 0) return kMac_SI_USER;
+  if (number == SIGILL) return TO_MAC(kIllCodes, code, 0);
+  return number == SIGFPE ? TO_MAC(kFpeCodes, code, 0) : code;
+}
+
 static void on_signal(int number, siginfo_t* info, void* context) {
   int saved = errno;
   const mcontext_t* from = &((ucontext_t*)context)->uc_mcontext;
   bool fault = number == SIGSEGV || number == SIGBUS || number == SIGILL ||
                number == SIGFPE || number == SIGTRAP;
   MacSiginfo mac = {.signo = TO_MAC(kSignals, number, number),
-                    .code = info->si_code <= 0 ? kMac_SI_USER : info->si_code};
-  if (info->si_code <= 0) {
+                    .code = mac_code(number, info->si_code)};
+  if (info->si_code <= 0 || number == SIGCHLD) {
     mac.pid = info->si_pid;
     mac.uid = info->si_uid;
+    if (number == SIGCHLD) mac.status = info->si_status;
   } else if (fault) {
     mac.address = info->si_addr;
   }
@@ -118,6 +127,11 @@ int mac_sigaction(int mac_number, const MacSigaction* action,
 
 int mac_sigaltstack(const MacStack* stack, MacStack* before) {
   stack_t set = {0}, old;
+  if (stack != NULL && !(stack->flags & kMac_SS_DISABLE) &&
+      stack->size < kMac_MINSIGSTKSZ) {
+    errno = ENOMEM;
+    return -1;
+  }
   if (stack != NULL)
     set = (stack_t){.ss_sp = stack->sp,
                     .ss_size = stack->size,
@@ -130,7 +144,11 @@ int mac_sigaltstack(const MacStack* stack, MacStack* before) {
   return status;
 }
 
-int mac_raise(int number) { return raise(own_signal(number)); }
+int mac_raise(int number) {
+  if (number > 0 && own_signal(number) == 0)
+    refuse(NULL, "raise of the signal %d, which Linux has not", number);
+  return raise(own_signal(number));
+}
 
 // ---- sigsetjmp -------------------------------------------------------------
 

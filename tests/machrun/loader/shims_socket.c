@@ -2,6 +2,7 @@
 // machines uses them; nothing under test does.
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <stdlib.h>
@@ -12,6 +13,8 @@
 
 static const Pair kFamilies[] = {ADDRESS_FAMILIES(PAIR)};
 static const Pair kOptions[] = {SOCKET_OPTIONS(PAIR)};
+static const Pair kTcpOptions[] = {
+    TCP_OPTIONS(PAIR){kMac_TCP_KEEPALIVE, TCP_KEEPIDLE}};
 static const Pair kMessageFlags[] = {MESSAGE_FLAGS(PAIR)};
 static const Pair kAddressFlags[] = {ADDRESS_FLAGS(PAIR)};
 static const Pair kAddressErrors[] = {ADDRESS_ERRORS(PAIR)};
@@ -46,13 +49,21 @@ int mac_accept(int fd, MacSockaddr* address, socklen_t* size) {
   int made = accept(fd, (struct sockaddr*)address, size);
   if (made >= 0 && address != NULL && *size >= 2)
     to_mac_address(address, *size);
+  // On macOS it inherits this.
+  if (made >= 0)
+    fcntl(made, F_SETFL, fcntl(made, F_GETFL) | (fcntl(fd, F_GETFL) & O_NONBLOCK));
   return made;
 }
 int mac_setsockopt(int fd, int level, int name, const void* value,
                    socklen_t size) {
-  int own = level == IPPROTO_TCP && name == TCP_NODELAY ? name : -1;
+  int own = -1;
+  if (level == IPPROTO_TCP) own = TO_OWN(kTcpOptions, name, -1);
   if (level == kMac_SOL_SOCKET) own = TO_OWN(kOptions, name, -1);
-  // Linux does not know the option -1.
+  // `send` never raises the signal.
+  if (level == kMac_SOL_SOCKET && name == kMac_SO_NOSIGPIPE) return 0;
+  if (own < 0)
+    refuse(NULL, "setsockopt of level %#x with the unknown option %#x", level,
+           name);
   return setsockopt(fd, level == kMac_SOL_SOCKET ? SOL_SOCKET : level, own,
                     value, size);
 }

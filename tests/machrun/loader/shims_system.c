@@ -39,6 +39,11 @@ VARIADIC(int, fcntl, 2, int fd, int command) {
   return own == F_GETFL && found >= 0 ? FLAGS_TO_MAC(kOpenFlags, found) : found;
 }
 
+off_t mac_lseek(int fd, off_t offset, int whence) {
+  static const Pair kSeeks[] = {SEEKS(PAIR)};
+  return lseek(fd, offset, TO_OWN(kSeeks, whence, -1));
+}
+
 static int put_stat(int status, const struct stat* from, MacStat* to) {
   if (status == 0)
     *to = (MacStat){.dev = (int32_t)from->st_dev,
@@ -103,8 +108,22 @@ __attribute__((constructor)) static void fill_streams(void) {
 void* mac_mmap(void* at, size_t size, int protection, int flags, int fd,
                off_t from) {
   static const Pair kFlags[] = {MMAP_FLAGS(PAIR)};
+  if (from % kPage) {  // Linux's pages are smaller
+    errno = EINVAL;
+    return MAP_FAILED;
+  }
   return mmap(at, size, protection, FLAGS_TO_OWN(kFlags, flags, "mmap"), fd,
               from);
+}
+// On Linux this frees, and returns NULL.
+void* mac_realloc(void* old, size_t size) {
+  return realloc(old, size ? size : 1);
+}
+void* mac_aligned_alloc(size_t alignment, size_t size) {
+  if (alignment >= sizeof(void*) && size % alignment == 0)
+    return aligned_alloc(alignment, size);
+  errno = EINVAL;
+  return NULL;
 }
 void mac_memset_pattern16(uint8_t* to, const uint8_t* pattern, size_t size) {
   for (size_t i = 0; i < size; i++) to[i] = pattern[i & 15];
@@ -128,7 +147,10 @@ long mac_sysconf(int name) {
 }
 int mac_sysctlbyname(const char* name, void* to, size_t* size, const void* set,
                      size_t set_size) {
-  (void)set, (void)set_size;
+  if (set != NULL || set_size != 0) {
+    errno = EPERM;
+    return -1;
+  }
   static const uint64_t memory = 16ull << 30;
   static const uint32_t level = 50, wired = 0;
   static const struct {

@@ -7,13 +7,22 @@
 
 #include "shims.h"
 
-// With `l` for the `L` of long double, which is a double on macOS.
+// With `l` for the `L` of long double, which is a double on macOS; and `0x%lx` for
+// a plain `%p`, which is "(nil)" for NULL on Linux, and "0x0" on macOS.
 static const char* own_format(const char* format, char copy[1024]) {
-  if (strchr(format, 'L') == NULL || strlen(format) >= 1024) return format;
+  if (strchr(format, 'L') == NULL && strstr(format, "%p") == NULL)
+    return format;
+  if (strlen(format) >= 512) refuse(NULL, "a format of %zu", strlen(format));
   bool directive = false;
   char* to = copy;
   for (const char* at = format; *at; at++) {
+    if (*at == '%' && at[1] == 'p' && !directive) {
+      to = stpcpy(to, "0x%lx");
+      at++;
+      continue;
+    }
     if (*at == '%') directive = !directive;
+    if (*at == '[') directive = false;
     if (isalpha((unsigned char)*at) && !strchr("hlLjzt", *at)) directive = false;
     *to++ = directive && *at == 'L' ? 'l' : *at;
   }
@@ -51,10 +60,12 @@ VARIADIC(int, asprintf_l, 3, char** to, void* locale, const char* format) {
   FORMATTED(vasprintf, to);
 }
 VARIADIC(int, sscanf, 2, const char* text, const char* format) {
+  if (strstr(format, "%p")) refuse(NULL, "sscanf with the format %s", format);
   FORMATTED(vsscanf, text);
 }
 VARIADIC(int, swprintf, 3, wchar_t* to, size_t size, const wchar_t* format) {
   va_list list;
+  if (wcschr(format, L'L')) refuse(NULL, "swprintf of a long double");
   return vswprintf(to, size, format, *linux_list(&list, stack));
 }
 
@@ -67,6 +78,11 @@ static bool is_c(const char* name) {
 void* mac_newlocale(int mask, const char* name, void* base) {
   (void)mask, (void)base;
   return is_c(name) ? (void*)"C" : NULL;
+}
+MacLconv* mac_localeconv(void) {
+  static MacLconv c = {{".", "", "", "", "", "", "", "", "", ""}, {0}};
+  memset(c.numbers, 127, sizeof c.numbers);
+  return &c;
 }
 const char* mac_setlocale(int category, const char* name) {
   (void)category;

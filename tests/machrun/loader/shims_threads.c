@@ -112,6 +112,9 @@ int mac_pthread_create(pthread_t* thread, const void* attributes,
   if (attributes != NULL) refuse(NULL, "pthread_create with attributes");
   return mac_errno_of(pthread_create(thread, NULL, start, argument));
 }
+int mac_pthread_join(pthread_t thread, void** result) {
+  return mac_errno_of(pthread_join(thread, result));
+}
 int mac_pthread_key_create(unsigned long* key, void (*end)(void*)) {
   pthread_key_t made = 0;
   int status = mac_errno_of(pthread_key_create(&made, end));

@@ -33,7 +33,10 @@ int flags_to_mac(const Pair* table, size_t count, int flags) {
 
 static const Pair kErrno[] = {ERRNOS(PAIR)};
 
-int mac_errno_of(int number) { return TO_MAC(kErrno, number, number); }
+// What only Linux has becomes EIO, and not another error that has its number.
+int mac_errno_of(int number) {
+  return TO_MAC(kErrno, number, number < 35 ? number : EIO);
+}
 
 // What Linux's functions have left is taken over whenever somebody looks; what
 // the images write stays until then.
@@ -44,6 +47,12 @@ int* mac___error(void) {
   return &number;
 }
 int mac_strerror_r(int number, char* to, size_t size) {
-  const char* text = strerror(TO_OWN(kErrno, number, number));
+  // Below 35 and not in the table they are the same, but for EDEADLK's.
+  int own = TO_OWN(kErrno, number, number < 35 ? number : -1);
+  if (own < 0) {
+    snprintf(to, size, "Unknown error: %d", number);
+    return EINVAL;
+  }
+  const char* text = strerror(own);
   return snprintf(to, size, "%s", text) < (int)size ? 0 : ERANGE;
 }

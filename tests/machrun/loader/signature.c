@@ -39,6 +39,13 @@ void check_signature(const Image* image) {
       slots != (covered + page - 1) / page)
     refuse(image, "its signature covers %lu bytes of %u", covered,
            image->signature.offset);
+  for (int i = 0; i < image->segment_count; i++) {
+    const SegmentCommand* segment = image->segments[i].command;
+    bool linkedit = !strncmp(segment->segname, SEG_LINKEDIT, 16) &&
+                    !(segment->initprot & 6);
+    if (!linkedit && segment->fileoff + segment->filesize > covered)
+      refuse(image, "segment %.16s is not all signed", segment->segname);
+  }
   const uint8_t* signed_hash =
       file_range(image, at + hashes, (uint64_t)kHash * slots, "signature");
   for (uint64_t i = 0; i < slots; i++, signed_hash += kHash) {

@@ -71,6 +71,8 @@ void set_up_thread_variables(Image* image, const Section* section) {
   Descriptor* all =
       (Descriptor*)at_address(image, section->addr, section->size);
   for (uint64_t i = 0; i < section->size / sizeof *all; i++) {
+    if (all[i].offset >= image->thread_template.size)
+      refuse(image, "damaged: a thread's variable outside of their memory");
     all[i].thunk = tlv_thunk;
     all[i].image = (uint64_t)image->number;
   }

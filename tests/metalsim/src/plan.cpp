@@ -20,6 +20,8 @@ struct Plans {
   std::atomic<bool> any{false};  // spares commits the lock
 };
 
+thread_local uint64_t t_planned_here = 0;
+
 Plans& plans() {
   static auto* instance = new Plans;
   return *instance;
@@ -41,6 +43,7 @@ void apply_plans(const CommandQueue* queue, Fate& fate) {
     if (wanted.queue != nullptr && wanted.queue != queue) continue;
     bool struck = strikes(wanted, ++plan.seen);
     if (!struck || fate.code != 0) continue;
+    ++t_planned_here;
     fate.code = wanted.code;
     fate.after_commands = wanted.after_commands;
     fate.error = {wanted.error_shape, wanted.error_number, wanted.error_text};
@@ -124,6 +127,8 @@ void metalsim_plan_fail(uint64_t nth, int code, int persistent,
   metalsim_plan_clear();
   metalsim_plan_add(&plan);
 }
+
+uint64_t metalsim_plan_struck_here() { return t_planned_here; }
 
 int metalsim_reset() {
   metalsim_plan_clear();
