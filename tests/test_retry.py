@@ -159,6 +159,8 @@ def test_a_drain_ends_when_the_callbacks_have_returned() -> None:
         "flush=True), drains=True)"
     )
     assert (done.returncode, done.stdout) == (75, "answered True\n"), done.stderr
+    assert "an exception reached std::terminate: " in done.stderr
+    assert "answering the clients, then leaving with status 75" in done.stderr
 
 
 def test_drained_ends_it_earlier() -> None:
