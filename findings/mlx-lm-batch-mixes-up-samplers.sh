@@ -8,7 +8,7 @@
 # mlx-lm 0.32.2 takes them out always. `mlx_lm.server` gives each request a sampler, so
 # there only penalties are lost.
 #
-# Guessed before looking: each request of a batch has what it was inserted with.
+# One would have guessed: each request of a batch has what it was inserted with.
 #
 # Seen: alone [6, 32, 6, 32, 6, 32], after a plain request [6, 6, 6, 6, 6, 6]: only the first
 # token is by the sampler, the others are the likeliest.
