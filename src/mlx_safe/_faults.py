@@ -334,7 +334,7 @@ def watch(
     return subscription
 
 
-def _after_fork_in_child() -> None:
+def after_fork_in_child() -> None:
     _core.after_fork_in_child()
     _tasks.forget()
     _dispatcher.forget_parent()

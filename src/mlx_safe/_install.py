@@ -420,7 +420,7 @@ def status() -> Status:
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.RLock()  # another thread of the parent may have held it
-    _faults._after_fork_in_child()
+    _faults.after_fork_in_child()
     _reports.after_fork_in_child()
 
 

@@ -8,8 +8,9 @@ its ``/metrics``. What each is and what to alert on: docs/metrics.md. Needs
 from __future__ import annotations
 
 import sys
+import threading
 
-from . import _core, _install, _reports
+from . import _core, _reports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class Collector:
 
 
 _registered: list[Any] = []
+_registering = threading.Lock()
 
 
 def register(registry: Any = None) -> None:
@@ -106,7 +108,7 @@ def register(registry: Any = None) -> None:
     import prometheus_client
 
     registry = prometheus_client.REGISTRY if registry is None else registry
-    with _install._lock:
+    with _registering:
         if not any(known is registry for known in _registered):
             registry.register(Collector())
             _registered.append(registry)

@@ -118,11 +118,13 @@ void say(const char* text) noexcept {
   auto left_ms = static_cast<long>(g_state.drain_seconds.load() * 1000);
   if (g_state.drainers.load() == 0) left_ms = 0;
   for (; left_ms > 0 && !g_state.drained.load(); left_ms -= 10) sleep_ms(10);
-  // Where somebody answers, `_faults` has logged it, in the form of the program's log.
+  // Where somebody answers, `_faults` has logged it, in the form of the
+  // program's log.
   if (!g_state.drained.load()) {
     say("mlx-safe: an exception reached std::terminate: ");
     say(g_thrown.message);
-    say("\nmlx-safe: nobody has answered the clients; leaving with status 75\n");
+    say("\nmlx-safe: nobody has answered the clients; leaving with status "
+        "75\n");
   }
   ::_exit(kDrainedExitStatus);
 }
