@@ -123,8 +123,7 @@ void say(const char* text) noexcept {
   if (!g_state.drained.load()) {
     say("mlx-safe: an exception reached std::terminate: ");
     say(g_thrown.message);
-    say("\nmlx-safe: nobody has answered the clients; leaving with status "
-        "75\n");
+    say("\nmlx-safe: nobody answered the clients; leaving with status 75\n");
   }
   ::_exit(kDrainedExitStatus);
 }
