@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -160,6 +161,23 @@ def test_who_leaves_the_queue_is_told_at_once(server: Server) -> None:
         assert b"200" in first.recv(100)
     assert [x["outcome"] for x in requests(server, 2)][1] in ("ok", "client_left")
     assert ask(server, "batched").status == 200
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 99", "Transfer-Encoding: chunked"])
+def test_a_client_that_leaves_in_the_midst_of_its_body(
+    server: Server, head: str
+) -> None:
+    """Nothing was wrong with what it asked: no alert on refusals is to know of it."""
+    name = "mlx_safe_requests_total"
+    before = server.metric(name, outcome="client_left", status="400")
+    refused = server.metric(name, outcome="refused")
+    with socket.create_connection(("127.0.0.1", server.port), 60) as s:
+        start = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        s.sendall(f"{start}{head}\r\n\r\n5\r\n{{".encode())
+    (line,) = requests(server, 1)
+    assert line["outcome"] == "client_left" and "code" not in line
+    assert server.metric(name, outcome="client_left", status="400") == before + 1
+    assert server.metric(name, outcome="refused") == refused
 
 
 def test_health_and_metrics_are_not_logged(server: Server) -> None:
@@ -333,6 +351,9 @@ def test_so_is_what_an_exception_says_that_nothing_caught(tiny_model: Path) -> N
         assert server.wait() == 75
     said = [x["message"] for x in lines(server) if x["level"] == "ERROR"]
     assert any(x.startswith("an exception reached std::terminate: ") for x in said)
+    # The thread that computes sees it, too.
+    ends = [x for x in said if x.startswith("the process must be replaced: ")]
+    assert len(ends) == 1, server.log
 
 
 @pytest.mark.parametrize("supervised", [(), ("--supervise",)])

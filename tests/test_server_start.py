@@ -471,6 +471,7 @@ def test_what_may_be_missed_is_a_warning(tiny_model: Path) -> None:
         server.wait_ready()
         lost = "WARNING - what ends this server will not be known: no crash reports: "
         assert lost in server.log
+        assert server.log.count("/dev/null/reports") == 1  # one mistake, one line
 
 
 def test_print_config_tells_of_names_that_mean_nothing(tiny_model: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from email.message import Message
 from typing import Any
 
-from .replies import BadRequest, NotEnoughMemory
+from .replies import BadRequest, BodyCut, NotEnoughMemory
 
 __all__ = ["DEFAULT_MAX_BYTES", "Bodies", "Hold", "discard"]
 
@@ -207,7 +207,7 @@ class _Wire:
             except TimeoutError:
                 raise _too_slow() from None
             if not count:
-                raise _malformed("it ends too early")
+                raise BodyCut("The body cannot be read: it ends too early.")
             self._received += count
             view = view[count:]
 

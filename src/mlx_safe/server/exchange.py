@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .access import STATUS
 from .logs import fields
-from .replies import EXPECTED, Unavailable, reply_for
+from .replies import EXPECTED, BodyCut, Unavailable, reply_for
 
 if TYPE_CHECKING:
     from .request import Request
@@ -86,7 +86,7 @@ class Exchange:
             return "handed_over"
         if self.error is None:
             return "ok"
-        if isinstance(self.error, DISCONNECTED):
+        if isinstance(self.error, (*DISCONNECTED, BodyCut)):
             return "client_left"
         has_begun = any(request.has_context for request in self.requests)
         is_refusal = isinstance(self.error, (*EXPECTED, Unavailable))

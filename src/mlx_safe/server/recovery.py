@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 
 import mlx.core as mx
 
@@ -72,6 +73,8 @@ class Recovery:
         self._one_rank = one_rank
         self._faults = FaultWatch()
         self._thread_state: ThreadState | None = None
+        self._telling = threading.Lock()
+        self._is_told = False  # that the process ends
 
     def begin(self) -> None:
         """Called by the generation thread, before all else."""
@@ -225,6 +228,16 @@ class Recovery:
             self._prompt_cache.disk.withdraw()
         self._health.restarts = True
         self._health.enter("failed", "the GPU is lost; the server is restarting")
+        # Several threads may notice it. Nobody is answered before it is told.
+        with self._telling:
+            if not self._is_told:
+                self._is_told = True
+                self._tell_the_end(exc, reported)
+        self.fail_everyone(exc)
+        self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
+
+    def _tell_the_end(self, exc: Exception, reported: bool) -> None:
+        """A line of the log, and a report."""
         why = one_line(exc) if isinstance(exc, Unavailable) else of_exception(exc)
         log.error(
             "the process must be replaced: %s",
@@ -234,8 +247,6 @@ class Recovery:
         # First of all: it is to tell who was in flight.
         if not (reported or _core.terminate_reached()):
             _reports.write("fault", why, getattr(exc, "code", None))
-        self.fail_everyone(exc)
-        self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
     def _entries_may_stay(
         self, fault: errors.GPUError | None, exc: Exception, ending: list[InFlight]

@@ -16,6 +16,7 @@ from ..errors._reply import RETRY_AFTER_S, memory_reply
 __all__ = [
     "EXPECTED",
     "BadRequest",
+    "BodyCut",
     "ContextTooLong",
     "ModelNotFound",
     "NotEnoughMemory",
@@ -58,6 +59,13 @@ class BadRequest(Exception):
         self.param = param
         self.status = status
         self.code = code
+
+
+class BodyCut(BadRequest):
+    """Its client left, or said no more, in the midst of the body.
+
+    It is answered, as one that has closed its side only may still read.
+    """
 
 
 class ModelNotFound(Exception):

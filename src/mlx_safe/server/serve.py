@@ -221,7 +221,7 @@ def run(
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
     _check_hooks(options.require_hooks)
-    _check_reports()
+    has_reports = _check_reports()
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
@@ -239,7 +239,8 @@ def run(
         handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
         handler(generator, *args, system_fingerprint=fingerprint)
 
-    startup.tell(server=_server)
+    if has_reports:
+        startup.tell(server=_server)
     watch = on_fault(
         lambda fault: _leave_on_terminate(fault, lambda: generator), drains=True
     )
@@ -296,11 +297,13 @@ def _check_hooks(required: bool) -> None:
         log.warning("Metal is not hooked, and a fault may end the process: %s", e)
 
 
-def _check_reports() -> None:
+def _check_reports() -> bool:
+    """Whether there is a directory for crash reports; a line says why not."""
     found = status()
     if found.report_dir is None:
         why = "; ".join(r for r in found.reasons if "crash reports" in r)
         log.warning("what ends this server will not be known: %s", why)
+    return found.report_dir is not None
 
 
 def _open_disk(options: argparse.Namespace) -> Directory | None:
