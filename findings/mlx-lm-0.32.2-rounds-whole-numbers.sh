@@ -6,7 +6,7 @@
 # Guess before: a parameter of "type": "integer" is read by int(), and is exact.
 # Seen: 1234567890123456789 arrives as 1234567890123456768, without an error. 0.32.2 reads
 # a float first, so that "5.0" is the integer 5, and makes an int of that. Ids of Discord
-# and X and file handles are of that size: a tool deletes the wrong message.
+# and X are of that size: a tool deletes the wrong message.
 # minimax_m2, glm47 and the parsers of JSON are exact in both.
 # Who writes a tool for such a server should declare ids as strings.
 set -euo pipefail
