@@ -45,7 +45,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Modules that not every process needs: imported when they are asked for."""
-    if name in ("asgi", "metrics", "testing"):
+    if name in ("asgi", "metrics", "mlx_lm", "testing"):
         import importlib  # a quarter of a millisecond, only for these
 
         return importlib.import_module(f".{name}", __name__)

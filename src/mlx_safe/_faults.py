@@ -24,6 +24,7 @@ __all__ = [
     "draining",
     "epoch",
     "faults",
+    "leave_soon",
     "on_fault",
     "watch",
 ]
@@ -275,20 +276,30 @@ class _Dispatcher:
 _dispatcher = _Dispatcher()
 
 
-def draining() -> bool:
-    """Whether an exception has reached std::terminate under ``"drain"``.
+_leaving = threading.Event()
 
-    The process leaves with status 75 as soon as its clients have their answers: take
-    no new work. Any thread.
+
+def draining() -> bool:
+    """Whether the process is about to leave with status 75.
+
+    An exception has reached std::terminate under ``"drain"``, or `mlx_safe.asgi`
+    answers the clients after a fault that is fatal. It leaves as soon as they have
+    their answers: take no new work. Any thread.
     """
-    return _core.terminate_reached()
+    return _leaving.is_set() or _core.terminate_reached()
+
+
+def leave_soon() -> None:
+    """`draining` from now on; the caller ends the process. Any thread."""
+    _leaving.set()
 
 
 def drained() -> None:
     """The clients have their answers: a process that is `draining` leaves at once.
 
     Called for you when the callbacks of ``on_fault(…, drains=True)`` have returned.
-    Does nothing in a process that is not `draining`. Any thread.
+    Does nothing in a process that is not `draining`, nor in one whose clients
+    `mlx_safe.asgi` answers after a fatal fault: that leaves by itself. Any thread.
     """
     if _core.terminate_reached():
         _core.terminate_drained()
@@ -336,5 +347,6 @@ def watch(
 
 def after_fork_in_child() -> None:
     _core.after_fork_in_child()
+    _leaving.clear()
     _tasks.forget()
     _dispatcher.forget_parent()

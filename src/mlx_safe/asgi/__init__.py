@@ -26,6 +26,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,6 +44,9 @@ FLUSH_S = 0.1
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # In the scope of a request that is under protection already.
 _MARK = "mlx_safe.protected"
+# All that serve in this process, each perhaps in a loop of its own: it leaves when the
+# clients of all have their answers.
+_serving: list[ProtectedApp] = []
 
 
 def protect(
@@ -96,6 +100,8 @@ class ProtectedApp:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lost: errors.GPUError | None = None
         self._subscription: _faults.Subscription | None = None
+        # The faults after this one are called back.
+        self._told_since = 0
         self._all_answered = threading.Event()
 
     async def __call__(
@@ -121,6 +127,7 @@ class ProtectedApp:
                 self._answered[exchange.code] += 1
             if exchange.fault is not None and exchange.fault.fatal:
                 self._replace(exchange.fault)
+                self._leave_for(exchange.fault)
             self._note_answered()
 
     if not TYPE_CHECKING:
@@ -137,6 +144,8 @@ class ProtectedApp:
         self._loop = asyncio.get_running_loop()
         if self._subscription is None:
             self._subscription = _faults.on_fault(self._on_fault, drains=True)
+            self._told_since = _core.epoch()  # in doubt it leaves by itself, too
+            _serving.append(self)
             active = _install.status()
             if active.on_terminate != "drain":
                 _install.install(on_terminate="drain", signals=active.signals)
@@ -178,26 +187,23 @@ class ProtectedApp:
 
     def _on_fault(self, fault: Fault) -> None:
         """On the thread of the callbacks; blocks until all have their answers."""
-        loop = self._loop
-        if not fault.fatal or loop is None:
+        if not fault.fatal or not self._is_serving():
             return
-        if not loop.is_running():  # it serves nobody, and the process is not its own
-            return
-        lost = errors.from_faults([fault])
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(self._replace, lost)
-            self._all_answered.wait(ANSWER_S)
+        _answer_all(errors.from_faults([fault]))
         if fault.source != "terminate":  # else the parked thread ends the process
             _leave()
+
+    def _is_serving(self) -> bool:
+        """Else it serves nobody, and the process is not its own."""
+        return self._loop is not None and self._loop.is_running()
 
     def _replace(self, lost: errors.GPUError) -> None:
         """In the loop: ends every open request with ``lost``."""
         if self._lost is None:
             self._lost = lost
+            _faults.leave_soon()
             for exchange in self._open:
                 exchange.end(lost)
-            if not lost.faults:  # nobody was called back for it
-                threading.Thread(target=self._leave_when_answered, daemon=True).start()
         self._note_answered()
 
     def _note_answered(self) -> None:
@@ -205,9 +211,29 @@ class ProtectedApp:
             # What was written is on its way to the sockets.
             self._loop.call_later(FLUSH_S, self._all_answered.set)
 
-    def _leave_when_answered(self) -> None:
-        self._all_answered.wait(ANSWER_S)
-        _leave()
+    def _leave_for(self, lost: errors.GPUError) -> None:
+        """In the loop: nobody is called back for an exception without a fault that
+        was counted, nor for one that was counted before anything was served."""
+        if any(f.fatal and f.number > self._told_since for f in lost.faults):
+            return
+
+        def leave() -> None:
+            _answer_all(lost)
+            _leave()
+
+        threading.Thread(target=leave, daemon=True).start()
+
+
+def _answer_all(lost: errors.GPUError) -> None:
+    """Ends every open request of the process with ``lost``. Blocks; not in a loop."""
+    serving = [app for app in _serving if app._is_serving()]
+    for app in serving:
+        assert app._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            app._loop.call_soon_threadsafe(app._replace, lost)
+    until = time.monotonic() + ANSWER_S
+    for app in serving:
+        app._all_answered.wait(max(until - time.monotonic(), 0.0))
 
 
 def _leave() -> None:

@@ -15,12 +15,14 @@ from .messages import (
     Receive,
     Send,
     answerable,
+    decoded,
     fault_at_the_end,
-    has_done,
+    has_ended,
     is_anthropic,
     is_event_stream,
     kept_headers,
     named_in,
+    quoted_by,
     send_json,
 )
 
@@ -40,7 +42,8 @@ class Exchange:
     """One request and its answer.
 
     Attributes:
-        fault: what the request ended with, if it was a fault.
+        fault: what the request ended with, if it was a fault. Not what is only quoted:
+            a client's own words may be, and must not end the process.
         code: of the error response that it was given here; None: none.
     """
 
@@ -135,6 +138,8 @@ class Exchange:
         known = answerable(exc)
         cause = known or self._logged()
         self.fault = cause if isinstance(cause, errors.GPUError) else None
+        if cause is None:
+            known = cause = quoted_by(exc)
         if cause is not None and await self._fail(cause):
             path = self._scope["path"]
             if known is None:
@@ -172,10 +177,13 @@ class Exchange:
                 message = self._complete(message)
             self._is_over = not message.get("more_body", False)
             self._has_parts = True
-        elif kind.startswith("http.response.") and self._held and not self._has_begun:
-            await self._release()  # a body of another kind, such as a file's path
-        elif kind == "websocket.close":
-            self._is_over = True
+        elif kind.startswith("http.response.") and self._held:
+            # A body of another kind, such as a file's path; or what follows the end.
+            await self._release()
+        elif kind == "websocket.accept":
+            self._has_begun = True
+        elif kind == "websocket.close" or kind.startswith("websocket.http.response."):
+            self._is_over = True  # closed, or refused with an answer of its own
         await self._send(message)
 
     def _passes_now(self, message: Message) -> bool:
@@ -196,7 +204,7 @@ class Exchange:
         """A stream whose last event tells of a fault, and no [DONE], gets both ends."""
         body = message.get("body", b"")
         self._tail = (self._tail + body)[-TAIL_MAX:]
-        if message.get("more_body", False) or has_done(self._tail):
+        if message.get("more_body", False) or has_ended(self._tail):
             return message
         found = fault_at_the_end(self._tail, TAIL_MAX)
         if found is None:
@@ -204,7 +212,6 @@ class Exchange:
             self._release_soon()
             self._held = [{"type": "http.response.body", "body": b""}]
             return {**message, "more_body": True}
-        self.fault = found
         self.code = found.kind.slug
         return {**message, "body": body + self._last_event(found)}
 
@@ -215,11 +222,11 @@ class Exchange:
             await self._release()
         elif not message.get("more_body", False):
             text = b"".join(m.get("body", b"") for m in self._held)
-            self.fault = named_in(text)
-            if self.fault is None and self._held[0]["status"] in MAY_BE_A_FAULT:
+            if self._held[0]["status"] in MAY_BE_A_FAULT:
                 self.fault = self._logged()
-            if self.fault is not None:
-                await self._fail(self.fault)
+            found = self.fault or named_in(decoded(self._held[0], text, HELD_MAX))
+            if found is not None:
+                await self._fail(found)
             else:
                 # Starlette answers 500 first and raises the exception then.
                 self._release_soon()
@@ -264,30 +271,45 @@ class Exchange:
     async def _answer(self, reply: errors.Reply, exc: Exception) -> bool:
         if self._scope["type"] == "websocket":
             self._is_over = self._is_ours = True
-            code = 1013 if reply.retry_after is not None else 1011
-            if isinstance(exc, errors.GPUError) and exc.fatal:
-                code = 1012
-            await self._send({"type": "websocket.close", "code": code})
+            if self._has_begun or not self._can_refuse():
+                code = 1013 if reply.retry_after is not None else 1011
+                if isinstance(exc, errors.GPUError) and exc.fatal:
+                    code = 1012
+                await self._send({"type": "websocket.close", "code": code})
+            else:  # a close would be a 403, which says never to come again
+                await self._send_whole(reply, {}, self._refuse)
         elif not self._has_begun:
             start = self._held[0] if self._held else {}
             self._held = []
             self._is_over = self._is_ours = True
-            own = [(k.lower().encode(), v.encode()) for k, v in reply.headers().items()]
-            await send_json(
-                self._send,
-                reply.status,
-                reply.anthropic() if self._is_anthropic() else reply.openai(),
-                [*kept_headers(start), *own],
-                head=self._scope["method"] == "HEAD",
-            )
+            await self._send_whole(reply, start, self._send)
         elif self._is_events:
             self._held = []
             self._is_over = self._is_ours = True
-            last = b"" if has_done(self._tail) else self._last_event(exc)
+            last = b"" if has_ended(self._tail) else self._last_event(exc)
             await self._send({"type": "http.response.body", "body": last})
         else:
             return False
         return True
+
+    async def _send_whole(
+        self, reply: errors.Reply, start: Message, send: Send
+    ) -> None:
+        own = [(k.lower().encode(), v.encode()) for k, v in reply.headers().items()]
+        await send_json(
+            send,
+            reply.status,
+            reply.anthropic() if self._is_anthropic() else reply.openai(),
+            [*kept_headers(start), *own],
+            head=self._scope.get("method") == "HEAD",
+        )
+
+    def _can_refuse(self) -> bool:
+        """Whether a websocket that is not accepted yet can have an HTTP answer."""
+        return "websocket.http.response" in (self._scope.get("extensions") or {})
+
+    async def _refuse(self, message: Message) -> None:
+        await self._send({**message, "type": f"websocket.{message['type']}"})
 
     def _last_event(self, exc: Exception) -> bytes:
         reply = errors.reply_for(exc)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -24,7 +25,12 @@ _QUOTED = re.compile(
     r"\[METAL\][^\"\n]*|\w+\([^\"\n]*\) failed(?:: | with code: )[^\"\n\\]*"
 )
 _BETWEEN_EVENTS = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_DONE = re.compile(rb"(?:^|[\r\n])data: ?\[DONE\]")
+# How whole streams end: OpenAI's chat and completions, Anthropic's messages, and
+# OpenAI's responses.
+_ENDED = re.compile(
+    rb"(?:^|[\r\n])(?:data: ?\[DONE\]|event: ?message_stop"
+    rb"|event: ?response\.(?:completed|incomplete|failed))[ \t]*(?:[\r\n]|$)"
+)
 _ANTHROPIC = re.compile(r"(?:^|/)v1/messages(?:/|$)")
 # Of a response that is replaced, what is said of its body.
 _OF_THE_BODY = (b"content-", b"transfer-encoding", b"etag", b"last-modified")
@@ -34,7 +40,7 @@ _OF_A_REPLY = (*_OF_THE_BODY, b"accept-ranges", b"retry-after")
 def route(scope: MutableMapping[str, Any]) -> str:
     """The path below where the application is mounted, or a proxy has it."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    return path.removeprefix(scope.get("root_path", "").rstrip("/"))
 
 
 def is_anthropic(path: str) -> bool:
@@ -50,20 +56,34 @@ def is_event_stream(start: Message) -> bool:
     return bool(kind.startswith(b"text/event-stream") and encoding == b"identity")
 
 
-def has_done(tail: bytes) -> bool:
-    """Whether a stream has ended as OpenAI's do."""
-    return _DONE.search(tail) is not None
+def has_ended(tail: bytes) -> bool:
+    """Whether a stream has the end that OpenAI's and Anthropic's APIs give it."""
+    return _ENDED.search(tail) is not None
 
 
 def answerable(exc: BaseException) -> Exception | None:
-    """Of ``exc``, its causes and the parts of a group: what `reply_for` answers."""
+    """Of ``exc``, its causes and the parts of a group: what `reply_for` answers.
+
+    The first, but what is fatal before all others.
+    """
+    first: Exception | None = None
     for one in behind(exc):
         fault = errors.from_exception(one)
-        if fault is not None:
+        if fault is not None and fault.fatal:
             return fault
-        if isinstance(one, Exception) and errors.is_allocation_failure(one):
-            return one
-    return None
+        if fault is None and isinstance(one, Exception):
+            first = first or (one if errors.is_allocation_failure(one) else None)
+        first = first or fault
+    return first
+
+
+def quoted_by(exc: BaseException) -> errors.GPUError | None:
+    """The fault whose message is in the text of ``exc``, or of what is behind it.
+
+    Engines pass an error's text, not the error, from their thread to the handler's.
+    """
+    found = (named_in(str(one).encode("utf-8", "replace")) for one in behind(exc))
+    return next((fault for fault in found if fault is not None), None)
 
 
 def named_in(text: bytes) -> errors.GPUError | None:
@@ -80,13 +100,19 @@ def fault_at_the_end(tail: bytes, tail_max: int) -> errors.GPUError | None:
 
     An answer may quote one, too: of a conversation about them, say.
     """
-    tail = tail.rstrip()
-    before, last = "", tail
-    for boundary in _BETWEEN_EVENTS.finditer(tail):
-        before, last = "event", tail[boundary.end() :]
-    if not before and len(tail) >= tail_max - 4:
+    is_cut = len(tail) >= tail_max
+    events = _BETWEEN_EVENTS.split(tail)
+    while events and not _without_comments(events[-1]):
+        events.pop()  # a ping that came after it
+    if not events or (is_cut and len(events) == 1):
         return None  # no error is so long
+    last = _without_comments(events[-1])
     return named_in(last) if _is_of_an_error(last) else None
+
+
+def _without_comments(event: bytes) -> bytes:
+    lines = event.splitlines()
+    return b"\n".join(n for n in lines if n.strip() and not n.startswith(b":"))
 
 
 def _is_of_an_error(event: bytes) -> bool:
@@ -115,6 +141,17 @@ def _tells_of_error(value: Any) -> bool:
         if _tells_of_error(one):
             return True
     return False
+
+
+def decoded(start: Message, body: bytes, size: int) -> bytes:
+    """A body as a client reads it, ``size`` bytes at most; as it is if nobody can."""
+    found = {bytes(n).lower(): bytes(v) for n, v in start.get("headers", ())}
+    if found.get(b"content-encoding", b"").strip().lower() not in (b"gzip", b"deflate"):
+        return body
+    try:
+        return zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(body, size)
+    except zlib.error:
+        return body
 
 
 def kept_headers(start: Message) -> Headers:
