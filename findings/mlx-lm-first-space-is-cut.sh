@@ -4,8 +4,7 @@
 #
 # Package: mlx-lm 0.32.2 with mlx 0.32.4, and 0.31.3 with 0.31.2, the streaming
 # detokenizer of byte-level vocabularies (GPT-2's kind: Llama 3, Qwen, SmolLM).
-# Guess before: the streamed text is that of tokenizer.decode, as the base class says
-# ("Now detokenizer.text should match tokenizer.decode(detokenizer.tokens)").
+# Guess before: the streamed text is that of tokenizer.decode, as the base class promises.
 # Seen:  ' Paris' is streamed as 'Paris', '    return x' as '   return x', ' ' as ''.
 # `BPEStreamingDetokenizer._maybe_trim_space` is for SentencePiece's made-up first space,
 # which a byte-level vocabulary does not have. mlx_lm.server sends that text from
