@@ -236,6 +236,8 @@ def test_it_can_be_turned_off(tiny_model: Path) -> None:
         assert server.get("/status").status == 404
         assert server.get("/status.json").status == 404
         assert server.get("/health").json["status"] == "ok"
+        done = top(server)
+        assert done.returncode == 1 and "it shows no status" in done.stderr
 
 
 # -- in a terminal -------------------------------------------------------------------

@@ -152,8 +152,8 @@ def look(url: str, key: str | None = None) -> dict[str, Any]:
     except urllib.error.HTTPError as e:
         why = {
             401: "it needs a key: --api-key-file, or MLX_SAFE_API_KEY",
-            404: "it shows its status to its own machine only (--status-page), or is "
-            "no mlx-safe serve",
+            404: "it shows no status, or only to its own machine (--status-page), "
+            "or is no mlx-safe serve",
         }.get(e.code, f"it answers {e.code}")
         raise NoAnswer(f"{url}: {why}") from None
     except (OSError, http.client.HTTPException) as e:
