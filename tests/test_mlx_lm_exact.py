@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -16,25 +15,9 @@ import mlx_safe
 import mlx_safe.mlx_lm
 from mlx_safe import testing
 from mlx_safe.mlx_lm import callables
+from support.batches import LENGTHS, PROMPTS, attached_model, protected_batches  # noqa: F401
 
 generate = pytest.importorskip("mlx_lm.generate")
-
-PROMPTS = [[5, 9, 100, 7, 30, 8], [50, 51, 52], [3] * 40]
-LENGTHS = [12, 20, 9]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Any:
-    from mlx_lm import load
-
-    return testing.attach(load(str(tiny_model))[0])
-
-
-@pytest.fixture
-def protected() -> Iterator[None]:
-    mlx_safe.mlx_lm.protect()
-    yield
-    mlx_safe.mlx_lm.unprotect()
 
 
 def run(generator: Any, uids: list[int]) -> list[list[int]]:

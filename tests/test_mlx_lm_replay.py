@@ -10,8 +10,7 @@ import math
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -21,26 +20,11 @@ import mlx_safe
 import mlx_safe.mlx_lm
 from mlx_safe import testing
 from mlx_safe.mlx_lm import callables
+from support.batches import LENGTHS, PROMPTS, attached_model, protected_batches  # noqa: F401
 
 generate = pytest.importorskip("mlx_lm.generate")
 
-PROMPTS = [[5, 9, 100, 7, 30, 8], [50, 51, 52], [3] * 40]
-LENGTHS = [12, 20, 9]
 Tokens = dict[int, list[int]]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Any:
-    from mlx_lm import load
-
-    return testing.attach(load(str(tiny_model))[0])
-
-
-@pytest.fixture
-def protected() -> Iterator[None]:
-    mlx_safe.mlx_lm.protect()
-    yield
-    mlx_safe.mlx_lm.unprotect()
 
 
 def notes_of(exc: BaseException) -> str:

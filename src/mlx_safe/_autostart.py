@@ -51,9 +51,8 @@ def begin_or_exit() -> None:
 
 def is_serve() -> bool:
     """Whether this process is ``mlx-safe serve``, or ``python -m mlx_safe serve``."""
-    words: list[str] = getattr(
-        sys, "argv", []
-    )  # a program that embeds Python may have none
+    # A program that embeds Python may have none.
+    words: list[str] = getattr(sys, "argv", [])
     if words[1:2] != ["serve"]:
         return False
     if words[0] == "-m":  # so it is until Python has found what to run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.demand import Demand, step_sizes
 from .memory.estimate import CacheCost, Transients, calibrate
 from .memory.machine import Machine, read_machine, usage
-from .memory.sizes import flag_size, format_size
+from .memory.sizes import flag_size, format_size, parse_size, parse_size_or_zero
 from .memory.sizing import Sizing, format_tokens, sizing
 
 __all__ = ["doctor", "examine", "render", "wired_limit_advice"]
@@ -94,19 +94,18 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def _kv_limits(asked: argparse.Namespace) -> Limits:
     size = _size("--kv-disk-bytes", asked.kv_disk_bytes)
-    nothing = (asked.kv_free_bytes or "").strip() == "0"
-    free = 0 if nothing else _size("--kv-free-bytes", asked.kv_free_bytes)
+    free = _size("--kv-free-bytes", asked.kv_free_bytes, parse_size_or_zero)
     for flag, value in (("--kv-disk-bytes", size), ("--kv-free-bytes", free)):
         if asked.kv_dir is None and value is not None:
             raise CommandError(f"{flag} needs --kv-dir")
     return Limits(size or DISK_BYTES, free=free)
 
 
-def _size(flag: str, text: str | None) -> int | None:
-    from .memory.sizes import parse_size
-
+def _size(
+    flag: str, text: str | None, parse: Callable[[str], int] = parse_size
+) -> int | None:
     try:
-        return None if text is None else parse_size(text)
+        return None if text is None else parse(text)
     except ValueError as e:
         raise CommandError(f"{flag} {e}") from e
 

@@ -14,9 +14,9 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._command import CommandError, Parser, read_text
+from ._command import CommandError, Parser
 from .memory.sizes import format_size
-from .server.access import KEY_RULE, is_key
+from .server.access import KEY_RULE, is_key, lines_of_keys
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -125,10 +125,7 @@ def _key(path: str | None) -> str | None:
             return None
     else:
         place = f"--api-key-file {path}"
-        lines = read_text(path, place).split("\n")
-        key = next((line.strip() for line in lines if line.strip()), "")
-        if not key:
-            raise CommandError(f"{place}: there is no key in it")
+        key = lines_of_keys(path, place)[0]
     if not is_key(key):
         raise CommandError(f"{place}: a key {KEY_RULE}")
     return key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-__all__ = ["flag_size", "format_size", "parse_size"]
+__all__ = ["flag_size", "format_size", "parse_size", "parse_size_or_zero"]
 
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -28,6 +28,11 @@ def parse_size(text: str) -> int:
         if 0 < size < 2**63:
             return size
     raise ValueError(f"must be a size over zero such as 20G or 512M, not {text!r}")
+
+
+def parse_size_or_zero(text: str) -> int:
+    """As `parse_size`, and ``"0"`` is none at all."""
+    return 0 if text.strip() == "0" else parse_size(text)
 
 
 def format_size(size: float) -> str:

@@ -20,7 +20,7 @@ from .replies import BadRequest, Reply, reply_for
 
 __all__ = [
     *("KEY_RULE", "STATUS", "Access", "challenge", "is_key", "is_loopback"),
-    *("read_keys", "refusal_body"),
+    *("lines_of_keys", "read_keys", "refusal_body"),
 ]
 
 log = logging.getLogger("mlx_safe.server")
@@ -47,16 +47,26 @@ def read_keys(key: str | None, path: str | None) -> tuple[str, ...]:
     keys = [] if key is None else [key]
     if path is not None:
         given = f"--api-key-file {path}"
-        lines = read_text(path, given).splitlines()
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise CommandError(f"{given}: there is no key in it")
+        found = lines_of_keys(path, given)
         if not all(map(is_key, found)):
             raise CommandError(f"{given}: a key {KEY_RULE}")
         if _others_can_read(path):
             log.warning("%s: others can read it (chmod 600)", given)
         keys += found
     return tuple(keys)
+
+
+def lines_of_keys(path: str, given: str) -> list[str]:
+    """What a file of keys has, one or more; whether each is one is not looked at.
+
+    Raises:
+        CommandError: ``given``, the flag and its value, is no such file.
+    """
+    lines = read_text(path, given).splitlines()
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise CommandError(f"{given}: there is no key in it")
+    return found
 
 
 def _others_can_read(path: str) -> bool:

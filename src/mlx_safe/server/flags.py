@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from .._command import Parser, path_or_name
-from ..memory.sizes import parse_size
+from ..memory.sizes import parse_size, parse_size_or_zero
 from . import logs, supervisor
 from .access import KEY_RULE, is_key
 from .body import DEFAULT_MAX_BYTES
@@ -349,7 +350,7 @@ def _add_disk_flags(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--kv-free-bytes",
-        type=_size_or_none,
+        type=_size_or_zero,
         metavar="SIZE",
         help="what --kv-dir leaves free on its volume; 0: nothing "
         "(default: 10G, or a tenth of a volume under 100G)",
@@ -406,15 +407,15 @@ def _window(text: str) -> int:
     return value
 
 
-def _size(text: str) -> int:
+def _size(text: str, parse: Callable[[str], int] = parse_size) -> int:
     try:
-        return parse_size(text)
+        return parse(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
-def _size_or_none(text: str) -> int:
-    return 0 if text.strip() == "0" else _size(text)
+def _size_or_zero(text: str) -> int:
+    return _size(text, parse_size_or_zero)
 
 
 def _seconds(text: str) -> float:

@@ -63,7 +63,8 @@ def follow(tell: Callable[[str], None] | None = None) -> None:
 def _check_log() -> None:
     """Or the first model could not be attached, and would seem to be at fault."""
     try:
-        plans.log("", None)
+        with plans.opened_log():
+            pass
     except OSError as e:
         raise ValueError(f"{plans.LOG}: cannot be written: {e.strerror}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from ..errors import _cuda
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 __all__ = [
@@ -162,19 +164,29 @@ attached: list[str] = []
 
 
 def log(event: str, what: object) -> None:
-    """Adds ``event``, this process's id and ``what`` to ``MLX_SAFE_INJECT_LOG``.
+    """Adds ``event``, this process's id and ``what`` to ``MLX_SAFE_INJECT_LOG``."""
+    with opened_log() as fd:
+        if fd is not None:
+            # One write: several processes may have the file open.
+            os.write(fd, f"{event} {os.getpid()} {what}\n".encode())
 
-    With an empty ``event`` the file is opened only.
+
+@contextlib.contextmanager
+def opened_log() -> Iterator[int | None]:
+    """``MLX_SAFE_INJECT_LOG``, to be written at its end; None: it is not set.
+
+    Raises:
+        OSError: it cannot be written.
     """
     path = os.environ.get(LOG)
-    if path:
-        line = f"{event} {os.getpid()} {what}\n".encode() if event else b""
-        # One write at the end of the file: several processes may have it open.
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(fd, line)
-        finally:
-            os.close(fd)
+    if not path:
+        yield None
+        return
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def inject(
