@@ -8,7 +8,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,8 +40,9 @@ def both(model: Path) -> Iterator[dict[str, Server]]:
         yield servers
 
 
-def _round(server: Server, clients: int, tokens: int) -> float:
-    """Tokens/s of all clients, from the first request to the last token."""
+def _round(server: Server, clients: int, tokens: int) -> tuple[float, ...]:
+    """Tokens/s of all clients, from the first request to the last token; and of the
+    median stretch of 16 tokens of one, which no hiccup of the machine changes."""
     made = connect_all(server, clients)
     begin = time.time()
     replies = together(
@@ -50,7 +51,12 @@ def _round(server: Server, clients: int, tokens: int) -> float:
     seconds = max(reply.ended for reply in replies) - begin
     got = sum(reply.tokens for reply in replies)
     assert got >= 0.9 * clients * tokens, [reply.outcome for reply in replies]
-    return got / seconds
+    stretches = [
+        later - earlier
+        for reply in replies
+        for earlier, later in zip(reply.arrivals, reply.arrivals[16:], strict=False)
+    ]
+    return got / seconds, clients * 16 / statistics.median(stretches)
 
 
 def _in_turn(
@@ -87,6 +93,14 @@ def _print_ratio(
     row(clients, what, *medians, ratio, of_best, len(values["stock"]))
 
 
+def _print_ratios(
+    clients: int, names: Sequence[str], found: dict[str, list[tuple[float, ...]]]
+) -> None:
+    for i, what in enumerate(names):
+        values = {server: [x[i] for x in found[server]] for server in found}
+        _print_ratio(clients, what, values, min if what.startswith("CPU") else max)
+
+
 def _head() -> None:
     head("clients", "", "stock", "protected", "ratio (95 %)", "of the best", "pairs")
 
@@ -102,7 +116,7 @@ def throughput(args: argparse.Namespace, model: Path) -> list[Any]:
             until = time.time() + args.seconds / len(counts)
             one = functools.partial(_round, clients=clients, tokens=tokens)
             found = _in_turn(args, until, servers, one)
-            _print_ratio(clients, "tokens/s", found, max)
+            _print_ratios(clients, ("tokens/s", "tokens/s, median stretch"), found)
             rows.append([clients, found])
     return rows
 
@@ -119,19 +133,18 @@ def cpu(args: argparse.Namespace, model: Path) -> list[Any]:
             until = time.time() + args.seconds / len(counts)
             one = functools.partial(_cost, clients=clients, tokens=tokens)
             found = _in_turn(args, until, servers, one)
-            for i, what in enumerate(("CPU ms per token", "tokens/s")):
-                values = {name: [x[i] for x in found[name]] for name in found}
-                _print_ratio(clients, what, values, max if i else min)
+            names = ("CPU ms per token", "tokens/s", "tokens/s, median stretch")
+            _print_ratios(clients, names, found)
             rows.append([clients, found])
     return rows
 
 
-def _cost(server: Server, clients: int, tokens: int) -> tuple[float, float]:
-    """CPU milliseconds per token, tokens/s."""
+def _cost(server: Server, clients: int, tokens: int) -> tuple[float, ...]:
+    """CPU milliseconds per token, and what `_round` finds."""
     before = _cpu_seconds(server.process.pid)
-    speed = _round(server, clients, tokens)
+    speeds = _round(server, clients, tokens)
     spent = _cpu_seconds(server.process.pid) - before
-    return 1e3 * spent / (clients * tokens), speed
+    return 1e3 * spent / (clients * tokens), *speeds
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -236,3 +236,11 @@ def write_json(job: str, found: Any) -> None:
     if directory:
         path = Path(directory) / f"gpu-{job}-{time.time():.0f}.json"
         path.write_text(json.dumps(found, indent=1, default=str))
+
+
+def write_log(text: str) -> None:
+    """To the end of a file in $OUT, if there is one."""
+    directory = os.environ.get("OUT")
+    if directory:
+        with Path(directory, "servers.log").open("a") as f:
+            f.write(f"{text}\n---\n")
