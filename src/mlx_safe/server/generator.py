@@ -322,7 +322,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         except Exception as e:
             lost = errors.from_exception(e)
             if lost is None:
-                log.exception("there is no recovery from this")
+                log.exception("the recovery from a failure has failed")
             self.recovery.give_up(lost or portable(e))
 
     def _is_batchable(self, args: GenerationArguments) -> bool:

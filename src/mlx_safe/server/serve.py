@@ -115,7 +115,7 @@ def _serve(arguments: Sequence[str]) -> int:
     options = settings.values
     check_flags(options, options)
     for name in settings.unknown:
-        log.warning("%s in the environment is no flag's", name)
+        log.warning("%s in the environment belongs to no flag", name)
     if options.print_config:
         print(printed(parser, settings), end="")
         return 0
@@ -162,7 +162,7 @@ def _print_help(own: Parser) -> int:
         parser = whole_parser(parser_of(requirements.import_server()))
     except CommandError:
         print(own.format_help())
-        print("and the flags of mlx_lm.server, which cannot be asked:", flush=True)
+        print("The flags of mlx_lm.server are missing here:", flush=True)
         raise
     print(parser.format_help(), end="")  # argparse's own swallows a closed pipe
     return 0
@@ -302,7 +302,7 @@ def _check_reports() -> bool:
     found = status()
     if found.report_dir is None:
         why = "; ".join(r for r in found.reasons if "crash reports" in r)
-        log.warning("what ends this server will not be known: %s", why)
+        log.warning("nothing will say what ends this server: %s", why)
     return found.report_dir is not None
 
 

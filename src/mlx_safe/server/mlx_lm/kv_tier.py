@@ -170,7 +170,7 @@ class KVTier:
         layout = self._kept[0].layout
         self._capture.begin(self._kept)
         log.info(
-            "KV caches are kept in %s, %s; the files hold what was said",
+            "KV caches are kept in %s, %s; the files hold the conversations",
             self.store.path,
             " and ".join(
                 [f"{format_size(layout.block_nbytes)} a block of {BLOCK_TOKENS} tokens"]
@@ -236,7 +236,7 @@ class KVTier:
         }
 
     def _has_failed(self, exc: Exception) -> None:
-        why = f"it failed ({type(exc).__name__}); prompts are read"
+        why = f"it failed ({type(exc).__name__}); prompts are read whole"
         self.store.turn_off(why, exc)
         # They may be the cause.
         for restored in self._restored:
@@ -509,7 +509,7 @@ class KVTier:
         )
         if not fits and view.row is None and len(self._kept) == 1:
             self._kept = []  # or blocks would be written for nothing
-            why = "their shapes are not those of an empty text"
+            why = "an empty cache of it has shapes of its own"
             log.warning("KV caches of this model stay in memory: %s", why)
 
     # -- the epoch -------------------------------------------------------------------
