@@ -132,3 +132,11 @@ def test_the_reference_has_each_public_name() -> None:
     # Those have pages of their own.
     elsewhere = {"errors", "__version__", *errors.__all__}
     assert sorted(listed) == sorted(set(mlx_safe.__all__) - elsewhere)
+
+
+def test_architecture_lists_each_thread_that_has_a_name() -> None:
+    sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r'name="(mlx-safe[^"]*)"', sources))
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    table = page.partition("## Threads")[2].partition("## ")[0]
+    assert named and named == set(re.findall(r"`(mlx-safe[^`]*)`", table))

@@ -105,8 +105,20 @@ def _serve(arguments: Sequence[str]) -> int:
             # One of them may be about to start again.
             log.error("the ranks cannot meet: %s", e)
             return EXIT_REPLACE
+    _serve_here(arguments, options.allow_untested_mlx_lm, home, keys, tls)
+    return 0
+
+
+def _serve_here(
+    arguments: Sequence[str],
+    allow_untested: bool,
+    home: ranks.Home | None,
+    keys: tuple[str, ...],
+    tls: Tls | None,
+) -> None:
+    """From where mlx-lm is imported, and all flags are known."""
     give_back_what_is_free()
-    server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
+    server = requirements.import_server(allow_untested=allow_untested)
     logs.take_over()
     mlx_lm = parser_of(server)
     requirements.check_parser(mlx_lm)
@@ -118,7 +130,7 @@ def _serve(arguments: Sequence[str]) -> int:
         log.warning("%s in the environment belongs to no flag", name)
     if options.print_config:
         print(printed(parser, settings), end="")
-        return 0
+        return
     _name_server(options.port, options.model)
     if home is not None:
         _check_nccl(options.pipeline)
@@ -132,7 +144,6 @@ def _serve(arguments: Sequence[str]) -> int:
         )
 
     run_main(server, run_here, argparse.Namespace(**theirs))
-    return 0
 
 
 _server: dict[str, object] = {}
@@ -225,20 +236,11 @@ def run(
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
-    from .handler import ProtectedHandler
     from .recorder import start_sampler
 
     is_first = mx.distributed.init().rank() == 0
-    fingerprint = server.get_system_fingerprint()
     generator: ProtectedResponseGenerator | None = None
-    ProtectedHandler.bodies = Bodies(options.max_request_bytes)
-    ProtectedHandler.keepalive_after_s = options.keepalive_after
-    ProtectedHandler.may_ask = may_ask
-
-    def handle(*args: object) -> None:
-        handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
-        handler(generator, *args, system_fingerprint=fingerprint)
-
+    handle = _handler(server, options, may_ask, lambda: generator)
     if has_reports:
         startup.tell(server=_server)
     watch = on_fault(
@@ -272,6 +274,27 @@ def run(
             _follow_the_first(generator)
         else:
             _serve_until_signal(httpd, generator)
+
+
+def _handler(
+    server: Server,
+    options: argparse.Namespace,
+    may_ask: access.Access,
+    generator: Callable[[], ProtectedResponseGenerator | None],
+) -> Callable[..., None]:
+    """What answers a connection, on a thread of its own."""
+    from .handler import ProtectedHandler
+
+    fingerprint = server.get_system_fingerprint()
+    ProtectedHandler.bodies = Bodies(options.max_request_bytes)
+    ProtectedHandler.keepalive_after_s = options.keepalive_after
+    ProtectedHandler.may_ask = may_ask
+
+    def handle(*args: object) -> None:
+        handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
+        handler(generator(), *args, system_fingerprint=fingerprint)
+
+    return handle
 
 
 def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) -> None:
