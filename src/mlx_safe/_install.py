@@ -166,10 +166,12 @@ def _names_in(directory: str) -> list[str]:
 
 def _is_whole(directory: str) -> bool:
     """Whether a package is here; mlx, a namespace, is where its core is."""
-    return any(
-        name == "__init__.py" or name.startswith("core.")
-        for name in _names_in(directory)
-    )
+    # `access` raises nothing; most of sys.path has neither.
+    if os.access(os.path.join(directory, "__init__.py"), os.F_OK):
+        return True
+    if not os.access(directory, os.F_OK):
+        return False
+    return any(name.startswith("core.") for name in _names_in(directory))
 
 
 def _version_of(package: str, beside: list[str]) -> str | None:
