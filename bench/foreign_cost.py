@@ -9,7 +9,6 @@ stream, of an application that does nothing else, with and without `protect`.
 from __future__ import annotations
 
 import asyncio
-import random
 import statistics
 import sys
 import tempfile
@@ -19,18 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+from spread import interval
+
 ROUNDS = 60
 STEPS = 60
 ROWS = 4
-
-
-def interval(ratios: list[float]) -> tuple[float, float, float]:
-    """(median, 2.5th and 97.5th percentile of the medians of samples)."""
-    dice = random.Random(1)
-    medians = sorted(
-        statistics.median(dice.choices(ratios, k=len(ratios))) for _ in range(2000)
-    )
-    return statistics.median(ratios), medians[50], medians[1949]
 
 
 def batch() -> None:

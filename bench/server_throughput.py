@@ -1,4 +1,4 @@
-"""Tokens per second of the protected server against the stock one.
+"""Tokens per second of the protected server against the stock one, or another commit's.
 
 Both servers run at the same time on the same model and answer in turn, so that
 a drift of the machine's speed hits both alike; the ratio is taken pair by pair.
@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from spread import interval
 
 from support.server import Server
 
@@ -43,43 +45,52 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument(
+        "--before",
+        metavar="DIR",
+        help="not stock: the commit whose wheel `pip install --target` put there",
+    )
     args = parser.parse_args()
-    with (
-        Server(args.model, program=PLAIN) as stock,
-        Server(args.model) as protected,
-    ):
-        stock.wait_ready()
+    if args.before:
+        name = "before"
+        other = Server(args.model, env={"PYTHONPATH": args.before})
+    else:
+        name, other = "stock", Server(args.model, program=PLAIN)
+    with other, Server(args.model) as protected:
+        other.wait_ready()
         protected.wait_ready()
         for path, more in (("batched", {}), ("sequential", {"seed": 1})):
-            report(path, stock, protected, args.pairs, args.tokens, more)
+            report(path, name, other, protected, args.pairs, args.tokens, more)
 
 
 def report(
     path: str,
-    stock: Server,
+    name: str,
+    other: Server,
     protected: Server,
     pairs: int,
     tokens: int,
     more: dict[str, int],
 ) -> None:
     """Measures one path and prints its figures."""
-    rate(stock, tokens, **more)
+    rate(other, tokens, **more)
     rate(protected, tokens, **more)
     rows = []
     for i in range(pairs):
         # A B, B A, …: neither always goes first.
         if i % 2:
             ours = rate(protected, tokens, **more)
-            rows.append((rate(stock, tokens, **more), ours))
+            rows.append((rate(other, tokens, **more), ours))
         else:
-            theirs = rate(stock, tokens, **more)
+            theirs = rate(other, tokens, **more)
             rows.append((theirs, rate(protected, tokens, **more)))
     ratios = [ours / theirs for theirs, ours in rows]
+    median, low, high = interval(ratios)
     print(
-        f"{path}: stock {statistics.median(r[0] for r in rows):.1f} tokens/s, "
+        f"{path}: {name} {statistics.median(r[0] for r in rows):.1f} tokens/s, "
         f"protected {statistics.median(r[1] for r in rows):.1f} tokens/s, ratio "
-        f"median {statistics.median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f}), {pairs} pairs"
+        f"median {median:.3f} ({low:.3f} to {high:.3f}, 95 %), {pairs} pairs",
+        flush=True,
     )
 
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
-import statistics
 import sys
 import threading
 import time
@@ -31,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from spread import interval
 
 from support.server import Server
 
@@ -142,15 +142,6 @@ def by_itself() -> None:
         ):
             took = timeit.repeat(call, number=2000, repeat=20)
             print(f"for each {name}: {1e6 * min(took) / 2000:.2f} µs")
-
-
-def interval(found: list[float]) -> tuple[float, float, float]:
-    """The median, and its 95 % interval by bootstrap: (median, lower, upper)."""
-    draw = random.Random(1)
-    medians = sorted(
-        statistics.median(draw.choices(found, k=len(found))) for _ in range(2000)
-    )
-    return statistics.median(found), medians[50], medians[-51]
 
 
 def log_of(server: Server, count: int) -> tuple[float, float]:

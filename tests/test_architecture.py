@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import mlx_safe
+from mlx_safe import errors
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md"))
 
@@ -112,3 +115,28 @@ def test_what_knows_mlx_lm_takes_little_from_the_server() -> None:
     for path in sorted((PACKAGE / "server").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"^ *(from|import) mlx_lm\b", text, re.MULTILINE), path
+
+
+API = ROOT / "docs" / "api"
+
+
+def test_each_public_module_has_a_page_in_the_reference() -> None:
+    pages = "".join(page.read_text() for page in API.glob("*.md"))
+    for name in (*mlx_safe._MODULES, "errors", "memory"):
+        assert f"\n::: mlx_safe.{name}\n" in pages, name
+
+
+def test_the_reference_has_each_public_name() -> None:
+    page = (API / "library.md").read_text()
+    listed = re.findall(r"\w+", page.partition("members: [")[2].partition("]")[0])
+    # Those have pages of their own.
+    elsewhere = {"errors", "__version__", *errors.__all__}
+    assert sorted(listed) == sorted(set(mlx_safe.__all__) - elsewhere)
+
+
+def test_architecture_lists_each_thread_that_has_a_name() -> None:
+    sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r'name="(mlx-safe[^"]*)"', sources))
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    table = page.partition("## Threads")[2].partition("## ")[0]
+    assert named and named == set(re.findall(r"`(mlx-safe[^`]*)`", table))

@@ -435,7 +435,7 @@ def test_it_leaves_room_on_the_disk(
     assert store.off is None
     assert caplog.messages == [
         "KV caches are not written: 0 B free on the volume of --kv-dir, and "
-        "12.3 kB are left to others (--kv-free-bytes)"
+        "--kv-free-bytes leaves 12.3 kB to others"
     ]
 
 

@@ -18,7 +18,7 @@ from mlx_safe._command import CommandError
 from mlx_safe.doctor import doctor
 from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.store import Limits
-from mlx_safe.server.mlx_lm import kv_capture, kv_tier
+from mlx_safe.server.mlx_lm import kv_capture, kv_restore
 from mlx_safe.server.mlx_lm.kv_layout import Layout, to_bytes
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 from mlx_safe.server.mlx_lm.prompt_cache import PromptCache
@@ -273,17 +273,18 @@ def test_it_restores_only_where_that_is_cheaper(provider: Any, tier: KVTier) -> 
 
     def learn(read: float, restore: float) -> None:
         """Tokens and bytes a second."""
-        tier._read_rate.per_s, tier._restore_rate.per_s = read, restore
+        rates = tier._restore
+        rates.read_rate.per_s, rates.restore_rate.per_s = read, restore
 
     assert is_restored(), "of nothing is anything known"
     size = tier.store.nbytes
     learn(read=512, restore=2 * size)  # 1 s to read them, half of it to load them
     assert is_restored()
     learn(read=512, restore=size / 2)
-    tried = [is_restored() for _ in range(kv_tier.TRY_AGAIN_AFTER)]
+    tried = [is_restored() for _ in range(kv_restore.TRY_AGAIN_AFTER)]
     assert tried.count(True) == 1
     assert tried[-1]
-    assert tier.store.events["not_cheaper"] == kv_tier.TRY_AGAIN_AFTER
+    assert tier.store.events["not_cheaper"] == kv_restore.TRY_AGAIN_AFTER
     assert is_restored(), "it was learned that it is cheap by now"
 
 
@@ -294,11 +295,11 @@ def test_both_speeds_are_learned(provider: Any, tier: KVTier) -> None:
     for at in range(0, 600, 100):
         mx.eval(read(provider, TOKENS[at : at + 100], caches))
         tier.checkpoint_alone(request, at + 100)
-    assert tier._read_rate.per_s > 0
+    assert tier._restore.read_rate.per_s > 0
     tier.confirm()
     flush(tier)
     assert tier.restore(provider.model_key, TOKENS, 0) is not None
-    assert tier._restore_rate.per_s > 0
+    assert tier._restore.restore_rate.per_s > 0
 
 
 def test_loading_takes_the_cache_once(provider: Any, tier: KVTier) -> None:

@@ -224,7 +224,7 @@ async def a_coroutine() -> int:
 @pytest.mark.parametrize("function", [a_generator, a_coroutine])
 def test_what_has_not_run_yet_is_not_taken_for_done(function: Any) -> None:
     """A fault of it would be raised outside, and nothing tried again."""
-    with pytest.raises(TypeError, match="of which nothing has run"):
+    with pytest.raises(TypeError, match="nothing of it has run"):
         mlx_safe.retry(function)
 
 

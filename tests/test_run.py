@@ -127,12 +127,12 @@ def test_a_program_without_mlx_leaves_no_report(
         (("--", ""), "'': no such command"),
         (
             ("--", "-m", "json.tool"),
-            "-m: no command begins so; options of mlx-safe",
+            "-m: no command begins with a dash; put options of mlx-safe",
         ),
         (("--listen", "0", "--", "true"), "--listen needs --supervise"),
         (
             ("--supervise", "--listen", "0", "--", "true"),
-            "--listen and {fd} in the command need each other",
+            "--listen needs {fd} in the command, and {fd} needs --listen",
         ),
         (
             ("--supervise", "--listen", "x:y", "--", "true", "{fd}"),

@@ -433,7 +433,7 @@ class _Written:
         self.frames: list[Any] = []
         self.wfile = SimpleNamespace(write=self._write, flush=lambda: None)
         watch = contextlib.nullcontext(SimpleNamespace(request=None))
-        self._exchange = SimpleNamespace
+        self.current_exchange = SimpleNamespace
         self.response_generator = SimpleNamespace(
             answer=lambda *_: self._answer(said),
             disconnects=SimpleNamespace(watching=lambda *_: watch),

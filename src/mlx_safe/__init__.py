@@ -12,9 +12,12 @@ from ._faults import Subscription, drained, draining, epoch, faults, on_fault
 from ._guard import check, guard
 from ._install import Status, install, require, status, uninstall
 from ._reports import breadcrumb
-from ._retry import next_fault, retry
 from ._version import __version__
 from .errors import DeviceLostError, GPUError, MetalError, OutOfMemoryError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._retry import next_fault, retry
 
 __all__ = [
     "DeviceLostError",
@@ -42,13 +45,20 @@ __all__ = [
     "uninstall",
 ]
 
+# Not every process needs them: each is imported when it is asked for.
+_MODULES = ("asgi", "metrics", "mlx_lm", "testing")
+_RETRY = ("next_fault", "retry")
+
 
 def __getattr__(name: str) -> object:
-    """Modules that not every process needs: imported when they are asked for."""
-    if name in ("asgi", "metrics", "mlx_lm", "testing"):
+    if name in _MODULES:
         import importlib  # a quarter of a millisecond, only for these
 
         return importlib.import_module(f".{name}", __name__)
+    if name in _RETRY:
+        from . import _retry
+
+        return getattr(_retry, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 
 from . import _core, _faults, _reports, errors
+from .errors import is_allocation_failure
 
 __all__ = [
     "SMALLEST",
@@ -96,7 +97,7 @@ def fault_behind(exc: Exception, since: int) -> errors.GPUError | None:
 def is_out_of_memory(fault: errors.GPUError | None, exc: Exception) -> bool:
     """Whether ``fault``, or without one ``exc``, tells of too little memory."""
     if fault is None:
-        return errors.is_allocation_failure(exc)
+        return is_allocation_failure(exc)
     return isinstance(fault, errors.OutOfMemoryError)
 
 

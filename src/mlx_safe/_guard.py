@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 
 from . import _core, _faults, _install, _reports, _tasks, errors
 
@@ -205,6 +204,8 @@ def _note(exc: BaseException, text: str) -> None:
     if hasattr(exc, "add_note"):
         exc.add_note(text)
     else:
+        import warnings
+
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 

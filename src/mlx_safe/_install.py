@@ -146,31 +146,37 @@ def installed_versions(*packages: str) -> dict[str, str | None]:
     importlib.metadata, which takes as long.
     """
     found: dict[str, str | None] = dict.fromkeys(packages)
-    for package in packages:
-        for entry in sys.path:
-            # To list a directory takes longer than to look for a name in it.
-            directory = os.path.join(entry, package)
-            if os.path.isdir(directory) and _is_whole(directory):
-                found[package] = _version_beside(entry, package)
-                break  # this is the one that is imported
+    missing = list(packages)
+    for entry in sys.path:
+        here = [p for p in missing if _is_whole(os.path.join(entry, p))]
+        # Listed once, and only here: site-packages has hundreds of names.
+        beside = _names_in(entry or ".") if here else []
+        for package in here:
+            found[package] = _version_of(package, beside)
+            missing.remove(package)  # this is the one that is imported
     return found
+
+
+def _names_in(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def _is_whole(directory: str) -> bool:
     """Whether a package is here; mlx, a namespace, is where its core is."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
+    # `access` raises nothing; most of sys.path has neither.
+    if os.access(os.path.join(directory, "__init__.py"), os.F_OK):
+        return True
+    if not os.access(directory, os.F_OK):
         return False
-    return any(name == "__init__.py" or name.startswith("core.") for name in names)
+    return any(name.startswith("core.") for name in _names_in(directory))
 
 
-def _version_beside(directory: str, package: str) -> str | None:
-    try:
-        names = os.listdir(directory or ".")
-    except OSError:
-        return None
-    for name in names:
+def _version_of(package: str, beside: list[str]) -> str | None:
+    """As the metadata among the names ``beside`` it has it; None: there is none."""
+    for name in beside:
         if name.startswith(f"{package}-") and name.endswith(".dist-info"):
             return name[len(package) + 1 : -len(".dist-info")]
     return None

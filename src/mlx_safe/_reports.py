@@ -117,7 +117,7 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
         _state.context = {**_machine(), **context}
         fits = _core.set_report_context({**_state.context, **_state.facts})
     if not fits:
-        return "crash reports are without versions and hooks: they take over 16 KB"
+        return "crash reports leave out versions and hooks, which take over 16 KB"
     if directory is None:
         return None
     _remove_run_file_at_the_end()

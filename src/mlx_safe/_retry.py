@@ -112,9 +112,9 @@ def _not_yet(result: Any) -> TypeError:
     if hasattr(result, "close"):
         result.close()
     return TypeError(
-        f"retry() was given a function that returns a {what}, of which nothing has "
-        "run: let it return what is computed, as in retry(lambda: list(generate())) "
-        "or retry(lambda: asyncio.run(step())); in a loop that runs, "
+        f"retry(): the function returned a {what}, and nothing of it has run. "
+        "Return what is computed: retry(lambda: list(generate())), or "
+        "retry(lambda: asyncio.run(step())). In a running loop: "
         "await asyncio.to_thread(retry, function)"
     )
 

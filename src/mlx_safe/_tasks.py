@@ -13,12 +13,12 @@ import itertools
 import threading
 import time
 from collections import deque
-from contextvars import ContextVar
 
 from . import _core
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from contextvars import ContextVar
     from typing import Final
 
 __all__ = ["Task", "in_this_context", "names_of"]
@@ -30,19 +30,30 @@ _lock = threading.Lock()
 _open: dict[Task, None] = {}
 _ended: deque[Task] = deque(maxlen=ENDED_MAX)
 _numbers = itertools.count()
-_names: ContextVar[tuple[str, ...]] = ContextVar("mlx_safe_tasks", default=())
+# Made by the first guard that has a name: the import takes a fifth of a millisecond.
+_names: ContextVar[tuple[str, ...]] | None = None
 
 
 class Task:
     """One block of a named guard, from when it is made to `end`."""
 
-    __slots__ = ("_before", "_began", "_ended", "_first", "_last", "_number", "name")
+    __slots__ = (
+        "_before",
+        "_began",
+        "_ended",
+        "_first",
+        "_last",
+        "_names",
+        "_number",
+        "name",
+    )
 
     def __init__(self, name: str) -> None:
         self.name: Final = name
         self._number = next(_numbers)
-        self._before = _names.get()
-        _names.set((*self._before, name))
+        self._names = _names_here()
+        self._before = self._names.get()
+        self._names.set((*self._before, name))
         self._began = time.time()
         self._ended = float("inf")
         # The last command buffer before it, and the last in it.
@@ -57,7 +68,7 @@ class Task:
         with _lock:
             _open.pop(self, None)
             _ended.append(self)
-        _names.set(self._before)
+        self._names.set(self._before)
 
     def _has(self, buffer: int, time_s: float) -> bool:
         if buffer:
@@ -88,7 +99,19 @@ def names_of(buffer: int, time_s: float) -> tuple[str, ...]:
 
 def in_this_context() -> tuple[str, ...]:
     """Names of the guards around the caller, in its thread or asyncio task."""
-    return _names.get()
+    return () if _names is None else _names.get()
+
+
+def _names_here() -> ContextVar[tuple[str, ...]]:
+    """The names of the guards around whoever asks it."""
+    global _names
+    if _names is None:
+        from contextvars import ContextVar
+
+        with _lock:
+            if _names is None:
+                _names = ContextVar("mlx_safe_tasks", default=())
+    return _names
 
 
 def forget() -> None:

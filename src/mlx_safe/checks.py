@@ -297,7 +297,8 @@ def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[s
     except CommandError as e:
         return [f"{BAD}mlx-safe serve would not start: {e}"]
     lines = [
-        f"{BAD}{name} in the environment is no flag's" for name in settings.unknown
+        f"{BAD}{name} in the environment belongs to no flag"
+        for name in settings.unknown
     ]
     places = {k: v for k, v in settings.sources.items() if k != "config"}
     set_here = [place for place in places.values() if place != "default"]

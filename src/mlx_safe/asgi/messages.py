@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import errors
 from .._exceptions import behind
+from ..errors import is_allocation_failure
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -72,7 +73,7 @@ def answerable(exc: BaseException) -> Exception | None:
         if fault is not None and fault.fatal:
             return fault
         if fault is None and isinstance(one, Exception):
-            first = first or (one if errors.is_allocation_failure(one) else None)
+            first = first or (one if is_allocation_failure(one) else None)
         first = first or fault
     return first
 

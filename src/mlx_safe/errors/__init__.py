@@ -32,13 +32,13 @@ from ._metal import (
     is_metal_message,
     kind_of,
 )
-from ._reply import Reply, fault_reply, is_allocation_failure, memory_reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .._fault import Fault
+    from ._reply import Reply, is_allocation_failure
 
 __all__ = [
     "CUDA_FAULT_KINDS",
@@ -69,6 +69,17 @@ __all__ = [
     "reply_for",
 ]
 
+# For servers: imported when one asks for them.
+_OF_REPLIES = ("Reply", "is_allocation_failure")
+
+
+def __getattr__(name: str) -> object:
+    if name in _OF_REPLIES:
+        from . import _reply
+
+        return getattr(_reply, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def kind_in_message(message: str) -> FaultKind | None:
     """The row that MLX's text ``message`` names; None when it is of no GPU fault."""
@@ -98,6 +109,8 @@ def reply_for(exc: BaseException) -> Reply | None:
     for any other exception, which is the server's own affair. 503 with a
     ``retry_after`` where the same request may succeed later, 500 where it will not.
     """
+    from ._reply import fault_reply, is_allocation_failure, memory_reply
+
     fault = from_exception(exc)
     if fault is not None:
         return fault_reply(fault)

@@ -307,7 +307,7 @@ class Directory:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             os.close(fd)
-            raise OSError(errno.ENOENT, "no plain file of this user")
+            raise OSError(errno.ENOENT, "not a plain file of this user")
         return fd
 
     # -- changes, under the lock ---------------------------------------------------

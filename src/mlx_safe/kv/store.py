@@ -522,7 +522,7 @@ class Store:
             if floor + size > free + sizes and not self.events["not_written_no_room"]:
                 log.warning(
                     "KV caches are not written: %s free on the volume of --kv-dir, and "
-                    "%s are left to others (--kv-free-bytes)",
+                    "--kv-free-bytes leaves %s to others",
                     *(format_size(free), format_size(floor)),
                 )
             return False

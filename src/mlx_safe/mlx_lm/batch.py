@@ -395,7 +395,7 @@ class _Replay:
         if kept.is_drawn and (kept.seeded or self._seeds_met < _seeds.calls):
             return "MLX was seeded for an answer that is drawn"
         if kept.has_changed():
-            return "what its sampler or a logits processor of it reads has changed"
+            return "what its sampler or logits processor reads has changed"
         return None
 
     def _why_not_of_batch(self) -> str | None:

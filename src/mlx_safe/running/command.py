@@ -78,7 +78,9 @@ def run(arguments: Sequence[str]) -> int:
     if asked.listen and not asked.supervise:
         raise CommandError("--listen needs --supervise")
     if bool(asked.listen) != any(FD in word for word in command):
-        raise CommandError(f"--listen and {FD} in the command need each other")
+        raise CommandError(
+            f"--listen needs {FD} in the command, and {FD} needs --listen"
+        )
     words = [
         *([] if asked.no_signals else ["signals"]),
         *(["asgi"] if asked.asgi else []),
@@ -114,8 +116,8 @@ def _find(name: str) -> str:
         return program
     if name.startswith("-"):
         raise CommandError(
-            f"{name}: no command begins so; options of mlx-safe run stand before the "
-            "--, and a module runs as: python -m MODULE"
+            f"{name}: no command begins with a dash; put options of mlx-safe run "
+            "before the --, and run a module as: python -m MODULE"
         )
     if Path(name).is_file():
         raise CommandError(f"{name}: is no program; a script runs as: python {name}")

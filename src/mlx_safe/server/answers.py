@@ -47,7 +47,7 @@ class Connection(Connected, Protocol):
     stream_options: Json | None
     object_type: str
 
-    def _exchange(self) -> Exchange: ...
+    def current_exchange(self) -> Exchange: ...
     def heard(self) -> None:
         """A token has been made that has no text yet."""
 
@@ -110,7 +110,7 @@ class Answer:
         try:
             self._send(choices)
         finally:
-            handler._exchange().requests = choices.requests()
+            handler.current_exchange().requests = choices.requests()
 
     def _send(self, all_choices: Choices) -> None:
         handler = self._handler

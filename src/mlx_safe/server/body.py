@@ -155,7 +155,7 @@ class Bodies:
     def _check_size(self, size: int) -> None:
         if size > self.max_bytes:
             raise BadRequest(
-                f"The body is too large: {self.max_bytes} bytes are taken at most "
+                f"The body is too large: at most {self.max_bytes} bytes are read "
                 "(--max-request-bytes).",
                 status=413,
                 code="request_too_large",
@@ -244,15 +244,17 @@ def _length(headers: Message, version: str) -> int | None:
     codings = ",".join(headers.get_all("Transfer-Encoding", []))
     if headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         raise BadRequest(
-            "A body with a Content-Encoding is not taken.",
+            "A body with a Content-Encoding is not supported.",
             status=415,
             code="unsupported_media_type",
         )
     if codings:
         if lengths:
-            raise BadRequest("Content-Length excludes Transfer-Encoding.")
+            raise BadRequest(
+                "A body has a Content-Length or a Transfer-Encoding, not both."
+            )
         if codings.strip().lower() != "chunked" or version == "HTTP/1.0":
-            raise BadRequest("Only the Transfer-Encoding chunked is taken.")
+            raise BadRequest("The only Transfer-Encoding that is supported is chunked.")
         return None
     if not lengths:
         raise BadRequest(
@@ -273,7 +275,7 @@ def _check_expectation(handler: Any) -> None:
         return
     if expected != "100-continue":
         raise BadRequest(
-            "The only Expect taken is 100-continue.",
+            "The only Expect that is supported is 100-continue.",
             status=417,
             code="expectation_failed",
         )

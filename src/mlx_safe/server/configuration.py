@@ -226,9 +226,9 @@ def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Va
         for v in values:
             # Of those that a file can have, JSON alone is told as a table.
             if isinstance(v, dict) and action.type is not json.loads:
-                raise CommandError("must be no table")
+                raise CommandError("cannot be a table")
             if isinstance(v, list) and v is not value:
-                raise CommandError("must be no array of arrays")
+                raise CommandError("cannot be an array of arrays")
         words = [f"--{option_of(action)}={_word(v)}" for v in values]
         return _given(parser, words)
     except CommandError as e:

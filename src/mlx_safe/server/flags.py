@@ -339,7 +339,7 @@ def _add_disk_flags(parser: argparse._ActionsContainer) -> None:
         type=path_or_name,
         metavar="DIR",
         help="keep KV caches on disk in DIR, so that conversations outlive memory, "
-        "faults and the process; the files hold what was said (default: not kept)",
+        "faults and the process; the files hold the conversations (default: not kept)",
     )
     parser.add_argument(
         "--kv-disk-bytes",

@@ -138,29 +138,8 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.disconnects = Disconnects()
         self.live = Live(self.scheduler, Step(), self.headroom.gauges)
         self.step = self.live.step
-        self.watchdog = Watchdog(
-            stall_timeout_s,
-            self._is_working,
-            lambda: self.step.begun,
-            self.live.doing,
-            lambda why: self.recovery.give_up(
-                Unavailable(f"The server restarts: {why}.", restarts=True),
-                reported=True,
-            ),
-        )
-        self.metrics = Metrics(
-            self.live,
-            lambda: self.scheduler.tokens,
-            lambda: float(health.state == "ok"),
-        )
-        self.metrics.watch_prompt_cache(prompt_cache)
-        if self._disk is not None:
-            self.metrics.watch_kv_disk(self._disk.store, self._disk.writer)
-        self.metrics.watch_memory(
-            lambda: self.scheduler.events,
-            self.headroom.gauges,
-            lambda: self.headroom.observer.peak,
-        )
+        self.watchdog = self._make_watchdog(stall_timeout_s)
+        self.metrics = self._make_metrics(prompt_cache)
         self.recovery = Recovery(
             self.scheduler,
             health,
@@ -217,6 +196,34 @@ class ProtectedResponseGenerator(ResponseGenerator):
             home.lifeline.watch(self._rank_is_gone)
         # Starts the thread.
         super().__init__(model_provider, prompt_cache)
+
+    def _make_watchdog(self, stall_timeout_s: float) -> Watchdog:
+        return Watchdog(
+            stall_timeout_s,
+            self._is_working,
+            lambda: self.step.begun,
+            self.live.doing,
+            lambda why: self.recovery.give_up(
+                Unavailable(f"The server restarts: {why}.", restarts=True),
+                reported=True,
+            ),
+        )
+
+    def _make_metrics(self, prompt_cache: PromptCache) -> Metrics:
+        metrics = Metrics(
+            self.live,
+            lambda: self.scheduler.tokens,
+            lambda: float(self.health.state == "ok"),
+        )
+        metrics.watch_prompt_cache(prompt_cache)
+        if self._disk is not None:
+            metrics.watch_kv_disk(self._disk.store, self._disk.writer)
+        metrics.watch_memory(
+            lambda: self.scheduler.events,
+            self.headroom.gauges,
+            lambda: self.headroom.observer.peak,
+        )
+        return metrics
 
     def _make_status(self, prompt_cache: PromptCache) -> Status:
         headroom = self.headroom
@@ -322,7 +329,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         except Exception as e:
             lost = errors.from_exception(e)
             if lost is None:
-                log.exception("there is no recovery from this")
+                log.exception("the recovery from a failure has failed")
             self.recovery.give_up(lost or portable(e))
 
     def _is_batchable(self, args: GenerationArguments) -> bool:

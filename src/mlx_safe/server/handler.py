@@ -97,7 +97,7 @@ class ProtectedHandler(Endpoints, APIHandler):
             return data if self._is_late() else b""
         # It writes the body in one go.
         refused = BadRequest(json.loads(data)["error"])
-        self._exchange().error = refused
+        self.current_exchange().error = refused
         return error_body(reply_for(refused))
 
     def _is_late(self) -> bool:

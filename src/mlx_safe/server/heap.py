@@ -1,9 +1,9 @@
 """glibc's malloc gives back what large requests have freed.
 
-A thread allocates in one of eight arenas for each core. From the first large block that
-is freed on, glibc (2.36) keeps up to twice its size, 64 MiB at most, at the end of each
-arena, and ``malloc_trim`` leaves that there. A request of 8 MB leaves 24 MB: 0.4 GB on
-two cores, 3 GB on sixteen.
+A thread allocates in one of eight arenas for each core. Once a large block was freed,
+glibc (2.36) keeps up to twice its size, 64 MiB at most, at the end of each arena.
+``malloc_trim`` leaves that there. A request of 8 MB leaves 24 MB: 0.4 GB on two cores,
+3 GB on sixteen.
 """
 
 from __future__ import annotations

@@ -85,7 +85,9 @@ class _Caller:
 
     def turn_away(self) -> None:
         host = self._address[0]
-        log.warning("a connection from %s to the ranks is not of a rank", host)
+        log.warning(
+            "refused a connection from %s to the ranks: it is not from a rank", host
+        )
         self.connection.close()
 
 

@@ -159,14 +159,14 @@ class Limits:
         there = self.present().size
         share = self._card_share
         why = (
-            f"it is lowered for that, stays there for {HOLD_S / 60:.0f} min, and is "
-            f"{format_size(there)} again in {RETURN_S / 60:.0f} min more"
+            f"it stays there for {HOLD_S / 60:.0f} min, and rises to "
+            f"{format_size(there)} in the {RETURN_S / 60:.0f} min after that"
         )
         if share is None:
             found, value = None, self._learned.fault(held, baseline, there)
         elif expected is not None and share < OTHERS_TOOK * expected:
             found, value = None, self.now().size
-            why = "what other programs leave of the card, which they took meanwhile"
+            why = "other programs have taken the rest of the card"
         else:
             found, value = there, self._learned.fault(there, baseline, there)
         breadcrumb("ceiling", "out of memory", active=held, bytes=value)

@@ -259,7 +259,7 @@ def _errors() -> Json:
         "408": ("The body came too slowly.", {}),
         "411": ("The length of the body is missing.", {}),
         "413": ("The body is too large.", {}),
-        "415": ("A body with a Content-Encoding is not taken.", {}),
+        "415": ("A body with a Content-Encoding is not supported.", {}),
         "500": ("The server failed, and another try would as well.", {}),
         "503": ("A fault of the GPU, too little memory, or a restart.", retry),
     }

@@ -60,7 +60,7 @@ class Responses(Wire):
             return True
         if refused.status == 401:
             self._challenge = challenge(path)
-        self._exchange().error = refused
+        self.current_exchange().error = refused
         body = refusal_body(refused, path, self.headers)
         with contextlib.suppress(*DISCONNECTED):
             self.send_body(refused.status, "application/json", body)
@@ -94,7 +94,7 @@ class Responses(Wire):
         The next server answers instead when this one is about to be replaced and
         nothing has been sent. Raises nothing.
         """
-        exchange = self._exchange()
+        exchange = self.current_exchange()
         exchange.error = exc
         if isinstance(exc, DISCONNECTED):
             self.abandon()
@@ -103,7 +103,7 @@ class Responses(Wire):
         else:
             self._send_failure(exc)
 
-    def _exchange(self) -> Exchange:
+    def current_exchange(self) -> Exchange:
         if self.exchange is None:
             self.exchange = Exchange()
         return self.exchange
@@ -129,7 +129,7 @@ class Responses(Wire):
             else:
                 self.abandon()
         except DISCONNECTED as e:
-            self._exchange().error = e
+            self.current_exchange().error = e
             self.abandon()
 
     def _send_error_event(self, reply: Reply) -> None:
@@ -142,7 +142,7 @@ class Responses(Wire):
         }
         self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
         self.wfile.flush()
-        self._exchange().is_error_event = True
+        self.current_exchange().is_error_event = True
 
     def send_json(self, status: int, value: Json) -> None:
         """Answers with ``value``. Raises OSError when the client has left."""

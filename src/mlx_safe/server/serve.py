@@ -105,8 +105,20 @@ def _serve(arguments: Sequence[str]) -> int:
             # One of them may be about to start again.
             log.error("the ranks cannot meet: %s", e)
             return EXIT_REPLACE
+    _serve_here(arguments, options.allow_untested_mlx_lm, home, keys, tls)
+    return 0
+
+
+def _serve_here(
+    arguments: Sequence[str],
+    allow_untested: bool,
+    home: ranks.Home | None,
+    keys: tuple[str, ...],
+    tls: Tls | None,
+) -> None:
+    """From where mlx-lm is imported, and all flags are known."""
     give_back_what_is_free()
-    server = requirements.import_server(allow_untested=options.allow_untested_mlx_lm)
+    server = requirements.import_server(allow_untested=allow_untested)
     logs.take_over()
     mlx_lm = parser_of(server)
     requirements.check_parser(mlx_lm)
@@ -115,10 +127,10 @@ def _serve(arguments: Sequence[str]) -> int:
     options = settings.values
     check_flags(options, options)
     for name in settings.unknown:
-        log.warning("%s in the environment is no flag's", name)
+        log.warning("%s in the environment belongs to no flag", name)
     if options.print_config:
         print(printed(parser, settings), end="")
-        return 0
+        return
     _name_server(options.port, options.model)
     if home is not None:
         _check_nccl(options.pipeline)
@@ -132,7 +144,6 @@ def _serve(arguments: Sequence[str]) -> int:
         )
 
     run_main(server, run_here, argparse.Namespace(**theirs))
-    return 0
 
 
 _server: dict[str, object] = {}
@@ -162,7 +173,7 @@ def _print_help(own: Parser) -> int:
         parser = whole_parser(parser_of(requirements.import_server()))
     except CommandError:
         print(own.format_help())
-        print("and the flags of mlx_lm.server, which cannot be asked:", flush=True)
+        print("The flags of mlx_lm.server are missing here:", flush=True)
         raise
     print(parser.format_help(), end="")  # argparse's own swallows a closed pipe
     return 0
@@ -225,20 +236,11 @@ def run(
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
 
-    from .handler import ProtectedHandler
     from .recorder import start_sampler
 
     is_first = mx.distributed.init().rank() == 0
-    fingerprint = server.get_system_fingerprint()
     generator: ProtectedResponseGenerator | None = None
-    ProtectedHandler.bodies = Bodies(options.max_request_bytes)
-    ProtectedHandler.keepalive_after_s = options.keepalive_after
-    ProtectedHandler.may_ask = may_ask
-
-    def handle(*args: object) -> None:
-        handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
-        handler(generator, *args, system_fingerprint=fingerprint)
-
+    handle = _handler(server, options, may_ask, lambda: generator)
     if has_reports:
         startup.tell(server=_server)
     watch = on_fault(
@@ -274,6 +276,27 @@ def run(
             _serve_until_signal(httpd, generator)
 
 
+def _handler(
+    server: Server,
+    options: argparse.Namespace,
+    may_ask: access.Access,
+    generator: Callable[[], ProtectedResponseGenerator | None],
+) -> Callable[..., None]:
+    """What answers a connection, on a thread of its own."""
+    from .handler import ProtectedHandler
+
+    fingerprint = server.get_system_fingerprint()
+    ProtectedHandler.bodies = Bodies(options.max_request_bytes)
+    ProtectedHandler.keepalive_after_s = options.keepalive_after
+    ProtectedHandler.may_ask = may_ask
+
+    def handle(*args: object) -> None:
+        handler: Any = ProtectedHandler  # its signature is mlx-lm's, not `Wire`'s
+        handler(generator(), *args, system_fingerprint=fingerprint)
+
+    return handle
+
+
 def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) -> None:
     address, port = httpd.server_address[:2]
     scheme = "http" if httpd.tls is None else "https"
@@ -302,7 +325,7 @@ def _check_reports() -> bool:
     found = status()
     if found.report_dir is None:
         why = "; ".join(r for r in found.reasons if "crash reports" in r)
-        log.warning("what ends this server will not be known: %s", why)
+        log.warning("nothing will say what ends this server: %s", why)
     return found.report_dir is not None
 
 

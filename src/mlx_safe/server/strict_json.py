@@ -72,13 +72,13 @@ def _int(digits: str) -> int | float:
 
 def _too_deep(param: str | None = None) -> BadRequest:
     return BadRequest(
-        f"The request is nested too deeply: {DEPTH_MAX} levels are taken.", param
+        f"The request is nested too deeply: at most {DEPTH_MAX} levels are read.", param
     )
 
 
 def _too_many() -> BadRequest:
     return BadRequest(
-        f"The request has too many values: {VALUES_MAX} are taken in one body."
+        f"The request has too many values: at most {VALUES_MAX} are read in one body."
     )
 
 

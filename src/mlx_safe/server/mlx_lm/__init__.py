@@ -5,7 +5,7 @@
 - `patch`: replaces functions of mlx-lm's server. `bases` has the classes that
   `generator`, `handler` and `prompt_cache` subclass.
 - `kv_tier`: KV caches from and to the disk; `kv_layout`, `kv_parts`: which of them;
-  `kv_capture`: what is written of them, and when.
+  `kv_capture`: what is written of them, and when; `kv_restore`: what is read, and when.
 - `compat`: what differs between versions.
 - `hub`, `kv_window`, `model_facts`, `model_loading`, `speculative`, `chat_template`:
   its models.

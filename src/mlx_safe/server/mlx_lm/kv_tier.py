@@ -11,27 +11,26 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import mlx.core as mx
 
 from ... import _core
 from ...kv.directory import Directory
-from ...kv.format import BLOCK_TOKENS, Node
+from ...kv.format import BLOCK_TOKENS
 from ...kv.identity import Identity, describe_model
-from ...kv.store import Found, Limits, Store, are_tokens
+from ...kv.store import Limits, Store, are_tokens
 from ...kv.writer import Writer
 from ...memory.sizes import format_size
-from ..recorder import breadcrumb
 from ..replies import is_of_all
 from . import compat, kv_parts
 from .hub import cached_model
 from .kv_capture import Capture, End, Kept, Reading
-from .kv_layout import Layout, Unfit
+from .kv_layout import Layout
 from .kv_parts import NotKept, View
+from .kv_restore import Reader, Restore, has_ended
 from .protocols.generation import (
     BatchGenerator,
 )
@@ -49,13 +48,7 @@ __all__ = ["KVTier"]
 
 log = logging.getLogger("mlx_safe.server")
 
-# How long a restore waits for what of its own text is still being written.
-FLUSH_S = 5.0
 CLOSE_S = 2.0
-# A restore that was too slow is tried again after so many that were not.
-TRY_AGAIN_AFTER = 16
-# What is damaged goes, and what is left may serve: looked at so often.
-LOADS_MAX = 4
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -81,45 +74,7 @@ def _spared(
     return spared
 
 
-class _Rate:
-    """How much of something a second; 0.0: not known."""
-
-    def __init__(self) -> None:
-        self.per_s = 0.0
-
-    def saw(self, amount: float, seconds: float) -> None:
-        if amount > 0 and seconds > 0:
-            now = amount / seconds
-            self.per_s = now if not self.per_s else 0.7 * self.per_s + 0.3 * now
-
-
 Caches = list[Cache] | None  # of a prompt
-
-
-class Run(Protocol):
-    """One run of a request; `alone`: on the sequential path."""
-
-    alone: bool
-
-
-class Reader(Protocol):
-    """What is asked of a request in flight, whose prompt is read."""
-
-    prompt_key: tuple[ModelKey, list[int]] | None
-
-    @property
-    def run(self) -> Run: ...
-    @property
-    def is_ended(self) -> bool: ...
-
-
-@dataclass(eq=False)
-class _Restored:
-    """What a request began from. mark: lifted with its first token, then None."""
-
-    request: Reader | None
-    nodes: tuple[Node, ...]
-    mark: str | None
 
 
 class KVTier:
@@ -141,10 +96,8 @@ class KVTier:
         self.current: Callable[[], Reader | None] = lambda: None
         self._key: ModelKey = None
         self._kept: list[Kept] = []
-        self._restored: list[_Restored] = []
+        self._restore = Restore(self.store, self.writer)
         self._readings: dict[int, Reading] = {}
-        self._read_rate, self._restore_rate = _Rate(), _Rate()
-        self._not_tried = 0
         self.store.open()
         self.writer.start()
 
@@ -157,7 +110,7 @@ class KVTier:
         self._key = provider.model_key
         self._kept, self._readings = [], {}
         self.writer.release()
-        self._read_rate = _Rate()
+        self._restore.model_loaded()
         try:
             self._kept = [self._keep(provider, n) for n in compat.cache_forms(provider)]
         except NotKept as e:
@@ -170,7 +123,7 @@ class KVTier:
         layout = self._kept[0].layout
         self._capture.begin(self._kept)
         log.info(
-            "KV caches are kept in %s, %s; the files hold what was said",
+            "KV caches are kept in %s, %s; the files hold the conversations",
             self.store.path,
             " and ".join(
                 [f"{format_size(layout.block_nbytes)} a block of {BLOCK_TOKENS} tokens"]
@@ -231,25 +184,21 @@ class KVTier:
             "limit": self.store.limits.size,
             "waiting_bytes": self.writer.waiting,
             # Between a restore and its first token.
-            "restoring": sum(r.mark is not None for r in self._restored[:]),
+            "restoring": self._restore.count,
             **{name: events[name] for name in (*names, "damaged", "suspects")},
         }
 
     def _has_failed(self, exc: Exception) -> None:
-        why = f"it failed ({type(exc).__name__}); prompts are read"
+        why = f"it failed ({type(exc).__name__}); prompts are read whole"
         self.store.turn_off(why, exc)
-        # They may be the cause.
-        for restored in self._restored:
-            if restored.mark is not None:
-                self.store.drop(restored.nodes)
-                self._lift(restored)
+        self._restore.drop_unproven()
 
     # -- restoring -------------------------------------------------------------------
 
     @property
     def has_restored(self) -> bool:
         """A request in flight began from files."""
-        return any(not _has_ended(r.request) for r in self._restored)
+        return self._restore.is_in_flight
 
     @_spared
     def restore(
@@ -264,122 +213,17 @@ class KVTier:
         """
         if not self._is_on(model, tokens):
             return None
-        for _ in range(LOADS_MAX):
-            best = self._best(tokens)
-            if best is None or best[1].end - have < BLOCK_TOKENS:
-                return None
-            kept, found = best
-            if not self._is_cheaper(found, have):
-                return None
-            begun = time.monotonic()
-            caches, end = self._load_marked(kept, found, tokens)
-            if caches is not None and end > have:
-                seconds = time.monotonic() - begun
-                self._restore_rate.saw(found.nbytes, seconds)
-                breadcrumb("kv", "restored", tokens=end, ms=round(1000 * seconds))
-                self.store.events["restored"] += 1
-                self.store.events["restored_tokens"] += end
-                return caches, tokens[end:]
-            if not kept.layout.has_states:
-                return None  # from its beginning on nothing is sound
-        return None
-
-    def _load_marked(
-        self, kept: Kept, found: Found, tokens: list[int]
-    ) -> tuple[list[Cache] | None, int]:
-        mark = self.store.begin_restore(found.nodes)
-        if mark is None:
-            return None, 0
-        restored = _Restored(self.current(), found.nodes, mark)
-        self._restored.append(restored)
-        epoch = _core.epoch()
-        caches, end = self._load(kept, found.nodes, tokens)
-        if caches is None or _core.epoch() != epoch:
-            self._restored.remove(restored)
-            self.store.end_restore(mark)
-            return None, 0
-        return caches, end
-
-    def _best(self, tokens: list[int]) -> tuple[Kept, Found] | None:
-        """What saves most of what is on disk, or will be in a moment."""
-
-        def look() -> list[tuple[Kept, Found]]:
-            most = len(tokens) - 1  # the last is always read
-            found = [(k, self._find(k, tokens, most)) for k in self._kept]
-            return [(k, f) for k, f in found if f is not None]
-
-        found = look()
-        end = max([f.end for _, f in found], default=0)
-        identities = {k.identity for k in self._kept}
-        if self.writer.goes_on(identities, tokens, end) and self.writer.flush(FLUSH_S):
-            found = look()
-        return max(found, key=lambda pair: pair[1].end, default=None)
-
-    def _find(self, kept: Kept, tokens: Sequence[int], most: int) -> Found | None:
-        return self.store.find(
-            kept.identity,
-            tokens,
-            most,
-            blocks=kept.layout.has_blocks,
-            states=kept.layout.has_states,
-        )
-
-    def _is_cheaper(self, found: Found, have: int) -> bool:
-        """Than reading what memory does not have; learned from both speeds."""
-        read, restore = self._read_rate.per_s, self._restore_rate.per_s
-        if not read or not restore:
-            return True
-        if found.nbytes / restore < (found.end - have) / read:
-            return True
-        self._not_tried += 1
-        self.store.events["not_cheaper"] += 1
-        return self._not_tried % TRY_AGAIN_AFTER == 0
-
-    def _load(
-        self, kept: Kept, nodes: Sequence[Node], tokens: list[int]
-    ) -> tuple[list[Cache] | None, int]:
-        """Caches of those of ``nodes`` that are sound, from the first on."""
-        layout, states, end = kept.layout, None, 0
-        slots: list[list[mx.array]] = []
-        for node in nodes:
-            got = self.store.read(node, tokens, layout.most(node))
-            if got is None:
-                break
-            try:
-                made, found = layout.read(node, *got)
-            except Unfit as e:
-                # Its checksums are right: somebody made it so.
-                log.warning("a file of KV caches is not used: %s: %s", node.name, e)
-                self.store.drop([node])
-                break
-            del got
-            slots = slots or [[] for _ in made]
-            for part, x in zip(slots, made, strict=True):
-                part.append(x)
-            states, end = found or states, node.end
-        if not end or (layout.has_states and end != nodes[-1].end):
-            return None, 0
-        return layout.caches(slots, states or [], end), end
+        return self._restore.restore(self._kept, self.current(), tokens, have)
 
     @_spared
     def first_token(self, request: Reader) -> None:
-        """``request`` has a token: what it began from has killed nobody.
-
-        Called with each of its tokens.
-        """
+        """``request`` has a token. Called with each of its tokens."""
         reading = self._readings.get(id(request))
         if reading is not None and not reading.has_token:
             reading.has_token, reading.caches = True, None
             if not self.writer.has_held(id(request)):
                 del self._readings[id(request)]
-        for restored in self._restored:
-            if restored.request is request:
-                self._lift(restored)
-
-    def _lift(self, restored: _Restored) -> None:
-        if restored.mark is not None:
-            self.store.end_restore(restored.mark)
-            restored.mark = None
+        self._restore.first_token(request)
 
     # -- capturing -------------------------------------------------------------------
 
@@ -487,7 +331,7 @@ class KVTier:
         reading = self._readings.setdefault(id(request), Reading(request))
         now = time.monotonic()
         if reading.done and done > reading.done:
-            self._read_rate.saw(done - reading.done, now - reading.since)
+            self._restore.read_rate.saw(done - reading.done, now - reading.since)
         reading.done, reading.since = done, now
         return reading
 
@@ -509,7 +353,7 @@ class KVTier:
         )
         if not fits and view.row is None and len(self._kept) == 1:
             self._kept = []  # or blocks would be written for nothing
-            why = "their shapes are not those of an empty text"
+            why = "an empty cache of it has shapes of its own"
             log.warning("KV caches of this model stay in memory: %s", why)
 
     # -- the epoch -------------------------------------------------------------------
@@ -524,18 +368,14 @@ class KVTier:
             mx.synchronize()
             self.writer.confirm(_core.epoch())
         if self._readings:
-            ended = [i for i, r in self._readings.items() if _has_ended(r.request)]
+            ended = [i for i, r in self._readings.items() if has_ended(r.request)]
             for i in ended:
                 reading = self._readings.pop(i)  # its memory is to be free
                 if reading.has_token:
                     self.writer.let_go(i)
                 else:
                     self.writer.release(i)  # it was broken off
-        if self._restored:
-            for restored in self._restored:
-                if _has_ended(restored.request):
-                    self._lift(restored)
-            self._restored = [r for r in self._restored if not _has_ended(r.request)]
+        self._restore.forget_ended()
 
     def fail(self, *, stray: bool) -> None:
         """There was a failure. stray: something may have been written anywhere."""
@@ -543,11 +383,7 @@ class KVTier:
             reading.caches, reading.has_token = None, False
         self.writer.fail(all_of_it=stray)
         self.writer.release()
-        for restored in self._restored:
-            if stray:
-                self.store.drop(restored.nodes)
-            self._lift(restored)
-        self._restored = []
+        self._restore.end(drop=stray)
 
     def withdraw(self) -> None:
         """The process will be replaced: nothing more is written. Any thread."""
@@ -555,14 +391,9 @@ class KVTier:
 
     def close(self) -> None:
         """The server stops: what is confirmed is written, if the disk is quick."""
-        for restored in self._restored:
-            self._lift(restored)
+        self._restore.end(drop=False)
         self.writer.release()
         self.writer.close(CLOSE_S)
-
-
-def _has_ended(request: Reader | None) -> bool:
-    return request is None or request.is_ended
 
 
 def _describe(name: object) -> object:

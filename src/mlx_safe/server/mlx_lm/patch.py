@@ -93,7 +93,7 @@ def parser_of(server: Server) -> argparse.ArgumentParser:
             raise _Made(self)
 
     def run(*args: object, **kwargs: object) -> None:
-        raise CommandError("this mlx-lm reads its flags in a way that is not known")
+        raise CommandError("mlx-safe does not know how this mlx-lm reads its flags")
 
     before = {name: vars(server)[name] for name in ("argparse", "run")}
     _with_parser(server, Collecting)
@@ -104,7 +104,7 @@ def parser_of(server: Server) -> argparse.ArgumentParser:
         return made.parser
     finally:
         _replace(server, **before)
-    raise CommandError("this mlx-lm has no flags that can be found")
+    raise CommandError("cannot find the flags of this mlx-lm")
 
 
 def run_main(

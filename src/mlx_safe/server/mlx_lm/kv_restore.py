@@ -1,0 +1,252 @@
+"""KV caches come back from the disk: which, where that is quicker, and until when.
+
+Used by the generation thread only; `Restore.count` by any.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from ... import _core
+from ...kv.format import BLOCK_TOKENS, Node
+from ...kv.store import Found, Store
+from ...kv.writer import Writer
+from ..recorder import breadcrumb
+from .kv_capture import Kept
+from .kv_layout import Unfit
+from .protocols.models import Cache
+from .protocols.opaque import ModelKey
+
+__all__ = ["Rate", "Reader", "Restore", "has_ended"]
+
+log = logging.getLogger("mlx_safe.server")
+
+# How long a restore waits for what of its own text is still being written.
+FLUSH_S = 5.0
+# A restore that was too slow is tried again after so many that were not.
+TRY_AGAIN_AFTER = 16
+# What is damaged goes, and what is left may serve: looked at so often.
+LOADS_MAX = 4
+
+
+class Rate:
+    """How much of something a second; 0.0: not known."""
+
+    def __init__(self) -> None:
+        self.per_s = 0.0
+
+    def saw(self, amount: float, seconds: float) -> None:
+        if amount > 0 and seconds > 0:
+            now = amount / seconds
+            self.per_s = now if not self.per_s else 0.7 * self.per_s + 0.3 * now
+
+
+class Run(Protocol):
+    """One run of a request; `alone`: on the sequential path."""
+
+    alone: bool
+
+
+class Reader(Protocol):
+    """What is asked of a request in flight, whose prompt is read."""
+
+    prompt_key: tuple[ModelKey, list[int]] | None
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def is_ended(self) -> bool: ...
+
+
+def has_ended(request: Reader | None) -> bool:
+    return request is None or request.is_ended
+
+
+@dataclass(eq=False)
+class _Restored:
+    """What a request began from. mark: lifted with its first token, then None."""
+
+    request: Reader | None
+    nodes: tuple[Node, ...]
+    mark: str | None
+
+
+class Restore:
+    """What requests in flight began from.
+
+    Until a request has its first token, a mark on the disk names its files: should the
+    process die meanwhile, the next one takes them for the cause.
+
+    Attributes:
+        read_rate: tokens of prompts a second; told by who reads them.
+        restore_rate: bytes a second.
+    """
+
+    def __init__(self, store: Store, writer: Writer) -> None:
+        self._store = store
+        self._writer = writer
+        self._restored: list[_Restored] = []
+        self.read_rate, self.restore_rate = Rate(), Rate()
+        self._not_tried = 0
+
+    def model_loaded(self) -> None:
+        """Another model reads at a speed of its own."""
+        self.read_rate = Rate()
+
+    @property
+    def is_in_flight(self) -> bool:
+        """A request in flight began from files."""
+        return any(not has_ended(r.request) for r in self._restored)
+
+    @property
+    def count(self) -> int:
+        """Requests between their restore and their first token. Any thread."""
+        return sum(r.mark is not None for r in self._restored[:])
+
+    def restore(
+        self,
+        models: Sequence[Kept],
+        request: Reader | None,
+        tokens: list[int],
+        have: int,
+    ) -> tuple[list[Cache], list[int]] | None:
+        """See `KVTier.restore`. models: the forms of the model's caches."""
+        for _ in range(LOADS_MAX):
+            best = self._best(models, tokens)
+            if best is None or best[1].end - have < BLOCK_TOKENS:
+                return None
+            kept, found = best
+            if not self._is_cheaper(found, have):
+                return None
+            begun = time.monotonic()
+            caches, end = self._load_marked(request, kept, found, tokens)
+            if caches is not None and end > have:
+                seconds = time.monotonic() - begun
+                self.restore_rate.saw(found.nbytes, seconds)
+                breadcrumb("kv", "restored", tokens=end, ms=round(1000 * seconds))
+                self._store.events["restored"] += 1
+                self._store.events["restored_tokens"] += end
+                return caches, tokens[end:]
+            if not kept.layout.has_states:
+                return None  # from its beginning on nothing is sound
+        return None
+
+    def _load_marked(
+        self, request: Reader | None, kept: Kept, found: Found, tokens: list[int]
+    ) -> tuple[list[Cache] | None, int]:
+        mark = self._store.begin_restore(found.nodes)
+        if mark is None:
+            return None, 0
+        restored = _Restored(request, found.nodes, mark)
+        self._restored.append(restored)
+        epoch = _core.epoch()
+        caches, end = self._load(kept, found.nodes, tokens)
+        if caches is None or _core.epoch() != epoch:
+            self._restored.remove(restored)
+            self._store.end_restore(mark)
+            return None, 0
+        return caches, end
+
+    def _best(
+        self, models: Sequence[Kept], tokens: list[int]
+    ) -> tuple[Kept, Found] | None:
+        """What saves most of what is on disk, or will be in a moment."""
+
+        def look() -> list[tuple[Kept, Found]]:
+            most = len(tokens) - 1  # the last is always read
+            found = [(k, self._find(k, tokens, most)) for k in models]
+            return [(k, f) for k, f in found if f is not None]
+
+        found = look()
+        end = max([f.end for _, f in found], default=0)
+        identities = {k.identity for k in models}
+        writer = self._writer
+        if writer.goes_on(identities, tokens, end) and writer.flush(FLUSH_S):
+            found = look()
+        return max(found, key=lambda pair: pair[1].end, default=None)
+
+    def _find(self, kept: Kept, tokens: Sequence[int], most: int) -> Found | None:
+        return self._store.find(
+            kept.identity,
+            tokens,
+            most,
+            blocks=kept.layout.has_blocks,
+            states=kept.layout.has_states,
+        )
+
+    def _is_cheaper(self, found: Found, have: int) -> bool:
+        """Than reading what memory does not have; learned from both speeds."""
+        read, restore = self.read_rate.per_s, self.restore_rate.per_s
+        if not read or not restore:
+            return True
+        if found.nbytes / restore < (found.end - have) / read:
+            return True
+        self._not_tried += 1
+        self._store.events["not_cheaper"] += 1
+        return self._not_tried % TRY_AGAIN_AFTER == 0
+
+    def _load(
+        self, kept: Kept, nodes: Sequence[Node], tokens: list[int]
+    ) -> tuple[list[Cache] | None, int]:
+        """Caches of those of ``nodes`` that are sound, from the first on."""
+        layout, states, end = kept.layout, None, 0
+        slots: list[list[mx.array]] = []
+        for node in nodes:
+            got = self._store.read(node, tokens, layout.most(node))
+            if got is None:
+                break
+            try:
+                made, found = layout.read(node, *got)
+            except Unfit as e:
+                # Its checksums are right: somebody made it so.
+                log.warning("a file of KV caches is not used: %s: %s", node.name, e)
+                self._store.drop([node])
+                break
+            del got
+            slots = slots or [[] for _ in made]
+            for part, x in zip(slots, made, strict=True):
+                part.append(x)
+            states, end = found or states, node.end
+        if not end or (layout.has_states and end != nodes[-1].end):
+            return None, 0
+        return layout.caches(slots, states or [], end), end
+
+    def first_token(self, request: Reader) -> None:
+        """``request`` has a token: what it began from has killed nobody."""
+        for restored in self._restored:
+            if restored.request is request:
+                self._lift(restored)
+
+    def forget_ended(self) -> None:
+        """Called with every step."""
+        if self._restored:
+            for restored in self._restored:
+                if has_ended(restored.request):
+                    self._lift(restored)
+            self._restored = [r for r in self._restored if not has_ended(r.request)]
+
+    def drop_unproven(self) -> None:
+        """Those that have no token yet may be the cause of a failure."""
+        for restored in self._restored:
+            if restored.mark is not None:
+                self._store.drop(restored.nodes)
+                self._lift(restored)
+
+    def end(self, *, drop: bool) -> None:
+        """Nothing in flight has begun from files any more. drop: they are removed."""
+        for restored in self._restored:
+            if drop:
+                self._store.drop(restored.nodes)
+            self._lift(restored)
+        self._restored = []
+
+    def _lift(self, restored: _Restored) -> None:
+        if restored.mark is not None:
+            self._store.end_restore(restored.mark)
+            restored.mark = None
