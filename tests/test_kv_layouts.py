@@ -14,7 +14,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_safe.kv.directory import Directory
-from mlx_safe.kv.format import Node, chain
+from mlx_safe.kv.format import SNAPSHOT, Node, chain
 from mlx_safe.kv.store import Draft, Limits
 from mlx_safe.server.mlx_lm import kv_capture, kv_window
 from mlx_safe.server.mlx_lm.kv_parts import leaves
@@ -351,10 +351,42 @@ def others(good: Any, pieces: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
     yield good, pieces[::-1]
 
 
+@pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
+def test_a_snapshot_that_goes_before_it_is_read(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Evicted meanwhile; it ends where a block does, and an older one serves."""
+    kept = keep(kind)
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    text = [*TEXT, *TEXT][:600]
+    caches = make_prompt_cache(model)
+    for begin, end in ((0, 256), (256, 512)):
+        read(model, text[begin:end], caches, step=256)
+        tier.capture(kept.key, text[:end], caches)
+        kept.settle()
+    tier = kept.start()
+    plain = tier.store.read
+
+    def read_node(node: Node, *more: Any) -> Any:
+        if node.end == node.start == 512:
+            tier.store.drop([node])
+        return plain(node, *more)
+
+    monkeypatch.setattr(tier.store, "read", read_node)
+    found: Any = tier.restore(kept.key, text, 0)
+    assert tier.store.off is None
+    assert found is not None
+    assert found[1] == text[256:]
+    read(model, text[256:512], found[0], step=256)
+    assert_equal(logits(model, found[0]), logits(model, caches))
+
+
 def test_a_long_prompts_snapshots_go_one_for_the_next(
-    keep: Callable[..., Kept],
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the sequential path; what a fault leaves reaches back a block and a step."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 0)
     kept = keep("mamba2")
     tier, model = kept.tier, kept.provider.model
     assert tier is not None
@@ -385,6 +417,7 @@ def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
 ) -> None:
     """A snapshot that saves a small share of the text is written if that is lost."""
     monkeypatch.setattr(kv_capture, "SHARE", 0.9)
+    monkeypatch.setattr(kv_capture, "WAIT_S", 0)
     kept = keep("mamba2")
     tier, model = kept.tier, kept.provider.model
     assert tier is not None
@@ -410,6 +443,34 @@ def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
     assert found == length
     if length == 900:
         assert_equal(logits(model, restored), logits(model, caches))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "gemma3_text"])
+def test_turns_that_follow_soon_write_one_snapshot(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """And it is there when the server stops, or when none has followed."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
+    kept = keep(kind)
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    text = [*TEXT, *TEXT, *TEXT, *TEXT]
+    caches = make_prompt_cache(model)
+    tier._read_rate.saw(500, 1)
+    for turn in range(4):
+        read(model, text[300 * turn : 300 * turn + 300], caches)
+        tier.capture(kept.key, text[: 300 * turn + 300], caches)
+        kept.settle()
+    assert [n for n in nodes(tier) if n.kind == SNAPSHOT] == []
+    monkeypatch.setattr(kv_capture, "WAIT_S", 1)  # it takes two to read them again
+    read(model, [7] * 40, caches)
+    longer = [*text[:1200], *[7] * 40]
+    tier.capture(kept.key, longer, caches)
+    kept.settle()
+    assert [n.end for n in nodes(tier) if n.kind == SNAPSHOT] == [1240]
+    restored, length = kept.restore([*longer, 1])
+    assert length == 1240
+    assert_equal(logits(model, restored), logits(model, caches))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "gemma3_text"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ class KVTier:
     def __init__(self, directory: Directory, limits: Limits) -> None:
         self.store = Store(directory, limits)
         self.writer = Writer(self.store)
-        self._capture = Capture(self.store, self.writer)
+        self._capture = Capture(self.store, self.writer, self._read_s)
         self.current: Callable[[], Reader | None] = lambda: None
         self._key: ModelKey = None
         self._kept: list[Kept] = []
@@ -335,12 +336,17 @@ class KVTier:
         self.store.events["not_cheaper"] += 1
         return self._not_tried % TRY_AGAIN_AFTER == 0
 
+    def _read_s(self, tokens: int) -> float:
+        """How long they take to be read; for ever while that is not known."""
+        return tokens / self._read_rate.per_s if self._read_rate.per_s else math.inf
+
     def _load(
         self, kept: Kept, nodes: Sequence[Node], tokens: list[int]
     ) -> tuple[list[Cache] | None, int]:
         """Caches of those of ``nodes`` that are sound, from the first on."""
         layout, states, end = kept.layout, None, 0
         slots: list[list[mx.array]] = []
+        missing = len(nodes)
         for node in nodes:
             got = self.store.read(node, tokens, layout.most(node))
             if got is None:
@@ -357,7 +363,9 @@ class KVTier:
             for part, x in zip(slots, made, strict=True):
                 part.append(x)
             states, end = found or states, node.end
-        if not end or (layout.has_states and end != nodes[-1].end):
+            missing -= 1
+        # A snapshot may end where the block before it does: ends do not tell.
+        if not end or (layout.has_states and missing):
             return None, 0
         return layout.caches(slots, states or [], end), end
 
