@@ -18,7 +18,7 @@ from mlx_safe.kv.format import SNAPSHOT, Node, chain
 from mlx_safe.kv.store import Draft, Limits
 from mlx_safe.server.mlx_lm import kv_capture, kv_window
 from mlx_safe.server.mlx_lm.kv_parts import leaves
-from mlx_safe.server.mlx_lm.kv_tier import KVTier
+from mlx_safe.server.mlx_lm.kv_tier import KVTier, _Rate
 from support import model_types
 
 # Windows have 32 tokens.
@@ -158,7 +158,8 @@ def test_rows_of_a_batch_are_taken_while_they_are_read(
     batch = BatchGenerator(kept.provider.model, prefill_step_size=100)
     texts = [TEXT[:300], TEXT[5:275]]  # one has padding before it, and ends first
     requests = [
-        SimpleNamespace(prompt_key=(kept.key, text), is_ended=False) for text in texts
+        SimpleNamespace(prompt_key=(kept.key, text), is_ended=False, cached_tokens=0)
+        for text in texts
     ]
     uids = batch.insert_segments([[text] for text in texts])
     ends: dict[int, list[Any]] = {}
@@ -471,6 +472,45 @@ def test_turns_that_follow_soon_write_one_snapshot(
     restored, length = kept.restore([*longer, 1])
     assert length == 1240
     assert_equal(logits(model, restored), logits(model, caches))
+
+
+def test_in_the_midst_of_a_prompt_no_snapshot_waits_to_be_written(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step would have one; the one at its end waits for the next turn's."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
+    kept = keep("mamba2")
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    tier._read_rate.saw(1000, 1)
+    text = [*TEXT, *TEXT][:600]
+    request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
+    tier.current = lambda: request
+    caches: Any = tier.follow(kept.key, text, None, 0)
+    waiting = []
+    for begin, end in [*((at, at + 100) for at in range(0, 500, 100)), (500, 599)]:
+        read(model, text[begin:end], caches)
+        tier.checkpoint_alone(request, end)
+        kept.settle()
+        waiting.append(tier.writer.waiting > 0)
+    assert waiting == [False] * 5 + [True]
+    held = tier.writer.waiting
+    tier.capture(kept.key, text[:599], caches)  # as the prompt cache gets it
+    assert tier.writer.waiting == held, "once"
+    assert tier.writer.has_held(id(request)), "it is written if the client leaves"
+    tier.first_token(request)
+    request.is_ended = True
+    kept.settle()
+    assert tier.writer.waiting > 0, "it may be written later"
+    assert nodes(tier) == []
+
+
+def test_how_fast_a_prompt_is_read_its_short_last_step_does_not_tell() -> None:
+    rate = _Rate()
+    for _ in range(5):
+        rate.saw(2048, 4.0)
+        rate.saw(10, 0.5)
+    assert 400 < rate.per_s < 512
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "gemma3_text"])

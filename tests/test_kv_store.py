@@ -238,7 +238,7 @@ def test_without_descriptors_it_waits_and_is_not_off(
     assert store.read(nodes[0], TOKENS, 1 << 20) is None
     assert store.find(IDENTITY, TOKENS, 700, blocks=True, states=False) is None
     assert not store.publish(drafts(OTHER)[0])
-    store.drop(nodes)
+    store.drop(nodes[::-1])
     assert store.off is None
     monkeypatch.undo()
     other.open()

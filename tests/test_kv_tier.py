@@ -245,6 +245,24 @@ def test_of_what_leaves_memory_the_disk_has_all(
     assert len(cache) == 0
 
 
+def test_of_what_memory_has_more_of_nothing_is_written_when_it_leaves(
+    provider: Any, tier: KVTier
+) -> None:
+    """The beginning of a conversation that goes on, and cannot be trimmed to it."""
+    cache = PromptCache(3)
+    cache.disk = tier
+    key = provider.model_key
+    for tokens, kind in ((TOKENS, "system"), (TOKENS[:552], "user"), ([7], "user")):
+        caches = make_prompt_cache(provider.model)
+        mx.eval(read(provider, tokens, caches))
+        cache.insert_cache(key, tokens, caches, cache_type=kind)
+    assert cache.evict_oldest() > 0
+    assert len(cache) == 2
+    assert ends(tier) == [256, 512]
+    cache.trim_to(n_sequences=0)
+    assert ends(tier) == [256, 512, 560]
+
+
 def test_another_model_does_not_get_them(
     provider: Any, tier: KVTier, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -83,15 +83,19 @@ def _spared(
 
 
 class _Rate:
-    """How much of something a second; 0.0: not known."""
+    """How much of something a second; 0.0: not known.
+
+    The last few count, each by its amount: the end of a prompt is a step of few tokens.
+    """
 
     def __init__(self) -> None:
-        self.per_s = 0.0
+        self.per_s = self._amount = self._seconds = 0.0
 
     def saw(self, amount: float, seconds: float) -> None:
         if amount > 0 and seconds > 0:
-            now = amount / seconds
-            self.per_s = now if not self.per_s else 0.7 * self.per_s + 0.3 * now
+            self._amount = 0.7 * self._amount + amount
+            self._seconds = 0.7 * self._seconds + seconds
+            self.per_s = self._amount / self._seconds
 
 
 Caches = list[Cache] | None  # of a prompt
@@ -112,6 +116,8 @@ class Reader(Protocol):
     def run(self) -> Run: ...
     @property
     def is_ended(self) -> bool: ...
+    @property
+    def cached_tokens(self) -> int | None: ...
 
 
 @dataclass(eq=False)
@@ -146,6 +152,7 @@ class KVTier:
         self._readings: dict[int, Reading] = {}
         self._read_rate, self._restore_rate = _Rate(), _Rate()
         self._not_tried = 0
+        self._confirmed = 0.0  # when
         self.store.open()
         self.writer.start()
 
@@ -428,7 +435,7 @@ class KVTier:
             return
         row = batch._prompt_batch.uids.index(uid)
         done = len(batch._prompt_batch.tokens[row])
-        reading = self._progress(request, done)
+        reading = self._progress(request, done, request.cached_tokens)
         view = View(batch._prompt_batch.prompt_cache, done, row)
         self._take(
             key[1][:done],
@@ -491,11 +498,17 @@ class KVTier:
         part = End.OF_PART if is_end else End.NONE
         self._take(tokens, view, reading, is_boundary=False, end=part)
 
-    def _progress(self, request: Reader, done: int) -> Reading:
-        reading = self._readings.setdefault(id(request), Reading(request))
+    def _progress(
+        self, request: Reader, done: int, begun: int | None = None
+    ) -> Reading:
+        """Args: begun: tokens that it had before the step that ends now, its first."""
         now = time.monotonic()
-        if reading.done and done > reading.done:
-            self._read_rate.saw(done - reading.done, now - reading.since)
+        reading = self._readings.get(id(request))
+        if reading is None:
+            reading = Reading(request, done if begun is None else begun)
+            reading.since = self._confirmed
+            self._readings[id(request)] = reading
+        self._read_rate.saw(done - reading.done, now - reading.since)
         reading.done, reading.since = done, now
         return reading
 
@@ -528,6 +541,7 @@ class KVTier:
 
         Called with every step: what is not to be done costs nothing.
         """
+        self._confirmed = time.monotonic()
         if self.writer.unconfirmed:
             mx.synchronize()
             self.writer.confirm(_core.epoch())
