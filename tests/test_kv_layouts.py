@@ -464,14 +464,42 @@ def test_turns_that_follow_soon_write_one_snapshot(
         kept.settle()
     assert [n for n in nodes(tier) if n.kind == SNAPSHOT] == []
     monkeypatch.setattr(kv_capture, "WAIT_S", 1)  # it takes two to read them again
-    read(model, [7] * 40, caches)
-    longer = [*text[:1200], *[7] * 40]
+    read(model, [7] * 300, caches)
+    longer = [*text[:1200], *[7] * 300]
     tier.capture(kept.key, longer, caches)
     kept.settle()
-    assert [n.end for n in nodes(tier) if n.kind == SNAPSHOT] == [1240]
+    assert [n.end for n in nodes(tier) if n.kind == SNAPSHOT] == [1500]
     restored, length = kept.restore([*longer, 1])
-    assert length == 1240
+    assert length == 1500
     assert_equal(logits(model, restored), logits(model, caches))
+
+
+def test_the_end_of_a_prompt_waits_and_not_its_short_answers(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may render the answer in other tokens; and memory evicts both."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
+    kept = keep("mamba2")
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    tier._read_rate.saw(1000, 1)
+    caches = make_prompt_cache(model)
+    text = [*TEXT, *TEXT][:620]
+    for begin, end in ((0, 280), (280, 300), (300, 620)):
+        read(model, text[begin:end], caches)
+        tier.capture(kept.key, text[:end], caches)
+        kept.settle()
+        (held,) = tier.writer.due(tier._kept[0].identity, text)
+        assert held.end == (280 if end < 620 else 620)
+    other = [*text[:600], 5]
+    plain = make_prompt_cache(model)
+    read(model, other, plain)
+    tier.capture(kept.key, other, plain, leaves=True)
+    kept.settle()
+    tier.capture(kept.key, text, caches, leaves=True)
+    kept.settle()
+    assert sorted(n.end for n in nodes(tier)) == [601, 620]
+    assert tier.writer.waiting == 0
 
 
 def test_in_the_midst_of_a_prompt_no_snapshot_waits_to_be_written(

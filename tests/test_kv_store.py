@@ -892,7 +892,8 @@ def test_what_may_wait_makes_way_for_the_next_of_its_text(tmp_path: Path) -> Non
         writer.let_go(1)  # its request has ended
         clock.now += 9
         assert not writer.write_one()
-    assert writer.is_due(snapshot(120).node)
+    assert writer.due(IDENTITY, TOKENS) == [snapshot(120).node]
+    assert writer.due(IDENTITY, OTHER) == writer.due(IDENTITY, TOKENS[:119]) == []
     assert writer.waiting == snapshot(120).nbytes
     # Another text, and one that is only to be there if its request is broken off.
     assert writer.hold(snapshot(130, OTHER), 7, None, 10.0)
@@ -902,7 +903,11 @@ def test_what_may_wait_makes_way_for_the_next_of_its_text(tmp_path: Path) -> Non
     clock.now += 1
     assert writer.write_one()
     assert not writer.write_one()
-    clock.now += 9
+    clock.now += 3
+    assert not writer.write_one()
+    writer.hurry(IDENTITY, TOKENS)
+    assert not writer.write_one()
+    writer.hurry(IDENTITY, OTHER)
     assert writer.write_one()
     assert not writer.write_one()
     assert writer.waiting == 0

@@ -159,9 +159,24 @@ class Writer:
         """Whether something is held for ``owner``."""
         return any(item.owner == owner for item in self._held)
 
-    def is_due(self, node: Node) -> bool:
-        """Whether it is held, and will be written."""
-        return any(i.draft.node == node and i.due < math.inf for i in self._held)
+    def due(self, identity: str, tokens: Sequence[int]) -> list[Node]:
+        """The nodes of the text ``tokens`` that are held, and will be written."""
+        return [item.draft.node for item in self._due(identity, tokens)]
+
+    def hurry(self, identity: str, tokens: Sequence[int]) -> None:
+        """These are written now."""
+        with self._changed:
+            for item in self._due(identity, tokens):
+                item.due = 0.0
+            self._release(lambda item: item.due <= 0.0)
+            self._changed.notify_all()
+
+    def _due(self, identity: str, tokens: Sequence[int]) -> list[_Item]:
+        return [
+            item
+            for item in self._held[:]
+            if item.due < math.inf and _is_of(item.draft, {identity}, tokens)
+        ]
 
     def let_go(self, owner: int) -> None:
         """``owner`` was not broken off: what is not to be written otherwise goes."""

@@ -193,13 +193,14 @@ class Capture:
         passing = reading.passing if reading is not None else None
         if is_boundary and reading is not None:
             reading.passing = None  # it, or what comes in its place, stays
+        leaves, done = end is End.LEAVES, text.view.done
         last = max([known.end for known in text.known], default=0)
-        lost, share = text.view.done - last, SHARE * text.view.done
-        leaves = end is End.LEAVES
-        is_worth_it = leaves or lost > share
-        if lost < BLOCK_TOKENS or (reading is None and not is_worth_it):
-            return True
-        if not leaves and self._writer.is_due(node):
+        due = self._writer.due(text.kept.identity, text.tokens)
+        gain = done - max([last, *(held.end for held in due)])
+        if leaves:
+            self._writer.hurry(text.kept.identity, text.tokens)
+        is_worth_it = leaves or gain > SHARE * done
+        if gain < BLOCK_TOKENS or (reading is None and not is_worth_it):
             return True
         taken = layout.snapshot(text.view, node.start)
         if taken is None:
@@ -215,7 +216,7 @@ class Capture:
         if drafted is None:
             return True
         owner = id(reading.request) if reading is not None else None
-        may_wait = not leaves and self._read_s(lost) < WAIT_S
+        may_wait = not leaves and self._read_s(done - last) < WAIT_S
         # In the midst of a prompt the next step's takes its place, or its end's.
         wait_s = WAIT_S if is_worth_it and end is not End.NONE else math.inf
         held = (may_wait or not is_worth_it) and self._writer.hold(
