@@ -60,8 +60,16 @@ def text_of(words: int, seed: int) -> str:
     return " ".join(f"{chance.randrange(1000)} ships" for _ in range(words))
 
 
+def body_of(
+    server: Server, messages: list[dict[str, str]], tokens: int
+) -> dict[str, Any]:
+    name = str(server.model)  # some servers want to hear it
+    body = {"model": name, "messages": messages, "max_tokens": tokens}
+    return {**body, "temperature": 0.0}
+
+
 def ask(server: Server, messages: list[dict[str, str]], tokens: int = 1) -> Any:
-    body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    body = body_of(server, messages, tokens)
     answer = server.post(body, timeout=TIMEOUT_S)
     if answer.status != 200:
         raise SystemExit(f"status {answer.status}: {answer.json}")
@@ -100,7 +108,7 @@ def streamed(
     server: Server, messages: list[dict[str, str]], tokens: int, alone: bool = False
 ) -> tuple[list[Moment], str, dict[str, Any]]:
     """The moments from the asking on to each token; the text; its usage."""
-    body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    body = body_of(server, messages, tokens)
     body |= {"seed": 1} if alone else {}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     moments, text = [now(server)], ""

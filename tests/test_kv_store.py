@@ -151,6 +151,31 @@ def test_a_forged_header_is_refused(
     assert store.off is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 50_000,
+        b"null",
+        b"\xff\xfe",
+        b'{"pieces": ' + b"9" * 6000 + b"}",
+        b" " * (1 << 20),
+        b'{"key": "\\ud800"}',
+    ],
+)
+def test_a_header_that_is_none_is_refused(tmp_path: Path, text: bytes) -> None:
+    """Its checksum is right."""
+    store = opened(tmp_path)
+    write(store, TOKENS)
+    file = tmp_path / IDENTITY / drafts(TOKENS)[1].node.name
+    data = file.read_bytes()
+    length = struct.unpack_from("<I", data, 12)[0]
+    fixed = data[:12] + struct.pack("<I", len(text)) + sha256(text).digest()
+    file.write_bytes(fixed + text + data[48 + length :])
+    assert [n.end for n in restored(store, TOKENS)] == [256]
+    assert store.events["damaged"] == 1
+    assert store.off is None
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory", "huge", "other owner's"])
 def test_what_is_no_plain_file_is_never_read(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
