@@ -34,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+from foreign_cost import interval
 from memory_ceiling import Load, Result
 from memory_ceiling import run as run_load
 
@@ -59,8 +60,16 @@ def text_of(words: int, seed: int) -> str:
     return " ".join(f"{chance.randrange(1000)} ships" for _ in range(words))
 
 
+def body_of(
+    server: Server, messages: list[dict[str, str]], tokens: int
+) -> dict[str, Any]:
+    name = str(server.model)  # some servers want to hear it
+    body = {"model": name, "messages": messages, "max_tokens": tokens}
+    return {**body, "temperature": 0.0}
+
+
 def ask(server: Server, messages: list[dict[str, str]], tokens: int = 1) -> Any:
-    body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    body = body_of(server, messages, tokens)
     answer = server.post(body, timeout=TIMEOUT_S)
     if answer.status != 200:
         raise SystemExit(f"status {answer.status}: {answer.json}")
@@ -99,7 +108,7 @@ def streamed(
     server: Server, messages: list[dict[str, str]], tokens: int, alone: bool = False
 ) -> tuple[list[Moment], str, dict[str, Any]]:
     """The moments from the asking on to each token; the text; its usage."""
-    body = {"messages": messages, "max_tokens": tokens, "temperature": 0.0}
+    body = body_of(server, messages, tokens)
     body |= {"seed": 1} if alone else {}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     moments, text = [now(server)], ""
@@ -184,36 +193,49 @@ def broken_off(model: Path, directory: Path, words: int, seed: int) -> str:
 def speed(
     model: Path, directory: Path, words: int, tokens: int, pairs: int, writing: bool
 ) -> None:
-    """Two servers at once, asked in turn.
+    """Three servers at once, asked in turn: with the tier, and two without.
+
+    Those two tell how well it is known. The interval is one of the median, at 95 %.
 
     Args:
         writing: a new text each time, which is read, written and answered; all of
             the processor time counts. Otherwise the tier has nothing to write.
     """
-    with start(model, None) as off, start(model, directory) as on:
-        for server in (off, on):
+    with (
+        start(model, None) as off,
+        start(model, None) as again,
+        start(model, directory) as on,
+    ):
+        servers = [off, again, on]
+        for server in servers:
             ask(server.wait_ready(), [{"role": "user", "content": text_of(words, 1)}])
         settle(on, True)
-        ratios = []
+        ratios: dict[Server, list[float]] = {again: [], on: []}
         for n in range(pairs):
             used = {}
             seed = 2 + n if writing else 1
             messages = [{"role": "user", "content": text_of(words, seed)}]
-            for server in (off, on) if n % 2 == 0 else (on, off):
+            for server in servers[n % 3 :] + servers[: n % 3]:
                 moments, _, _ = streamed(server, messages, tokens)
                 if writing:
-                    settle(on, server is on)
+                    settle(server, server is on)
                     used[server] = now(server).since(moments[0]).cpu
                 else:
                     used[server] = moments[-1].since(moments[1]).cpu
-            ratios.append(used[off] / used[on])
+            for server, found in ratios.items():
+                found.append(used[off] / used[server])
             settle(on, True)
-            print(
-                f"tokens per CPU second, tier {'writing' if writing else 'idle'} / "
-                f"off: {ratios[-1]:.3f}; median of "
-                f"{n + 1}: {statistics.median(ratios):.3f}",
-                flush=True,
-            )
+            if n % 10 == 9 or n == pairs - 1:
+                print(
+                    f"tokens per CPU second over those of tier off, of {n + 1}: tier "
+                    f"{'writing' if writing else 'idle'} {median_of(ratios[on])}; "
+                    f"off, another server {median_of(ratios[again])}",
+                    flush=True,
+                )
+
+
+def median_of(ratios: list[float]) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*interval(ratios))
 
 
 def written(model: Path, directory: Path, words: int, turns: int) -> str:

@@ -4,7 +4,9 @@ For each type a server with --kv-dir and room for two conversations in memory. C
 hold conversations of their own, in batches and alone, streamed or not, and leave now
 and then in the midst of a prompt; the limit of the directory is below what they write.
 A request that fails in spite of that, a line of the log that tells of a failure, a
-tier that is off: all of it is wrong, and printed with the log's lines.
+tier that is off: all of it is wrong, and printed with the log's lines. With
+``--faults S`` a fault comes every S seconds or so, of a kind after which requests are
+run again: they are not to fail, but with the fault's own error after too many of them.
 
     bench/kv_kinds.py --seconds 60 qwen3_next falcon_h1 gemma3_text
 """
@@ -26,7 +28,10 @@ from support import tiny_model
 from support.models import make_model
 from support.server import CONTROLLED, Server, kept_in
 
-SAYS = ("read again, after", "step failed", "Traceback", "no longer kept", "ends alone")
+TROUBLE = ("Traceback", "no longer kept")
+SAYS = (*TROUBLE, "read again, after", "step failed", "ends alone")
+# A timeout, an innocent victim, out of memory, an interactivity watchdog.
+CODES = (0x2, 0x5, 0x8, 0xE)
 WORDS = ["ships", "sail", "slowly", "over", "the", "grey", "sea", "at", "night"]
 
 
@@ -54,13 +59,25 @@ def converse(server: Server, seed: int, until: float, seen: Counter[str]) -> Non
             continue
         answer = server.post(body, timeout=300)
         seen[f"{answer.status} {answer.broken or ''}".strip()] += 1
+        if str((answer.error or {}).get("code")).startswith("metal_"):
+            seen["left to its faults"] += 1
+            messages.pop()
+            continue
         if answer.status != 200 or answer.error:
             seen[f"error {answer.error}"] += 1
             return
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def run(model: Path, directory: Path, seconds: float, seed: int) -> bool:
+def disturb(server: Server, seed: int, until: float, every: float) -> None:
+    chance = random.Random(seed)
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, chance.uniform(0.5, 1.5) * every))
+        phase = chance.choice(["prefill", "decode", "any"])
+        server.plan(f"{phase}:{chance.randrange(1, 8)}:{chance.choice(CODES)}")
+
+
+def run(model: Path, directory: Path, seconds: float, seed: int, faults: float) -> bool:
     flags = ["--prefill-step-size", "64", "--prompt-cache-size", "2"]
     flags += [*kept_in(directory), "--kv-disk-bytes", "6M"]
     seen: Counter[str] = Counter()
@@ -71,6 +88,9 @@ def run(model: Path, directory: Path, seconds: float, seed: int) -> bool:
             threading.Thread(target=converse, args=(server, seed + n, until, seen))
             for n in range(4)
         ]
+        if faults:
+            given = (server, seed, until, faults)
+            clients.append(threading.Thread(target=disturb, args=given))
         for client in clients:
             client.start()
         for client in clients:
@@ -80,9 +100,12 @@ def run(model: Path, directory: Path, seconds: float, seed: int) -> bool:
             name: int(server.metric(f"mlx_safe_kv_disk_{name}_total"))
             for name in ("restored", "written", "evicted", "damaged")
         }
+        counts["replays"] = int(server.metric("mlx_safe_replays_total"))
     lines = server.log.splitlines()
-    told = [i for i, line in enumerate(lines) if any(s in line for s in SAYS)]
-    wrong = bool(told) or not on or any(not k.startswith(("200", "left")) for k in seen)
+    says = TROUBLE if faults else SAYS
+    told = [i for i, line in enumerate(lines) if any(s in line for s in says)]
+    good = ("200", "left", *(("503",) if faults else ()))
+    wrong = bool(told) or not on or any(not k.startswith(good) for k in seen)
     print(
         f"{model.name} (seed {seed}): {'WRONG' if wrong else 'nothing wrong'}; "
         f"{dict(seen)}, {counts}",
@@ -99,6 +122,7 @@ def main() -> None:
     )
     parser.add_argument("kinds", nargs="+", metavar="TYPE")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each type")
+    parser.add_argument("--faults", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
     good = True
@@ -107,7 +131,8 @@ def main() -> None:
         for kind in options.kinds:
             made = make_model("model_types.py", Path(folder) / kind, str(base), kind)
             directory = Path(folder) / f"kv-{kind}"
-            good &= run(made / kind, directory, options.seconds, options.seed)
+            given = (options.seconds, options.seed, options.faults)
+            good &= run(made / kind, directory, *given)
     sys.exit(not good)
 
 

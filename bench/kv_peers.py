@@ -57,10 +57,11 @@ class Peer(Server):
             try:
                 ask(self, [{"role": "user", "content": "warm up"}])
                 return self
-            except (OSError, SystemExit, ValueError):
+            except (OSError, SystemExit, ValueError) as e:
                 if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"it does not answer:\n{self.log}") from None
-                time.sleep(0.3)
+                    said = self.log[-4000:]
+                    raise SystemExit(f"it does not answer: {e}\n{said}") from None
+                time.sleep(1)
 
 
 def compare(name: str, python: str, model: Path, work: Path, words: int) -> None:

@@ -14,11 +14,11 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_safe.kv.directory import Directory
-from mlx_safe.kv.format import Node, chain
+from mlx_safe.kv.format import SNAPSHOT, Node, chain
 from mlx_safe.kv.store import Draft, Limits
 from mlx_safe.server.mlx_lm import kv_capture, kv_window
 from mlx_safe.server.mlx_lm.kv_parts import leaves
-from mlx_safe.server.mlx_lm.kv_tier import KVTier
+from mlx_safe.server.mlx_lm.kv_tier import KVTier, _Rate
 from support import model_types
 
 # Windows have 32 tokens.
@@ -158,7 +158,8 @@ def test_rows_of_a_batch_are_taken_while_they_are_read(
     batch = BatchGenerator(kept.provider.model, prefill_step_size=100)
     texts = [TEXT[:300], TEXT[5:275]]  # one has padding before it, and ends first
     requests = [
-        SimpleNamespace(prompt_key=(kept.key, text), is_ended=False) for text in texts
+        SimpleNamespace(prompt_key=(kept.key, text), is_ended=False, cached_tokens=0)
+        for text in texts
     ]
     uids = batch.insert_segments([[text] for text in texts])
     ends: dict[int, list[Any]] = {}
@@ -351,10 +352,42 @@ def others(good: Any, pieces: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
     yield good, pieces[::-1]
 
 
+@pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
+def test_a_snapshot_that_goes_before_it_is_read(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Evicted meanwhile; it ends where a block does, and an older one serves."""
+    kept = keep(kind)
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    text = [*TEXT, *TEXT][:600]
+    caches = make_prompt_cache(model)
+    for begin, end in ((0, 256), (256, 512)):
+        read(model, text[begin:end], caches, step=256)
+        tier.capture(kept.key, text[:end], caches)
+        kept.settle()
+    tier = kept.start()
+    plain = tier.store.read
+
+    def read_node(node: Node, *more: Any) -> Any:
+        if node.end == node.start == 512:
+            tier.store.drop([node])
+        return plain(node, *more)
+
+    monkeypatch.setattr(tier.store, "read", read_node)
+    found: Any = tier.restore(kept.key, text, 0)
+    assert tier.store.off is None
+    assert found is not None
+    assert found[1] == text[256:]
+    read(model, text[256:512], found[0], step=256)
+    assert_equal(logits(model, found[0]), logits(model, caches))
+
+
 def test_a_long_prompts_snapshots_go_one_for_the_next(
-    keep: Callable[..., Kept],
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the sequential path; what a fault leaves reaches back a block and a step."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 0)
     kept = keep("mamba2")
     tier, model = kept.tier, kept.provider.model
     assert tier is not None
@@ -385,6 +418,7 @@ def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
 ) -> None:
     """A snapshot that saves a small share of the text is written if that is lost."""
     monkeypatch.setattr(kv_capture, "SHARE", 0.9)
+    monkeypatch.setattr(kv_capture, "WAIT_S", 0)
     kept = keep("mamba2")
     tier, model = kept.tier, kept.provider.model
     assert tier is not None
@@ -410,6 +444,101 @@ def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
     assert found == length
     if length == 900:
         assert_equal(logits(model, restored), logits(model, caches))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "gemma3_text"])
+def test_turns_that_follow_soon_write_one_snapshot(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """And it is there when the server stops, or when none has followed."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
+    kept = keep(kind)
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    text = [*TEXT, *TEXT, *TEXT, *TEXT]
+    caches = make_prompt_cache(model)
+    tier._restore.read_rate.saw(500, 1)
+    for turn in range(4):
+        read(model, text[300 * turn : 300 * turn + 300], caches)
+        tier.capture(kept.key, text[: 300 * turn + 300], caches)
+        kept.settle()
+    assert [n for n in nodes(tier) if n.kind == SNAPSHOT] == []
+    monkeypatch.setattr(kv_capture, "WAIT_S", 1)  # it takes two to read them again
+    read(model, [7] * 300, caches)
+    longer = [*text[:1200], *[7] * 300]
+    tier.capture(kept.key, longer, caches)
+    kept.settle()
+    assert [n.end for n in nodes(tier) if n.kind == SNAPSHOT] == [1500]
+    restored, length = kept.restore([*longer, 1])
+    assert length == 1500
+    assert_equal(logits(model, restored), logits(model, caches))
+
+
+def test_the_end_of_a_prompt_waits_and_not_its_short_answers(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client may render the answer in other tokens; and memory evicts both."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
+    kept = keep("mamba2")
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    tier._restore.read_rate.saw(1000, 1)
+    caches = make_prompt_cache(model)
+    text = [*TEXT, *TEXT][:620]
+    for begin, end in ((0, 280), (280, 300), (300, 620)):
+        read(model, text[begin:end], caches)
+        tier.capture(kept.key, text[:end], caches)
+        kept.settle()
+        (held,) = tier.writer.due(tier._kept[0].identity, text)
+        assert held.end == (280 if end < 620 else 620)
+    other = [*text[:600], 5]
+    plain = make_prompt_cache(model)
+    read(model, other, plain)
+    tier.capture(kept.key, other, plain, leaves=True)
+    kept.settle()
+    tier.capture(kept.key, text, caches, leaves=True)
+    kept.settle()
+    assert sorted(n.end for n in nodes(tier)) == [601, 620]
+    assert tier.writer.waiting == 0
+
+
+def test_in_the_midst_of_a_prompt_no_snapshot_waits_to_be_written(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step would have one; the one at its end waits for the next turn's."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
+    kept = keep("mamba2")
+    tier, model = kept.tier, kept.provider.model
+    assert tier is not None
+    tier._restore.read_rate.saw(1000, 1)
+    text = [*TEXT, *TEXT][:600]
+    request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
+    tier.current = lambda: request
+    caches: Any = tier.follow(kept.key, text, None, 0)
+    waiting = []
+    for begin, end in [*((at, at + 100) for at in range(0, 500, 100)), (500, 599)]:
+        read(model, text[begin:end], caches)
+        tier.checkpoint_alone(request, end)
+        kept.settle()
+        waiting.append(tier.writer.waiting > 0)
+    assert waiting == [False] * 5 + [True]
+    held = tier.writer.waiting
+    tier.capture(kept.key, text[:599], caches)  # as the prompt cache gets it
+    assert tier.writer.waiting == held, "once"
+    assert tier.writer.has_held(id(request)), "it is written if the client leaves"
+    tier.first_token(request)
+    request.is_ended = True
+    kept.settle()
+    assert tier.writer.waiting > 0, "it may be written later"
+    assert nodes(tier) == []
+
+
+def test_how_fast_a_prompt_is_read_its_short_last_step_does_not_tell() -> None:
+    rate = _Rate()
+    for _ in range(5):
+        rate.saw(2048, 4.0)
+        rate.saw(10, 0.5)
+    assert 400 < rate.per_s < 512
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "mamba2", "gemma3_text"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -17,14 +19,15 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_safe.cli import main
-from mlx_safe.kv import command, directory, format
+from mlx_safe.kv import command, directory, format, marks
 from mlx_safe.kv.directory import Directory, NotOurs
 from mlx_safe.kv.format import ROOT, Node, chain
-from mlx_safe.kv.store import Limits, Store
+from mlx_safe.kv.store import Draft, Limits, Store
 from mlx_safe.kv.writer import Writer
 from support.kv_files import (
     IDENTITY,
@@ -36,10 +39,12 @@ from support.kv_files import (
     restored,
 )
 from support.programs import program
+from support.server import eventually
 
 TOKENS = [n % 97 for n in range(700)]  # two blocks, and 188 more
 OTHER = [n % 89 for n in range(700)]
 KEYS = chain(IDENTITY, TOKENS)
+MADE_UP_NAME = f"b-0-256-{ROOT}-{'a' * 32}.kv"
 
 
 def write(store: Store, tokens: list[int], snapshot: bool = False) -> None:
@@ -146,6 +151,31 @@ def test_a_forged_header_is_refused(
     assert store.off is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 50_000,
+        b"null",
+        b"\xff\xfe",
+        b'{"pieces": ' + b"9" * 6000 + b"}",
+        b" " * (1 << 20),
+        b'{"key": "\\ud800"}',
+    ],
+)
+def test_a_header_that_is_none_is_refused(tmp_path: Path, text: bytes) -> None:
+    """Its checksum is right."""
+    store = opened(tmp_path)
+    write(store, TOKENS)
+    file = tmp_path / IDENTITY / drafts(TOKENS)[1].node.name
+    data = file.read_bytes()
+    length = struct.unpack_from("<I", data, 12)[0]
+    fixed = data[:12] + struct.pack("<I", len(text)) + sha256(text).digest()
+    file.write_bytes(fixed + text + data[48 + length :])
+    assert [n.end for n in restored(store, TOKENS)] == [256]
+    assert store.events["damaged"] == 1
+    assert store.off is None
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory", "huge", "other owner's"])
 def test_what_is_no_plain_file_is_never_read(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -171,6 +201,248 @@ def test_what_is_no_plain_file_is_never_read(
     read = restored(store, TOKENS)
     assert [n.end for n in read] == ([] if kind == "other owner's" else [256])
     assert kind != "link" or (tmp_path / "elsewhere").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.EMFILE]
+)
+def test_one_file_that_cannot_be_opened_costs_itself_alone(
+    tmp_path: Path, code: int
+) -> None:
+    """Another user's, a link, a socket; or the process has too many files open."""
+
+    class Guarded(HookedFiles):
+        def open(self, name: str, at: int, write: bool = False) -> int:
+            if name == bad:
+                raise OSError(code, os.strerror(code), name)
+            return super().open(name, at, write)
+
+    bad = ""
+    store = opened(tmp_path, PLENTY, Guarded(lambda _: None))
+    write(store, TOKENS)
+    bad = drafts(TOKENS)[1].node.name
+    assert [n.end for n in restored(store, TOKENS)] == [256]
+    assert store.off is None
+    assert len(files(tmp_path)) == (2 if code == errno.EMFILE else 1)
+    bad = ""
+    write(store, TOKENS)
+    assert len(restored(store, TOKENS)) == 2
+
+
+def test_a_socket_and_a_device_in_a_files_place(tmp_path: Path) -> None:
+    store = opened(tmp_path / "kv")
+    write(store, TOKENS)
+    file = tmp_path / "kv" / IDENTITY / drafts(TOKENS)[1].node.name
+    file.unlink()
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"/proc/self/fd/{store._directory.fd}/s")
+        (tmp_path / "kv" / "s").rename(file)
+        assert [n.end for n in restored(store, TOKENS)] == [256]
+    assert store.off is None
+    assert not file.exists()
+
+
+def test_without_descriptors_it_waits_and_is_not_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_many(*_: object) -> list[str]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def fail(operation: str) -> None:
+        if out and operation in ("open", "create", "directory"):
+            too_many()
+
+    out = False
+    store = opened(tmp_path, PLENTY, HookedFiles(fail))
+    write(store, TOKENS)
+    other = Store(Directory(tmp_path, HookedFiles(fail)), PLENTY)
+    nodes = [draft.node for draft in drafts(TOKENS)]
+    out = True
+    monkeypatch.setattr(marks, "names", too_many)
+    assert store.begin_restore(nodes) is None
+    assert store.read(nodes[0], TOKENS, 1 << 20) is None
+    assert store.find(IDENTITY, TOKENS, 700, blocks=True, states=False) is None
+    assert not store.publish(drafts(OTHER)[0])
+    store.drop(nodes[::-1])
+    assert store.off is None
+    monkeypatch.undo()
+    other.open()
+    out = False
+    assert not restored(store, TOKENS), "what is dropped stays so"
+    assert len(restored(other, TOKENS)) == 2, "it looks again"
+    write(store, OTHER)
+
+
+@pytest.mark.parametrize("kind", ["directory", "full directory", "link", "pipe"])
+def test_what_is_named_like_a_half_written_file_and_is_none(
+    tmp_path: Path, kind: str
+) -> None:
+    write(opened(tmp_path / "kv"), TOKENS)
+    (tmp_path / "elsewhere").write_text("mine")
+    place = tmp_path / "kv" / IDENTITY / "tmp-1"
+    if kind == "link":
+        place.symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+        if kind == "full directory":
+            (place / "file").write_text("mine")
+    store = opened(tmp_path / "kv")
+    assert len(restored(store, TOKENS)) == 2
+    write(store, OTHER)
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+    assert os.path.lexists(place) == kind.endswith("directory")
+
+
+def test_a_server_whose_lock_file_was_removed_gives_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another one has made another, and neither would wait for the other."""
+    store = opened(tmp_path)
+    write(store, TOKENS)
+    (tmp_path / "state").unlink()
+    other = opened(tmp_path)
+    assert not store.publish(drafts(OTHER)[0])
+    assert store.off == "somebody has removed it (state)"
+    write(other, OTHER)
+    assert len(restored(other, TOKENS)) == 2
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
+
+
+def test_whose_name_is_another_files_content(tmp_path: Path) -> None:
+    """A hard link, of another text's block, and of another model's."""
+    store = opened(tmp_path)
+    write(store, OTHER)
+    foreign = "f" * 32
+    for draft in drafts(TOKENS, identity=foreign):
+        assert store.publish(draft)
+    for source in (
+        tmp_path / IDENTITY / drafts(OTHER)[1].node.name,
+        tmp_path / foreign / drafts(TOKENS, identity=foreign)[1].node.name,
+    ):
+        write(store, TOKENS)
+        file = tmp_path / IDENTITY / drafts(TOKENS)[1].node.name
+        file.unlink()
+        os.link(source, file)
+        assert [n.end for n in restored(store, TOKENS)] == [256]
+        assert source.exists()
+    assert len(restored(store, OTHER)) == 2
+    assert store.off is None
+
+
+@pytest.mark.parametrize("size", [10, 60, 500])
+def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path, size: int) -> None:
+    def read(fd: int, count: int) -> bytes:
+        calls.append(count)
+        if len(calls) == 2:
+            os.truncate(file, size)
+        return os.read(fd, count)
+
+    calls: list[int] = []
+    write(opened(tmp_path), TOKENS)
+    node = drafts(TOKENS)[1].node
+    file = tmp_path / IDENTITY / node.name
+    with file.open("rb") as opened_file, pytest.raises(format.Damaged, match="cut"):
+        format.decode(opened_file.fileno(), node, TOKENS, 1 << 20, read)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        json.dumps([["../victim", MADE_UP_NAME]]),
+        json.dumps([[IDENTITY, "../../victim/" + MADE_UP_NAME]]),
+        json.dumps([[IDENTITY, MADE_UP_NAME + "\0"]]),
+        "[" * 100_000,
+        '[["a"]]',
+        "null",
+        f'[["{IDENTITY}", {"9" * 5000}]]',
+    ],
+)
+def test_a_mark_that_somebody_made_removes_nothing_else(
+    tmp_path: Path, mark: str
+) -> None:
+    write(opened(tmp_path / "kv"), TOKENS)
+    victim = tmp_path / "victim" / MADE_UP_NAME
+    victim.parent.mkdir()
+    victim.write_text("mine")
+    (tmp_path / "kv" / "marks" / "1-a").write_text(mark)
+    store = opened(tmp_path / "kv")
+    assert len(restored(store, TOKENS)) == 2
+    assert victim.exists()
+    assert not list((tmp_path / "kv" / "marks").iterdir())
+    assert store.off is None
+
+
+@pytest.mark.parametrize("what", ["state", "marks"])
+@pytest.mark.parametrize("kind", ["link", "file", "directory", "pipe"])
+def test_what_stands_in_the_place_of_its_own_things_is_named(
+    tmp_path: Path, what: str, kind: str
+) -> None:
+    """And nothing is done to it."""
+    place = tmp_path / "kv" / what
+    (tmp_path / "kv").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    if kind == "link":
+        place.symlink_to(tmp_path / "elsewhere")
+    elif kind == "file":
+        place.write_text("somebody's")
+    elif kind == "directory":
+        place.mkdir()
+    else:
+        os.mkfifo(place)
+    if (what, kind) == ("marks", "directory"):
+        assert opened(tmp_path / "kv").off is None  # as another server makes it
+        return
+    with pytest.raises(NotOurs) as refused:
+        Directory(tmp_path / "kv")
+    assert str(tmp_path / "kv") in str(refused.value)
+    if what == "marks":
+        assert str(place) in str(refused.value)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_names_are_shown_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a\nb\x1b[31mc").write_text("mine")
+    assert main(["kv", "list", str(tmp_path)]) == 2
+    assert "(ab[31mc is in it)" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_moved_under_way_goes_on(tmp_path: Path) -> None:
+    store = opened(tmp_path / "kv")
+    write(store, TOKENS)
+    (tmp_path / "kv").rename(tmp_path / "moved")
+    write(store, OTHER)
+    assert len(restored(store, OTHER)) == 2
+    assert not (tmp_path / "kv").exists()
+    assert len(restored(opened(tmp_path / "moved"), OTHER)) == 2
+
+
+def test_a_disk_that_is_full_in_the_midst_of_a_file(tmp_path: Path) -> None:
+    """It said that it had room; what is there stays, and nothing half-written."""
+
+    class Full(HookedFiles):
+        room = 1 << 30
+
+        def write(self, fd: int, data: Any) -> None:
+            view = memoryview(data).cast("B")[: self.room]
+            self.room -= len(view)
+            super().write(fd, view)
+            if len(view) < memoryview(data).nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for room in (0, 1, 300, 1500):
+        disk = Full(lambda _: None)
+        path = tmp_path / str(room)
+        store = opened(path, PLENTY, disk)
+        write(store, TOKENS)
+        disk.room = room
+        assert not store.publish(drafts(OTHER)[0])
+        assert store.off == os.strerror(errno.ENOSPC)
+        assert not list(path.glob("*/tmp-*"))
+        assert len(restored(opened(path), TOKENS)) == 2
 
 
 MADE_UP = [
@@ -439,6 +711,26 @@ def test_it_leaves_room_on_the_disk(
     ]
 
 
+def test_a_full_volume_is_said_after_a_limit_that_was_too_small(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(HookedFiles):
+        free = 1 << 30
+
+        def free_bytes(self, at: int) -> tuple[int, int]:
+            return self.free, 1 << 40
+
+    disk = Full(lambda _: None)
+    store = opened(tmp_path, Limits(100, free=3 * 4096), disk)
+    assert not store.publish(drafts(TOKENS)[0]), "no file is so small"
+    assert not caplog.messages
+    disk.free = 0
+    for _ in range(2):
+        assert not store.publish(drafts(TOKENS)[0])
+    assert len(caplog.messages) == 1
+    assert "0 B free on the volume of --kv-dir" in caplog.messages[0]
+
+
 def test_what_is_left_free_by_default_fits_the_volume() -> None:
     assert Limits(1).floor(10**12) == 10 * 10**9
     assert Limits(1).floor(5 * 10**9) == 5 * 10**8
@@ -565,38 +857,136 @@ def test_only_what_a_later_point_of_its_epoch_confirms_is_written(
     assert [n.end for n in restored(store, TOKENS)] == [256]
 
 
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def snapshot(length: int, tokens: list[int] = TOKENS) -> Draft:
+    return drafts(tokens[:length], snapshot=True)[-1]
+
+
+def waiting(writer: Writer) -> list[int]:
+    return [draft.node.end for draft in writer._drafts()]
+
+
 def test_what_is_held_is_written_when_it_is_released_and_not_otherwise(
     tmp_path: Path,
 ) -> None:
     store = opened(tmp_path)
     writer = Writer(store)
-    first, second, third = drafts([n % 97 for n in range(768)])
-    assert writer.hold(1, first, 7)
+    first, second = snapshot(100), snapshot(110)
+    other = snapshot(100, OTHER)
+    assert writer.hold(first, 7, 1)
     assert writer.unconfirmed
     writer.confirm(7)
     assert not writer.unconfirmed
     assert not writer.write_one()
-    assert writer.hold(1, second, 7), "in the place of the first"
-    assert writer.hold(2, third, 7)
+    assert writer.hold(second, 7, 1), "in the place of the first"
+    assert writer.hold(other, 7, 2)
     writer.confirm(7)
     writer.let_go(2)
     writer.release()
-    assert [d.node for d in writer._drafts()] == [second.node]
+    assert waiting(writer) == [110]
     assert writer.write_one()
     # One that no later point has confirmed goes, as after any fault.
-    assert writer.hold(1, first, 7)
+    assert writer.hold(first, 7, 1)
     writer.release(1)
-    assert writer.hold(2, first, 7)
+    assert writer.hold(first, 7, 2)
     writer.fail(all_of_it=False)
-    assert writer.hold(3, first, 7)
+    assert writer.hold(first, 7, 3)
     writer.confirm(8)
-    assert writer.hold(4, first, 8)
+    assert writer.hold(first, 8, 4)
     writer.confirm(8)
     writer.fail(all_of_it=True)  # it may have written anywhere
     writer.release()
     assert not writer.write_one()
     assert writer.waiting == 0
-    assert not Writer(store, backlog=100).hold(1, first, 7), "half of it at most"
+    assert not Writer(store, backlog=100).hold(first, 7, 1), "half of it at most"
+
+
+def test_what_may_wait_makes_way_for_the_next_of_its_text(tmp_path: Path) -> None:
+    """And is written when none has come for so long."""
+    clock = Clock()
+    writer = Writer(opened(tmp_path), clock=clock)
+    for length in (100, 110, 120):
+        assert writer.hold(snapshot(length), 7, 1, 10.0)
+        writer.confirm(7)
+        writer.let_go(1)  # its request has ended
+        clock.now += 9
+        assert not writer.write_one()
+    assert writer.due(IDENTITY, TOKENS) == [snapshot(120).node]
+    assert writer.due(IDENTITY, OTHER) == writer.due(IDENTITY, TOKENS[:119]) == []
+    assert writer.waiting == snapshot(120).nbytes
+    # Another text, and one that is only to be there if its request is broken off.
+    assert writer.hold(snapshot(130, OTHER), 7, None, 10.0)
+    assert writer.hold(snapshot(140), 7, 2)
+    writer.let_go(2)
+    writer.confirm(7)
+    clock.now += 1
+    assert writer.write_one()
+    assert not writer.write_one()
+    clock.now += 3
+    assert not writer.write_one()
+    writer.hurry(IDENTITY, TOKENS)
+    assert not writer.write_one()
+    writer.hurry(IDENTITY, OTHER)
+    assert writer.write_one()
+    assert not writer.write_one()
+    assert writer.waiting == 0
+    assert sorted(f.name.split("-")[2] for f in files(tmp_path)) == ["120", "130"]
+
+
+def test_what_waits_for_one_request_makes_no_way_for_anothers(tmp_path: Path) -> None:
+    """Both begin alike, and either may be broken off."""
+    writer = Writer(opened(tmp_path))
+    assert writer.hold(snapshot(100), 7, 1, 10.0)
+    assert writer.hold(snapshot(120), 7, 2, 10.0)
+    writer.confirm(7)
+    writer.release(1)
+    assert waiting(writer) == [100]
+    assert writer.hold(snapshot(110), 7, 1, 10.0)
+    writer.confirm(7)
+    writer.let_go(1)
+    writer.let_go(2)
+    writer.release()
+    assert waiting(writer) == [100, 120], "110 was of no use any more"
+    assert writer.hold(snapshot(110), 7, None, 10.0)
+    writer.confirm(7)
+    assert writer.offer(snapshot(130), 7)
+    writer.release()
+    assert waiting(writer) == [100, 120, 130]
+
+
+def test_what_one_that_waits_was_to_replace_goes_with_its_follower(
+    tmp_path: Path,
+) -> None:
+    """A snapshot in the midst of a prompt goes when the prompt has ended."""
+    writer = Writer(store := opened(tmp_path))
+    passing = snapshot(90)
+    assert store.publish(passing)
+    end = dataclasses.replace(snapshot(100), instead_of=[passing.node])
+    assert writer.hold(end, 7, 1, 10.0)
+    writer.let_go(1)
+    assert writer.offer(snapshot(130), 7)
+    writer.confirm(7)
+    assert writer.write_one()
+    assert [f.name.split("-")[2] for f in files(tmp_path)] == ["130"]
+
+
+def test_what_waits_is_written_by_the_thread(tmp_path: Path) -> None:
+    writer = Writer(opened(tmp_path))
+    writer.start()
+    assert writer.hold(snapshot(100), 7, None, 0.05)
+    writer.confirm(7)
+    assert eventually(lambda: len(files(tmp_path)) == 1)
+    assert writer.hold(snapshot(110), 7, None, 3600.0)
+    writer.confirm(7)
+    writer.release()  # the server stops
+    writer.close(30)
+    assert len(files(tmp_path)) == 2
 
 
 def test_the_backlog_is_bounded_and_takes_one_that_is_larger(tmp_path: Path) -> None:

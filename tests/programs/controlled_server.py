@@ -7,6 +7,7 @@ A fault plan counts steps from when it is read and takes the place of the one be
 "forget" empties the prompt cache, and answers how many prompts were in it. "hold N":
 the Nth step from now waits, before anything of it is done, for "go"; "hold" asks how
 many it is away. A request with the stop word "FAILS" fails as mlx-lm starts it.
+KV_WAIT_S in the environment: how long a snapshot of the KV tier waits for the next one.
 """
 
 import gc
@@ -21,6 +22,7 @@ from mlx_lm.models.cache import LRUPromptCache
 from mlx_safe import testing
 from mlx_safe.cli import main
 from mlx_safe.server import replay
+from mlx_safe.server.mlx_lm import kv_capture
 from mlx_safe.server.stop_words import StopsAtWords
 
 NEVER = 10**9  # a step that no test comes to
@@ -34,6 +36,7 @@ class FailingStops(StopsAtWords):
 
 
 vars(replay)["StopsAtWords"] = FailingStops
+vars(kv_capture)["WAIT_S"] = float(os.environ.get("KV_WAIT_S", kv_capture.WAIT_S))
 
 
 def forget():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from .._command import CommandError, Parser
 from ..memory.sizes import format_size
-from .directory import GONE, Directory, Entry, NotOurs
+from .directory import GONE, Directory, Entry, NotOurs, printable
 from .format import Damaged, check
 
 __all__ = ["kv"]
@@ -67,7 +67,7 @@ def _name(directory: Directory, identity: str) -> str:
         found = json.loads(directory.description(identity) or "{}")["name"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return "(unknown model)"
-    return "".join(c for c in str(found)[:200] if c.isprintable())
+    return printable(found)
 
 
 def _check(directory: Directory) -> int:

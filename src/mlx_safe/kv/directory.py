@@ -35,7 +35,16 @@ from typing import Any
 from .files import Files, leave_out_of_backups
 from .format import BLOCK, BLOCK_TOKENS, ROOT, SNAPSHOT, Node
 
-__all__ = ["GONE", "Directory", "Entry", "NotOurs", "disk_size", "names", "node_of"]
+__all__ = [
+    "GONE",
+    "Directory",
+    "Entry",
+    "NotOurs",
+    "disk_size",
+    "names",
+    "node_of",
+    "printable",
+]
 
 _STATE = struct.Struct("<8sQdd")
 _MAGIC = b"mlxskvd1"
@@ -111,7 +120,8 @@ class Directory:
             self.close()
             is_none = isinstance(e, (FileExistsError, NotADirectoryError))
             why = "is no directory" if is_none else f"cannot be used: {e.strerror}"
-            raise NotOurs(f"{self.path}: {why}") from e
+            inside = f"/{e.filename}" if e.filename in _OWN else ""
+            raise NotOurs(f"{self.path}{inside}: {why}") from e
         except BaseException:
             self.close()
             raise
@@ -134,11 +144,11 @@ class Directory:
             self._refuse_others(is_any_enough=not make)
             fd = self._make_state()
         try:
-            found = os.fstat(fd)
-            head = os.pread(fd, len(_MAGIC), 0)
+            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+            head = os.pread(fd, len(_MAGIC), 0) if is_file else b"?"
             if not head:  # its writer may have died before its first byte
                 self._refuse_others()
-            if not stat.S_ISREG(found.st_mode) or not _MAGIC.startswith(head):
+            if not _MAGIC.startswith(head):
                 raise NotOurs(
                     f"{self.path}: is of another version of mlx-safe; "
                     "give an empty directory, or remove what is in this one"
@@ -157,7 +167,8 @@ class Directory:
             if n[0] != "." and n not in _OWN and not _IDENTITY.fullmatch(n)
         ]
         if others or is_any_enough:
-            why = f" ({others[0]} is in it); give an empty one" if others else ""
+            found = printable(others[0]) if others else ""
+            why = f" ({found} is in it); give an empty one" if others else ""
             raise NotOurs(f"{self.path}: is no directory of KV caches{why}")
 
     def _make_state(self) -> int:
@@ -184,7 +195,7 @@ class Directory:
         """Nobody else changes the directory meanwhile; may take as long as a write.
 
         Raises:
-            OSError: another process has held it for `LOCK_WAIT_S`.
+            OSError: another process has held it for `LOCK_WAIT_S`, or its file is gone.
         """
         with self._mutex:
             self._take_lock()
@@ -200,12 +211,16 @@ class Directory:
         while True:
             try:
                 fcntl.flock(self._state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                break
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     why = "another process holds the lock and does not go on"
                     raise TimeoutError(errno.ETIMEDOUT, why) from None
                 time.sleep(LOCK_TURN_S)
+        if not os.fstat(self._state).st_nlink:
+            # Another server has made another one, and does not wait for us.
+            fcntl.flock(self._state, fcntl.LOCK_UN)
+            raise FileNotFoundError(errno.ENOENT, "somebody has removed it", "state")
 
     def _read_state(self) -> tuple[int, float, float]:
         data = os.pread(self._state, _STATE.size, 0)
@@ -276,8 +291,9 @@ class Directory:
         with os.scandir(at) as listed:
             items = list(listed)
         for item in items:
-            if clean and item.name.startswith("tmp-"):
-                self._remove(item.name, at)
+            if item.name.startswith("tmp-"):
+                if clean and not item.is_dir(follow_symlinks=False):
+                    self._remove(item.name, at)
                 continue
             node = node_of(identity, item.name)
             if node is None:
@@ -422,6 +438,11 @@ class Directory:
 def names(fd: int) -> list[str]:
     """What is in the open directory ``fd``; pathlib cannot list one."""
     return os.listdir(fd)
+
+
+def printable(name: object) -> str:
+    """What somebody has named so, in one line of a log or a terminal."""
+    return "".join(c for c in str(name)[:200] if c.isprintable())
 
 
 def _when(ns: int) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..memory.sizes import format_size
-from .directory import GONE, Directory, Entry, disk_size
+from .directory import GONE, Directory, Entry, disk_size, printable
 from .format import (
     BLOCK_TOKENS,
     ROOT,
@@ -47,6 +47,8 @@ FREE_BYTES = 10 * 10**9
 USE_AGAIN_NS = 60 * 10**9
 # Of the process, and not of the disk.
 _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+# Of one file: a link in its place, a socket, or one that another user has made.
+_OF_THE_FILE = (*GONE, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Store:
         # Removed by us without the lock: the others are to look again.
         self._untold = False
         self._banned: set[Node] = set()
+        self._said_full = False
         self.off: str | None = None
         self.events: Counter[str] = Counter()
 
@@ -145,7 +148,10 @@ class Store:
         self._directory.close()
 
     def _turn_off(self, e: OSError) -> None:
-        self.turn_off(e.strerror or str(e))
+        if e.errno in _OF_THE_PROCESS:
+            return
+        what = f" ({printable(e.filename)})" if isinstance(e.filename, str) else ""
+        self.turn_off((e.strerror or str(e)) + what)
 
     def turn_off(self, why: str, exc: Exception | None = None) -> None:
         """Nothing is found or written from now on; one WARNING says ``why``.
@@ -187,11 +193,12 @@ class Store:
             self._index.clear()
             self._snapshots.clear()
             self._total = 0
+            for entry in self._directory.scan(clean).values():
+                self._add(entry)
+            # Not before: without descriptors it is looked at again.
             self._seen = generation
             if clean:
                 self._settled = generation
-            for entry in self._directory.scan(clean).values():
-                self._add(entry)
 
     def _change(self) -> None:
         """Under the lock, before anything changes and after it."""
@@ -330,8 +337,7 @@ class Store:
             self._directory.date([entry.node for entry in old], now)
             return mark
         except OSError as e:
-            if e.errno not in _OF_THE_PROCESS:
-                self._turn_off(e)
+            self._turn_off(e)
             return None
 
     def end_restore(self, mark: str) -> None:
@@ -372,9 +378,9 @@ class Store:
         return about, pieces
 
     def _unreadable(self, node: Node, e: OSError) -> None:
-        if e.errno in (*GONE, errno.ELOOP):  # ELOOP: a link in its place
+        if e.errno in _OF_THE_FILE:
             self.drop([node])
-        elif e.errno not in _OF_THE_PROCESS:
+        else:
             self._turn_off(e)
 
     def drop(self, nodes: Iterable[Node]) -> None:
@@ -389,7 +395,7 @@ class Store:
                 self._directory.remove(node)
             except OSError as e:
                 self._turn_off(e)
-                return
+                continue
             with self._mutex:
                 self._banned.discard(node)
             self.events["dropped"] += 1
@@ -519,7 +525,8 @@ class Store:
             ]
             sizes = sum(self._index[i, name].size for _, _, name, i in oldest)
         if size and sizes < needed:
-            if floor + size > free + sizes and not self.events["not_written_no_room"]:
+            if floor + size > free + sizes and not self._said_full:
+                self._said_full = True
                 log.warning(
                     "KV caches are not written: %s free on the volume of --kv-dir, and "
                     "--kv-free-bytes leaves %s to others",
@@ -551,8 +558,8 @@ class Store:
             return
         try:
             with self._directory.lock():
-                self._untold = False
                 self._look(clean=True)
+                self._untold = False
                 self._change()
         except OSError as e:
             self._turn_off(e)

@@ -6,7 +6,8 @@ Generation thread.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,17 @@ from .kv_parts import View
 __all__ = ["Capture", "Kept", "Reading"]
 
 # A snapshot, or a tail, which is what comes after the last full block, is written where
-# more than this share of the text would be read again without it. A tail was written in
-# vain when its block is full. So all of them together are no more than this share of
-# the blocks, and a block.
+# more than this share of the text would be read again without it.
 SHARE = 0.1
+# A tail was written in vain when its block is full. All of them together are no more
+# than this share of the blocks, and a block: with the files' heads less than a tenth.
+TAILS = 0.07
 # Of a text that leaves memory the disk has all, or it is read again for sure.
 LEAVING_SHARE = 0.02
+# A snapshot whose tokens take less than this to be read again waits so long for the
+# next one of its text, which comes in its place: each is written whole, and a state has
+# the size of some thousand tokens.
+WAIT_S = 10.0
 
 
 class End(enum.Enum):
@@ -83,11 +89,18 @@ class _Text:
 
 
 class Capture:
-    """Takes bytes of caches and gives them to the writer."""
+    """Takes bytes of caches and gives them to the writer.
 
-    def __init__(self, store: Store, writer: Writer) -> None:
+    Args:
+        read_s: how long it takes to read so many tokens.
+    """
+
+    def __init__(
+        self, store: Store, writer: Writer, read_s: Callable[[int], float]
+    ) -> None:
         self._store = store
         self._writer = writer
+        self._read_s = read_s
         # Bytes that may be spent on tails.
         self._tails = 0.0
 
@@ -145,7 +158,7 @@ class Capture:
         tails = [] if layout.has_states else _after(text, node.start)
         about = layout.about_block()
         offered = self._offer(self._draft(text, node, arrays, about, i, tails))
-        self._tails += SHARE * layout.block_nbytes * offered
+        self._tails += TAILS * layout.block_nbytes * offered
         return offered
 
     def _take_tail(self, text: _Text, end: End) -> None:
@@ -173,16 +186,21 @@ class Capture:
         """Takes one, unless there is one that is as good but for less than a block.
 
         Where it would save a small share of the text only it is not written, but held
-        until its request has ended: it may be broken off.
+        until its request has ended: it may be broken off. Where it would save a few
+        seconds only it is held for a while, as the next one may come in its place.
         """
         node, layout = text.node, text.kept.layout
         passing = reading.passing if reading is not None else None
         if is_boundary and reading is not None:
             reading.passing = None  # it, or what comes in its place, stays
+        leaves, done = end is End.LEAVES, text.view.done
         last = max([known.end for known in text.known], default=0)
-        lost, share = text.view.done - last, SHARE * text.view.done
-        is_worth_it = end is End.LEAVES or lost > share
-        if lost < BLOCK_TOKENS or (reading is None and not is_worth_it):
+        due = self._writer.due(text.kept.identity, text.tokens)
+        gain = done - max([last, *(held.end for held in due)])
+        if leaves:
+            self._writer.hurry(text.kept.identity, text.tokens)
+        is_worth_it = leaves or gain > SHARE * done
+        if gain < BLOCK_TOKENS or (reading is None and not is_worth_it):
             return True
         taken = layout.snapshot(text.view, node.start)
         if taken is None:
@@ -194,19 +212,21 @@ class Capture:
         if size > layout.most(node) - HEADER_MAX:
             return True
         gone = [passing] if passing is not None and passing != node else []
-        after = len(text.blocks)
-        if reading is not None and not is_worth_it:
-            held = self._draft(text, node, arrays, about, after, gone)
-            if held is not None:
-                self._writer.hold(id(reading.request), *held)
+        drafted = self._draft(text, node, arrays, about, len(text.blocks), gone)
+        if drafted is None:
             return True
-        if not self._has_room(size):
+        owner = id(reading.request) if reading is not None else None
+        may_wait = not leaves and self._read_s(done - last) < WAIT_S
+        # In the midst of a prompt the next step's takes its place, or its end's.
+        wait_s = WAIT_S if is_worth_it and end is not End.NONE else math.inf
+        held = (may_wait or not is_worth_it) and self._writer.hold(
+            *drafted, owner, wait_s
+        )
+        if held or not is_worth_it:
             return True
-        offered = self._offer(self._draft(text, node, arrays, about, after, gone))
-        if offered and reading is not None:
-            if not is_boundary:
-                reading.passing = node
-            self._writer.let_go(id(reading.request))
+        offered = self._writer.offer(*drafted, owner)
+        if offered and reading is not None and not is_boundary:
+            reading.passing = node
         return True
 
     def _has_room(self, nbytes: int) -> bool:

@@ -6,6 +6,7 @@ Used by the generation thread only; `Restore.count` by any.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,15 +37,19 @@ LOADS_MAX = 4
 
 
 class Rate:
-    """How much of something a second; 0.0: not known."""
+    """How much of something a second; 0.0: not known.
+
+    The last few count, each by its amount: the end of a prompt is a step of few tokens.
+    """
 
     def __init__(self) -> None:
-        self.per_s = 0.0
+        self.per_s = self._amount = self._seconds = 0.0
 
     def saw(self, amount: float, seconds: float) -> None:
         if amount > 0 and seconds > 0:
-            now = amount / seconds
-            self.per_s = now if not self.per_s else 0.7 * self.per_s + 0.3 * now
+            self._amount = 0.7 * self._amount + amount
+            self._seconds = 0.7 * self._seconds + seconds
+            self.per_s = self._amount / self._seconds
 
 
 class Run(Protocol):
@@ -62,6 +67,8 @@ class Reader(Protocol):
     def run(self) -> Run: ...
     @property
     def is_ended(self) -> bool: ...
+    @property
+    def cached_tokens(self) -> int | None: ...
 
 
 def has_ended(request: Reader | None) -> bool:
@@ -191,12 +198,17 @@ class Restore:
         self._store.events["not_cheaper"] += 1
         return self._not_tried % TRY_AGAIN_AFTER == 0
 
+    def read_s(self, tokens: int) -> float:
+        """How long they take to be read; for ever while that is not known."""
+        return tokens / self.read_rate.per_s if self.read_rate.per_s else math.inf
+
     def _load(
         self, kept: Kept, nodes: Sequence[Node], tokens: list[int]
     ) -> tuple[list[Cache] | None, int]:
         """Caches of those of ``nodes`` that are sound, from the first on."""
         layout, states, end = kept.layout, None, 0
         slots: list[list[mx.array]] = []
+        missing = len(nodes)
         for node in nodes:
             got = self._store.read(node, tokens, layout.most(node))
             if got is None:
@@ -213,7 +225,9 @@ class Restore:
             for part, x in zip(slots, made, strict=True):
                 part.append(x)
             states, end = found or states, node.end
-        if not end or (layout.has_states and end != nodes[-1].end):
+            missing -= 1
+        # A snapshot may end where the block before it does: ends do not tell.
+        if not end or (layout.has_states and missing):
             return None, 0
         return layout.caches(slots, states or [], end), end
 

@@ -92,12 +92,13 @@ class KVTier:
     def __init__(self, directory: Directory, limits: Limits) -> None:
         self.store = Store(directory, limits)
         self.writer = Writer(self.store)
-        self._capture = Capture(self.store, self.writer)
+        self._restore = Restore(self.store, self.writer)
+        self._capture = Capture(self.store, self.writer, self._restore.read_s)
         self.current: Callable[[], Reader | None] = lambda: None
         self._key: ModelKey = None
         self._kept: list[Kept] = []
-        self._restore = Restore(self.store, self.writer)
         self._readings: dict[int, Reading] = {}
+        self._confirmed = 0.0  # when
         self.store.open()
         self.writer.start()
 
@@ -264,7 +265,7 @@ class KVTier:
             return
         row = batch._prompt_batch.uids.index(uid)
         done = len(batch._prompt_batch.tokens[row])
-        reading = self._progress(request, done)
+        reading = self._progress(request, done, request.cached_tokens)
         view = View(batch._prompt_batch.prompt_cache, done, row)
         self._take(
             key[1][:done],
@@ -327,11 +328,17 @@ class KVTier:
         part = End.OF_PART if is_end else End.NONE
         self._take(tokens, view, reading, is_boundary=False, end=part)
 
-    def _progress(self, request: Reader, done: int) -> Reading:
-        reading = self._readings.setdefault(id(request), Reading(request))
+    def _progress(
+        self, request: Reader, done: int, begun: int | None = None
+    ) -> Reading:
+        """Args: begun: tokens that it had before the step that ends now, its first."""
         now = time.monotonic()
-        if reading.done and done > reading.done:
-            self._restore.read_rate.saw(done - reading.done, now - reading.since)
+        reading = self._readings.get(id(request))
+        if reading is None:
+            reading = Reading(request, done if begun is None else begun)
+            reading.since = self._confirmed
+            self._readings[id(request)] = reading
+        self._restore.read_rate.saw(done - reading.done, now - reading.since)
         reading.done, reading.since = done, now
         return reading
 
@@ -364,6 +371,7 @@ class KVTier:
 
         Called with every step: what is not to be done costs nothing.
         """
+        self._confirmed = time.monotonic()
         if self.writer.unconfirmed:
             mx.synchronize()
             self.writer.confirm(_core.epoch())

@@ -24,6 +24,7 @@ from mlx_lm.models.cache import (
 )
 
 from ... import _core
+from ...kv.format import BLOCK_TOKENS
 from ..recorder import breadcrumb
 from .bases import CacheOrder, LRUPromptCache
 from .kv_parts import leaves
@@ -303,8 +304,17 @@ class PromptCache(LRUPromptCache):
     def _leaves(
         self, model: ModelKey, tokens: list[int], caches: list[Cache] | None = None
     ) -> None:
-        """Memory has this entry no more: the disk takes what it has not yet."""
-        if self.disk is not None:
+        """Memory has this entry no more: the disk takes what it has not yet.
+
+        But not of a text that memory has all of, or all but less than a block, in
+        another entry: the conversation has gone on from there.
+        """
+        most = len(tokens) - BLOCK_TOKENS
+        goes_on = any(
+            e.model == model and _common_prefix(e.tokens, tokens) > most
+            for e in self._lru.entries
+        )
+        if self.disk is not None and not goes_on:
             caches = caches or self._trie.get(model, tokens).prompt_cache
             self.disk.capture(model, tokens, caches, leaves=True)
 
