@@ -110,6 +110,28 @@ def test_mistakes(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", [[], ["list"], ["show"], ["prune"]])
+def test_a_directory_that_does_not_exist(
+    private_reports: Path, verb: list[str]
+) -> None:
+    """Its name may be mistyped: it is told, and not made."""
+    command = [sys.executable, "-m", "mlx_safe", "reports", *verb]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stdout + done.stderr
+    assert not private_reports.exists(), said
+    if verb != ["prune"]:
+        assert f"{private_reports}: it does not exist (MLX_SAFE_REPORT_DIR)" in said
+
+
+def test_prune_counts_what_goes(private_reports: Path) -> None:
+    for second in range(3):
+        reports.write(private_reports, WHOLE, name=f"{1700000000 + second}-42.json")
+    command = [sys.executable, "-m", "mlx_safe", "reports", "prune"]
+    env = os.environ | {"MLX_SAFE_REPORTS_KEEP": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert done.stdout.startswith("removed 2 reports")
+
+
 @pytest.mark.parametrize(
     "arguments", [["sing"], ["show", "a", "b"], ["--jsn"], ["export"], ["prune", "-x"]]
 )

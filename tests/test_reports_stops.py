@@ -147,6 +147,43 @@ def test_a_stop_during_a_supervised_restart(
     assert not [n for n in reports if n.startswith("run-") and n != run]
 
 
+@pytest.mark.parametrize("where", ["environment", "file"])
+def test_a_death_at_the_start_is_told_wherever_the_model_is_named(
+    private_reports: Path, tiny_model: Path, tmp_path: Path, where: str
+) -> None:
+    named = {"model": str(tiny_model), "port": free_port()}
+    env = dict(os.environ)
+    words = [sys.executable, "-m", "mlx_safe", "serve"]
+    if where == "environment":
+        env |= {f"MLX_SAFE_{k.upper()}": str(v) for k, v in named.items()}
+    else:
+        file = tmp_path / "server.toml"
+        file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in named.items()))
+        words += ["--config", str(file)]
+
+    def begin() -> subprocess.Popen[str]:
+        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
+
+    def has_named_itself() -> bool:
+        files = private_reports.glob("run-*.json")
+        return any('"port"' in file.read_text() for file in files)
+
+    first = begin()
+    # It imports MLX for a while yet, and does not know all flags.
+    assert eventually(has_named_itself, LIMIT_S)
+    first.kill()
+    first.communicate(timeout=LIMIT_S)
+    second = begin()
+    assert second.stderr is not None
+    said = ""
+    while "listening" not in said:
+        said += (line := second.stderr.readline())
+        assert line, said
+    second.terminate()
+    second.communicate(timeout=LIMIT_S)
+    assert NOTICE in said
+
+
 def test_each_server_speaks_of_its_own_death(
     private_reports: Path, tiny_model: Path
 ) -> None:

@@ -62,5 +62,5 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if not _autostart.is_serve():
+if not _autostart.is_left_to_the_command():
     _autostart.begin_or_exit()

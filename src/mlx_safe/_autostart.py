@@ -1,7 +1,8 @@
 """What ``import mlx_safe`` does by itself.
 
 It installs, and plans the faults that the environment asks for. Both may have something
-to say. ``mlx-safe serve`` does them itself, as soon as its log has its format.
+to say. ``mlx-safe serve`` does them itself, as soon as its log has its format, and
+``mlx-safe reports`` does not.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["begin", "begin_or_exit", "is_serve"]
+__all__ = ["begin", "begin_or_exit", "is_left_to_the_command"]
 
 
 def begin(tell: Callable[[str], None] | None = None) -> None:
@@ -49,11 +50,16 @@ def begin_or_exit() -> None:
         sys.exit(2)
 
 
-def is_serve() -> bool:
-    """Whether this process is ``mlx-safe serve``, or ``python -m mlx_safe serve``."""
+# Of ``mlx-safe``: one begins when its log has its format, the other makes no directory
+# that it is only to read.
+_LEFT_TO = ("serve", "reports")
+
+
+def is_left_to_the_command() -> bool:
+    """Whether this is ``mlx-safe`` or ``python -m mlx_safe`` with one of `_LEFT_TO`."""
     # A program that embeds Python may have none.
     words: list[str] = getattr(sys, "argv", [])
-    if words[1:2] != ["serve"]:
+    if not set(words[1:2]) & set(_LEFT_TO):
         return False
     if words[0] == "-m":  # so it is until Python has found what to run
         return sys.orig_argv[-len(words)].endswith("mlx_safe")

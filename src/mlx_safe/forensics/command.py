@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import _paths
 from .._command import CommandError, Parser
-from . import export, reader, render, store, words
+from . import export, orphans, reader, render, store, words
 from .records import Report
 from .words import Section
 
@@ -63,6 +63,7 @@ def reports(arguments: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="replace")
     directory = _paths.report_dir()
     try:
+        _look_at(directory)
         if parsed.verb == "show":
             _show(directory, parsed.report, as_json=parsed.json)
         elif parsed.verb == "export":
@@ -78,13 +79,27 @@ def reports(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _look_at(directory: str) -> None:
+    """Makes reports of those who died; makes no directory, whose name may be wrong."""
+    if Path(directory).is_dir():
+        orphans.adopt(directory)
+
+
+def _none_in(directory: str) -> str:
+    """That there are no reports, and whether that is since there is no directory."""
+    is_named = os.environ.get("MLX_SAFE_REPORT_DIR")
+    if not is_named or Path(directory).is_dir():
+        return f"no reports in {directory}"
+    return f"no reports in {directory}: it does not exist (MLX_SAFE_REPORT_DIR)"
+
+
 def _list(directory: str, *, as_json: bool) -> None:
     found = [(entry, reader.read(entry.path)) for entry in store.entries(directory)]
     if as_json:
         print(json.dumps([_summary(entry, r) for entry, r in found], indent=2))
         return
     if not found:
-        print(f"no reports in {directory}")
+        print(_none_in(directory))
         return
     rows: list[tuple[str, ...]] = [("id", "when", "why", "pid", "", "what")]
     for entry, report in found:
@@ -134,7 +149,7 @@ def _find(directory: str, which: str) -> tuple[store.Entry | None, Path]:
     listed = store.entries(directory)
     if which == LATEST:
         if not listed:
-            raise CommandError(f"no reports in {directory}")
+            raise CommandError(_none_in(directory))
         return listed[-1], listed[-1].path
     for entry in listed:
         if which in (entry.id, entry.path.name, str(entry.path)):

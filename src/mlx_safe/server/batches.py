@@ -14,6 +14,7 @@ from .logprobs import NOT_READ
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
 from .mlx_lm.protocols.opaque import Uid
+from .not_numbers import Numbers
 from .observer import Observer
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
@@ -93,6 +94,7 @@ def watched(
     scheduler: Scheduler[InFlight],
     observer: Callable[[], Observer],
     own: OwnFailures,
+    numbers: Numbers,
     prefill: PrefillStep,
     step: Step,
     is_awaited: Callable[[], bool],
@@ -144,7 +146,10 @@ def watched(
                     request = self._requests.pop(response.uid, None)
                 else:
                     request = self._requests.get(response.uid)
-                if request is not None and not request.wants_logprobs:
+                if request is None:
+                    continue
+                numbers.token(request, response)
+                if not request.wants_logprobs:
                     response.logprobs = NOT_READ
 
         def _never_inserted(self) -> tuple[Uid]:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from .asked import wants_logprobs
 from .mlx_lm.protocols.opaque import (
+    Array,
     Item,
     ModelKey,
 )
@@ -62,6 +63,7 @@ class InFlight(Request):
         prompt_key: (model, tokens), as the prompt cache knows its prompt.
         tokenizer: that its prompt was read with; its handler has it with the context.
         wants_logprobs: its client asked for log-probabilities.
+        logprob: that of one of its tokens, which `Numbers` looks at; None: of none.
     """
 
     _first: GenerationContext | None = None  # the context that its handler has
@@ -87,6 +89,7 @@ class InFlight(Request):
         self.prompt_key: tuple[ModelKey, list[int]] | None = None
         self.tokenizer: Tokenizer | None = None
         self.wants_logprobs = wants_logprobs(self._args)
+        self.logprob: Array | None = None
         self._place = Place(request)
         self.id, self.path = self._place.id, self._place.path
 

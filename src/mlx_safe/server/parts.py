@@ -28,6 +28,7 @@ from .mlx_lm.protocols.opaque import (
 from .mlx_lm.protocols.requests import GenerationArguments
 from .mlx_lm.protocols.text import Tokenizer
 from .mlx_lm.speculative import Reading
+from .not_numbers import Numbers
 from .own_failures import OwnFailures
 from .prefill import PrefillStep
 from .replay import Resumed
@@ -71,6 +72,7 @@ class Parts:
         self._disk = disk
         self._share = share
         self.own = OwnFailures(self._current, end_alone)
+        self._numbers = Numbers(self.own.failed)
         self.resumed = Resumed()
 
     def _current(self) -> InFlight | None:
@@ -89,6 +91,7 @@ class Parts:
                 self._scheduler,
                 lambda: self._headroom.observer,
                 self.own,
+                self._numbers,
                 self._prefill,
                 self._step,
                 self._is_awaited,
@@ -155,11 +158,14 @@ class Parts:
         self._reading = None
         if draft_model is not None and current is not None:
             self._reading = Reading(len(prompt), partial(self._on_read, current))
-        if current is None or current.wants_logprobs:
-            return made
-        return map(_without_logprobs, made)
+        return made if current is None else self._looked_at(current, made)
 
-
-def _without_logprobs(response: GenerationResponse) -> GenerationResponse:
-    response.logprobs = NOT_READ
-    return response
+    def _looked_at(
+        self, request: InFlight, made: Iterator[GenerationResponse]
+    ) -> Iterator[GenerationResponse]:
+        for response in made:
+            if self._share is None:  # with more ranks each would end it by itself
+                self._numbers.token(request, response)
+            if not request.wants_logprobs:
+                response.logprobs = NOT_READ
+            yield response

@@ -25,6 +25,7 @@ from .mlx_lm.prompt_cache import PromptCache
 from .recorder import breadcrumb
 from .replies import (
     EXPECTED,
+    NotANumber,
     Unavailable,
     is_allocation_failure,
     is_of_all,
@@ -310,7 +311,7 @@ def _epoch_is_exact() -> bool:
 
 def portable(exc: Exception) -> Exception:
     """``exc`` as it may be given to another thread: without its traceback."""
-    if isinstance(exc, EXPECTED):
+    if isinstance(exc, (*EXPECTED, NotANumber)):
         return copy.copy(exc).with_traceback(None)
     if isinstance(exc, MemoryError):
         return MemoryError(str(exc))

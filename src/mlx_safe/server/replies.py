@@ -19,6 +19,7 @@ __all__ = [
     "BodyCut",
     "ContextTooLong",
     "ModelNotFound",
+    "NotANumber",
     "NotEnoughMemory",
     "Reply",
     "Unavailable",
@@ -94,6 +95,10 @@ class NotEnoughMemory(Exception):
     """The request does not fit now, and would later; the message says why."""
 
 
+class NotANumber(Exception):
+    """The model computes no numbers; the message may be shown to the client."""
+
+
 class Unavailable(Exception):
     """The server refuses work for now; the message says why.
 
@@ -143,6 +148,8 @@ def reply_for(exc: BaseException) -> Reply:
         )
     if isinstance(exc, NotEnoughMemory):
         return memory_reply(str(exc))
+    if isinstance(exc, NotANumber):
+        return Reply(500, "internal_server_error", "model_not_a_number", str(exc))
     if isinstance(exc, Unavailable):
         after = _restart_s if exc.restarts else RETRY_AFTER_S
         return Reply(503, "service_unavailable_error", "unavailable", str(exc), after)

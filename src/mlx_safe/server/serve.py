@@ -157,10 +157,11 @@ def _name_server(port: int, model: str | None) -> None:
 
 
 def _model_of(arguments: Sequence[str]) -> str | None:
-    """As the command line names it, before all flags are known."""
-    parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
+    """As the flags will have it, before those of mlx-lm are known."""
+    parser = own_parser()
     parser.add_argument("--model")
-    model: str | None = parser.parse_known_args(list(arguments))[0].model
+    found = resolve(parser, arguments, os.environ, partial=True)
+    model: str | None = found.values.model
     return model
 
 

@@ -56,6 +56,7 @@ class AnswerResponse(Protocol):
     """What a step says of an answer: ``GenerationBatch.Response``."""
 
     uid: Uid
+    token: int
     finish_reason: str | None
     logprobs: Array  # replaced by `batches` where nobody asked for them
 
@@ -63,6 +64,8 @@ class AnswerResponse(Protocol):
 class GenerationResponse(Protocol):
     """One token of the sequential path: ``mlx_lm.generate.GenerationResponse``."""
 
+    token: int
+    finish_reason: str | None
     logprobs: Array  # replaced by `parts` where nobody asked for them
 
 
