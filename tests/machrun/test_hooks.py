@@ -31,9 +31,10 @@ MACHINES = {
     # Each of our other wheels, with hooks of either mode.
     "0.31.2-cp310": Machine(mlx="0.31.2", python="3.10"),
     "0.32.4-cp310": Machine(mlx="0.32.4", python="3.10"),
-    "0.31.2-abi3-3.13": Machine(mlx="0.31.2", python="3.13"),
+    "0.31.2-abi3-3.12": Machine(mlx="0.31.2", python="3.12"),
+    "0.32.4-abi3-3.12": Machine(mlx="0.32.4", python="3.12"),
     "0.32.4-abi3-3.13": Machine(mlx="0.32.4", python="3.13"),
-    "0.32.4-abi3-3.14": Machine(mlx="0.32.4", python="3.14"),
+    "0.31.2-abi3-3.14": Machine(mlx="0.31.2", python="3.14"),
 }
 
 
@@ -105,8 +106,13 @@ def test_in_a_forked_child_nothing_is_hooked() -> None:
 
 # ---- the table of docs/machrun.md: `make machrun-sweep` -----------------------
 
-# Each version of MLX with the main wheel, too.
-SWEPT = {**MACHINES, **{version: Machine(mlx=version) for version in VERSIONS}}
+# Also each version of MLX with the main wheel, and each Python with both modes.
+SWEPT = {
+    **MACHINES,
+    **{version: Machine(mlx=version) for version in VERSIONS},
+    "0.31.2-abi3-3.13": Machine(mlx="0.31.2", python="3.13"),
+    "0.32.4-abi3-3.14": Machine(mlx="0.32.4", python="3.14"),
+}
 MANY, FEW, MANY_THREADS_S, MANY_LIMIT_S = 10_000, 60, 20.0, 7200.0
 COUNTED = ("faults", "told", "silent", "untrue", "other")
 
@@ -139,7 +145,9 @@ def write(names: list[str]) -> None:
     # Not into the user's own folder.
     os.environ.setdefault("MLX_SAFE_REPORT_DIR", str(CACHE / "reports"))
     if unknown := [name for name in names if name not in SWEPT]:
-        sys.exit(f"machrun: no row {' '.join(unknown)}: there are {' '.join(SWEPT)}")
+        line = f"machrun: no row {' '.join(unknown)}: there are {' '.join(SWEPT)}"
+        print(line, file=sys.stderr)
+        sys.exit(2)
     for name in names or SWEPT:
         row = row_of(SWEPT[name])
         before, rest = DOCS.read_text().split(START)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from .runner import load
+from .setup import native
 from .setup.places import CACHE
 
 LIBSYSTEM = b"/usr/lib/libSystem.B.dylib"
@@ -60,12 +61,18 @@ def of_system() -> set[str]:
 
 @cache
 def lists() -> dict[str, set[str]]:
-    """Each kind's names, as the loader itself says them."""
-    found: dict[str, set[str]] = {}
-    for line in load("--imports").stdout.splitlines():
-        kind, *names = line.split()
-        found.setdefault(kind, set()).update(name.split("=")[0] for name in names)
-    return found
+    """Each kind's names, as the loader itself has them."""
+    said = load("--imports").stdout.splitlines()
+    found = {kind: names for kind, *names in map(str.split, said)}
+    shims = native.shims()
+    python = {name for name in shims if name.startswith("Py")}
+    return {
+        "pass": set(found["pass"]),
+        "alias": {name.split("=")[0] for name in found["alias"]},
+        "shim": shims - python,
+        "python": python,
+        "refused": set(found["refused"]),
+    }
 
 
 def test_each_import_is_on_one_list_and_each_name_is_imported() -> None:

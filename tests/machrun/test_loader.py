@@ -22,7 +22,7 @@ from .samples import (
 )
 from .setup import native
 from .setup.packages import get_ours
-from .setup.places import CACHE, HERE, MAIN, PYTHONS, ROOT, SetupError
+from .setup.places import CACHE, MAIN, PYTHONS, ROOT, run
 
 OURS = "mlx_safe/_core.cpython-311-darwin.so"
 
@@ -291,8 +291,34 @@ def test_what_is_not_there_is_named(core: bytes, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, said)
     (tmp_path / "lib.dylib").write_bytes(core)
     done = load(tmp_path / "lib.dylib", macos="next")
-    said = "machrun: environment: MACHRUN_MACOS=next is not a version\n"
+    said = "machrun: environment: MACHRUN_MACOS=next is not a version as 14.0\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+@pytest.mark.parametrize(
+    "version", ["", "14", "14.", "14abc", "-1", " 14.0", "14.999", "14.0.1", "9" * 12]
+)
+def test_what_is_no_version_of_macos(version: str, core: bytes, tmp_path: Path) -> None:
+    (tmp_path / "lib.dylib").write_bytes(core)
+    done = load(tmp_path / "lib.dylib", macos=version)
+    said = f"machrun: environment: MACHRUN_MACOS={version} is not a version as 14.0\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_what_is_no_command(core: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "lib.dylib"
+    path.write_bytes(core)
+    nothing = "command: neither --python nor a FILE to load"
+    no_name = "command: -- without the name of a function"
+    for words, said in (
+        ([], nothing),
+        (["--"], nothing),
+        ([path, "--"], no_name),
+        ([path, "--", "none"], f"{path}: it has no _none"),
+        (["--nonsense"], "--nonsense: there is no such file"),
+    ):
+        done = load(*words)
+        assert (done.returncode, done.stderr) == (2, f"machrun: {said}\n")
 
 
 def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:
@@ -312,23 +338,47 @@ def test_a_newer_macos_is_pretended(tmp_path: Path) -> None:
     assert load(path, macos="26.0").returncode == 0
 
 
-def test_what_the_shims_believe_of_macos_is_in_apples_headers() -> None:
-    native.check_abi()
+# What the shims fill in or read, by Apple's name.
+STRUCTURES = (
+    *(
+        "struct stat",
+        "struct dirent",
+        "struct statvfs",
+        "struct sigaction",
+        "siginfo_t",
+    ),
+    *("stack_t", "ucontext_t", "struct __darwin_mcontext64", "struct utsname"),
+    *("struct lconv", "struct rusage_info_v0", "struct sockaddr_storage"),
+    *("struct addrinfo", "_RuneLocale", "pthread_mutex_t", "pthread_cond_t"),
+    *("pthread_rwlock_t", "pthread_mutexattr_t"),
+)
 
 
-def test_a_false_belief_would_be_seen(tmp_path: Path) -> None:
-    place = HERE / "loader"
-    check = tmp_path / "abi_check.c"
-    check.write_text((place / check.name).read_text())
-    text = (place / "mac_abi.h").read_text()
-    for true, false in (
-        ("X(O_CREAT, 0x200)", "X(O_CREAT, 0x40)"),
-        ("int32_t dev;", ""),
-    ):
-        assert true in text
-        (tmp_path / "mac_abi.h").write_text(text.replace(true, false))
-        with pytest.raises(SetupError, match=r"static assertion failed"):
-            native.zig("cc", *native.MACOS, "-c", check, into=tmp_path / "check.o")
+def layouts(directory: Path, target: list[str], prefix: str, text: str) -> str:
+    """Clang's own words on how the structures lie in memory, by Apple's names."""
+    source = directory / "layouts.c"
+    for name in STRUCTURES:
+        own = native.NAME.sub(lambda m: prefix + m[0], name)
+        text += f"unsigned long _{len(text)} = sizeof({own});\n"
+    source.write_text(text)
+    options = ["-Xclang", "-fdump-record-layouts", "-w", "-c", "-o", directory / "unit"]
+    # A cache of its own: what is in one already is compiled without a word.
+    cache = {f"ZIG_{which}_CACHE_DIR": str(directory) for which in ("GLOBAL", "LOCAL")}
+    environment = {**os.environ, **cache}
+    said = run(native.ZIG, "cc", *target, *options, source, env=environment)
+    parts = re.sub(rf"\b{prefix}(?=\w)", "", said).split(
+        "*** Dumping AST Record Layout"
+    )
+    return "".join(sorted(re.sub(r" at [^)]*\)", ")", part) for part in parts))
+
+
+def test_what_the_shims_know_of_macos_is_of_apples_headers(tmp_path: Path) -> None:
+    """Compiled for Linux under other names, its structures lie as on macOS."""
+    own = "".join(f"#include <{name}.h>\n" for name in native.APPLE)
+    on_macos = layouts(tmp_path, native.MACOS, "", own)
+    here = layouts(tmp_path, native.LINUX, "apple_", native.apple_text("apple_"))
+    assert "struct stat\n" in here and "st_birthtimespec" in here
+    assert here == on_macos
 
 
 def test_code_is_not_writable_and_constants_are_not(private_reports: Path) -> None:

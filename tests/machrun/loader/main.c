@@ -23,20 +23,29 @@ __attribute__((visibility("default"))) void* machrun_any(const char* name) {
 }
 
 uint32_t g_pretends;
-static const Image kEnvironment = {.path = "environment"};  // for refuse()
+// For refuse().
+static const Image kEnvironment = {.path = "environment"},
+                   kCommand = {.path = "command"};
 
 static void read_settings(void) {
   const char* version = getenv("MACHRUN_MACOS");
   unsigned major = 14, minor = 0;
-  if (version != NULL && sscanf(version, "%u.%u", &major, &minor) < 1)
-    refuse(&kEnvironment, "MACHRUN_MACOS=%s is not a version", version);
+  char same[32];
+  if (version != NULL) {
+    sscanf(version, "%u.%u", &major, &minor);
+    snprintf(same, sizeof same, "%u.%u", major, minor);
+    if (strcmp(version, same) || major > 255 || minor > 255)
+      refuse(&kEnvironment, "MACHRUN_MACOS=%s is not a version as 14.0",
+             version);
+  }
   g_pretends = major << 16 | minor << 8;
 }
 
 // The library of the sysroot, in which extension modules find Python's C API.
 static void open_python(void) {
   const char* name = getenv("MACHRUN_PYTHON");
-  if (name != NULL && *name != '\0' && dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
+  if (name != NULL && *name != '\0' &&
+      dlopen(name, RTLD_NOW | RTLD_GLOBAL) == NULL)
     refuse(&kEnvironment, "MACHRUN_PYTHON=%s: %s", name, dlerror());
 }
 
@@ -54,7 +63,9 @@ int main(int count, char** arguments) {
   int at = 1;
   for (; at < count && strcmp(arguments[at], "--"); at++)
     image = load_image(arguments[at], NULL, false);
-  if (at + 1 >= count || image == NULL) return 0;
+  if (image == NULL) refuse(&kCommand, "neither --python nor a FILE to load");
+  if (at == count) return 0;
+  if (at + 1 == count) refuse(&kCommand, "-- without the name of a function");
   char name[256];
   snprintf(name, sizeof name, "_%s", arguments[at + 1]);
   int (*run)(int, char**) = exported(image, name, NULL);

@@ -1,11 +1,11 @@
-// What the shims share. The shim of libSystem's `name` is mac_name and has the
-// ABI of macOS; system.c lists all of them.
+// What the shims share. The shim of libSystem's or Python's `name` is mac_name,
+// and has the ABI of macOS: system.c finds it by that.
 #pragma once
 
 #include <stdarg.h>
 #include <stdio.h>
 
-#include "mac_abi.h"
+#include "apple.h"
 #include "machrun.h"
 
 // macOS passes variadic arguments on the stack: a thunk hands their address on
@@ -29,12 +29,12 @@ static inline va_list* linux_list(va_list* list, void* stack) {
   return list;
 }
 
-// A number on macOS and on Linux: `static const Pair kX[] = {LIST(PAIR)};` of a
-// list in mac_abi.h.
+// apple.h is made of Apple's headers (setup/native.py): apple_NAME is macOS's
+// NAME, of numbers as of structures. A number there and on Linux:
 typedef struct {
   int mac, own;
 } Pair;
-#define PAIR(name, value) {value, name},
+#define PAIR(name) {apple_##name, name}
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
 // shims_translate.c: `otherwise` for what is not in the table.
@@ -49,12 +49,4 @@ int flags_to_mac(const Pair* table, size_t count, int flags);
 #define FLAGS_TO_OWN(table, ...) flags_to_own(table, COUNT(table), __VA_ARGS__)
 #define FLAGS_TO_MAC(table, ...) flags_to_mac(table, COUNT(table), __VA_ARGS__)
 
-// Functions of vectors in shims_math.c, of one argument and of two.
-// clang-format off
-#define SIMD_ONE(X)                                                           \
-  X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atanh) X(cosh) X(expm1) X(log)  \
-  X(log10) X(log1p) X(log2) X(sinh) X(tan) X(tanh)
-#define SIMD_TWO(X) X(atan2) X(pow) X(remainder)
-// clang-format on
-
-int mac_errno_of(int number);  // Linux's number as macOS's
+int to_mac_errno(int number);  // Linux's number as macOS's

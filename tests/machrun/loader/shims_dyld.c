@@ -24,7 +24,7 @@ bool mac__dyld_find_unwind_sections(const void* address, UnwindSections* to) {
 
 // Whatever is called with nothing to do, and says 0. __chkstk_darwin may change
 // no register.
-asm(".text\n.globl mac_nothing\nmac_nothing: mov x0, #0\n ret\n"
+asm(".text\n.globl nothing\nnothing: mov x0, #0\n ret\n"
     ".globl mac___chkstk_darwin\nmac___chkstk_darwin: ret\n");
 
 void mac__tlv_atexit(void (*end)(void*), void* object) {
@@ -58,7 +58,6 @@ int mac_dladdr(const void* address, Dl_info* to) {
 }
 
 // A handle is a Library; nothing is ever unloaded.
-#define MAC_RTLD_DEFAULT ((void*)-2)
 static __thread char t_error[256];
 
 // macOS's own libraries are no files, and always there.
@@ -72,8 +71,8 @@ static bool may_be_loaded(const char* path) {
 }
 
 void* mac_dlopen(const char* path, int mode) {
-  if (path == NULL) return MAC_RTLD_DEFAULT;
-  if (mode & kMac_RTLD_NOLOAD && !may_be_loaded(path)) return NULL;
+  if (path == NULL) return apple_RTLD_DEFAULT;
+  if (mode & apple_RTLD_NOLOAD && !may_be_loaded(path)) return NULL;
   Library found = find_library(path, &g_images[0], true);
   if (found.image == NULL && !found.is_system) {
     snprintf(t_error, sizeof t_error, "dlopen(%s): no such file", path);
@@ -87,12 +86,12 @@ void* mac_dlsym(void* handle, const char* name) {
   static const Library kSystem = {"libSystem", NULL, NULL, true};
   char mangled[512];
   // RTLD_NEXT, RTLD_SELF and RTLD_MAIN_ONLY
-  if (handle != MAC_RTLD_DEFAULT && (intptr_t)handle < 0)
+  if (handle != apple_RTLD_DEFAULT && (intptr_t)handle < 0)
     refuse(NULL, "dlsym with the handle %ld", (long)handle);
   snprintf(mangled, sizeof mangled, "_%s", name);
-  void* found = handle == MAC_RTLD_DEFAULT ? in_all(mangled)
-                                           : in_library(handle, mangled);
-  if (found == NULL && handle == MAC_RTLD_DEFAULT)
+  void* found = handle == apple_RTLD_DEFAULT ? in_all(mangled)
+                                             : in_library(handle, mangled);
+  if (found == NULL && handle == apple_RTLD_DEFAULT)
     found = in_library(&kSystem, mangled);
   if (found == NULL)
     snprintf(t_error, sizeof t_error, "dlsym(%p, %s): symbol not found", handle,
@@ -107,6 +106,6 @@ char* mac_dlerror(void) {
   return told;
 }
 int mac_dlclose(void* handle) {
-  if (handle != MAC_RTLD_DEFAULT) free(handle);
+  if (handle != apple_RTLD_DEFAULT) free(handle);
   return 0;
 }

@@ -8,12 +8,20 @@
 #include "shims.h"
 
 static const Pair kSignals[] = {
-    SIGNALS(PAIR){kMac_SIGEMT, 0},  // Linux has neither of these
-    {kMac_SIGINFO, 0}};
-static const Pair kFlags[] = {SA_FLAGS(PAIR)};
-static const Pair kStackFlags[] = {STACK_FLAGS(PAIR)};
-static const Pair kIllCodes[] = {ILL_CODES(PAIR)};
-static const Pair kFpeCodes[] = {FPE_CODES(PAIR)};
+    PAIR(SIGBUS), PAIR(SIGSYS), PAIR(SIGURG), PAIR(SIGSTOP), PAIR(SIGTSTP),
+    PAIR(SIGCONT), PAIR(SIGCHLD), PAIR(SIGIO), PAIR(SIGUSR1), PAIR(SIGUSR2),
+    {apple_SIGEMT, 0}, {apple_SIGINFO, 0}};
+static const Pair kFlags[] = {
+    PAIR(SA_ONSTACK), PAIR(SA_RESTART), PAIR(SA_RESETHAND), PAIR(SA_NOCLDSTOP),
+    PAIR(SA_NODEFER), PAIR(SA_SIGINFO)};
+static const Pair kStackFlags[] = {
+    PAIR(SS_ONSTACK), PAIR(SS_DISABLE)};
+static const Pair kIllCodes[] = {
+    PAIR(ILL_ILLOPC), PAIR(ILL_ILLTRP), PAIR(ILL_PRVOPC), PAIR(ILL_ILLOPN),
+    PAIR(ILL_ILLADR), PAIR(ILL_PRVREG), PAIR(ILL_COPROC), PAIR(ILL_BADSTK)};
+static const Pair kFpeCodes[] = {
+    PAIR(FPE_FLTDIV), PAIR(FPE_FLTOVF), PAIR(FPE_FLTUND), PAIR(FPE_FLTRES),
+    PAIR(FPE_FLTINV), PAIR(FPE_FLTSUB), PAIR(FPE_INTDIV), PAIR(FPE_INTOVF)};
 enum { kSignalsMax = 32 };
 
 static int own_signal(int number) { return TO_OWN(kSignals, number, number); }
@@ -22,17 +30,17 @@ static sigset_t linux_mask(uint32_t mask) {
   sigset_t set;
   sigemptyset(&set);
   for (int i = 1; i < kSignalsMax; i++)
-    if (mask >> (i - 1) & 1 && own_signal(i))
-      sigaddset(&set, own_signal(i));
+    if (mask >> (i - 1) & 1 && own_signal(i)) sigaddset(&set, own_signal(i));
   return set;
 }
 
+typedef struct apple_sigaction MacSigaction;
 static MacSigaction g_actions[kSignalsMax];  // by Linux's number
 
 // sigtramp.S: calls a handler in a frame from which LLVM's unwinder finds what
 // was interrupted, as macOS's _sigtramp does.
-typedef void Trampoline(void* handler, int number, MacSiginfo* info,
-                        MacUcontext* context);
+typedef void Trampoline(void* handler, int number, apple_siginfo_t* info,
+                        apple_ucontext_t* context);
 
 static Trampoline* trampoline(void) {
   static const Library kSystem = {"libSystem", NULL, NULL, true};
@@ -43,7 +51,7 @@ static Trampoline* trampoline(void) {
 }
 
 static int mac_code(int number, int code) {
-  if (code <= 0) return kMac_SI_USER;
+  if (code <= 0) return apple_SI_USER;
   if (number == SIGILL) return TO_MAC(kIllCodes, code, 0);
   return number == SIGFPE ? TO_MAC(kFpeCodes, code, 0) : code;
 }
@@ -53,23 +61,25 @@ static void on_signal(int number, siginfo_t* info, void* context) {
   const mcontext_t* from = &((ucontext_t*)context)->uc_mcontext;
   bool fault = number == SIGSEGV || number == SIGBUS || number == SIGILL ||
                number == SIGFPE || number == SIGTRAP;
-  MacSiginfo mac = {.signo = TO_MAC(kSignals, number, number),
-                    .code = mac_code(number, info->si_code)};
+  apple_siginfo_t mac = {.apple_si_signo = TO_MAC(kSignals, number, number),
+                         .apple_si_code = mac_code(number, info->si_code)};
   if (info->si_code <= 0 || number == SIGCHLD) {
-    mac.pid = info->si_pid;
-    mac.uid = info->si_uid;
-    if (number == SIGCHLD) mac.status = info->si_status;
+    mac.apple_si_pid = info->si_pid;
+    mac.apple_si_uid = info->si_uid;
+    if (number == SIGCHLD) mac.apple_si_status = info->si_status;
   } else if (fault) {
-    mac.address = info->si_addr;
+    mac.apple_si_addr = info->si_addr;
   }
-  MacMcontext machine = {.far = (uint64_t)info->si_addr,
-                         .fp = from->regs[29],
-                         .lr = from->regs[30],
-                         .sp = from->sp,
-                         .pc = from->pc};
-  memcpy(machine.x, from->regs, sizeof machine.x);
-  MacUcontext mac_context = {.mcsize = sizeof machine, .mcontext = &machine};
-  trampoline()(g_actions[number].handler, mac.signo, &mac, &mac_context);
+  struct apple___darwin_mcontext64 machine = {0};
+  machine.apple___es.apple___far = (uint64_t)info->si_addr;
+  // x0 to x28, fp, lr; then sp and pc, as there.
+  memcpy(&machine.apple___ss, from->regs, sizeof from->regs);
+  machine.apple___ss.apple___sp = from->sp;
+  machine.apple___ss.apple___pc = from->pc;
+  apple_ucontext_t mac_context = {.apple_uc_mcsize = sizeof machine,
+                                  .apple_uc_mcontext = &machine};
+  trampoline()(g_actions[number].apple_sa_handler, mac.apple_si_signo, &mac,
+               &mac_context);
   errno = saved;
 }
 
@@ -91,12 +101,14 @@ static void call_linux(int mac_number, void* info, void* context) {
 static MacSigaction told(int number, const struct sigaction* action,
                          MacSigaction of_mac) {
   if ((void*)action->sa_sigaction == (void*)on_signal) return of_mac;
-  MacSigaction mac = {(void*)action->sa_handler, 0,
-                      FLAGS_TO_MAC(kFlags, action->sa_flags)};
+  MacSigaction mac = {.apple_sa_handler = action->sa_handler,
+                      .apple_sa_flags = FLAGS_TO_MAC(kFlags, action->sa_flags)};
   if (action->sa_handler == SIG_DFL || action->sa_handler == SIG_IGN)
     return mac;
   g_of_linux[number] = *action;
-  return (MacSigaction){(void*)call_linux, 0, mac.flags | kMac_SA_SIGINFO};
+  mac.apple_sa_handler = (void*)call_linux;
+  mac.apple_sa_flags |= apple_SA_SIGINFO;
+  return mac;
 }
 
 int mac_sigaction(int mac_number, const MacSigaction* action,
@@ -108,13 +120,14 @@ int mac_sigaction(int mac_number, const MacSigaction* action,
   }
   struct sigaction set = {0}, old;
   MacSigaction of_mac = g_actions[number];
-  if (action != NULL && action->handler == (void*)call_linux) {
+  if (action != NULL && (void*)action->apple_sa_handler == (void*)call_linux) {
     set = g_of_linux[number];
   } else if (action != NULL) {
-    bool plain = action->handler == SIG_DFL || action->handler == SIG_IGN;
-    set.sa_flags = FLAGS_TO_OWN(kFlags, action->flags, "sigaction");
-    set.sa_mask = linux_mask(action->mask);
-    if (plain) set.sa_handler = (void (*)(int))action->handler;
+    bool plain = action->apple_sa_handler == SIG_DFL ||
+                 action->apple_sa_handler == SIG_IGN;
+    set.sa_flags = FLAGS_TO_OWN(kFlags, action->apple_sa_flags, "sigaction");
+    set.sa_mask = linux_mask(action->apple_sa_mask);
+    if (plain) set.sa_handler = action->apple_sa_handler;
     if (!plain) set.sa_sigaction = on_signal;
     if (!plain) set.sa_flags |= SA_SIGINFO;
     if (!plain) g_actions[number] = *action;
@@ -125,22 +138,22 @@ int mac_sigaction(int mac_number, const MacSigaction* action,
   return 0;
 }
 
-int mac_sigaltstack(const MacStack* stack, MacStack* before) {
+int mac_sigaltstack(const apple_stack_t* stack, apple_stack_t* before) {
   stack_t set = {0}, old;
-  if (stack != NULL && !(stack->flags & kMac_SS_DISABLE) &&
-      stack->size < kMac_MINSIGSTKSZ) {
+  if (stack != NULL && !(stack->apple_ss_flags & apple_SS_DISABLE) &&
+      stack->apple_ss_size < apple_MINSIGSTKSZ) {
     errno = ENOMEM;
     return -1;
   }
   if (stack != NULL)
-    set = (stack_t){.ss_sp = stack->sp,
-                    .ss_size = stack->size,
-                    .ss_flags = FLAGS_TO_OWN(kStackFlags, stack->flags,
+    set = (stack_t){.ss_sp = stack->apple_ss_sp,
+                    .ss_size = stack->apple_ss_size,
+                    .ss_flags = FLAGS_TO_OWN(kStackFlags, stack->apple_ss_flags,
                                              "sigaltstack")};
   int status = sigaltstack(stack ? &set : NULL, &old);
   if (status == 0 && before != NULL)
-    *before = (MacStack){old.ss_sp, old.ss_size,
-                         FLAGS_TO_MAC(kStackFlags, old.ss_flags)};
+    *before = (apple_stack_t){old.ss_sp, old.ss_size,
+                              FLAGS_TO_MAC(kStackFlags, old.ss_flags)};
   return status;
 }
 

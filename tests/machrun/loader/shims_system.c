@@ -22,16 +22,21 @@ _Noreturn void mac___assert_rtn(const char* function, const char* file,
 
 // ---- files -----------------------------------------------------------------
 
-static const Pair kOpenFlags[] = {OPEN_FLAGS(PAIR)};
-static const Pair kCommands[] = {FCNTL_COMMANDS(PAIR)};
+static const Pair kOpenFlags[] = {
+    PAIR(O_WRONLY), PAIR(O_RDWR), PAIR(O_NONBLOCK), PAIR(O_APPEND),
+    PAIR(O_SYNC), PAIR(O_NOFOLLOW), PAIR(O_CREAT), PAIR(O_TRUNC), PAIR(O_EXCL),
+    PAIR(O_DIRECTORY), PAIR(O_CLOEXEC)};
+static const Pair kCommands[] = {
+    PAIR(F_DUPFD), PAIR(F_GETFD), PAIR(F_SETFD), PAIR(F_GETFL), PAIR(F_SETFL),
+    PAIR(F_DUPFD_CLOEXEC)};
 
 VARIADIC(int, open, 2, const char* path, int flags) {
   return open(path, FLAGS_TO_OWN(kOpenFlags, flags, "open"), *(mode_t*)stack);
 }
 VARIADIC(int, fcntl, 2, int fd, int command) {
   int argument = *(int*)stack;
-  if (command == kMac_F_FULLFSYNC) return fsync(fd);
-  if (command == kMac_F_NOCACHE || command == kMac_F_SETNOSIGPIPE) return 0;
+  if (command == apple_F_FULLFSYNC) return fsync(fd);
+  if (command == apple_F_NOCACHE || command == apple_F_SETNOSIGPIPE) return 0;
   int own = TO_OWN(kCommands, command, -1);
   if (own < 0) refuse(NULL, "fcntl with the unknown command %d", command);
   if (own == F_SETFL) argument = FLAGS_TO_OWN(kOpenFlags, argument, "fcntl");
@@ -40,59 +45,70 @@ VARIADIC(int, fcntl, 2, int fd, int command) {
 }
 
 off_t mac_lseek(int fd, off_t offset, int whence) {
-  static const Pair kSeeks[] = {SEEKS(PAIR)};
+  static const Pair kSeeks[] = {
+      PAIR(SEEK_SET), PAIR(SEEK_CUR), PAIR(SEEK_END), PAIR(SEEK_HOLE),
+      PAIR(SEEK_DATA)};
   return lseek(fd, offset, TO_OWN(kSeeks, whence, -1));
 }
 
-static int put_stat(int status, const struct stat* from, MacStat* to) {
+#define TIME(from) {(from).tv_sec, (from).tv_nsec}
+static int put_stat(int status, const struct stat* from,
+                    struct apple_stat* to) {
   if (status == 0)
-    *to = (MacStat){.dev = (int32_t)from->st_dev,
-                    .mode = (uint16_t)from->st_mode,
-                    .nlink = (uint16_t)from->st_nlink,
-                    .ino = from->st_ino,
-                    .uid = from->st_uid,
-                    .gid = from->st_gid,
-                    .rdev = (int32_t)from->st_rdev,
-                    .atime = from->st_atim,
-                    .mtime = from->st_mtim,
-                    .ctime = from->st_ctim,
-                    .birthtime = from->st_ctim,
-                    .size = from->st_size,
-                    .blocks = from->st_blocks,
-                    .blksize = (int32_t)from->st_blksize};
+    *to = (struct apple_stat){.apple_st_dev = (int32_t)from->st_dev,
+                              .apple_st_mode = (uint16_t)from->st_mode,
+                              .apple_st_nlink = (uint16_t)from->st_nlink,
+                              .apple_st_ino = from->st_ino,
+                              .apple_st_uid = from->st_uid,
+                              .apple_st_gid = from->st_gid,
+                              .apple_st_rdev = (int32_t)from->st_rdev,
+                              .apple_st_atimespec = TIME(from->st_atim),
+                              .apple_st_mtimespec = TIME(from->st_mtim),
+                              .apple_st_ctimespec = TIME(from->st_ctim),
+                              .apple_st_birthtimespec = TIME(from->st_ctim),
+                              .apple_st_size = from->st_size,
+                              .apple_st_blocks = from->st_blocks,
+                              .apple_st_blksize = (int32_t)from->st_blksize};
   return status;
 }
-#define STAT(name, type)                                  \
-  int mac_##name(type which, MacStat* to) {               \
-    struct stat found;                                    \
-    return put_stat(name(which, &found), &found, to);     \
+#define STAT(name, type)                              \
+  int mac_##name(type which, struct apple_stat* to) { \
+    struct stat found;                                \
+    return put_stat(name(which, &found), &found, to); \
   }
 STAT(stat, const char*)
 STAT(lstat, const char*)
 STAT(fstat, int)
 
-int mac_statvfs(const char* path, MacStatvfs* to) {
+int mac_statvfs(const char* path, struct apple_statvfs* to) {
   struct statvfs found;
   int status = statvfs(path, &found);
   if (status == 0)  // ST_RDONLY and ST_NOSUID are the same
-    *to = (MacStatvfs){found.f_bsize, found.f_frsize,
-                       (uint32_t)found.f_blocks, (uint32_t)found.f_bfree,
-                       (uint32_t)found.f_bavail, (uint32_t)found.f_files,
-                       (uint32_t)found.f_ffree, (uint32_t)found.f_favail,
-                       found.f_fsid, found.f_flag & 3, found.f_namemax};
+    *to = (struct apple_statvfs){found.f_bsize,
+                                 found.f_frsize,
+                                 (uint32_t)found.f_blocks,
+                                 (uint32_t)found.f_bfree,
+                                 (uint32_t)found.f_bavail,
+                                 (uint32_t)found.f_files,
+                                 (uint32_t)found.f_ffree,
+                                 (uint32_t)found.f_favail,
+                                 found.f_fsid,
+                                 found.f_flag & 3,
+                                 found.f_namemax};
   return status;
 }
 // One thread at a time may read from one directory, as on macOS.
-MacDirent* mac_readdir(DIR* directory) {
-  static __thread MacDirent entry;
+struct apple_dirent* mac_readdir(DIR* directory) {
+  static __thread struct apple_dirent entry;
   const struct dirent* found = readdir(directory);
   if (found == NULL) return NULL;
   size_t size = strlen(found->d_name);
-  entry = (MacDirent){.ino = found->d_ino,
-                      .reclen = (uint16_t)(offsetof(MacDirent, name) + size + 1),
-                      .namlen = (uint16_t)size,
-                      .type = found->d_type};
-  memcpy(entry.name, found->d_name, size + 1);
+  entry = (struct apple_dirent){.apple_d_ino = found->d_ino,
+                                .apple_d_namlen = (uint16_t)size,
+                                .apple_d_type = found->d_type};
+  entry.apple_d_reclen =
+      (uint16_t)(offsetof(struct apple_dirent, apple_d_name) + size + 1);
+  memcpy(entry.apple_d_name, found->d_name, size + 1);
   return &entry;
 }
 
@@ -107,7 +123,9 @@ __attribute__((constructor)) static void fill_streams(void) {
 
 void* mac_mmap(void* at, size_t size, int protection, int flags, int fd,
                off_t from) {
-  static const Pair kFlags[] = {MMAP_FLAGS(PAIR)};
+  static const Pair kFlags[] = {
+      PAIR(MAP_SHARED), PAIR(MAP_PRIVATE), PAIR(MAP_FIXED),
+      PAIR(MAP_NORESERVE), PAIR(MAP_ANON)};
   if (from % kPage) {  // Linux's pages are smaller
     errno = EINVAL;
     return MAP_FAILED;
@@ -130,7 +148,9 @@ void mac_memset_pattern16(uint8_t* to, const uint8_t* pattern, size_t size) {
 }
 int mac_clock_gettime(int clock, struct timespec* time) {
   static const Pair kClocks[] = {
-      CLOCKS(PAIR){kMac_CLOCK_UPTIME_RAW, CLOCK_MONOTONIC}};
+      PAIR(CLOCK_REALTIME), PAIR(CLOCK_MONOTONIC_RAW), PAIR(CLOCK_MONOTONIC),
+      PAIR(CLOCK_PROCESS_CPUTIME_ID), PAIR(CLOCK_THREAD_CPUTIME_ID),
+      {apple_CLOCK_UPTIME_RAW, CLOCK_MONOTONIC}};
   int own = TO_OWN(kClocks, clock, -1);
   if (own < 0) refuse(NULL, "the unknown clock %d", clock);
   return clock_gettime(own, time);
@@ -139,8 +159,10 @@ int mac_clock_gettime(int clock, struct timespec* time) {
 // ---- the system ------------------------------------------------------------
 
 long mac_sysconf(int name) {
-  static const Pair kNames[] = {SYSCONF_NAMES(PAIR)};
-  if (name == kMac__SC_PAGESIZE) return kPage;
+  static const Pair kNames[] = {
+      PAIR(_SC_CLK_TCK), PAIR(_SC_OPEN_MAX), PAIR(_SC_NPROCESSORS_CONF),
+      PAIR(_SC_NPROCESSORS_ONLN)};
+  if (name == apple__SC_PAGESIZE) return kPage;
   int own = TO_OWN(kNames, name, -1);
   if (own < 0) refuse(NULL, "sysconf of the unknown %d", name);
   return sysconf(own);
@@ -173,24 +195,27 @@ int mac_sysctlbyname(const char* name, void* to, size_t* size, const void* set,
   errno = ENOENT;
   return -1;
 }
-int mac_uname(MacUtsname* to) {
-  *to = (MacUtsname){"Darwin", "mac", "", "Darwin Kernel Version", "arm64"};
+int mac_uname(struct apple_utsname* to) {
+  *to = (struct apple_utsname){"Darwin", "mac", "", "Darwin Kernel Version",
+                               "arm64"};
   // Darwin 23 is macOS 14, 25 is macOS 26.
   unsigned major = g_pretends >> 16;
-  snprintf(to->release, sizeof to->release, "%u.0.0",
+  snprintf(to->apple_release, sizeof to->apple_release, "%u.0.0",
            major < 26 ? major + 9 : major - 1);
   return 0;
 }
 // The footprint is what is resident, of the emulator's process.
-int mac_proc_pid_rusage(int pid, int flavor, MacRusage0* to) {
-  if (flavor != kMac_RUSAGE_INFO_V0 || pid != getpid())
+int mac_proc_pid_rusage(int pid, int flavor, struct apple_rusage_info_v0* to) {
+  if (flavor != apple_RUSAGE_INFO_V0 || pid != getpid())
     refuse(NULL, "proc_pid_rusage of flavor %d", flavor);
   unsigned long all = 0, resident = 0;
   FILE* file = fopen("/proc/self/statm", "re");
-  if (file != NULL && fscanf(file, "%lu %lu", &all, &resident) < 2) resident = 0;
+  if (file != NULL && fscanf(file, "%lu %lu", &all, &resident) < 2)
+    resident = 0;
   if (file != NULL) fclose(file);
   resident *= (unsigned long)sysconf(_SC_PAGESIZE);
-  *to = (MacRusage0){.resident = resident, .phys_footprint = resident};
+  *to = (struct apple_rusage_info_v0){.apple_ri_resident_size = resident,
+                                      .apple_ri_phys_footprint = resident};
   return 0;
 }
 // Pairs of a platform and a version.

@@ -7,8 +7,8 @@
 
 #include "shims.h"
 
-// With `l` for the `L` of long double, which is a double on macOS; and `0x%lx` for
-// a plain `%p`, which is "(nil)" for NULL on Linux, and "0x0" on macOS.
+// With `l` for the `L` of long double, which is a double on macOS; and `0x%lx`
+// for a plain `%p`, which is "(nil)" for NULL on Linux, and "0x0" on macOS.
 static const char* own_format(const char* format, char copy[1024]) {
   if (strchr(format, 'L') == NULL && strstr(format, "%p") == NULL)
     return format;
@@ -23,7 +23,8 @@ static const char* own_format(const char* format, char copy[1024]) {
     }
     if (*at == '%') directive = !directive;
     if (*at == '[') directive = false;
-    if (isalpha((unsigned char)*at) && !strchr("hlLjzt", *at)) directive = false;
+    if (isalpha((unsigned char)*at) && !strchr("hlLjzt", *at))
+      directive = false;
     *to++ = directive && *at == 'L' ? 'l' : *at;
   }
   *to = '\0';
@@ -31,9 +32,9 @@ static const char* own_format(const char* format, char copy[1024]) {
 }
 
 // Calls a function of Linux that takes a va_list.
-#define FORMATTED(function, ...)                                   \
-  va_list list;                                                    \
-  char copy[1024];                                                 \
+#define FORMATTED(function, ...)                                       \
+  va_list list;                                                        \
+  char copy[1024];                                                     \
   return function(__VA_ARGS__ __VA_OPT__(, ) own_format(format, copy), \
                   *linux_list(&list, stack))
 
@@ -79,9 +80,12 @@ void* mac_newlocale(int mask, const char* name, void* base) {
   (void)mask, (void)base;
   return is_c(name) ? (void*)"C" : NULL;
 }
-MacLconv* mac_localeconv(void) {
-  static MacLconv c = {{".", "", "", "", "", "", "", "", "", ""}, {0}};
-  memset(c.numbers, 127, sizeof c.numbers);
+// Ten texts, and numbers of which "C" has none.
+struct apple_lconv* mac_localeconv(void) {
+  static struct apple_lconv c = {
+      ".", "", "", "", "", "", "", "", "", "", .apple_int_frac_digits = 0};
+  char *first = &c.apple_int_frac_digits, *last = &c.apple_int_n_sign_posn;
+  memset(first, apple_CHAR_MAX, (size_t)(last + 1 - first));
   return &c;
 }
 const char* mac_setlocale(int category, const char* name) {
@@ -91,28 +95,30 @@ const char* mac_setlocale(int category, const char* name) {
 
 // ---- classes of characters -------------------------------------------------
 
-MacRuneLocale mac__DefaultRuneLocale;
+apple__RuneLocale mac__DefaultRuneLocale;
 
 __attribute__((constructor)) static void fill_runes(void) {
   static const struct {
     int (*is)(int);
     uint32_t type;
-  } kClasses[] = {{isalpha, kRuneAlpha}, {iscntrl, kRuneControl},
-                  {isdigit, kRuneDigit}, {isgraph, kRuneGraph},
-                  {islower, kRuneLower}, {ispunct, kRunePunct},
-                  {isspace, kRuneSpace}, {isupper, kRuneUpper},
-                  {isxdigit, kRuneHex},  {isblank, kRuneBlank},
-                  {isprint, kRunePrint}};
-  MacRuneLocale* rune = &mac__DefaultRuneLocale;
-  memcpy(rune->magic, "RuneMagA", 8);
+  } kClasses[] = {{isalpha, apple__CTYPE_A},  {iscntrl, apple__CTYPE_C},
+                  {isdigit, apple__CTYPE_D},  {isgraph, apple__CTYPE_G},
+                  {islower, apple__CTYPE_L},  {ispunct, apple__CTYPE_P},
+                  {isspace, apple__CTYPE_S},  {isupper, apple__CTYPE_U},
+                  {isxdigit, apple__CTYPE_X}, {isblank, apple__CTYPE_B},
+                  {isprint, apple__CTYPE_R}};
+  apple__RuneLocale* rune = &mac__DefaultRuneLocale;
+  memcpy(rune->apple___magic, "RuneMagA", 8);
   for (int c = 0; c < 256; c++) {
-    rune->lower[c] = c < 128 ? tolower(c) : c;
-    rune->upper[c] = c < 128 ? toupper(c) : c;
+    rune->apple___maplower[c] = c < 128 ? tolower(c) : c;
+    rune->apple___mapupper[c] = c < 128 ? toupper(c) : c;
     for (size_t i = 0; c < 128 && i < COUNT(kClasses); i++)
-      if (kClasses[i].is(c)) rune->type[c] |= kClasses[i].type;
+      if (kClasses[i].is(c)) rune->apple___runetype[c] |= kClasses[i].type;
   }
 }
 
 int mac___maskrune(int c, unsigned long mask) {
-  return c >= 0 && c < 128 ? (int)(mac__DefaultRuneLocale.type[c] & mask) : 0;
+  return c >= 0 && c < 128
+             ? (int)(mac__DefaultRuneLocale.apple___runetype[c] & mask)
+             : 0;
 }

@@ -11,7 +11,18 @@
 
 #include "shims.h"
 
+// The head of mutexes, conditions, locks, and attributes of a mutex.
+typedef struct {
+  int64_t signature;
+  void* own;  // the Linux object behind it
+} MacPthread;
 enum { kReady = 0x4d616368 };
+#define HAS_ROOM(type) \
+  _Static_assert(sizeof(apple_pthread_##type##_t) >= sizeof(MacPthread), "");
+HAS_ROOM(mutex)
+HAS_ROOM(mutexattr)
+HAS_ROOM(cond)
+HAS_ROOM(rwlock)
 
 typedef union {
   pthread_mutex_t mutex;
@@ -24,20 +35,20 @@ static Own* make(int64_t signature) {
   pthread_mutexattr_t attributes;
   pthread_mutexattr_init(&attributes);
   switch (signature) {
-    case kMacCondition:
+    case apple__PTHREAD_COND_SIG_init:
       pthread_cond_init(&made->condition, NULL);
       return made;
-    case kMacLock:
+    case apple__PTHREAD_RWLOCK_SIG_init:
       pthread_rwlock_init(&made->lock, NULL);
       return made;
-    case kMacRecursiveMutex:
+    case apple__PTHREAD_RECURSIVE_MUTEX_SIG_init:
       pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_RECURSIVE);
       break;
-    case kMacErrorCheckMutex:
+    case apple__PTHREAD_ERRORCHECK_MUTEX_SIG_init:
       pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_ERRORCHECK);
       break;
-    case kMacMutex:
-    case kMacFirstFitMutex:
+    case apple__PTHREAD_MUTEX_SIG_init:
+    case apple__PTHREAD_FIRSTFIT_MUTEX_SIG_init:
       break;
     default:
       refuse(NULL, "an object of pthread with the signature %#lx", signature);
@@ -60,9 +71,9 @@ static void* own(MacPthread* object) {
 }
 
 // Functions of one such object.
-#define OF_ONE(name)                                 \
-  int mac_pthread_##name(MacPthread* object) {       \
-    return mac_errno_of(pthread_##name(own(object))); \
+#define OF_ONE(name)                                  \
+  int mac_pthread_##name(MacPthread* object) {        \
+    return to_mac_errno(pthread_##name(own(object))); \
   }
 OF_ONE(mutex_lock)
 OF_ONE(mutex_trylock)
@@ -74,16 +85,16 @@ OF_ONE(rwlock_wrlock)
 OF_ONE(rwlock_unlock)
 
 int mac_pthread_cond_wait(MacPthread* condition, MacPthread* mutex) {
-  return mac_errno_of(pthread_cond_wait(own(condition), own(mutex)));
+  return to_mac_errno(pthread_cond_wait(own(condition), own(mutex)));
 }
 int mac_pthread_cond_timedwait(MacPthread* condition, MacPthread* mutex,
                                const struct timespec* until) {
-  return mac_errno_of(
+  return to_mac_errno(
       pthread_cond_timedwait(own(condition), own(mutex), until));
 }
 // A mutex or a condition, which nobody uses any more; the kind that the system
 // says EBUSY of cannot be told apart here.
-int mac_pthread_destroy(MacPthread* object) {
+int destroy_pthread(MacPthread* object) {
   if (object->signature == kReady) free(object->own);
   object->signature = 0;
   return 0;
@@ -91,33 +102,35 @@ int mac_pthread_destroy(MacPthread* object) {
 
 // The attributes of a mutex are the signature that it begins with.
 int mac_pthread_mutexattr_init(MacPthread* attributes) {
-  attributes->signature = kMacMutex;
+  attributes->signature = apple__PTHREAD_MUTEX_SIG_init;
   return 0;
 }
 int mac_pthread_mutexattr_settype(MacPthread* attributes, int type) {
-  if (type < 0 || type > kMac_PTHREAD_MUTEX_RECURSIVE) return EINVAL;
-  attributes->signature =
-      type == kMac_PTHREAD_MUTEX_RECURSIVE    ? kMacRecursiveMutex
-      : type == kMac_PTHREAD_MUTEX_ERRORCHECK ? kMacErrorCheckMutex
-                                              : kMacMutex;
+  if (type < 0 || type > apple_PTHREAD_MUTEX_RECURSIVE) return EINVAL;
+  attributes->signature = type == apple_PTHREAD_MUTEX_RECURSIVE
+                              ? apple__PTHREAD_RECURSIVE_MUTEX_SIG_init
+                          : type == apple_PTHREAD_MUTEX_ERRORCHECK
+                              ? apple__PTHREAD_ERRORCHECK_MUTEX_SIG_init
+                              : apple__PTHREAD_MUTEX_SIG_init;
   return 0;
 }
 int mac_pthread_mutex_init(MacPthread* mutex, const MacPthread* attributes) {
-  mutex->signature = attributes ? attributes->signature : kMacMutex;
+  mutex->signature =
+      attributes ? attributes->signature : apple__PTHREAD_MUTEX_SIG_init;
   return 0;
 }
 
 int mac_pthread_create(pthread_t* thread, const void* attributes,
                        void* (*start)(void*), void* argument) {
   if (attributes != NULL) refuse(NULL, "pthread_create with attributes");
-  return mac_errno_of(pthread_create(thread, NULL, start, argument));
+  return to_mac_errno(pthread_create(thread, NULL, start, argument));
 }
 int mac_pthread_join(pthread_t thread, void** result) {
-  return mac_errno_of(pthread_join(thread, result));
+  return to_mac_errno(pthread_join(thread, result));
 }
 int mac_pthread_key_create(unsigned long* key, void (*end)(void*)) {
   pthread_key_t made = 0;
-  int status = mac_errno_of(pthread_key_create(&made, end));
+  int status = to_mac_errno(pthread_key_create(&made, end));
   *key = made;
   return status;
 }
@@ -140,6 +153,9 @@ void mac_dispatch_once_f(long* predicate, void* context, void (*run)(void*)) {
 }
 
 // ---- ulock -----------------------------------------------------------------
+
+// Of XNU's <sys/ulock.h>, which the SDK lacks; the numbers are libc++'s.
+enum { kUlock32 = 1, kUlock64 = 5, kUlockWakeAll = 0x100 };
 
 // A futex has 32 bits: of a wider value the lower half is waited for, and the
 // wait ends after 10 ms, so that a change of the upper half is seen. May end

@@ -31,10 +31,24 @@ int flags_to_mac(const Pair* table, size_t count, int flags) {
   return result;
 }
 
-static const Pair kErrno[] = {ERRNOS(PAIR)};
+// Below 35 the others are the same.
+static const Pair kErrno[] = {
+    PAIR(EDEADLK), PAIR(EAGAIN), PAIR(EINPROGRESS), PAIR(EALREADY),
+    PAIR(ENOTSOCK), PAIR(EDESTADDRREQ), PAIR(EMSGSIZE), PAIR(EPROTOTYPE),
+    PAIR(ENOPROTOOPT), PAIR(EPROTONOSUPPORT), PAIR(ESOCKTNOSUPPORT),
+    PAIR(ENOTSUP), PAIR(EPFNOSUPPORT), PAIR(EAFNOSUPPORT), PAIR(EADDRINUSE),
+    PAIR(EADDRNOTAVAIL), PAIR(ENETDOWN), PAIR(ENETUNREACH), PAIR(ENETRESET),
+    PAIR(ECONNABORTED), PAIR(ECONNRESET), PAIR(ENOBUFS), PAIR(EISCONN),
+    PAIR(ENOTCONN), PAIR(ESHUTDOWN), PAIR(ETOOMANYREFS), PAIR(ETIMEDOUT),
+    PAIR(ECONNREFUSED), PAIR(ELOOP), PAIR(ENAMETOOLONG), PAIR(EHOSTDOWN),
+    PAIR(EHOSTUNREACH), PAIR(ENOTEMPTY), PAIR(EUSERS), PAIR(EDQUOT),
+    PAIR(ESTALE), PAIR(EREMOTE), PAIR(ENOLCK), PAIR(ENOSYS), PAIR(EOVERFLOW),
+    PAIR(ECANCELED), PAIR(EIDRM), PAIR(ENOMSG), PAIR(EILSEQ), PAIR(EBADMSG),
+    PAIR(EMULTIHOP), PAIR(ENODATA), PAIR(ENOLINK), PAIR(ENOSR), PAIR(ENOSTR),
+    PAIR(EPROTO), PAIR(ETIME), PAIR(ENOTRECOVERABLE), PAIR(EOWNERDEAD)};
 
 // What only Linux has becomes EIO, and not another error that has its number.
-int mac_errno_of(int number) {
+int to_mac_errno(int number) {
   return TO_MAC(kErrno, number, number < 35 ? number : EIO);
 }
 
@@ -42,7 +56,7 @@ int mac_errno_of(int number) {
 // the images write stays until then.
 int* mac___error(void) {
   static __thread int number;
-  if (errno != 0) number = mac_errno_of(errno);
+  if (errno != 0) number = to_mac_errno(errno);
   errno = 0;
   return &number;
 }

@@ -37,8 +37,8 @@ void check_signature(const Image* image) {
     refuse(image, "its signature is not of SHA-256 hashes");
   if (covered != image->signature.offset ||
       slots != (covered + page - 1) / page)
-    refuse(image, "its signature covers %lu bytes of %u", covered,
-           image->signature.offset);
+    refuse(image, "its signature covers %lu of %u bytes, in %u pages of %lu",
+           covered, image->signature.offset, slots, page);
   for (int i = 0; i < image->segment_count; i++) {
     const SegmentCommand* segment = image->segments[i].command;
     bool linkedit = !strncmp(segment->segname, SEG_LINKEDIT, 16) &&

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from . import debian, native, packages, program
-from .places import CACHE, LOADER, MAIN, PYTHONS, QEMU, SetupError, run
+from .places import CACHE, LOADER, MAIN, PYTHONS, QEMU, ROOT, SetupError, run
 
 
 def fetch() -> None:
@@ -32,7 +31,6 @@ def fetch() -> None:
 
 
 def build() -> None:
-    native.check_abi()
     native.build_loader()
     native.build_system()
     native.build_cxxrt()
@@ -43,14 +41,14 @@ def build() -> None:
 def imports() -> str:
     """How many names of libSystem and of Python the loader has, of each kind."""
     sysroot = PYTHONS[MAIN].sysroot
-    found: Counter[str] = Counter()
-    for line in run(QEMU, "-L", sysroot, LOADER, "--imports").splitlines():
-        kind, *names = line.split()
-        found[kind] += len(names)
+    lines = run(QEMU, "-L", sysroot, LOADER, "--imports").splitlines()
+    lists = {kind: names for kind, *names in map(str.split, lines)}
+    shims = native.shims()
+    python = {name for name in shims if name.startswith("Py")}
     return (
-        f"libSystem: {found['shim']} by shim, {found['alias']} by alias, "
-        f"{found['pass']} pass through, any other is refused; "
-        f"Python's variadic functions: {found['python']} by shim"
+        f"libSystem: {len(shims - python)} by shim, {len(lists['alias'])} by alias, "
+        f"{len(lists['pass'])} pass through, any other is refused; "
+        f"Python's variadic functions: {len(python)} by shim"
     )
 
 
@@ -61,13 +59,16 @@ def timed(step: Callable[[], None]) -> str:
 
 
 def main() -> int:
-    CACHE.mkdir(parents=True, exist_ok=True)
     try:
+        # Both are in lists of paths.
+        if odd := [p for p in (CACHE, ROOT) if ":" in str(p) or "\n" in str(p)]:
+            raise SetupError(f"{str(odd[0])!r}: a colon or a newline in a path")
+        CACHE.mkdir(parents=True, exist_ok=True)
         # The network is waited for while the compiler computes.
         with ThreadPoolExecutor(2) as pool:
             print("machrun: " + ", ".join(pool.map(timed, (build, fetch))))
         print(f"machrun: {imports()}")
-    except SetupError as e:
+    except (SetupError, OSError) as e:  # as of a full disk
         print(f"machrun: {e}", file=sys.stderr)
         return 2
     return 0

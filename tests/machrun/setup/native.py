@@ -7,9 +7,11 @@ compiled for aarch64-macos they have the layouts of Apple's own.
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lief
 import ziglang
 
 from .places import (
@@ -45,6 +47,23 @@ LIBUNWIND += ["-DNDEBUG", "-fno-rtti", "-fno-exceptions"]
 LIBUNWIND_SOURCES = (
     *("libunwind.cpp", "UnwindLevel1.c", "UnwindLevel1-gcc-ext.c"),
     *("UnwindRegistersRestore.S", "UnwindRegistersSave.S"),
+)
+
+
+# Those whose structures and numbers the shims know.
+APPLE = (
+    *("ctype", "dirent", "dlfcn", "errno", "fcntl", "libproc", "limits", "locale"),
+    *("netdb", "netinet/tcp", "pthread", "signal", "sys/mman", "sys/socket"),
+    *("sys/stat", "sys/statvfs", "sys/ucontext", "sys/utsname", "time", "unistd"),
+)
+# A name that is no word of C's, and not in quotes.
+NAME = re.compile(
+    r'"(?:\\.|[^"\\])*"|'
+    r"\b(?!(?:__asm__|__builtin_\w+|__const|__inline|__restrict|__uint128_t|__volatile__|_Bool"
+    r"|_Nonnull|_Noreturn|_Nullable|_Static_assert|break|case|char|const|default|define|do|double|else|enum"
+    r"|extern|float|for|goto|if|inline|int|long|pack|pop|pragma|push|register|restrict"
+    r"|return|short|signed|sizeof|static|struct|switch|typedef|union|unsigned|void"
+    r"|volatile|while)\b)[A-Za-z_]\w*"
 )
 
 
@@ -138,20 +157,35 @@ def build_accelerate() -> Path:
     return build(ACCELERATE, "/accelerate.dylib", sources)
 
 
+def apple_text(prefix: str) -> str:
+    """Apple's headers as one, each name behind a prefix: so Linux's go beside them."""
+    source, into = CACHE / "apple.c", CACHE / "apple.i"
+    source.write_text("".join(f"#include <{name}.h>\n" for name in APPLE))
+    # Attributes are of functions, and of structures that no shim has.
+    options = [*MACOS, "-fno-blocks", "-E", "-D__attribute__(x)=", "-D__asm(x)="]
+    zig("cc", *options, "-P", source, into=into)
+    text = into.read_text()
+    zig("cc", *options, "-dM", source, into=into)
+    # Macros without arguments.
+    text += "\n".join(re.findall(r"^#define \w+ .+", into.read_text(), re.M)) + "\n"
+    return NAME.sub(lambda m: m[0] if m[0][0] == '"' else prefix + m[0], text)
+
+
 def build_loader() -> Path:
     """The loader, for aarch64 Linux; it reads Mach-O by Apple's own headers.
 
     As a program, and as a library that is preloaded into one (start.c).
     """
     place = HERE / "loader"
-    alone = {"abi_check.c", "start.c"}
-    sources = sorted(f for f in place.glob("*.c") if f.name not in alone)
+    sources = sorted(f for f in place.glob("*.c") if f.name != "start.c")
     headers = CACHE / "headers"
     options = [*LINUX, "-std=gnu11", "-Wall", "-Wextra", "-Werror", f"-I{headers}"]
-    stamp = digest([*sorted(place.glob("*.[chz]*")), *options])
+    stamp = digest([*sorted(place.glob("*.[chz]*")), Path(__file__), *options])
     if not is_current(LOADER, stamp):
         fresh(headers)
         (headers / "mach-o").symlink_to(LIB / "libc/include/any-darwin-any/mach-o")
+        quiet = "#pragma GCC system_header\n"
+        (headers / "apple.h").write_text(quiet + apple_text("apple_"))
         hashes = CACHE / "sha256.o"
         fast = ["-O", "ReleaseFast", "-fPIC"]
         zig("build-obj", *LINUX[:2], *fast, place / "sha256.zig", into=hashes)
@@ -163,7 +197,9 @@ def build_loader() -> Path:
     return LOADER
 
 
-def check_abi() -> None:
-    """Holds what the shims believe of macOS against Apple's headers in ziglang."""
-    check = HERE / "loader" / "abi_check.c"
-    zig("cc", *MACOS, "-c", check, into=CACHE / "abi_check.o")
+def shims() -> set[str]:
+    """The names of libSystem and Python that the loader has as functions of its own."""
+    program = lief.ELF.parse(str(LOADER))
+    assert program is not None
+    names = {str(symbol.name) for symbol in program.dynamic_symbols if symbol.value}
+    return {name[4:] for name in names if name.startswith("mac_")}

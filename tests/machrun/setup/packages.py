@@ -6,6 +6,9 @@ import shutil
 import sys
 import time
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from support.versions import EXECUTED as EXECUTED
@@ -50,8 +53,18 @@ def download(
     return sorted(into.glob("*.whl"))
 
 
+@contextmanager
+def opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    """Its archive; a SetupError that names it where it is damaged."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
+        raise SetupError(f"{wheel}: a damaged wheel: {e}") from None
+
+
 def _unpack(wheel: Path, into: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
+    with opened(wheel) as archive:
         for name in archive.namelist():
             if name.endswith(".metallib"):
                 target = into / name  # MLX looks whether it is there
@@ -89,8 +102,10 @@ def get_mlx(version: str, python: Python, system: str = "14_0") -> Path:
 
 def version_of(place: Path) -> str:
     """The version of the mlx that is unpacked there."""
-    (found,) = place.glob("mlx-*.dist-info")
-    return found.name[len("mlx-") : -len(".dist-info")]
+    found = [p.name for p in place.glob("mlx-*.dist-info")]
+    if len(found) != 1:
+        raise SetupError(f"{place}: {len(found)} of MLX in it: delete it")
+    return found[0][len("mlx-") : -len(".dist-info")]
 
 
 def get_ours(python: Python) -> Path:

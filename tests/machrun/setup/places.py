@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ TOOLS = CACHE / "tools"
 QEMU = TOOLS / "usr" / "bin" / "qemu-aarch64-static"
 LOADER = CACHE / "machrun"
 PRELOADED = CACHE / "machrun.so"  # the same, for a program that it is loaded into
+FAILED = CACHE / "failed.txt"
+ERROR = re.compile(r"\berror\b|^E: ", re.IGNORECASE)
 LIMIT_S = 900
 # Also what takes long and adds little.
 ALL = os.environ.get("MACHRUN_ALL") == "1"
@@ -67,12 +70,13 @@ class Python:
 
 
 # What Debian's suites have (bullseye: 3.9; forky also 3.13 and 3.15, for which MLX has
-# no wheel), each version from the suite that keeps it. None has 3.10.
+# no wheel), each version from the suite that keeps it. None has 3.10 and 3.12.
 PYTHONS = {
     p.version: p
     for p in (
         Python("3.10", "bookworm", "cp310-cp310", from_pypi=True),
         Python("3.11", "bookworm", "cp311-cp311"),
+        Python("3.12", "bookworm", "cp312-abi3", from_pypi=True),
         Python("3.13", "trixie", "cp312-abi3"),
         Python("3.14", "forky", "cp312-abi3"),
     )
@@ -81,7 +85,11 @@ MAIN = "3.11"  # the one that runs every version of MLX
 
 
 def run(*command: object, limit: float = LIMIT_S, **more: object) -> str:
-    """Runs a program; its output, or a SetupError with the last line it said."""
+    """Runs a program; its output, or a SetupError with the line that says why not.
+
+    That is the first that speaks of an error, else the last. All of them are in
+    FAILED.
+    """
     words = [str(word) for word in command]
     try:
         done = subprocess.run(
@@ -89,11 +97,19 @@ def run(*command: object, limit: float = LIMIT_S, **more: object) -> str:
         )  # type: ignore[call-overload]
     except FileNotFoundError:
         raise SetupError(f"{words[0]} is not installed") from None
+    except OSError as e:
+        raise SetupError(f"{words[0]}: {e.strerror}: delete it") from None
     except subprocess.TimeoutExpired:
         raise SetupError(f"{words[0]} took more than {limit:.0f} s") from None
     if done.returncode:
-        said = (done.stderr or done.stdout).strip() or f"status {done.returncode}"
-        raise SetupError(f"{Path(words[0]).name} {words[-1]}: {said[-2000:]}")
+        said = done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}"
+        lines = said.splitlines()
+        why = next((line for line in lines if ERROR.search(line)), lines[-1])
+        where = ""
+        if len(lines) > 1 and CACHE.is_dir():
+            FAILED.write_text(said)
+            where = f" (all it said: {FAILED})"
+        raise SetupError(f"{Path(words[0]).name} {words[-1]}: {why.strip()}{where}")
     return str(done.stdout)
 
 
