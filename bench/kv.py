@@ -34,9 +34,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from foreign_cost import interval
 from memory_ceiling import Load, Result
 from memory_ceiling import run as run_load
+from spread import interval
 
 from support import tiny_model
 from support.model_types import load_type

@@ -18,7 +18,8 @@ from mlx_safe.kv.format import SNAPSHOT, Node, chain
 from mlx_safe.kv.store import Draft, Limits
 from mlx_safe.server.mlx_lm import kv_capture, kv_window
 from mlx_safe.server.mlx_lm.kv_parts import leaves
-from mlx_safe.server.mlx_lm.kv_tier import KVTier, _Rate
+from mlx_safe.server.mlx_lm.kv_restore import Rate
+from mlx_safe.server.mlx_lm.kv_tier import KVTier
 from support import model_types
 
 # Windows have 32 tokens.
@@ -534,7 +535,7 @@ def test_in_the_midst_of_a_prompt_no_snapshot_waits_to_be_written(
 
 
 def test_how_fast_a_prompt_is_read_its_short_last_step_does_not_tell() -> None:
-    rate = _Rate()
+    rate = Rate()
     for _ in range(5):
         rate.saw(2048, 4.0)
         rate.saw(10, 0.5)
