@@ -42,6 +42,7 @@ MORE = {
 }
 PLANS = [
     "decode:6:8",
+    "decode:3:8",  # a log-probability is about to be looked at
     "prefill:1:8",
     "prefill:2:8",
     "decode:6:2",

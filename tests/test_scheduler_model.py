@@ -895,6 +895,10 @@ def test_the_client_that_left_is_answered_so() -> None:
 FIELDS = {*vars(Request()), *vars(Run())}
 
 
+CHANGES = {"append", "extend", "insert", "clear", "pop", "remove", "update", "add"}
+CHANGES |= {"sort", "reverse"}
+
+
 def writes(tree: ast.AST) -> list[tuple[str, int]]:
     """(attribute, line) of what is assigned to, or changed in place."""
     found: list[tuple[str, int]] = []
@@ -905,12 +909,33 @@ def writes(tree: ast.AST) -> list[tuple[str, int]]:
             )
             if not is_of_module:  # mlx-lm's, which is patched
                 found.append((node.attr, node.lineno))
+        elif isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+            if isinstance(node.value, ast.Attribute):
+                found.append((node.value.attr, node.lineno))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             of = node.func.value
-            changes = node.func.attr in ("append", "extend", "clear", "pop", "remove")
-            if changes and isinstance(of, ast.Attribute):
+            if node.func.attr in CHANGES and isinstance(of, ast.Attribute):
                 found.append((of.attr, node.lineno))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            name = node.args[1]
+            if isinstance(name, ast.Constant):
+                found.append((str(name.value), node.lineno))
     return found
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "request.produced = []",
+        "request.produced += [1]",
+        "request.produced[0] = 5",
+        "del request.produced[:]",
+        "request.produced.insert(0, 1)",
+        "setattr(request, 'produced', [])",
+    ],
+)
+def test_each_way_of_writing_is_seen(statement: str) -> None:
+    assert ("produced", 1) in writes(ast.parse(statement))
 
 
 def test_only_the_scheduler_writes_a_state() -> None:

@@ -172,8 +172,12 @@ def test_a_ballast_that_comes_is_made_room_for(
         assert after.text == before.text
 
 
-# Of at most twenty numbers, and of three.
-READ_ON_THE_HOST = {"server/logprobs.py": 2, "server/ranks.py": 1}
+# Of at most twenty numbers, of one token's log-probability, and of three.
+READ_ON_THE_HOST = {
+    "server/logprobs.py": 2,
+    "server/not_numbers.py": 1,
+    "server/ranks.py": 1,
+}
 
 
 def test_no_large_array_is_read_on_the_host() -> None:

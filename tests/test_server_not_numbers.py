@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from support.server import Server
+from support.server import CONTROLLED, Server
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 CODE = "model_not_a_number"
@@ -54,3 +54,34 @@ def test_a_stream(server: Server, path: str) -> None:
     assert answer.done
     assert len(answer.events) <= 3  # the first token may have gone out
     assert server.is_well()
+
+
+# A log-probability that was asked for is taken for NaN, once its run has failed.
+POISON = """
+import mlx.core
+from mlx_safe.server import recovery
+reset = recovery.Recovery._reset
+def poisoned(self, *args):
+    found = [r for r in self._scheduler.requests() if r.logprob is not None]
+    for request in found:
+        request.logprob = mlx.core.array(float("nan"))
+    print("poisoned:", len(found), flush=True)
+    reset(self, *args)
+recovery.Recovery._reset = poisoned
+"""
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_a_failed_run_has_computed_decides_nothing(
+    tiny_model: Path, path: str
+) -> None:
+    wishes = {**PATHS[path], "temperature": 0, "max_tokens": 12}
+    with Server(tiny_model, program=POISON + CONTROLLED) as server:
+        server.wait_ready()
+        plain = server.chat("hello", **wishes)
+        for step in (2, 3, 4):
+            server.plan(f"decode:{step}:8")
+            answer = server.chat("hello", **wishes)
+            assert answer.status == 200, (answer, server.log)
+            assert answer.text == plain.text
+        assert "poisoned: 1" in server.log

@@ -284,13 +284,16 @@ def main() -> int:
             continue
         survivors = try_all(name, mutants, arguments.jobs)
         unexplained = [m for m in survivors if m.text not in reasons]
+        stale = [m for m in mutants if m.text in reasons and m not in survivors]
         print(
             f"{name}: {len(mutants)} mutants, {len(mutants) - len(survivors)} caught, "
             f"{len(survivors)} survived, {len(unexplained)} of them unexplained"
         )
         for mutant in unexplained:
             print(f"  line {mutant.change.line}: {mutant.text}")
-        failed |= bool(unexplained)
+        for mutant in stale:
+            print(f"  line {mutant.change.line}: explained, and caught: {mutant.text}")
+        failed |= bool(unexplained or stale)
     return int(failed)
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Kept", "leaves", "segments_with"]
 
-Segments = "list[list[int]]"
-
 
 def segments_with(
     segments: Sequence[Sequence[int]], produced: Sequence[int]

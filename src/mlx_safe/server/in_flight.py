@@ -162,6 +162,7 @@ class InFlight(Request):
     def _begin(self, context: AnsweredContext) -> None:
         """A handler that is done, or whose client left, stops its context."""
         self.context = context
+        self.logprob = None  # of the run before
         self._place.begun(len(context.prompt))
         if self.is_ended:  # its client left while the prompt was tokenized
             self.stop_run()

@@ -273,10 +273,12 @@ class Recovery:
         """Drops whatever the failure may have left unwritten, or may be due to.
 
         Arrays of a failed evaluation read as valid afterwards (both regimes), so the
-        batch goes. Its only owners are the frames of the traceback: it is free as soon
-        as they are clear. Entries of the prompt cache that were complete before the
-        fault may stay.
+        batch goes. Its owners are the frames of the traceback, and what `Numbers` was
+        about to look at: it is free as soon as these are clear. Entries of the prompt
+        cache that were complete before the fault may stay.
         """
+        for request in self._scheduler.requests():
+            request.logprob = None
         drop_failed(exc)
         if self._prompt_cache.disk is not None:
             # Of an exception that is no fault nobody knows what it has touched.

@@ -537,6 +537,8 @@ class Scheduler(Generic[R]):
         ended = self._change(request, state)
         if ended:
             request.ended_at, request.ended_with = self._clock(), error
+            if state is not RequestState.COMPLETED:
+                request.stop_run()  # it may have begun since it was stopped
             request.note_end(how)
         return ended
 
