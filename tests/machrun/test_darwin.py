@@ -18,7 +18,8 @@ SOURCES = ROOT / "src" / "mlx_safe"
 # What asks for the system, or for what only one of them has.
 ASKS = re.compile(
     r"(?<!`)sys\.platform|platform\.(system|mac_ver)\(|os\.name\b|"
-    r"(has|get)attr\((os|select|socket|time|signal|resource|fcntl), "
+    r"(has|get)attr\((os|select|socket|time|signal|resource|fcntl), |"
+    r"getattr\(ctypes\."
 )
 
 KEPT = """
@@ -80,6 +81,12 @@ BRANCHES = {
         import tempfile
         from mlx_safe.kv import files
         print(files.leave_out_of_backups(tempfile.mkdtemp()) in (True, False))
+    """,
+    ("server/heap.py", 'mallopt = getattr(ctypes.CDLL(None), "mallopt", None)'): """
+        import ctypes
+        from mlx_safe.server import heap
+        heap.give_back_what_is_free()
+        print(getattr(ctypes.CDLL(None), "mallopt", None))
     """,
     ("memory/machine.py", "system=sys.platform,"): """
         from mlx_safe.memory import machine
@@ -149,6 +156,7 @@ SAYS = {
     "doctor.py": ["macOS 14.0 arm64"] * 3,
     "kv/files.py": ["True"],
     "memory/machine.py": ["darwin", f"{16 << 30} 0 None {16 << 30}"],
+    "server/heap.py": ["None"],
     "server/disconnects.py": ["False True _Kqueue", "None False True"],
     "server/lifeline.py": ["False 5 2 3"] * 2,
     "server/request_file.py": ["True 0", "-1 False True"],

@@ -388,10 +388,20 @@ def test_code_is_not_writable_and_constants_are_not(private_reports: Path) -> No
         print(open("/proc/self/maps").read())
     """)
     assert done.returncode == 0, done.stderr
-    images = [line for line in done.stdout.splitlines() if ".dylib" in line]
+    ends = (".dylib", "-darwin.so")
+    images = [line for line in done.stdout.splitlines() if line.endswith(ends)]
     assert any("libmlx.dylib" in line for line in images)
     assert any(" r-xp " in line for line in images)
     assert not [line for line in images if re.match(r"\S+ .wx", line)]
+    for path in {line.split()[-1] for line in images}:
+        raw = Path(path).read_bytes()
+        begin = number(raw, segment(raw, b"__DATA_CONST") + 40)  # in the file
+        found = [
+            line
+            for line in images
+            if line.endswith(path) and int(line.split()[2], 16) == begin
+        ]
+        assert found and all(re.match(r"\S+ r--", line) for line in found), path
 
 
 @pytest.mark.parametrize("version", PYTHONS)

@@ -35,10 +35,12 @@ def test_a_place_where_nothing_can_lie(tmp_path: Path) -> None:
         (f"{tmp_path}/file", "File exists"),
         (f"{tmp_path}/file/inside", "Not a directory"),
         (f"{tmp_path}/{'x' * 300}", "File name too long"),
+        (f"{tmp_path}", "not empty, and no cache of machrun"),
     ):
         status, line = said_by("machrun.setup", MACHRUN_CACHE=place)
         assert status == 2 and line.startswith("machrun: ") and said in line
         assert line.count("\n") == 1, line
+    assert (tmp_path / "file").exists()
 
 
 def test_a_row_that_is_not_there() -> None:

@@ -82,11 +82,19 @@ class _LibSystem:
         return _Function(ctypes.addressof(shim))
 
 
+GLIBC = ("mallopt",)  # C functions that no Mac has
+
+
 class _CDLL(ctypes.CDLL):
     def __new__(cls, name: object = None, *more: object, **options: object) -> object:
         if name == LIB_SYSTEM:
             return _LibSystem()
         return super().__new__(cls)
+
+    def __getattr__(self, name: str) -> object:
+        if name in GLIBC:
+            raise AttributeError(name)
+        return super().__getattr__(name)
 
 
 def _dyld_find(name: str, *_: object) -> str:

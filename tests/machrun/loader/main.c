@@ -56,7 +56,7 @@ int main(int count, char** arguments) {
   if (count > 1 && !strcmp(arguments[1], "--imports")) return print_imports();
   if (count > 1 && !strcmp(arguments[1], "--python")) {
     int (*run_python)(int, char**) = dlsym(RTLD_DEFAULT, "Py_BytesMain");
-    if (run_python == NULL) refuse(&kEnvironment, "MACHRUN_PYTHON is not set");
+    if (run_python == NULL) refuse(&kEnvironment, "MACHRUN_PYTHON names no Python");
     return run_python(count - 1, arguments + 1);
   }
   Image* image = NULL;

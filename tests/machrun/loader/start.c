@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <wchar.h>
 
 #include "machrun.h"
@@ -35,7 +36,11 @@ extern __attribute__((weak)) int PyRun_SimpleFileExFlags(FILE*, const char*,
 int Py_BytesMain(int count, char** arguments) {
   bool code = count > 2 && !strcmp(arguments[1], "-c");
   FILE* file = count > 1 && !code ? fopen(arguments[1], "rb") : NULL;
-  if (!code && file == NULL) refuse(NULL, "neither -c CODE nor a FILE to run");
+  struct stat found;
+  if (file != NULL && (fstat(fileno(file), &found) || !S_ISREG(found.st_mode)))
+    file = NULL;
+  static const Image kCommand = {.path = "command"};
+  if (!code && file == NULL) refuse(&kCommand, "neither -c CODE nor a FILE to run");
   Py_Initialize();
   int first = code ? 2 : 1;
   wchar_t** words = calloc((size_t)count, sizeof *words);

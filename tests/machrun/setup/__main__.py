@@ -8,7 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from . import debian, native, packages, program
-from .places import CACHE, LOADER, MAIN, PYTHONS, QEMU, ROOT, SetupError, run
+from .places import (
+    CACHE,
+    LOADER,
+    MAIN,
+    OWN_CACHE,
+    PYTHONS,
+    QEMU,
+    ROOT,
+    SetupError,
+    run,
+)
 
 
 def fetch() -> None:
@@ -58,12 +68,22 @@ def timed(step: Callable[[], None]) -> str:
     return f"{step.__name__} {time.monotonic() - start:.0f} s"
 
 
+def make_cache() -> None:
+    """Whatever lies in it may be deleted later, so it must be ours, or empty."""
+    mark = CACHE / "of-machrun"
+    is_ours = CACHE == OWN_CACHE or mark.exists() or not CACHE.is_dir()
+    if not is_ours and any(CACHE.iterdir()):
+        raise SetupError(f"{CACHE}: not empty, and no cache of machrun")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
 def main() -> int:
     try:
         # Both are in lists of paths.
         if odd := [p for p in (CACHE, ROOT) if ":" in str(p) or "\n" in str(p)]:
             raise SetupError(f"{str(odd[0])!r}: a colon or a newline in a path")
-        CACHE.mkdir(parents=True, exist_ok=True)
+        make_cache()
         # The network is waited for while the compiler computes.
         with ThreadPoolExecutor(2) as pool:
             print("machrun: " + ", ".join(pool.map(timed, (build, fetch))))

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
-CACHE = Path(os.environ.get("MACHRUN_CACHE", ROOT / ".cache" / "machrun")).resolve()
+OWN_CACHE = (ROOT / ".cache" / "machrun").resolve()
+CACHE = Path(os.environ.get("MACHRUN_CACHE") or OWN_CACHE).resolve()
 HERE = ROOT / "tests" / "machrun"
 TOOLS = CACHE / "tools"
 QEMU = TOOLS / "usr" / "bin" / "qemu-aarch64-static"
