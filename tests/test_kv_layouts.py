@@ -447,18 +447,25 @@ def test_what_is_not_worth_its_bytes_is_held_until_it_is_needed(
         assert_equal(logits(model, restored), logits(model, caches))
 
 
+def keep_waiting(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch, kind: str, per_s: float
+) -> tuple[Kept, KVTier, Any]:
+    """(kept, tier, model): snapshots wait an hour; so many tokens are read a second."""
+    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
+    kept = keep(kind)
+    assert kept.tier is not None
+    kept.tier._restore.read_rate.saw(per_s, 1)
+    return kept, kept.tier, kept.provider.model
+
+
 @pytest.mark.parametrize("kind", ["qwen3_next", "gemma3_text"])
 def test_turns_that_follow_soon_write_one_snapshot(
     keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """And it is there when the server stops, or when none has followed."""
-    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
-    kept = keep(kind)
-    tier, model = kept.tier, kept.provider.model
-    assert tier is not None
+    kept, tier, model = keep_waiting(keep, monkeypatch, kind, per_s=500)
     text = [*TEXT, *TEXT, *TEXT, *TEXT]
     caches = make_prompt_cache(model)
-    tier._restore.read_rate.saw(500, 1)
     for turn in range(4):
         read(model, text[300 * turn : 300 * turn + 300], caches)
         tier.capture(kept.key, text[: 300 * turn + 300], caches)
@@ -479,11 +486,7 @@ def test_the_end_of_a_prompt_waits_and_not_its_short_answers(
     keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client may render the answer in other tokens; and memory evicts both."""
-    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
-    kept = keep("mamba2")
-    tier, model = kept.tier, kept.provider.model
-    assert tier is not None
-    tier._restore.read_rate.saw(1000, 1)
+    kept, tier, model = keep_waiting(keep, monkeypatch, "mamba2", per_s=1000)
     caches = make_prompt_cache(model)
     text = [*TEXT, *TEXT][:620]
     for begin, end in ((0, 280), (280, 300), (300, 620)):
@@ -507,11 +510,7 @@ def test_in_the_midst_of_a_prompt_no_snapshot_waits_to_be_written(
     keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each step would have one; the one at its end waits for the next turn's."""
-    monkeypatch.setattr(kv_capture, "WAIT_S", 3600)
-    kept = keep("mamba2")
-    tier, model = kept.tier, kept.provider.model
-    assert tier is not None
-    tier._restore.read_rate.saw(1000, 1)
+    kept, tier, model = keep_waiting(keep, monkeypatch, "mamba2", per_s=1000)
     text = [*TEXT, *TEXT][:600]
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request
