@@ -20,15 +20,12 @@ using drive::new_queue;
 using drive::Regime;
 using drive::set_value;
 using drive::told_of_memory;
+using drive::value_of;
 using drive::wait_for;
 using drive::Work;
 using host::selector;
 
 Regime g_regime;  // of the hooks
-
-std::uint64_t value_of(const host::Ref& event) {
-  return host::send<std::uint64_t>(event.get(), selector("signaledValue"));
-}
 
 void fail_next(const host::Ref& queue, std::uint32_t late_us = 0) {
   metalsim_plan plan{};

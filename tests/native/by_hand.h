@@ -44,6 +44,11 @@ struct Work {
   host::Ref buffer;
 };
 
+inline std::uint64_t value_of(const host::Ref& event) {
+  return host::send<std::uint64_t>(event.get(),
+                                   host::selector("signaledValue"));
+}
+
 inline void set_value(const host::Ref& event, std::uint64_t value) {
   host::send(event.get(), host::selector("setSignaledValue:"), value);
 }

@@ -21,6 +21,7 @@ using drive::new_queue;
 using drive::Regime;
 using drive::set_value;
 using drive::told_of_memory;
+using drive::value_of;
 using drive::wait_for;
 using drive::Work;
 using host::selector;
@@ -163,9 +164,11 @@ void rounds() {
   check_protected(hooks);
 }
 
-// Buffers run on other threads while the hooks come and go.
+// Buffers run on other threads, and events are polled, while the hooks come and
+// go.
 void install_during_work() {
   Hooks hooks = Hooks::open(g_hooks_path);
+  host::Ref polled = new_event();
   std::atomic<bool> stop{false};
   std::atomic<int> ran{0}, bad{0};
   std::vector<std::thread> threads;
@@ -174,6 +177,7 @@ void install_during_work() {
       while (!stop) {
         std::string said = try_buffer();
         if (!said.empty()) ++bad;
+        if (value_of(polled) != 0) ++bad;
         ++ran;
       }
     });
@@ -364,9 +368,7 @@ void signalled_in_handler() {
     if (waiting) {
       CHECK(wait_for(event, 1) == "reached");
     } else {
-      while (host::send<std::uint64_t>(event.get(),
-                                       selector("signaledValue")) == 0)
-        std::this_thread::yield();
+      while (value_of(event) == 0) std::this_thread::yield();
     }
     CHECK(hooks.epoch() == before + 1);
   }
@@ -544,7 +546,7 @@ void stopped_meanwhile() {
   std::thread beginning([&] {
     hooks.mark_thread(1);
     new_event();  // waits for what the failed buffer did not wait for
-    CHECK(host::send<std::uint64_t>(skipped.get(), selector("signaledValue")));
+    CHECK(value_of(skipped));
   });
   std::string said;
   std::thread waiting([&] {

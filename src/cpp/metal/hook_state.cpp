@@ -26,8 +26,22 @@ namespace {
 constinit std::atomic<std::chrono::milliseconds> g_gate_limit{
     std::chrono::milliseconds(10'000)};
 
-int (*g_python_initialized)() = nullptr;
-void* (*g_python_thread_state)() = nullptr;
+// Null in a native host. Not linked: the stable ABI has the first only from
+// 3.10 on.
+struct Python {
+  int (*initialized)();
+  void* (*thread_state)();
+};
+
+// Looked up once, by the first install: a thread that is still inside a hook
+// reads them while the hooks are installed again.
+const Python& python() {
+  static const Python found{
+      reinterpret_cast<int (*)()>(::dlsym(RTLD_DEFAULT, "Py_IsInitialized")),
+      reinterpret_cast<void* (*)()>(
+          ::dlsym(RTLD_DEFAULT, "PyGILState_GetThisThreadState"))};
+  return found;
+}
 
 }  // namespace
 
@@ -53,8 +67,10 @@ std::uint64_t value_of(Id event) {
 
 bool may_throw() {
   if (t_state.in_handler > 0) return false;
-  if (g_python_thread_state == nullptr) return t_state.may_throw;
-  return g_python_initialized() != 0 && g_python_thread_state() != nullptr;
+  auto [initialized, thread_state] = python();
+  if (initialized == nullptr || thread_state == nullptr)
+    return t_state.may_throw;
+  return initialized() != 0 && thread_state() != nullptr;
 }
 
 void raise(const FailureRef& failure) {
@@ -81,13 +97,7 @@ void give_up_waiting() {
 // ---- for install.cpp and the bindings --------------------------------------
 
 void hooks_prepare(Mode mode) {
-  // Not linked: the stable ABI has the first only from 3.10 on, and a native
-  // host has neither.
-  g_python_initialized =
-      reinterpret_cast<int (*)()>(::dlsym(RTLD_DEFAULT, "Py_IsInitialized"));
-  auto state = reinterpret_cast<void* (*)()>(
-      ::dlsym(RTLD_DEFAULT, "PyGILState_GetThisThreadState"));
-  g_python_thread_state = g_python_initialized == nullptr ? nullptr : state;
+  python();
   ledger().track_failures(mode == Mode::kIntercept);
 }
 
