@@ -1,10 +1,10 @@
-"""What the status page costs: its weight, ``/status.json``, and its samples.
+"""What is asked while work goes on: the page's weight, ``/status.json``, ``/metrics``.
 
     python bench/status.py
 
-A tiny model, 64 requests in flight that are held in a step, so that what is measured is
-not the generation. Times are of this machine; ``cpu`` is the server's own, by
-``/proc`` (Linux).
+A tiny model, 64 requests in flight: first held in a step, so that what is measured is
+not the generation, then generating, which holds Python's lock as well. Times are of
+this machine; ``cpu`` is the server's own, by ``/proc`` (Linux).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from support.tiny_model import make
 
 REQUESTS = 64
 ASKED = 300
+TOKENS = 20_000  # of an answer: none ends while it is asked
+PATHS = ("/status.json?history=none", "/status.json?history=short", "/metrics")
 
 
 def cpu_s(pid: int) -> float:
@@ -39,38 +41,46 @@ def main() -> None:
             page = len(server.get("/status").body.encode())
             print(f"page: {page / 1000:.1f} kB")
             server.hold(100)
-            with server.chatting(REQUESTS, max_tokens=200):
+            with server.chatting(REQUESTS, max_tokens=TOKENS):
                 try:
                     server.wait_held()
                     eventually(lambda: in_flight(server) == REQUESTS)
-                    measure(server)
+                    measure(server, "held")
+                    idle(server)
                 finally:
                     server.go()
+                measure(server, "generating")
+                server.process.kill()
 
 
 def in_flight(server: Server) -> int:
     return int(server.get("/status.json?history=none").json["requests"]["in_flight"])
 
 
-def measure(server: Server) -> None:
-    """Asks again and again, and for a while not at all."""
-    for history in ("none", "short"):
+def measure(server: Server, state: str) -> None:
+    """Asks for each path again and again."""
+    for path in PATHS:
         took, before = [], cpu_s(server.process.pid)
         for _ in range(ASKED):
             began = time.perf_counter()
-            answer = server.get(f"/status.json?history={history}")
+            answer = server.get(path)
             took.append(1000 * (time.perf_counter() - began))
         cpu = 1000 * (cpu_s(server.process.pid) - before) / ASKED
+        share = f", cpu {cpu:.1f} ms" if state == "held" else ""
         print(
-            f"/status.json?history={history}, {in_flight(server)} in flight: median "
+            f"{path}, {in_flight(server)} {state}: median "
             f"{statistics.median(took):.1f} ms, of 100 the slowest "
-            f"{statistics.quantiles(took, n=100)[-1]:.1f} ms, cpu {cpu:.1f} ms, "
+            f"{statistics.quantiles(took, n=100)[-1]:.1f} ms{share}, "
             f"{len(answer.body) / 1000:.1f} kB"
         )
+
+
+def idle(server: Server) -> None:
+    """What the samples cost while nobody asks."""
     before = cpu_s(server.process.pid)
     time.sleep(30)
-    idle = (cpu_s(server.process.pid) - before) / 30
-    print(f"cpu while nobody asks and nothing is computed: {100 * idle:.2f}%")
+    share = (cpu_s(server.process.pid) - before) / 30
+    print(f"cpu while nobody asks and nothing is computed: {100 * share:.2f}%")
 
 
 if __name__ == "__main__":
