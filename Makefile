@@ -210,6 +210,10 @@ lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, s
 	$(CMAKE) -S tests/native -B build/native-warnings -DCMAKE_BUILD_TYPE=None -DMLX_SAFE_WERROR=ON > /dev/null
 	$(CMAKE) --build build/native-warnings --parallel 2
 
+.PHONY: architecture
+architecture: $(VENVS)/lint.ready  ## writes the list of files in ARCHITECTURE.md
+	$(VENVS)/lint/bin/python tools/file_list.py
+
 format: $(VENVS)/lint.ready  ## puts the sources into shape
 	$(VENVS)/lint/bin/ruff check --fix .
 	$(VENVS)/lint/bin/ruff format .

@@ -221,7 +221,7 @@ class ProtectedApp:
             _answer_all(lost)
             _leave()
 
-        threading.Thread(target=leave, daemon=True).start()
+        threading.Thread(target=leave, name="mlx-safe-leave", daemon=True).start()
 
 
 def _answer_all(lost: errors.GPUError) -> None:

@@ -134,7 +134,9 @@ class Choices:
                 come.put((index, e))
 
         for i in range(len(self._asked)):
-            threading.Thread(target=run, args=(i,), daemon=True).start()
+            threading.Thread(
+                target=run, args=(i,), name="mlx-safe-choice", daemon=True
+            ).start()
         missing = len(self._asked)
         while missing:
             index, item = come.get()

@@ -1,4 +1,4 @@
-"""That a rank is gone: connections between the ranks, over which nothing is sent.
+"""Notices that a rank is gone: by connections on which nothing is sent.
 
 Each of the others has one to the first rank. When a process ends, however it does, the
 system closes its connections, and the other end hears of it within milliseconds.
