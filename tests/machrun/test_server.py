@@ -2,7 +2,7 @@
 
 The main cases of the server suites (tests/test_server_*.py), of one server for each
 pair. The model's numbers are right, and its texts real, as everything is computed on
-the CPU's stream; GPU work beside it fails, and so the hooks tell of real failures of
+the CPU's stream. GPU work beside it fails, and so the hooks report real failures of
 Metal.
 """
 

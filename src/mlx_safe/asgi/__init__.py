@@ -4,11 +4,11 @@ For any server of the ASGI kind (FastAPI, Starlette, Quart), whatever runs it. N
 nothing but the standard library.
 
 A fault that the application raises, or answers with a 5xx, becomes the error response
-that `mlx_safe.errors.reply_for` has for it: OpenAI's body, or Anthropic's below
-``/v1/messages``, with ``Retry-After`` where a later try makes sense. A stream of events
-that has begun ends with an error event, and with ``[DONE]`` as OpenAI's do. When the
-process must be replaced, every open request is answered at once, and then it leaves
-with status 75.
+that `mlx_safe.errors.reply_for` has for it. Its body is OpenAI's, below
+``/v1/messages`` Anthropic's, and it has ``Retry-After`` where a later try makes sense.
+A stream of events that has begun ends with an error event, and with ``[DONE]`` as
+OpenAI's do. When the process must be replaced, every open request is answered at once,
+and then it leaves with status 75.
 
 | Module | What is in it |
 |---|---|
@@ -65,7 +65,7 @@ def protect(
 
     Args:
         app: an ASGI 3 application, run by asyncio. The lifespan passes by, and so do
-            websockets; one that ends with a fault is closed with code 1013 (try again
+            websockets. One that ends with a fault is closed with code 1013 (try again
             later) or 1011, and with 1012 when the process must be replaced.
         health: a path, such as ``"/health"``, below where the application is mounted,
             whose GET and HEAD are answered here: 200 while requests can be served, 503

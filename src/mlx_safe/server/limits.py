@@ -141,8 +141,8 @@ class Limits:
     def out_of_memory(self, held: int, baseline: int) -> int | None:
         """A fault or an allocation failure.
 
-        Of a card what was there for us is known, and what we held says little: what
-        was asked for on top is not counted, and may have been most of it. When other
+        Of a card it is known what was there for us. What we held says little: what was
+        asked for on top is not counted, and may have been most of it. When other
         programs have taken memory since the last look, that is why, and the next step
         is measured by what they leave: nothing is learned.
 

@@ -91,9 +91,9 @@ def _serve(arguments: Sequence[str]) -> int:
             options.log_format,
         )
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Until it serves, not a KeyboardInterrupt: CPython prints and drops one that
-        # comes in a destructor or a callback, and at the interpreter's end it would
-        # wait for mlx-lm's generation thread, which is no daemon.
+        # Until it serves, not a KeyboardInterrupt. CPython prints and drops one that
+        # comes in a destructor or a callback. At the interpreter's end it would wait
+        # for mlx-lm's generation thread, which is no daemon.
         _reports.stop_by(signal.SIGINT)
     home = None
     if ranks.is_one_of_many():

@@ -234,9 +234,9 @@ def takes_xtc() -> bool:
 def meet_on_the_gpu() -> None:
     """Lets mlx-lm's ranks meet where NCCL can.
 
-    `sharded_load` ends with a sum on the CPU's stream (0.31.3 to 0.32.2), which MLX's
-    NCCL backend takes for one of the card's: "There is no Stream(gpu, 1) in current
-    thread", on whatever thread (0.32.4).
+    `sharded_load` ends with a sum on the CPU's stream (0.31.3 to 0.32.2). MLX's NCCL
+    backend takes that for one of the card's, and raises "There is no Stream(gpu, 1) in
+    current thread" on any thread (0.32.4).
     """
     import mlx.core as mx
 

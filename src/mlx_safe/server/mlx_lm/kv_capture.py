@@ -30,9 +30,9 @@ SHARE = 0.1
 TAILS = 0.07
 # Of a text that leaves memory the disk has all, or it is read again for sure.
 LEAVING_SHARE = 0.02
-# A snapshot whose tokens take less than this to be read again waits so long for the
-# next one of its text, which comes in its place: each is written whole, and a state has
-# the size of some thousand tokens.
+# A snapshot whose tokens can be read again in less than this waits so long for the next
+# one of its text, which comes in its place. Each is written whole, and a state has the
+# size of some thousand tokens.
 WAIT_S = 10.0
 
 
