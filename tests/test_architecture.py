@@ -190,3 +190,15 @@ def test_docs_headers_and_native_tests_have_the_same_rules() -> None:
     # Where the rule is kept, which is not where it is written down.
     assert _rules_named(NATIVE, ".cpp") == set(in_docs)
     assert _rules_named(ROOT / "tests" / "native", ".cpp", ".h") == set(in_docs)
+
+
+def test_the_package_uses_the_words_of_the_field() -> None:
+    """Who is "told" is notified, called or answered; ``.told`` is a name on disk."""
+    riddles = re.compile(r"(?<!\.)\b(told|whoever|of ours)\b", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in sorted((ROOT / "src").rglob("*"))
+        if path.suffix in (".py", ".cpp", ".h")
+        for match in riddles.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []

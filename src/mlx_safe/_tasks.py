@@ -103,7 +103,7 @@ def in_this_context() -> tuple[str, ...]:
 
 
 def _names_here() -> ContextVar[tuple[str, ...]]:
-    """The names of the guards around whoever asks it."""
+    """The names of the guards around the caller."""
     global _names
     if _names is None:
         from contextvars import ContextVar

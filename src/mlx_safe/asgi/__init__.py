@@ -101,7 +101,7 @@ class ProtectedApp:
         self._lost: errors.GPUError | None = None
         self._subscription: _faults.Subscription | None = None
         # The faults after this one are called back.
-        self._told_since = 0
+        self._subscribed_at = 0
         self._all_answered = threading.Event()
 
     async def __call__(
@@ -144,7 +144,7 @@ class ProtectedApp:
         self._loop = asyncio.get_running_loop()
         if self._subscription is None:
             self._subscription = _faults.on_fault(self._on_fault, drains=True)
-            self._told_since = _core.epoch()  # in doubt it leaves by itself, too
+            self._subscribed_at = _core.epoch()  # in doubt it leaves by itself, too
             _serving.append(self)
             active = _install.status()
             if active.on_terminate != "drain":
@@ -214,7 +214,7 @@ class ProtectedApp:
     def _leave_for(self, lost: errors.GPUError) -> None:
         """In the loop: nobody is called back for an exception without a fault that
         was counted, nor for one that was counted before anything was served."""
-        if any(f.fatal and f.number > self._told_since for f in lost.faults):
+        if any(f.fatal and f.number > self._subscribed_at for f in lost.faults):
             return
 
         def leave() -> None:

@@ -46,8 +46,8 @@ def paced(
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` for one of several ranks, who agree on the size of steps.
 
-    Whether a step reads is known to all alike, and without a word: by what was
-    inserted, told and removed. So they meet for its size at the same step.
+    Whether a step reads is known to all alike, without communication: by what was
+    inserted, set and removed. So they meet for its size at the same step.
     """
 
     class Paced(cls):  # type: ignore[misc,valid-type]

@@ -80,7 +80,7 @@ class Limits:
 
     @property
     def holds_mlx_back(self) -> bool:
-        """Whether MLX itself keeps below the ceiling, since it is told: on a card.
+        """Whether MLX itself keeps below the ceiling, as it has the number: on a card.
 
         MLX keeps the temporaries of up to ten graphs that are under way, each of a
         hundred operations or of 1 GB, and all that was freed. Above its limit it waits

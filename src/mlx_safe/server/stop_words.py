@@ -4,7 +4,7 @@ mlx-lm (0.31.3, 0.32.2) looks for the tokens of a stop word. Inside a text it is
 written in others: "France" is not the token of " France". Then mlx-lm 0.31.3 overlooks
 it, and 0.32.2 cuts it out of the text and generates on.
 
-So mlx-lm is given no stop words. Its generation thread is told by `StopsAtWords` when
+So mlx-lm is given no stop words. Its generation thread learns from `StopsAtWords` when
 an answer has had one, and the answer's handler ends the text there (`answers`). Both
 read the same text with a `StopWords` of their own.
 """
