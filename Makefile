@@ -204,6 +204,7 @@ lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, s
 	$(VENVS)/lint/bin/kubernetes-validate --strict --quiet --no-warn examples/kubernetes.yaml
 	$(VENVS)/lint/bin/shellcheck $$(git grep -lE '^#!.*sh$$')
 	$(VENVS)/lint/bin/python tools/sentences.py
+	$(VENVS)/lint/bin/python tools/commit_subjects.py
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
