@@ -202,3 +202,29 @@ def test_the_package_uses_the_words_of_the_field() -> None:
         for match in riddles.finditer(path.read_text(encoding="utf-8"))
     ]
     assert found == []
+
+
+SCREEN = 60
+
+
+def test_a_function_fits_a_screen() -> None:
+    """Without the functions and classes in it."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+    def lines(node: ast.AST) -> int:
+        assert isinstance(node, (*kinds, ast.ClassDef))
+        return (node.end_lineno or 0) - node.lineno + 1
+
+    def inner(node: ast.AST) -> int:
+        return sum(
+            lines(child) if isinstance(child, (*kinds, ast.ClassDef)) else inner(child)
+            for child in ast.iter_child_nodes(node)
+        )
+
+    too_long = [
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kinds) and lines(node) - inner(node) > SCREEN
+    ]
+    assert too_long == []
