@@ -214,7 +214,7 @@ def _meant(key: str, flags: Mapping[str, object]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Values:
+def _read(parser: Parser, action: argparse.Action, value: object, place: str) -> Values:
     """What the flag has as ``value``; ``place`` is named when that is wrong."""
     try:
         if action.nargs == 0:
@@ -237,7 +237,7 @@ def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Va
         raise CommandError(f"{place}: {why}") from None
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     if isinstance(value, bool):
         raise CommandError("must be a value, not true or false")
     if isinstance(value, (str, int, float)):
@@ -278,7 +278,7 @@ def _line(action: argparse.Action, settings: Settings) -> str:
     return f"# {text}" if source == DEFAULT else f"{text}  # {source}"
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     if isinstance(value, dict):
         value = json.dumps(value)
     if isinstance(value, list):

@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from .mlx_lm.protocols.text import Detokenizer
+from .mlx_lm.protocols import text
+from .mlx_lm.protocols.opaque import State
+from .mlx_lm.protocols.text import Detokenizer, StopMatcher032
 
 __all__ = ["StopWords", "StopsAtWords"]
 
@@ -97,19 +99,19 @@ class StopsAtWords:
         words: not empty.
     """
 
-    def __init__(self, stops: Any, words: Sequence[str]) -> None:
+    def __init__(self, stops: text.StopWords, words: Sequence[str]) -> None:
         self._stops = stops
         self._words = StopWords(words)
         self._asked = self._read = self._found_at = 0
 
-    def make_state(self) -> Any:
+    def make_state(self) -> State:
         return self._stops.make_state()
 
-    def match(self, state: Any, token: int) -> Any:
+    def match(self, state: State, token: int) -> tuple[State, object, object]:
         state, sequence, name = self._stops.match(state, token)
         return (state, (token,), None) if self._is_over() else (state, sequence, name)
 
-    def matcher(self) -> Any:
+    def matcher(self) -> StopMatcher032:
         return _Matcher(self._stops.matcher(), self._is_over)
 
     def _is_over(self) -> bool:
@@ -132,11 +134,11 @@ class StopsAtWords:
 
 
 class _Matcher:
-    def __init__(self, matcher: Any, is_over: Callable[[], bool]) -> None:
+    def __init__(self, matcher: StopMatcher032, is_over: Callable[[], bool]) -> None:
         self._matcher = matcher
         self._is_over = is_over
 
-    def advance(self, token: int) -> Any:
+    def advance(self, token: int) -> object:
         ended = self._matcher.advance(token)
         return self._is_over() or ended
 

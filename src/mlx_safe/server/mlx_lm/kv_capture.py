@@ -19,6 +19,7 @@ from ...kv.store import Draft, Store
 from ...kv.writer import Writer
 from .kv_layout import Layout, to_bytes
 from .kv_parts import View
+from .protocols.models import Cache
 
 __all__ = ["Capture", "Kept", "Reading"]
 
@@ -68,7 +69,7 @@ class Reading:
     passing: Node | None = None
     begun: int = 0
     tokens: Sequence[int] = ()
-    caches: list[Any] | None = None
+    caches: list[Cache] | None = None
     has_token: bool = False
 
 
@@ -243,7 +244,7 @@ class Capture:
         text: _Text,
         node: Node,
         arrays: Sequence[mx.array],
-        about: Any,
+        about: object,
         after: int,
         instead_of: Sequence[Node],
     ) -> tuple[Draft, int] | None:
