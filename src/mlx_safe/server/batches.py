@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from .. import _reports
 from .in_flight import InFlight
-from .logprobs import NOT_READ
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
 from .mlx_lm.protocols.opaque import Uid
@@ -146,11 +145,8 @@ def watched(
                     request = self._requests.pop(response.uid, None)
                 else:
                     request = self._requests.get(response.uid)
-                if request is None:
-                    continue
-                numbers.token(request, response)
-                if not request.wants_logprobs:
-                    response.logprobs = NOT_READ
+                if request is not None:
+                    numbers.token(request, response)
 
         def _never_inserted(self) -> tuple[Uid]:
             """A uid for a request that failed here; the next turn removes it."""
