@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,3 +229,35 @@ def test_a_function_fits_a_screen() -> None:
         if isinstance(node, kinds) and lines(node) - inner(node) > SCREEN
     ]
     assert too_long == []
+
+
+# Frames: the lines between are each test's own.
+FRAMES = {"deaths.py", "native.py", "test_retry.py"}
+
+
+def _text(node: ast.AST) -> str:
+    """Of a string, or of an f-string with names for what it puts in; else empty."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(value) or "X" for value in node.values)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    return ""
+
+
+def test_programs_of_the_tests_are_files() -> None:
+    """In tests/programs, where ruff and mypy see them; a few lines may be strings."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.name in FRAMES or "node_modules" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = _text(node)
+            if len([x for x in text.splitlines() if x.strip()]) < 6:
+                continue
+            try:
+                body = ast.parse(textwrap.dedent(text)).body
+            except (SyntaxError, ValueError):
+                continue
+            if any(isinstance(x, (ast.Import, ast.ImportFrom)) for x in body):
+                found.append(f"{path.relative_to(ROOT)}: {text[:60]}")
+    assert found == []
