@@ -203,12 +203,18 @@ lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, s
 	$(VENVS)/lint/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(VENVS)/lint/bin/kubernetes-validate --strict --quiet --no-warn examples/kubernetes.yaml
 	$(VENVS)/lint/bin/shellcheck $$(git grep -lE '^#!.*sh$$')
+	$(VENVS)/lint/bin/python tools/sentences.py
+	$(VENVS)/lint/bin/python tools/commit_subjects.py
 	$(VENVS)/lint/bin/ruff check .
 	$(VENVS)/lint/bin/ruff format --check .
 	$(VENVS)/lint/bin/mypy --python-executable $(VENVS)/observe/bin/python
 	git ls-files -co --exclude-standard '*.cpp' '*.h' | xargs $(VENVS)/lint/bin/clang-format --dry-run --Werror
 	$(CMAKE) -S tests/native -B build/native-warnings -DCMAKE_BUILD_TYPE=None -DMLX_SAFE_WERROR=ON > /dev/null
 	$(CMAKE) --build build/native-warnings --parallel 2
+
+.PHONY: architecture
+architecture: $(VENVS)/lint.ready  ## writes the list of files in ARCHITECTURE.md
+	$(VENVS)/lint/bin/python tools/file_list.py
 
 format: $(VENVS)/lint.ready  ## puts the sources into shape
 	$(VENVS)/lint/bin/ruff check --fix .

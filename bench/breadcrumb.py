@@ -1,7 +1,7 @@
 """What recording costs from Python, and how long a report takes to write.
 
-Each figure next to one of the same run that it can be held against: an empty
-function, a file of the same size, the death of a process without a report.
+Each figure stands next to one of the same run: an empty function, a file of the same
+size, the death of a process without a report.
 """
 
 from __future__ import annotations

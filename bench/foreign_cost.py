@@ -1,7 +1,7 @@
 """What protection costs a server of others while nothing fails.
 
 ``python bench/foreign_cost.py``. The batch step: mlx-lm's `BatchGenerator` with a tiny
-model, protected and not in turns, in processor time of all threads; the ratio with the
+model, protected and not in turns, in processor time of all threads. The ratio has the
 interval in which 95 % of resampled pairs lie. ASGI: one request, and one event of a
 stream, of an application that does nothing else, with and without `protect`.
 """

@@ -1,9 +1,9 @@
 """What KV caches on disk are worth: the same server with --kv-dir and without.
 
-Prints, in turn for both, in time and in processor time of the server: the next token
-after a fault for want of memory over the first reading of its prompt; the next turn's
-first token after kill -9 over the same; and the bytes written over the bytes of new KV
-of a conversation. With ``--broken-off`` the tokens that are read twice when a fault
+Prints for both, in time and in processor time of the server: the next token after a
+fault for want of memory over the first reading of its prompt. The same for the next
+turn's first token after kill -9. Then the bytes written over the bytes of new KV of
+a conversation. With ``--broken-off`` the tokens that are read twice when a fault
 comes in the midst of a prompt, with ``--speed`` what the idle tier costs an answer.
 With ``--kills N`` a server is killed N times at random moments under load, with a
 directory far below it; no answer may differ. With ``--ceiling`` growing conversations
@@ -11,7 +11,7 @@ under a ceiling, a third of what they take without one, or less, so that the pro
 cache evicts; over the same without a ceiling.
 
 Aims, with a model whose reading costs something: 0.15 (0.05 at 4,000 tokens), 0.15,
-1.10, a block and a step, 0.99, and no other answer; under a ceiling 0.95 of the hit
+1.10, a block and a step, 0.99, and no other answer. Under a ceiling 0.95 of the hit
 rate and of the requests per minute, 1.1 of the CPU.
 """
 

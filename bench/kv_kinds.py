@@ -2,7 +2,7 @@
 
 For each type a server with --kv-dir and room for two conversations in memory. Clients
 hold conversations of their own, in batches and alone, streamed or not, and leave now
-and then in the midst of a prompt; the limit of the directory is below what they write.
+and then in the midst of a prompt. The limit of the directory is below what they write.
 A request that fails in spite of that, a line of the log that tells of a failure, a
 tier that is off: all of it is wrong, and printed with the log's lines. With
 ``--faults S`` a fault comes every S seconds or so, of a kind after which requests are

@@ -1,18 +1,18 @@
 """What a fault costs: the time until the next token, and the requests lost.
 
 First the fixed part: how long the thread that generates is in `Recovery.recover`, and
-how long a client with a prompt of a few tokens waits; beside it the same with a
+how long a client with a prompt of a few tokens waits. Beside it the same with a
 ``gc.collect()`` in the reset, which is what freed the arrays until 0.1.
 
-Then, for prompts of several lengths: the time between the token before a fault and
-the token after it, as the client of a stream sees it, next to the time that reading
-as many tokens takes with nothing in the prompt cache (from a new request to its
-first token). That is the floor of a replay that has to read prompt and answer again;
+Then, for prompts of several lengths: the time between the token before a fault and the
+token after it, as the client of a stream sees it. Next to it stands the time that
+reading as many tokens takes with nothing in the prompt cache, from a new request to its
+first token. That is the floor of a replay that has to read prompt and answer again;
 one that finds the prompt in the prompt cache is below it.
 
 At last the same load on `mlx-safe serve` and on the stock ``mlx_lm.server`` that a loop
 starts again whenever it has ended or is not healthy. Every so many decode steps of a
-process there is a fault; to the stock server it is what MLX makes of it: an abort
+process there is a fault. To the stock server it is what MLX makes of it: an abort
 with 0.31.2, an exception with 0.32.
 """
 

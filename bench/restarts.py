@@ -123,10 +123,10 @@ def main() -> None:
     ratios = [(waited - alone) / loaded for waited, loaded in rows]
     print(
         f"{args.restarts} restarts: {sum(c.served for c in clients)} requests of "
-        f"openai-python served, {len(failed)} failed; the model was there after "
+        f"openai-python served, {len(failed)} failed. The model was there after "
         f"{statistics.median(r[1] for r in rows):.2f} s, a client waited "
         f"{statistics.median(r[0] for r in rows):.2f} s (by itself the request takes "
-        f"{alone:.2f} s); ratio without that: median {statistics.median(ratios):.3f} "
+        f"{alone:.2f} s). Ratio without that: median {statistics.median(ratios):.3f} "
         f"({min(ratios):.3f} to {max(ratios):.3f})"
     )
     for text in failed:

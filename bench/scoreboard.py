@@ -3,9 +3,9 @@
 ``make scoreboard [SEED=N] [REQUESTS=n] [ROUNDS=n] [SERVERS="stock mlx-safe"]
 [RATES="0 5"]`` measures into ``build/scoreboard.json``, and draws docs/benchmarks.md.
 
-In each round the servers go through one script one after another (`scoreboard_load`):
-first undisturbed, which is what their answers are held against; then with so many
-faults per hundred requests; then on a GPU of two thirds of the memory that the script
+In each round the servers go through one script one after another (`scoreboard_load`).
+First undisturbed, which is what their answers are held against. Then with so many
+faults per hundred requests, and on a GPU of two thirds of the memory that the script
 wants of the first of them. A fault is planned when its request is
 sent, and strikes one of the next eleven steps, of any request. Every run has a
 process of its own. The file is written after each of them, so a run that was ended is

@@ -2,9 +2,9 @@
 
 The script is the same for every server. Several clients go through it side by side,
 each with its own conversations; a turn carries what that server itself, undisturbed,
-answered before. A request is tried as openai-python tries it: up to three times, after
-a lost connection or a 408, 409, 429 or 5xx while nothing has come yet, and as late as
-``Retry-After`` says.
+answered before. A request is tried as openai-python tries it, up to three times: after
+a lost connection or a 408, 409, 429 or 5xx while nothing has come yet. It is tried as
+late as ``Retry-After`` says.
 """
 
 from __future__ import annotations

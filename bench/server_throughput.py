@@ -1,7 +1,7 @@
 """Tokens per second of the protected server against the stock one, or another commit's.
 
 Both servers run at the same time on the same model and answer in turn, so that
-a drift of the machine's speed hits both alike; the ratio is taken pair by pair.
+a drift of the machine's speed hits both alike. The ratio is taken pair by pair.
 Aim: at least 0.99.
 """
 

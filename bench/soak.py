@@ -5,15 +5,15 @@
 
 - *faulted*: faults come to it, of every code that a process survives.
 - *killed*, supervised: SIGKILL and the codes after which a process must be replaced end
-  it; its KV caches and crash reports are on a disk that is full (as root; else on one
+  it. Its KV caches and crash reports are on a disk that is full (as root; else on one
   that is not, which is said).
 - *pressed*: on a card that another program takes most of, now and then.
 
-After each minute everything stands still and is looked at: whether every answer was
-right or an error of the contract, whether memory, threads, descriptors, temporary files
-and disk are where they were after the first minute, and whether `/metrics` counts the
-answers that the clients read. Of the killed one it is the supervisor that is looked at.
-The first minute that is not clean ends the run, with status 1.
+After each minute everything stands still and is looked at. Every answer must have been
+right or an error of the contract. Memory, threads, descriptors, temporary files and
+disk must be where they were after the first minute. `/metrics` must count the answers
+that the clients read. Of the killed one it is the supervisor that is looked at. The
+first minute that is not clean ends the run, with status 1.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from support.server import REQUEST_TIMEOUT_S, Answer, Server
 CHAT = "/v1/chat/completions"
 # What an answer may be but 200; anything else is a fault of the server.
 REFUSALS = {400, 404, 408, 411, 413, 431, 503}
-# Of a step that fails by what is no fault of the GPU's (the plan's action "bug"), and
-# of a fault that means corrupted memory (9 to 0xb, 0x10, 0x11): not tried again.
+# Not tried again: a step that fails by no fault of the GPU's (the plan's action "bug"),
+# and a fault that means corrupted memory (9 to 0xb, 0x10, 0x11).
 BUG = (500, "internal_generation_error")
 WORDS = ("ship", "sail", "wind", "rope", "deck", "mast", "tide", "port", "keel", "buoy")
 LARGE = 8 * 2**20

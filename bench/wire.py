@@ -2,9 +2,9 @@
 
 ``--before`` is a directory with the package ``mlx_safe`` as it was, complete with its
 native part. Both servers run at the same time on the same model and answer in turn.
-Three figures: tokens per second of a stream (on a connection that is kept, if the
-server keeps any), seconds to the first event of a short stream, and seconds to the
-first byte of a short answer without a stream. Aims: at least 1.0, and at most 1.0.
+Three figures: tokens per second of a stream, on a connection that is kept, if the
+server keeps any. Seconds to the first event of a short stream. Seconds to the first
+byte of a short answer without a stream. Aims: at least 1.0, and at most 1.0.
 """
 
 from __future__ import annotations

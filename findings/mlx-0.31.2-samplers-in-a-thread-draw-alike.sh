@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # mlx 0.31.2 with mlx-lm 0.31.3: a sampler that is used in another thread than the one
-# that imported mlx_lm draws every token with the same key, and mx.random.seed in that
+# that imported mlx_lm draws every token with the same key. mx.random.seed in that
 # thread changes nothing. mlx_lm.server does just that: it imports on the main thread
-# and samples on its generation thread, so each sampled answer to a prompt is the same,
+# and samples on its generation thread. So each sampled answer to a prompt is the same,
 # with any "seed" and without.
 #
 # Why: mlx_lm.sample_utils compiles its samplers with `inputs=mx.random.state,

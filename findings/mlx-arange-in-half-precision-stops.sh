@@ -2,7 +2,7 @@
 # mx.arange in half precision stops in mid-range and repeats its last number.
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU backend), mx.arange with a dtype.
-# Guess before: each number is start + i * step, rounded to the type, so the last is the
+# Guess before: each number is start + i * step, rounded to the type. So the last is the
 # nearest to the end (5,000 in float16, 4,992 in bfloat16), as in NumPy and mx.linspace.
 # Seen: the step is added again and again in the type itself. The range goes up to 2,048 in
 # float16 and 256 in bfloat16, and stays there: 5,000 numbers, of which 2,049 and 257 differ.

@@ -7,7 +7,7 @@
 # Seen: a ChunkedKVCache (Llama 4) comes back with equal keys, values, offset and
 # start_position, and forgets nearly all of them two tokens later, without an error.
 # The buffer that is loaded is as long as what it holds (20 slots), so the next token
-# makes it longer by a step (276), and maybe_trim_front takes the length of the buffer
+# makes it longer by a step (276). Then maybe_trim_front takes the length of the buffer
 # for the number of tokens: over 256, it cuts the front. Printed: after the tokens 20, 21
 # and 22 how many of them attention sees, of the one that was saved and the one loaded:
 #     21 21

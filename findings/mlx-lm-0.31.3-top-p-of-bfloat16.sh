@@ -6,7 +6,7 @@
 # Guess before: the sum of the kept probabilities is top_p or a little more, whatever the
 # model's type, as what a model says is normalised first.
 # Seen: the probabilities are summed from the least up, in the model's own type. A sum in
-# bfloat16 stands still where what is added is under 1/512 of it, so the sum over a long
+# bfloat16 stands still where what is added is under 1/512 of it. So the sum over a long
 # tail is far too small, and the whole tail falls. Of 151,936 tokens by Zipf's law,
 # top_p 0.95 keeps some 600 instead of 81,291, which have 0.56 of the probability. In float16 it
 # is 0.72. Where all are alike, none is kept, and the answer is token 0.

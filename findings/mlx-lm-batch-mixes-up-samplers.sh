@@ -10,7 +10,7 @@
 #
 # One would have guessed: each request of a batch has what it was inserted with.
 #
-# Seen: alone [6, 32, 6, 32, 6, 32], after a plain request [6, 6, 6, 6, 6, 6]: only the first
+# Seen: alone [6, 32, 6, 32, 6, 32], after a plain request [6, 6, 6, 6, 6, 6]. Only the first
 # token is by the sampler, the others are the likeliest.
 set -euo pipefail
 place=$(mktemp -d)

@@ -2,7 +2,7 @@
 # mlx-lm 0.32.2 with mlx 0.32.4 (0.31.3 with 0.31.2 does the same).
 #
 # Guess: speculative decoding is exact. With greedy sampling the text is that of the
-# target alone, whatever the draft; a target whose cache cannot take tokens back is
+# target alone, whatever the draft. A target whose cache cannot take tokens back is
 # refused, as a recurrent one is ("Speculative decoding requires a trimmable prompt
 # cache").
 #

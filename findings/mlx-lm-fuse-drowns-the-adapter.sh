@@ -6,12 +6,12 @@
 # Guess before: the fused layer answers as the layer with its adapter, but for roundings
 # that are small beside what the adapter adds.
 # Seen, for weights of 0.02 and adapters of rank 8 that add this part of the layer's own
-# answer; what the fused layer adds differs from that by (1.0 = by as much as the adapter):
+# answer. What the fused layer adds differs from that by (1.0 = by as much as the adapter):
 #   adds 0.2%: 4 bits 14.7   8 bits 1.3
 #   adds 0.7%: 4 bits  5.2   8 bits 0.7
 #   adds 2%:   4 bits  1.7   8 bits 0.2
 #   adds 7%:   4 bits  1.0   8 bits 0.08
-# `fuse` adds the adapter to the dequantized weights and quantizes the sum, and that is
+# `fuse` adds the adapter to the dequantized weights and quantizes the sum. That is
 # not exact even for numbers that have been quantized before: an adapter that adds nothing
 # changes the 4-bit layer by 3.4% of its answer. With dequantize=True nothing is lost.
 # A server that offers adapters should load them beside the model, and who fuses one

@@ -6,10 +6,10 @@
 # 0.31.2 the same.
 # Guess before: the values go on to 0 as they are near it. top_p=1e-6 keeps the
 # likeliest token, so top_p=0 does as well (so it is in the OpenAI API, whose range
-# includes 0); a context of 1 token penalises one, so a context of 0 penalises none.
+# includes 0). A context of 1 token penalises one, so a context of 0 penalises none.
 # Seen: top_p=1e-6 draws token 1 only, top_p=0 draws all four. Of the tokens 0, 1, 2 a
-# presence_context_size of 1 penalises token 2, of 2 tokens 1 and 2, and of 0 all three
-# (the code takes tokens[-0:], which is the whole list).
+# presence_context_size of 1 penalises token 2, of 2 tokens 1 and 2, and of 0 all three.
+# The code takes tokens[-0:], which is the whole list.
 # mlx_lm.server takes both from its clients (top_p from 0 to 1, sizes from 0).
 set -euo pipefail
 directory=$(mktemp -d)

@@ -5,9 +5,9 @@
 # Guess before: the mean of numbers between 0 and 8 is between 0 and 8 and right to the
 # type's precision. NumPy and PyTorch add half precision up in float32.
 # Seen: the sum is made in the type itself and divided then. In 0.31.2 it stands still where
-# one more is lost, at 2,048 in float16 and 256 in bfloat16: the mean of 4,000 ones is 0.51
+# one more is lost: at 2,048 in float16 and 256 in bfloat16: the mean of 4,000 ones is 0.51
 # and 0.064, whole or by columns, with no word about it. In 0.32.4 the sum is right, but
-# float16 ends at 65,504: the mean of 100,000 ones is infinite, and so is that of 8,192 rows
+# float16 ends at 65,504. The mean of 100,000 ones is infinite, and so is that of 8,192 rows
 # of 8.0, and the variance of numbers with a deviation of 10. In bfloat16 it is right.
 # Mean pooling of an embedding model over a long text is wrong in half precision. Convert
 # to float32 before the mean.

@@ -2,17 +2,17 @@
 # Weights in groups whose largest is below 0.006 become 0 in "nvfp4".
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mx.quantize and nn.quantize.
-# Guess before: as in the other modes, each group has a scale of its own, so the error
+# Guess before: as in the other modes, each group has a scale of its own. So the error
 # is a part of the group's largest number however small that is (for nvfp4 some 10%).
 # Seen, of normal weights of that deviation, the relative error and how many become 0:
 #   0.02:  affine 0.09  mxfp4 0.12  nvfp4 0.10    7%
 #   0.005: affine 0.09  mxfp4 0.12  nvfp4 0.14    9%
 #   0.002: affine 0.09  mxfp4 0.12  nvfp4 0.96   96%
 #   0.001: affine 0.09  mxfp4 0.12  nvfp4 1.00  100%
-# A group's scale is its largest number / 6 in E4M3, whose smallest number is 2^-9: up to
+# A group's scale is its largest number / 6 in E4M3, whose smallest number is 2^-9. Up to
 # half of that, a largest number of 6 * 2^-10, the scale is 0. The NVFP4 format has a
 # second scale against that, a float32 for the whole array. `global_scale` of mx.quantize
-# is that scale (with it: 0.10 for all), and is off by default; mlx_lm's quantize_model
+# is that scale (with it: 0.10 for all), and is off by default. mlx_lm's quantize_model
 # (0.32.2) offers it for layers of experts only. Nothing is raised, and the layer answers 0.
 # Who converts a model should look at how many of its numbers are 0 afterwards.
 set -euo pipefail

@@ -6,8 +6,8 @@
 # Guess before looking: both take the same connection, in the synchronous client as in the
 # asynchronous one.
 # Seen: the asynchronous client reads the body to its end and asks again on the same
-# connection; the synchronous one stops at [DONE], even when the last chunk came in the
-# same packet, so that httpx2 closes the connection: each stream costs a connection.
+# connection. The synchronous one stops at [DONE], even when the last chunk came in the
+# same packet. So httpx2 closes the connection: each stream costs a connection.
 # Answers without a stream take one connection in both.
 set -euo pipefail
 

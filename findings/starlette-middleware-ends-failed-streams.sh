@@ -4,7 +4,7 @@
 # A streaming response whose generator raises after two pieces. Without a middleware
 # uvicorn cuts the connection: the chunked body has no last chunk, and Python's
 # http.client says IncompleteRead. With any BaseHTTPMiddleware, one that does nothing, the
-# body gets its last chunk first and the exception is raised after it: the client has a
+# body gets its last chunk first and the exception is raised after it. The client has a
 # whole answer of 200, with the end missing.
 #
 # Guess beforehand: the connection is cut in both, as the exception reaches the server in

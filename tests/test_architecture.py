@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
+import file_list
 import pytest
 
 import mlx_safe
@@ -134,9 +137,127 @@ def test_the_reference_has_each_public_name() -> None:
     assert sorted(listed) == sorted(set(mlx_safe.__all__) - elsewhere)
 
 
-def test_architecture_lists_each_thread_that_has_a_name() -> None:
-    sources = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    named = set(re.findall(r'name="(mlx-safe[^"]*)"', sources))
+def _names_of_threads() -> Iterator[tuple[str, str]]:
+    """Of each thread that the package starts: where, and its name."""
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Thread"):
+                names = [ast.unparse(k.value) for k in node.keywords if k.arg == "name"]
+                yield f"{path.name}:{node.lineno}", "".join(names).strip("'\"")
+
+
+def test_each_thread_has_a_name_that_architecture_lists() -> None:
+    """A user sees it in a debugger and in a crash report."""
+    found = dict(_names_of_threads())
+    assert [w for w, name in found.items() if not name.startswith("mlx-safe-")] == []
     page = (ROOT / "ARCHITECTURE.md").read_text()
     table = page.partition("## Threads")[2].partition("## ")[0]
-    assert named and named == set(re.findall(r"`(mlx-safe[^`]*)`", table))
+    assert set(found.values()) == set(re.findall(r"`(mlx-safe[^`]*)`", table))
+
+
+def test_architecture_lists_every_file_with_its_purpose() -> None:
+    silent = [
+        str(folder / name)
+        for folder in file_list.folders()
+        for name, text in file_list.rows(folder).items()
+        if not text
+    ]
+    assert silent == []
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    listed = page.partition(file_list.BEGIN)[2].partition(file_list.END)[0]
+    assert listed == file_list.listed(), "run `make architecture`"
+
+
+NATIVE = ROOT / "src" / "cpp"
+RULES_DEFINED = re.compile(r"^// (R\d+) +[A-Z]", re.MULTILINE)
+
+
+def _rules_named(folder: Path, *ends: str) -> set[str]:
+    return {
+        rule
+        for end in ends
+        for path in folder.rglob(f"*{end}")
+        for rule in re.findall(r"\bR\d+\b", path.read_text(encoding="utf-8"))
+    }
+
+
+def test_docs_headers_and_native_tests_have_the_same_rules() -> None:
+    page = (ROOT / "docs" / "metal.md").read_text(encoding="utf-8")
+    in_docs = re.findall(r"^- \*\*(R\d+)\*\*", page, re.MULTILINE)
+    assert in_docs == [f"R{n}" for n in range(1, len(in_docs) + 1)]
+    headers = (NATIVE / "metal").glob("*.h")
+    defined = [r for path in headers for r in RULES_DEFINED.findall(path.read_text())]
+    assert sorted(defined) == sorted(in_docs), "each is defined once, in a header"
+    # Where the rule is kept, which is not where it is written down.
+    assert _rules_named(NATIVE, ".cpp") == set(in_docs)
+    assert _rules_named(ROOT / "tests" / "native", ".cpp", ".h") == set(in_docs)
+
+
+def test_the_package_uses_the_words_of_the_field() -> None:
+    """Who is "told" is notified, called or answered; ``.told`` is a name on disk."""
+    riddles = re.compile(r"(?<!\.)\b(told|whoever|of ours)\b", re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in sorted((ROOT / "src").rglob("*"))
+        if path.suffix in (".py", ".cpp", ".h")
+        for match in riddles.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+SCREEN = 60
+
+
+def test_a_function_fits_a_screen() -> None:
+    """Without the functions and classes in it."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+    def lines(node: ast.AST) -> int:
+        assert isinstance(node, (*kinds, ast.ClassDef))
+        return (node.end_lineno or 0) - node.lineno + 1
+
+    def inner(node: ast.AST) -> int:
+        return sum(
+            lines(child) if isinstance(child, (*kinds, ast.ClassDef)) else inner(child)
+            for child in ast.iter_child_nodes(node)
+        )
+
+    too_long = [
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, kinds) and lines(node) - inner(node) > SCREEN
+    ]
+    assert too_long == []
+
+
+# Frames: the lines between are each test's own.
+FRAMES = {"deaths.py", "native.py", "test_retry.py"}
+
+
+def _text(node: ast.AST) -> str:
+    """Of a string, or of an f-string with names for what it puts in; else empty."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(value) or "X" for value in node.values)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    return ""
+
+
+def test_programs_of_the_tests_are_files() -> None:
+    """In tests/programs, where ruff and mypy see them; a few lines may be strings."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.name in FRAMES or "node_modules" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = _text(node)
+            if len([x for x in text.splitlines() if x.strip()]) < 6:
+                continue
+            try:
+                body = ast.parse(textwrap.dedent(text)).body
+            except (SyntaxError, ValueError):
+                continue
+            if any(isinstance(x, (ast.Import, ast.ImportFrom)) for x in body):
+                found.append(f"{path.relative_to(ROOT)}: {text[:60]}")
+    assert found == []

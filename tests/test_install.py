@@ -68,16 +68,7 @@ def test_the_regime_of_an_mlx_without_metadata(
     editable install."""
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "core.py").write_text(f'__version__ = "{version}"\n')
-    done = child.run(
-        f"""
-        import sys
-        sys.path.insert(0, {str(tmp_path)!r})
-        import mlx_safe
-        status = mlx_safe.status()
-        assert (status.mlx_version, status.mode) == ({version!r}, {regime!r})
-        assert not any("mlx is not" in r for r in status.reasons), status.reasons
-        """
-    )
+    done = child.run(program("finds_mlx_in"), tmp_path, version, regime)
     assert done.returncode == 0, done.stderr
 
 
@@ -85,17 +76,8 @@ def test_the_regime_of_an_mlx_without_metadata(
 def test_import_works_with_a_broken_mlx(tmp_path: Path, failure: str) -> None:
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "core.py").write_text(f"raise {failure}\n")
-    done = child.run(
-        f"""
-        import os, sys
-        sys.path = [p for p in sys.path if not p.endswith("site-packages")]
-        sys.path += [os.environ["ONLY_MLX_SAFE"], {str(tmp_path)!r}]
-        import mlx_safe
-        reasons = mlx_safe.status().reasons
-        assert any("mlx cannot be imported (no " in r for r in reasons), reasons
-        """,
-        ONLY_MLX_SAFE=_only_mlx_safe(),
-    )
+    only = _only_mlx_safe()
+    done = child.run(program("has_a_broken_mlx"), tmp_path, ONLY_MLX_SAFE=only)
     assert done.returncode == 0, done.stderr
 
 

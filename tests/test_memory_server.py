@@ -538,15 +538,7 @@ def test_the_log_and_the_doctor_tell_the_same_room(tiny_model: Path) -> None:
 
 
 def test_the_doctor_counts_a_draft_model(tiny_model: Path, draft_model: Path) -> None:
-    code = f"""
-    from mlx_safe.doctor import examine
-    alone = examine({str(tiny_model)!r})["model"]
-    both = examine({str(tiny_model)!r}, draft={str(draft_model)!r})["model"]
-    for name in ("bytes", "bytes_per_token"):
-        print(both[name] > alone[name])
-    print(both["flags"][:2])
-    """
-    done = child.run(code)
+    done = child.run(program("doctor_with_a_draft"), tiny_model, draft_model)
     assert done.stdout.split("\n")[:2] == ["True", "True"], done.stderr
     assert str(["--draft-model", str(draft_model)]) in done.stdout
 

@@ -307,25 +307,7 @@ def test_python_without_a_device_stands_aside(native: Native) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_python_without_a_selector_stands_aside(native: Native, mode: str) -> None:
-    done = in_python(
-        native,
-        f"""
-    mlx_safe.install(mode={mode!r})
-    status = mlx_safe.status()
-    assert not status.metal_hooks and not status.verified and not status.hooked
-    (why,) = [r for r in status.reasons if "Metal" in r]
-    assert "is not hooked" in why, status.reasons
-    assert why.endswith("CommandBuffer has no method encodeWaitForEvent:value:"), why
-    assert sim.metalsim_modified_methods() == 0
-    assert status.installed and status.terminate_handler
-    with mlx_safe.guard():
-        testing.run_command_buffer()
-    """,
-        # The first device registers the classes.
-        before="sim.MTLCreateSystemDefaultDevice(); "
-        "assert sim.metalsim_remove_selector(b'encodeWaitForEvent:value:') > 0; "
-        "import warnings; warnings.simplefilter('ignore')",
-    )
+    done = run_on_metal(native, "stands_aside_on_metal", mode)
     assert done.returncode == 0, done.stderr
 
 
@@ -366,35 +348,17 @@ def test_python_beside_another_library(native: Native, mode: str) -> None:
 @pytest.mark.parametrize(
     "plan, why",
     [
-        ("fail_next()", "a trivial command buffer failed"),
-        ("fail_next(4)", "a trivial command buffer failed"),
-        ("sim.metalsim_hold_handlers(1)", "did not complete in 5 s"),
+        (("metalsim_plan_fail", "1", "8", "0", "0"), "a trivial command buffer failed"),
+        (("metalsim_plan_fail", "1", "4", "0", "0"), "a trivial command buffer failed"),
+        (("metalsim_hold_handlers", "1"), "did not complete in 5 s"),
     ],
 )
 def test_python_a_failed_verification_breaks_nothing(
-    native: Native, mode: str, plan: str, why: str
+    native: Native, mode: str, plan: tuple[str, ...], why: str
 ) -> None:
     """The hooks are taken out, a warning says so, and the next install works."""
-    done = in_python(
-        native,
-        f"""
-    import warnings
-    {plan}
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        status = mlx_safe.install(mode={mode!r})
-    assert not status.verified and not status.hooked, status
-    assert {why!r} in status.reasons[-1], status.reasons
-    assert len(told) == 1 and {why!r} in str(told[0].message), told
-    assert sim.metalsim_modified_methods() == 0
-    assert status.terminate_handler and mlx_safe.status().installed
-    sim.metalsim_hold_handlers(0)
-    sim.metalsim_reset()
-    assert mlx_safe.install(mode={mode!r}).verified
-    testing.run_command_buffer()
-    """,
-        MLX_SAFE_AUTOINSTALL="0",
-    )
+    code = "fails_to_verify_on_metal"
+    done = run_on_metal(native, code, mode, why, *plan, MLX_SAFE_AUTOINSTALL="0")
     assert done.returncode == 0, done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from mlx_safe._command import CommandError
 from mlx_safe.server.overflow import Overflow, Truncation, shortenings
 from mlx_safe.server.replies import ContextTooLong
 from support import child
+from support.programs import program
 from support.server import CONTROLLED, Answer, Server, eventually
 
 Message = dict[str, Any]
@@ -213,20 +215,7 @@ def test_bad_values_are_one_clear_line(tiny_model: Path) -> None:
         ("--prompt-concurrency", "0"),
         ("--decode-concurrency", "0"),
     ]
-    ran = child.run(
-        f"""
-        import contextlib, io
-        from mlx_safe.cli import main
-        for flags in {bad!r}:
-            said = io.StringIO()
-            with contextlib.redirect_stderr(said):
-                try:
-                    status = main(["serve", "--model", {str(tiny_model)!r}, *flags])
-                except SystemExit as e:
-                    status = e.code
-            print(status, said.getvalue().strip().splitlines()[-1])
-        """
-    )
+    ran = child.run(program("refuses_flags"), tiny_model, *map(json.dumps, bad))
     lines = ran.stdout.strip().splitlines()
     assert len(lines) == len(bad), ran.stderr
     for flags, line in zip(bad, lines, strict=True):

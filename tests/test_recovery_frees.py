@@ -14,21 +14,10 @@ from typing import Any
 
 import pytest
 
+from support.programs import program
 from support.server import CONTROLLED, NEVER, Server, eventually
 
-# Says after each reset how many bytes MLX's arrays have.
-PROGRAM = f"""
-import gc
-gc.disable()
-gc.collect = lambda *_: 0
-import mlx.core
-from mlx_safe.server import recovery
-reset = recovery.Recovery._reset
-def told(self, *args):
-    reset(self, *args)
-    print("after the reset:", mlx.core.get_active_memory(), flush=True)
-recovery.Recovery._reset = told
-{CONTROLLED}"""
+PROGRAM = program("frees_without_the_collector") + CONTROLLED
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
 # What mlx-lm has objects of its own for, and closures.

@@ -19,7 +19,7 @@ from mlx_safe.forensics import reader, words
 from support import child
 from support.deaths import die, left_over, only_report, paths
 from support.native import Native
-from support.programs import program
+from support.programs import PROGRAMS, program
 
 # ---- the program's descriptors ------------------------------------------------
 
@@ -29,21 +29,8 @@ def test_descriptors_that_the_program_has_closed(
     private_reports: Path, tmp_path: Path, in_child: bool
 ) -> None:
     """A daemon closes all it has not opened: the numbers then are its own files'."""
-    done = die(
-        f"""
-    os.closerange(3, 64)
-    files = [open(f"{tmp_path}/{{i}}", "w+") for i in range(20)]
-    for file in files:
-        file.write("precious"); file.flush()
-    if {in_child}:
-        pid = os.fork()
-        if pid > 0:
-            os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) + 100)
-        for file in files:
-            file.write("!"); file.flush()
-    os.abort()
-    """
-    )
+    code = program("dies_with_others_descriptors")
+    done = child.run(code, tmp_path, *["fork"] * in_child)
     expected = 100 - signal.SIGABRT if in_child else -signal.SIGABRT
     assert done.returncode == expected, done.stderr
     held = {(tmp_path / str(i)).read_text() for i in range(20)}
@@ -126,17 +113,7 @@ def test_a_directory_too_long_for_the_crash_path(tmp_path: Path) -> None:
 
 
 def test_a_relative_directory_stays_where_it_was(tmp_path: Path) -> None:
-    done = child.run(
-        f"""
-        import os
-        os.chdir({str(tmp_path)!r})
-        import mlx_safe
-        mlx_safe.install(signals=True)
-        os.chdir("/")
-        os.abort()
-        """,
-        MLX_SAFE_REPORT_DIR="here",
-    )
+    done = child.run(program("goes_elsewhere"), tmp_path, MLX_SAFE_REPORT_DIR="here")
     assert done.returncode == -signal.SIGABRT, done.stderr
     only_report(tmp_path / "here")
     assert left_over(tmp_path / "here") == []
@@ -146,20 +123,7 @@ def test_links_are_not_followed(private_reports: Path, tmp_path: Path) -> None:
     """Somebody who may write to the directory must not choose what we overwrite."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    done = child.run(
-        f"""
-        import os
-        d = os.environ["MLX_SAFE_REPORT_DIR"]
-        os.makedirs(d)
-        for name in (".stacks-{{}}", ".stacks-{{}}-python", ".run-{{}}",
-                     ".reserve-{{}}"):
-            os.symlink({str(victim)!r}, os.path.join(d, name.format(os.getpid())))
-        import mlx_safe
-        from mlx_safe import _reports
-        mlx_safe.install(signals=True)
-        assert _reports.write("fault", "")
-        """
-    )
+    done = child.run(program("finds_links"), victim)
     assert done.returncode == 0, done.stderr
     assert victim.read_text() == "precious"
 
@@ -202,25 +166,11 @@ def test_a_second_install_takes_back_what_was_taken_away(
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_a_worker_that_ended_was_not_killed(
-    private_reports: Path, tmp_path: Path, method: str
-) -> None:
+def test_a_worker_that_ended_was_not_killed(private_reports: Path, method: str) -> None:
     """multiprocessing ends its forked workers without atexit."""
-    script = tmp_path / "workers.py"
-    script.write_text(
-        "import multiprocessing, os\n"
-        "def work():\n"
-        "    import mlx_safe\n"
-        "    d = os.environ['MLX_SAFE_REPORT_DIR']\n"
-        "    assert os.listdir(d) == [f'run-{os.getpid()}.json']\n"
-        "if __name__ == '__main__':\n"
-        f"    context = multiprocessing.get_context({method!r})\n"
-        "    worker = context.Process(target=work)\n"
-        "    worker.start(); worker.join()\n"
-        "    raise SystemExit(worker.exitcode)\n"
-    )
+    # A file: what is spawned reads it again.
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(PROGRAMS / "ends_its_workers.py"), method],
         capture_output=True,
         text=True,
         timeout=300,

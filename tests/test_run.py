@@ -344,18 +344,7 @@ def test_one_that_ends_by_the_signal_it_was_sent_was_to_end(tmp_path: Path) -> N
 
 
 def test_a_signal_that_comes_while_the_program_is_started_reaches_it() -> None:
-    code = """
-import os, signal, subprocess, sys
-from mlx_safe.running import restarts
-start = subprocess.Popen
-def start_and_hang_up(*args, **kwargs):
-    child = start(*args, **kwargs)
-    os.kill(os.getpid(), signal.SIGHUP)
-    return child
-subprocess.Popen = start_and_hang_up
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-sys.exit(restarts.Restarts(["/bin/sleep", "300"], os.environ, None).run())
-"""
+    code = text_of("hangs_up_while_it_starts")
     done = subprocess.run(
         [sys.executable, "-c", code], timeout=LIMIT_S, check=False, capture_output=True
     )

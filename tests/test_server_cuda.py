@@ -57,19 +57,7 @@ def test_a_sticky_error_ends_the_process_and_tells_everyone(
         assert server.log.count("the process must be replaced") == 1
 
 
-# The first wait of a reset finds that the card is lost: what ran out of memory did so
-# because a kernel had failed, or the other way round.
-LOST_LATER = f"""
-import mlx.core as mx
-from mlx_safe import testing
-from mlx_safe import _thread_state as thread_state
-class Waits:
-    def __getattr__(self, name):
-        return getattr(mx, name)
-    def synchronize(self):
-        raise RuntimeError(testing.cuda_message({LAUNCH}))
-thread_state.mx = Waits()
-{CONTROLLED}"""
+LOST_LATER = program("loses_the_card_in_a_reset") + CONTROLLED
 
 
 def test_a_sticky_error_that_a_recovery_meets_is_one(tiny_model: Path) -> None:

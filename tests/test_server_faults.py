@@ -437,8 +437,8 @@ class TestHostileRequests:
             assert server.chat(**other).status == 200
 
 
-# The protected server, which gives its clients as long as a slow machine may take,
-# and has a line in its output for each time that it looks whether they are served.
+# The protected server, which gives its clients as long as a slow machine may take. It
+# prints a line each time that it looks whether they are served.
 PATIENT = program("waits_for_its_clients")
 
 

@@ -1,7 +1,7 @@
 """What one request's failure costs the others: nothing, where it is known whose it is.
 
-The failures are raised by the test's own code in the server's process, in the places
-where mlx-lm runs something for each request by itself, and in a step of them all.
+The failures are raised by the test's own code in the server's process: where
+mlx-lm runs something for each request by itself, and in a step of all.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from support.reports import sample, write
 from support.server import CONTROLLED, PYTHON, Answer, Server, eventually
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 5}}
-SECRET = "xylophone-manatee"
+SECRET = "xylophone-manatee"  # as in the programs
 
 
 @pytest.fixture(scope="module")
@@ -235,23 +235,10 @@ def test_all_lines_have_one_form(tiny_model: Path, form: str) -> None:
     assert rest[0].startswith("Traceback") and rest[-1].startswith("ValueError")
 
 
-THREAD = f"""
-import sys, threading
-from mlx_safe.cli import main
-from mlx_safe.server import recorder
-start = recorder.start_sampler
-def fails():
-    raise ValueError("{SECRET}")
-def started(*args):
-    start(*args)
-    threading.Thread(target=fails, name="a-thread").start()
-recorder.start_sampler = started
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
-
-
 def test_a_thread_that_ends_is_a_line(tiny_model: Path) -> None:
-    with Server(tiny_model, "--log-format", "json", program=THREAD) as server:
+    with Server(
+        tiny_model, "--log-format", "json", program=program("loses_a_thread")
+    ) as server:
         server.wait_ready()
         server.wait_for_log("a thread has ended")
         (line,) = [x for x in lines(server) if x["level"] == "ERROR"]
@@ -261,19 +248,7 @@ def test_a_thread_that_ends_is_a_line(tiny_model: Path) -> None:
 
 def test_so_is_what_python_would_print_itself() -> None:
     """An exception of a destructor, and one that ends the main thread."""
-    done = child.run(
-        f"""
-        from mlx_safe.server import logs
-
-        class Fails:
-            def __del__(self):
-                raise ValueError("{SECRET}")
-
-        logs.set_up("INFO", "json")
-        Fails()
-        raise LookupError("{SECRET}")
-        """
-    )
+    done = child.run(program("raises_where_python_prints"))
     found = [json.loads(line) for line in done.stderr.splitlines()]
     assert done.returncode == 1 and SECRET not in done.stderr
     assert [(x["level"], x["message"]) for x in found] == [

@@ -27,28 +27,7 @@ BESIDE = {"messages": [{"role": "user", "content": "beside"}], "stream": True}
 def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that changes what the tiny model says."""
     directory = tmp_path_factory.mktemp("adapter")
-    done = child.run(
-        f"""
-        import json
-        import mlx.core as mx
-        from mlx.utils import tree_flatten
-        from mlx_lm import load
-        from mlx_lm.tuner.utils import linear_to_lora_layers
-        model, _ = load({str(tiny_model)!r})
-        parameters = {{"rank": 4, "scale": 8.0, "dropout": 0.0}}
-        model.freeze()
-        linear_to_lora_layers(model, 2, parameters)
-        mx.random.seed(5)
-        weights = {{
-            k: mx.random.normal(v.shape)
-            for k, v in tree_flatten(model.trainable_parameters())
-        }}
-        mx.save_safetensors({str(directory / "adapters.safetensors")!r}, weights)
-        config = {{"num_layers": 2, "lora_parameters": parameters}}
-        with open({str(directory / "adapter_config.json")!r}, "w") as f:
-            json.dump(config, f)
-        """
-    )
+    done = child.run(program("makes_an_adapter"), tiny_model, directory)
     assert done.returncode == 0, done.stderr
     return directory
 

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from support.programs import program
 from support.server import CONTROLLED, Server
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
@@ -57,18 +58,7 @@ def test_a_stream(server: Server, path: str) -> None:
 
 
 # A log-probability that was asked for is taken for NaN, once its run has failed.
-POISON = """
-import mlx.core
-from mlx_safe.server import recovery
-reset = recovery.Recovery._reset
-def poisoned(self, *args):
-    found = [r for r in self._scheduler.requests() if r.logprob is not None]
-    for request in found:
-        request.logprob = mlx.core.array(float("nan"))
-    print("poisoned:", len(found), flush=True)
-    reset(self, *args)
-recovery.Recovery._reset = poisoned
-"""
+POISON = program("poisons_log_probabilities")
 
 
 @pytest.mark.parametrize("path", PATHS)

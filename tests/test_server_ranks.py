@@ -169,18 +169,7 @@ def test_a_fault_ends_all_ranks(tiny_model: Path, tmp_path: Path, failing: int) 
             assert "Traceback" not in rank.log
 
 
-# Its requests that are drawn fail, by an exception of their own.
-DRAWS_BADLY = f"""
-import mlx_lm.server as server
-def fail(logprobs):
-    raise LookupError
-make = server._make_sampler
-def made(args, tokenizer):
-    sampler = make(args, tokenizer)
-    return sampler if args.sampling.temperature == 0 else fail
-server._make_sampler = made
-{ONE_STREAM}
-"""
+DRAWS_BADLY = program("draws_badly") + ONE_STREAM
 
 
 @pytest.mark.parametrize("path", [{}, {"seed": 1}], ids=["batched", "sequential"])
@@ -216,17 +205,7 @@ def test_a_rank_is_killed_while_nothing_is_to_do(
         assert ends(ranks) == [75, -signal.SIGKILL]
 
 
-# Rank 1 of mlx.launch meets an exception that reaches terminate. Both end when the
-# launcher does, so that no test leaves anything behind.
-LAUNCHED = f"""
-import os, sys, threading
-threading.Thread(
-    target=lambda: os._exit(1 if sys.stdin.read() else 2), daemon=True
-).start()
-if os.environ["MLX_RANK"] == "1":
-    os.environ["MLX_SAFE_INJECT"] = "decode:3:8:once:terminate"
-{ONE_STREAM}
-"""
+LAUNCHED = program("ends_with_its_launcher") + ONE_STREAM
 LAUNCHER = """
 import sys
 from mlx._distributed_utils.launch import main
@@ -237,10 +216,10 @@ main()
 
 def test_mlx_launch_ends_the_other_ranks(tiny_model: Path, tmp_path: Path) -> None:
     """At once: --stall-timeout is the default of ten minutes here."""
-    program = tmp_path / "rank.py"
-    program.write_text(f"#!{sys.executable}\n{LAUNCHED}")
-    program.chmod(0o755)  # MLX 0.31 gives it to Python, 0.32 executes it
-    launcher = LAUNCHER.format(program=program, port=free_port(2))
+    rank = tmp_path / "rank.py"
+    rank.write_text(f"#!{sys.executable}\n{LAUNCHED}")
+    rank.chmod(0o755)  # MLX 0.31 gives it to Python, 0.32 executes it
+    launcher = LAUNCHER.format(program=rank, port=free_port(2))
     with Server(tiny_model, program=launcher) as server:
         server.wait_ready()
         assert_503(server.chat(), "unavailable")

@@ -148,17 +148,7 @@ def test_somebody_elses_message_in_one_line() -> None:
 )
 def test_no_memory_for_the_model_is_no_mistake(tiny_model: Path, message: str) -> None:
     """What died before may not have given its memory back yet: try again."""
-    done = child.run(
-        f"""
-        import sys
-        import mlx_lm.server as server
-        from mlx_safe.cli import main
-        def load(self, model_path, *args, **kwargs):
-            raise RuntimeError({message!r})
-        server.ModelProvider._load = load
-        sys.exit(main(["serve", "--model", {str(tiny_model)!r}, "--port", "0"]))
-        """
-    )
+    done = child.run(program("cannot_load"), message, tiny_model)
     assert done.returncode == 75, done.stderr
     assert "the model cannot be loaded: " + message[:15] in done.stderr
     assert "Traceback" not in done.stderr
@@ -318,17 +308,7 @@ def test_a_flag_of_mlx_lm_that_is_gone() -> None:
 )
 def test_without_a_package(missing: str, package: str) -> None:
     """What it says to install is what is missing: mlx-safe is on no index."""
-    done = child.run(
-        f"""
-        import importlib.util, sys
-        find = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *a: (
-            None if name == {missing!r} else find(name, *a)
-        )
-        from mlx_safe.cli import main
-        sys.exit(main(["serve"]))
-        """
-    )
+    done = child.run(program("lacks_a_package"), missing)
     assert_one_clear_line(done, "is not installed", f"pip install '{package}")
 
 

@@ -55,18 +55,7 @@ def test_report_policy_writes_and_dies_as_before(private_reports: Path) -> None:
 
 
 def test_drain_policy_tells_and_leaves_with_75(private_reports: Path) -> None:
-    done = throw(
-        """
-    import sys
-    from mlx_safe import _core
-    def answer(fault):
-        assert fault.source == "terminate" and fault.fatal and fault.code == 8
-        print("answered", flush=True)
-        mlx_safe.drained()
-    mlx_safe.install(on_terminate="drain")
-    mlx_safe.on_fault(answer, drains=True)
-    """
-    )
+    done = child.run(program("answers_when_drained"))
     assert done.stdout == "answered\n", done.stderr
     assert done.returncode == 75
     (path,) = reports(private_reports)
@@ -103,19 +92,7 @@ def test_a_forked_child_dies_as_it_would_have(private_reports: Path) -> None:
 
 def test_while_mlx_computes(private_reports: Path) -> None:
     """As where MLX 0.31 throws: on a thread of C++, with an evaluation under way."""
-    done = throw(
-        """
-    import threading
-    import mlx.core as mx
-    begun = threading.Event()
-    def compute():
-        while True:
-            mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
-            begun.set()
-    threading.Thread(target=compute, daemon=True).start()
-    assert begun.wait(100)
-    """
-    )
+    done = child.run(program("computes_while_it_ends"))
     assert done.returncode == -signal.SIGABRT
     (path,) = reports(private_reports)
     report = json.loads(path.read_text())

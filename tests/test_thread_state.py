@@ -12,67 +12,20 @@ from mlx_safe._thread_state import ThreadState, drop_failed
 from support.child import run
 from support.programs import program
 
-# Each leaves something unsound behind, or looks as if it did.
-FAILURES = {
-    "tracers in the random state": """
-@partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
-def draw(x):
-    mx.random.categorical(x)
-    raise LookupError
-draw(mx.zeros((1, 8)))
-""",
-    "tracers of a gradient": """
-def loss(x):
-    raise LookupError
-mx.grad(loss)(mx.ones((2,)))
-""",
-    "a compiled function": """
-raising = True
-@mx.compile
-def twice(x):
-    if raising:
-        raise LookupError
-    return x * 2
-kept["twice"] = twice
-twice(mx.ones((2,)))
-""",
-    "a stream that is left open": """
-def steps():
-    with mx.stream(mx.new_stream(mx.default_device())):
-        yield 1
-        yield 2
-kept["steps"] = steps()
-next(kept["steps"])
-raise LookupError
-""",
-    "streams that are left open, one in another": """
-def steps():
-    with mx.stream(mx.new_stream(mx.default_device())):
-        yield 1
-inner_last = [steps() for _ in range(2)]
-for generator in inner_last:
-    next(generator)
-# Only the collector finds them, the outer one first.
-for generator in inner_last:
-    cycle = [generator]
-    cycle.append(cycle)
-del generator, cycle, inner_last
-raise LookupError
-""",
-    "another device": """
-mx.set_default_device(mx.Device(mx.cpu, 0))
-mx.set_default_stream(mx.new_stream(mx.cpu))
-raise LookupError
-""",
-}
-
-PROGRAM = program("sound_after_a_failure")
+FAILURES = (
+    "tracers_in_the_random_state",
+    "tracers_of_a_gradient",
+    "a_compiled_function",
+    "a_stream_that_is_left_open",
+    "streams_that_are_left_open_one_in_another",
+    "another_device",
+)
+PROGRAM = program("fails_in_six_ways") + program("sound_after_a_failure")
 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_thread_is_sound_after(failure: str) -> None:
-    program = f"FAILURE = {FAILURES[failure]!r}\n{PROGRAM}"
-    assert "sound" in run(program).stdout
+    assert "sound" in run(f"FAILURE = {failure!r}\n{PROGRAM}").stdout
 
 
 def test_each_new_seed_is_another() -> None:

@@ -1,9 +1,9 @@
 """Installs a wheel as a user would: check_release.py WHEEL... | --installed
 
-For each Python from 3.10 to 3.14 that is on the machine: a clean environment, pip's
-install of the wheel that fits it, the import, `mlx-safe --version`, and a fault in a
-guard. A Python that is missing is named; with ``--complete`` that is a failure. With
-``--installed`` the same is tried of what the Python has that runs this.
+Each Python from 3.10 to 3.14 that is on the machine gets a clean environment and pip's
+install of the wheel that fits it. Tried are the import, `mlx-safe --version`, and a
+fault in a guard. A Python that is missing is named; with ``--complete`` that is a
+failure. With ``--installed`` the same is tried of what the Python has that runs this.
 
 Exit status: 0; 1: something did not work, or no wheel was tried at all.
 """

@@ -1,6 +1,6 @@
 """A hook of mkdocs: the pages that lie beside ``docs/`` join the site.
 
-The README and its like are read where they are on a forge, too, so they stay at the
+The README and its like are read where they are on a forge, too. So they stay at the
 root, and their links are turned to where the site has them.
 """
 

@@ -1,7 +1,7 @@
 """In each server that the scoreboard starts: its models are counted, faults strike.
 
 ``SCOREBOARD_DIR`` names a directory. Each file ``plan-N`` in it is a plan of
-`mlx_safe.testing.parse_plan`; the process that takes the file counts from then on, so
+`mlx_safe.testing.parse_plan`. The process that takes the file counts from then on, so
 what is planned while a server starts again strikes the next one. ``fired-PID`` has a
 line for each fault that struck, with its time. With ``SCOREBOARD_CEILING`` the GPU has
 that many bytes; ``memory-PID`` has the most that a step needed, and how many failed.

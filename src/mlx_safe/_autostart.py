@@ -21,7 +21,8 @@ def begin(tell: Callable[[str], None] | None = None) -> None:
     """Installs, and plans faults, as the environment says; again it changes nothing.
 
     Args:
-        tell: told at the end of each plan that has not struck; None: a line on stderr.
+        tell: called at the end for each plan that has not struck; None: a line on
+            stderr.
 
     Raises:
         ValueError: a plan cannot be read; with one line that says how.

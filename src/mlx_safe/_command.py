@@ -1,4 +1,4 @@
-"""What the command's rooms share."""
+"""What the commands share: the parser of their flags, and lines that end well."""
 
 from __future__ import annotations
 

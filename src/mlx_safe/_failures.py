@@ -1,8 +1,8 @@
 """What a failed step means for what was computed in it, and how it is tried again.
 
-Both who begin again go by it: the server (`mlx_safe.server.recovery`), which has mlx-lm
-serve the request once more, and the batch generator in another's server
-(`mlx_safe.mlx_lm.batch`), which inserts it once more. ARCHITECTURE.md says what else
+Both who begin again go by it. The server (`mlx_safe.server.recovery`) has mlx-lm serve
+the request once more. The batch generator in another's server (`mlx_safe.mlx_lm.batch`)
+inserts it once more. ARCHITECTURE.md says what else
 they share, and what not. The functions are pure, for any thread.
 """
 

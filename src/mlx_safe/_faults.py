@@ -172,7 +172,7 @@ class _Dispatcher:
         self._thread: threading.Thread | None = None
         self._told = 0
         # Held while callbacks run.
-        self._telling = threading.Lock()
+        self._calling = threading.Lock()
         self._ended = False
 
     def add(self, subscription: Subscription) -> None:
@@ -211,7 +211,7 @@ class _Dispatcher:
         poller.register(fd, select.POLLIN)
         while True:
             poller.poll(LOOK_EVERY_S * 1000)
-            with self._telling:
+            with self._calling:
                 if self._ended:
                     return
                 self._tell()
@@ -255,8 +255,8 @@ class _Dispatcher:
         """
         self._ended = True
         for _ in range(END_TURNS):
-            if self._telling.acquire(timeout=END_WAIT_S / END_TURNS):
-                self._telling.release()
+            if self._calling.acquire(timeout=END_WAIT_S / END_TURNS):
+                self._calling.release()
                 return
 
     def _call(self, subscription: Subscription, fault: Fault) -> None:

@@ -54,8 +54,8 @@ class guard:
     the faults of the whole process: a fault may come from work that another
     thread or task submitted.
 
-    With a name it is a task: what is raised has the names of the guards that its faults
-    may belong to in ``tasks``, and so has each `Fault`, for callbacks of `on_fault`. A
+    With a name it is a task: ``tasks`` of what is raised has the names of the guards
+    that its faults may belong to. So has each `Fault`, for callbacks of `on_fault`. A
     command buffer belongs to the guards that were open when it was committed. Guards
     that were open side by side, in threads or asyncio tasks, are all named.
 

@@ -182,6 +182,16 @@ def _version_of(package: str, beside: list[str]) -> str | None:
     return None
 
 
+def _versions() -> tuple[dict[str, str | None], list[str]]:
+    """(versions of mlx and mlx_lm, and why there is no mlx)."""
+    versions = installed_versions("mlx", "mlx_lm")
+    versions["mlx"] = _loaded_mlx() or versions["mlx"]
+    if versions["mlx"] is not None:
+        return versions, []
+    versions["mlx"], no_mlx = _version_by_import()
+    return versions, [no_mlx] if no_mlx else []
+
+
 def _regime(mode: str, version: str | None) -> str:
     if mode != "auto":
         return mode
@@ -235,6 +245,19 @@ def _tend_reports(directory: str) -> str | None:
     return None
 
 
+def _check(mode: str, on_terminate: str, drain_seconds: float) -> None:
+    if mode not in ("auto", "intercept", "observe"):
+        raise ValueError(f'mode must be "auto", "intercept" or "observe", not {mode!r}')
+    if on_terminate not in ("report", "drain"):
+        raise ValueError(
+            f'on_terminate must be "report" or "drain", not {on_terminate!r}'
+        )
+    if not 0 < drain_seconds <= 3600:
+        raise ValueError(
+            f"drain_seconds must be over 0 and at most 3600, not {drain_seconds!r}"
+        )
+
+
 def install(
     mode: Literal["auto", "intercept", "observe"] = "auto",
     on_terminate: Literal["report", "drain"] = "report",
@@ -264,29 +287,14 @@ def install(
     Raises:
         ValueError: an argument is none of the above.
     """
-    if mode not in ("auto", "intercept", "observe"):
-        raise ValueError(f'mode must be "auto", "intercept" or "observe", not {mode!r}')
-    if on_terminate not in ("report", "drain"):
-        raise ValueError(
-            f'on_terminate must be "report" or "drain", not {on_terminate!r}'
-        )
-    if not 0 < drain_seconds <= 3600:
-        raise ValueError(
-            f"drain_seconds must be over 0 and at most 3600, not {drain_seconds!r}"
-        )
+    _check(mode, on_terminate, drain_seconds)
     with _lock:
-        versions = installed_versions("mlx", "mlx_lm")
-        version = _loaded_mlx() or versions["mlx"]
-        reasons = []
-        if version is None:
-            version, no_mlx = _version_by_import()
-            reasons += [no_mlx] if no_mlx else []
-        versions["mlx"] = version
+        versions, reasons = _versions()
         report_dir, why_not = _report_dir()
         if why_not:
             reasons.append(why_not)
         _core.terminate_install(on_terminate == "drain", drain_seconds)
-        regime = _regime(mode, version)
+        regime = _regime(mode, versions["mlx"])
         metal = _core.metal_install(regime == "intercept")
         reasons += metal["reasons"]
         if metal["runtime"] and not metal["verified"]:

@@ -1,8 +1,8 @@
 """Which named guards a fault may belong to.
 
-A command buffer belongs to every guard that was open when it was committed: MLX is
-lazy, so that is where its work was waited for, or submitted by ``mx.async_eval``, and
-not where it was written down. Without hooks a fault has no command buffer, and its
+A command buffer belongs to every guard that was open when it was committed. MLX is
+lazy: that is where its work was waited for, or submitted by ``mx.async_eval``, and not
+where it was written down. Without hooks a fault has no command buffer, and its
 time decides. Guards that were open side by side are all named: a buffer does not
 say which thread or asyncio task it is of. All of this may be used from any thread.
 """
@@ -103,7 +103,7 @@ def in_this_context() -> tuple[str, ...]:
 
 
 def _names_here() -> ContextVar[tuple[str, ...]]:
-    """The names of the guards around whoever asks it."""
+    """The names of the guards around the caller."""
     global _names
     if _names is None:
         from contextvars import ContextVar

@@ -17,7 +17,7 @@ from .kv.store import DISK_BYTES, Limits
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
 from .memory.demand import Demand, step_sizes
 from .memory.estimate import CacheCost, Transients, calibrate
-from .memory.machine import Machine, read_machine, usage
+from .memory.machine import Machine, Usage, read_machine, usage
 from .memory.sizes import flag_size, format_size, parse_size, parse_size_or_zero
 from .memory.sizing import Sizing, format_tokens, sizing
 
@@ -35,6 +35,25 @@ def doctor(arguments: Sequence[str]) -> int:
     Raises:
         CommandError: the model cannot be loaded; the message says why.
     """
+    asked = _parser().parse_args(list(arguments))
+    if asked.model is None and (asked.adapter_path or asked.draft_model):
+        raise CommandError("--adapter-path and --draft-model need --model")
+    found = examine(
+        asked.model,
+        _size("--max-active-memory-bytes", asked.max_active_memory_bytes),
+        _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
+        adapter=asked.adapter_path,
+        draft=asked.draft_model,
+        config=asked.config,
+    )
+    limits = _kv_limits(asked)
+    if asked.kv_dir is not None:
+        found["kv_disk"] = _kv_disk(asked.kv_dir, limits, found)
+    print(json.dumps(found, indent=2) if asked.json else render(found))
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="mlx-safe doctor",
         allow_abbrev=False,
@@ -74,22 +93,7 @@ def doctor(arguments: Sequence[str]) -> int:
         **text,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    asked = parser.parse_args(list(arguments))
-    if asked.model is None and (asked.adapter_path or asked.draft_model):
-        raise CommandError("--adapter-path and --draft-model need --model")
-    found = examine(
-        asked.model,
-        _size("--max-active-memory-bytes", asked.max_active_memory_bytes),
-        _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
-        adapter=asked.adapter_path,
-        draft=asked.draft_model,
-        config=asked.config,
-    )
-    limits = _kv_limits(asked)
-    if asked.kv_dir is not None:
-        found["kv_disk"] = _kv_disk(asked.kv_dir, limits, found)
-    print(json.dumps(found, indent=2) if asked.json else render(found))
-    return 0
+    return parser
 
 
 def _kv_limits(asked: argparse.Namespace) -> Limits:
@@ -142,14 +146,7 @@ def examine(
         card_share=now.card_share,
     )
     found: dict[str, Any] = {
-        "machine": {
-            "system": _system(),
-            "device": machine.device,
-            "gpu": machine.gpu,
-            "memory": machine.total,
-            "available": now.available,
-            "python": platform.python_version(),
-        },
+        "machine": _about(machine, now),
         "protection": status,
         "ceiling": {
             "bytes": limits.size,
@@ -171,6 +168,17 @@ def examine(
             if value is not None:
                 found["model"]["flags"][:0] = [flag, value]
     return found
+
+
+def _about(machine: Machine, now: Usage) -> dict[str, Any]:
+    return {
+        "system": _system(),
+        "device": machine.device,
+        "gpu": machine.gpu,
+        "memory": machine.total,
+        "available": now.available,
+        "python": platform.python_version(),
+    }
 
 
 def _kv_disk(path: str, limits: Limits, found: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from protocol import Outcome, Task
 
+from support.programs import program
 from support.server import CONTROLLED, Server
 
 HERE = Path(__file__).parent
@@ -219,18 +220,8 @@ def drivers(clients: list[Client]) -> Iterator[Drivers]:
 
 # A supervisor whose servers are `CONTROLLED`, through a named pipe: the supervisor
 # gives its servers no standard input.
-SUPERVISED = f"""
-import os, sys
-os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
-from mlx_safe.server import supervisor
-PROGRAM = {CONTROLLED.replace("sys.stdin", "open(os.environ['CONTROL'])")!r}
-kind = supervisor.Supervisor
-def controlled(listener, command, *more, **named):
-    command = [sys.executable, "-c", PROGRAM, *command[4:]]
-    return kind(listener, command, *more, **named)
-supervisor.Supervisor = controlled
-sys.exit(supervisor.main(sys.argv[1:]))
-"""
+PIPED = CONTROLLED.replace("sys.stdin", "open(os.environ['CONTROL'])")
+SUPERVISED = f"PROGRAM = {PIPED!r}\n{program('supervises_a_text')}"
 
 
 class SupervisedServer(Server):

@@ -1,7 +1,7 @@
 """What the code of a libmlx.dylib for arm64 refers to and calls.
 
 metal-cpp keeps each selector in a variable and registers all of them, used or
-not, so the selectors' names in the file prove nothing: what counts is which
+not, so the selectors' names in the file prove nothing. What counts is which
 functions load which variable. MLX's wheels keep their symbol tables, so both
 have names.
 """

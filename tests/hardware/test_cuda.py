@@ -11,30 +11,16 @@ from pathlib import Path
 from mlx_safe.memory.ceiling import GPU_SHARE
 from mlx_safe.memory.machine import read_machine, usage
 from support import child, hog
-from support.programs import program
+from support.programs import program, with_suite
 from support.server import Server
 
 TESTS = str(Path(hog.__file__).parents[1])
 
-OUT_OF_MEMORY = f"""
-import sys
-sys.path.insert(0, {TESTS!r})
-import mlx_safe
-import mlx.core as mx
-from support.hog import hog
-try:
-    with mlx_safe.guard():
-        mx.eval(hog())
-except mlx_safe.errors.OutOfMemoryError as e:
-    print("raised", type(e).__name__, e.code, e.retryable)
-mx.clear_cache()
-with mlx_safe.guard():
-    print("after it", (mx.ones((1000,)) + 1).sum().item())
-"""
-
 
 def test_out_of_memory_raises_and_passes() -> None:
-    told = child.run(OUT_OF_MEMORY, timeout=300).stdout
+    told = child.run(
+        program("runs_out_of_memory"), timeout=300, PYTHONPATH=with_suite()
+    ).stdout
     assert "raised CudaOutOfMemoryError 2 True" in told
     assert "after it 2000.0" in told
 

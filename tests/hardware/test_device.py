@@ -5,49 +5,22 @@ from __future__ import annotations
 import platform
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 
 import mlx_safe
 from mlx_safe import _install, _mlx_versions
 from support import child, hog
+from support.programs import program, with_suite
 
 # Out of memory takes as long as it takes the Mac to give up paging.
 LIMIT_S = 300.0
 
-OUT_OF_MEMORY = """
-import sys
-sys.path.insert(0, {suite!r})
-import mlx_safe
-import mlx.core as mx
-from support.hog import hog
-arrays = hog()
-try:
-    with mlx_safe.guard():
-        mx.eval(arrays)
-except mlx_safe.errors.MetalOutOfMemoryError as e:
-    print("raised", e.code)
-del arrays
-mx.clear_cache()
-with mlx_safe.guard():
-    total = mx.sum(mx.ones((1000,)))
-    mx.eval(total)
-print("after it", total.item(), "epoch", mlx_safe.epoch())
-"""
-
 UNPROTECTED = """
-import sys
-sys.path.insert(0, {suite!r})
 import mlx.core as mx
 from support.hog import hog
 mx.eval(hog())
 """
-
-
-def suite() -> str:
-    """The directory of the tests, for a child's sys.path."""
-    return str(Path(hog.__file__).parents[1])
 
 
 def test_install_verifies_itself_on_the_device() -> None:
@@ -60,33 +33,21 @@ def test_install_verifies_itself_on_the_device() -> None:
 
 
 def test_ordinary_work_is_no_fault() -> None:
-    done = child.run(
-        """
-        import mlx_safe, mlx.core as mx
-        with mlx_safe.guard():
-            a = mx.random.normal((512, 512))
-            for _ in range(50):
-                a = mx.tanh(a @ a)
-            mx.eval(a)
-        mx.synchronize()
-        assert mlx_safe.epoch() == 0 and mlx_safe.status().verified
-        """,
-        timeout=LIMIT_S,
-    )
+    done = child.run(program("works_as_always"), timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
 def out_of_memory() -> subprocess.CompletedProcess[str]:
-    code = OUT_OF_MEMORY.format(suite=suite())
-    return child.run(code, timeout=LIMIT_S, **hog.ENVIRONMENT)
+    code, path = program("runs_out_of_memory"), with_suite()
+    return child.run(code, timeout=LIMIT_S, PYTHONPATH=path, **hog.ENVIRONMENT)
 
 
 def test_a_real_out_of_memory_raises_and_the_process_goes_on(
     out_of_memory: subprocess.CompletedProcess[str],
 ) -> None:
     assert out_of_memory.returncode == 0, out_of_memory.stderr
-    assert "raised 8" in out_of_memory.stdout
+    assert "raised MetalOutOfMemoryError 8" in out_of_memory.stdout
     assert "after it" in out_of_memory.stdout
     assert "epoch 0" not in out_of_memory.stdout
 
@@ -94,13 +55,13 @@ def test_a_real_out_of_memory_raises_and_the_process_goes_on(
 def test_what_is_computed_after_it_is_right(
     out_of_memory: subprocess.CompletedProcess[str],
 ) -> None:
-    assert "after it 1000.0 epoch" in out_of_memory.stdout, out_of_memory.stderr
+    assert "after it 2000.0 epoch" in out_of_memory.stdout, out_of_memory.stderr
 
 
 def test_without_us_it_kills_the_process_or_raises_as_mlx_says() -> None:
     """The other side: MLX up to 0.31.2 aborts; later ones raise by themselves."""
     done = child.run(
-        UNPROTECTED.format(suite=suite()), timeout=LIMIT_S, **hog.ENVIRONMENT
+        UNPROTECTED, timeout=LIMIT_S, PYTHONPATH=with_suite(), **hog.ENVIRONMENT
     )
     version = _install.mlx_version()
     assert version is not None

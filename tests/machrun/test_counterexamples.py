@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from support.programs import program
+
 from . import wrongly_built
 from .runner import Machine
 from .samples import changed, commands, signed_again
@@ -68,21 +70,7 @@ def bound(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
 OTHER_TYPE = bound(b"__ZTISt13runtime_error", b"__ZTINSt3__18ios_baseE")
 OTHER_PERSONALITY = bound(b"___gxx_personality_v0", b"___cxa_free_exception")
 
-CALLS = """
-    import machpy, mlx_safe, mlx.core as mx
-    mlx_safe.install()
-    mx.eval(mx.exp(mx.array([1.0])))
-    machpy.fail(1)
-    try:
-        mx.eval(mx.exp(mx.array([1.0])))
-        print("nothing raised")
-    except RuntimeError as e:
-        print(type(e).__name__)
-    try:
-        mlx_safe.install(mode="nonsense")
-    except ValueError:
-        print("ValueError")
-"""
+CALLS = program("mac_raises")
 GOOD = ["RuntimeError", "ValueError"]
 
 
@@ -116,26 +104,7 @@ def test_what_the_checker_refuses_goes_wrong(
     assert status != 2
 
 
-# The small hook adds a Block to two buffers, and throws when the next is committed.
-HOOKED = """
-    import ctypes, machpy, mlx.core as mx
-    image = machpy._load(b"{}")
-    def call(name):
-        return ctypes.CFUNCTYPE(ctypes.c_int)(machpy._symbol(image, b"_" + name))()
-    def work():
-        mx.eval(mx.exp(mx.array([1.0])))
-        mx.synchronize()
-    work()
-    print("loaded", call(b"start"), flush=True)
-    work()
-    print("called", call(b"seen"), flush=True)
-    call(b"throw_once")
-    try:
-        work()
-        print("nothing raised")
-    except Exception as e:
-        print(type(e).__name__, e)
-"""
+HOOKED = program("mac_calls_a_small_hook")
 BUILT: dict[Callable[[], Path], tuple[int, str, str]] = {
     wrongly_built.as_it_must_be: (0, "called 2\nRuntimeError thrown by the hook\n", ""),
     # No `catch (const std::exception&)` of libmlx's knows the type.
@@ -159,6 +128,6 @@ BUILT: dict[Callable[[], Path], tuple[int, str, str]] = {
 @pytest.mark.parametrize("build", BUILT, ids=lambda build: build.__name__)
 def test_a_hook_that_is_built(build: Callable[[], Path]) -> None:
     status, said, error = BUILT[build]
-    done = Machine(mlx="0.31.2", ours=None).run(HOOKED.format(build()))
+    done = Machine(mlx="0.31.2", ours=None).run(HOOKED, MACHRUN_HOOK=str(build()))
     assert (done.returncode, done.stdout) == (status, f"loaded 0\n{said}"), done.stderr
     assert error in done.stderr

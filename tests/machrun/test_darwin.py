@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.programs import program
+
 from .runner import Machine
 from .setup.places import ROOT
 
@@ -22,128 +24,55 @@ ASKS = re.compile(
     r"getattr\(ctypes\."
 )
 
-KEPT = """
-        import socket
-        from mlx_safe.server.lifeline import Lifeline
-        one = socket.socket()
-        lifeline = Lifeline.__new__(Lifeline)
-        lifeline._peers = {}
-        lifeline._keep(1, one)
-        names = ("TCP_KEEPALIVE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
-        values = (one.getsockopt(socket.IPPROTO_TCP, getattr(socket, n)) for n in names)
-        print(hasattr(socket, "TCP_KEEPIDLE"), *values)
-"""
-# By file and line: Python code that prints what the branch for macOS says.
+# By file and line: the function of programs/mac_branches.py that prints what the branch
+# for macOS says.
 BRANCHES = {
-    ("_command.py", 'MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"'): """
-        from mlx_safe import _command
-        print(_command.MLX)
-    """,
-    ("_paths.py", 'if sys.platform != "linux":'): """
-        import os, time
-        from mlx_safe import _paths
-        since_boot = time.time() - _paths._began(os.getpid())
-        print(abs(since_boot - time.monotonic()) < 5)
-    """,
-    ("_paths.py", 'if sys.platform == "darwin":'): """
-        import os
-        os.environ.pop("XDG_STATE_HOME", None)
-        del os.environ["MLX_SAFE_REPORT_DIR"]
-        os.environ["HOME"] = "/Users/ada"
-        from mlx_safe import _paths
-        print(_paths.report_dir())
-    """,
-    ("_reports.py", 'if sys.platform != "darwin":'): """
-        from mlx_safe import _reports
-        print(_reports._machine()["os"])
-    """,
-    ("checks.py", "found = platform.mac_ver()[0]"): """
-        from mlx_safe import checks
-        print(*checks.built_check())
-    """,
-    ("doctor.py", 'if platform.system() == "Darwin":'): """
-        from mlx_safe import doctor
-        print(doctor._system())
-    """,
-    ("doctor.py", 'return f"macOS {platform.mac_ver()[0]} {platform.machine()}"'): """
-        from mlx_safe import doctor
-        print(doctor._system())
-    """,
+    (
+        "_command.py",
+        'MLX = "mlx[cpu]" if sys.platform == "linux" else "mlx"',
+    ): "what_pip_installs",
+    ("_paths.py", 'if sys.platform != "linux":'): "when_a_process_began",
+    ("_paths.py", 'if sys.platform == "darwin":'): "where_reports_go",
+    ("_reports.py", 'if sys.platform != "darwin":'): "what_reports_call_the_system",
+    ("checks.py", "found = platform.mac_ver()[0]"): "which_macos_mlx_is_for",
+    ("doctor.py", 'if platform.system() == "Darwin":'): "which_system_it_is",
+    (
+        "doctor.py",
+        'return f"macOS {platform.mac_ver()[0]} {platform.machine()}"',
+    ): "which_system_it_is",
     (
         "doctor.py",
         'return f"{platform.system()} {platform.release()} {platform.machine()}"',
-    ): """
-        from mlx_safe import doctor
-        print(doctor._system())
-    """,
+    ): "which_system_it_is",
     # Only that it can be called: no volume here knows Time Machine's attribute.
-    ("kv/files.py", 'if sys.platform != "darwin":'): """
-        import tempfile
-        from mlx_safe.kv import files
-        print(files.leave_out_of_backups(tempfile.mkdtemp()) in (True, False))
-    """,
-    ("server/heap.py", 'mallopt = getattr(ctypes.CDLL(None), "mallopt", None)'): """
-        import ctypes
-        from mlx_safe.server import heap
-        heap.give_back_what_is_free()
-        print(getattr(ctypes.CDLL(None), "mallopt", None))
-    """,
-    ("memory/machine.py", "system=sys.platform,"): """
-        from mlx_safe.memory import machine
-        print(machine.read_machine().system)
-    """,
-    ("memory/machine.py", 'if sys.platform != "darwin":'): """
-        from mlx_safe.memory import machine
-        names = ("hw.memsize", "iogpu.wired_limit_mb", "no.such.name")
-        print(*map(machine.sysctl, names), machine.read_machine().total)
-    """,
+    ("kv/files.py", 'if sys.platform != "darwin":'): "what_backups_leave_out",
+    (
+        "server/heap.py",
+        'mallopt = getattr(ctypes.CDLL(None), "mallopt", None)',
+    ): "whether_malloc_takes_options",
+    ("memory/machine.py", "system=sys.platform,"): "which_system_the_memory_is_of",
+    ("memory/machine.py", 'if sys.platform != "darwin":'): "what_sysctl_says",
     (
         "server/disconnects.py",
         'self._happenings = _Epoll() if hasattr(select, "epoll") else _Kqueue()',
-    ): """
-        import socket, threading
-        from types import SimpleNamespace
-        from mlx_safe.server.disconnects import Disconnects
-        one, other = socket.socketpair()
-        left = threading.Event()
-        watched = Disconnects()
-        with watched.watching("a", one):
-            watched.bind("a", SimpleNamespace(disconnect=left.set))
-            other.send(b"the next request")
-            before = left.wait(0.2)
-            other.close()
-            print(before, left.wait(30), type(watched._happenings).__name__)
-    """,
-    ("server/disconnects.py", 'RDHUP = getattr(select, "POLLRDHUP", None)'): """
-        import socket
-        from mlx_safe.server import disconnects
-        one, other = socket.socketpair()
-        other.send(b"the next request")
-        before = disconnects._has_left(one)
-        other.close()
-        print(disconnects.RDHUP, before, disconnects._has_left(one))
-    """,
-    ("server/lifeline.py", "if hasattr(socket, name):"): KEPT,
+    ): "whether_a_client_that_leaves_is_noticed",
+    (
+        "server/disconnects.py",
+        'RDHUP = getattr(select, "POLLRDHUP", None)',
+    ): "whether_one_has_left",
+    ("server/lifeline.py", "if hasattr(socket, name):"): "how_connections_are_kept",
     (
         "server/lifeline.py",
         "connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)",
-    ): KEPT,
-    ("server/request_file.py", 'if hasattr(os, "memfd_create"):'): """
-        import os
-        from mlx_safe.server.request_file import RequestFile
-        file = RequestFile.make()
-        print("deleted" in os.readlink(f"/proc/self/fd/{file.fd}"), file.size)
-    """,
-    ("server/request_file.py", 'if not hasattr(socket, "TCP_INFO"):'): """
-        import socket
-        from mlx_safe.server import request_file
-        one, other = socket.socketpair()
-        other.send(b"piece")
-        left = request_file._was_taken(one, 0, b"piece")
-        one.recv(5)
-        taken = request_file._was_taken(one, 0, b"piece")
-        print(request_file._count_taken(one), left, taken)
-    """,
+    ): "how_connections_are_kept",
+    (
+        "server/request_file.py",
+        'if hasattr(os, "memfd_create"):',
+    ): "whether_the_file_has_a_name",
+    (
+        "server/request_file.py",
+        'if not hasattr(socket, "TCP_INFO"):',
+    ): "how_much_was_taken",
 }
 SAYS = {
     "_command.py": ["mlx"],
@@ -180,12 +109,12 @@ def test_every_branch_for_macos_is_listed() -> None:
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What each says, of one process that forks for each."""
-    code = "import os, sys, textwrap\nimport mlx.core, mlx_safe\n"
+    code = program("mac_branches") + "import mlx.core, mlx_safe\n"
     for branch in BRANCHES.values():
         code += (
             "child = os.fork()\n"
             "if child == 0:\n"
-            f"    exec(textwrap.dedent({branch!r}))\n"
+            f"    {branch}()\n"
             "    sys.stdout.flush()\n"
             "    os._exit(0)\n"
             "os.waitpid(child, 0)\n"

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from support.programs import program
+
 from .runner import LIMIT_S, Machine
 from .setup.packages import NEWEST, VERSIONS
 from .setup.places import CACHE, HERE, PYTHONS, ROOT
@@ -77,29 +79,12 @@ def test_every_fault_is_told(name: str, private_reports: Path) -> None:
 
 
 def test_uninstalled_it_is_as_it_was() -> None:
-    done = Machine(mlx="0.32.4").run("""
-        import machpy, ctypes, mlx_safe, mlx.core as mx
-        mlx_safe.install()
-        mx.eval(mx.exp(mx.array([1.0])))
-        count = machpy.simulator("metalsim_modified_methods", ctypes.c_uint32)
-        before = count()
-        mlx_safe.uninstall()
-        mx.eval(mx.exp(mx.array([1.0])))
-        print(before > 0, count())
-    """)
+    done = Machine(mlx="0.32.4").run(program("mac_takes_the_hooks_out"))
     assert done.stdout.split() == ["True", "0"], done.stderr
 
 
 def test_in_a_forked_child_nothing_is_hooked() -> None:
-    done = Machine(mlx="0.32.4").run("""
-        import os, mlx_safe
-        mlx_safe.install()
-        child = os.fork()
-        if child == 0:
-            print(mlx_safe.install().reasons, flush=True)
-            os._exit(0)
-        print(os.waitpid(child, 0)[1])
-    """)
+    done = Machine(mlx="0.32.4").run(program("mac_forks"))
     said, status = done.stdout.splitlines()
     assert "forked" in said and status == "0", done.stdout + done.stderr
 

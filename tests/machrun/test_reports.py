@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from support.programs import program
+
 from .runner import Machine
 
 MACHINE = Machine(mlx="0.31.2")
@@ -23,14 +25,7 @@ def symbols(report: dict[str, Any]) -> str:
 
 
 def test_an_exception_on_a_foreign_thread(private_reports: Path) -> None:
-    done = MACHINE.run("""
-        import mlx_safe
-        from mlx_safe import testing
-        mlx_safe.install()
-        from mlx_safe import _core
-        _core.testing_throw_on_foreign_thread("thrown here")
-        import time; time.sleep(30)
-    """)
+    done = MACHINE.run(program("mac_throws_on_a_thread"))
     assert done.returncode == -6, done.stderr
     report = only_report(private_reports)
     assert report["why"] == "terminate"
@@ -43,14 +38,7 @@ def test_an_exception_on_a_foreign_thread(private_reports: Path) -> None:
 
 def test_a_signal_in_code_for_macos(private_reports: Path) -> None:
     """The stack goes from the handler through the signal's frame to what crashed."""
-    done = MACHINE.run("""
-        import ctypes, machpy, mlx_safe, mlx.core as mx
-        mlx_safe.install(signals=True)
-        mx.eval(mx.exp(mx.array([1.0])))
-        # a message to what is no object
-        send = machpy.simulator("objc_msgSend", None, ctypes.c_void_p, ctypes.c_void_p)
-        send(0x10, 0x20)
-    """)
+    done = MACHINE.run(program("mac_crashes_in_metal"))
     assert done.returncode == -11, done.stderr
     report = only_report(private_reports)
     assert report["signal"]["name"] == "SIGSEGV"

@@ -2,7 +2,7 @@
 
 The main cases of the server suites (tests/test_server_*.py), of one server for each
 pair. The model's numbers are right, and its texts real, as everything is computed on
-the CPU's stream; GPU work beside it fails, and so the hooks tell of real failures of
+the CPU's stream. GPU work beside it fails, and so the hooks report real failures of
 Metal.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from support import server as servers
+from support.programs import program
 from support.server import CONTROLLED, NEVER, STOCK, Answer, Server
 from support.versions import OLDEST_PAIR, PAIRS
 
@@ -22,19 +23,7 @@ from .runner import Machine
 from .setup.places import HERE
 
 # A command buffer of the GPU that fails, whenever a line of standard input says so.
-ON_THE_GPU = """
-import machpy, os, sys, threading
-import mlx.core as mx
-def work_on_the_gpu():
-    with mx.stream(mx.gpu):
-        mx.eval(mx.exp(mx.array([1.0])))
-        machpy.fail(1)
-        try:
-            mx.eval(mx.exp(mx.array([1.0])))
-            mx.synchronize()
-        except RuntimeError as e:
-            os.write(1, f"metal: {e}\\n".encode())
-"""
+ON_THE_GPU = program("mac_fails_on_the_gpu")
 FAILING = ON_THE_GPU + CONTROLLED.replace(
     'elif line == "go\\n":',
     """elif line == "metal\\n":

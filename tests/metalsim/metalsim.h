@@ -19,7 +19,7 @@ extern "C" {
 
 // ---- life of the simulation ------------------------------------------------
 
-// Waits (at most 100 s) until nothing is in flight, then puts every setting,
+// Waits (at most 100 s) until nothing is in flight. Then it puts every setting,
 // plan, counter, the ban of code 4 and every removed selector back to the
 // state after loading. Waits that the GPU is stuck in are abandoned and fail
 // their buffer with code 2. Method implementations that a hook has replaced

@@ -438,7 +438,8 @@ void who_polls_waits_for_handlers(const Hooks& hooks) {
   poller.join();
 }
 
-// A CPU stream's thread that has worked on failed data works on good data next.
+// R18: a CPU stream's thread that has worked on failed data works on good data
+// next.
 void cpu_thread_is_good_again(const Hooks& hooks) {
   host::Ref queue = new_queue(), failed = new_event();
   host::Ref result = new_event(), next = new_event();

@@ -70,8 +70,8 @@ inline host::id queue() {
 // In what must come about, at any speed: only a hang takes longer.
 constexpr std::uint64_t kLongMs = 600'000;
 
-// What the MLX that is driven does with a failed buffer: 0.31.2 throws in the
-// completion handler, 0.32 stores the error there, signals the event itself and
+// What the MLX that is driven does with a failed buffer. 0.31.2 throws in the
+// completion handler. 0.32 stores the error there, signals the event itself and
 // throws where it is waited for.
 enum class Regime { kIntercept, kObserve };
 

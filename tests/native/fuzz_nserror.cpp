@@ -1,5 +1,5 @@
-// Failed command buffers with errors of every shape, through the hooks: nothing
-// may crash, leak or read out of bounds (run it under the sanitizers), each is
+// Failed command buffers with errors of every shape, through the hooks. Nothing
+// may crash, leak or read out of bounds (run it under the sanitizers). Each is
 // one fault, and what can be read of it is in the log and in what is raised.
 //   fuzz_nserror SEED ROUNDS intercept|observe
 #include <unistd.h>

@@ -1,5 +1,5 @@
 // The ledger against a model of the GPU: every program of two queues with two
-// command buffers, every failing buffer, every order of commits, handlers and
+// command buffers, every failing buffer. Every order of commits, handlers and
 // raising, with a GPU that goes on at once. Then as many as the time allows
 // with a GPU that takes its time, and of 2 x 3 and 3 x 2.
 //
@@ -352,9 +352,9 @@ class Run {
     }
     return false;
   }
-  // Known limits (docs/metal.md): a buffer has waited for a value that a signal
-  // passes over, or for a withheld signal that is followed by a wait in its own
-  // buffer, and came by a later one.
+  // Known limits (docs/metal.md). A buffer has waited for a value that a signal
+  // passes over. Or it has for a withheld signal that is followed by a wait in
+  // its own buffer, and came by a later one.
   bool is_limit(int event, int value) const {
     int who = world_.bringer[event][value];
     return who >= 0 && (passes_over(who, event, value) ||
@@ -588,7 +588,7 @@ std::vector<Parts> parts_of(int queues) {
 }
 
 // False: the same as another with its queues changed round, or it waits for
-// what is never signalled, but for the first value of a queue, which a CPU sets
+// what is never signalled. The first value of a queue may be: a CPU sets it
 // then.
 bool make_program(const std::vector<Parts>& parts, std::uint64_t number,
                   Program* out) {

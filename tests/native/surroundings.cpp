@@ -374,8 +374,8 @@ void signalled_in_handler() {
   }
 }
 
-// A CPU stream's thread is busy with failed data while others are told, of this
-// failure or of another: what it signals at last is failed all the same.
+// R18: a CPU stream's thread is busy with failed data while others are told, of
+// this failure or of another. What it signals at last is failed all the same.
 void cpu_thread_told_late() {
   Hooks hooks = installed();
   for (bool unrelated : {false, true}) {
@@ -471,7 +471,7 @@ void caller_has_less_time() {
   CHECK(hooks.count().event_records == 0);  // though the event lives
 }
 
-// A wait that is let go does not pass for one that went well.
+// R19: a wait that is let go does not pass for one that went well.
 void handlers_never_run() {
   Hooks hooks = installed();
   hooks.set_gate_limit(100);

@@ -10,17 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from support.programs import program
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "packages" / "mlx-safe-metalsim"
-USE = """
-import mlx_safe_metalsim as metalsim
-metal = metalsim.load()
-assert metalsim.environment({})["MLX_SAFE_METAL_RUNTIME"] == metal.path
-metal.fail(code=2)
-metal.set_memory(10**9)
-assert metal.reset() and metal.totals["buffers_failed"] == 0
-print(metal.path)
-"""
+USE = program("uses_the_simulated_metal")
 
 
 def test_the_wheel_is_built_installed_and_loaded(tmp_path: Path) -> None:

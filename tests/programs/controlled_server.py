@@ -1,9 +1,9 @@
 """The protected server, told by lines of its standard input.
 
-A fault plan counts steps from when it is read and takes the place of the one before;
-"memory" asks for the bytes of MLX's arrays, "steps" for the number of steps so far,
-"clients" for that of the handlers whose request is in the generator's hands,
-"connections" for that of the connections accepted so far, "pid" for the server's.
+A fault plan counts steps from when it is read and takes the place of the one before.
+"memory" asks for the bytes of MLX's arrays, "pid" for the server's. Numbers: "steps" so
+far, "clients" are handlers whose request is in the generator's hands, and "connections"
+those accepted so far.
 "forget" empties the prompt cache, and answers how many prompts were in it. "hold N":
 the Nth step from now waits, before anything of it is done, for "go"; "hold" asks how
 many it is away. A request with the stop word "FAILS" fails as mlx-lm starts it.

@@ -1,6 +1,6 @@
 """mlx-lm 0.31.3 serves a request with a seed on a stream of its own.
 
-On the CPU backend that is a second thread that talks to the same sockets; with a GPU
+On the CPU backend that is a second thread that talks to the same sockets. With a GPU
 all collectives run on the default stream of the CPU, as they do here with this.
 """
 

@@ -1,7 +1,7 @@
 """Tests that use the plugin's simulated Metal."""
 
 import pytest
-from plugin_model import TOKEN, load, run  # type: ignore[import-not-found]
+from plugin_model import TOKEN, load, run
 
 import mlx_safe
 from mlx_safe import testing

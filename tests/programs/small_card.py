@@ -1,6 +1,6 @@
 """The protected server on a card of CARD bytes, or as if: MLX computes on the CPU.
 
-What a step takes is looked at when it has been made, and one that took more than there
+What a step takes is looked at when it has been made. One that took more than there
 is ends as on a card, where MLX (0.32.4 with CUDA) raises from ``mx.eval`` and
 ``mx.async_eval``. Besides its arrays a step takes HIDDEN times as much again, which
 nothing counts, as do fragments of memory and what libraries take. What MLX has freed is

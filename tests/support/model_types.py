@@ -1,6 +1,6 @@
 """A model of every type that the installed mlx-lm knows, with random weights.
 
-Its config is made by looking at the type's dataclass: what that says by itself stays,
+Its config is made by looking at the type's dataclass. What that says by itself stays,
 and what has no default is chosen by its name (`NAMED`) or else by its type. What needs
 more is in `OVERRIDES`. Nothing is evaluated, so the weights take no memory.
 """

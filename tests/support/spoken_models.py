@@ -3,7 +3,7 @@
 Run as a program: ``python spoken_models.py DIRECTORY``; writes one model for each
 entry of `SPOKEN` into a directory of its name.
 
-They are qwen3 models of one layer that does nothing: the last token goes through as
+They are qwen3 models of one layer that does nothing. The last token goes through as
 a one-hot vector, and the head maps it to the one that follows in the script. So no
 token can come twice in a script with another after it.
 """

@@ -1,6 +1,7 @@
-// Reports for signals that end the process: SIGABRT, SIGSEGV, SIGBUS, SIGILL,
-// SIGFPE and SIGTRAP, which on arm64 is what `__builtin_trap` raises: failed
-// checks of libdispatch and of Swift end so.
+// Reports for signals that end the process.
+//
+// SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE and SIGTRAP, which on arm64 is what
+// `__builtin_trap` raises: failed checks of libdispatch and of Swift end so.
 #pragma once
 
 namespace mlx_safe {

@@ -65,6 +65,7 @@ std::uint64_t value_of(Id event) {
   return objc::send<std::uint64_t>(event, selectors().signaledValue);
 }
 
+// R18.
 bool may_throw() {
   if (t_state.in_handler > 0) return false;
   auto [initialized, thread_state] = python();
@@ -79,6 +80,7 @@ void raise(const FailureRef& failure) {
   throw std::runtime_error(failure->message);
 }
 
+// R19.
 void give_up_waiting() {
   g_counters.gate_limit.fetch_add(1);
   FaultRecord fault{};

@@ -34,16 +34,21 @@ bool any_failed() noexcept;
 // Sends signaledValue. Needs no autorelease pool.
 std::uint64_t value_of(Id event);
 
-// R18: Python's threads surface an exception as RuntimeError; MLX's CPU stream
-// threads, and Metal's, end the process. Takes no GIL.
+// R18 Only Python's threads get an exception, which they surface as
+//     RuntimeError. MLX's CPU stream threads, and Metal's, would end the
+//     process: they are let go, and what they signal next is marked failed.
+//
+// Takes no GIL.
 bool may_throw();
 
 // Only where `may_throw()`, so never on Metal's threads.
 [[noreturn]] void raise(const FailureRef& failure);
 
-// R19: a wait is let go although handlers have not run. It is not known whether
-// what it waited for is good, so it counts as failed. Raises where
-// `may_throw()`. Not on Metal's threads, which never wait.
+// R19 A handler that never runs must not make a wait hang: the wait is let go.
+//     It is not known whether what it waited for is good, so it counts as
+//     failed.
+//
+// Raises where `may_throw()`. Not on Metal's threads, which never wait.
 void give_up_waiting();
 
 }  // namespace mlx_safe::metal

@@ -333,6 +333,7 @@ bool Ledger::is_closed(Id address, std::uint64_t value,
   return !up_to && beyond != nullptr && !counts(*event, *beyond, real);
 }
 
+// R11.
 bool Ledger::is_pending_beyond(Id address, std::uint64_t value) const {
   const Event* event = find_event(address);
   return event != nullptr &&
@@ -340,6 +341,7 @@ bool Ledger::is_pending_beyond(Id address, std::uint64_t value) const {
                      [&](const Pending& p) { return p.value > value; });
 }
 
+// R10.
 std::uint64_t Ledger::settled_value(const Event& event, std::uint64_t real) {
   std::uint64_t shown = real;
   for (const Pending& p : event.pending)
@@ -396,6 +398,7 @@ void Ledger::raise_on_queues(const FailureRef& failure) {
   }
 }
 
+// R9.
 void Ledger::signalled_by_cpu(Id address, std::uint64_t value,
                               const FailureRef& failure) {
   if (failure) return mark(address, value, value, failure);

@@ -18,9 +18,9 @@
 // The rules. docs/metal.md tells which fact of Metal or MLX forces each; R13 to
 // R19 are kept by other units, which it names.
 //
-// R1  A value counts when its buffer has settled: the buffer's last handler has
-//     run, all buffers before it on its queue have settled, and so have those
-//     that signalled what it waited for.
+// R1  A value counts when its buffer has settled. Then the buffer's last
+//     handler has run, all buffers before it on its queue have settled, and so
+//     have those that signalled what it waited for.
 // R2  A signal that is followed by a wait in its own buffer counts as soon as
 //     the buffers before its own have settled.
 // R3  A wait for a value depends on all pending signals up to that value. When

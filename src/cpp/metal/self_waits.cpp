@@ -191,6 +191,7 @@ bool SelfWaits::is_awaited(Id event, std::uint64_t value) const {
   });
 }
 
+// R14.
 std::vector<WaitRef> SelfWaits::awaited_from(std::thread::id thread) const {
   std::vector<WaitRef> found;
   for (const auto& [address, buffer] : ledger_.buffers()) {

@@ -1,9 +1,9 @@
 // Waits of failed buffers that the GPU left out (R13).
 //
 // R13 The GPU leaves out the waits of a failed buffer. Until their values come,
-//     other queues or the CPU may still write to memory that MLX has let go of:
-//     Python's threads wait for these values before a wait returns, and before
-//     the next evaluation begins (waiting.cpp).
+//     other queues or the CPU may still write to memory that MLX has let go of.
+//     So Python's threads wait for these values before a wait returns, and
+//     before the next evaluation begins (waiting.cpp).
 //
 // Any thread, Metal's included: a lock of its own, held for one pass over the
 // list, and none to see that it is empty. Not for the crash path: it allocates.

@@ -1,3 +1,5 @@
+// One C function for each method that is replaced, made from one hook.
+//
 // A method's replacement must know which original it replaces. A family class
 // may override what its base class has and call it through super. Then one call
 // runs through the same replacement twice, with the same object. Hence one C

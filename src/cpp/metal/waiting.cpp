@@ -94,8 +94,8 @@ void let_go_of_own_signals(const BufferRef& waited_for) {
 }
 
 // This thread is one of MLX's CPU streams. Python's thread may be waiting for
-// it, and may hold open signals that it waits for in turn: MLX 0.32 waits for
-// the CPU's streams first when it raises in the midst of an evaluation.
+// it, and may hold open signals that it waits for in turn. When MLX 0.32 raises
+// in the midst of an evaluation it waits for the CPU's streams first.
 //
 // Where the failure ends the wait (R16), MLX is raising already. A buffer that
 // was opened more than 100 ms after the failure may belong to a new evaluation,

@@ -1,3 +1,4 @@
+// Breadcrumbs, reports and signals, as Python sees them.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -4,11 +4,11 @@ For any server of the ASGI kind (FastAPI, Starlette, Quart), whatever runs it. N
 nothing but the standard library.
 
 A fault that the application raises, or answers with a 5xx, becomes the error response
-that `mlx_safe.errors.reply_for` has for it: OpenAI's body, or Anthropic's below
-``/v1/messages``, with ``Retry-After`` where a later try makes sense. A stream of events
-that has begun ends with an error event, and with ``[DONE]`` as OpenAI's do. When the
-process must be replaced, every open request is answered at once, and then it leaves
-with status 75.
+that `mlx_safe.errors.reply_for` has for it. Its body is OpenAI's, below
+``/v1/messages`` Anthropic's, and it has ``Retry-After`` where a later try makes sense.
+A stream of events that has begun ends with an error event, and with ``[DONE]`` as
+OpenAI's do. When the process must be replaced, every open request is answered at once,
+and then it leaves with status 75.
 
 | Module | What is in it |
 |---|---|
@@ -65,7 +65,7 @@ def protect(
 
     Args:
         app: an ASGI 3 application, run by asyncio. The lifespan passes by, and so do
-            websockets; one that ends with a fault is closed with code 1013 (try again
+            websockets. One that ends with a fault is closed with code 1013 (try again
             later) or 1011, and with 1012 when the process must be replaced.
         health: a path, such as ``"/health"``, below where the application is mounted,
             whose GET and HEAD are answered here: 200 while requests can be served, 503
@@ -101,7 +101,7 @@ class ProtectedApp:
         self._lost: errors.GPUError | None = None
         self._subscription: _faults.Subscription | None = None
         # The faults after this one are called back.
-        self._told_since = 0
+        self._subscribed_at = 0
         self._all_answered = threading.Event()
 
     async def __call__(
@@ -144,7 +144,7 @@ class ProtectedApp:
         self._loop = asyncio.get_running_loop()
         if self._subscription is None:
             self._subscription = _faults.on_fault(self._on_fault, drains=True)
-            self._told_since = _core.epoch()  # in doubt it leaves by itself, too
+            self._subscribed_at = _core.epoch()  # in doubt it leaves by itself, too
             _serving.append(self)
             active = _install.status()
             if active.on_terminate != "drain":
@@ -214,14 +214,14 @@ class ProtectedApp:
     def _leave_for(self, lost: errors.GPUError) -> None:
         """In the loop: nobody is called back for an exception without a fault that
         was counted, nor for one that was counted before anything was served."""
-        if any(f.fatal and f.number > self._told_since for f in lost.faults):
+        if any(f.fatal and f.number > self._subscribed_at for f in lost.faults):
             return
 
         def leave() -> None:
             _answer_all(lost)
             _leave()
 
-        threading.Thread(target=leave, daemon=True).start()
+        threading.Thread(target=leave, name="mlx-safe-leave", daemon=True).start()
 
 
 def _answer_all(lost: errors.GPUError) -> None:

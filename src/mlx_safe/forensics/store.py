@@ -1,8 +1,8 @@
 """The directory of the reports: what is in it, what is new, what goes.
 
 A report is ``<seconds since 1970>-<pid>[-<n>].json``. Beside it may stand an empty
-marker with the same name and one more suffix: ``.told`` when some process has said
-in its log that there is a new report, ``.seen`` when somebody has looked at it.
+marker with the same name and one more suffix. ``.told``: some process has said in its
+log that there is a new report. ``.seen``: somebody has looked at it.
 Files with other names are not ours: they are neither listed nor touched.
 
 Several processes use the directory at once. There is no lock: each step is one

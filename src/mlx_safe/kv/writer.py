@@ -81,7 +81,7 @@ class Writer:
 
     def start(self) -> None:
         self._thread = threading.Thread(
-            target=self._work, name="mlx-safe KV writer", daemon=True
+            target=self._work, name="mlx-safe-kv-writer", daemon=True
         )
         self._thread.start()
 

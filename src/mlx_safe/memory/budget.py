@@ -1,8 +1,8 @@
 """The decision about one request, or one step: a pure function of numbers.
 
-In this order: give the pool back; evict prompt-cache entries; take over the
-entry that the request is about to reuse, instead of copying it; read the prompt
-in smaller steps; wait for those that run; refuse. So nothing is refused while the pool
+In this order: give the pool back; evict prompt-cache entries; take over the entry that
+the request is about to reuse, instead of copying it. Then: read the prompt in smaller
+steps; wait for those that run; refuse. So nothing is refused while the pool
 or the prompt cache holds what is missing. The entry to be reused is never evicted:
 taken over, its content lives on in the request.
 

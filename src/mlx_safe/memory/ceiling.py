@@ -118,8 +118,8 @@ class LearnedCeiling:
 
     Of the static ceiling C, B bytes are in use with nothing running (the weights).
     A fault says that N bytes were too much: what was there where that is known, else
-    the most that was held in the step that failed; and at most what the ceiling was,
-    since by estimate the step stayed below it, and the estimate was short. It sets the
+    the most that was held in the step that failed. N is at most what the ceiling was:
+    by estimate the step stayed below it, and the estimate was short. It sets the
     ceiling to B + 0.8 (N - B), so that each fault lowers it. It never goes
     below B + 0.25 (C - B): what fails there fails for what others hold, and to refuse
     everything would help nobody. There it stays for 5 minutes, then goes back to C

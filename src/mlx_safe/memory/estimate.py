@@ -1,12 +1,12 @@
 """What a request will need: its caches, and the transient of one step.
 
 Nothing is computed from a model's configuration: the cache objects of the loaded
-model are filled with a few tokens and looked at (`calibrate`). What is looked at
-are the attributes that all caches of mlx-lm 0.31 and 0.32 share: ``nbytes``,
-``keys`` with its slots on axis 2 (quantized: a tuple of arrays), ``max_size`` or
-``chunk_size`` of those with a window, ``caches`` of those made of others, and
-``update_and_fetch``. A cache without ``keys`` keeps a state, mostly of a fixed size;
-by how much it grows all the same (``LayerCache`` of deepseek_v41) shows while it reads.
+model are filled with a few tokens and looked at (`calibrate`). All caches of
+mlx-lm 0.31 and 0.32 share the attributes for that: ``nbytes``, ``update_and_fetch``,
+and ``keys`` with its slots on axis 2 (quantized: a tuple of arrays). Those with a
+window have ``max_size`` or ``chunk_size``, those made of others ``caches``. A cache
+without ``keys`` keeps a state, mostly of a fixed size; by how much it grows all the
+same (``LayerCache`` of deepseek_v41) shows while it reads.
 """
 
 from __future__ import annotations

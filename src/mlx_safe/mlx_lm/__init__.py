@@ -45,9 +45,9 @@ def protect(
     The class is changed, so a module that has imported it already has it protected.
     Called again it changes the settings.
 
-    After a fault that may pass, or a failed allocation, all are begun again; fewer at a
-    time and in smaller steps where that helps, and the last time one by one, so that
-    one that fails every time does not take others along. Otherwise, and when the
+    After a fault that may pass, or a failed allocation, all are begun again. Where that
+    helps, fewer at a time and in smaller steps. The last time they run one by one, so
+    that one that fails every time does not take others along. Otherwise, and when the
     attempts are used up, ``next`` raises the `GPUError`, with the reason as its note,
     until the server removes or inserts something. It is raised, too, when
 

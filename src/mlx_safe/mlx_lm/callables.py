@@ -30,7 +30,7 @@ _MARK = "mlx_safe_replayable"
 _KNOWN = ("mlx_lm.sample_utils",)
 _KEEPS = ("STORE_DEREF", "DELETE_DEREF", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_ATTR")
 _READS = ("LOAD_GLOBAL", "LOAD_NAME")
-# In place. MLX's arrays do ``a += b`` so as well, whoever else has ``a``.
+# In place. MLX's arrays do ``a += b`` so as well, also where others have ``a``.
 _CHANGES = ("STORE_SUBSCR", "DELETE_SUBSCR")
 _CHANGING = frozenset(
     f"{under}{name}{under}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from ..memory.budget import Decision, Option, Situation, decide
 from ..memory.demand import Demand, Row, Steps
@@ -64,7 +64,7 @@ class Load:
     """
 
     rows: tuple[Row, ...] = ()
-    owned: Mapping[Any, int] = field(default_factory=dict)
+    owned: Mapping[object, int] = field(default_factory=dict)
     length: int = 0
     held: int = 0
 

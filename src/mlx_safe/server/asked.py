@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from .mlx_lm.protocols.opaque import Progress
 from .mlx_lm.protocols.requests import CompletionRequest, GenerationArguments
 
 __all__ = ["Asked", "wants_logprobs"]
@@ -23,7 +22,10 @@ class Asked(BaseException):
     """
 
     def __init__(
-        self, request: CompletionRequest, arguments: GenerationArguments, progress: Any
+        self,
+        request: CompletionRequest,
+        arguments: GenerationArguments,
+        progress: Progress | None,
     ) -> None:
         super().__init__("to be answered by `answers.Answer`")
         self.request = request

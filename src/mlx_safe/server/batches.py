@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from .. import _reports
 from .in_flight import InFlight
-from .logprobs import NOT_READ
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
 from .mlx_lm.protocols.opaque import Uid
@@ -46,8 +45,8 @@ def paced(
 ) -> type[BatchGenerator]:
     """A subclass of ``cls`` for one of several ranks, who agree on the size of steps.
 
-    Whether a step reads is known to all alike, and without a word: by what was
-    inserted, told and removed. So they meet for its size at the same step.
+    Whether a step reads is known to all alike, without communication: by what was
+    inserted, set and removed. So they meet for its size at the same step.
     """
 
     class Paced(cls):  # type: ignore[misc,valid-type]
@@ -146,11 +145,8 @@ def watched(
                     request = self._requests.pop(response.uid, None)
                 else:
                     request = self._requests.get(response.uid)
-                if request is None:
-                    continue
-                numbers.token(request, response)
-                if not request.wants_logprobs:
-                    response.logprobs = NOT_READ
+                if request is not None:
+                    numbers.token(request, response)
 
         def _never_inserted(self) -> tuple[Uid]:
             """A uid for a request that failed here; the next turn removes it."""

@@ -10,12 +10,12 @@ import threading
 from collections.abc import Iterator
 from queue import SimpleQueue
 from socket import socket
-from typing import Any, Protocol
+from typing import Protocol
 
 from .asked import Asked
 from .disconnects import Watch
 from .in_flight import InFlight
-from .mlx_lm.protocols.opaque import Progress
+from .mlx_lm.protocols.opaque import Item, Progress
 from .mlx_lm.protocols.requests import GenerationContext
 from .recorder import name_request
 from .service import Service
@@ -58,7 +58,7 @@ class Choices:
     def __init__(self, handler: Connected, asked: Asked, count: int) -> None:
         self._generator = handler.response_generator
         self._connection = handler.connection
-        self._progress = asked.progress
+        self._progress = asked.progress or (lambda done, total: None)
         self._asked = [
             _of_choice(asked, handler.request_id, handler.path, i) for i in range(count)
         ]
@@ -92,13 +92,13 @@ class Choices:
             context.stop()
         self._stack.close()
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, Item]]:
         if len(self._asked) == 1:
             yield from zip(itertools.repeat(0), self._generate(0, self._progress))
         else:
             yield from self._merged()
 
-    def _generate(self, index: int, progress: Progress) -> Iterator[Any]:
+    def _generate(self, index: int, progress: Progress) -> Iterator[Item]:
         _, asked = self._asked[index]
         try:
             context, responses = self._generator.answer(
@@ -119,9 +119,9 @@ class Choices:
             context.stop()
             raise ConnectionAbortedError("nobody waits for this choice any more")
 
-    def _merged(self) -> Iterator[tuple[int, Any]]:
+    def _merged(self) -> Iterator[tuple[int, Item]]:
         """All of them, each from a thread of its own, as they come."""
-        come: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        come: SimpleQueue[tuple[int, Item]] = SimpleQueue()
 
         def run(index: int) -> None:
             def progress(*done: int) -> None:
@@ -134,7 +134,9 @@ class Choices:
                 come.put((index, e))
 
         for i in range(len(self._asked)):
-            threading.Thread(target=run, args=(i,), daemon=True).start()
+            threading.Thread(
+                target=run, args=(i,), name="mlx-safe-choice", daemon=True
+            ).start()
         missing = len(self._asked)
         while missing:
             index, item = come.get()

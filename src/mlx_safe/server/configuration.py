@@ -112,7 +112,7 @@ def resolve(
 def log_format_of(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     """``--log-format``, also where other flags, or the file, are wrong.
 
-    What is wrong is told in it. As text where nobody can tell.
+    Errors are logged in it: as text, where it cannot be known.
     """
     for flags in (("--log-format", "--config"), ("--log-format",)):
         parser = Parser(prog="mlx-safe serve", add_help=False, allow_abbrev=False)
@@ -214,7 +214,7 @@ def _meant(key: str, flags: Mapping[str, object]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Values:
+def _read(parser: Parser, action: argparse.Action, value: object, place: str) -> Values:
     """What the flag has as ``value``; ``place`` is named when that is wrong."""
     try:
         if action.nargs == 0:
@@ -224,7 +224,7 @@ def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Va
         is_list = isinstance(action.default, list)
         values = value if is_list and isinstance(value, list) else [value]
         for v in values:
-            # Of those that a file can have, JSON alone is told as a table.
+            # Of the types that a file can have, JSON alone is given as a table.
             if isinstance(v, dict) and action.type is not json.loads:
                 raise CommandError("cannot be a table")
             if isinstance(v, list) and v is not value:
@@ -237,7 +237,7 @@ def _read(parser: Parser, action: argparse.Action, value: Any, place: str) -> Va
         raise CommandError(f"{place}: {why}") from None
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     if isinstance(value, bool):
         raise CommandError("must be a value, not true or false")
     if isinstance(value, (str, int, float)):
@@ -278,7 +278,7 @@ def _line(action: argparse.Action, settings: Settings) -> str:
     return f"# {text}" if source == DEFAULT else f"{text}  # {source}"
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     if isinstance(value, dict):
         value = json.dumps(value)
     if isinstance(value, list):

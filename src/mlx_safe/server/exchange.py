@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .access import STATUS
 from .logs import fields
@@ -168,6 +168,6 @@ class Exchange:
         )
 
 
-def ids(requests: Sequence[Any]) -> list[str] | None:
+def ids(requests: Sequence[Request]) -> list[str] | None:
     """Who they are, for a line of the log; None: nobody."""
     return [str(request.id) for request in requests] or None

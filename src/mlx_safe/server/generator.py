@@ -140,15 +140,27 @@ class ProtectedResponseGenerator(ResponseGenerator):
         self.step = self.live.step
         self.watchdog = self._make_watchdog(stall_timeout_s)
         self.metrics = self._make_metrics(prompt_cache)
-        self.recovery = Recovery(
-            self.scheduler,
-            health,
-            self.headroom,
-            prompt_cache,
-            self.metrics,
-            one_rank=self._one_rank,
+        self.recovery = self._make_recovery(prompt_cache)
+        self.parts = self._make_parts(prefill, share)
+        # An error that mlx-lm caught itself, until the thread gets round to it.
+        self._caught: Exception | None = None
+        # How often mlx-lm's loop has failed before it asked for work.
+        self._starts_without_work = 0
+        self._model = self._make_model(model_provider, prefill, max_kv_size)
+        self._sequential = Sequential(
+            self.scheduler, self.headroom, share, prefill, self.step
         )
-        self.parts = Parts(
+        self._prompts = self._make_prompts()
+        self.status = self._make_status(prompt_cache)
+        if home is not None and home.lifeline is not None:
+            home.lifeline.watch(self._rank_is_gone)
+        # Starts the thread.
+        super().__init__(model_provider, prompt_cache)
+
+    def _make_parts(
+        self, prefill: PrefillStep, share: Callable[[object], object] | None
+    ) -> Parts:
+        return Parts(
             self.scheduler,
             self.headroom,
             prefill,
@@ -160,17 +172,38 @@ class ProtectedResponseGenerator(ResponseGenerator):
             # Queue's own deque: `empty` would take a lock before each step.
             lambda: bool(self._queue.queue) and self.scheduler.takes_new(),
         )
-        # An error that mlx-lm caught itself, until the thread gets round to it.
-        self._caught: Exception | None = None
-        # How often mlx-lm's loop has failed before it asked for work.
-        self._starts_without_work = 0
-        self._model = ServedModel(
-            model_provider,
-            names,
+
+    def _make_recovery(self, prompt_cache: PromptCache) -> Recovery:
+        return Recovery(
+            self.scheduler,
+            self.health,
             self.headroom,
-            overflow,
+            prompt_cache,
+            self.metrics,
+            one_rank=self._one_rank,
+        )
+
+    def _make_prompts(self) -> Prompts:
+        return Prompts(
+            self._model,
+            self._overflow,
+            self.scheduler,
+            self.headroom,
             self.parts.resumed,
-            is_first=lambda: health.state == "loading",
+            self.metrics,
+            self._one_rank,
+        )
+
+    def _make_model(
+        self, provider: ModelProvider, prefill: PrefillStep, max_kv_size: int | None
+    ) -> ServedModel:
+        return ServedModel(
+            provider,
+            self.names,
+            self.headroom,
+            self._overflow,
+            self.parts.resumed,
+            is_first=lambda: self.health.state == "loading",
             # `_next_request`, or the request's first step, ends it.
             on_load=lambda: self.step.begin("load"),
             on_loaded=prefill.model_loaded,
@@ -179,23 +212,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
             max_kv_size=max_kv_size,
             disk=self._disk,
         )
-        self._sequential = Sequential(
-            self.scheduler, self.headroom, share, prefill, self.step
-        )
-        self._prompts = Prompts(
-            self._model,
-            overflow,
-            self.scheduler,
-            self.headroom,
-            self.parts.resumed,
-            self.metrics,
-            self._one_rank,
-        )
-        self.status = self._make_status(prompt_cache)
-        if home is not None and home.lifeline is not None:
-            home.lifeline.watch(self._rank_is_gone)
-        # Starts the thread.
-        super().__init__(model_provider, prompt_cache)
 
     def _make_watchdog(self, stall_timeout_s: float) -> Watchdog:
         return Watchdog(

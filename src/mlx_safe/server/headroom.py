@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 
@@ -79,7 +78,7 @@ class Headroom:
         self._prefill = prefill
         self._enabled = enabled
         self.limits = Limits(flags.max_active_memory)
-        self._measured: Any = None
+        self._measured: object = None
         self._baseline = 0
         self._demand = Demand(CacheCost(), Transients())
         # mlx-lm's batch generator; not kept alive by us.

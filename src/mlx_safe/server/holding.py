@@ -174,7 +174,10 @@ class Holding:
         kept.file.close()
         answer = _refusal(self.last_start_s)
         thread = threading.Thread(
-            target=_answer, args=(kept.connection, answer, has_asked), daemon=True
+            target=_answer,
+            args=(kept.connection, answer, has_asked),
+            name="mlx-safe-refusal",
+            daemon=True,
         )
         thread.start()
         return thread

@@ -74,7 +74,7 @@ class Server(ThreadingHTTPServer):
     # A client counts from before it is accepted until its connection is closed, but
     # not while that waits for another request.
 
-    def get_request(self) -> tuple[socket.socket, Any]:
+    def get_request(self) -> tuple[socket.socket, object]:
         """Accepts a connection; raises OSError when there is none, or no more may."""
         if not self.health.arrive():
             time.sleep(0.05)  # it waits in the socket's queue, which stays readable
@@ -124,7 +124,7 @@ class Server(ThreadingHTTPServer):
         if self.stop_requested:
             raise KeyboardInterrupt
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """Logs what a handler has ended with."""
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError):
@@ -134,7 +134,7 @@ class Server(ThreadingHTTPServer):
             log.exception("a handler failed")
 
 
-def _peer(connection: socket.socket) -> Any:
+def _peer(connection: socket.socket) -> object:
     try:
         return connection.getpeername()
     except OSError:

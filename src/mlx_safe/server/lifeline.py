@@ -1,4 +1,4 @@
-"""That a rank is gone: connections between the ranks, over which nothing is sent.
+"""Notices that a rank is gone: by connections on which nothing is sent.
 
 Each of the others has one to the first rank. When a process ends, however it does, the
 system closes its connections, and the other end hears of it within milliseconds.
@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 __all__ = ["Lifeline", "address_of_first"]
 
@@ -169,7 +168,7 @@ class Lifeline:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self._peers[rank] = connection
 
-    def watch(self, lost: Callable[[int], Any]) -> None:
+    def watch(self, lost: Callable[[int], object]) -> None:
         """Has ``lost`` called with the rank that is gone, on a thread of our own.
 
         Once, and not after `end`.
@@ -182,7 +181,7 @@ class Lifeline:
         """From now on ranks may end."""
         self._ended = True
 
-    def _watch(self, lost: Callable[[int], Any]) -> None:
+    def _watch(self, lost: Callable[[int], object]) -> None:
         with selectors.DefaultSelector() as selector:
             for rank, connection in self._peers.items():
                 selector.register(connection, selectors.EVENT_READ, rank)

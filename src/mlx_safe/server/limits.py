@@ -80,7 +80,7 @@ class Limits:
 
     @property
     def holds_mlx_back(self) -> bool:
-        """Whether MLX itself keeps below the ceiling, since it is told: on a card.
+        """Whether MLX itself keeps below the ceiling, as it has the number: on a card.
 
         MLX keeps the temporaries of up to ten graphs that are under way, each of a
         hundred operations or of 1 GB, and all that was freed. Above its limit it waits
@@ -141,8 +141,8 @@ class Limits:
     def out_of_memory(self, held: int, baseline: int) -> int | None:
         """A fault or an allocation failure.
 
-        Of a card what was there for us is known, and what we held says little: what
-        was asked for on top is not counted, and may have been most of it. When other
+        Of a card it is known what was there for us. What we held says little: what was
+        asked for on top is not counted, and may have been most of it. When other
         programs have taken memory since the last look, that is why, and the next step
         is measured by what they leave: nothing is learned.
 

@@ -33,7 +33,7 @@ SAFE = (
     "Received tools but model does not support",
 )
 
-# An exception whose innermost frame is here has no text in its message: there are only
+# An exception whose innermost frame is here has no text in its message. There are only
 # numbers by then, or a model is being loaded and there is no text yet.
 NUMBERS_ONLY = (
     *("mlx.", "mlx_lm.models.", "mlx_lm.sample_utils", "mlx_lm.utils"),

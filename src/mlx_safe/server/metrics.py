@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,6 +23,11 @@ from .._version import __version__
 from ..metrics import Collector as ProcessMetrics
 from .exchange import Exchange
 from .live import Live
+
+if TYPE_CHECKING:
+    from ..kv.store import Store
+    from ..kv.writer import Writer
+    from .mlx_lm.prompt_cache import PromptCache
 
 __all__ = ["CONTENT_TYPE", "Metrics", "samples_of"]
 
@@ -218,6 +223,19 @@ class Metrics:
         self._cached_tokens = self._counter(
             "mlx_safe_prompt_tokens_cached", "Of them, those in the prompt cache"
         )
+        self._make_times()
+        self.process = ProcessMetrics()
+        self.registry.register(self.process)
+        self.registry.register(_Live(live))
+        self._count(
+            "mlx_safe",
+            {"generated_tokens": "Tokens of answers"},
+            lambda: {"generated_tokens": tokens()},
+        )
+        self._gauge("mlx_safe_ready", "1 while requests can be served", ready)
+        self._make_info()
+
+    def _make_times(self) -> None:
         self._duration = self._histogram(
             "mlx_safe_request_duration_seconds",
             "From a request to the end of its answer, of those that were to generate",
@@ -233,15 +251,8 @@ class Metrics:
             "From one token to the next, averaged over an answer",
             TOKEN_S,
         )
-        self.process = ProcessMetrics()
-        self.registry.register(self.process)
-        self.registry.register(_Live(live))
-        self._count(
-            "mlx_safe",
-            {"generated_tokens": "Tokens of answers"},
-            lambda: {"generated_tokens": tokens()},
-        )
-        self._gauge("mlx_safe_ready", "1 while requests can be served", ready)
+
+    def _make_info(self) -> None:
         info = Gauge(
             "mlx_safe_build_info",
             "Always 1; the labels say what runs",
@@ -286,14 +297,14 @@ class Metrics:
 
         self.registry.register(_Values(CounterMetricFamily, prefix, texts, counts))
 
-    def watch_prompt_cache(self, cache: Any) -> None:
+    def watch_prompt_cache(self, cache: PromptCache) -> None:
         """``cache``: a `prompt_cache.PromptCache`; read at each scrape."""
         name = "mlx_safe_prompt_cache"
         self._count(name, PROMPT_CACHE_EVENTS, lambda: cache.events)
         self._gauge(f"{name}_bytes", "Bytes of its entries", lambda: cache.nbytes)
         self._gauge(f"{name}_entries", "Entries in it", lambda: len(cache))
 
-    def watch_kv_disk(self, store: Any, writer: Any) -> None:
+    def watch_kv_disk(self, store: Store, writer: Writer) -> None:
         """``store``, ``writer``: of `mlx_safe.kv`; read at each scrape."""
         name = "mlx_safe_kv_disk"
         self._count(name, KV_DISK_EVENTS, lambda: _kv_events(store.events))

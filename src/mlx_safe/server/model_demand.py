@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
 
 from ..memory.demand import Demand
-from ..memory.estimate import CacheCost, Transients, calibrate
+from ..memory.estimate import CacheCost, LayerCost, Transients, calibrate
 from .mlx_lm import compat
 from .mlx_lm.protocols.models import ModelProvider
 from .replies import is_of_all
@@ -54,7 +53,7 @@ def demand_of(provider: ModelProvider, held_back: bool = False) -> Demand:
 def _measure(
     provider: ModelProvider, transients: Transients, held_back: bool
 ) -> CacheCost:
-    layers: tuple[Any, ...] = ()
+    layers: tuple[tuple[LayerCost, int], ...] = ()
     quantization = compat.kv_quantization(provider.cli_args)
     for model in filter(None, (provider.model, provider.draft_model)):
         make_cache = partial(compat.make_cache, model)

@@ -10,9 +10,10 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .mlx_lm import hub
+from .mlx_lm.protocols.models import CliArgs
 from .replies import BadRequest, ModelNotFound
 
 __all__ = ["DEFAULT", "ModelNames", "Named"]
@@ -26,7 +27,7 @@ DEFAULT = "default_model"
 class Named(NamedTuple):
     """What mlx-lm loads: paths, or names of the hub. In the order of its ``load``."""
 
-    model: str
+    model: str | None
     adapter: str | None = None
     draft: str | None = None
 
@@ -47,7 +48,7 @@ class ModelNames:
 
     def __init__(
         self,
-        cli_args: Any,
+        cli_args: CliArgs,
         served: Sequence[str] = (),
         only_served: bool = False,
         download: bool = False,
@@ -92,7 +93,9 @@ class ModelNames:
 
     # -- what a request means ------------------------------------------------------
 
-    def find(self, model: Any, adapter: Any = None, draft: Any = None) -> Named:
+    def find(
+        self, model: object, adapter: object = None, draft: object = None
+    ) -> Named:
         """What to load for a request with these fields; None: it has none.
 
         The draft model and the adapters of the command line belong to its model. A
@@ -102,10 +105,9 @@ class ModelNames:
             ModelNotFound: one of them is not known here.
             BadRequest: one of them is no name.
         """
-        given = {"model": model, "adapters": adapter, "draft_model": draft}
-        for param, name in given.items():
-            if name is not None and not isinstance(name, str):
-                raise BadRequest(f"{param} must be a string.", param)
+        model = _text(model, "model")
+        adapter = _text(adapter, "adapters")
+        draft = _text(draft, "draft_model")
         if model is None or self._is_own(model):
             found = self.default
             if not found.model:
@@ -192,6 +194,12 @@ def _in_hub_cache() -> Iterator[str]:
                 yield name
         except _Unsuitable:
             continue
+
+
+def _text(name: object, param: str) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise BadRequest(f"{param} must be a string.", param)
+    return name
 
 
 def _same(name: str, known: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a model's log-probabilities are numbers.
+"""Whether a model's log-probabilities are numbers, and who gets them.
 
 Where a model's values are too large for its type, as those of some are for float16,
 all log-probabilities are NaN. mlx-lm (0.31.3, 0.32.2) then takes one token, over and
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 
 from .in_flight import InFlight
+from .logprobs import NOT_READ
 from .mlx_lm.protocols.generation import AnswerResponse, GenerationResponse
 from .mlx_lm.protocols.opaque import Array
 from .replies import NotANumber
@@ -39,19 +39,33 @@ class Numbers:
     Only where there is no token after it the step is waited for.
 
     Args:
-        failed: called with a request and what it failed with.
+        failed: called with a request and what it failed with; None: nobody looks. So
+            it is with more than one rank, each of which would end it by itself.
     """
 
-    def __init__(self, failed: Callable[[Any, Exception], None]) -> None:
+    def __init__(self, failed: Callable[[InFlight, Exception], None] | None) -> None:
         self._failed = failed
 
     def token(
         self, request: InFlight, response: AnswerResponse | GenerationResponse
     ) -> None:
-        """mlx-lm is about to pass on this token of ``request``."""
+        """mlx-lm is about to pass on this token of ``request``, alone or in a batch.
+
+        The log-probabilities stay where its client has asked for them.
+        """
         place = len(request.produced) % EVERY_TOKENS
-        if place > 1:
-            return
+        if place < 2 and self._failed is not None:
+            self._look(request, response, place, self._failed)
+        if not request.wants_logprobs:
+            response.logprobs = NOT_READ
+
+    def _look(
+        self,
+        request: InFlight,
+        response: AnswerResponse | GenerationResponse,
+        place: int,
+        failed: Callable[[InFlight, Exception], None],
+    ) -> None:
         if place == 0:
             request.logprob = response.logprobs[response.token]
             _begin(request.logprob)
@@ -59,4 +73,4 @@ class Numbers:
                 return
         looked, request.logprob = request.logprob, None
         if looked is not None and math.isnan(looked.item()):
-            self._failed(request, NotANumber(SAYS))
+            failed(request, NotANumber(SAYS))

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from .mlx_lm import compat
 from .mlx_lm.protocols.opaque import Json, Processor, Sampler
-from .mlx_lm.protocols.text import Detokenizer
+from .mlx_lm.protocols.text import Detokenizer, StopWords
 from .replies import is_of_all
 from .request import Request
 
@@ -68,7 +68,7 @@ class OwnFailures:
         """``processor``; the logits as they are when it fails."""
         return self._guarded(processor, lambda tokens, logits: logits)
 
-    def stops(self, stops: Any) -> Any:
+    def stops(self, stops: StopWords) -> StopWords:
         """``stops`` (of `_make_state_machine`); none is seen when they fail."""
         request = self._current()
         if request is None:

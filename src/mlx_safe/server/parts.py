@@ -14,7 +14,7 @@ import mlx.core as mx
 from .batches import paced, watched
 from .headroom import Headroom
 from .in_flight import InFlight
-from .logprobs import NOT_READ, top_logprobs
+from .logprobs import top_logprobs
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import BatchGenerator, GenerationResponse
 from .mlx_lm.protocols.models import Model
@@ -72,7 +72,7 @@ class Parts:
         self._disk = disk
         self._share = share
         self.own = OwnFailures(self._current, end_alone)
-        self._numbers = Numbers(self.own.failed)
+        self._numbers = Numbers(self.own.failed if share is None else None)
         self.resumed = Resumed()
 
     def _current(self) -> InFlight | None:
@@ -164,8 +164,5 @@ class Parts:
         self, request: InFlight, made: Iterator[GenerationResponse]
     ) -> Iterator[GenerationResponse]:
         for response in made:
-            if self._share is None:  # with more ranks each would end it by itself
-                self._numbers.token(request, response)
-            if not request.wants_logprobs:
-                response.logprobs = NOT_READ
+            self._numbers.token(request, response)
             yield response

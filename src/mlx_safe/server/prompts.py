@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from jinja2.exceptions import TemplateError
 
@@ -169,7 +168,7 @@ def _at_fault(
     if work.request_type != "chat":
         return prompt_field(work)
     kwargs, tools = args.chat_template_kwargs or {}, work.tools
-    tries: list[tuple[str, Json, Any]] = [
+    tries: list[tuple[str, Json, list[Json] | None]] = [
         (f"chat_template_kwargs.{name}", _without(kwargs, name), tools)
         for name in list(kwargs)[:KEYS_TRIED]
     ]

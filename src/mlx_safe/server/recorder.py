@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 
 from .. import _core, _reports
-from .mlx_lm.protocols.opaque import Json
 
 __all__ = ["Place", "breadcrumb", "name_request", "request_id", "start_sampler"]
 
@@ -86,7 +85,7 @@ class Place:
 
 def start_sampler(
     memory_limits: Callable[[], dict[str, int]],
-    server: Callable[[], Json],
+    server: Callable[[], dict[str, object]],
     also: Callable[[], None],
 ) -> None:
     """Samples memory now and once a second, and keeps the run file fresh.

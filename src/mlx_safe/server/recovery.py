@@ -74,8 +74,8 @@ class Recovery:
         self._one_rank = one_rank
         self._faults = FaultWatch()
         self._thread_state: ThreadState | None = None
-        self._telling = threading.Lock()
-        self._is_told = False  # that the process ends
+        self._leaving = threading.Lock()
+        self._has_left = False  # that the process ends
 
     def begin(self) -> None:
         """Called by the generation thread, before all else."""
@@ -229,10 +229,10 @@ class Recovery:
             self._prompt_cache.disk.withdraw()
         self._health.restarts = True
         self._health.enter("failed", "the GPU is lost; the server is restarting")
-        # Several threads may notice it. Nobody is answered before it is told.
-        with self._telling:
-            if not self._is_told:
-                self._is_told = True
+        # Several threads may notice it. Nobody is answered before it is reported.
+        with self._leaving:
+            if not self._has_left:
+                self._has_left = True
                 self._tell_the_end(exc, reported)
         self.fail_everyone(exc)
         self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .mlx_lm.protocols.opaque import Item, Uid
 
 __all__ = [
     "BEFORE_PREFILL",
@@ -117,7 +120,7 @@ class Run:
     """
 
     alone: bool = False
-    uid: Any = None
+    uid: Uid | None = None
     takes_over: bool = False
     owned: int = 0
     length: int = 0
@@ -189,7 +192,7 @@ class Request:
 
     # What the scheduler needs done; the generation thread or, to end it, any.
 
-    def send(self, item: Any) -> None:
+    def send(self, item: Item) -> None:
         """Passes ``item`` on to the client: None is the end, an exception the error."""
         raise NotImplementedError
 

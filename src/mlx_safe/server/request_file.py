@@ -23,8 +23,8 @@ import termios
 
 __all__ = ["RequestFile", "State"]
 
-# State; how many servers died while they ran the request; bytes of the piece that is
-# being taken; bytes of the request before it; bytes taken from the connection in all.
+# State; how many servers died while they ran the request. Then bytes: of the piece that
+# is being taken, of the request before it, and those taken from the connection in all.
 HEAD = struct.Struct("=BBIQQ")
 PIECE = 1 << 16
 # Linux (4.1): struct tcp_info has the bytes that came in, at 128.

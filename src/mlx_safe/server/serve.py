@@ -91,9 +91,9 @@ def _serve(arguments: Sequence[str]) -> int:
             options.log_format,
         )
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # Until it serves, not a KeyboardInterrupt: CPython prints and drops one that
-        # comes in a destructor or a callback, and at the interpreter's end it would
-        # wait for mlx-lm's generation thread, which is no daemon.
+        # Until it serves, not a KeyboardInterrupt. CPython prints and drops one that
+        # comes in a destructor or a callback. At the interpreter's end it would wait
+        # for mlx-lm's generation thread, which is no daemon.
         _reports.stop_by(signal.SIGINT)
     home = None
     if ranks.is_one_of_many():
@@ -222,22 +222,13 @@ def run(
         CommandError: it cannot start; the message says what to do.
     """
     requirements.check_provider(model_provider)
-    # Not before mlx is known to be there, and sound: it imports it.
-    from .overflow import Overflow
-
-    overflow = Overflow(
-        options.max_prompt_tokens,
-        options.prompt_overflow_policy,
-        options.prompt_keep_tokens,
-    )
+    overflow = _overflow(options)
     disk = _open_disk(options)
     install(on_terminate="drain", signals=True)
     _check_hooks(options.require_hooks)
     has_reports = _check_reports()
     # MLX must be imported and the classes derived before the thread starts.
     import mlx.core as mx
-
-    from .recorder import start_sampler
 
     is_first = mx.distributed.init().rank() == 0
     generator: ProtectedResponseGenerator | None = None
@@ -267,14 +258,33 @@ def run(
 
     _set_retry_after(ready=False)
     generator = _make_generator(options, overflow, model_provider, ready, home, disk)
+    with watch:
+        _run_until_signal(httpd, generator)
+
+
+def _run_until_signal(
+    httpd: http_server.Server | None, generator: ProtectedResponseGenerator
+) -> None:
+    from .recorder import start_sampler
+
     start_sampler(
         generator.headroom.figures, generator.figures, generator.status.sample
     )
-    with watch:
-        if httpd is None:
-            _follow_the_first(generator)
-        else:
-            _serve_until_signal(httpd, generator)
+    if httpd is None:
+        _follow_the_first(generator)
+    else:
+        _serve_until_signal(httpd, generator)
+
+
+def _overflow(options: argparse.Namespace) -> Overflow:
+    # Not before mlx is known to be there, and sound: it imports it.
+    from .overflow import Overflow
+
+    return Overflow(
+        options.max_prompt_tokens,
+        options.prompt_overflow_policy,
+        options.prompt_keep_tokens,
+    )
 
 
 def _handler(

@@ -14,15 +14,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .. import _faults, _install, _paths
 from .._version import __version__
 from ..forensics import reader, store, words
 from . import supervisor
 from .health import Health
-from .metrics import samples_of
+from .metrics import Metrics, samples_of
 from .mlx_lm.protocols.opaque import Json
+
+if TYPE_CHECKING:
+    from prometheus_client import Counter
+
+    from .mlx_lm.kv_tier import KVTier
+    from .mlx_lm.prompt_cache import PromptCache
 
 __all__ = ["HISTORIES", "VERSION", "Sources", "Status", "disk_of", "versions"]
 
@@ -71,8 +77,8 @@ class Sources:
     requests: Callable[[], list[Json]]
     memory: Callable[[], dict[str, float]]
     lowered: Callable[[], str | None]
-    prompt_cache: Any
-    metrics: Any
+    prompt_cache: PromptCache
+    metrics: Metrics
     events: Callable[[], Mapping[str, int]]
     tokens: Callable[[], int]
     model: Callable[[], str | None]
@@ -239,7 +245,7 @@ class Status:
         return {name: int(value) for name, value in found.items()}
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
@@ -259,7 +265,7 @@ def _told(path: Path) -> dict[str, str]:
     return {"headline": words.headline(report), "server": words.server_of(report)}
 
 
-def disk_of(tier: Any) -> Json | None:
+def disk_of(tier: KVTier | None) -> Json | None:
     """The KV caches on disk, of a `KVTier`; None: there is none."""
     if tier is None:
         return None
@@ -282,7 +288,7 @@ def versions() -> dict[str, str | None]:
     return {"mlx": _install.mlx_version(), "mlx_lm": installed_version()}
 
 
-def _by_label(counter: Any, label: str) -> dict[str, int]:
+def _by_label(counter: Counter, label: str) -> dict[str, int]:
     """The values of a counter, by one of its labels."""
     found: dict[str, int] = {}
     for labels, value in samples_of(counter):

@@ -4,7 +4,7 @@ mlx-lm (0.31.3, 0.32.2) looks for the tokens of a stop word. Inside a text it is
 written in others: "France" is not the token of " France". Then mlx-lm 0.31.3 overlooks
 it, and 0.32.2 cuts it out of the text and generates on.
 
-So mlx-lm is given no stop words. Its generation thread is told by `StopsAtWords` when
+So mlx-lm is given no stop words. Its generation thread learns from `StopsAtWords` when
 an answer has had one, and the answer's handler ends the text there (`answers`). Both
 read the same text with a `StopWords` of their own.
 """
@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from .mlx_lm.protocols.text import Detokenizer
+from .mlx_lm.protocols import text
+from .mlx_lm.protocols.opaque import State
+from .mlx_lm.protocols.text import Detokenizer, StopMatcher032
 
 __all__ = ["StopWords", "StopsAtWords"]
 
@@ -97,19 +99,19 @@ class StopsAtWords:
         words: not empty.
     """
 
-    def __init__(self, stops: Any, words: Sequence[str]) -> None:
+    def __init__(self, stops: text.StopWords, words: Sequence[str]) -> None:
         self._stops = stops
         self._words = StopWords(words)
         self._asked = self._read = self._found_at = 0
 
-    def make_state(self) -> Any:
+    def make_state(self) -> State:
         return self._stops.make_state()
 
-    def match(self, state: Any, token: int) -> Any:
+    def match(self, state: State, token: int) -> tuple[State, object, object]:
         state, sequence, name = self._stops.match(state, token)
         return (state, (token,), None) if self._is_over() else (state, sequence, name)
 
-    def matcher(self) -> Any:
+    def matcher(self) -> StopMatcher032:
         return _Matcher(self._stops.matcher(), self._is_over)
 
     def _is_over(self) -> bool:
@@ -132,11 +134,11 @@ class StopsAtWords:
 
 
 class _Matcher:
-    def __init__(self, matcher: Any, is_over: Callable[[], bool]) -> None:
+    def __init__(self, matcher: StopMatcher032, is_over: Callable[[], bool]) -> None:
         self._matcher = matcher
         self._is_over = is_over
 
-    def advance(self, token: int) -> Any:
+    def advance(self, token: int) -> object:
         ended = self._matcher.advance(token)
         return self._is_over() or ended
 

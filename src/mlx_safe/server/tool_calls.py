@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["Call", "Unreadable", "apart", "new_id", "parser_name", "read"]
 
-Parser = Callable[[str, Any], Any]
+Parser = Callable[[str, Any], object]
 
 # Mistral's chat templates refuse a history with other ids (0.3 and later).
 ID_LENGTH = 9

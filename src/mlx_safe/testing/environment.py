@@ -34,7 +34,7 @@ def follow(tell: Callable[[str], None] | None = None) -> None:
     """Plans what the environment asks for, and attaches each model that is loaded.
 
     Called when mlx_safe is imported; once is enough. At the end of a program that
-    has imported ``mlx.nn`` each plan that has not struck is told of.
+    has imported ``mlx.nn`` each plan that has not struck is reported.
 
     Args:
         tell: how, each by a line; None: as before, at first on stderr.

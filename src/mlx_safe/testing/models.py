@@ -34,7 +34,7 @@ def attach(model: Any, *, decode_width: int | None = None) -> Any:
     Args:
         model: an ``mlx.nn.Module``. It may be called with tokens of shape (batch,
             length) or embeddings of shape (batch, length, hidden), by place or by
-            name; where it is given both, the embeddings say how long the step is.
+            name. Where it is given both, the embeddings say how long the step is.
             A call with neither is no step.
         decode_width: calls of at most this length are decode steps. With
             speculative decoding it is ``num_draft_tokens + 1``. By default 1, or

@@ -1,6 +1,6 @@
 """What a test and a client's driver say to each other: JSON, a line each.
 
-The test writes a task; the driver does it with its client, as it comes, and writes
+The test writes a task. The driver does it with its client, as it comes, and writes
 ``{"begun": true}`` when the first text has come and then one line with an `Outcome`.
 A driver lives through many tasks, so its client is imported once, and what it pools
 it keeps.

@@ -1,5 +1,5 @@
-// A hook in little, made of parts of the real ones: it replaces `commit` of a
-// command buffer, adds a Block to each, and throws once when it is told to.
+// A hook in little, made of parts of the real ones. It replaces `commit` of a
+// command buffer, adds a Block to each, and throws once when it is asked to.
 #include <atomic>
 #include <stdexcept>
 

@@ -1,5 +1,5 @@
-// A small library for macOS with something of everything that the loader reads:
-// pointers to itself, to libc++ and to libSystem, a weak definition, variables
+// A small library for macOS with something of everything that the loader reads.
+// Pointers to itself, to libc++ and to libSystem, a weak definition, variables
 // of a thread, a constructor, exceptions. `check` is 0 where all of it is as it
 // must be.
 #include <pthread.h>

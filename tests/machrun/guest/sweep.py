@@ -4,12 +4,12 @@ sweep.py WITH_CPU WITHOUT_CPU SECONDS: how many evaluations must fail with the C
 stream between the GPU's, and without it; and how long four threads run.
 
 Each evaluation has a fault planned for its first, second … buffer, once or for good,
-with each code, with handlers that come late or not, and is run under the guard: it
+with each code, with handlers that come late or not. It is run under the guard, which
 must raise if a buffer of it has failed, and must not if none has. Prints a JSON
 object of what was counted.
 
 From 0.32.1 on MLX counts a task too many now and then when an error of the CPU's stream
-surfaces, and waits for ever once it has counted ten (docs/metal.md): there only a short
+surfaces, and waits for ever once it has counted ten (docs/metal.md). There only a short
 part goes over the CPU.
 """
 

@@ -200,8 +200,8 @@ static void set_name(Opcodes* o) {
 }
 
 // What most opcodes do: fix `count` places that lie `skip` apart, and go on by
-// `add`; each of these nothing, one, the opcode's immediate, eight times that, or
-// a number that follows.
+// `add`. Each of these is nothing, one, the opcode's immediate, eight times
+// that, or a number that follows.
 typedef enum { kNone, kOne, kImmediate, kScaled, kUleb } Operand;
 typedef struct {
   uint8_t opcode;

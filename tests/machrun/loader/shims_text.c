@@ -7,7 +7,7 @@
 
 #include "shims.h"
 
-// With `l` for the `L` of long double, which is a double on macOS; and `0x%lx`
+// With `l` for the `L` of long double, which is a double on macOS. With `0x%lx`
 // for a plain `%p`, which is "(nil)" for NULL on Linux, and "0x0" on macOS.
 static const char* own_format(const char* format, char copy[1024]) {
   if (strchr(format, 'L') == NULL && strstr(format, "%p") == NULL)

@@ -157,7 +157,7 @@ void mac_dispatch_once_f(long* predicate, void* context, void (*run)(void*)) {
 // Of XNU's <sys/ulock.h>, which the SDK lacks; the numbers are libc++'s.
 enum { kUlock32 = 1, kUlock64 = 5, kUlockWakeAll = 0x100 };
 
-// A futex has 32 bits: of a wider value the lower half is waited for, and the
+// A futex has 32 bits, so of a wider value the lower half is waited for. The
 // wait ends after 10 ms, so that a change of the upper half is seen. May end
 // too early, as on macOS.
 int mac___ulock_wait(uint32_t operation, void* address, uint64_t value,

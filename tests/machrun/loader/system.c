@@ -47,8 +47,8 @@ static const char kPassThrough[] =
     " remainder remainderf sin sinf sinh sinhf tan tanf tanh tanhf ";
 
 // The same as a function of Linux, or as a shim, with another name. An argument
-// more, as the locale at the end, changes nothing on arm64; long double is a
-// double on macOS; what is bound or made by the loader is never called.
+// more, as the locale at the end, changes nothing on arm64. Long double is a
+// double on macOS. What is bound or made by the loader is never called.
 static const char kAliases[] =
     " strtod_l=strtod strtof_l=strtof strtold=strtod strtold_l=strtod"
     " wcstold=wcstod strcoll_l=strcmp strxfrm_l=strxfrm wcscoll_l=wcscmp"

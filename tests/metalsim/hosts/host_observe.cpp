@@ -1,6 +1,6 @@
-// Drives the Metal runtime as MLX 0.32.1 and later do: a command buffer's
+// Drives the Metal runtime as MLX 0.32.1 and later do. A command buffer's
 // handler stores the error, poisons the events that the buffer was to signal
-// and signals them itself; the error is thrown once, at the next safe point.
+// and signals them itself. The error is thrown once, at the next safe point.
 // Where the versions differ is `commits_before_it_waits`.
 //
 // One difference is deliberate: an event here shares the ownership of its

@@ -236,8 +236,8 @@ class Workloads {
     return node;
   }
 
-  // The first stream's signal is encoded and not committed, what waits for it
-  // on another stream is committed, and a CPU stream waits for that, when a
+  // The first stream's signal is encoded and not committed, and what waits for
+  // it on another stream is committed. A CPU stream waits for that, when a
   // failure of what was committed before is found.
   static Results held_up(int round) {
     Ptr one = G::op(kGpu, {many(kGpu, start(round))});

@@ -25,7 +25,7 @@ constexpr size_t kGranule = 32;
 constexpr size_t kSizes = 64;  // blocks up to 2 KiB come from the free lists
 
 // Freed blocks are remembered outside of themselves, so that under the
-// address sanitizer the whole block can be poisoned: touching a dead object
+// address sanitizer the whole block can be poisoned. Touching a dead object
 // is then reported until its address is in use again.
 struct FreeLists {
   std::mutex lock;

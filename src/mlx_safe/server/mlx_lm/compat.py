@@ -30,7 +30,11 @@ from .protocols.requests import (
     Response,
     Vision032,
 )
-from .protocols.text import Tokenizer
+from .protocols.text import (
+    StopMatcher032,
+    StopWords,
+    Tokenizer,
+)
 from .requirements import installed_version
 
 __all__ = [
@@ -67,17 +71,19 @@ Guard = Callable[..., Any]
 class _GuardedStops:
     """Stop words, each use of which goes by ``run``."""
 
-    def __init__(self, stops: Any, run: Guard) -> None:
+    def __init__(self, stops: StopWords, run: Guard) -> None:
         self._stops = stops
         self._run = run
 
-    def make_state(self) -> Any:
+    def make_state(self) -> State:
         return self._run(self._stops.make_state, lambda: None)
 
-    def match(self, state: State, token: int) -> Any:
-        return self._run(self._stops.match, _no_match, state, token)
+    def match(self, state: State, token: int) -> tuple[State, object, object]:
+        found: tuple[State, object, object]
+        found = self._run(self._stops.match, _no_match, state, token)
+        return found
 
-    def matcher(self) -> Any:
+    def matcher(self) -> StopMatcher032:
         return _GuardedMatcher(self._run(self._stops.matcher, lambda: None), self._run)
 
 
@@ -86,11 +92,11 @@ def _no_match(state: State, token: int) -> tuple[State, None, None]:
 
 
 class _GuardedMatcher:
-    def __init__(self, matcher: Any, run: Guard) -> None:
+    def __init__(self, matcher: StopMatcher032, run: Guard) -> None:
         self._matcher = matcher
         self._run = run
 
-    def advance(self, token: int) -> Any:
+    def advance(self, token: int) -> object:
         return self._run(self._matcher.advance, _not_at_the_end, token)
 
 
@@ -98,7 +104,7 @@ def _not_at_the_end(token: int) -> bool:
     return False
 
 
-def guarded_stops(stops: Any, run: Guard) -> Any:
+def guarded_stops(stops: StopWords, run: Guard) -> StopWords:
     """``stops`` (of `_make_state_machine`), whose every use goes by ``run``.
 
     Args:
@@ -125,7 +131,9 @@ def text_by_state(
     return _read_by_text(context)
 
 
-def _read_by_text(context: Any) -> Callable[[Response], list[tuple[str | None, str]]]:
+def _read_by_text(
+    context: Any,
+) -> Callable[[Response], list[tuple[str | None, str]]]:
     """Of a `GenerationContext032`."""
     from mlx_lm.generate import TextStateMachine as Texts
 
@@ -158,7 +166,7 @@ def spelling(tokenizer: Any) -> str:
         lower block for a space. "text": only its ``decode`` knows.
     """
     made = getattr(tokenizer, "_detokenizer", None)  # 0.32
-    kind = type(made) if made is not None else tokenizer._detokenizer_class
+    kind = type(made) if made is not None else tokenizer._detokenizer_class  # 0.31
     name = getattr(kind, "func", kind).__name__  # some are partial functions
     return {
         "BPEStreamingDetokenizer": "bytes",
@@ -234,9 +242,9 @@ def takes_xtc() -> bool:
 def meet_on_the_gpu() -> None:
     """Lets mlx-lm's ranks meet where NCCL can.
 
-    `sharded_load` ends with a sum on the CPU's stream (0.31.3 to 0.32.2), which MLX's
-    NCCL backend takes for one of the card's: "There is no Stream(gpu, 1) in current
-    thread", on whatever thread (0.32.4).
+    `sharded_load` ends with a sum on the CPU's stream (0.31.3 to 0.32.2). MLX's NCCL
+    backend takes that for one of the card's, and raises "There is no Stream(gpu, 1) in
+    current thread" on any thread (0.32.4).
     """
     import mlx.core as mx
 

@@ -19,6 +19,7 @@ from ...kv.store import Draft, Store
 from ...kv.writer import Writer
 from .kv_layout import Layout, to_bytes
 from .kv_parts import View
+from .protocols.models import Cache
 
 __all__ = ["Capture", "Kept", "Reading"]
 
@@ -30,9 +31,9 @@ SHARE = 0.1
 TAILS = 0.07
 # Of a text that leaves memory the disk has all, or it is read again for sure.
 LEAVING_SHARE = 0.02
-# A snapshot whose tokens take less than this to be read again waits so long for the
-# next one of its text, which comes in its place: each is written whole, and a state has
-# the size of some thousand tokens.
+# A snapshot whose tokens can be read again in less than this waits so long for the next
+# one of its text, which comes in its place. Each is written whole, and a state has the
+# size of some thousand tokens.
 WAIT_S = 10.0
 
 
@@ -68,7 +69,7 @@ class Reading:
     passing: Node | None = None
     begun: int = 0
     tokens: Sequence[int] = ()
-    caches: list[Any] | None = None
+    caches: list[Cache] | None = None
     has_token: bool = False
 
 
@@ -243,7 +244,7 @@ class Capture:
         text: _Text,
         node: Node,
         arrays: Sequence[mx.array],
-        about: Any,
+        about: object,
         after: int,
         instead_of: Sequence[Node],
     ) -> tuple[Draft, int] | None:

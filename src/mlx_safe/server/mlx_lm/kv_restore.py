@@ -91,7 +91,7 @@ class Restore:
     process die meanwhile, the next one takes them for the cause.
 
     Attributes:
-        read_rate: tokens of prompts a second; told by who reads them.
+        read_rate: tokens of prompts a second; set by the reader.
         restore_rate: bytes a second.
     """
 

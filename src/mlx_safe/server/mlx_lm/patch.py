@@ -10,7 +10,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ..._command import CommandError
 from .. import logs
@@ -89,7 +89,7 @@ def parser_of(server: Server) -> argparse.ArgumentParser:
     """
 
     class Collecting(argparse.ArgumentParser):
-        def parse_args(self, *args: object, **kwargs: object) -> Any:
+        def parse_args(self, *args: object, **kwargs: object) -> NoReturn:
             raise _Made(self)
 
     def run(*args: object, **kwargs: object) -> None:

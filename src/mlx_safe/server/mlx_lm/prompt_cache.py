@@ -366,9 +366,9 @@ class PromptCache(LRUPromptCache):
     def keep_clean(self, epoch: int) -> None:
         """Drops every entry that was not complete in ``epoch``, or before it.
 
-        What was complete before a fault is not touched by it: MLX writes into a
-        buffer in place only when nothing else refers to it (`is_donatable` in
-        mlx/array.h, 0.31.2 and 0.32). A request works on copies that share the arrays
+        What was complete before a fault is not touched by it. MLX writes into a buffer
+        in place only when nothing else refers to it (`is_donatable` in mlx/array.h,
+        0.31.2 and 0.32). A request works on copies that share the arrays
         of the entry, which so are referred to twice.
         """
         for entry in list(self._lru.entries):

@@ -61,7 +61,7 @@ def fixed_caches(caches: Iterable[Cache]) -> str:
     return ", ".join(sorted(fixed))
 
 
-def _leaves(caches: Iterable[Cache]) -> Iterator[Any]:
+def _leaves(caches: Iterable[Cache]) -> Iterator[Cache]:
     for cache in caches:
         if hasattr(cache, "caches"):
             yield from _leaves(cache.caches)
@@ -69,7 +69,7 @@ def _leaves(caches: Iterable[Cache]) -> Iterator[Any]:
             yield cache
 
 
-def _rewinds(cache: Any) -> bool:
+def _rewinds(cache: Cache) -> bool:
     """Whether ``cache``, which is empty, can be shortened however long it gets."""
     # Windows: of rotating caches and of chunks. What has left them does not return.
     if getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None):

@@ -11,6 +11,7 @@ from .opaque import State
 __all__ = [
     "Detokenizer",
     "StopMatcher032",
+    "StopWords",
     "StopWords031",
     "StopWords032",
     "TextStateMachine",
@@ -85,6 +86,10 @@ class StopWords032(Protocol):
     """The same of mlx-lm 0.32."""
 
     def matcher(self) -> StopMatcher032: ...
+
+
+class StopWords(StopWords031, StopWords032, Protocol):
+    """Either: mlx-lm asks its own kind for what that has."""
 
 
 class TextStateMachine(Protocol):

@@ -1,0 +1,22 @@
+"""A server of which a thread of its own ends with an exception, once it samples."""
+
+import sys
+import threading
+
+from mlx_safe.cli import main
+from mlx_safe.server import recorder
+
+start = recorder.start_sampler
+
+
+def fails():
+    raise ValueError("xylophone-manatee")
+
+
+def started(*args):
+    start(*args)
+    threading.Thread(target=fails, name="a-thread").start()
+
+
+recorder.start_sampler = started
+sys.exit(main(["serve", *sys.argv[1:]]))

@@ -1,0 +1,125 @@
+"""A client that leaves just as mlx-lm begins with its request: nothing is generated.
+
+Its handler's thread, or the one that notices clients that leave, ends the request while
+the generation thread begins with it. Here one thread does what both would, in each
+order that matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from mlx_safe.memory.budget import Decision
+from mlx_safe.server.admission import Ask, Load, SingleStep
+from mlx_safe.server.in_flight import InFlight
+from mlx_safe.server.request import Disconnected, RequestState
+from mlx_safe.server.scheduler import Scheduler
+
+
+class Room:
+    """Memory for everything."""
+
+    step_size = 256
+
+    def admits(self, ask: Ask, load: Load) -> Decision:
+        return Decision(False, 0, False, self.step_size, "admit")
+
+    def steps_with_room(self, load: Load) -> int:
+        return 16
+
+    def single_step(self, load: Load) -> SingleStep:
+        return "fits"
+
+
+class Context:
+    """mlx-lm's `GenerationContext`, as far as it is used."""
+
+    prompt_cache_count = 0
+
+    def __init__(self) -> None:
+        self.prompt = [1, 2, 3]
+        self.is_stopped = False
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+class Leaving(InFlight):
+    """Does ``meanwhile`` once, when its run is stopped for the first time."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def stop_run(self) -> None:
+        super().stop_run()
+        then, self.meanwhile = self.meanwhile, None
+        if then is not None:
+            then()
+
+
+@pytest.fixture
+def queue() -> SimpleQueue[Any]:
+    return SimpleQueue()
+
+
+@pytest.fixture
+def request_(queue: SimpleQueue[Any]) -> Leaving:
+    """One that mlx-lm has, and has not begun with: its prompt is being tokenized."""
+    scheduler: Scheduler[InFlight] = Scheduler(Room(), attempts_max=2, wait_s=20)
+    args = SimpleNamespace(max_tokens=8, logprobs=False, top_logprobs=0)
+    taken = cast(Any, (queue, SimpleNamespace(), args))
+    made = Leaving(scheduler, taken, lambda *_: None, lambda *_: None)
+    made.tokenizer = cast(Any, object())
+    scheduler.arrive(made)
+    assert made.taken()
+    assert scheduler.ask(made, 3, 11).verdict == "admit"
+    return made
+
+
+def _left(queue: SimpleQueue[Any]) -> bool:
+    found = []
+    while not queue.empty():
+        found.append(queue.get())
+    return any(isinstance(item, Disconnected) for item in found)
+
+
+WAYS = [InFlight.disconnect, lambda made: made.fail(Disconnected("left"))]
+
+
+@pytest.mark.parametrize("leave", WAYS, ids=["disconnect", "fail"])
+def test_it_has_left_before_mlx_lm_begins(
+    request_: Leaving, queue: SimpleQueue[Any], leave: Callable[[InFlight], object]
+) -> None:
+    leave(request_)
+    context = Context()
+    request_.put(context)
+    assert context.is_stopped
+    assert request_.is_ended and _left(queue)
+
+
+@pytest.mark.parametrize("leave", WAYS, ids=["disconnect", "fail"])
+def test_mlx_lm_begins_while_it_leaves(
+    request_: Leaving, queue: SimpleQueue[Any], leave: Callable[[InFlight], object]
+) -> None:
+    """Between the look for a run to stop and the end of the request."""
+    context = Context()
+    request_.meanwhile = lambda: request_.put(context)
+    leave(request_)
+    assert context.is_stopped
+    assert request_.is_ended and _left(queue)
+
+
+def test_its_handler_stops_it_while_another_run_begins(
+    request_: Leaving, queue: SimpleQueue[Any]
+) -> None:
+    """The context that a handler has is of the first run; a failure began another."""
+    first, second = Context(), Context()
+    request_.put(first)
+    request_.meanwhile = lambda: request_.put(second)
+    first.stop()
+    assert first.is_stopped and second.is_stopped
+    assert request_.state is RequestState.DISCONNECTED
