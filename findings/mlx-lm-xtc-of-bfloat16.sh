@@ -9,8 +9,8 @@
 # precise, as its documentation says, is a matter of the last digits.
 # Seen: the sum that it divides by stands still where one more term is lost. Over 151,936
 # tokens that fall as 1 / (rank + 20) the probabilities add up to 3.7 in bfloat16 and to
-# 2.35 in float16; over 512, as a router of experts has, to 1.37 and 0.97. XTC does not ask
-# for precise. None of these tokens is as likely as 0.01, so at that threshold nothing
+# 2.35 in float16. Over 512, as a router of experts has, it is 1.37 and 0.97. XTC does not
+# ask for precise. None of these tokens is as likely as 0.01, so at that threshold nothing
 # should go. In bfloat16 20 tokens do, in float16 5, in float32 none.
 # In 0.32.4 mx.sum and mx.mean of bfloat16 are right (mlx-mean-in-half-precision.sh).
 # The same model answers otherwise with XTC in bfloat16 than in float32. Who needs
