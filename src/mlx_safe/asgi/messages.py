@@ -78,6 +78,21 @@ def answerable(exc: BaseException) -> Exception | None:
     return first
 
 
+def fatal_behind(exc: BaseException) -> errors.GPUError | None:
+    """The fatal fault that ``exc``, or what is behind it, is.
+
+    It was counted, or its text begins with MLX's words. Where they stand in the midst
+    of others they may be a client's, whose request must not end the process.
+    """
+    for one in behind(exc):
+        fault = errors.from_exception(one)
+        if fault is None or not fault.fatal:
+            continue
+        if fault.faults or _QUOTED.match(str(one)):
+            return fault
+    return None
+
+
 def quoted_by(exc: BaseException) -> errors.GPUError | None:
     """The fault whose message is in the text of ``exc``, or of what is behind it.
 
