@@ -456,11 +456,43 @@ def test_a_cache_of_failed_work_is_not_taken(model: Any, protected: None) -> Non
     generator = generate.BatchGenerator(model)
     caches = read(model, PREFIX)
     testing.record_fault(2)  # MLX has swallowed it
-    with pytest.raises(mlx_safe.MetalError):
-        generator.insert([PROMPTS[0]], [12], caches=[caches])
+    uids = generator.insert([PROMPTS[0]], [12], caches=[caches])
+    with pytest.raises(mlx_safe.MetalError) as caught:
+        generator.next()
+    assert "its cache may be of failed work" in notes_of(caught.value)
+    generator.remove(uids)
     # Its server goes on without one.
     uids = generator.insert([PREFIX + PROMPTS[0]], [12])
     assert len(run(generator, uids)[0]) == 12
+
+
+def test_what_a_cache_of_failed_work_held_is_read_again(
+    model: Any, right: list[list[int]], protected: None
+) -> None:
+    """Where its tokens are known; one that runs beside it stays right as well."""
+    generator = generate.BatchGenerator(model)
+    uids = generator.insert([PROMPTS[1]], [LENGTHS[1]])
+    told: Tokens = {}
+    ends: dict[int, str] = {}
+    while not told:
+        steps(generator, told, ends)
+    first, *rest = PROMPTS[0]
+    spoilt = read(model, [first + 1, *PREFIX])
+    testing.record_fault(2)
+    more: dict[str, Any] = {"all_tokens": [[first, *PREFIX]], "caches": [spoilt]}
+    uids += generator.insert([rest], [LENGTHS[0]], **more)
+    progress = []
+    while len(ends) < 2:
+        prompts, answers = generator.next()
+        progress += [p.progress for p in prompts if p.uid == uids[1]]
+        for answer in answers:
+            told.setdefault(answer.uid, []).append(answer.token)
+            if answer.finish_reason is not None:
+                ends[answer.uid] = answer.finish_reason
+    whole = generate.BatchGenerator(model)
+    expected = run(whole, whole.insert([[first, *PREFIX, *rest]], [LENGTHS[0]]))
+    assert [told[uid] for uid in uids] == [right[1], *expected]
+    assert {total for _, total in progress} == {len(rest)}
 
 
 def test_no_cache_of_a_step_that_failed_is_handed_out(

@@ -60,8 +60,9 @@ def protect(
 
     A cache that goes to the server (of an answer that has ended, of ``extract_cache``
     or ``remove``) is computed first. So no prompt cache keeps what a fault has spoilt.
-    Who reads prompts outside the generator must look after that by himself
-    (`mlx_safe.guard`): a fault since the last step makes ``insert`` with a cache raise.
+    A fault since the last step may be of a cache that comes with an insert, of a prompt
+    that was read outside the generator. Such a request begins from its tokens, where
+    they explain its cache; else the next step raises.
 
     Args:
         cls: mlx-lm's class, or a copy of it in another package; None: mlx-lm's.

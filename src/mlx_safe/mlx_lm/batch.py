@@ -206,29 +206,34 @@ class _Replay:
     def inserted(self, uids: Sequence[Any]) -> None:
         """Keeps what ``insert_segments`` has put at the end of the queue.
 
-        Raises:
-            GPUError: a cache came with them, and there was a fault since the last step.
+        A fault since the last step may be of the caches that came with them. The next
+        step deals with it: servers have a way out there, and some have none here
+        (flyto-mlx 0.7 loses the request, and its client waits for ever).
         """
         if self._refused is not None:
             self._forget_all()
         queue = self._generator._unprocessed_sequences
         entries = [queue[i - len(uids)] for i in range(len(uids))]
         given = [leaf for e in entries for leaf in leaves(e[3]) if _is_filled(leaf)]
+        failed = None
         try:
             if given:
                 mx.eval([cache.state for cache in given])
                 self._faults.check()
         except Exception as e:
-            self._protection.plain["remove"](self._generator, uids)
-            fault = self._faults.behind(e)
-            self._pass(e)
-            raise fault or e from None
+            if self._faults.behind(e) is None and not errors.is_allocation_failure(e):
+                self._protection.plain["remove"](self._generator, uids)
+                raise
+            self._doubt = self._doubt or e
+            failed = e
         seeded = self._seeds_met < _seeds.calls
         self._seeds_met = _seeds.taken = _seeds.calls
         for entry in entries:
             self.kept[entry[0]] = kept = Kept(entry)
             kept.seeded = seeded
             self._judge(kept, entry)
+            if failed is not None and any(map(_is_filled, leaves(kept.cache))):
+                kept.why_not = "its cache may be of failed work"
 
     def _pass(self, exc: Exception) -> None:
         """A failure that no step has met: the next step does, if there is work."""
