@@ -466,6 +466,25 @@ def test_a_cache_of_failed_work_is_not_taken(model: Any, protected: None) -> Non
     assert len(run(generator, uids)[0]) == 12
 
 
+@pytest.mark.parametrize("code", [2, 9])
+def test_a_fault_of_before_a_cache_was_made_is_not_of_it(
+    model: Any, protected: None, code: int
+) -> None:
+    """Another's, whose prompt its server has read in vain."""
+    generator = generate.BatchGenerator(model)
+    testing.record_fault(code)
+    caches = read(model, PREFIX)
+    uids = generator.insert([PROMPTS[0]], [12], caches=[copy.deepcopy(caches)])
+    whole = generate.BatchGenerator(model)
+    expected = run(whole, whole.insert([PREFIX + PROMPTS[0]], [12]))
+    assert run(generator, uids) == expected
+    # As old as what it is a copy of.
+    testing.record_fault(2)
+    generator.insert([PROMPTS[0]], [12], caches=[copy.deepcopy(caches)])
+    with pytest.raises(mlx_safe.MetalError):
+        generator.next()
+
+
 def test_what_a_cache_of_failed_work_held_is_read_again(
     model: Any, right: list[list[int]], protected: None
 ) -> None:

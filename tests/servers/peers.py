@@ -23,7 +23,7 @@ from support.server import Answer, Server, eventually, free_port
 ROOT = Path(__file__).parent.parent.parent
 # They share two cores with whatever else is tested.
 START_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "240"))
-ANSWER_S = 60.0
+ANSWER_S = float(os.environ.get("MLX_SAFE_TEST_ANSWER_S", "60"))
 
 # MODELS: a directory that has nothing but the model's.
 MODEL, MODELS, PORT, FD = "{model}", "{models}", "{port}", "{fd}"
@@ -40,6 +40,7 @@ class Peer:
         env: what it needs on Linux.
         takes_names: requests give the model's name, not its path.
         begins_early: a plain answer's 200 goes out before there is an answer.
+        headers: of each request.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Peer:
     env: dict[str, str] = field(default_factory=dict)
     takes_names: bool = False
     begins_early: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def bin(self) -> Path:
@@ -65,6 +67,8 @@ VLLM = ("vllm-mlx", "serve", MODEL, "--port", PORT, "--host", "127.0.0.1")
 MTPLX = ("--no-mtp", "--unsafe-force-unverified", "--yes", "--no-auth")
 # By default it takes one at a time, with a generator of its own.
 VMLX = ("--continuous-batching", "--max-num-seqs", "4", "--reasoning-parser", "none")
+FUSION = ("--api-key", "key")
+OPENAI = ("--model-type", "lm", "--port", PORT, "--no-log-file")
 PEERS = [
     Peer(
         "vllm-mlx-batched",
@@ -111,6 +115,22 @@ PEERS = [
         begins_early=True,
     ),
     Peer(
+        "fusion-mlx",
+        "fusion-mlx",
+        (*("fusion-mlx", "serve", "--model-dir", MODELS, "--port", PORT), *FUSION),
+        "fusion-mlx 0.10.24, mlx 0.32.4, mlx-lm 0.31.3",
+        batched=True,
+        takes_names=True,
+        headers={"Authorization": "Bearer key"},
+    ),
+    Peer(
+        "mlx-openai-server",
+        "mlx-openai-server",
+        (*("mlx-openai-server", "launch", "--model-path", MODEL), *OPENAI),
+        "mlx-openai-server 1.8.1, mlx 0.31.2, mlx-lm 0.31.3",
+        batched=True,
+    ),
+    Peer(
         "mlx-vlm",
         "mlx-vlm",
         ("mlx_vlm.server", "--model", MODEL, "--port", PORT, "--host", "127.0.0.1"),
@@ -144,7 +164,7 @@ class Running(Server):
         self.model = model
         self.port = free_port()
         # FastAPI reads a body as JSON only where it is said that it is.
-        self.headers = {"Content-Type": "application/json"}
+        self.headers = {"Content-Type": "application/json", **peer.headers}
         self.tls = None
         self._plan = work / "plan"
         self._taken = work / "plan.taken"

@@ -31,6 +31,7 @@ from .._failures import (
 )
 from .._thread_state import drop_failed, make_sound
 from ..memory.demand import STEP_MIN
+from .births import are_younger_than_faults, note_births
 from .callables import draws, has_state, may_draw
 from .places import keep_places
 from .sequences import Kept, leaves
@@ -100,6 +101,7 @@ def protect(cls: Any, attempts: int, keep_caches: bool) -> None:
             f"to 0.32: it has no {', '.join(missing)}"
         )
     _seeds.watch()
+    note_births()
     protection = _Protection(cls, attempts, keep_caches)
     setattr(cls, _ATTRIBUTE, protection)
     for name, wrapped in _wrapped(protection).items():
@@ -206,9 +208,10 @@ class _Replay:
     def inserted(self, uids: Sequence[Any]) -> None:
         """Keeps what ``insert_segments`` has put at the end of the queue.
 
-        A fault since the last step may be of the caches that came with them. The next
-        step deals with it: servers have a way out there, and some have none here
-        (flyto-mlx 0.7 loses the request, and its client waits for ever).
+        A fault since the last step may be of the caches that came with them, unless
+        they were made after it. The next step deals with it: servers have a way out
+        there, and some have none here (flyto-mlx 0.7 loses the request, and its client
+        waits for ever).
         """
         if self._refused is not None:
             self._forget_all()
@@ -219,7 +222,10 @@ class _Replay:
         try:
             if given:
                 mx.eval([cache.state for cache in given])
-                self._faults.check()
+                if not are_younger_than_faults(given):
+                    self._faults.check()
+                elif not self.kept:  # what failed is not in here
+                    self._doubt = self._faults.settle()
         except Exception as e:
             if self._faults.behind(e) is None and not errors.is_allocation_failure(e):
                 self._protection.plain["remove"](self._generator, uids)
