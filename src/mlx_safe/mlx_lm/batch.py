@@ -217,12 +217,13 @@ class _Replay:
             self._forget_all()
         queue = self._generator._unprocessed_sequences
         entries = [queue[i - len(uids)] for i in range(len(uids))]
-        given = [leaf for e in entries for leaf in leaves(e[3]) if _is_filled(leaf)]
+        filled = [list(filter(_is_filled, leaves(entry[3]))) for entry in entries]
+        given = [caches for caches in filled if caches]
         failed = None
         try:
             if given:
-                mx.eval([cache.state for cache in given])
-                if not are_younger_than_faults(given):
+                mx.eval([cache.state for caches in given for cache in caches])
+                if not all(map(are_younger_than_faults, given)):
                     self._faults.check()
                 elif not self.kept:  # what failed is not in here
                     self._doubt = self._faults.settle()
