@@ -208,6 +208,52 @@ def test_what_follows_a_5xx_that_is_let_go_stays_behind_it() -> None:
     assert asyncio.run(sent()) == ["start", "body", "body", "trailers"]
 
 
+def middlewares(*words: str) -> Any:
+    """An application whose stream of text fails behind these, the last outermost."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.middleware.gzip import GZipMiddleware
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    def fails(after: int) -> Any:
+        async def parts() -> Any:
+            for _ in range(after):
+                yield "part\n" * 100
+            raise RuntimeError(OUT_OF_MEMORY)
+
+        async def stream(request: Any) -> Any:
+            return StreamingResponse(parts(), media_type="text/plain")
+
+        return stream
+
+    async def passes(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    made = {
+        "base": Middleware(BaseHTTPMiddleware, passes),
+        "gzip": Middleware(GZipMiddleware),
+    }
+    return Starlette(
+        routes=[Route(f"/{n}", fails(n)) for n in (0, 1, 2)],
+        middleware=[made[word] for word in reversed(words)],
+    )
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("words", [(), ("base",), ("gzip",), ("base", "gzip")])
+def test_a_stream_that_fails_looks_whole_to_nobody(
+    words: tuple[str, ...], after: int
+) -> None:
+    """Behind whatever middleware, and before its first part, too."""
+    headers = [(b"accept-encoding", b"gzip")]
+    app = asgi.protect(middlewares(*words))
+    answer = ask(app, f"/{after}", headers=headers)
+    assert answer.status == 503 or not answer.has_ended
+    assert answer.status == 200 or answer.json["error"]["code"]
+
+
 async def fails_before_it_accepts(scope: Any, receive: Any, send: Any) -> None:
     await receive()
     raise RuntimeError(OUT_OF_MEMORY)

@@ -21,6 +21,7 @@ from .messages import (
     has_ended,
     is_anthropic,
     is_event_stream,
+    is_whole,
     kept_headers,
     named_in,
     quoted_by,
@@ -70,6 +71,8 @@ class Exchange:
         self._is_over = False
         self._is_ours = False
         self._is_events = False
+        # It says how long it is, or has no body.
+        self._is_whole = False
         self.fatal: errors.GPUError | None = None
         self.code: str | None = None
 
@@ -174,6 +177,7 @@ class Exchange:
                 self._release_soon(UNENDED_S)
                 return
             self._is_events = is_event_stream(message)
+            self._is_whole = is_whole(message)
             self._has_begun = True
         elif kind == "http.response.body":
             if self._held and not self._has_begun:
@@ -198,11 +202,12 @@ class Exchange:
         """The end of what came in parts waits until the application has ended.
 
         Starlette's `BaseHTTPMiddleware` ends a stream first and raises what ended it
-        then (1.0): without its end the client sees that it is not whole.
+        then (1.0), and a middleware that compresses has its last bytes in that end:
+        without it the client sees that the stream is not whole.
         """
         if self._is_events or message.get("more_body", False) or self._is_over:
             return True
-        if message.get("body") or not self._has_parts:
+        if self._is_whole and not self._has_parts:
             return True
         self._held = [message]
         self._release_soon()

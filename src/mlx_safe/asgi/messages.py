@@ -57,6 +57,12 @@ def is_event_stream(start: Message) -> bool:
     return bool(kind.startswith(b"text/event-stream") and encoding == b"identity")
 
 
+def is_whole(start: Message) -> bool:
+    """Of a response that is no stream: it says how long it is, or has no body."""
+    names = {name.lower() for name, _ in start.get("headers", ())}
+    return b"content-length" in names or start["status"] in (204, 304)
+
+
 def has_ended(tail: bytes) -> bool:
     """Whether a stream has the end that OpenAI's and Anthropic's APIs give it."""
     return _ENDED.search(tail) is not None
