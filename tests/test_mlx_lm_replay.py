@@ -558,6 +558,40 @@ def test_a_windowed_cache_is_begun_again(
         assert plan.fired == 1
 
 
+def test_a_cache_of_another_kind_is_not_begun_again(
+    model: Any, protected: None
+) -> None:
+    """As the quantised ones of fusion-mlx: its text would be another."""
+    from mlx_lm.models.cache import KVCache
+
+    class OfAnother(KVCache):  # type: ignore[misc]
+        pass
+
+    generator = generate.BatchGenerator(model)
+    caches = [[OfAnother() for _ in model.layers]]
+    uids = generator.insert([PROMPTS[0]], [30], caches=caches)
+    refuses(generator, uids, "of a kind that mlx-lm does not have")
+
+
+def test_an_empty_cache_that_its_server_fills_is_empty_again(
+    model: Any, right: list[list[int]], protected: None
+) -> None:
+    """As vmlx does with the one that it has given."""
+    generator = generate.BatchGenerator(model)
+    caches = empty_caches(model, None)
+    uids = generator.insert(PROMPTS, LENGTHS, caches=caches)
+    told: Tokens = {}
+    ends: dict[int, str] = {}
+    while not told:
+        steps(generator, told, ends)
+    for cache in caches:
+        model(mx.array([PREFIX]), cache=cache)
+    with testing.inject("decode", 1, 5):
+        while len(ends) < 3:
+            assert steps(generator, told, ends)
+    assert [told[uid] for uid in uids] == right
+
+
 def test_a_cache_that_mlx_lm_cannot_batch_fails_as_without_us(model: Any) -> None:
     """Quantised ones have no `merge` (mlx-lm 0.31 to 0.32)."""
     from mlx_lm.models.cache import QuantizedKVCache

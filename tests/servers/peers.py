@@ -41,6 +41,7 @@ class Peer:
         takes_names: requests give the model's name, not its path.
         begins_early: a plain answer's 200 goes out before there is an answer.
         headers: of each request.
+        in_child: its model is in a child process, which is all that ends.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Peer:
     takes_names: bool = False
     begins_early: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+    in_child: bool = False
 
     @property
     def bin(self) -> Path:
@@ -111,6 +113,7 @@ PEERS = [
         "flyto-mlx",
         ("omlx", "serve", "--model-dir", MODELS, "--port", PORT, "--no-cache"),
         "flyto-mlx 0.7.0 (a fork of omlx), mlx 0.32.3, mlx-lm 0.31.3",
+        batched=True,
         takes_names=True,
         begins_early=True,
     ),
@@ -129,6 +132,7 @@ PEERS = [
         (*("mlx-openai-server", "launch", "--model-path", MODEL), *OPENAI),
         "mlx-openai-server 1.8.1, mlx 0.31.2, mlx-lm 0.31.3",
         batched=True,
+        in_child=True,
     ),
     Peer(
         "mlx-vlm",
@@ -153,7 +157,13 @@ MODES = {
 
 # Of those that take a descriptor: what they are started with then.
 LISTENS = ("run", "--supervise", "--asgi", "--replay", "--listen", PORT)
-TAKES_A_DESCRIPTOR = {"rapid-mlx": ("rapid-mlx", "serve", MODEL, "--listen-fd", FD)}
+TAKES_A_DESCRIPTOR = {
+    "rapid-mlx": ("rapid-mlx", "serve", MODEL, "--listen-fd", FD),
+    "fusion-mlx": (
+        *("fusion-mlx", "serve", "--model-dir", MODELS, "--listen-fd", FD),
+        *FUSION,
+    ),
+}
 
 
 class Running(Server):

@@ -258,8 +258,11 @@ class _Replay:
             kept.why_not = "its sampler may have a state"
         elif any(has_state(processor) for processor in processors or ()):
             kept.why_not = "a logits processor of it may have a state"
+        elif not all(map(_is_of_mlx_lm, leaves(cache))):
+            kept.why_not = "it came with a cache of a kind that mlx-lm does not have"
         elif not any(_is_filled(leaf) for leaf in leaves(cache)):
-            return  # merged into a batch's, it stays as it is
+            # mlx-lm merges it into a batch's; vmlx (1.6) fills it.
+            kept.keep_cache()
         elif kept.is_explained and _kinds(fresh := self._fresh()) == _kinds(cache):
             kept.forget_cache(fresh)
         elif self._protection.keep_caches:
@@ -496,6 +499,11 @@ def _compute(caches: Any) -> None:
 def _is_filled(cache: Any) -> bool:
     empty = getattr(cache, "empty", None)
     return empty is None or not empty()
+
+
+def _is_of_mlx_lm(cache: Any) -> bool:
+    """Else what is in it may depend on how it was filled, as a quantised one's does."""
+    return "mlx_lm.models." in type(cache).__module__
 
 
 def _kinds(caches: Any) -> list[str]:
