@@ -407,6 +407,34 @@ def test_tokens_that_did_not_pass_by_are_noticed(model: Any, protected: None) ->
     refuses(generator, uids, "did not pass by")
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 9])
+def test_drafts_are_exact_or_there_is_the_typed_error(
+    model: Any,
+    right: list[list[int]],
+    protected: None,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    """Speculative decoding of a server's own tells several tokens in one step."""
+    cls = generate.GenerationBatch
+    one = cls.next
+
+    def two(self: Any) -> Any:
+        answers = one(self)
+        if len(self) and all(answer.finish_reason is None for answer in answers):
+            answers += one(self)
+        return answers
+
+    monkeypatch.setattr(cls, "next", two)
+    assert answers_of(model) == right
+    with testing.inject("decode", step, 8) as plan:
+        try:
+            assert answers_of(model) == right
+        except mlx_safe.OutOfMemoryError as e:  # within one, where none was told yet
+            assert "did not pass by" in notes_of(e)
+        assert plan.fired == 1
+
+
 # -- caches ---------------------------------------------------------------------------
 
 
