@@ -86,8 +86,11 @@ test-clients: client-modules build/docs.stamp $(VENVS)/observe.ready $(VENVS)/cl
 
 # Minutes for each, so not in CI. A server that could not be installed is named, and its
 # tests are left out; with MLX_SAFE_REQUIRE_SERVERS=1 they fail then.
-# MLX_SAFE_TEST_PEERS, MLX_SAFE_TEST_MODES: names, comma-separated; else all.
-FOREIGN := $(patsubst requirements/servers/%.in,%,$(wildcard requirements/servers/*.in))
+# MLX_SAFE_TEST_PEERS, MLX_SAFE_TEST_MODES: names, comma-separated; else all. TORCH=1: also
+# the one that needs torch, which for Linux brings gigabytes of CUDA, unless UV_FIND_LINKS
+# names a folder with its file for the CPU.
+FOREIGN := $(filter-out $(if $(TORCH),,mlx-openai-server),\
+  $(patsubst requirements/servers/%.in,%,$(wildcard requirements/servers/*.in)))
 test-servers: $(VENVS)/observe.ready build/native.stamp  ## servers of others under faults, alone and protected
 	-$(MAKE) --keep-going $(FOREIGN:%=$(VENVS)/server-%.ready)
 	MLX_SAFE_TEST_SERVERS=1 $(VENVS)/observe/bin/python $(PYTEST) tests/servers $(ARGS)

@@ -501,8 +501,9 @@ def test_a_websocket_that_fails_is_closed_with_what_to_do(served: Served) -> Non
     assert "Unexpected ASGI message" not in log
 
 
+@pytest.mark.parametrize("how", ["/raises?code=4", "/dies"])
 def test_a_websocket_works_and_is_closed_when_the_process_is_lost(
-    served: Served,
+    served: Served, how: str
 ) -> None:
     from websockets.exceptions import ConnectionClosed
     from websockets.sync.client import connect
@@ -510,7 +511,7 @@ def test_a_websocket_works_and_is_closed_when_the_process_is_lost(
     with connect(f"ws://127.0.0.1:{served.port}/echo") as websocket:
         websocket.send("hello")
         assert websocket.recv(timeout=60) == "hello"
-        assert served.get("/raises?code=4").status == 503
+        assert served.get(how).status == 503
         with pytest.raises(ConnectionClosed) as closed:
             websocket.recv(timeout=60)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012

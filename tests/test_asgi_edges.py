@@ -15,7 +15,7 @@ from mlx_safe import asgi, testing
 from support import child
 from support.asgi_app import OUT_OF_MEMORY
 from support.programs import program, with_suite
-from test_asgi import Answer, ask
+from test_asgi import Answer, ask, nothing_comes
 
 EVENTS = b"text/event-stream"
 
@@ -152,6 +152,108 @@ async def messages(app: Any, **scope: Any) -> list[Any]:
     return sent
 
 
+def test_a_5xx_that_its_application_does_not_end_reaches_its_client(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits for its client, which waits for it."""
+    monkeypatch.setattr("mlx_safe.asgi.exchange.UNENDED_S", 0.0)
+
+    async def sent() -> list[str]:
+        sent: list[str] = []
+        has_come = asyncio.Event()
+
+        async def waits(scope: Any, receive: Any, send: Any) -> None:
+            start = {"type": "http.response.start", "status": 503, "headers": []}
+            await send(start)
+            body = {"type": "http.response.body", "body": b"one", "more_body": True}
+            await send(body)
+            await has_come.wait()
+            await send({**body, "body": b"two", "more_body": False})
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b"start").decode())
+            await asyncio.sleep(0)
+            if sent[-1] == "one":
+                has_come.set()
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        asked = asgi.protect(waits)(scope, nothing_comes, send)
+        await asyncio.wait_for(asked, 60)
+        return sent
+
+    assert asyncio.run(sent()) == ["start", "one", "two"]
+
+
+def test_what_follows_a_5xx_that_is_let_go_stays_behind_it() -> None:
+    """Its trailers, say, while it is on the way to a slow client."""
+
+    async def trails(scope: Any, receive: Any, send: Any) -> None:
+        await sends(500, [b"x" * 1000])(scope, receive, send)
+        await is_sent.wait()
+        await send({"type": "http.response.trailers", "headers": []})
+
+    async def sent() -> list[str]:
+        sent: list[str] = []
+
+        async def send(message: Any) -> None:
+            is_sent.set()
+            await asyncio.sleep(0.2)
+            sent.append(message["type"].rpartition(".")[2])
+
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
+        await asgi.protect(trails)(scope, nothing_comes, send)
+        return sent
+
+    is_sent = asyncio.Event()
+    assert asyncio.run(sent()) == ["start", "body", "body", "trailers"]
+
+
+def middlewares(*words: str) -> Any:
+    """An application whose stream of text fails behind these, the last outermost."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.middleware.gzip import GZipMiddleware
+    from starlette.responses import StreamingResponse
+    from starlette.routing import Route
+
+    def fails(after: int) -> Any:
+        async def parts() -> Any:
+            for _ in range(after):
+                yield "part\n" * 100
+            raise RuntimeError(OUT_OF_MEMORY)
+
+        async def stream(request: Any) -> Any:
+            return StreamingResponse(parts(), media_type="text/plain")
+
+        return stream
+
+    async def passes(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    made = {
+        "base": Middleware(BaseHTTPMiddleware, passes),
+        "gzip": Middleware(GZipMiddleware),
+    }
+    return Starlette(
+        routes=[Route(f"/{n}", fails(n)) for n in (0, 1, 2)],
+        middleware=[made[word] for word in reversed(words)],
+    )
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("words", [(), ("base",), ("gzip",), ("base", "gzip")])
+def test_a_stream_that_fails_looks_whole_to_nobody(
+    words: tuple[str, ...], after: int
+) -> None:
+    """Behind whatever middleware, and before its first part, too."""
+    headers = [(b"accept-encoding", b"gzip")]
+    app = asgi.protect(middlewares(*words))
+    answer = ask(app, f"/{after}", headers=headers)
+    assert answer.status == 503 or not answer.has_ended
+    assert answer.status == 200 or answer.json["error"]["code"]
+
+
 async def fails_before_it_accepts(scope: Any, receive: Any, send: Any) -> None:
     await receive()
     raise RuntimeError(OUT_OF_MEMORY)
@@ -201,9 +303,12 @@ def test_all_applications_of_a_process_answer_before_it_leaves(how: str) -> None
     assert (done.returncode, done.stdout) == (75, "second 503 True\n"), done.stderr
 
 
-def test_a_clients_words_end_no_process() -> None:
-    done = child.run(program("only_quotes_what_is_fatal"), PYTHONPATH=with_suite())
-    said = "503 True\n503 True\n200 True\n200\n"
+@pytest.mark.parametrize("hooks", ["", "1"], ids=["text", "hooks"])
+def test_a_clients_words_end_no_process(hooks: str) -> None:
+    """With hooks not even those that are MLX's own, word for word: none was counted."""
+    code = program("only_quotes_what_is_fatal")
+    done = child.run(code, PYTHONPATH=with_suite(), HOOKS=hooks)
+    said = "503 True\n" * 3 + "200 True\n" + "503 True\n" * bool(hooks) + "200\n"
     assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 

@@ -262,6 +262,122 @@ def test_what_hides_its_state_has_one() -> None:
     assert not callables.draws(lambda x: mx.argmax(x, axis=-1))
 
 
+class Wraps:
+    """As vmlx has its samplers."""
+
+    def __init__(self, sampler: Callable[..., Any]) -> None:
+        self._sampler = sampler
+        self.temp = 0.7
+
+    def __call__(self, logits: mx.array) -> Any:
+        return self._sampler(logits)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+
+class Remembers(Wraps):
+    def __init__(self) -> None:
+        super().__init__(mx.argmax)
+        self.seen: list[Any] = []
+
+    def note(self, token: int) -> None:
+        self.seen.append(token)
+
+
+class Masks(Wraps):
+    """Its server tells it which tokens came."""
+
+    def __init__(self) -> None:
+        super().__init__(mx.argmax)
+        self.mask = mx.zeros((8,))
+
+    def accept(self, token: int) -> None:
+        self.mask[token] = 1
+
+
+class Moves(Wraps):
+    def accept(self, token: int) -> None:
+        self.temp = 0.1
+
+
+def filtered(filters: list[Any], temp: float = 0.7) -> Any:
+    """As omlx and fusion-mlx have their samplers."""
+
+    def sampler(logits: mx.array) -> mx.array:
+        for one in filters:
+            logits = one(logits)
+        return mx.random.categorical(logits * (1 / temp))
+
+    sampler.temp = temp  # type: ignore[attr-defined]
+    return sampler
+
+
+def grows() -> Any:
+    kept: list[Any] = []
+
+    def sampler(logits: mx.array) -> mx.array:
+        kept.append(mx.argmax)
+        return mx.argmax(logits) + len(kept)
+
+    return sampler
+
+
+def counts_in_its_attributes() -> Any:
+    def sampler(logits: mx.array) -> mx.array:
+        sampler.__dict__["n"] = sampler.n + 1  # type: ignore[attr-defined]
+        return mx.argmax(logits) + sampler.n  # type: ignore[attr-defined,no-any-return]
+
+    sampler.n = 0  # type: ignore[attr-defined]
+    return sampler
+
+
+def test_samplers_of_other_servers_depend_on_their_arguments() -> None:
+    drawn = [lambda x: x * 2.0, functools.partial(mx.multiply, 2.0)]
+    for sampler in (
+        filtered([]),
+        filtered(drawn),
+        Wraps(mx.argmax),
+        Wraps(filtered([])),
+    ):
+        assert not callables.has_state(sampler), sampler
+        assert callables.draws(sampler)
+    greedy = lambda x: mx.argmax(x, axis=-1)  # noqa: E731
+    greedy.temp = 0.0  # type: ignore[attr-defined]
+    assert not callables.has_state(greedy)
+    assert not callables.draws(greedy)
+
+
+def test_what_looks_like_them_and_has_a_state() -> None:
+    found = [
+        *(Remembers(), Masks(), Moves(mx.argmax), grows(), counts_in_its_attributes()),
+        *(
+            Wraps(Remembers()),
+            Wraps(Wraps),
+            filtered([grows()]),
+            Wraps(iter([]).__next__),
+        ),
+    ]
+    assert [f for f in found if not callables.has_state(f)] == []
+
+
+@pytest.mark.parametrize("what", ["temp", "filters"])
+def test_a_sampler_that_its_server_changes_is_noticed(
+    model: Any, protected: None, what: str
+) -> None:
+    filters: list[Any] = [lambda x: x * 2.0]
+    sampler = filtered(filters)
+    generator = generate.BatchGenerator(model)
+    uids = generator.insert([PROMPTS[0]], [12], samplers=[sampler])
+    while not generator.next()[1]:
+        pass
+    if what == "temp":
+        sampler.temp = 0.1
+    else:
+        filters[0] = lambda x: x * 3.0
+    assert "has changed" in refused(generator, uids)
+
+
 def test_a_flag_that_another_function_changes_is_noticed(
     model: Any, protected: None
 ) -> None:

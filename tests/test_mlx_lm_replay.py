@@ -407,6 +407,34 @@ def test_tokens_that_did_not_pass_by_are_noticed(model: Any, protected: None) ->
     refuses(generator, uids, "did not pass by")
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6, 9])
+def test_drafts_are_exact_or_there_is_the_typed_error(
+    model: Any,
+    right: list[list[int]],
+    protected: None,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:
+    """Speculative decoding of a server's own tells several tokens in one step."""
+    cls = generate.GenerationBatch
+    one = cls.next
+
+    def two(self: Any) -> Any:
+        answers = one(self)
+        if len(self) and all(answer.finish_reason is None for answer in answers):
+            answers += one(self)
+        return answers
+
+    monkeypatch.setattr(cls, "next", two)
+    assert answers_of(model) == right
+    with testing.inject("decode", step, 8) as plan:
+        try:
+            assert answers_of(model) == right
+        except mlx_safe.OutOfMemoryError as e:  # within one, where none was told yet
+            assert "did not pass by" in notes_of(e)
+        assert plan.fired == 1
+
+
 # -- caches ---------------------------------------------------------------------------
 
 
@@ -456,11 +484,62 @@ def test_a_cache_of_failed_work_is_not_taken(model: Any, protected: None) -> Non
     generator = generate.BatchGenerator(model)
     caches = read(model, PREFIX)
     testing.record_fault(2)  # MLX has swallowed it
-    with pytest.raises(mlx_safe.MetalError):
-        generator.insert([PROMPTS[0]], [12], caches=[caches])
+    uids = generator.insert([PROMPTS[0]], [12], caches=[caches])
+    with pytest.raises(mlx_safe.MetalError) as caught:
+        generator.next()
+    assert "its cache may be of failed work" in notes_of(caught.value)
+    generator.remove(uids)
     # Its server goes on without one.
     uids = generator.insert([PREFIX + PROMPTS[0]], [12])
     assert len(run(generator, uids)[0]) == 12
+
+
+@pytest.mark.parametrize("code", [2, 9])
+def test_a_fault_of_before_a_cache_was_made_is_not_of_it(
+    model: Any, protected: None, code: int
+) -> None:
+    """Another's, whose prompt its server has read in vain."""
+    generator = generate.BatchGenerator(model)
+    testing.record_fault(code)
+    caches = read(model, PREFIX)
+    uids = generator.insert([PROMPTS[0]], [12], caches=[copy.deepcopy(caches)])
+    whole = generate.BatchGenerator(model)
+    expected = run(whole, whole.insert([PREFIX + PROMPTS[0]], [12]))
+    assert run(generator, uids) == expected
+    # As old as what it is a copy of.
+    testing.record_fault(2)
+    generator.insert([PROMPTS[0]], [12], caches=[copy.deepcopy(caches)])
+    with pytest.raises(mlx_safe.MetalError):
+        generator.next()
+
+
+def test_what_a_cache_of_failed_work_held_is_read_again(
+    model: Any, right: list[list[int]], protected: None
+) -> None:
+    """Where its tokens are known; one that runs beside it stays right as well."""
+    generator = generate.BatchGenerator(model)
+    uids = generator.insert([PROMPTS[1]], [LENGTHS[1]])
+    told: Tokens = {}
+    ends: dict[int, str] = {}
+    while not told:
+        steps(generator, told, ends)
+    first, *rest = PROMPTS[0]
+    spoilt = read(model, [first + 1, *PREFIX])
+    testing.record_fault(2)
+    more: dict[str, Any] = {"all_tokens": [[first, *PREFIX]], "caches": [spoilt]}
+    uids += generator.insert([rest], [LENGTHS[0]], **more)
+    progress = []
+    while len(ends) < 2:
+        prompts, answers = generator.next()
+        progress += [p.progress for p in prompts if p.uid == uids[1]]
+        for answer in answers:
+            told.setdefault(answer.uid, []).append(answer.token)
+            if answer.finish_reason is not None:
+                ends[answer.uid] = answer.finish_reason
+    whole = generate.BatchGenerator(model)
+    expected = run(whole, whole.insert([[first, *PREFIX, *rest]], [LENGTHS[0]]))
+    assert [told[uid] for uid in uids] == [right[1], *expected]
+    assert {total for _, total in progress} == {len(rest)}
 
 
 def test_no_cache_of_a_step_that_failed_is_handed_out(
@@ -505,6 +584,40 @@ def test_a_windowed_cache_is_begun_again(
     with testing.inject(phase, step, 8) as plan:
         assert windowed(model, 16) == right
         assert plan.fired == 1
+
+
+def test_a_cache_of_another_kind_is_not_begun_again(
+    model: Any, protected: None
+) -> None:
+    """As the quantised ones of fusion-mlx: its text would be another."""
+    from mlx_lm.models.cache import KVCache
+
+    class OfAnother(KVCache):  # type: ignore[misc]
+        pass
+
+    generator = generate.BatchGenerator(model)
+    caches = [[OfAnother() for _ in model.layers]]
+    uids = generator.insert([PROMPTS[0]], [30], caches=caches)
+    refuses(generator, uids, "of a kind that mlx-lm does not have")
+
+
+def test_an_empty_cache_that_its_server_fills_is_empty_again(
+    model: Any, right: list[list[int]], protected: None
+) -> None:
+    """As vmlx does with the one that it has given."""
+    generator = generate.BatchGenerator(model)
+    caches = empty_caches(model, None)
+    uids = generator.insert(PROMPTS, LENGTHS, caches=caches)
+    told: Tokens = {}
+    ends: dict[int, str] = {}
+    while not told:
+        steps(generator, told, ends)
+    for cache in caches:
+        model(mx.array([PREFIX]), cache=cache)
+    with testing.inject("decode", 1, 5):
+        while len(ends) < 3:
+            assert steps(generator, told, ends)
+    assert [told[uid] for uid in uids] == right
 
 
 def test_a_cache_that_mlx_lm_cannot_batch_fails_as_without_us(model: Any) -> None:

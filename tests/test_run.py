@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -141,6 +142,17 @@ def test_a_program_without_mlx_leaves_no_report(
         (
             ("--supervise", "--listen", "99999", "--", "true", "{fd}"),
             "--listen 99999: must be a port, or HOST:PORT",
+        ),
+        *(
+            (
+                ("--supervise", "--listen", where, "--", "true", "{fd}"),
+                f"--listen {where}: must be a port, or HOST:PORT, such as [::1]:8000",
+            )
+            for where in ("", ":80", "::1", "[::1]", "unix:/tmp/socket")
+        ),
+        (
+            ("--supervise", "--listen", "a.invalid:80", "--", "true", "{fd}"),
+            "--listen a.invalid:80: ",
         ),
         (("--sometimes", "--", "true"), "unrecognized arguments: --sometimes"),
     ],
@@ -312,6 +324,52 @@ def test_an_application_that_is_not_changed_answers_and_comes_back() -> None:
         assert eventually(served)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) in (0, 128 + signal.SIGTERM)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_nobody_is_refused_over_a_restart(host: str) -> None:
+    """Who comes while no program serves waits for the next one."""
+    name = f"[{host}]" if ":" in host else host
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, 0), family=family) as free:
+            port = free.getsockname()[1]
+    except OSError:
+        pytest.skip(f"this machine has no {host}")
+    words = ["--supervise", "--asgi", "--listen", f"{name}:{port}", "--", *UVICORN]
+    seen: list[str] = []
+    begun = ended = False
+
+    def ask(path: str = "/background") -> str:
+        connection = http.client.HTTPConnection(host, port, timeout=LIMIT_S)
+        try:
+            with contextlib.closing(connection):
+                connection.request("GET", path)
+                return str(connection.getresponse().status)
+        except ConnectionRefusedError:
+            return "refused"
+        except (OSError, http.client.HTTPException):
+            return "cut"
+
+    def ask_on() -> None:
+        while not ended:
+            seen.append(ask())
+
+    with running(*words, "--fd", "{fd}"):
+        assert eventually(lambda: ask() == "200")
+        threads = [threading.Thread(target=ask_on) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        begun = eventually(lambda: "200" in seen)
+        died = ask("/dies")
+        before = len(seen)
+        came_back = eventually(lambda: "200" in seen[before:])
+        ended = True
+        for thread in threads:
+            thread.join(LIMIT_S)
+    assert begun and came_back
+    assert died == "503"
+    assert "refused" not in seen
 
 
 LIVES_ON = text_of("lives_on_after_signals")

@@ -23,7 +23,7 @@ from support.server import Answer, Server, eventually, free_port
 ROOT = Path(__file__).parent.parent.parent
 # They share two cores with whatever else is tested.
 START_S = float(os.environ.get("MLX_SAFE_TEST_START_S", "240"))
-ANSWER_S = 60.0
+ANSWER_S = float(os.environ.get("MLX_SAFE_TEST_ANSWER_S", "60"))
 
 # MODELS: a directory that has nothing but the model's.
 MODEL, MODELS, PORT, FD = "{model}", "{models}", "{port}", "{fd}"
@@ -40,6 +40,8 @@ class Peer:
         env: what it needs on Linux.
         takes_names: requests give the model's name, not its path.
         begins_early: a plain answer's 200 goes out before there is an answer.
+        headers: of each request.
+        in_child: its model is in a child process, which is all that ends.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Peer:
     env: dict[str, str] = field(default_factory=dict)
     takes_names: bool = False
     begins_early: bool = False
+    headers: dict[str, str] = field(default_factory=dict)
+    in_child: bool = False
 
     @property
     def bin(self) -> Path:
@@ -65,6 +69,8 @@ VLLM = ("vllm-mlx", "serve", MODEL, "--port", PORT, "--host", "127.0.0.1")
 MTPLX = ("--no-mtp", "--unsafe-force-unverified", "--yes", "--no-auth")
 # By default it takes one at a time, with a generator of its own.
 VMLX = ("--continuous-batching", "--max-num-seqs", "4", "--reasoning-parser", "none")
+FUSION = ("--api-key", "key")
+OPENAI = ("--model-type", "lm", "--port", PORT, "--no-log-file")
 PEERS = [
     Peer(
         "vllm-mlx-batched",
@@ -107,8 +113,26 @@ PEERS = [
         "flyto-mlx",
         ("omlx", "serve", "--model-dir", MODELS, "--port", PORT, "--no-cache"),
         "flyto-mlx 0.7.0 (a fork of omlx), mlx 0.32.3, mlx-lm 0.31.3",
+        batched=True,
         takes_names=True,
         begins_early=True,
+    ),
+    Peer(
+        "fusion-mlx",
+        "fusion-mlx",
+        (*("fusion-mlx", "serve", "--model-dir", MODELS, "--port", PORT), *FUSION),
+        "fusion-mlx 0.10.24, mlx 0.32.4, mlx-lm 0.31.3",
+        batched=True,
+        takes_names=True,
+        headers={"Authorization": "Bearer key"},
+    ),
+    Peer(
+        "mlx-openai-server",
+        "mlx-openai-server",
+        (*("mlx-openai-server", "launch", "--model-path", MODEL), *OPENAI),
+        "mlx-openai-server 1.8.1, mlx 0.31.2, mlx-lm 0.31.3",
+        batched=True,
+        in_child=True,
     ),
     Peer(
         "mlx-vlm",
@@ -133,7 +157,13 @@ MODES = {
 
 # Of those that take a descriptor: what they are started with then.
 LISTENS = ("run", "--supervise", "--asgi", "--replay", "--listen", PORT)
-TAKES_A_DESCRIPTOR = {"rapid-mlx": ("rapid-mlx", "serve", MODEL, "--listen-fd", FD)}
+TAKES_A_DESCRIPTOR = {
+    "rapid-mlx": ("rapid-mlx", "serve", MODEL, "--listen-fd", FD),
+    "fusion-mlx": (
+        *("fusion-mlx", "serve", "--model-dir", MODELS, "--listen-fd", FD),
+        *FUSION,
+    ),
+}
 
 
 class Running(Server):
@@ -144,7 +174,7 @@ class Running(Server):
         self.model = model
         self.port = free_port()
         # FastAPI reads a body as JSON only where it is said that it is.
-        self.headers = {"Content-Type": "application/json"}
+        self.headers = {"Content-Type": "application/json", **peer.headers}
         self.tls = None
         self._plan = work / "plan"
         self._taken = work / "plan.taken"

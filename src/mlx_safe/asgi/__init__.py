@@ -125,9 +125,9 @@ class ProtectedApp:
             self._open.discard(exchange)
             if exchange.code is not None:
                 self._answered[exchange.code] += 1
-            if exchange.fault is not None and exchange.fault.fatal:
-                self._replace(exchange.fault)
-                self._leave_for(exchange.fault)
+            if exchange.fatal is not None and _is_believed(exchange.fatal):
+                self._replace(exchange.fatal)
+                self._leave_for(exchange.fatal)
             self._note_answered()
 
     if not TYPE_CHECKING:
@@ -222,6 +222,16 @@ class ProtectedApp:
             _leave()
 
         threading.Thread(target=leave, name="mlx-safe-leave", daemon=True).start()
+
+
+def _is_believed(fatal: errors.GPUError) -> bool:
+    """Whether ``fatal`` is no mere text, which a client may have sent.
+
+    Where the hooks watch Metal's command buffers, MLX raises nothing that they do not
+    count. Elsewhere, as with CUDA, there is nothing but the text.
+    """
+    counts = _core.metal_status()["active"]
+    return bool(fatal.faults) or not counts or any(f.fatal for f in _faults.faults())
 
 
 def _answer_all(lost: errors.GPUError) -> None:

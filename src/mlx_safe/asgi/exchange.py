@@ -16,10 +16,12 @@ from .messages import (
     Send,
     answerable,
     decoded,
+    fatal_behind,
     fault_at_the_end,
     has_ended,
     is_anthropic,
     is_event_stream,
+    is_whole,
     kept_headers,
     named_in,
     quoted_by,
@@ -33,6 +35,8 @@ log = logging.getLogger("mlx_safe")
 # Of an answer with a 5xx status, which is held back until it is known what it is of.
 HELD_MAX = 65536
 HELD_S = 0.1
+# One that its application does not end: it may be a stream, or wait for its client.
+UNENDED_S = 5.0
 MAY_BE_A_FAULT = (500, 502, 503, 507)
 # Of a stream: what may name a fault, or be its [DONE].
 TAIL_MAX = 4096
@@ -42,8 +46,8 @@ class Exchange:
     """One request and its answer.
 
     Attributes:
-        fault: what the request ended with, if it was a fault. Not what is only quoted:
-            a client's own words may be, and must not end the process.
+        fatal: the fault that the request ended with and that ends the process. Not what
+            is only quoted: that may be a client's own words.
         code: of the error response that it was given here; None: none.
     """
 
@@ -67,7 +71,9 @@ class Exchange:
         self._is_over = False
         self._is_ours = False
         self._is_events = False
-        self.fault: errors.GPUError | None = None
+        # It says how long it is, or has no body.
+        self._is_whole = False
+        self.fatal: errors.GPUError | None = None
         self.code: str | None = None
 
     def end(self, lost: errors.GPUError) -> None:
@@ -136,8 +142,9 @@ class Exchange:
     async def _answer_for(self, exc: BaseException) -> bool:
         """Whether ``exc`` comes of a fault or a lack of memory, and has its answer."""
         known = answerable(exc)
-        cause = known or self._logged()
-        self.fault = cause if isinstance(cause, errors.GPUError) else None
+        logged = None if known is not None else self._logged()
+        self.fatal = fatal_behind(exc) or _if_fatal(logged)
+        cause = known or logged
         if cause is None:
             known = cause = quoted_by(exc)
         if cause is not None and await self._fail(cause):
@@ -159,13 +166,18 @@ class Exchange:
     async def _pass(self, message: Message) -> None:
         """Stands for the server's ``send``."""
         kind: str = message["type"]
+        if self._sending.locked():  # what was held back goes first
+            async with self._sending:
+                pass
         if self._is_ours and kind.startswith(("http.response", "websocket")):
             return
         if kind == "http.response.start":
             if message["status"] >= 500:
                 self._held.append(message)
+                self._release_soon(UNENDED_S)
                 return
             self._is_events = is_event_stream(message)
+            self._is_whole = is_whole(message)
             self._has_begun = True
         elif kind == "http.response.body":
             if self._held and not self._has_begun:
@@ -190,11 +202,12 @@ class Exchange:
         """The end of what came in parts waits until the application has ended.
 
         Starlette's `BaseHTTPMiddleware` ends a stream first and raises what ended it
-        then (1.0): without its end the client sees that it is not whole.
+        then (1.0), and a middleware that compresses has its last bytes in that end:
+        without it the client sees that the stream is not whole.
         """
         if self._is_events or message.get("more_body", False) or self._is_over:
             return True
-        if message.get("body") or not self._has_parts:
+        if self._is_whole and not self._has_parts:
             return True
         self._held = [message]
         self._release_soon()
@@ -222,22 +235,25 @@ class Exchange:
             await self._release()
         elif not message.get("more_body", False):
             text = b"".join(m.get("body", b"") for m in self._held)
-            if self._held[0]["status"] in MAY_BE_A_FAULT:
-                self.fault = self._logged()
-            found = self.fault or named_in(decoded(self._held[0], text, HELD_MAX))
+            may_be = self._held[0]["status"] in MAY_BE_A_FAULT
+            logged = self._logged() if may_be else None
+            self.fatal = _if_fatal(logged)
+            found = logged or named_in(decoded(self._held[0], text, HELD_MAX))
             if found is not None:
                 await self._fail(found)
             else:
                 # Starlette answers 500 first and raises the exception then.
                 self._release_soon()
 
-    def _release_soon(self) -> None:
+    def _release_soon(self, after_s: float = HELD_S) -> None:
         """Unless the application ends before; a background task may take long."""
 
         async def release() -> None:
-            await asyncio.sleep(HELD_S)
+            await asyncio.sleep(after_s)
             await self._release()
 
+        if self._releasing is not None:
+            self._releasing.cancel()
         self._releasing = asyncio.ensure_future(release())
 
     async def _release(self) -> None:
@@ -273,7 +289,7 @@ class Exchange:
             self._is_over = self._is_ours = True
             if self._has_begun or not self._can_refuse():
                 code = 1013 if reply.retry_after is not None else 1011
-                if isinstance(exc, errors.GPUError) and exc.fatal:
+                if self._lost is not None or self.fatal is not None:
                     code = 1012
                 await self._send({"type": "websocket.close", "code": code})
             else:  # a close would be a 403, which says never to come again
@@ -321,3 +337,7 @@ class Exchange:
 
     def _is_anthropic(self) -> bool:
         return is_anthropic(self._scope["path"])
+
+
+def _if_fatal(fault: errors.GPUError | None) -> errors.GPUError | None:
+    return fault if fault is not None and fault.fatal else None

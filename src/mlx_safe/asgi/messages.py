@@ -57,6 +57,12 @@ def is_event_stream(start: Message) -> bool:
     return bool(kind.startswith(b"text/event-stream") and encoding == b"identity")
 
 
+def is_whole(start: Message) -> bool:
+    """Of a response that is no stream: it says how long it is, or has no body."""
+    names = {name.lower() for name, _ in start.get("headers", ())}
+    return b"content-length" in names or start["status"] in (204, 304)
+
+
 def has_ended(tail: bytes) -> bool:
     """Whether a stream has the end that OpenAI's and Anthropic's APIs give it."""
     return _ENDED.search(tail) is not None
@@ -76,6 +82,21 @@ def answerable(exc: BaseException) -> Exception | None:
             first = first or (one if is_allocation_failure(one) else None)
         first = first or fault
     return first
+
+
+def fatal_behind(exc: BaseException) -> errors.GPUError | None:
+    """The fatal fault that ``exc``, or what is behind it, is.
+
+    It was counted, or its text begins with MLX's words. Where they stand in the midst
+    of others they may be a client's, whose request must not end the process.
+    """
+    for one in behind(exc):
+        fault = errors.from_exception(one)
+        if fault is None or not fault.fatal:
+            continue
+        if fault.faults or _QUOTED.match(str(one)):
+            return fault
+    return None
 
 
 def quoted_by(exc: BaseException) -> errors.GPUError | None:

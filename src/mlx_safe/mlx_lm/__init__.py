@@ -17,6 +17,7 @@ It raises the `GPUError` where that would not be exact: see `protect`.
 | `batch` | what is kept of one generator, and what follows a failure of it |
 | `sequences` | one request: what was inserted and produced, and how to go on with it |
 | `callables` | samplers and processors: which depend on their arguments alone |
+| `births` | caches know which faults were before them |
 | `places` | in mlx-lm 0.31.3, a sampler and penalties stay with their request |
 | `stops` | stop words after some tokens of an answer |
 
@@ -60,8 +61,10 @@ def protect(
 
     A cache that goes to the server (of an answer that has ended, of ``extract_cache``
     or ``remove``) is computed first. So no prompt cache keeps what a fault has spoilt.
-    Who reads prompts outside the generator must look after that by himself
-    (`mlx_safe.guard`): a fault since the last step makes ``insert`` with a cache raise.
+    A fault since the last step may be of a cache that comes with an insert, of a prompt
+    that was read outside the generator, unless the cache was made after it. Such a
+    request begins from its tokens, where
+    they explain its cache; else the next step raises.
 
     Args:
         cls: mlx-lm's class, or a copy of it in another package; None: mlx-lm's.

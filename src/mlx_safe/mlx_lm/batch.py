@@ -31,6 +31,7 @@ from .._failures import (
 )
 from .._thread_state import drop_failed, make_sound
 from ..memory.demand import STEP_MIN
+from .births import are_younger_than_faults, note_births
 from .callables import draws, has_state, may_draw
 from .places import keep_places
 from .sequences import Kept, leaves
@@ -100,6 +101,7 @@ def protect(cls: Any, attempts: int, keep_caches: bool) -> None:
             f"to 0.32: it has no {', '.join(missing)}"
         )
     _seeds.watch()
+    note_births()
     protection = _Protection(cls, attempts, keep_caches)
     setattr(cls, _ATTRIBUTE, protection)
     for name, wrapped in _wrapped(protection).items():
@@ -206,29 +208,39 @@ class _Replay:
     def inserted(self, uids: Sequence[Any]) -> None:
         """Keeps what ``insert_segments`` has put at the end of the queue.
 
-        Raises:
-            GPUError: a cache came with them, and there was a fault since the last step.
+        A fault since the last step may be of the caches that came with them, unless
+        they were made after it. The next step deals with it: servers have a way out
+        there, and some have none here (flyto-mlx 0.7 loses the request, and its client
+        waits for ever).
         """
         if self._refused is not None:
             self._forget_all()
         queue = self._generator._unprocessed_sequences
         entries = [queue[i - len(uids)] for i in range(len(uids))]
-        given = [leaf for e in entries for leaf in leaves(e[3]) if _is_filled(leaf)]
+        filled = [list(filter(_is_filled, leaves(entry[3]))) for entry in entries]
+        given = [caches for caches in filled if caches]
+        failed = None
         try:
             if given:
-                mx.eval([cache.state for cache in given])
-                self._faults.check()
+                mx.eval([cache.state for caches in given for cache in caches])
+                if not all(map(are_younger_than_faults, given)):
+                    self._faults.check()
+                elif not self.kept:  # what failed is not in here
+                    self._doubt = self._faults.settle()
         except Exception as e:
-            self._protection.plain["remove"](self._generator, uids)
-            fault = self._faults.behind(e)
-            self._pass(e)
-            raise fault or e from None
+            if self._faults.behind(e) is None and not errors.is_allocation_failure(e):
+                self._protection.plain["remove"](self._generator, uids)
+                raise
+            self._doubt = self._doubt or e
+            failed = e
         seeded = self._seeds_met < _seeds.calls
         self._seeds_met = _seeds.taken = _seeds.calls
         for entry in entries:
             self.kept[entry[0]] = kept = Kept(entry)
             kept.seeded = seeded
             self._judge(kept, entry)
+            if failed is not None and any(map(_is_filled, leaves(kept.cache))):
+                kept.why_not = "its cache may be of failed work"
 
     def _pass(self, exc: Exception) -> None:
         """A failure that no step has met: the next step does, if there is work."""
@@ -246,8 +258,11 @@ class _Replay:
             kept.why_not = "its sampler may have a state"
         elif any(has_state(processor) for processor in processors or ()):
             kept.why_not = "a logits processor of it may have a state"
+        elif not all(map(_is_of_mlx_lm, leaves(cache))):
+            kept.why_not = "it came with a cache of a kind that mlx-lm does not have"
         elif not any(_is_filled(leaf) for leaf in leaves(cache)):
-            return  # merged into a batch's, it stays as it is
+            # mlx-lm merges it into a batch's; vmlx (1.6) fills it.
+            kept.keep_cache()
         elif kept.is_explained and _kinds(fresh := self._fresh()) == _kinds(cache):
             kept.forget_cache(fresh)
         elif self._protection.keep_caches:
@@ -484,6 +499,11 @@ def _compute(caches: Any) -> None:
 def _is_filled(cache: Any) -> bool:
     empty = getattr(cache, "empty", None)
     return empty is None or not empty()
+
+
+def _is_of_mlx_lm(cache: Any) -> bool:
+    """Else what is in it may depend on how it was filled, as a quantised one's does."""
+    return "mlx_lm.models." in type(cache).__module__
 
 
 def _kinds(caches: Any) -> list[str]:

@@ -5,8 +5,9 @@ as before, but not as often. One that counts its calls, or draws from a random s
 its own, would give another answer. Python cannot say what a function does; what is
 found here is what its code and its closure show, and anything else has a state.
 
-What somebody else changes between two calls (a flag in a closure) is noticed by
-comparing what it reads; what is in an array is not compared.
+What somebody else changes between two calls (a flag in a closure, an attribute, which
+functions are in a list) is noticed by comparing what it reads; what is in an array is
+not compared.
 """
 
 from __future__ import annotations
@@ -40,6 +41,15 @@ _CHANGING = frozenset(
         *("imod", "ipow", "imatmul", "iand", "ior", "ixor", "ilshift", "irshift"),
     )
 )
+# Of lists, dictionaries and sets.
+_ADDING = frozenset(
+    (
+        *("append", "extend", "insert", "pop", "remove", "clear", "add", "discard"),
+        *("update", "setdefault", "popitem", "iconcat", "reverse"),
+    )
+)
+# What Python itself puts into a class.
+_OF_CLASSES = ("__module__", "__doc__", "__dict__", "__weakref__", "__annotations__")
 # Modules whose functions their arguments decide; and MLX, whose random state is
 # looked after. Of any other nobody knows what it keeps: `random`, `time`.
 _MODULES = ("mlx", "mlx_lm", "math", "cmath", "operator", "functools", "numpy")
@@ -73,7 +83,11 @@ def _mark_of(function: Any) -> Any:
 def has_state(function: Any) -> bool:
     """Whether ``function`` may depend on more than its arguments."""
     look = _Look()
-    return not look.is_pure(function, _DEPTH_MAX) or (look.changes and look.has_arrays)
+    return (
+        not look.is_pure(function, _DEPTH_MAX)
+        or (look.changes and (look.has_arrays or look.has_parts))
+        or (look.adds and look.has_parts)
+    )
 
 
 def reads(function: Any) -> list[Any]:
@@ -93,7 +107,9 @@ def draws(sampler: Any) -> bool:
     if isinstance(sampler, functools.partial):
         return draws(sampler.func)
     if not isinstance(sampler, types.FunctionType):
-        return getattr(sampler, "__name__", "") != "argmax"
+        # MLX's own; an object may pass on the name of what it wraps.
+        is_mlx = type(sampler).__module__ == "nanobind"
+        return not (is_mlx and sampler.__name__ == "argmax")
     code = sampler.__code__
     if code.co_freevars or any(isinstance(c, types.CodeType) for c in code.co_consts):
         return True
@@ -109,14 +125,17 @@ class _Look:
     """What was found of one function, and of what it calls.
 
     Attributes:
-        changes: something is changed in place. has_arrays: it has arrays from one call
-            to the next.
-        read: numbers and texts that it reads.
+        changes: something is changed in place. adds: or added to, or taken out of.
+        has_arrays: it has arrays from one call to the next. has_parts: it has lists or
+            attributes.
+        read: numbers and texts that it reads, and which functions are in its lists.
     """
 
     def __init__(self) -> None:
         self.changes = False
+        self.adds = False
         self.has_arrays = False
+        self.has_parts = False
         self.read: list[Any] = []
 
     def is_pure(self, value: Any, depth: int) -> bool:
@@ -146,22 +165,39 @@ class _Look:
             return self._are_pure(parts, depth - 1)
         if isinstance(value, types.BuiltinFunctionType):
             return value.__self__ is None or self.is_pure(value.__self__, depth - 1)
-        return isinstance(value, types.FunctionType) and self._has_pure_parts(
-            value, depth - 1
-        )
+        if isinstance(value, types.FunctionType):
+            return self._has_pure_parts(value, depth - 1)
+        return self._is_pure_object(value, depth - 1)
+
+    def _is_pure_object(self, value: Any, depth: int) -> bool:
+        """Of a class written in Python, all of whose methods are pure but the first."""
+        self.has_parts = True
+        found: list[Any] = list(getattr(value, "__dict__", {}).values())
+        for cls in type(value).__mro__[:-1]:
+            found += [
+                member
+                for name, member in vars(cls).items()
+                if name not in _OF_CLASSES and name != "__init__"
+            ]
+        return not isinstance(value, type) and self._are_pure(found, depth)
 
     def _are_pure(self, values: Iterable[Any], depth: int) -> bool:
         return all(self.is_pure(value, depth) for value in values)
 
     def _has_pure_parts(self, function: types.FunctionType, depth: int) -> bool:
-        if function.__dict__.keys() - {_MARK, "__wrapped__"}:
-            return False  # it may count there
+        attributes = {**function.__dict__}
+        for name in (_MARK, "__wrapped__"):
+            attributes.pop(name, None)
+        self.has_parts = self.has_parts or bool(attributes)  # it may count there
         facts = _facts(function.__code__)
         if not facts.is_pure:
             return False
         self.changes = self.changes or facts.changes
+        self.adds = self.adds or facts.adds
+        found: list[Any] = list(attributes.values())
         try:
-            found = [cell.cell_contents for cell in function.__closure__ or ()]
+            for cell in function.__closure__ or ():
+                found += self._taken_apart(cell.cell_contents)
         except ValueError:  # it is not there yet
             return False
         found += function.__defaults__ or ()
@@ -175,6 +211,26 @@ class _Look:
         if has_numpy and "random" in facts.names:
             return False
         return self._are_pure(found, depth)
+
+    def _taken_apart(self, value: Any) -> list[Any]:
+        """Of a list of functions, as samplers have for their filters, those."""
+        if type(value) is not list or not all(map(callable, value)):
+            return [value]
+        self.has_parts = True
+        self.read.append([_Same(one) for one in value])
+        return value
+
+
+class _Same:
+    """Equal to what stands for the same object, which is kept."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Facts:
@@ -193,6 +249,7 @@ class _Facts:
             and all(name.partition(".")[0] in _MODULES for name in imported)
             and not any(map(_is_numpy_random, imported))
         )
+        self.adds = not self.names.isdisjoint(_ADDING)
         self.changes = (
             not done.isdisjoint(_CHANGES)
             or not self.names.isdisjoint(_CHANGING)

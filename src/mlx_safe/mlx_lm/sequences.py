@@ -42,7 +42,7 @@ class Kept:
     __slots__ = (
         *("uid", "produced", "made", "attempts", "is_drawn", "seeded", "why_not"),
         *("_segments", "_max_tokens", "_cache", "_tokens", "_sampler", "_processors"),
-        *("_stops", "_read", "_is_read", "_total", "_reads"),
+        *("_stops", "_read", "_is_read", "_total", "_reads", "_is_again"),
     )
 
     def __init__(self, entry: Sequence[Any]) -> None:
@@ -67,6 +67,7 @@ class Kept:
         self._reads = self._what_it_reads()
         self._read = 0
         self._is_read = False
+        self._is_again = False
 
     def _what_it_reads(self) -> list[Any]:
         found = (self._sampler, *(self._processors or ()))
@@ -106,6 +107,7 @@ class Kept:
     def entry(self) -> tuple[Any, ...]:
         """What the generator's ``_unprocessed_sequences`` gets, to go on with it."""
         self.made = 0
+        self._is_again = True
         segments = segments_with(self._segments, self.produced)
         # As `insert_segments` leaves them: the last one is the last token.
         last = segments.pop()
@@ -127,7 +129,7 @@ class Kept:
         Its progress goes on, so a caller that waits for it sees that something is done.
         """
         done = response.progress[0]
-        if self.attempts == 0:
+        if not self._is_again:
             self._read = done
             self._is_read = self._is_read or response.end_of_prompt
             return

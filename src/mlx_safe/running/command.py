@@ -75,9 +75,10 @@ def run(arguments: Sequence[str]) -> int:
     if not command:
         raise CommandError("no program is named: mlx-safe run [options] -- COMMAND ...")
     program = _find(command[0])
-    if asked.listen and not asked.supervise:
+    listens = asked.listen is not None
+    if listens and not asked.supervise:
         raise CommandError("--listen needs --supervise")
-    if bool(asked.listen) != any(FD in word for word in command):
+    if listens != any(FD in word for word in command):
         raise CommandError(
             f"--listen needs {FD} in the command, and {FD} needs --listen"
         )
@@ -99,7 +100,7 @@ def run(arguments: Sequence[str]) -> int:
 
     with contextlib.ExitStack() as stack:
         listener = None
-        if asked.listen:
+        if listens:
             listener = stack.enter_context(_listen(asked.listen))
             fd = str(listener.fileno())
             command = [word.replace(FD, fd) for word in command]
@@ -163,10 +164,18 @@ def _listen(where: str) -> socket.socket:
     from ..server import supervisor
 
     host, colon, port = where.rpartition(":")
+    is_ipv6 = host.startswith("[") and host.endswith("]")
     host = host.strip("[]") if colon else "127.0.0.1"
-    if not port.isdecimal() or int(port) > PORT_MAX:
-        raise CommandError(f"--listen {where}: must be a port, or HOST:PORT")
-    family, address = supervisor.find_address(host, int(port))
+    is_plain = bool(host) and (is_ipv6 or ":" not in host)
+    if not is_plain or not port.isdecimal() or int(port) > PORT_MAX:
+        raise CommandError(
+            f"--listen {where}: must be a port, or HOST:PORT, such as [::1]:8000"
+        )
+    try:
+        family, address = supervisor.find_address(host, int(port))
+    except CommandError as e:
+        why = str(e).removeprefix(f"--host {host}: ")
+        raise CommandError(f"--listen {where}: {why}") from e
     try:
         listener = socket.create_server(address[:2], family=family, backlog=512)
     except OSError as e:
