@@ -1,8 +1,8 @@
 """What protection costs a server of others while nothing fails.
 
 ``python bench/foreign_cost.py``. The batch step: mlx-lm's `BatchGenerator` with a tiny
-model, protected and not in turns, in processor time of all threads; the ratio with the
-interval in which 95 % of resampled pairs lie. What a busy machine does not change: the
+model, protected and not in turns, in processor time of all threads. Beside the ratio is
+the interval in which 95 % of resampled pairs lie. What a busy machine does not change: the
 bytecodes and the calls of C functions of a step, and what is ours of its time. ASGI:
 one request, and one event of a stream, of an application that does nothing else, with
 and without `protect`.

@@ -202,8 +202,8 @@ class Exchange:
         """The end of what came in parts waits until the application has ended.
 
         Starlette's `BaseHTTPMiddleware` ends a stream first and raises what ended it
-        then (1.0), and a middleware that compresses has its last bytes in that end:
-        without it the client sees that the stream is not whole.
+        then (1.0). A middleware that compresses has its last bytes in that end.
+        Without it the client sees that the stream is not whole.
         """
         if self._is_events or message.get("more_body", False) or self._is_over:
             return True

@@ -61,10 +61,9 @@ def protect(
 
     A cache that goes to the server (of an answer that has ended, of ``extract_cache``
     or ``remove``) is computed first. So no prompt cache keeps what a fault has spoilt.
-    A fault since the last step may be of a cache that comes with an insert, of a prompt
-    that was read outside the generator, unless the cache was made after it. Such a
-    request begins from its tokens, where
-    they explain its cache; else the next step raises.
+    A cache that comes with an insert, of a prompt that was read outside the generator,
+    may be of a fault since the last step, unless it was made after it. Then the request
+    begins from its tokens where they explain the cache. Else the next step raises.
 
     Args:
         cls: mlx-lm's class, or a copy of it in another package; None: mlx-lm's.

@@ -6,7 +6,7 @@ its own, would give another answer. Python cannot say what a function does; what
 found here is what its code and its closure show, and anything else has a state.
 
 What somebody else changes between two calls (a flag in a closure, an attribute, which
-functions are in a list) is noticed by comparing what it reads; what is in an array is
+functions are in a list) is noticed by comparing what it reads. What is in an array is
 not compared.
 """
 
