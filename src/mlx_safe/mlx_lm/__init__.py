@@ -61,9 +61,10 @@ def protect(
 
     A cache that goes to the server (of an answer that has ended, of ``extract_cache``
     or ``remove``) is computed first. So no prompt cache keeps what a fault has spoilt.
-    A cache that comes with an insert, of a prompt that was read outside the generator,
-    may be of a fault since the last step, unless it was made after it. Then the request
-    begins from its tokens where they explain the cache. Else the next step raises.
+    A cache that comes with an insert has a prompt that was read outside the generator.
+    It may be of a fault since the last step, unless it was made after it. Then the
+    request begins from its tokens where they explain the cache. Else the next step
+    raises.
 
     Args:
         cls: mlx-lm's class, or a copy of it in another package; None: mlx-lm's.
