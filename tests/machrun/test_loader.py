@@ -315,10 +315,27 @@ def test_what_is_no_command(core: bytes, tmp_path: Path) -> None:
         (["--"], nothing),
         ([path, "--"], no_name),
         ([path, "--", "none"], f"{path}: it has no _none"),
+        ([path, "--", "x" * 5000], "command: a function with a name of 5000"),
         (["--nonsense"], "--nonsense: there is no such file"),
     ):
         done = load(*words)
         assert (done.returncode, done.stderr) == (2, f"machrun: {said}\n")
+
+
+# A variable; a constant, which lies in the segment of the code.
+@pytest.mark.parametrize("name", ["_ZNSt3__14coutE", "_ZTSSt9exception"])
+def test_what_is_no_function(name: str) -> None:
+    path = CACHE / "cxxrt.dylib"
+    done = load(path, call=[name])
+    said = f"machrun: {path}: _{name} is no function\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_output_that_cannot_be_written() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = load("--imports", output=full)
+    said = "machrun: command: its output cannot be written\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:

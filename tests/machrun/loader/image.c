@@ -90,6 +90,18 @@ static void each_section(Image* image, void (*visit)(Image*, const Section*)) {
   }
 }
 
+bool is_code(const Image* image, const void* address) {
+  uint64_t wanted = (uint64_t)((const uint8_t*)address - image->base);
+  for (int i = 0; i < image->segment_count; i++) {
+    const SegmentCommand* segment = image->segments[i].command;
+    const Section* section = (const Section*)(segment + 1);
+    for (uint32_t left = segment->nsects; left > 0; left--, section++)
+      if (wanted - (section->addr - image->preferred) < section->size)
+        return section->flags & S_ATTR_SOME_INSTRUCTIONS;
+  }
+  return false;
+}
+
 enum { kCpuArm64 = 0x0100000c, kCpuX86_64 = 0x01000007, kFat = 0xbebafeca };
 
 static void check_header(const Image* image) {
