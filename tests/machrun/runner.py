@@ -7,10 +7,11 @@ import subprocess
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from support.versions import NEWEST_PAIR
 
-from .setup.packages import get_mlx, get_ours, get_site, version_of
+from .setup.packages import NEWEST, get_mlx, get_ours, get_site, version_of
 from .setup.places import CACHE, HERE, LOADER, MAIN, PYTHONS, QEMU
 
 LIMIT_S = 300
@@ -41,6 +42,8 @@ class Machine:
     @property
     def version(self) -> str:
         """MLX's own version."""
+        if self.mlx != NEWEST:
+            return self.mlx
         return version_of(get_mlx(self.mlx, PYTHONS[self.python], self.system))
 
     @property
@@ -85,14 +88,18 @@ class Machine:
 
 
 def load(
-    *files: Path | str, macos: str = "14.0", call: list[str] | None = None
+    *files: Path | str,
+    macos: str = "14.0",
+    call: list[str] | None = None,
+    output: IO[str] | int = subprocess.PIPE,
 ) -> subprocess.CompletedProcess[str]:
     """Loads Mach-O files, and calls a function of the last, `[name, *arguments]`."""
     sysroot = PYTHONS[MAIN].sysroot
     called = [] if call is None else ["--", *call]
     return subprocess.run(
         [str(QEMU), "-L", str(sysroot), str(LOADER), *map(str, files), *called],
-        capture_output=True,
+        stdout=output,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=LIMIT_S,
         env={

@@ -15,7 +15,7 @@ from support.programs import program
 
 from .runner import LIMIT_S, Machine
 from .setup.packages import NEWEST, VERSIONS
-from .setup.places import CACHE, HERE, PYTHONS, ROOT
+from .setup.places import CACHE, HERE, MAIN, PYTHONS, ROOT
 
 FAULTS, THREADS_S = 60, 1.5
 DOCS = ROOT / "docs" / "machrun.md"
@@ -91,10 +91,15 @@ def test_in_a_forked_child_nothing_is_hooked() -> None:
 
 # ---- the table of docs/machrun.md: `make machrun-sweep` -----------------------
 
-# Also each version of MLX with the main wheel, and each Python with both modes.
+# Also each version of MLX with each of our wheels, and each Python with both modes.
+WHEELS = {MAIN: "", "3.10": "-cp310", "3.12": "-abi3-3.12"}
 SWEPT = {
     **MACHINES,
-    **{version: Machine(mlx=version) for version in VERSIONS},
+    **{
+        version + mark: Machine(mlx=version, python=python)
+        for version in VERSIONS
+        for python, mark in WHEELS.items()
+    },
     "0.31.2-abi3-3.13": Machine(mlx="0.31.2", python="3.13"),
     "0.32.4-abi3-3.14": Machine(mlx="0.32.4", python="3.14"),
 }
@@ -123,6 +128,21 @@ def row_of(machine: Machine) -> str:
     assert threads["failed"] == threads["planned"], threads
     assert threads["untrue"] == threads["other"] == 0, threads
     return f"{key_of(machine)} {' | '.join(cells)} |\n"
+
+
+def test_each_wheel_was_swept_with_each_version() -> None:
+    assert {PYTHONS[python].wheel for python in WHEELS} == {
+        python.wheel for python in PYTHONS.values()
+    }
+    rows = DOCS.read_text().split(START)[1].split(END)[0].splitlines()
+    for version in VERSIONS:
+        for python in WHEELS:
+            key = key_of(Machine(mlx=version, python=python))
+            found = [row for row in rows if row.startswith(key)]
+            assert len(found) == 1, f"{key}: see `make machrun-sweep`"
+            cells = [cell.strip().replace(",", "") for cell in found[0].split("|")]
+            failed, raised, *wrong = map(int, cells[4:9])
+            assert failed == raised >= MANY and wrong == [0, 0, 0], found[0]
 
 
 def write(names: list[str]) -> None:

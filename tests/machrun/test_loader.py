@@ -105,17 +105,12 @@ def with_number(raw: bytes, at: int, value: int) -> bytes:
     return changed(raw, at, struct.pack("<I", value))
 
 
-def for_a_newer_macos_by_the_older_command(raw: bytes) -> bytes:
-    at = commands(raw)[BUILD_VERSION]
-    return changed(raw, at, struct.pack("<4I", 0x24, number(raw, at + 4), 0xF0000, 0))
-
-
 def for_no_system(raw: bytes) -> bytes:
     return with_number(raw, commands(raw)[BUILD_VERSION], 0x2A)
 
 
-def for_ios_by_the_older_command(raw: bytes) -> bytes:
-    return with_number(raw, commands(raw)[BUILD_VERSION], 0x25)
+def for_macos_by_the_older_command(raw: bytes) -> bytes:
+    return with_number(raw, commands(raw)[BUILD_VERSION], 0x24)
 
 
 def with_flat_names(raw: bytes) -> bytes:
@@ -179,9 +174,8 @@ BAD: dict[Callable[[bytes], bytes], str] = {
     with_a_command_that_dyld_must_know: "unknown load command 0x800000ff that dyld",
     truncated: "truncated: ",
     unsigned: "it is not signed: macOS does not load it",
-    for_a_newer_macos_by_the_older_command: "needs macOS 15.0, and 14.0 is pretended",
     for_no_system: "it does not say that it is for macOS",
-    for_ios_by_the_older_command: "nobody has reviewed the load command 0x25",
+    for_macos_by_the_older_command: "nobody has reviewed the load command 0x24",
     with_flat_names: "its imports do not say of which library they are",
     without_word_of_thread_variables: "its header does not tell of the thread's",
     with_an_unknown_command: "nobody has reviewed the load command 0x2c",
@@ -315,10 +309,27 @@ def test_what_is_no_command(core: bytes, tmp_path: Path) -> None:
         (["--"], nothing),
         ([path, "--"], no_name),
         ([path, "--", "none"], f"{path}: it has no _none"),
+        ([path, "--", "x" * 5000], "command: a function with a name of 5000"),
         (["--nonsense"], "--nonsense: there is no such file"),
     ):
         done = load(*words)
         assert (done.returncode, done.stderr) == (2, f"machrun: {said}\n")
+
+
+# A variable; a constant, which lies in the segment of the code.
+@pytest.mark.parametrize("name", ["_ZNSt3__14coutE", "_ZTSSt9exception"])
+def test_what_is_no_function(name: str) -> None:
+    path = CACHE / "cxxrt.dylib"
+    done = load(path, call=[name])
+    said = f"machrun: {path}: _{name} is no function\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_output_that_cannot_be_written() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = load("--imports", output=full)
+    said = "machrun: command: its output cannot be written\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_every_cut_of_a_file_is_refused(core: bytes, tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ def test_what_they_do(program: Path, tmp_path: Path) -> None:
     assert last.startswith("checks ") and int(last.split()[1]) > 100
 
 
+def test_output_that_is_lost_is_told(program: Path, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = load(program, call=["run", str(tmp_path), "0"], output=full)
+    said = "machrun: command: its output cannot be written\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 @pytest.mark.parametrize(
     ("function", "line"),
     [

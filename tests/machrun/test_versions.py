@@ -16,7 +16,8 @@ from mlx_safe import _mlx_versions
 
 from .runner import Machine
 from .setup.packages import NEWEST, VERSIONS
-from .setup.places import HERE, ROOT
+from .setup.places import ALL, HERE, MAIN, ROOT
+from .test_hooks import WHEELS
 
 DOCS = ROOT / "docs" / "machrun.md"
 START, END = "<!-- written by tests/machrun -->\n", "<!-- end -->\n"
@@ -27,19 +28,19 @@ Found = dict[str, dict[str, str]]
 
 
 @cache
-def all_found() -> dict[str, Found]:
+def all_found(python: str) -> dict[str, Found]:
     """Of every version; several at a time, as those that hang only wait."""
+    machines = [Machine(mlx=version, python=python) for version in VERSIONS]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(VERSIONS, pool.map(cases_of, VERSIONS), strict=True))
+        return dict(zip(VERSIONS, pool.map(cases_of, machines), strict=True))
 
 
-def found(version: str) -> Found:
-    return all_found()[version]
+def found(version: str, python: str = MAIN) -> Found:
+    return all_found(python)[version]
 
 
-def cases_of(version: str) -> Found:
+def cases_of(machine: Machine) -> Found:
     """{how: {case: outcome}}, of one process for each case."""
-    machine = Machine(mlx=version)
     done = subprocess.run(
         [str(HERE / "python"), str(HERE / "guest" / "cases.py"), *WAYS],
         capture_output=True,
@@ -61,18 +62,18 @@ RACES = {
 }
 
 
-def cells(version: str, how: str) -> list[str]:
-    outcomes = dict(found(version)[how])
+def cells(version: str, how: str, python: str) -> list[str]:
+    outcomes = dict(found(version, python)[how])
     both = RACES.get(version, "")
     if how == "plain" and outcomes["two GPU streams"] in both.split(" or "):
         outcomes["two GPU streams"] = both
     return list(outcomes.values())
 
 
-def rows(version: str) -> list[str]:
+def rows(version: str, python: str = MAIN) -> list[str]:
     """Its rows of the table."""
     return [
-        f"| {version} | {name} | {' | '.join(cells(version, how))} |"
+        f"| {version} | {name} | {' | '.join(cells(version, how, python))} |"
         for how, name in WAYS.items()
     ]
 
@@ -96,11 +97,13 @@ def write() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("python", WHEELS if ALL else [MAIN])
 def test_the_table_says_what_each_version_does(
-    version: str, private_reports: Path
+    version: str, python: str, private_reports: Path
 ) -> None:
+    """With each of our wheels; all of them where there is time."""
     text = documented()
-    for row in rows(version):
+    for row in rows(version, python):
         assert row in text, "docs/machrun.md says otherwise: see `make machrun-table`"
 
 

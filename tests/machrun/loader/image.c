@@ -90,6 +90,18 @@ static void each_section(Image* image, void (*visit)(Image*, const Section*)) {
   }
 }
 
+bool is_code(const Image* image, const void* address) {
+  uint64_t wanted = (uint64_t)((const uint8_t*)address - image->base);
+  for (int i = 0; i < image->segment_count; i++) {
+    const SegmentCommand* segment = image->segments[i].command;
+    const Section* section = (const Section*)(segment + 1);
+    for (uint32_t left = segment->nsects; left > 0; left--, section++)
+      if (wanted - (section->addr - image->preferred) < section->size)
+        return section->flags & S_ATTR_SOME_INSTRUCTIONS;
+  }
+  return false;
+}
+
 enum { kCpuArm64 = 0x0100000c, kCpuX86_64 = 0x01000007, kFat = 0xbebafeca };
 
 static void check_header(const Image* image) {
@@ -110,18 +122,15 @@ static void check_header(const Image* image) {
     refuse(image, "its imports do not say of which library they are");
 }
 
-static void check_version(Image* image, uint32_t least) {
-  if (least > g_pretends)
-    refuse(image, "needs macOS %u.%u, and %u.%u is pretended", least >> 16,
-           least >> 8 & 0xff, g_pretends >> 16, g_pretends >> 8 & 0xff);
-  image->is_for_macos = true;
-}
-
 static void check_platform(Image* image, const LoadCommand* command) {
   const struct build_version_command* build = (const void*)command;
   if (build->platform != PLATFORM_MACOS)
     refuse(image, "for platform %u, not for macOS", build->platform);
-  check_version(image, build->minos);
+  if (build->minos > g_pretends)
+    refuse(image, "needs macOS %u.%u, and %u.%u is pretended",
+           build->minos >> 16, build->minos >> 8 & 0xff, g_pretends >> 16,
+           g_pretends >> 8 & 0xff);
+  image->is_for_macos = true;
 }
 
 static void add_segment(Image* image, const LoadCommand* command) {
@@ -188,9 +197,6 @@ static void read_command(Image* image, const LoadCommand* command) {
       return add_segment(image, command);
     case LC_BUILD_VERSION:
       return check_platform(image, command);
-    case LC_VERSION_MIN_MACOSX:  // what older linkers write
-      return check_version(
-          image, ((const struct version_min_command*)command)->version);
     case LC_SYMTAB:
       return read_symtab(image, (const void*)command);
     case LC_DYLD_INFO_ONLY:

@@ -74,6 +74,8 @@ _Noreturn void refuse(const Image* image, const char* format, ...)
 // file.
 Image* load_image(const char* path, const Image* loader, bool quiet);
 Image* image_of(const void* address);
+// Whether it lies in a section of code.
+bool is_code(const Image* image, const void* address);
 // The part of the file; refuses what lies beyond its end.
 const void* file_range(const Image* image, uint64_t offset, uint64_t size,
                        const char* what);

@@ -49,10 +49,7 @@ static void open_python(void) {
     refuse(&kEnvironment, "MACHRUN_PYTHON=%s: %s", name, dlerror());
 }
 
-int main(int count, char** arguments) {
-  read_settings();
-  setvbuf(stdout, NULL, _IOLBF, 0);
-  open_python();
+static int run(int count, char** arguments) {
   if (count > 1 && !strcmp(arguments[1], "--imports")) return print_imports();
   if (count > 1 && !strcmp(arguments[1], "--python")) {
     int (*run_python)(int, char**) = dlsym(RTLD_DEFAULT, "Py_BytesMain");
@@ -66,9 +63,21 @@ int main(int count, char** arguments) {
   if (image == NULL) refuse(&kCommand, "neither --python nor a FILE to load");
   if (at == count) return 0;
   if (at + 1 == count) refuse(&kCommand, "-- without the name of a function");
-  char name[256];
-  snprintf(name, sizeof name, "_%s", arguments[at + 1]);
-  int (*run)(int, char**) = exported(image, name, NULL);
-  if (run == NULL) refuse(image, "it has no %s", name);
-  return run(count - at - 1, arguments + at + 1);
+  char name[1024];
+  if (snprintf(name, sizeof name, "_%s", arguments[at + 1]) >= (int)sizeof name)
+    refuse(&kCommand, "a function with a name of %zu", strlen(arguments[at + 1]));
+  int (*function)(int, char**) = exported(image, name, NULL);
+  if (function == NULL) refuse(image, "it has no %s", name);
+  if (!is_code(image, (void*)function)) refuse(image, "%s is no function", name);
+  return function(count - at - 1, arguments + at + 1);
+}
+
+int main(int count, char** arguments) {
+  read_settings();
+  setvbuf(stdout, NULL, _IOLBF, 0);
+  open_python();
+  int status = run(count, arguments);
+  if (fflush(stdout) != 0 || ferror(stdout))
+    refuse(&kCommand, "its output cannot be written");
+  return status;
 }

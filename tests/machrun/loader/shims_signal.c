@@ -7,10 +7,7 @@
 
 #include "shims.h"
 
-static const Pair kSignals[] = {
-    PAIR(SIGBUS), PAIR(SIGSYS), PAIR(SIGURG), PAIR(SIGSTOP), PAIR(SIGTSTP),
-    PAIR(SIGCONT), PAIR(SIGCHLD), PAIR(SIGIO), PAIR(SIGUSR1), PAIR(SIGUSR2),
-    {apple_SIGEMT, 0}, {apple_SIGINFO, 0}};
+static const Pair kSignals[] = {SIGNAL_PAIRS};
 static const Pair kFlags[] = {
     PAIR(SA_ONSTACK), PAIR(SA_RESTART), PAIR(SA_RESETHAND), PAIR(SA_NOCLDSTOP),
     PAIR(SA_NODEFER), PAIR(SA_SIGINFO)};
@@ -24,7 +21,8 @@ static const Pair kFpeCodes[] = {
     PAIR(FPE_FLTINV), PAIR(FPE_FLTSUB), PAIR(FPE_INTDIV), PAIR(FPE_INTOVF)};
 enum { kSignalsMax = 32 };
 
-static int own_signal(int number) { return TO_OWN(kSignals, number, number); }
+// 0 for what Linux has not: EMT, INFO.
+static int own_signal(int number) { return TO_OWN(kSignals, number, 0); }
 
 static sigset_t linux_mask(uint32_t mask) {
   sigset_t set;
@@ -114,7 +112,7 @@ static MacSigaction told(int number, const struct sigaction* action,
 int mac_sigaction(int mac_number, const MacSigaction* action,
                   MacSigaction* before) {
   int number = own_signal(mac_number);
-  if (number <= 0 || number >= kSignalsMax) {
+  if (number == 0) {
     errno = EINVAL;
     return -1;
   }
@@ -158,7 +156,7 @@ int mac_sigaltstack(const apple_stack_t* stack, apple_stack_t* before) {
 }
 
 int mac_raise(int number) {
-  if (number > 0 && own_signal(number) == 0)
+  if (number != 0 && own_signal(number) == 0)
     refuse(NULL, "raise of the signal %d, which Linux has not", number);
   return raise(own_signal(number));
 }

@@ -3,7 +3,6 @@
 #include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
-#include <wchar.h>
 
 #include "shims.h"
 
@@ -63,11 +62,6 @@ VARIADIC(int, asprintf_l, 3, char** to, void* locale, const char* format) {
 VARIADIC(int, sscanf, 2, const char* text, const char* format) {
   if (strstr(format, "%p")) refuse(NULL, "sscanf with the format %s", format);
   FORMATTED(vsscanf, text);
-}
-VARIADIC(int, swprintf, 3, wchar_t* to, size_t size, const wchar_t* format) {
-  va_list list;
-  if (wcschr(format, L'L')) refuse(NULL, "swprintf of a long double");
-  return vswprintf(to, size, format, *linux_list(&list, stack));
 }
 
 // ---- locales ---------------------------------------------------------------

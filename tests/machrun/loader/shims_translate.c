@@ -31,26 +31,10 @@ int flags_to_mac(const Pair* table, size_t count, int flags) {
   return result;
 }
 
-// Below 35 the others are the same.
-static const Pair kErrno[] = {
-    PAIR(EDEADLK), PAIR(EAGAIN), PAIR(EINPROGRESS), PAIR(EALREADY),
-    PAIR(ENOTSOCK), PAIR(EDESTADDRREQ), PAIR(EMSGSIZE), PAIR(EPROTOTYPE),
-    PAIR(ENOPROTOOPT), PAIR(EPROTONOSUPPORT), PAIR(ESOCKTNOSUPPORT),
-    PAIR(ENOTSUP), PAIR(EPFNOSUPPORT), PAIR(EAFNOSUPPORT), PAIR(EADDRINUSE),
-    PAIR(EADDRNOTAVAIL), PAIR(ENETDOWN), PAIR(ENETUNREACH), PAIR(ENETRESET),
-    PAIR(ECONNABORTED), PAIR(ECONNRESET), PAIR(ENOBUFS), PAIR(EISCONN),
-    PAIR(ENOTCONN), PAIR(ESHUTDOWN), PAIR(ETOOMANYREFS), PAIR(ETIMEDOUT),
-    PAIR(ECONNREFUSED), PAIR(ELOOP), PAIR(ENAMETOOLONG), PAIR(EHOSTDOWN),
-    PAIR(EHOSTUNREACH), PAIR(ENOTEMPTY), PAIR(EUSERS), PAIR(EDQUOT),
-    PAIR(ESTALE), PAIR(EREMOTE), PAIR(ENOLCK), PAIR(ENOSYS), PAIR(EOVERFLOW),
-    PAIR(ECANCELED), PAIR(EIDRM), PAIR(ENOMSG), PAIR(EILSEQ), PAIR(EBADMSG),
-    PAIR(EMULTIHOP), PAIR(ENODATA), PAIR(ENOLINK), PAIR(ENOSR), PAIR(ENOSTR),
-    PAIR(EPROTO), PAIR(ETIME), PAIR(ENOTRECOVERABLE), PAIR(EOWNERDEAD)};
+static const Pair kErrno[] = {{0, 0}, ERRNO_PAIRS};
 
 // What only Linux has becomes EIO, and not another error that has its number.
-int to_mac_errno(int number) {
-  return TO_MAC(kErrno, number, number < 35 ? number : EIO);
-}
+int to_mac_errno(int number) { return TO_MAC(kErrno, number, apple_EIO); }
 
 // What Linux's functions have left is taken over whenever somebody looks; what
 // the images write stays until then.
@@ -61,8 +45,7 @@ int* mac___error(void) {
   return &number;
 }
 int mac_strerror_r(int number, char* to, size_t size) {
-  // Below 35 and not in the table they are the same, but for EDEADLK's.
-  int own = TO_OWN(kErrno, number, number < 35 ? number : -1);
+  int own = TO_OWN(kErrno, number, -1);
   if (own < 0) {
     snprintf(to, size, "Unknown error: %d", number);
     return EINVAL;

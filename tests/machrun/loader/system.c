@@ -18,6 +18,7 @@
 // clang-format off
 ABSENT(copyfile_state_alloc) ABSENT(copyfile_state_free) ABSENT(fcopyfile)
 ABSENT(fchmodat) ABSENT(unlinkat) ABSENT(utimensat) ABSENT(openat)
+ABSENT(swprintf)
 // clang-format on
 
 // The same on both systems: numbers, pointers, and structures of the same

@@ -6,8 +6,11 @@ compiled for aarch64-macos they have the layouts of Apple's own.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import signal
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -171,6 +174,13 @@ def apple_text(prefix: str) -> str:
     return NAME.sub(lambda m: m[0] if m[0][0] == '"' else prefix + m[0], text)
 
 
+def pairs(name: str, numbers: Iterable[str], text: str) -> str:
+    """A macro: the numbers that Linux, as this Python has it, and ``text`` have."""
+    known = set(re.findall(r"^#define apple_(\w+)", text, re.M))
+    both = sorted(known.intersection(numbers))
+    return f"#define {name} {', '.join(f'PAIR({number})' for number in both)}\n"
+
+
 def build_loader() -> Path:
     """The loader, for aarch64 Linux; it reads Mach-O by Apple's own headers.
 
@@ -184,8 +194,10 @@ def build_loader() -> Path:
     if not is_current(LOADER, stamp):
         fresh(headers)
         (headers / "mach-o").symlink_to(LIB / "libc/include/any-darwin-any/mach-o")
-        quiet = "#pragma GCC system_header\n"
-        (headers / "apple.h").write_text(quiet + apple_text("apple_"))
+        text = "#pragma GCC system_header\n" + apple_text("apple_")
+        text += pairs("ERRNO_PAIRS", dir(errno), text)
+        text += pairs("SIGNAL_PAIRS", signal.Signals.__members__, text)
+        (headers / "apple.h").write_text(text)
         hashes = CACHE / "sha256.o"
         fast = ["-O", "ReleaseFast", "-fPIC"]
         zig("build-obj", *LINUX[:2], *fast, place / "sha256.zig", into=hashes)
