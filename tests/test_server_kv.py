@@ -15,7 +15,8 @@ from support.models import make_model
 from support.server import CONTROLLED, Server, eventually, kept_in
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
-WORDS = " ".join(f"{n} ships" for n in range(330))
+# A token for each byte: eleven steps. What reading costs grows with the square.
+WORDS = " ".join(f"{n} ships" for n in range(150))
 STEP = ("--prefill-step-size", "128")
 
 
@@ -227,7 +228,7 @@ def test_a_draft_models_conversation_comes_from_disk(
         server.ask("forget")
         text, cached = ask(server, WORDS, first, "And now?")
         assert text == expected
-        assert cached >= 2560
+        assert cached >= 1024
 
 
 @pytest.mark.parametrize("way", ["killed", "left", "fault"])
