@@ -17,11 +17,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
+from support import child
 from support.programs import program
 
 SET_CHILD_SUBREAPER = 36  # of Linux's prctl
@@ -80,22 +83,13 @@ class Forks:
 class Forked:
     """Of a `subprocess.Popen` with all its pipes, what a `Server` needs."""
 
-    returncode: int | None = None
+    returncode: Any = None
+    stdin: IO[bytes]
+    stdout: IO[bytes]
 
-    def __init__(
-        self, forks: Forks, command: Sequence[str], environment: Mapping[str, str]
-    ) -> None:
-        self.args = command
+    def __init__(self, command: Sequence[str], pid: int) -> None:
+        self.args, self.pid = command, pid
         self._lock = threading.Lock()
-        stdin, writes = os.pipe()
-        reads, stdout = os.pipe()
-        self.stdin: IO[bytes] = open(writes, "wb")  # noqa: SIM115, PTH123
-        self.stdout: IO[bytes] = open(reads, "rb")  # noqa: SIM115, PTH123
-        try:
-            self.pid = forks.start(command, environment, (stdin, stdout, stdout))
-        finally:
-            os.close(stdin)
-            os.close(stdout)
 
     def poll(self) -> int | None:
         with self._lock:
@@ -134,17 +128,57 @@ def forks() -> Forks | None:
     return Forks({**os.environ, "HF_HUB_OFFLINE": "1"})
 
 
+def forks_for(command: Sequence[str], environment: Mapping[str, str]) -> Forks | None:
+    """None where that would be another Python than the command's."""
+    if command[0] != sys.executable or (found := forks()) is None:
+        return None
+    return found if read_early(environment) == found.environment else None
+
+
 def start(
     command: Sequence[str], environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes] | Forked:
     """Runs a command of this Python, with pipes for its standard streams."""
-    if command[0] == sys.executable and (found := forks()) is not None:
-        if read_early(environment) == found.environment:
-            return Forked(found, command, environment)
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-    )
+    if (found := forks_for(command, environment)) is None:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+    (stdin, writes), (reads, stdout) = os.pipe(), os.pipe()
+    try:
+        pid = found.start(command, environment, (stdin, stdout, stdout))
+    finally:
+        os.close(stdin)
+        os.close(stdout)
+    forked = Forked(command, pid)
+    forked.stdin = open(writes, "wb")  # noqa: SIM115, PTH123
+    forked.stdout = open(reads, "rb")  # noqa: SIM115, PTH123
+    return forked
+
+
+def run(
+    code: str, /, timeout: float = 300.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`child.run` of what starts a server; of the hub nothing is asked."""
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    if (found := forks_for(command, variables)) is None:
+        return child.run(code, timeout, **variables)
+    with (
+        open(os.devnull) as stdin,  # noqa: PTH123
+        tempfile.TemporaryFile("w+") as stdout,
+        tempfile.TemporaryFile("w+") as stderr,
+    ):
+        streams = [stream.fileno() for stream in (stdin, stdout, stderr)]
+        forked = Forked(command, found.start(command, variables, streams))
+        try:
+            status = forked.wait(timeout)
+        except BaseException:
+            forked.kill()
+            forked.wait(60)
+            raise
+        said = [(stream.seek(0), stream.read())[1] for stream in (stdout, stderr)]
+    return subprocess.CompletedProcess(command, status, *said)
