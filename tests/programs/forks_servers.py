@@ -1,9 +1,9 @@
 """Has imported once what each server takes half a second for, and forks.
 
-Nothing of MLX, mlx-lm or mlx-safe, and no thread. A message of the socket whose number
-is the argument has a command and its environment, and the child's standard streams
-with it; the answer is the child's pid, then that it is an orphan: whoever takes in
-orphans is its parent.
+Nothing of MLX, mlx-lm or mlx-safe, and no thread. The argument is the number of a
+socket. A message of it has a command and its environment, and the child's standard
+streams with it. The answers are the child's pid, and that it is an orphan: whoever
+takes in orphans is its parent then.
 """
 
 import gc

@@ -160,13 +160,13 @@ def start(
 
 
 def run(
-    code: str, /, timeout: float = 300.0, **environment: str
+    code: str, /, *arguments: str, timeout: float = 300.0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`child.run` of what starts a server; of the hub nothing is asked."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     if (found := forks_for(command, variables)) is None:
-        return child.run(code, timeout, **variables)
+        return child.run(code, *arguments, timeout=timeout, **variables)
     with (
         open(os.devnull) as stdin,  # noqa: PTH123
         tempfile.TemporaryFile("w+") as stdout,
