@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ NO_END = {"0": -100.0, "2": -100.0}
 
 
 def ask_all(
-    server: Server, clients: int, text: str = "of a ship", **options: Any
+    server: Server,
+    clients: int,
+    text: str = "of a ship",
+    meanwhile: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> list[Answer]:
     """So many clients at once, every other one with a stream."""
     answers: list[Answer] = []
@@ -32,6 +37,7 @@ def ask_all(
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(clients)]
     for thread in threads:
         thread.start()
+    meanwhile()
     for thread in threads:
         thread.join()
     return answers
@@ -42,9 +48,17 @@ def ask_all(
 def test_a_sticky_error_ends_the_process_and_tells_everyone(
     tiny_model: Path, path: str, code: int
 ) -> None:
-    plan = f"decode:12:{code}:persistent:cuda"
-    with Server(tiny_model, inject=plan).wait_ready() as server:
-        answers = ask_all(server, 4, max_tokens=64, **PATHS[path])
+    with Server(tiny_model, program=CONTROLLED).wait_ready() as server:
+
+        def fail() -> None:
+            """When all are there: who comes later is told something else."""
+            server.wait_held()
+            server.wait_for_clients(4)
+            server.plan(f"decode:1:{code}:persistent:cuda")
+            server.go()
+
+        server.hold(12)
+        answers = ask_all(server, 4, meanwhile=fail, max_tokens=64, **PATHS[path])
         assert server.wait() == 75
         struck = [a for a in answers if a.error["code"] == "cuda_device_lost"]
         assert struck and all(a.error["retry_after"] == 5 for a in struck)

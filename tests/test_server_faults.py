@@ -544,7 +544,7 @@ def test_the_real_model_through_the_openai_client(real_model: Path) -> None:
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{server.port}/v1", api_key="-", max_retries=0
         )
-        ask: Any = {"model": "default_model", "messages": question, "max_tokens": 12}
+        ask: Any = {"model": "default_model", "messages": question, "max_tokens": 8}
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(**ask)
         assert caught.value.status_code == 503

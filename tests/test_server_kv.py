@@ -15,7 +15,8 @@ from support.models import make_model
 from support.server import CONTROLLED, Server, eventually, kept_in
 
 PATHS: dict[str, dict[str, Any]] = {"batched": {}, "sequential": {"seed": 1}}
-WORDS = " ".join(f"{n} ships" for n in range(330))
+# A token for each byte: eleven steps. What reading costs grows with the square.
+WORDS = " ".join(f"{n} ships" for n in range(150))
 STEP = ("--prefill-step-size", "128")
 
 
@@ -141,7 +142,7 @@ def types(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SHORT = WORDS[:560]
 # So that these models are read far slower than they are loaded, on any machine.
-SMALL_STEP = 16
+SMALL_STEP = 4
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -184,7 +185,7 @@ def test_of_windows_and_states_a_fault_loses_a_block_and_a_step_at_most(
     text, how = "in the midst " + SHORT + path, PATHS[path]
     server.ask("forget")
     before = server.metric("mlx_safe_kv_disk_restored_tokens_total")
-    steps = 35
+    steps = len(SHORT) // SMALL_STEP
     server.plan(f"prefill:{steps + 1}:8")
     found, _ = ask(server, text, **how)
     assert server.metric("mlx_safe_replays_total") >= 1
@@ -227,7 +228,7 @@ def test_a_draft_models_conversation_comes_from_disk(
         server.ask("forget")
         text, cached = ask(server, WORDS, first, "And now?")
         assert text == expected
-        assert cached >= 2560
+        assert cached >= 1024
 
 
 @pytest.mark.parametrize("way", ["killed", "left", "fault"])

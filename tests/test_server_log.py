@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from support import child
+from support import child, warm
 from support.programs import program
 from support.reports import sample, write
 from support.server import CONTROLLED, PYTHON, Answer, Server, eventually
@@ -277,7 +277,7 @@ def test_a_mistake_is_a_line_of_the_log(
     ):
         port = ("--port", "0") if "--port" not in wrong else ()
         command = ["serve", *words.get(place, ()), *supervised, *port, *wrong]
-        done = child.run(
+        done = warm.run(
             f"import sys; from mlx_safe.cli import main; sys.exit(main({command!r}))",
             timeout=180.0,
             **variables,

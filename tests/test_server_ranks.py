@@ -64,7 +64,7 @@ def ends(ranks: list[Server]) -> list[int]:
 
 def leave(server: Server, **ask: Any) -> None:
     """A client that goes while its long request is worked on."""
-    assert server.chat(max_tokens=100_000, timeout=1.0, **ask).broken
+    assert server.chat(max_tokens=100_000, timeout=0.5, **ask).broken
 
 
 def assert_503(answer: Answer, code: str) -> None:

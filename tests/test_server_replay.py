@@ -233,7 +233,7 @@ def test_the_real_model_goes_on_where_it_was(real_model: Path) -> None:
     with Server(real_model, program=CONTROLLED) as server:
         server.wait_ready()
         # Seconds of work on a machine to itself, a minute and more on a busy one.
-        calm: dict[str, Any] = {"max_tokens": 16, "stream": True, "timeout": 300.0}
+        calm: dict[str, Any] = {"max_tokens": 12, "stream": True, "timeout": 300.0}
         question = "Name three colours."
         for path, cuts in (("batched", (2, 9)), ("sequential", (6,))):
             ask = {**calm, **PATHS[path]}

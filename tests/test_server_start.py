@@ -17,14 +17,14 @@ from typing import IO, Any
 
 import pytest
 
-from support import child
+from support import child, warm
 from support.models import make_fp8
 from support.programs import program
 from support.server import Server, free_port
 
 
 def serve(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return child.run(
+    return warm.run(
         f"""
         import sys
         from mlx_safe.cli import main
@@ -92,7 +92,7 @@ def test_a_model_whose_answers_would_be_noise(tiny_model: Path, tmp_path: Path) 
     said = ".weight is uint8, as MLX reads FP8, and mlx-lm does not decode it"
     done = serve("--model", str(model), "--port", str(free_port()))
     assert_one_clear_line(done, f"the model cannot be loaded: --model {model}: ", said)
-    done = child.run(
+    done = warm.run(
         f"""
         import sys
         from mlx_safe.cli import main

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support import warm
 from support.programs import program
 
 # The Python of the servers: another one than the tests' own under `make machrun`.
@@ -175,13 +176,7 @@ class Server:
         self._rest = ""  # of a line that has no end yet
         self._reading = threading.Lock()
         self._is_read = False  # to its end
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=env,
-        )
+        self.process = warm.start(command, os.environ if env is None else env)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
