@@ -2,10 +2,10 @@
 
 ``python bench/foreign_cost.py``. The batch step: mlx-lm's `BatchGenerator` with a tiny
 model, protected and not in turns, in processor time of all threads. Beside the ratio is
-the interval in which 95 % of resampled pairs lie. What a busy machine does not change: the
-bytecodes and the calls of C functions of a step, and what is ours of its time. ASGI:
-one request, and one event of a stream, of an application that does nothing else, with
-and without `protect`.
+the interval in which 95 % of resampled pairs lie. What a busy machine does not change:
+the bytecodes and the calls of C functions of a step, and what is ours of its time.
+ASGI: one request, and one event of a stream, of an application that does nothing else,
+with and without `protect`.
 """
 
 from __future__ import annotations
