@@ -94,6 +94,34 @@ def test_no_modules_import_each_other() -> None:
     assert left == {}
 
 
+def _part(name: str) -> str:
+    first = name.split(".")[0]
+    if first in COMMANDS - {"running"}:
+        return "commands"
+    folder = (PACKAGE / first).is_dir() and first != "errors"
+    return first if folder else "library"
+
+
+def test_the_parts_are_drawn_as_they_import_each_other() -> None:
+    imports = {
+        (_part(name), _part(other))
+        for name, found in IMPORTS.items()
+        for other in found
+        if not other.startswith("_core") and _part(name) != _part(other)
+    }
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    _, drawing, _ = re.split(r"<!-- /?parts -->", text)
+    drawn = {
+        (tail, head)
+        for tails, heads in re.findall(r"^    (.+) -\.?->? (.+)$", drawing, re.M)
+        for tail in tails.split(" & ")
+        for head in heads.split(" & ")
+    }
+    parts = {part for arrow in imports for part in arrow} - {"library"}
+    to_library = {(part, "library") for part in parts - {"memory"}}
+    assert drawn | to_library == imports
+
+
 def test_the_library_knows_nothing_of_the_server() -> None:
     above = [
         (name, other)

@@ -2,7 +2,7 @@
 
 The table of `TRANSITIONS` is the whole life of a request, checked at every change.
 ``python -m mlx_safe.server.request`` prints it as the diagram in ARCHITECTURE.md.
-Only `scheduler` changes a state, or any other attribute of these objects.
+Only `scheduler` changes a state, or another attribute that `Request` has here.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ class Run:
 
 
 class Request:
-    """One request in flight. Any thread may read it; only the scheduler writes.
+    """One request in flight. Any thread may read it.
 
-    Who knows its client and mlx-lm makes a subclass.
+    Only the scheduler writes the attributes below. Who knows its client and mlx-lm makes a subclass.
 
     Attributes:
         produced: ids of the tokens that were passed on to the client.
