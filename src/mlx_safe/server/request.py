@@ -132,7 +132,8 @@ class Run:
 class Request:
     """One request in flight. Any thread may read it.
 
-    Only the scheduler writes the attributes below. Who knows its client and mlx-lm makes a subclass.
+    Only the scheduler writes the attributes below. Who knows its client and mlx-lm
+    makes a subclass.
 
     Attributes:
         produced: ids of the tokens that were passed on to the client.
