@@ -49,6 +49,14 @@ def with_tier(model: Path, directory: Path, *more: str) -> Server:
     return Server(model, *arguments, program=CONTROLLED, env=env)
 
 
+def forget(server: Server) -> None:
+    """Memory has no prompt any more, the last one's either.
+
+    mlx-lm keeps that a moment after its client has the answer.
+    """
+    assert eventually(lambda: server.ask("forget") > 0)
+
+
 def wait_written(server: Server, at_least: int = 1) -> None:
     assert eventually(
         lambda: (
@@ -166,11 +174,11 @@ def test_windows_and_states_are_used_and_not_read_again(
     wait_written(server)
     # As memory has it, from disk alone, and read anew.
     second, _ = ask(server, text, first, "And now?", **how)
-    server.ask("forget")
+    forget(server)
     restored, cached = ask(server, text, first, "And now?", **how)
     assert (restored, cached >= 512) == (second, True)
     # A client that edits its last turn begins from the boundary before it.
-    server.ask("forget")
+    forget(server)
     _, cached = ask(server, text, first + "!", "And now?", **how)
     assert cached >= 512
     forget_all(server, directory)
@@ -213,7 +221,7 @@ def forget_all(server: Server, directory: Path) -> None:
     """Memory and disk are empty."""
     wait_written(server)
     assert kv(["empty", str(directory)]) == 0
-    server.ask("forget")
+    forget(server)
 
 
 def test_a_draft_models_conversation_comes_from_disk(
@@ -225,7 +233,7 @@ def test_a_draft_models_conversation_comes_from_disk(
         first, _ = ask(server, WORDS)
         wait_written(server, 2)
         expected, _ = ask(server, WORDS, first, "And now?")
-        server.ask("forget")
+        forget(server)
         text, cached = ask(server, WORDS, first, "And now?")
         assert text == expected
         assert cached >= 1024
@@ -273,7 +281,7 @@ def test_after_a_stray_write_the_entry_it_came_from_goes(
         server.wait_ready()
         ask(server, WORDS, **PATHS[path])
         wait_written(server, 2)
-        server.ask("forget")
+        forget(server)
         server.plan("any:1:9")
         messages = [{"role": "user", "content": WORDS}]
         answer = server.chat(messages=messages, max_tokens=4, **PATHS[path])
@@ -293,7 +301,7 @@ def test_what_fails_after_it_came_from_files_is_read_again(
         server.wait_ready()
         ask(server, WORDS, **PATHS[path])
         wait_written(server, 2)
-        server.ask("forget")
+        forget(server)
         server.plan("any:2:0:once:bug")
         assert ask(server, WORDS, **PATHS[path])[0] == expected
         assert "are read again" in server.log
@@ -315,7 +323,7 @@ def test_damaged_files_are_no_failure(
             data = bytearray(file.read_bytes())
             data[-1] ^= 1
             file.write_bytes(data)
-        server.ask("forget")
+        forget(server)
         assert ask(server, WORDS)[0] == expected
         assert server.metric("mlx_safe_kv_disk_damaged_total") >= 1
         assert server.metric("mlx_safe_kv_disk_on") == 1
