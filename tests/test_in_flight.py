@@ -105,7 +105,7 @@ def test_it_has_left_before_mlx_lm_begins(
 def test_mlx_lm_begins_while_it_leaves(
     request_: Leaving, queue: SimpleQueue[Any], leave: Callable[[InFlight], object]
 ) -> None:
-    """Between the look for a run to stop and the end of the request."""
+    """After the look for a run to stop."""
     context = Context()
     request_.meanwhile = lambda: request_.put(context)
     leave(request_)
