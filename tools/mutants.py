@@ -100,7 +100,7 @@ TARGETS = {
             "./ledger_model 1",
         ),
     ),
-    "scheduler": of_server("scheduler", "test_scheduler_model"),
+    "scheduler": of_server("scheduler", "test_in_flight", "test_scheduler_model"),
     "admission": of_server("admission", "test_admission", "test_scheduler_model"),
 }
 
@@ -112,7 +112,10 @@ class Mutant:
 
     @property
     def text(self) -> str:
-        return f"{self.file} | {self.change.before} | {self.change.after}"
+        """It says which it is, unless a function has the statement twice."""
+        change = self.change
+        place = f"{self.file}:{change.function}".rstrip(":")
+        return f"{place} | {change.before} | {change.after}"
 
 
 def mutants_of(name: str) -> Iterator[Mutant]:
