@@ -57,8 +57,9 @@ test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simul
 NEWEST := $(addprefix tests/,$(addsuffix .py,test_admission test_after_import \
   test_architecture test_checks test_commit_subjects test_kv_store test_kv_store_model \
   test_memory_docs test_reports_command test_reports_read test_reports_store \
-  test_request_file test_runbook test_scheduler_model test_sentences test_server_status \
-  test_stop_words test_supervisor test_supervisor_hold))
+  test_request_file test_runbook test_scheduler_model test_scheduler_threads \
+  test_sentences test_server_status test_stop_words test_supervisor \
+  test_supervisor_hold))
 
 # Without the cache, which they would share: the suites run at the same time.
 PYTEST := -m pytest -p no:cacheprovider

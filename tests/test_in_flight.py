@@ -1,13 +1,17 @@
-"""A client that leaves just as mlx-lm begins with its request: nothing is generated.
+"""One request in flight, as mlx-lm has it.
 
-Its handler's thread, or the one that notices clients that leave, ends the request while
+A client that leaves just as mlx-lm begins with its request: nothing is generated. Its
+handler's thread, or the one that notices clients that leave, ends the request while
 the generation thread begins with it. Here one thread does what both would, in each
 order that matters.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
@@ -49,6 +53,15 @@ class Context:
         self.is_stopped = True
 
 
+@dataclass
+class Arguments:
+    """mlx-lm's `GenerationArguments`, likewise."""
+
+    max_tokens: int = 8
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+
 class Leaving(InFlight):
     """Does ``meanwhile`` once, when its run is stopped for the first time."""
 
@@ -66,12 +79,29 @@ def queue() -> SimpleQueue[Any]:
     return SimpleQueue()
 
 
+CALLED = {"name": "look", "arguments": '{"at": [1, 2]}'}
+CALL = {"id": "call-1", "type": "function", "function": CALLED}
+MESSAGES = [
+    {"role": "user", "content": "Look."},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+]
+
+
+def _read(messages: list[Any]) -> None:
+    """As mlx-lm 0.31.3 does before it uses the chat template; in place."""
+    for message in messages:
+        message["content"] = message["content"] or ""
+        for call in message.get("tool_calls", ()):
+            called = call["function"]
+            called["arguments"] = json.loads(called["arguments"])
+
+
 @pytest.fixture
 def request_(queue: SimpleQueue[Any]) -> Leaving:
     """One that mlx-lm has, and has not begun with: its prompt is being tokenized."""
     scheduler: Scheduler[InFlight] = Scheduler(Room(), attempts_max=2, wait_s=20)
-    args = SimpleNamespace(max_tokens=8, logprobs=False, top_logprobs=0)
-    taken = cast(Any, (queue, SimpleNamespace(), args))
+    asked = SimpleNamespace(messages=copy.deepcopy(MESSAGES))
+    taken = cast(Any, (queue, asked, Arguments()))
     made = Leaving(scheduler, taken, lambda *_: None, lambda *_: None)
     made.tokenizer = cast(Any, object())
     scheduler.arrive(made)
@@ -105,7 +135,7 @@ def test_it_has_left_before_mlx_lm_begins(
 def test_mlx_lm_begins_while_it_leaves(
     request_: Leaving, queue: SimpleQueue[Any], leave: Callable[[InFlight], object]
 ) -> None:
-    """Between the look for a run to stop and the end of the request."""
+    """After the look for a run to stop."""
     context = Context()
     request_.meanwhile = lambda: request_.put(context)
     leave(request_)
@@ -123,3 +153,12 @@ def test_its_handler_stops_it_while_another_run_begins(
     first.stop()
     assert first.is_stopped and second.is_stopped
     assert request_.state is RequestState.DISCONNECTED
+
+
+def test_each_run_reads_the_messages_that_the_client_has_sent(
+    request_: Leaving,
+) -> None:
+    for _ in range(3):
+        _, work, _ = request_.work()
+        assert work.messages == MESSAGES
+        _read(work.messages)

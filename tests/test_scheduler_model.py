@@ -590,6 +590,7 @@ class Loop:
             assert client.attempts <= min(self.attempts, client.times_replayed)
             if client.is_ended:
                 assert client.ended_at is not None
+                assert client.is_stopped == (client.state is not RequestState.COMPLETED)
                 assert (client.ended_with is None) == (
                     client.state is RequestState.COMPLETED or client.is_cancelled
                 )

@@ -109,6 +109,30 @@ def test_swallowed_faults_are_replayed_too(server: Server) -> None:
     assert "mlx_safe_faults_total 4.0" in server.get("/metrics").body
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_history_with_a_call_is_read_again(server: Server, path: str) -> None:
+    """mlx-lm (0.31.3) changes the messages in a way that it cannot twice."""
+    function = {"name": "look", "arguments": '{"at": 1}'}
+    calls = [{"id": "call-1", "type": "function", "function": function}]
+    ask = {
+        "messages": [
+            {"role": "user", "content": "Look at it."},
+            {"role": "assistant", "tool_calls": calls},
+            {"role": "tool", "content": "found", "tool_call_id": "call-1"},
+        ],
+        "tools": [TOOL],
+        "max_tokens": TOKENS,
+        **PATHS[path],
+    }
+    calm = server.post(ask)
+    server.plan("decode:3:8")
+    faulty = server.post(ask)
+    assert faulty.text == calm.text
+    used = [answer.json["usage"]["prompt_tokens"] for answer in (calm, faulty)]
+    assert used[0] == used[1]
+    assert server.metric("mlx_safe_replays_total") == 1
+
+
 def test_usage_and_logprobs_do_not_show_it(server: Server) -> None:
     ask = {"max_tokens": TOKENS, "logprobs": True, "top_logprobs": 2, "seed": 1}
     calm = server.chat(**ask).json

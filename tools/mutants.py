@@ -40,7 +40,7 @@ class Target:
     """What is changed, and what is to notice.
 
     Commands run in the copy; one that fails has noticed. ``once`` runs before
-    anything is changed, ``check`` after each change, the quick ones first.
+    anything is changed, ``check`` after each change; first what notices most.
     """
 
     files: tuple[str, ...]
@@ -100,7 +100,7 @@ TARGETS = {
             "./ledger_model 1",
         ),
     ),
-    "scheduler": of_server("scheduler", "test_scheduler_model"),
+    "scheduler": of_server("scheduler", "test_scheduler_model", "test_in_flight"),
     "admission": of_server("admission", "test_admission", "test_scheduler_model"),
 }
 
@@ -112,7 +112,10 @@ class Mutant:
 
     @property
     def text(self) -> str:
-        return f"{self.file} | {self.change.before} | {self.change.after}"
+        """It says which it is, unless a function has the statement twice."""
+        change = self.change
+        place = f"{self.file}:{change.function}".rstrip(":")
+        return f"{place} | {change.before} | {change.after}"
 
 
 def mutants_of(name: str) -> Iterator[Mutant]:

@@ -16,11 +16,13 @@ class Change:
 
     Attributes:
         line: of the source, from 1.
+        function: that it is in, with its class; "": none.
         before, after: the statement or line, as it was and as it is.
         text: the whole source with the change.
     """
 
     line: int
+    function: str
     before: str
     after: str
     text: str
@@ -39,16 +41,27 @@ CPP_SWAPS = (
     (r"\bcontinue;", "break;"), (r" &= ", " |= "), (r" \|= ", " &= "),
 )  # fmt: skip
 CPP_STATEMENT = re.compile(r"\s+[\w:.>\[\]*&()-]+(\(.*\)| = .*);(\s*//.*)?$")
+# As clang-format leaves them: at the margin, those of a class two columns to the right.
+CPP_CLASS = re.compile(r"(?:class|struct) (\w+)[^;]*$")
+CPP_FUNCTION = re.compile(r"(?=\w)[\w:<>*& ]*?([\w:~]+)\(")
 CPP_KEPT = re.compile(r"\s*(auto|const|return)\b")
 
 
 def of_cpp(text: str) -> Iterator[Change]:
     """Operators and constants changed, statements of one line taken out."""
     lines = text.splitlines()
+    owner = function = ""
     for number, line in enumerate(lines):
+        if line.startswith("}"):
+            owner = function = ""
+        elif found := CPP_CLASS.match(line):
+            owner = f"{found[1]}::"
+        elif found := CPP_FUNCTION.match(line[2 if owner else 0 :]):
+            function = owner + found[1]
         for changed in _of_cpp_line(line):
             rest = [*lines[:number], changed, *lines[number + 1 :], ""]
-            yield Change(number + 1, line.strip(), changed.strip(), "\n".join(rest))
+            whole = "\n".join(rest)
+            yield Change(number + 1, function, line.strip(), changed.strip(), whole)
 
 
 def _of_cpp_line(line: str) -> Iterator[str]:
@@ -83,29 +96,33 @@ def of_python(text: str) -> Iterator[Change]:
     Not of messages to the log, of types and of docstrings.
     """
     tree = ast.parse(text)
-    for body in _bodies(tree):
+    for function, body in _bodies(tree):
         for index, statement in enumerate(body):
             if _is_kept(statement):
                 continue
             before = _head(statement)
             for change, undo in _edits(statement):
                 change()
-                yield Change(
-                    statement.lineno, before, _head(statement), ast.unparse(tree)
-                )
+                after, whole = _head(statement), ast.unparse(tree)
+                yield Change(statement.lineno, function, before, after, whole)
                 undo()
             if _can_go(statement):
                 body[index] = ast.Pass()
-                yield Change(statement.lineno, before, "pass", ast.unparse(tree))
+                whole = ast.unparse(tree)
+                yield Change(statement.lineno, function, before, "pass", whole)
                 body[index] = statement
 
 
-def _bodies(tree: ast.AST) -> Iterator[list[ast.stmt]]:
-    for node in ast.walk(tree):
-        for name in ("body", "orelse", "finalbody"):
-            found = getattr(node, name, None)
-            if isinstance(found, list):
-                yield found
+def _bodies(node: ast.AST, function: str = "") -> Iterator[tuple[str, list[ast.stmt]]]:
+    """With the function or class that each is of."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        function = f"{function}.{node.name}".lstrip(".")
+    for name in ("body", "orelse", "finalbody"):
+        found = getattr(node, name, None)
+        if isinstance(found, list):
+            yield function, found
+    for child in ast.iter_child_nodes(node):
+        yield from _bodies(child, function)
 
 
 def _is_kept(statement: ast.stmt) -> bool:

@@ -443,10 +443,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         """What a handler puts into mlx-lm's queue, in flight from now on."""
         if isinstance(asked[1], AllStop):
             return asked
-        try:
-            request = self._in_flight(asked)
-        except RecursionError:
-            raise BadRequest("The request is nested too deeply.") from None
+        request = self._in_flight(asked)
         self.scheduler.arrive(request)
         self.disconnects.bind(request.id, request)
         return request, asked[1], asked[2]

@@ -78,9 +78,7 @@ class InFlight(Request):
     ) -> None:
         super().__init__()
         self._scheduler = scheduler
-        self._queue, request, self._args = taken
-        # mlx-lm changes the messages while it reads them.
-        self._request = copy.deepcopy(request)
+        self._queue, self._request, self._args = taken
         self._before_put = before_put
         self._on_error = on_error
         self._may_stop_alone = may_stop_alone
@@ -90,7 +88,7 @@ class InFlight(Request):
         self.tokenizer: Tokenizer | None = None
         self.wants_logprobs = wants_logprobs(self._args)
         self.logprob: Array | None = None
-        self._place = Place(request)
+        self._place = Place(self._request)
         self.id, self.path = self._place.id, self._place.path
 
     @property
@@ -119,6 +117,8 @@ class InFlight(Request):
 
     def work(self) -> tuple[InFlight, CompletionRequest, GenerationArguments]:
         """What mlx-lm is to do: the request, or the rest of it."""
+        # mlx-lm changes the messages while it reads them: it parses the arguments of
+        # calls, which 0.31.3 cannot do twice.
         request = copy.deepcopy(self._request)
         setattr(request, _ATTRIBUTE, self)
         left = self._args.max_tokens - len(self.produced)

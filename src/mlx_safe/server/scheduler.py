@@ -501,18 +501,15 @@ class Scheduler(Generic[R]):
 
     def fail(self, request: R, exc: Exception) -> bool:
         """Ends it with ``exc``; False when it had ended already. Any thread."""
-        request.stop_run()  # first: one that is in flight no more makes no more steps
         return self._answer(request, RequestState.FAILED, exc)
 
     def disconnect(self, request: R) -> None:
         """Its client has closed its connection. Any thread."""
-        request.stop_run()
         left = Disconnected("the client closed the connection")
         self._answer(request, RequestState.DISCONNECTED, left)
 
     def cancel(self, request: R) -> None:
         """Its handler wants no more of it, and waits for nothing. Any thread."""
-        request.stop_run()
         self._end(request, RequestState.DISCONNECTED, "ended")
 
     def fail_everyone(self, exc: Exception) -> None:
@@ -537,8 +534,9 @@ class Scheduler(Generic[R]):
         ended = self._change(request, state)
         if ended:
             request.ended_at, request.ended_with = self._clock(), error
-            if state is not RequestState.COMPLETED:
-                request.stop_run()  # it may have begun since it was stopped
+            if state is not RequestState.COMPLETED:  # which mlx-lm has dropped
+                # After the state: a run that begins from now on looks at that.
+                request.stop_run()
             request.note_end(how)
         return ended
 
