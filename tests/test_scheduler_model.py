@@ -306,16 +306,17 @@ class Loop:
         held = self.scheduler.held()
         replays = self.scheduler.requests(RequestState.REPLAY)
         running = [c for c in self.machine.at_mlx_lm if not c.is_ended]
+        careful = [c for c in held if c.times_replayed]
         client = self.scheduler.next()
         assert self.scheduler.current is None
-        if not replays and not running:
+        if not replays and not running and not careful:
             self.limit = None
         assert self.scheduler.takes_new() == (self.limit is None)
         is_full = self.limit is not None and len(running) >= self.limit
+        if self.limit is not None:
+            held = [] if is_full else careful  # nobody else runs beside them
         if replays:
             assert client is (None if is_full else replays[0])
-        elif self.limit is not None:
-            assert client is None
         elif client is not None:
             assert client in held
             late = [c for c in held if c.claim and c.claim.deadline <= self.now]
@@ -325,7 +326,7 @@ class Loop:
                 assert waiting.claim and self.now < waiting.claim.deadline
             has_all = not running and self.machine.ceiling == CEILING
             assert not (held and has_all and not self.machine.others), "could run"
-            while self.queue and client is None:
+            while self.queue and client is None and self.limit is None:
                 first = self.queue.pop(0)
                 was_ended = first.is_ended
                 taken = self.scheduler.take(first)
@@ -385,8 +386,11 @@ class Loop:
             may_wait=self.now < client.claim.deadline,
             step_max=client.step_max,
         )
-        # Those that wait for memory come before one that is new.
-        is_behind = line is None and held and wanted.verdict == "admit" and ask.may_wait
+        # Those that wait for memory come before one that is new, and those that a
+        # failure interrupted before all.
+        before = [c for c in held if c.times_replayed or not client.times_replayed]
+        is_new = line is None and wanted.verdict == "admit" and ask.may_wait
+        is_behind = is_new and before
         assert found.verdict == ("wait" if is_behind else wanted.verdict)
         if found.verdict == "refuse":
             assert line is None or not ask.may_wait
@@ -613,13 +617,14 @@ class Loop:
         self.check_claims()
 
     def check_line(self) -> None:
-        """Those that were held first come first."""
+        """Those that a failure interrupted, then those that were held first."""
         self.line = [c for c in self.line if c.line is not None and not c.is_ended]
         self.line += [
             c for c in self.alive if c.line is not None and c not in self.line
         ]
         held = [c for c in self.line if c.state is RequestState.HELD]
-        assert self.scheduler.held() == held
+        begun = [c for c in held if c.times_replayed]
+        assert self.scheduler.held() == begun + [c for c in held if c not in begun]
 
     def check_claims(self) -> None:
         """Who runs has a claim, and nobody else's counts."""
@@ -770,6 +775,34 @@ def test_fewer_run_at_a_time_after_a_failure(what: Failure, most: int) -> None:
         loop.begin(client)
     assert len(loop.batch) == most
     loop.end()
+
+
+@pytest.mark.parametrize(
+    ("what", "most"), [(Failure.TOO_MUCH, 2), (Failure.UNKNOWN, 1)]
+)
+def test_care_is_taken_until_those_have_ended_that_wait_for_memory(
+    what: Failure, most: int
+) -> None:
+    """Where memory lacks others wait for it already, and all of them soon will."""
+    loop = loop_with([Client(20, 60, False, False) for _ in range(5)], 3)
+    begun = list(loop.batch)
+    loop.machine.others = CEILING
+    loop.enter(late := Client(20, 60, False, False))
+    assert loop.take() is late
+    loop.begin(late)
+    loop.fail(what)
+    while (client := loop.take()) is not None:
+        loop.begin(client)
+    assert loop.scheduler.held() == [*begun, late]
+    loop.machine.others = 0
+    while not all(client.is_ended for client in begun):
+        while (client := loop.take()) is not None:
+            loop.begin(client)
+        assert 0 < len(loop.batch) <= most and late not in loop.batch
+        assert loop.care is not None or what is Failure.UNKNOWN
+        loop.step()
+    loop.end()
+    assert late.ends == [None]
 
 
 def test_a_steady_batch_asks_for_memory_once_for_many_steps(

@@ -133,8 +133,13 @@ class Scheduler(Generic[R]):
         return [r for r in found if r.state in states] if states else found
 
     def held(self) -> list[R]:
-        """Those that wait for memory, in the order of their line."""
-        return sorted(self.requests(RequestState.HELD), key=lambda r: r.line or 0)
+        """Those that wait for memory, in the order of their line.
+
+        Those that a failure interrupted come before the others: what was begun goes
+        on, and nothing else runs as long as it is to be done with care.
+        """
+        found = self.requests(RequestState.HELD)
+        return sorted(found, key=lambda r: (not r.times_replayed, r.line or 0))
 
     def load(self) -> Load:
         """What runs, in numbers."""
@@ -179,14 +184,19 @@ class Scheduler(Generic[R]):
         interrupted = self.requests(RequestState.REPLAY)
         if interrupted:
             return self._give_out(interrupted[0]) if self._has_room() else None
+        held = self.held()
         if self._limit is not None:
-            if self._at_mlx_lm():
-                return None
-            # All that was to be done with care is done.
-            self._limit = None
-            self._be_careful(None)
-        held = self._whose_turn()
-        return None if held is None else self._give_out(held)
+            careful = [r for r in held if r.times_replayed]
+            if careful or self._at_mlx_lm():
+                if not self._has_room():
+                    return None
+                held = careful
+            else:
+                # All that was to be done with care is done.
+                self._limit = None
+                self._be_careful(None)
+        chosen = self._whose_turn(held)
+        return None if chosen is None else self._give_out(chosen)
 
     def takes_new(self) -> bool:
         """Whether mlx-lm may have one that has just come, when `next` has none."""
@@ -203,9 +213,8 @@ class Scheduler(Generic[R]):
         request.prompt_read = (0, 0)
         return request if self._change(request, RequestState.WAITING) else None
 
-    def _whose_turn(self) -> R | None:
-        """Of those that wait for memory: it fits now, or has waited long enough."""
-        held = self.held()
+    def _whose_turn(self, held: list[R]) -> R | None:
+        """Of ``held``: it fits now, or has waited long enough."""
         now = self._clock()
         for request in held:
             if request.claim is None or now >= request.claim.deadline:
@@ -273,9 +282,12 @@ class Scheduler(Generic[R]):
         return self._memory.admits(ask, self.load())
 
     def _is_behind(self, request: R) -> bool:
-        """Others wait for memory that came before it."""
+        """Others wait for memory that go before it."""
         # One that has a place in the line is given out when its turn has come.
-        return request.line is None and bool(self.requests(RequestState.HELD))
+        if request.line is not None:
+            return False
+        held = self.requests(RequestState.HELD)
+        return any(r.times_replayed or not request.times_replayed for r in held)
 
     def _hold(self, request: R) -> None:
         if self._put_in_line(request):
