@@ -6,6 +6,8 @@
     bench/gpu.py sticky      a sticky error, by its text, to every client's last word
     bench/gpu.py throughput  tokens/s, protected : stock, in pairs, with the interval
     bench/gpu.py cpu         a tiny model: CPU per token and tokens/s, in pairs
+    bench/gpu.py kv          KV caches on disk: out of memory and kill -9, on and off
+    bench/gpu.py kv-speed    the same: reading and tokens/s, on : off, in pairs
     bench/gpu.py ranks       two ranks (two cards with NCCL): served, killed, supervised
 
 `oom` and `churn` need a card whose free memory MLX can tell (CUDA). The others run
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gpu_faults
+import gpu_kv
 import gpu_memory
 import gpu_ranks
 import gpu_speed
@@ -36,6 +39,8 @@ JOBS = {
     "sticky": gpu_faults.sticky,
     "throughput": gpu_speed.throughput,
     "cpu": gpu_speed.cpu,
+    "kv": gpu_kv.lives,
+    "kv-speed": gpu_kv.speed,
     "ranks": gpu_ranks.ranks,
 }
 NEED_A_CARD = ("oom", "churn")
@@ -58,6 +63,7 @@ def parse() -> argparse.Namespace:
     add("--backend", default="nccl", help="of ranks: nccl, or ring")
     add("--hidden", type=int, default=1024)
     add("--layers", type=int, default=28)
+    add("--kv-heads", type=int, help="each of 64; default: half of the heads")
     return parser.parse_args()
 
 
@@ -71,7 +77,9 @@ def main() -> None:
     card = info.get("device_name") or info.get("architecture")
     print(f"{card}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}", flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        model = make_model(Path(directory) / "model", args.hidden, args.layers)
+        model = make_model(
+            Path(directory) / "model", args.hidden, args.layers, args.kv_heads
+        )
         mx.clear_cache()
         rows = JOBS[args.job](args, model)
     write_json(args.job, {"card": card, "arguments": vars(args), "rows": rows})

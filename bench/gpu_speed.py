@@ -59,7 +59,7 @@ def _round(server: Server, clients: int, tokens: int) -> tuple[float, ...]:
     return got / seconds, clients * 16 / statistics.median(stretches)
 
 
-def _in_turn(
+def in_turn(
     args: argparse.Namespace,
     until: float,
     servers: dict[str, Server],
@@ -72,9 +72,10 @@ def _in_turn(
     found: dict[str, list[T]] = {name: [] for name in servers}
     for server in servers.values():
         one(server)
-    while len(found["stock"]) < args.pairs and time.time() < until:
+    first = next(iter(servers))
+    while len(found[first]) < args.pairs and time.time() < until:
         names = list(servers)
-        if len(found["stock"]) % 2:
+        if len(found[first]) % 2:
             names.reverse()
         for name in names:
             found[name].append(one(servers[name]))
@@ -115,7 +116,7 @@ def throughput(args: argparse.Namespace, model: Path) -> list[Any]:
         for clients in counts:
             until = time.time() + args.seconds / len(counts)
             one = functools.partial(_round, clients=clients, tokens=tokens)
-            found = _in_turn(args, until, servers, one)
+            found = in_turn(args, until, servers, one)
             _print_ratios(clients, ("tokens/s", "tokens/s, median stretch"), found)
             rows.append([clients, found])
     return rows
@@ -132,7 +133,7 @@ def cpu(args: argparse.Namespace, model: Path) -> list[Any]:
         for clients in counts:
             until = time.time() + args.seconds / len(counts)
             one = functools.partial(_cost, clients=clients, tokens=tokens)
-            found = _in_turn(args, until, servers, one)
+            found = in_turn(args, until, servers, one)
             names = ("CPU ms per token", "tokens/s", "tokens/s, median stretch")
             _print_ratios(clients, names, found)
             rows.append([clients, found])

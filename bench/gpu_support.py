@@ -23,7 +23,9 @@ _numbers = itertools.count()
 CONNECT_S = 30.0
 
 
-def make_model(directory: Path, hidden: int, layers: int) -> Path:
+def make_model(
+    directory: Path, hidden: int, layers: int, kv_heads: int | None = None
+) -> Path:
     """A random qwen3 with a word for each token, so that each token streams."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -52,7 +54,7 @@ def make_model(directory: Path, hidden: int, layers: int) -> Path:
         "num_hidden_layers": layers,
         "intermediate_size": 3 * hidden,
         "num_attention_heads": hidden // 64,
-        "num_key_value_heads": max(1, hidden // 128),
+        "num_key_value_heads": kv_heads or max(1, hidden // 128),
         "head_dim": 64,
         "rms_norm_eps": 1e-6,
         "vocab_size": 1000,
@@ -84,6 +86,7 @@ class Reply:
 
     sent: float = 0.0
     arrivals: list[float] = field(default_factory=list)  # of tokens
+    lines: list[bytes] = field(default_factory=list)  # the events, as they came
     status: int | None = None
     code: str | None = None  # of an error; or how the connection broke
     ended: float = 0.0
@@ -106,6 +109,18 @@ class Reply:
     @property
     def outcome(self) -> str:
         return self.code or str(self.status)
+
+    @property
+    def text(self) -> str:
+        events = [json.loads(line[6:]) for line in self.lines]
+        choices = [c for event in events for c in event.get("choices", ())]
+        return "".join(c["delta"].get("content") or "" for c in choices)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """What the server says of it, if it was asked."""
+        events = [json.loads(line[6:]) for line in self.lines if b'"usage"' in line]
+        return next((e["usage"] for e in events[::-1] if e.get("usage")), {})
 
 
 def prompt(words: int) -> str:
@@ -179,6 +194,8 @@ def ask(
 def _read(reply: Reply, response: Any) -> None:
     done = False
     for line in response:
+        if line.startswith(b"data: {"):
+            reply.lines.append(line)
         if line.startswith(b"data: {") and b'"error"' in line:
             reply.code = json.loads(line[6:])["error"]["code"]
         elif line.startswith(b"data: {") and b'"content"' in line:

@@ -114,8 +114,12 @@ def streamed(
     moments, text = [now(server)], ""
     usage: dict[str, Any] = {}
     connection = server.connect(TIMEOUT_S)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    path, data = "/v1/chat/completions", json.dumps(body)
+    # Some servers read no JSON without being told that it is.
+    connection.request("POST", path, data, headers=server.headers)
     with connection.getresponse() as response:
+        if response.status != 200:
+            raise SystemExit(f"status {response.status}: {response.read()[:500]!r}")
         for line in response:
             if not line.startswith(b"data: {"):
                 continue

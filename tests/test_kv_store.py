@@ -776,7 +776,8 @@ def test_the_command_lists_checks_and_empties(
     assert not restored(store, TOKENS)  # a server that runs goes on with none
     assert store.publish(drafts(TOKENS)[0])
     (tmp_path / "empty").mkdir()
-    for name in (str(tmp_path), str(tmp_path / "empty"), str(file), ""):
+    missing = f"{tmp_path}/a\nb"
+    for name in (str(tmp_path), str(tmp_path / "empty"), str(file), "", missing):
         for what in ("list", "check", "empty"):
             assert main(["kv", what, name]) == 2
             said = capsys.readouterr().err

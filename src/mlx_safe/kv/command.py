@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from .._command import CommandError, Parser
+from .._command import CommandError, Parser, path_or_name
 from ..memory.sizes import format_size
 from .directory import GONE, Directory, Entry, NotOurs, printable
 from .format import Damaged, check
@@ -29,7 +29,10 @@ def kv(arguments: Sequence[str]) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
-            "directory", metavar="DIR", help="the directory of --kv-dir"
+            "directory",
+            metavar="DIR",
+            type=path_or_name,
+            help="the directory of --kv-dir",
         )
     options = parser.parse_args(arguments)
     try:
