@@ -414,8 +414,11 @@ def test_a_step_that_goes_well_lets_the_next_be_larger() -> None:
         sizes.append(prefill.size)
     assert sizes == [128, 256, 512, 1024, 2048]
     prefill.be_careful(SMALLEST)  # the last time it is not tried out
-    prefill.went_well()
-    assert prefill.size == 64
+    for lacked, most in ((0, 64), (511, 64), (2048, 512), (3 * 2048, 1024)):
+        prefill.lacked_memory(lacked)
+        for _ in range(9):
+            prefill.went_well()
+        assert prefill.size == most
     prefill.be_careful(None)
     prefill.limit("memory", 256)  # the budget has its own say
     prefill.went_well()

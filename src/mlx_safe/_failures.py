@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-# Of care: prompts are read in the smallest steps, to their end.
+# Of care: the last try, in which prompts are read in the smallest steps at first.
 SMALLEST = 16
 
 

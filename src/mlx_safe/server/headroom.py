@@ -201,6 +201,7 @@ class Headroom:
         Of a card that is known. A step that reads prompts has taken all of it at least,
         whatever was estimated, which decides on the size of the next.
         """
+        self._prefill.lacked_memory(self._reading[0] if self._reading else 0)
         there = self.limits.out_of_memory(self.observer.recent_peak(), self._baseline)
         if there is not None and self._reading is not None:
             self.observer.failed(*self._reading, there)

@@ -38,7 +38,8 @@ class PrefillStep:
         self._cli_args = cli_args
         self._comfortable = self.full
         self._limits: dict[str, int] = {}
-        self._grows = True  # after a fault, as long as all goes well
+        self._is_last = False  # after faults, the last try
+        self._lacked = 0  # tokens of the last step that had not the memory
         self._batch: weakref.ref[BatchGenerator] | None = None
 
     @property
@@ -77,17 +78,24 @@ class PrefillStep:
     def be_careful(self, level: int | None) -> None:
         """Smaller steps after ``level`` tries that were in vain; 0, None: as usual.
 
-        `SMALLEST`: they stay so until it is called again.
+        `SMALLEST`: there is no other try, so they stay well below what was too much.
         """
-        self._grows = level != SMALLEST
+        self._is_last = level == SMALLEST
+        if level is None:
+            self._lacked = 0
         size = max(STEP_MIN, self.full // 4**level) if level else None
         self.limit("fault", size)
 
     def went_well(self) -> None:
         """A step of a prompt has been read: the next may be twice as large."""
         size = self._limits.get("fault")
-        if size is not None and self._grows:
-            self.limit("fault", 2 * size if 2 * size < self.full else None)
+        if size is None or (self._is_last and 2 * size > self._lacked // 4):
+            return
+        self.limit("fault", 2 * size if 2 * size < self.full else None)
+
+    def lacked_memory(self, tokens: int) -> None:
+        """A step that was to read so many, all rows together, had not the memory."""
+        self._lacked = tokens
 
     # -- by time ----------------------------------------------------------------------
 
