@@ -200,6 +200,7 @@ def test_what_is_no_plain_file_is_never_read(
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     read = restored(store, TOKENS)
     assert [n.end for n in read] == ([] if kind == "other owner's" else [256])
+    assert store.off is None
     assert kind != "link" or (tmp_path / "elsewhere").read_bytes() == data
 
 
@@ -632,6 +633,8 @@ def test_a_directory_that_is_removed_under_way(
         assert store.publish(draft) == (what == "a model's")
     warned = [r for r in caplog.records if r.levelname == "WARNING"]
     assert len(warned) == (what != "a model's")
+    if what == "all of it":
+        assert "somebody has removed it" in warned[0].getMessage()
 
 
 def test_a_directory_of_another_version_is_said_and_left_alone(

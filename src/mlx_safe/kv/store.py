@@ -151,7 +151,8 @@ class Store:
         if e.errno in _OF_THE_PROCESS:
             return
         what = f" ({printable(e.filename)})" if isinstance(e.filename, str) else ""
-        self.turn_off((e.strerror or str(e)) + what)
+        gone = "somebody has removed it" if self._directory.is_removed else ""
+        self.turn_off(gone or (e.strerror or str(e)) + what)
 
     def turn_off(self, why: str, exc: Exception | None = None) -> None:
         """Nothing is found or written from now on; one WARNING says ``why``.
@@ -394,7 +395,9 @@ class Store:
                 # Without the lock, which another may hold for a while.
                 self._directory.remove(node)
             except OSError as e:
-                self._turn_off(e)
+                # What cannot be removed stays banned.
+                if e.errno not in (*_OF_THE_FILE, errno.EISDIR):
+                    self._turn_off(e)
                 continue
             with self._mutex:
                 self._banned.discard(node)
@@ -573,7 +576,7 @@ def _always(rename: Callable[[], None]) -> bool:
 def are_tokens(tokens: Sequence[Any]) -> bool:
     """Whether all are tokens; images have keys of their own in mlx-lm 0.32."""
     return not tokens or (
-        all(type(token) is int for token in tokens)
+        set(map(type, tokens)) == {int}  # a long prompt's, with each of its steps
         and min(tokens) >= 0
         and max(tokens) < TOKEN_MAX
     )
