@@ -71,6 +71,7 @@ KINDS = {
         ("--ssd-session-cache", "off"),
         env={
             "MLX_SAFE_TEST_LIBSYSTEM": "1",
+            "MLX_SAFE_TEST_PLAN": "/nonexistent/plan",  # no faults
             "PYTHONPATH": str(ROOT / "tests/servers/startup"),
         },
     ),

@@ -17,7 +17,7 @@ from ... import _core
 from ...kv.format import BLOCK_TOKENS, HEADER_MAX, Node, chain
 from ...kv.store import Draft, Store
 from ...kv.writer import Writer
-from .kv_layout import Layout, to_bytes
+from .kv_layout import Layout, own_bytes, to_bytes
 from .kv_parts import View
 from .protocols.models import Cache
 
@@ -254,7 +254,7 @@ class Capture:
             after: how many blocks it is of no use without.
         """
         epoch = _core.epoch()
-        own = [mx.contiguous(x) for x in arrays]
+        own = [own_bytes(x) for x in arrays]
         mx.eval(own)
         pieces = [to_bytes(x) for x in own]
         if _core.epoch() != epoch:
