@@ -261,7 +261,7 @@ def test_without_descriptors_it_waits_and_is_not_off(
     out = True
     monkeypatch.setattr(marks, "names", too_many)
     assert store.begin_restore(nodes) is None
-    assert store.read(nodes[0], TOKENS, 1 << 20) is None
+    assert not list(store.read([(nodes[0], 1 << 20)], TOKENS))
     assert store.find(IDENTITY, TOKENS, 700, blocks=True, states=False) is None
     assert not store.publish(drafts(OTHER)[0])
     store.drop(nodes[::-1])
@@ -626,7 +626,7 @@ def test_a_directory_that_is_removed_under_way(
     mark = store.begin_restore(nodes)
     assert (mark is not None) == (what == "a model's")
     if mark is not None:
-        assert store.read(nodes[0], TOKENS, 1 << 20) is None
+        assert not list(store.read([(nodes[0], 1 << 20)], TOKENS))
         store.end_restore(mark)
     assert not restored(store, TOKENS)
     for draft in drafts(OTHER):
