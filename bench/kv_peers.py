@@ -28,8 +28,6 @@ from support import tiny_model
 from support.server import PYTHON, Server, free_port
 
 START_S = 240
-# Those that write when they are idle have so long.
-IDLE_S = 8.0
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,14 +108,16 @@ class Peer(Server):
                 time.sleep(1)
 
 
-def compare(name: str, program: str, model: Path, work: Path, words: int) -> None:
+def compare(
+    name: str, program: str, model: Path, work: Path, words: int, idle: float
+) -> None:
     given = (KINDS[name], program, model, work / name)
     given[-1].mkdir()
     messages = [{"role": "user", "content": text_of(words, 3)}]
     with started(True, *given) as server:
         moments, text, _ = streamed(server, messages, 12)
         read = moments[1].since(moments[0])
-        time.sleep(IDLE_S)
+        time.sleep(idle)
         os.kill(server.process.pid, signal.SIGKILL)
         server.wait()
     messages += [
@@ -154,6 +154,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: a random one")
     parser.add_argument("--hidden", type=int, default=512, help="of the random one")
     parser.add_argument("--words", type=int, default=190)
+    parser.add_argument(
+        "--idle",
+        type=float,
+        default=8.0,
+        help="seconds before the kill; some write then",
+    )
     options = parser.parse_args()
     peers = {"mlx-safe": PYTHON, **dict(p.split("=", 1) for p in options.peer)}
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +168,8 @@ def main() -> None:
         )
         for name, program in peers.items():
             if options.only in (None, name):
-                compare(name, program, model, Path(folder), options.words)
+                given = (model, Path(folder), options.words, options.idle)
+                compare(name, program, *given)
 
 
 if __name__ == "__main__":
