@@ -303,8 +303,10 @@ def ceiling(model: Path, directory: Path, load: Load) -> None:
         )
 
 
-def kills(model: Path, directory: Path, words: int, times: int, seed: int) -> str:
-    """Two clients, six texts, two in three of which there is no room for on disk."""
+def kills(
+    model: Path, directory: Path, words: int, times: int, seed: int, room: float
+) -> str:
+    """Two clients, six texts, for a part of which there is room on disk."""
     chance = random.Random(seed)
     texts = [text_of(words, n) for n in range(6)]
     with start(model, directory) as server:
@@ -313,7 +315,7 @@ def kills(model: Path, directory: Path, words: int, times: int, seed: int) -> st
             ask(server, [{"role": "user", "content": t}], 8).text for t in texts
         ]
         settle(server, True)
-        limit = int(server.metric("mlx_safe_kv_disk_bytes") / 3)
+        limit = int(server.metric("mlx_safe_kv_disk_bytes") * room)
     seen: list[bool] = []
     refused: list[int] = []
     over = restored = suspects = 0
@@ -382,6 +384,9 @@ def main() -> None:
     parser.add_argument("--ceiling", action="store_true")
     parser.add_argument("--clients", type=int, default=10, help="of --ceiling")
     parser.add_argument("--kills", type=int, default=0, metavar="N")
+    parser.add_argument(
+        "--room", type=float, default=1 / 3, help="--kills: the limit, of all texts"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -412,9 +417,8 @@ def main() -> None:
             print("written / new:", found_written, flush=True)
         if options.kills:
             times = options.kills
-            found_kills = kills(
-                model, made / "kills", options.words, times, options.seed
-            )
+            given = (options.words, times, options.seed, options.room)
+            found_kills = kills(model, made / "kills", *given)
             print(found_kills, flush=True)
 
 

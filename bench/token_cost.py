@@ -1,11 +1,13 @@
 """What a token and a request cost, counted and not timed: protected beside stock.
 
-    bench/token_cost.py [--tokens 50 250] [--top 25] [--strace]
+    bench/token_cost.py [--tokens 50 250] [--top 25] [--strace] [--kv] [--words 20]
 
 Bytecodes and calls of C functions that Python's threads execute, by function; the times
 that threads were put to sleep (Linux); system calls, if asked for and strace is there.
 A load of the machine changes none of it much, as it changes times. One client streams
-answers of two lengths: a token is the difference, a request is what is left.
+answers of two lengths: a token is the difference, a request is what is left. With
+``--kv`` the protected server with KV caches on disk, beside the same without; a prompt
+of 256 words and more is written there.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_speed import PROTECTED, STOCK
 from gpu_support import ask, make_model
 
-from support.server import Server
+from support.server import Server, kept_in
 
-WORDS = 20  # of a prompt
 # Of the numbers that tell threads apart.
 NUMBERS = re.compile(r"Thread-\d+ |\d+")
 
@@ -74,8 +75,8 @@ if "COUNTED" in os.environ:
 """
 
 
-def one(server: Server, tokens: int) -> None:
-    reply = ask(server, WORDS, tokens)
+def one(server: Server, words: int, tokens: int) -> None:
+    reply = ask(server, words, tokens)
     assert reply.tokens >= tokens - 1, reply.outcome
     time.sleep(0.3)  # until it is stored
 
@@ -139,27 +140,32 @@ def sleeps(server: Server, path: Path) -> Counter[tuple[str, str]]:
 
 
 def measure(
-    model: Path, program: str, args: argparse.Namespace, path: Path
+    model: Path,
+    program: str,
+    flags: Sequence[str],
+    args: argparse.Namespace,
+    path: Path,
 ) -> tuple[Counter[Any], Counter[Any]]:
     """What a token costs, and what a request does besides."""
     env = {"MLX_SAFE_AUTOINSTALL": "0"} if program is STOCK else {}
     env["COUNTS"] = str(path)
     runs: list[Counter[Any]] = []
-    with Server(model, program=COUNTED + program, env=env | {"COUNTED": "1"}) as server:
+    program = COUNTED + program
+    with Server(model, *flags, program=program, env=env | {"COUNTED": "1"}) as server:
         server.wait_ready()
-        one(server, args.tokens[0])
+        one(server, args.words, args.tokens[0])
         for tokens in args.tokens:
             before = counts(server, path)
-            one(server, tokens)
+            one(server, args.words, tokens)
             after = counts(server, path)
             runs.append(Counter({k: after[k] - before[k] for k in after}))
-    with Server(model, program=COUNTED + program, env=env) as server:
+    with Server(model, *flags, program=program, env=env) as server:
         server.wait_ready()
-        one(server, args.tokens[0])
+        one(server, args.words, args.tokens[0])
         for i, tokens in enumerate(args.tokens):
             with syscalls(server, args.strace) as calls:
                 before = sleeps(server, path)
-                one(server, tokens)
+                one(server, args.words, tokens)
                 after = sleeps(server, path)
             runs[i].update({k: after[k] - before[k] for k in after})
             runs[i].update(calls)
@@ -180,15 +186,15 @@ def total(found: Counter[Any], what: str) -> float:
 def show(what: str, found: dict[str, Counter[Any]], top: int) -> None:
     print(f"\n## {what}")
     for kind in ("bytecodes", "C calls", "sleeps", "syscalls"):
-        a, b = (total(found[name], kind) for name in ("stock", "protected"))
+        a, b = (total(costs, kind) for costs in found.values())
         if a > 0:
             print(f"{kind:>10}: {a:9.1f} {b:9.1f}  {b / a:.3f}")
-    stock, protected = found["stock"], found["protected"]
-    names = sorted({*stock, *protected}, key=lambda k: -abs(protected[k] - stock[k]))
+    one, other = found.values()
+    names = sorted({*one, *other}, key=lambda k: -abs(other[k] - one[k]))
     for key in names[:top]:
-        more = protected[key] - stock[key]
+        more = other[key] - one[key]
         name = " ".join((*key[:1], key[1] or "(C calls)"))
-        print(f"{more:+9.2f} {stock[key]:9.2f} {protected[key]:9.2f}  {name}")
+        print(f"{more:+9.2f} {one[key]:9.2f} {other[key]:9.2f}  {name}")
 
 
 def main() -> None:
@@ -199,13 +205,20 @@ def main() -> None:
     add("--tokens", type=int, nargs=2, default=[50, 250])
     add("--top", type=int, default=25, help="lines of functions")
     add("--strace", action="store_true")
+    add("--kv", action="store_true", help="with --kv-dir beside without")
+    add("--words", type=int, default=20, help="of a prompt")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         model = make_model(path / "model", 64, 2)
+        servers: dict[str, tuple[str, tuple[str, ...]]]
+        servers = {"stock": (STOCK, ()), "protected": (PROTECTED, ())}
+        if args.kv:
+            kept = kept_in(path / "kv")
+            servers = {"off": (PROTECTED, ()), "on": (PROTECTED, kept)}
         found = {
-            name: measure(model, program, args, path / "counts")
-            for name, program in (("stock", STOCK), ("protected", PROTECTED))
+            name: measure(model, program, flags, args, path / "counts")
+            for name, (program, flags) in servers.items()
         }
     for i, what in enumerate(("a token", "a request")):
         show(what, {name: found[name][i] for name in found}, args.top)

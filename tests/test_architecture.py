@@ -169,8 +169,10 @@ def _names_of_threads() -> Iterator[tuple[str, str]]:
     """Of each thread that the package starts: where, and its name."""
     for path in sorted((ROOT / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Thread"):
-                names = [ast.unparse(k.value) for k in node.keywords if k.arg == "name"]
+            made = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and made.endswith(("Thread", "PoolExecutor")):
+                given = ("name", "thread_name_prefix")
+                names = [ast.unparse(k.value) for k in node.keywords if k.arg in given]
                 yield f"{path.name}:{node.lineno}", "".join(names).strip("'\"")
 
 

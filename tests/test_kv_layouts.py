@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -17,6 +18,7 @@ from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.format import SNAPSHOT, Node, chain
 from mlx_safe.kv.store import Draft, Limits
 from mlx_safe.server.mlx_lm import kv_capture, kv_window
+from mlx_safe.server.mlx_lm.kv_layout import own_bytes, to_bytes
 from mlx_safe.server.mlx_lm.kv_parts import leaves
 from mlx_safe.server.mlx_lm.kv_restore import Rate
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
@@ -147,6 +149,22 @@ def test_a_text_goes_on_as_if_nothing_had_been(
         read(model, TEXT[:256], caches, step=256)
         read(model, TEXT[256:280], caches, step=24)
     assert_equal(logits(model, restored), logits(model, caches))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 256, 64), (1, 2, 256, 64), (4, 5), (0, 3)])
+def test_what_the_host_looks_at_is_no_memory_of_the_caches(
+    shape: tuple[int, ...],
+) -> None:
+    """On CUDA it moves, and MLX's pool keeps its old block."""
+    x = mx.random.normal(shape).astype(mx.bfloat16)
+    found = own_bytes(x)
+    mx.eval(x, found)
+    of_x, of_found = (
+        np.asarray(memoryview(y))  # type: ignore[arg-type]
+        for y in (x.reshape(-1).view(mx.uint8), found)
+    )
+    assert to_bytes(found) == of_x.tobytes()
+    assert not np.shares_memory(of_x, of_found)
 
 
 @pytest.mark.parametrize("kind", BATCHED)
@@ -368,14 +386,14 @@ def test_a_snapshot_that_goes_before_it_is_read(
         tier.capture(kept.key, text[:end], caches)
         kept.settle()
     tier = kept.start()
-    plain = tier.store.read
+    plain = Directory.open_node
 
-    def read_node(node: Node, *more: Any) -> Any:
+    def open_node(self: Directory, node: Node) -> int:
         if node.end == node.start == 512:
             tier.store.drop([node])
-        return plain(node, *more)
+        return plain(self, node)
 
-    monkeypatch.setattr(tier.store, "read", read_node)
+    monkeypatch.setattr(Directory, "open_node", open_node)
     found: Any = tier.restore(kept.key, text, 0)
     assert tier.store.off is None
     assert found is not None

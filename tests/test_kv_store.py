@@ -200,6 +200,7 @@ def test_what_is_no_plain_file_is_never_read(
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     read = restored(store, TOKENS)
     assert [n.end for n in read] == ([] if kind == "other owner's" else [256])
+    assert store.off is None
     assert kind != "link" or (tmp_path / "elsewhere").read_bytes() == data
 
 
@@ -260,7 +261,7 @@ def test_without_descriptors_it_waits_and_is_not_off(
     out = True
     monkeypatch.setattr(marks, "names", too_many)
     assert store.begin_restore(nodes) is None
-    assert store.read(nodes[0], TOKENS, 1 << 20) is None
+    assert not list(store.read([(nodes[0], 1 << 20)], TOKENS))
     assert store.find(IDENTITY, TOKENS, 700, blocks=True, states=False) is None
     assert not store.publish(drafts(OTHER)[0])
     store.drop(nodes[::-1])
@@ -625,13 +626,15 @@ def test_a_directory_that_is_removed_under_way(
     mark = store.begin_restore(nodes)
     assert (mark is not None) == (what == "a model's")
     if mark is not None:
-        assert store.read(nodes[0], TOKENS, 1 << 20) is None
+        assert not list(store.read([(nodes[0], 1 << 20)], TOKENS))
         store.end_restore(mark)
     assert not restored(store, TOKENS)
     for draft in drafts(OTHER):
         assert store.publish(draft) == (what == "a model's")
     warned = [r for r in caplog.records if r.levelname == "WARNING"]
     assert len(warned) == (what != "a model's")
+    if what == "all of it":
+        assert "somebody has removed it" in warned[0].getMessage()
 
 
 def test_a_directory_of_another_version_is_said_and_left_alone(

@@ -188,11 +188,8 @@ def restored(
     """What ``store`` gives for a text; fails when a byte of it is another."""
     found = store.find(IDENTITY, tokens, len(tokens), blocks=True, states=states)
     given = []
-    for node in found.nodes if found else ():
-        got = store.read(node, tokens, 1 << 20)
-        if got is None:
-            break
-        about, pieces = got
+    nodes = [(node, 1 << 20) for node in (found.nodes if found else ())]
+    for node, about, pieces in store.read(nodes, tokens):
         assert about == {"of": node.end}
         assert pieces == content(node), "restored wrongly"
         assert node.kind == BLOCK or node.end <= len(tokens)

@@ -137,6 +137,11 @@ class Directory:
         """Others can neither list nor read it."""
         return not stat.S_IMODE(os.fstat(self.fd).st_mode) & 0o077
 
+    @property
+    def is_removed(self) -> bool:
+        """It has no name any more."""
+        return bool(self._open) and not os.fstat(self.fd).st_nlink
+
     def _open_state(self, make: bool) -> int:
         try:
             fd = self.files.open("state", self.fd, write=True)

@@ -17,20 +17,21 @@ from ... import _core
 from ...kv.format import BLOCK_TOKENS, HEADER_MAX, Node, chain
 from ...kv.store import Draft, Store
 from ...kv.writer import Writer
-from .kv_layout import Layout, to_bytes
+from .kv_layout import Layout, own_bytes, to_bytes
 from .kv_parts import View
 from .protocols.models import Cache
 
 __all__ = ["Capture", "Kept", "Reading"]
 
-# A snapshot, or a tail, which is what comes after the last full block, is written where
-# more than this share of the text would be read again without it.
+# A snapshot is written where more than this share of the text would be read again
+# without it.
 SHARE = 0.1
+# And a tail, which is what comes after the last full block, where more than this.
+TAIL_SHARE = 0.02
 # A tail was written in vain when its block is full. All of them together are no more
 # than this share of the blocks, and a block: with the files' heads less than a tenth.
+# But for those of texts that leave memory, of which the disk has all.
 TAILS = 0.07
-# Of a text that leaves memory the disk has all, or it is read again for sure.
-LEAVING_SHARE = 0.02
 # A snapshot whose tokens can be read again in less than this waits so long for the next
 # one of its text, which comes in its place. Each is written whole, and a state has the
 # size of some thousand tokens.
@@ -167,10 +168,9 @@ class Capture:
         tails = _after(text, node.start)
         last = max([tail.end for tail in tails], default=node.start)
         size = text.kept.layout.block_nbytes * (done - node.start) // BLOCK_TOKENS
-        if end is End.LEAVES:
-            if done - last <= LEAVING_SHARE * done:
-                return
-        elif done - last <= SHARE * done or size > self._tails:
+        if done - last <= TAIL_SHARE * done:
+            return
+        if end is not End.LEAVES and size > self._tails:
             return
         taken = text.kept.layout.snapshot(text.view, node.start)
         if taken is None or not self._has_room(size):
@@ -254,7 +254,7 @@ class Capture:
             after: how many blocks it is of no use without.
         """
         epoch = _core.epoch()
-        own = [mx.contiguous(x) for x in arrays]
+        own = [own_bytes(x) for x in arrays]
         mx.eval(own)
         pieces = [to_bytes(x) for x in own]
         if _core.epoch() != epoch:

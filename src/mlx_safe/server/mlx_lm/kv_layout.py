@@ -30,7 +30,7 @@ from .protocols.opaque import (
     Json,
 )
 
-__all__ = ["Layout", "Unfit", "to_bytes"]
+__all__ = ["Layout", "Unfit", "own_bytes", "to_bytes"]
 
 
 class Unfit(Exception):
@@ -217,8 +217,15 @@ def _form_of(listed: Any) -> Form:
     return Form(dtype, tuple(shape))
 
 
+def own_bytes(x: mx.array) -> mx.array:
+    """The bytes of ``x`` in memory of their own; not evaluated.
+
+    What the host looks at moves on CUDA, and its old block stays in MLX's pool (0.32).
+    A state, or slots that fill their buffer, would be the cache's own memory else.
+    """
+    return x.reshape(-1).view(mx.uint8) | 0
+
+
 def to_bytes(x: mx.array) -> bytes:
-    """The bytes of an evaluated array, copied."""
-    if not x.size:
-        return b""
-    return bytes(memoryview(x.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+    """What `own_bytes` has, evaluated; copied to the host."""
+    return bytes(memoryview(x)) if x.size else b""  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -209,23 +210,22 @@ class Restore:
         layout, states, end = kept.layout, None, 0
         slots: list[list[mx.array]] = []
         missing = len(nodes)
-        for node in nodes:
-            got = self._store.read(node, tokens, layout.most(node))
-            if got is None:
-                break
-            try:
-                made, found = layout.read(node, *got)
-            except Unfit as e:
-                # Its checksums are right: somebody made it so.
-                log.warning("a file of KV caches is not used: %s: %s", node.name, e)
-                self._store.drop([node])
-                break
-            del got
-            slots = slots or [[] for _ in made]
-            for part, x in zip(slots, made, strict=True):
-                part.append(x)
-            states, end = found or states, node.end
-            missing -= 1
+        wanted = [(node, layout.most(node)) for node in nodes]
+        with closing(self._store.read(wanted, tokens)) as read:
+            for node, about, pieces in read:
+                try:
+                    made, found = layout.read(node, about, pieces)
+                except Unfit as e:
+                    # Its checksums are right: somebody made it so.
+                    log.warning("a file of KV caches is not used: %s: %s", node.name, e)
+                    self._store.drop([node])
+                    break
+                del about, pieces
+                slots = slots or [[] for _ in made]
+                for part, x in zip(slots, made, strict=True):
+                    part.append(x)
+                states, end = found or states, node.end
+                missing -= 1
         # A snapshot may end where the block before it does: ends do not tell.
         if not end or (layout.has_states and missing):
             return None, 0
