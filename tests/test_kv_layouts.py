@@ -17,8 +17,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_safe.kv.directory import Directory
 from mlx_safe.kv.format import SNAPSHOT, Node, chain
 from mlx_safe.kv.store import Draft, Limits
-from mlx_safe.server.mlx_lm import kv_capture, kv_window
-from mlx_safe.server.mlx_lm.kv_layout import own_bytes, to_bytes
+from mlx_safe.server.mlx_lm import kv_capture, kv_tier, kv_window
+from mlx_safe.server.mlx_lm.kv_layout import cut, own_bytes, to_bytes
 from mlx_safe.server.mlx_lm.kv_parts import leaves
 from mlx_safe.server.mlx_lm.kv_restore import Rate
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
@@ -151,20 +151,64 @@ def test_a_text_goes_on_as_if_nothing_had_been(
     assert_equal(logits(model, restored), logits(model, caches))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 256, 64), (1, 2, 256, 64), (4, 5), (0, 3)])
+SHAPES: list[list[tuple[int, ...]]] = [
+    [(1, 1, 256, 64)],
+    [(1, 2, 256, 64), (4, 5), (0, 3), (3,)],
+    [(0, 3)],
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
 def test_what_the_host_looks_at_is_no_memory_of_the_caches(
-    shape: tuple[int, ...],
+    shapes: list[tuple[int, ...]],
 ) -> None:
     """On CUDA it moves, and MLX's pool keeps its old block."""
-    x = mx.random.normal(shape).astype(mx.bfloat16)
-    found = own_bytes(x)
-    mx.eval(x, found)
-    of_x, of_found = (
-        np.asarray(memoryview(y))  # type: ignore[arg-type]
-        for y in (x.reshape(-1).view(mx.uint8), found)
-    )
-    assert to_bytes(found) == of_x.tobytes()
-    assert not np.shares_memory(of_x, of_found)
+    arrays = [mx.random.normal(shape).astype(mx.bfloat16) for shape in shapes]
+    found = own_bytes(arrays)
+    mx.eval(arrays, found)
+    pieces = cut(to_bytes(found), arrays)
+    assert len(pieces) == len(arrays)
+    host = np.asarray(memoryview(found))  # type: ignore[arg-type]
+    for x, piece in zip(arrays, pieces, strict=True):
+        of_x = np.asarray(memoryview(x.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+        assert piece.tobytes() == of_x.tobytes()
+        assert not np.shares_memory(of_x, host)
+
+
+def test_what_is_taken_meanwhile_is_not_the_time_of_reading(
+    keep: Callable[..., Kept], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card it takes as long: a restore would be taken for quicker than reading."""
+    clock = [100.0]
+    clocks = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr(kv_tier, "time", clocks)
+
+    def slowly(x: mx.array) -> bytes:
+        clock[0] += 10.0
+        return to_bytes(x)
+
+    monkeypatch.setattr(kv_capture, "to_bytes", slowly)
+    kept = keep("qwen3")
+    tier = kept.tier
+    assert tier is not None
+    batch = BatchGenerator(kept.provider.model, prefill_step_size=100)
+    texts = [TEXT[:300], TEXT[1:301]]
+    requests = [
+        SimpleNamespace(prompt_key=(kept.key, text), is_ended=False, cached_tokens=0)
+        for text in texts
+    ]
+    uids = batch.insert_segments([[text] for text in texts])
+    taken = clock[0]
+    for _ in range(3):
+        tier.confirm()
+        prompts, _ = batch.next()
+        clock[0] += 1.0
+        for prompt in prompts:
+            n = uids.index(prompt.uid)
+            tier.checkpoint(batch, prompt.uid, requests[n], is_boundary=False)
+    batch.close()
+    assert clock[0] - taken > 10.0
+    assert tier._restore.read_rate.per_s == pytest.approx(100.0, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", BATCHED)

@@ -17,7 +17,7 @@ from ... import _core
 from ...kv.format import BLOCK_TOKENS, HEADER_MAX, Node, chain
 from ...kv.store import Draft, Store
 from ...kv.writer import Writer
-from .kv_layout import Layout, own_bytes, to_bytes
+from .kv_layout import Layout, cut, own_bytes, to_bytes
 from .kv_parts import View
 from .protocols.models import Cache
 
@@ -254,9 +254,9 @@ class Capture:
             after: how many blocks it is of no use without.
         """
         epoch = _core.epoch()
-        own = [own_bytes(x) for x in arrays]
+        own = own_bytes(arrays)
         mx.eval(own)
-        pieces = [to_bytes(x) for x in own]
+        pieces = cut(to_bytes(own), arrays)
         if _core.epoch() != epoch:
             return None
         before, gone = tuple(text.blocks[:after]), tuple(instead_of)

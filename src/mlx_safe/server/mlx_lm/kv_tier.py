@@ -355,9 +355,13 @@ class KVTier:
         kept = next((k for k in self._kept if k.layout.is_at(view)), None)
         if kept is None:
             return
+        begun = time.monotonic()
         fits = self._capture.take(
             kept, tokens, view, reading, is_boundary=is_boundary, end=end
         )
+        took = time.monotonic() - begun
+        for one in self._readings.values():
+            one.since += took  # it has read nothing meanwhile
         if not fits and view.row is None and len(self._kept) == 1:
             self._kept = []  # or blocks would be written for nothing
             why = "an empty cache of it has shapes of its own"
