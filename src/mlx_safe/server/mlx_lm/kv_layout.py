@@ -182,30 +182,34 @@ class Layout:
             raise Unfit("its states make no sense") from e
         return found
 
-    def caches(
-        self,
-        slots: list[list[mx.array]],
-        states: Sequence[Taken],
-        end: int,
-    ) -> list[Cache]:
-        """Caches of ``end`` tokens. Empties ``slots``: the parts of each array.
+    def empty(self, end: int) -> list[mx.array]:
+        """Arrays of ``end`` slots for all that grow, which `put` fills."""
+        forms = [f.of_slots(end) for f in self._forms]
+        return [mx.zeros(f.shape, getattr(mx, f.dtype)) for f in forms]
 
-        One layer at a time is there twice, and no more.
+    def put(self, into: list[mx.array], made: Sequence[mx.array], start: int) -> None:
+        """Slots from ``start`` on go into what `empty` has made.
+
+        In place, as mlx-lm's own caches do it. Joined at the end instead, all parts
+        would be left in MLX's pool: there the cache would be twice.
         """
+        for x, part in zip(into, made, strict=True):
+            if part.size:
+                x[..., start : start + part.shape[2], :] = part
+        mx.eval(into)
+
+    def caches(
+        self, slots: Sequence[mx.array], states: Sequence[Taken], end: int
+    ) -> list[Cache]:
+        """Caches of ``end`` tokens."""
         made = self.make()
-        rest = iter(states)
-        at = 0
+        rest, left = iter(states), iter(slots)
         for part, cache in zip(self.parts, leaves(made), strict=True):
             if isinstance(part, State):
                 part.fill(cache, *next(rest))
-                continue
-            ours = slots[at : at + len(part.forms)]
-            joined = [x[0] if len(x) == 1 else mx.concatenate(x, axis=2) for x in ours]
-            mx.eval(joined)
-            part.fill(cache, joined, end)
-            slots[at : at + len(part.forms)] = [[] for _ in ours]
-            at += len(part.forms)
-            del ours
+            else:
+                ours = [next(left)[..., :end, :] for _ in part.forms]
+                part.fill(cache, ours, end)
         return made
 
 

@@ -13,8 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
-import mlx.core as mx
-
 from ... import _core
 from ...kv.format import BLOCK_TOKENS, Node
 from ...kv.store import Found, Store
@@ -208,7 +206,7 @@ class Restore:
     ) -> tuple[list[Cache] | None, int]:
         """Caches of those of ``nodes`` that are sound, from the first on."""
         layout, states, end = kept.layout, None, 0
-        slots: list[list[mx.array]] = []
+        slots = layout.empty(nodes[-1].end)
         missing = len(nodes)
         wanted = [(node, layout.most(node)) for node in nodes]
         with closing(self._store.read(wanted, tokens)) as read:
@@ -221,9 +219,8 @@ class Restore:
                     self._store.drop([node])
                     break
                 del about, pieces
-                slots = slots or [[] for _ in made]
-                for part, x in zip(slots, made, strict=True):
-                    part.append(x)
+                layout.put(slots, made, node.start)
+                del made
                 states, end = found or states, node.end
                 missing -= 1
         # A snapshot may end where the block before it does: ends do not tell.
