@@ -311,6 +311,48 @@ def test_it_restores_only_where_that_is_cheaper(provider: Any, tier: KVTier) -> 
     assert is_restored(), "it was learned that it is cheap by now"
 
 
+def test_what_is_read_faster_than_it_is_taken_is_not_written(
+    provider: Any, tier: KVTier, tmp_path: Path
+) -> None:
+    """As on a card, where the first token would come later for it."""
+    rates = tier._restore
+    block = tier._kept[0].layout.block_nbytes
+    texts = iter([[n, *TOKENS] for n in range(1000, 1100)])
+
+    def is_written() -> bool:
+        before = files(tmp_path)
+        tokens = next(texts)
+        caches = make_prompt_cache(provider.model)
+        mx.eval(read(provider, tokens, caches))
+        tier.capture(provider.model_key, tokens, caches)
+        tier.confirm()
+        flush(tier)
+        return len(files(tmp_path)) > len(before)
+
+    def learn(read_s: float, take_s: float, restore_s: float) -> None:
+        """Seconds for a block."""
+        rates.read_rate.per_s = 256 / read_s
+        rates.take_rate.per_s = block / take_s
+        rates.restore_rate.per_s = block / restore_s if restore_s else 0.0
+
+    assert is_written(), "of nothing is anything known"
+    assert rates.take_rate.per_s > 0
+    for speeds, pays in (
+        ((4, 2, 0), 1),
+        ((4, 5, 0), 0),
+        ((4, 2, 1), 1),
+        ((4, 2, 3), 0),
+    ):
+        learn(*speeds)
+        assert is_written() == pays, speeds
+    assert tier.store.events["not_written_dear"] == 2
+    tried = []
+    for _ in range(kv_restore.TRY_AGAIN_AFTER):
+        learn(4, 5, 0)
+        tried.append(is_written())
+    assert tried.count(True) == 1
+
+
 def test_both_speeds_are_learned(provider: Any, tier: KVTier) -> None:
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request

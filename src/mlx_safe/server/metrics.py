@@ -55,7 +55,7 @@ KV_DISK_EVENTS = {
     "not_cheaper": "Restores left out, as reading the prompt took less time",
     "written": "Files written",
     "written_bytes": "Bytes written",
-    "not_written": "Blocks not written: no room, over the bound, or withdrawn",
+    "not_written": "Not written: no room, over the bound, withdrawn, too dear",
     "evicted": "Files that went to make room",
     "damaged": "Files that were not what they should be, and went",
     "dropped": "Files that went because they were damaged, or after a stray write",

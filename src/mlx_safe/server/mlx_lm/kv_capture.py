@@ -17,7 +17,7 @@ from ... import _core
 from ...kv.format import BLOCK_TOKENS, HEADER_MAX, Node, chain
 from ...kv.store import Draft, Store
 from ...kv.writer import Writer
-from .kv_layout import Layout, cut, own_bytes, to_bytes
+from .kv_layout import Layout, own_bytes, to_bytes
 from .kv_parts import View
 from .protocols.models import Cache
 
@@ -95,6 +95,9 @@ class Capture:
 
     Args:
         read_s: how long it takes to read so many tokens.
+
+    Attributes:
+        taken_bytes: so far.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Capture:
         self._store = store
         self._writer = writer
         self._read_s = read_s
+        self.taken_bytes = 0
         # Bytes that may be spent on tails.
         self._tails = 0.0
 
@@ -254,9 +258,10 @@ class Capture:
             after: how many blocks it is of no use without.
         """
         epoch = _core.epoch()
-        own = own_bytes(arrays)
+        own = [own_bytes(x) for x in arrays]
         mx.eval(own)
-        pieces = cut(to_bytes(own), arrays)
+        pieces = [to_bytes(x) for x in own]
+        self.taken_bytes += sum(map(len, pieces))
         if _core.epoch() != epoch:
             return None
         before, gone = tuple(text.blocks[:after]), tuple(instead_of)

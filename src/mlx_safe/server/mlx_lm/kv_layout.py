@@ -16,7 +16,6 @@ Any other, a model's own or a subclass, stays in memory. Generation thread.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from .protocols.opaque import (
     Json,
 )
 
-__all__ = ["Layout", "Unfit", "cut", "own_bytes", "to_bytes"]
+__all__ = ["Layout", "Unfit", "own_bytes", "to_bytes"]
 
 
 class Unfit(Exception):
@@ -222,25 +221,15 @@ def _form_of(listed: Any) -> Form:
     return Form(dtype, tuple(shape))
 
 
-def own_bytes(arrays: Sequence[mx.array]) -> mx.array:
-    """The bytes of all ``arrays`` in memory of their own; not evaluated.
+def own_bytes(x: mx.array) -> mx.array:
+    """The bytes of ``x`` in memory of their own; not evaluated.
 
     What the host looks at moves on CUDA, and its old block stays in MLX's pool (0.32).
-    A state, or slots that fill their buffer, would be the cache's own memory else. And
-    each look costs a copy and a wait there, so that all are looked at together.
+    A state, or slots that fill their buffer, would be the cache's own memory else.
     """
-    flat = [x.reshape(-1).view(mx.uint8) for x in arrays if x.size]
-    flat.append(mx.zeros(0, mx.uint8))  # one alone would be itself, and no copy
-    return mx.concatenate(flat)
+    return x.reshape(-1).view(mx.uint8) | 0
 
 
 def to_bytes(x: mx.array) -> bytes:
     """What `own_bytes` has, evaluated; copied to the host."""
     return bytes(memoryview(x)) if x.size else b""  # type: ignore[arg-type]
-
-
-def cut(data: bytes, arrays: Sequence[mx.array]) -> list[memoryview]:
-    """The bytes of each of ``arrays`` in what `to_bytes` has made of them."""
-    ends = itertools.accumulate((x.nbytes for x in arrays), initial=0)
-    view = memoryview(data)
-    return [view[a:b] for a, b in itertools.pairwise(ends)]

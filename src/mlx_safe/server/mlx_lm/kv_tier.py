@@ -355,11 +355,14 @@ class KVTier:
         kept = next((k for k in self._kept if k.layout.is_at(view)), None)
         if kept is None:
             return
-        begun = time.monotonic()
+        if not self._restore.pays(kept.layout.block_nbytes, BLOCK_TOKENS):
+            return
+        begun, before = time.monotonic(), self._capture.taken_bytes
         fits = self._capture.take(
             kept, tokens, view, reading, is_boundary=is_boundary, end=end
         )
         took = time.monotonic() - begun
+        self._restore.take_rate.saw(self._capture.taken_bytes - before, took)
         for one in self._readings.values():
             one.since += took  # it has read nothing meanwhile
         if not fits and view.row is None and len(self._kept) == 1:
