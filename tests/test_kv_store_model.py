@@ -122,6 +122,7 @@ class Servers(RuleBasedStateMachine):
         assert mark is not None
         given = restored(store, tokens, states=states)
         store.end_restore(mark)
+        store.tell()  # that it has removed what was damaged; the writer does it
         assert not self.suspect & set(given)
         # Also after a power failure: data comes before the name.
         if not self.tampered:
@@ -142,6 +143,8 @@ class Servers(RuleBasedStateMachine):
         self.files[server].forget()
         self.stores[server] = self._start(server)
         assert not self.suspect & set(restored(self.stores[server], tokens))
+        for store in self.stores:
+            store.tell()
 
     @rule(server=SERVERS, tokens=TEXTS)
     def drop(self, server: int, tokens: list[int]) -> None:
