@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import functools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from gpu_support import ask, connect_all, head, interval, row, together
 
 from support.server import Server
+from support.usage import cpu_seconds
 
 T = TypeVar("T")
 
@@ -142,15 +142,7 @@ def cpu(args: argparse.Namespace, model: Path) -> list[Any]:
 
 def _cost(server: Server, clients: int, tokens: int) -> tuple[float, ...]:
     """CPU milliseconds per token, and what `_round` finds."""
-    before = _cpu_seconds(server.process.pid)
+    before = cpu_seconds(server.process.pid)
     speeds = _round(server, clients, tokens)
-    spent = _cpu_seconds(server.process.pid) - before
+    spent = cpu_seconds(server.process.pid) - before
     return 1e3 * spent / (clients * tokens), *speeds
-
-
-def _cpu_seconds(pid: int) -> float:
-    """User and system time of a process, all its threads, to the nanosecond."""
-    if sys.platform != "linux":
-        sys.exit("bench/gpu.py cpu: reads a clock of another process, as Linux has")
-    # What glibc's clock_getcpuclockid makes of a pid.
-    return time.clock_gettime(~pid << 3 | 2)

@@ -353,6 +353,23 @@ def test_what_is_read_faster_than_it_is_taken_is_not_written(
     assert tried.count(True) == 1
 
 
+def test_what_is_being_written_is_waited_for_no_longer_than_reading_takes(
+    provider: Any, tier: KVTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def flush(timeout_s: float) -> bool:
+        asked.append(timeout_s)
+        return False
+
+    monkeypatch.setattr(tier.writer, "flush", flush)
+    tier.capture(provider.model_key, TOKENS, cached(provider))
+    assert tier.restore(provider.model_key, TOKENS, 0) is None
+    tier._restore.read_rate.saw(52_000, 1.0)  # a card's
+    assert tier.restore(provider.model_key, TOKENS, 0) is None
+    assert asked == [kv_restore.FLUSH_S, pytest.approx(0.01)]
+
+
 def test_both_speeds_are_learned(provider: Any, tier: KVTier) -> None:
     request = SimpleNamespace(run=SimpleNamespace(alone=True), is_ended=False)
     tier.current = lambda: request

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
+import sys
+import time
 
 
 def cpu_seconds(pid: int) -> float:
     """The processor time of the process ``pid`` and all of its threads."""
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.exists():
-        fields = stat.read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / 100  # USER_HZ, on all of Linux
+    if sys.platform == "linux":
+        # What glibc's clock_getcpuclockid makes of a pid: to the nanosecond.
+        return time.clock_gettime(~pid << 3 | 2)
     command = ["ps", "-o", "time=", "-p", str(pid)]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seconds = 0.0

@@ -174,7 +174,9 @@ class Restore:
         end = max([f.end for _, f in found], default=0)
         identities = {k.identity for k in models}
         writer = self._writer
-        if writer.goes_on(identities, tokens, end) and writer.flush(FLUSH_S):
+        # Waiting is not to take longer than reading.
+        wait_s = min(FLUSH_S, self.read_s(len(tokens) - end))
+        if writer.goes_on(identities, tokens, end) and writer.flush(wait_s):
             found = look()
         return max(found, key=lambda pair: pair[1].end, default=None)
 
