@@ -1,6 +1,9 @@
 """What a token and a request cost, counted and not timed: protected beside stock.
 
-    bench/token_cost.py [--tokens 50 250] [--top 25] [--strace]
+    bench/token_cost.py [--tokens 50 250] [--top 25] [--strace] [--watching]
+
+``--watching``: in place of stock a protected server that logs, counts, samples, notes
+nothing of it, so that the difference is what an operator's view costs.
 
 Bytecodes and calls of C functions that Python's threads execute, by function; the times
 that threads were put to sleep (Linux); system calls, if asked for and strace is there.
@@ -30,9 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_speed import PROTECTED, STOCK
 from gpu_support import ask, make_model
+from watching import SWITCHED
 
 from support.server import Server
 
+UNWATCHED = f"import threading, time\n{SWITCHED}\nswitch('without')\n{PROTECTED}"
 WORDS = 20  # of a prompt
 # Of the numbers that tell threads apart.
 NUMBERS = re.compile(r"Thread-\d+ |\d+")
@@ -178,12 +183,12 @@ def total(found: Counter[Any], what: str) -> float:
 
 
 def show(what: str, found: dict[str, Counter[Any]], top: int) -> None:
-    print(f"\n## {what}")
+    print(f"\n## {what}: {', '.join(found)}, ratio")
+    stock, protected = found.values()
     for kind in ("bytecodes", "C calls", "sleeps", "syscalls"):
-        a, b = (total(found[name], kind) for name in ("stock", "protected"))
+        a, b = (total(one, kind) for one in (stock, protected))
         if a > 0:
             print(f"{kind:>10}: {a:9.1f} {b:9.1f}  {b / a:.3f}")
-    stock, protected = found["stock"], found["protected"]
     names = sorted({*stock, *protected}, key=lambda k: -abs(protected[k] - stock[k]))
     for key in names[:top]:
         more = protected[key] - stock[key]
@@ -199,13 +204,17 @@ def main() -> None:
     add("--tokens", type=int, nargs=2, default=[50, 250])
     add("--top", type=int, default=25, help="lines of functions")
     add("--strace", action="store_true")
+    add("--watching", action="store_true", help="with it and without, not beside stock")
     args = parser.parse_args()
+    programs = {"stock": STOCK, "protected": PROTECTED}
+    if args.watching:
+        programs = {"without": UNWATCHED, "with": PROTECTED}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory)
         model = make_model(path / "model", 64, 2)
         found = {
             name: measure(model, program, args, path / "counts")
-            for name, program in (("stock", STOCK), ("protected", PROTECTED))
+            for name, program in programs.items()
         }
     for i, what in enumerate(("a token", "a request")):
         show(what, {name: found[name][i] for name in found}, args.top)
