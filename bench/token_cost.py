@@ -2,8 +2,8 @@
 
     bench/token_cost.py [--tokens 50 250] [--top 25] [--strace] [--watching]
 
-``--watching``: in place of stock a protected server that logs, counts, samples, notes
-nothing of it, so that the difference is what an operator's view costs.
+``--watching``: in place of stock a protected server whose log, counters, samples and
+notes are off, so that the difference is what an operator's view costs.
 
 Bytecodes and calls of C functions that Python's threads execute, by function; the times
 that threads were put to sleep (Linux); system calls, if asked for and strace is there.
