@@ -517,6 +517,6 @@ def test_one_alone_for_which_memory_runs_out_is_a_line(
     request.produced = [5, 6]
     assert made.single_step(request, 12) == "none"
     (line,) = caplog.records
-    said = logs._Text(None).format(line)
+    said = logs._Text().format(line)
     assert line.levelname == "WARNING"
     assert f"gets a 503 id={request.id} tokens=2" in said

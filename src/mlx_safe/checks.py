@@ -293,7 +293,8 @@ def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[s
     words = [] if config is None else ["--config", config]
     try:
         settings = resolve(parser, words, environment)
-        check_flags(settings.values, _copy(settings.values))
+        with settings.with_places():
+            check_flags(settings.values, _copy(settings.values))
     except CommandError as e:
         return [f"{BAD}mlx-safe serve would not start: {e}"]
     lines = [
