@@ -163,7 +163,7 @@ def test_what_is_no_file(tmp_path: Path, flag: str, kind: str) -> None:
         "pipe": "must be a file; each start reads it again",
         "device": "must be a file; each start reads it again",
         "directory": f"cannot be read: {os.strerror(errno.EISDIR)}",
-        "bytes": "cannot be used" if flag == "ssl-certfile" else "is not UTF-8",
+        "bytes": "there is no certificate" if "ssl" in flag else "is not UTF-8",
         "none": f"cannot be read: {os.strerror(errno.ENOENT)}",
     }[kind]
     readers: dict[str, Callable[[], object]] = {

@@ -200,6 +200,11 @@ def test_who_comes_in_joins_the_batch_at_the_next_step(
         assert not asked
 
 
+def test_steps_that_are_short_anyway_are_as_asked_for() -> None:
+    settings = cast(Any, SimpleNamespace(prefill_step_size=256))
+    assert PrefillStep(settings, aim_s=5.0).fit(probe=PROBE) == 256
+
+
 def test_the_first_step_of_a_model_is_short() -> None:
     """Of 256 tokens it took 55 s on a machine with other load, and nothing told."""
     settings = cast(Any, SimpleNamespace(prefill_step_size=2048))
