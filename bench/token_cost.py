@@ -1,6 +1,10 @@
 """What a token and a request cost, counted and not timed: protected beside stock.
 
-    bench/token_cost.py [--tokens 50 250] [--top 25] [--strace] [--kv] [--words 20]
+    bench/token_cost.py [--tokens 50 250] [--top 25] [--strace] [--kv | --watching]
+                        [--words 20]
+
+``--watching``: in place of stock a protected server whose log, counters, samples and
+notes are off, so that the difference is what an operator's view costs.
 
 Bytecodes and calls of C functions that Python's threads execute, by function; the times
 that threads were put to sleep (Linux); system calls, if asked for and strace is there.
@@ -32,9 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_speed import PROTECTED, STOCK
 from gpu_support import ask, make_model
+from watching import SWITCHED
 
 from support.server import Server, kept_in
 
+UNWATCHED = f"import threading, time\n{SWITCHED}\nswitch('without')\n{PROTECTED}"
 # Of the numbers that tell threads apart.
 NUMBERS = re.compile(r"Thread-\d+ |\d+")
 
@@ -184,7 +190,7 @@ def total(found: Counter[Any], what: str) -> float:
 
 
 def show(what: str, found: dict[str, Counter[Any]], top: int) -> None:
-    print(f"\n## {what}")
+    print(f"\n## {what}: {', '.join(found)}, ratio")
     for kind in ("bytecodes", "C calls", "sleeps", "syscalls"):
         a, b = (total(costs, kind) for costs in found.values())
         if a > 0:
@@ -206,6 +212,7 @@ def main() -> None:
     add("--top", type=int, default=25, help="lines of functions")
     add("--strace", action="store_true")
     add("--kv", action="store_true", help="with --kv-dir beside without")
+    add("--watching", action="store_true", help="with it and without, not beside stock")
     add("--words", type=int, default=20, help="of a prompt")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -213,6 +220,8 @@ def main() -> None:
         model = make_model(path / "model", 64, 2)
         servers: dict[str, tuple[str, tuple[str, ...]]]
         servers = {"stock": (STOCK, ()), "protected": (PROTECTED, ())}
+        if args.watching:
+            servers = {"without": (UNWATCHED, ()), "with": (PROTECTED, ())}
         if args.kv:
             kept = kept_in(path / "kv")
             servers = {"off": (PROTECTED, ()), "on": (PROTECTED, kept)}

@@ -112,14 +112,43 @@ def test_a_place_that_cannot_be_looked_at(tmp_path: Path) -> None:
     assert line.endswith(" free for one")
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (
+            "/opt/venv/bin/python3.11 -u /opt/venv/bin/mlx-safe serve -x",
+            "mlx-safe serve",
+        ),
+        ("python -m mlx_safe serve --model m", "mlx_safe serve"),
+        ("python3 -m mlx_lm.server --port 1", "mlx_lm.server"),
+        ("/x/Python.app/Contents/MacOS/Python /x/bin/mlx_lm.server", "mlx_lm.server"),
+        ("mlx_lm server", "mlx_lm server"),
+        ("/usr/local/bin/ollama serve", "ollama"),
+        ("/Applications/LM Studio.app/Contents/MacOS/LM Studio", "LM Studio.app"),
+        # They name one, and are none.
+        ("vim mlx_lm.server.md", None),
+        ("tail -f /var/log/vllm-mlx", None),
+        ("pip install mlx-openai-server", None),
+        ("python -c pass mlx_lm.server", None),
+        ("/bin/sh -c exec mlx-safe serve", None),
+        ("mlx-safe reports", None),
+        ("mlx_lm.server.old", None),
+        ("", None),
+    ],
+)
+def test_what_is_a_server(command: str, name: str | None) -> None:
+    """The doctor warned of an editor with a file of that name."""
+    assert checks.server_of(command) == name
+
+
 def test_another_server_is_seen_and_its_key_is_not(
-    private_reports: Path, monkeypatch: pytest.MonkeyPatch
+    private_reports: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # It looks like one in the list of processes, and computes nothing.
-    command = "import sys; print(flush=True); sys.stdin.read()"
-    words = ["mlx_lm.server", "--api-key", "s3cret"]
+    script = tmp_path / "mlx_lm.server"
+    script.write_text("import sys; print(flush=True); sys.stdin.read()")
     with subprocess.Popen(
-        [sys.executable, "-c", command, *words],
+        [sys.executable, str(script), "--api-key", "s3cret"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as other:
@@ -139,9 +168,9 @@ def test_defaults_that_no_server_would_take(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("temp = -3")
     (line,) = checks.defaults_check(str(file), {})
-    assert (
-        line
-        == f"{BAD}mlx-safe serve would not start: --temp -3.0: must be at least 0.0"
+    assert line == (
+        f"{BAD}mlx-safe serve would not start: --temp -3.0: must be at least 0.0 "
+        f"(--temp comes from {file})"
     )
     (line,) = checks.defaults_check(None, {"MLX_SAFE_TOP_P": "7"})
     assert line.startswith(f"{BAD}mlx-safe serve would not start: --top-p 7.0: must be")

@@ -6,6 +6,8 @@ import errno
 import os
 import plistlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,7 +163,7 @@ def test_what_is_no_file(tmp_path: Path, flag: str, kind: str) -> None:
         "pipe": "must be a file; each start reads it again",
         "device": "must be a file; each start reads it again",
         "directory": f"cannot be read: {os.strerror(errno.EISDIR)}",
-        "bytes": "cannot be used" if flag == "ssl-certfile" else "is not UTF-8",
+        "bytes": "there is no certificate" if "ssl" in flag else "is not UTF-8",
         "none": f"cannot be read: {os.strerror(errno.ENOENT)}",
     }[kind]
     readers: dict[str, Callable[[], object]] = {
@@ -281,6 +283,66 @@ def test_a_variable_that_is_no_flags_is_told(parser: Parser) -> None:
     assert found.unknown == ("MLX_SAFE_PROT",)
 
 
+def test_a_value_that_cannot_be_says_where_it_comes_from(
+    parser: Parser, file: Path
+) -> None:
+    file.write_text("top-p = 2.0\n")
+    for given, says in (
+        (
+            settings(parser, file=file),
+            f"--top-p 2.0: .* \\(--top-p comes from {file}\\)$",
+        ),
+        (settings(parser, MLX_SAFE_TEMP="-3"), r"\(--temp comes from MLX_SAFE_TEMP\)$"),
+        (settings(parser, "--temp=-3"), "must be at least 0.0$"),
+    ):
+        with pytest.raises(CommandError, match=says), given.with_places():
+            check_flags(given.values, given.values)
+
+
+@pytest.mark.parametrize("start", ["--print-config", "--supervise"])
+def test_a_mistake_in_the_environment_names_its_variable(start: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_safe", "serve", start],
+        env={**os.environ, "MLX_SAFE_SSL_KEYFILE": "/none", "MLX_SAFE_TEMP": "-3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("(--ssl-keyfile comes from MLX_SAFE_SSL_KEYFILE)")
+
+
+def test_a_file_with_a_key_that_others_can_read_is_told(file: Path) -> None:
+    def told() -> str:
+        flags = ("--config", str(file), "--print-config")
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_safe", "serve", *flags],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        assert "s3cret" not in done.stdout + done.stderr
+        return done.stderr
+
+    file.write_text("port = 9001\n")
+    assert told() == ""
+    file.write_text('api-key = "s3cret"\n')
+    file.chmod(0o644)
+    assert f"--config {file}: others can read it (chmod 600)" in told()
+    file.chmod(0o600)
+    assert told() == ""
+
+
+def test_a_flag_that_there_is_not_is_guessed_at() -> None:
+    with pytest.raises(CommandError, match=r"--modle x; did you mean --model\?; see"):
+        parser = Parser(prog="it")
+        parser.add_argument("--model")
+        parser.parse_args(["--modle", "x"])
+
+
 def test_what_is_printed_can_be_read_and_has_no_secret(
     parser: Parser, file: Path, tmp_path: Path
 ) -> None:
@@ -333,7 +395,14 @@ def test_the_services_start_with_flags_that_there_are(parser: Parser) -> None:
     (start,) = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
     with (EXAMPLES / "org.mlx-safe.serve.plist").open("rb") as file:
         plist = plistlib.load(file)
-    for words in (start.split(), plist["ProgramArguments"]):
-        assert words[0].endswith("/bin/mlx-safe") and words[1] == "serve"
+    cluster = (EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8")
+    listed = re.search(r"^ +args:\n((?: +(?:- |#).*\n)+)", cluster, re.MULTILINE)
+    assert listed is not None
+    pod = re.findall(r"^ +- (\S+)$", listed[1], re.MULTILINE)
+    for words in (start.split(), plist["ProgramArguments"], pod):
+        assert words[0].rpartition("/")[2] == "mlx-safe" and words[1] == "serve"
         assert parser.parse_args(words[2:]).supervise
     assert plist["StandardErrorPath"] == plist["StandardOutPath"]
+    # What is opened by launchd cannot be moved away.
+    log = plist["ProgramArguments"][-1]
+    assert log.endswith("serve.log") and log != plist["StandardErrorPath"]

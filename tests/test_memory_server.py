@@ -65,7 +65,7 @@ def gauges(server: Server) -> dict[str, float]:
 
 def room_told(server: Server) -> str:
     """What the log said at the start, such as ``"2500 tokens"``."""
-    told = re.compile(r"room for (.*) \(")
+    told = re.compile(r"room for (.*); the ceiling is ")
     assert eventually(lambda: bool(told.search(server.log)))
     return str(told.findall(server.log)[0])
 
@@ -390,7 +390,7 @@ def test_the_start_says_what_fits(small: Server) -> None:
     assert eventually(lambda: "ready: " in small.log)
     line = next(x for x in small.log.splitlines() if "ceiling" in x)
     assert "model 363.3 kB, ceiling 6.0 MB, prompt cache at most" in line
-    assert "room for" in line and "tokens (--max-active-memory-bytes)" in line
+    assert "room for" in line and "; the ceiling is --max-active-memory-bytes" in line
     found = gauges(small)
     assert found["model"] // 1000 == 363
     assert found["prompt_cache_limit"] < CEILING / 2

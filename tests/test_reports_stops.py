@@ -127,24 +127,42 @@ def test_a_stop_between_the_model_and_the_clients(
         assert left(private_reports) == []
 
 
+@pytest.mark.parametrize("when", ["the next one starts", "none runs"])
 def test_a_stop_during_a_supervised_restart(
-    private_reports: Path, tiny_model: Path
+    private_reports: Path, tiny_model: Path, when: str
 ) -> None:
+    """The reports are those of the kills, and no other."""
+    killed: list[str] = []
+
+    def next_one() -> str | None:
+        runs = [n for n in left(private_reports) if n.startswith("run-")]
+        return next((n for n in runs if n[4:-5] not in killed), None)
+
+    def kill() -> None:
+        assert eventually(lambda: next_one() is not None)
+        killed.append(str(next_one())[4:-5])
+        os.kill(int(killed[-1]), signal.SIGKILL)
+        server.wait_for_log("starting it again", len(killed))
+
     with Server(tiny_model, "--supervise") as server:
         server.wait_ready()
-        (run,) = [n for n in left(private_reports) if n.startswith("run-")]
-        os.kill(int(run[4:-5]), signal.SIGKILL)
-        server.wait_for_log("starting it again")
-        assert eventually(
-            lambda: any(
-                n.startswith("run-") and n != run for n in left(private_reports)
-            )
-        )
-        server.stop()
-    # That of the kill, and no other.
-    reports = [n for n in left(private_reports) if not n.endswith((".told", ".seen"))]
-    assert len([n for n in reports if n[0].isdigit()]) <= 1
-    assert not [n for n in reports if n.startswith("run-") and n != run]
+        kill()
+        if when == "none runs":
+            kill()  # after the second in a row it waits a second
+        else:
+            assert eventually(lambda: next_one() is not None)
+        assert server.stop() == 0
+        assert server.log.count("starting it again") == len(killed)
+    assert next_one() is None
+    listed = subprocess.run(
+        [sys.executable, "-m", "mlx_safe", "reports", "--json"],
+        capture_output=True,
+        timeout=LIMIT_S,
+        check=True,
+    )
+    found = json.loads(listed.stdout)
+    assert sorted(str(report["pid"]) for report in found) == sorted(killed)
+    assert {report["why"] for report in found} == {"died"}
 
 
 @pytest.mark.parametrize("where", ["environment", "file"])

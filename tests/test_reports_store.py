@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def test_the_next_start_says_so_once(private_reports: Path) -> None:
     (line,) = child.run(START).stderr.splitlines()
     assert str(entry.path) in line
     assert "out of memory (code 8)" in line
-    assert f"mlx-safe reports show {entry.id}" in line
+    assert line.endswith(f"mlx-safe reports show {entry.path}")
     assert child.run(START).stderr == ""
     assert store.entries(private_reports)[0].path == entry.path
 
@@ -184,19 +185,20 @@ def run_in_threads(target: Any, count: int) -> None:
 
 
 def test_the_command_leaves_the_line_to_the_server(
-    private_reports: Path, tiny_model: Path
+    private_reports: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """`mlx-safe reports` and `status` must not use it up."""
     reports.write(private_reports, reports.sample())
     command = [sys.executable, "-m", "mlx_safe"]
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*command, *arguments],
             capture_output=True,
             text=True,
             timeout=300,
             check=False,
+            env={**os.environ, **env},
         )
 
     assert NOTICE not in run("status").stderr
@@ -210,6 +212,11 @@ def test_the_command_leaves_the_line_to_the_server(
         log = run("serve", "--model", str(tiny_model), "--port", port).stderr
     (line,) = [line for line in log.splitlines() if NOTICE in line]
     assert " - WARNING - new report (and 1 before it): " in line
+    # As another user would type it, whose reports are elsewhere.
+    words = shlex.split(line.partition("see it with: ")[2])
+    elsewhere = {"MLX_SAFE_REPORT_DIR": str(tmp_path / "elsewhere")}
+    shown = run(*words[1:], **elsewhere)
+    assert shown.returncode == 0 and "killed" in shown.stdout, shown.stderr
 
 
 def test_whatever_lies_there_install_goes_on(private_reports: Path) -> None:

@@ -89,6 +89,9 @@ def test_a_scrape_without_the_key_is_told(server: Server, path: str) -> None:
     assert server.get(path, headers={}).status == 401
     assert eventually(lambda: refused() == before + 1)
     server.wait_for_log(f"path={path} outcome=refused", lines + 1)
+    assert f"path={path} outcome=refused code=invalid_api_key client=127.0.0.1" in (
+        server.log
+    )
     assert server.get(path).status == 200
     assert refused() == before + 1
     assert f"path={path} outcome=ok" not in server.log
@@ -176,6 +179,7 @@ def test_what_this_machine_is(address: str, own: bool) -> None:
         ("127.0.0.1", {"Host": "evil.example:8080"}, False),
         # A proxy on this machine that asks for somebody else.
         ("127.0.0.1", {"Host": "127.0.0.1", "X-Forwarded-For": "10.0.0.1"}, False),
+        ("127.0.0.1", {"Host": "127.0.0.1", "x-forwarded-host": "a.example"}, False),
         ("127.0.0.1", {"Host": "127.0.0.1", "Via": "1.1 proxy"}, False),
     ],
 )
@@ -188,6 +192,13 @@ def test_who_sees_the_status(peer: str, headers: dict[str, str], shown: bool) ->
     assert Access(status_page="anywhere").refusal(*asked) is None
     refused = Access(status_page="off").refusal(*asked)
     assert refused is not None and refused.status == 404
+
+
+def test_each_host_of_a_request_must_be_this_machine() -> None:
+    message = Message()
+    for host in ("localhost", "evil.example"):
+        message["Host"] = host
+    assert Access().refusal("GET", "/status", message, "127.0.0.1") is not None
 
 
 def test_files_of_keys(tmp_path: Path) -> None:
@@ -256,7 +267,8 @@ def tls_server(
 
 @pytest.fixture(scope="module")
 def tls(tiny_model: Path, certificate: tuple[Path, Path]) -> Iterator[Server]:
-    with tls_server(tiny_model, certificate).wait_ready() as server:
+    level = ("--log-level", "DEBUG")
+    with tls_server(tiny_model, certificate, *level).wait_ready() as server:
         yield server
 
 
@@ -294,6 +306,9 @@ def test_a_client_that_speaks_no_tls(tls: Server) -> None:
         s.sendall(b"GET /health HTTP/1.0\r\n\r\n")
         with contextlib.suppress(ConnectionResetError):
             assert b"200" not in s.recv(1 << 16)
+    tls.wait_for_log(
+        "DEBUG - a client and this server cannot agree on TLS: HTTP_REQUEST"
+    )
     assert tls.get("/health").status == 200
 
 
@@ -328,6 +343,13 @@ def test_a_certificate_that_cannot_be_used(
     from mlx_safe._command import CommandError
     from mlx_safe.server.tls import Tls
 
+    other = tmp_path / "other.pem"
+    subprocess.run(
+        ["openssl", "genrsa", "-out", str(other), "2048"],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("no certificate")
     locked = tmp_path / "locked.pem"
@@ -341,8 +363,11 @@ def test_a_certificate_that_cannot_be_used(
         timeout=60,
     )
     for files, why in (
-        ((nonsense, None), "cannot be used"),
-        ((certificate[0], None), "cannot be used"),
+        ((nonsense, None), "there is no certificate"),
+        ((certificate[0], None), r"without --ssl-keyfile: there is no private key"),
+        ((certificate[1], certificate[0]), r"-certfile \S+: there is no certificate"),
+        ((certificate[0], certificate[0]), r"^--ssl-keyfile \S+: there is no private"),
+        ((certificate[0], other), "key values mismatch"),
         ((certificate[0], locked), "it has a password"),
         ((tmp_path / "none", None), f"cannot be read: {os.strerror(2)}"),
     ):

@@ -24,6 +24,7 @@ from mlx_safe.errors import (
     MetalTimeoutError,
 )
 from mlx_safe.memory.budget import Decision
+from mlx_safe.server import logs
 from mlx_safe.server.admission import Ask, Load, SingleStep
 from mlx_safe.server.live import Live
 from mlx_safe.server.prefill import PrefillStep
@@ -505,3 +506,20 @@ def test_one_that_mlx_lm_has_not_begun_with_loses_no_attempt(server: Server) -> 
     thread.join(REQUEST_TIMEOUT_S)
     assert answers[0].error["code"] == "metal_timeout"
     assert late[0].text == expected
+
+
+def test_one_alone_for_which_memory_runs_out_is_a_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Full(Unlimited):
+        def single_step(self, load: Load) -> SingleStep:
+            return "none"
+
+    made: Scheduler[Quiet] = Scheduler(Full(), 2, 60.0)
+    (request,) = begun(1, made)
+    request.produced = [5, 6]
+    assert made.single_step(request, 12) == "none"
+    (line,) = caplog.records
+    said = logs._Text().format(line)
+    assert line.levelname == "WARNING"
+    assert f"gets a 503 id={request.id} tokens=2" in said

@@ -290,7 +290,7 @@ def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:
         assert top(server, MLX_SAFE_API_KEY="k").returncode == 0
         command = [sys.executable, "-m", "mlx_safe", "top", "--once"]
         by_port = subprocess.run(
-            [*command, "--port", str(server.port)],
+            [*command, str(server.port)],
             env={**os.environ, "MLX_SAFE_API_KEY": "k"},
             timeout=60,
             check=False,
@@ -307,12 +307,15 @@ def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--port", "0"), "--port 0: must be from 1 to 65535"),
-        (("--port", "x"), "--port: invalid int value: 'x'"),
-        (("--port", "8080", "--url", "http://h"), "--port is in --url already"),
-        (("--url", "localhost:8080"), "--url localhost:8080: must be as http://"),
-        (("--url", "http://"), "--url http://: must be as http://"),
-        (("--url", "http://h:99999"), "--url http://h:99999: must be as http://"),
+        (("--port", "0"), "--port: must be from 1 to 65535, not '0'"),
+        (("--port", "x"), "--port: must be from 1 to 65535, not 'x'"),
+        (("--port", "8080", "--url", "http://h"), "name the server once"),
+        (("h", "--port", "8080"), "name the server once"),
+        (("http://",), "http://: must be a port, HOST:PORT, or a URL"),
+        (("--url", "http://h:99999"), "http://h:99999: must be a port, HOST:PORT"),
+        (("99999",), "99999: must be a port"),
+        (("ftp://h",), "ftp://h: must be a port"),
+        (("two words",), "two words: must be a port"),
         (("--every", "0"), "--every: must be from 0.1 to 3600 seconds"),
     ],
 )
@@ -322,6 +325,24 @@ def test_a_mistake_in_the_flags_of_top(arguments: tuple[str, ...], says: str) ->
 
     with pytest.raises(CommandError, match=re.escape(says)):
         top(arguments)
+
+
+@pytest.mark.parametrize(
+    ("server", "url"),
+    [
+        ("8081", "http://127.0.0.1:8081"),
+        ("box:8081", "http://box:8081"),
+        ("box", "http://box"),
+        ("[::1]:8081", "http://[::1]:8081"),
+        ("https://box:8443/", "https://box:8443"),
+        ("http://127.0.0.1:8080/status", "http://127.0.0.1:8080"),
+        ("http://127.0.0.1:8080/status.json", "http://127.0.0.1:8080"),
+    ],
+)
+def test_how_a_server_may_be_named(server: str, url: str) -> None:
+    from mlx_safe import top
+
+    assert top._url(server) == url
 
 
 @pytest.mark.parametrize("text", ["two words\n", "\u00e9\n", "\n"])

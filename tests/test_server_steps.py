@@ -9,9 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from mlx_safe.server.prefill import PROBE, PrefillStep
 from support.programs import program
 from support.server import CONTROLLED, NEVER, Answer, Server, eventually
 
@@ -195,3 +198,27 @@ def test_who_comes_in_joins_the_batch_at_the_next_step(
             thread.join(20)
         assert [a.status for a in found] == [200] * 3, server.log
         assert not asked
+
+
+def test_steps_that_are_short_anyway_are_as_asked_for() -> None:
+    settings = cast(Any, SimpleNamespace(prefill_step_size=256))
+    assert PrefillStep(settings, aim_s=5.0).fit(probe=PROBE) == 256
+
+
+def test_the_first_step_of_a_model_is_short() -> None:
+    """Of 256 tokens it took 55 s on a machine with other load, and nothing told."""
+    settings = cast(Any, SimpleNamespace(prefill_step_size=2048))
+    prefill = PrefillStep(settings, aim_s=5.0)
+    assert prefill.fit(probe=PROBE) == 32
+    prefill.took(32, 6.4)
+    assert prefill.fit(probe=PROBE) == 16
+    prefill.model_loaded()  # one that is quick, or of which a step itself takes time
+    for seconds, size in ((0.01, 2048), (0.3, 512)):
+        assert prefill.fit(probe=PROBE) == 32
+        prefill.took(32, seconds)
+        assert prefill.fit(probe=PROBE) == size
+        prefill.took(size, size / 1000)
+        assert prefill.fit(probe=PROBE) == 2048
+        prefill.took(20, 0.3)  # the rest of a prompt tells nothing
+        assert prefill.fit(probe=PROBE) == 2048
+        prefill.model_loaded()

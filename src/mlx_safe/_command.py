@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import stat
 import sys
@@ -35,7 +36,15 @@ class Parser(argparse.ArgumentParser):
     """Raises `CommandError` for a mistake, where argparse prints its usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{message}; see {self.prog} --help")
+        raise CommandError(f"{message}{self._meant(message)}; see {self.prog} --help")
+
+    def _meant(self, message: str) -> str:
+        known = list(self._option_string_actions)
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown == message.split()[0] or not unknown.startswith("--"):
+            return ""
+        near = difflib.get_close_matches(unknown.partition("=")[0], known, 1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 def path_or_name(text: str) -> str:

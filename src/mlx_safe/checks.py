@@ -23,7 +23,7 @@ from .memory.sizes import format_size
 
 __all__ = [
     *("BAD", "all_checks", "built_check", "built_for", "defaults_check", "disk_check"),
-    *("driver_check", "macos_check", "others_check"),
+    *("driver_check", "macos_check", "others_check", "server_of"),
 ]
 
 BAD = "! "
@@ -208,12 +208,12 @@ def disk_check(places: Mapping[str, Path]) -> list[str]:
 
 # -- other servers ---------------------------------------------------------------------
 
-# As they stand in a command line. Nothing else of it is shown: keys may be in it.
+# As a command line begins. Nothing else of it is shown: keys may be in it.
 SERVERS = (
     *("mlx-safe serve", "mlx_safe serve", "mlx_lm.server", "mlx_lm server"),
-    *("mlx_vlm.server", "vllm-mlx", "mlx-openai-server", "ollama", "LM Studio"),
-    "llama-server",
+    *("mlx_vlm.server", "vllm-mlx", "mlx-openai-server", "ollama", "llama-server"),
 )
+SERVERS_APP = "LM Studio.app"
 NAMED_MAX = 8
 
 
@@ -269,10 +269,26 @@ def _of_processes() -> list[tuple[int, str]]:
     found = []
     for line in done.stdout.splitlines():
         pid, _, command = line.strip().partition(" ")
-        name = next((name for name in SERVERS if name in command), None)
+        name = server_of(command)
         if name is not None and pid.isdecimal():
             found.append((int(pid), name))
     return found
+
+
+def server_of(command: str) -> str | None:
+    """Which of `SERVERS` a command line starts, by itself or with a Python.
+
+    Not one that only names it, such as an editor, a pager or an installer.
+    """
+    if f"/{SERVERS_APP}/" in command:  # its path has a blank
+        return SERVERS_APP
+    words = command.split()
+    if words and Path(words[0]).name.lower().startswith("python"):
+        words = words[1:]
+        while words and words[0].startswith("-") and words[0] != "-c":
+            words = words[1:]
+    begin = " ".join([Path(word).name for word in words[:1]] + words[1:2])
+    return next((name for name in SERVERS if f"{begin} ".startswith(f"{name} ")), None)
 
 
 # -- defaults --------------------------------------------------------------------------
@@ -293,7 +309,8 @@ def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[s
     words = [] if config is None else ["--config", config]
     try:
         settings = resolve(parser, words, environment)
-        check_flags(settings.values, _copy(settings.values))
+        with settings.with_places():
+            check_flags(settings.values, _copy(settings.values))
     except CommandError as e:
         return [f"{BAD}mlx-safe serve would not start: {e}"]
     lines = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
 import os
+import ssl
 import sys
 import time
 import urllib.error
@@ -64,9 +66,15 @@ def top(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
         description="What a server does now: its memory, requests and failures.",
     )
-    parser.add_argument("--url", help=f"of the server (default: {URL})", metavar="URL")
     parser.add_argument(
-        "--port", type=int, metavar="N", help="of a server on this machine, for --url"
+        "server",
+        nargs="?",
+        metavar="SERVER",
+        help=f"its port, its host and port, or its URL (default: {URL})",
+    )
+    parser.add_argument("--url", metavar="URL", help="the same")
+    parser.add_argument(
+        "--port", type=_port, metavar="N", help="the same, of this machine"
     )
     parser.add_argument(
         "--api-key-file",
@@ -81,7 +89,10 @@ def top(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(list(arguments))
     if not 0.1 <= asked.every <= 3600:
         raise CommandError("--every: must be from 0.1 to 3600 seconds")
-    url = _url(asked.url, asked.port)
+    given = [x for x in (asked.server, asked.url, asked.port) if x is not None]
+    if len(given) > 1:
+        raise CommandError(f"{' and '.join(given)}: name the server once")
+    url = _url(given[0] if given else URL)
     try:
         from rich.console import Console
     except ModuleNotFoundError:
@@ -99,22 +110,25 @@ def top(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _url(url: str | None, port: int | None) -> str:
-    if port is not None:
-        if url is not None:
-            raise CommandError("--port is in --url already: give one of them")
-        if not 1 <= port <= PORT_MAX:
-            raise CommandError(f"--port {port}: must be from 1 to {PORT_MAX}")
-        return f"http://127.0.0.1:{port}"
-    url = URL if url is None else url
+def _port(text: str) -> str:
+    if not text.isdecimal() or not 1 <= int(text) <= PORT_MAX:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {PORT_MAX}, not {text!r}")
+    return text
+
+
+def _url(server: str) -> str:
+    """Of a port, ``HOST:PORT``, or a URL, that of the status page as well."""
+    url = f"http://127.0.0.1:{server}" if server.isdecimal() else server
+    url = url if "://" in url else f"http://{url}"
+    url = url.rstrip("/").removesuffix("/status.json").removesuffix("/status")
     try:
         parts = urllib.parse.urlsplit(url)
         is_one = parts.scheme in ("http", "https") and bool(parts.hostname)
-        is_one = is_one and parts.port != 0
+        is_one = is_one and parts.port != 0 and url.isprintable() and " " not in url
     except ValueError:  # of a port, or of brackets
         is_one = False
     if not is_one:
-        raise CommandError(f"--url {url}: must be as {URL}")
+        raise CommandError(f"{server}: must be a port, HOST:PORT, or a URL as {URL}")
     return url
 
 
@@ -155,7 +169,14 @@ def look(url: str, key: str | None = None) -> dict[str, Any]:
         raise NoAnswer(f"{url}: {why}") from None
     except (OSError, http.client.HTTPException) as e:
         reason = getattr(e, "reason", e)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            why = f"{reason.verify_message}: SSL_CERT_FILE=FILE names one to trust"
+            raise NoAnswer(f"{url}: its certificate is not trusted ({why})") from None
+        if isinstance(reason, ssl.SSLError):
+            raise NoAnswer(f"{url}: it speaks no HTTPS, or another TLS") from None
         why = getattr(reason, "strerror", None) or str(reason) or type(e).__name__
+        if isinstance(reason, http.client.RemoteDisconnected):
+            why = "it closes the connection: does it speak https?"
         raise NoAnswer(f"{url}: no answer ({why})") from None
     except ValueError:
         raise NoAnswer(f"{url}: it is no mlx-safe serve") from None

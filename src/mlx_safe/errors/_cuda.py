@@ -49,7 +49,7 @@ class CudaDeviceLostError(CudaError, DeviceLostError):
     """A sticky error: no call of this process succeeds from now on."""
 
 
-_REPLACE = "The process must be replaced: no call of CUDA succeeds in it any more."
+_REPLACE = "Start the process again: no call of CUDA succeeds in it any more."
 _KERNEL = f"{_REPLACE} Suspect a custom kernel or a defect of MLX."
 _DRIVER = (
     "Look whether `nvidia-smi` answers; the driver must be as new as the CUDA that "

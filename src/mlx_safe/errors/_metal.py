@@ -100,7 +100,7 @@ _KINDS = (
         "metal_device_lost",
         retryable=False,
         fatal=True,
-        advice="The process must be replaced; no reset clears this.",
+        advice="Start the process again: no reset clears this.",
     ),
     FaultKind(
         0x5,

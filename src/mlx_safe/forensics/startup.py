@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from .. import _paths
 from . import orphans, reader, store, words
 from .records import Report
@@ -56,12 +58,12 @@ def tell(directory: str | None = None, server: dict[str, object] | None = None) 
     newest, report = fresh[-1]
     more = f" (and {len(fresh) - 1} before it)" if len(fresh) > 1 else ""
     store.log.warning(
-        "new report%s%s: %s: %s: see it with: mlx-safe reports show %s",
+        # By its path: who reads the log may be another user, with another directory.
+        "new report%s%s: %s; see it with: mlx-safe reports show %s",
         f" of the server {whose}" if (whose := words.server_of(report)) else "",
         more,
-        newest.path,
         words.headline(report),
-        newest.id,
+        shlex.quote(str(newest.path)),
     )
 
 

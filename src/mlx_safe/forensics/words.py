@@ -84,7 +84,7 @@ def headline(report: Report) -> str:
     if report.why == "died" and report.unwritten:
         return "the process crashed, and could not write its report: the disk was full"
     if report.why == "died":
-        return "the process was killed, or the machine stopped: it left no report"
+        return "the process was killed, or the machine stopped"
     if report.why == "running":
         return "no report: what a process says of itself while it runs"
     if report.problems:

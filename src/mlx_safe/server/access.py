@@ -20,7 +20,7 @@ from .replies import BadRequest, Reply, reply_for
 
 __all__ = [
     *("KEY_RULE", "STATUS", "Access", "challenge", "is_key", "is_loopback"),
-    *("lines_of_keys", "read_keys", "refusal_body"),
+    *("lines_of_keys", "read_keys", "refusal_body", "warn_of_others"),
 ]
 
 log = logging.getLogger("mlx_safe.server")
@@ -30,7 +30,8 @@ KEY_RULE = "must be printable ASCII without spaces, and not empty"
 OPEN = ("/health",)
 STATUS = ("/status", "/status.json")
 # What a proxy says of the client it asks for: then that one is not on this machine.
-FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+# "x-forwarded-": For, Host, Proto, … as they have it.
+FORWARDED = ("forwarded", "x-forwarded-", "x-real-ip", "via", "cf-connecting-ip")
 
 
 def is_key(text: str) -> bool:
@@ -50,8 +51,7 @@ def read_keys(key: str | None, path: str | None) -> tuple[str, ...]:
         found = lines_of_keys(path, given)
         if not all(map(is_key, found)):
             raise CommandError(f"{given}: a key {KEY_RULE}")
-        if _others_can_read(path):
-            log.warning("%s: others can read it (chmod 600)", given)
+        warn_of_others(path, given)
         keys += found
     return tuple(keys)
 
@@ -69,11 +69,14 @@ def lines_of_keys(path: str, given: str) -> list[str]:
     return found
 
 
-def _others_can_read(path: str) -> bool:
+def warn_of_others(path: str, given: str) -> None:
+    """A line where others can read a file with keys; ``given`` names it."""
     try:
-        return bool(Path(path).stat().st_mode & 0o044)
+        is_open = bool(Path(path).stat().st_mode & 0o044)
     except OSError:  # it has gone meanwhile
-        return False
+        return
+    if is_open:
+        log.warning("%s: others can read it (chmod 600)", given)
 
 
 def is_loopback(address: str) -> bool:
@@ -137,9 +140,10 @@ class Access:
     def _shows_status(self, headers: Message, peer: str) -> bool:
         if self._status_page != "loopback":
             return self._status_page == "anywhere"
-        if any(name in headers for name in FORWARDED):
+        if any(name.lower().startswith(FORWARDED) for name in headers):
             return False
-        return is_loopback(peer) and _is_loopback_name(headers.get("Host", "localhost"))
+        hosts = headers.get_all("Host", ["localhost"])
+        return is_loopback(peer) and all(map(_is_loopback_name, hosts))
 
 
 def _unauthorized(message: str) -> BadRequest:

@@ -16,7 +16,7 @@ from .mlx_lm.protocols.opaque import Uid
 from .not_numbers import Numbers
 from .observer import Observer
 from .own_failures import OwnFailures
-from .prefill import PrefillStep
+from .prefill import PROBE, PrefillStep
 from .request import RequestState
 from .scheduler import Scheduler
 from .step import Step
@@ -186,7 +186,7 @@ def watched(
                 r for r in self._requests.values() if r.state is RequestState.PREFILL
             ]
             if reading:
-                prefill.fit(min(len(reading), self.prefill_batch_size), probe=True)
+                prefill.fit(min(len(reading), self.prefill_batch_size), probe=PROBE)
             step.begin("prefill" if reading else "decode")
             prompts, generated = super().next()
             running = step.running if prompts else None

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,28 @@ class Settings:
     values: argparse.Namespace
     sources: Mapping[str, str]
     unknown: tuple[str, ...] = ()
+
+    @contextlib.contextmanager
+    def with_places(self) -> Iterator[None]:
+        """A `CommandError` from inside says where the flags that it names come from.
+
+        The environment and a file, that is: the command line is before one's eyes.
+        """
+        try:
+            yield
+        except CommandError as e:
+            message = str(e)
+            named = dict.fromkeys(re.findall(r"(?<!\S)--([a-z][a-z-]*[a-z])", message))
+            places = [
+                f"--{name} comes from {place}"
+                for name in named
+                if (place := self.sources.get(name.replace("-", "_"), DEFAULT))
+                not in (DEFAULT, COMMAND_LINE)
+                and place not in message
+            ]
+            if not places:
+                raise
+            raise CommandError(f"{message} ({', '.join(places)})") from e
 
 
 def option_of(action: argparse.Action) -> str:

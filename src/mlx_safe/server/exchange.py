@@ -38,6 +38,7 @@ class Exchange:
         requests: what was generated for it, one for each choice.
         error: what it ended with. is_handed_over: the next server answers.
         is_error_event: its stream ended with an event that says why.
+        client: the address, of one that may not ask.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,7 @@ class Exchange:
         self.error: BaseException | None = None
         self.is_handed_over = False
         self.is_error_event = False
+        self.client: str | None = None
         self.status: int | None = None
         self.end = "unsent"
         self.duration = 0.0
@@ -155,6 +157,7 @@ class Exchange:
                 outcome=self.outcome,
                 code=self.code or None,
                 param=str(param)[:100] if param and self.code else None,
+                client=self.client,
                 status=self.status if self.status is not None else "none",
                 end=self.end,
                 replays=self.replays or None,

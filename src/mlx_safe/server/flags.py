@@ -169,6 +169,13 @@ def _add_log_flags(parser: argparse._ActionsContainer) -> None:
         default="text",
         help="how: as text, or an object of JSON a line (default: text)",
     )
+    parser.add_argument(
+        "--log-file",
+        type=path_or_name,
+        metavar="FILE",
+        help="append the log to FILE, which may be moved away at any time: the next "
+        "line makes it anew (default: stderr)",
+    )
 
 
 def _add_recovery_flags(parser: argparse._ActionsContainer) -> None:

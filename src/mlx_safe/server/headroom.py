@@ -131,7 +131,7 @@ class Headroom:
         self._prompt_cache.limit_bytes(self.sizing.prompt_cache)
         # A larger step would cost more prompt-cache entries than it is worth.
         self._prefill.settle(self.sizing.step)
-        log.info("%s (%s)", self.sizing, ceiling.reason.source)
+        log.info("%s; the ceiling is %s", self.sizing, ceiling.reason.source)
         breadcrumb("ceiling", ceiling.reason.source, bytes=ceiling.size)
         if self.sizing.room_tokens > 0:
             return

@@ -9,15 +9,20 @@ nothing of MLX: the supervisor logs in the same way.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from logging.handlers import WatchedFileHandler
 from types import SimpleNamespace, TracebackType
 from typing import Any
+
+from .._command import CommandError
 
 __all__ = [
     *("FORMATS", "LEVELS", "fields", "for_mlx_lm", "of_exception", "refuse"),
@@ -51,15 +56,22 @@ def fields(**values: object) -> dict[str, object]:
     return {_FIELDS: {k: v for k, v in values.items() if v is not None}}
 
 
-def set_up(level: str, form: str, name: str | None = None) -> None:
-    """Sends everything that is logged to stderr, in one of `FORMATS`.
+def set_up(
+    level: str, form: str, file: str | None = None, name: str | None = None
+) -> None:
+    """Sends everything that is logged to stderr, or to a file, in one of `FORMATS`.
 
     Args:
         level: one of `LEVELS`; of other libraries at least INFO.
+        file: where lines are appended. Where it was moved away or removed, the next
+            line makes it anew: so it can be rotated.
         name: of the process, where two of them write into one log.
+
+    Raises:
+        CommandError: the file cannot be written.
     """
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Json(name) if form == "json" else _Text(name))
+    handler = logging.StreamHandler() if file is None else _open(file)
+    handler.setFormatter((_Json if form == "json" else _Text)(name, file is None))
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -78,7 +90,46 @@ def refuse(message: str, form: str) -> None:
         set_up("INFO", form)
         logging.getLogger("mlx_safe.server").error("cannot start: %s", message)
     else:
-        print(f"mlx-safe: {message}", file=sys.stderr)
+        line = f"mlx-safe: {message}"
+        print(_for_journal(line, logging.ERROR), file=sys.stderr)
+
+
+def _open(path: str) -> _File:
+    try:
+        return _File(path)
+    except OSError as e:
+        why = f"cannot be written: {e.strerror}"
+        raise CommandError(f"--log-file {path}: {why}") from None
+
+
+class _File(WatchedFileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it was moved away, and cannot be made anew
+            self.handleError(record)
+
+
+# Of syslog: ``journalctl -p warning`` looks for them.
+PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+
+
+def _for_journal(text: str, level: int) -> str:
+    """With the priority before each line, where stderr is systemd's journal."""
+    if not _is_journal():
+        return text
+    mark = f"<{PRIORITIES.get(logging.getLevelName(level), 6)}>"
+    return "\n".join(mark + line for line in text.split("\n"))
+
+
+@functools.cache
+def _is_journal() -> bool:
+    # As systemd.exec(5) has it: a program's own stderr may be another by then.
+    try:
+        found = os.fstat(2)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 # Three that stand in the place of Python's own words, which quote the exception's
@@ -206,9 +257,18 @@ def _in_one_line(text: str) -> str:
 
 
 class _Formatter(logging.Formatter):
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str | None = None, to_stderr: bool = False) -> None:
         super().__init__()
         self._name = name
+        self._to_stderr = to_stderr
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = self.text(record)
+        return _for_journal(text, record.levelno) if self._to_stderr else text
+
+    def text(self, record: logging.LogRecord) -> str:
+        """A line, or more where a traceback follows."""
+        raise NotImplementedError
 
     def formatException(self, ei: Any) -> str:
         return "" if ei[1] is None else trace_of(ei[1])
@@ -223,7 +283,7 @@ class _Formatter(logging.Formatter):
 class _Text(_Formatter):
     """``time - LEVEL - message name=value …``, and a traceback below."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def text(self, record: logging.LogRecord) -> str:
         message = _in_one_line(record.getMessage())
         found: Mapping[str, object] = getattr(record, _FIELDS, {})
         pairs = "".join(f" {name}={_shown(value)}" for name, value in found.items())
@@ -247,7 +307,7 @@ def _shown(value: object) -> str:
 class _Json(_Formatter):
     """One object a line: ``time`` (UTC), ``level``, ``message``, and the fields."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def text(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, object] = {
             "time": f"{seconds}.{int(record.msecs):03}Z",

@@ -15,10 +15,13 @@ from .mlx_lm import compat
 from .mlx_lm.protocols.generation import BatchGenerator
 from .mlx_lm.protocols.models import CliArgs
 
-__all__ = ["PrefillStep"]
+__all__ = ["PROBE", "TELLING", "PrefillStep"]
 
-# Tokens of a step that is to tell what a step takes.
-PROBE = 256
+# Tokens of a step that tells what a token takes: shorter ones tell of the step itself.
+TELLING = 256
+# Of the first step of a model, which has to tell. With TELLING it took 55 s where a
+# token takes 0.2; the next is longer, and tells more.
+PROBE = 32
 
 
 class PrefillStep:
@@ -111,37 +114,40 @@ class PrefillStep:
             at_least: it was the draft model's, and the target's take longer.
         """
         # One that was short says more of what a step takes than of its tokens.
-        is_telling = 2 * tokens >= min(self.size, PROBE) or seconds > self.aim_s
+        is_telling = 2 * tokens >= min(self.size, TELLING) or seconds > self.aim_s
         if tokens > 0 and is_telling:
             known = self._token_s or 0.0
             token_s = seconds / tokens
             self._token_s = max(token_s, known) if at_least else token_s
 
-    def fit(self, rows: int = 1, *, probe: bool = False) -> int:
+    def fit(self, rows: int = 1, *, probe: int | None = None) -> int:
         """Sizes the next steps, of ``rows`` prompts together; returns the size.
 
         Args:
-            probe: while nothing is known, a short step is to tell.
+            probe: tokens of a step that is to tell, while nothing is known.
         """
         self.limit("time", self._fitting(max(rows, 1), probe))
         return self.size
 
-    def agree(self, share: Callable[[object], object], rows: int = 1) -> int:
+    def agree(
+        self, share: Callable[[object], object], rows: int = 1, *, probe: int = PROBE
+    ) -> int:
         """`fit` of the first rank, by whose clock all go. All ranks, at the same turn.
 
         Args:
             share: mlx-lm's ``_share_object``: the first rank's object, on each.
         """
-        size = share(self.fit(rows, probe=True))
+        size = share(self.fit(rows, probe=probe))
         assert isinstance(size, int)
         self.limit("time", size if size < self.full else None)
         return self.size
 
-    def _fitting(self, rows: int, probe: bool) -> int | None:
+    def _fitting(self, rows: int, probe: int | None) -> int | None:
         if not self.aim_s:
             return None
         if self._token_s is None:
-            return PROBE if probe and self.full > PROBE else None
+            # Who asks for steps that are short anyway has them.
+            return probe if probe and self.full > TELLING else None
         most = int(self.aim_s / self._token_s) // rows
         size = self.full
         while size > max(most, 1):

@@ -60,7 +60,8 @@ class Responses(Wire):
             return True
         if refused.status == 401:
             self._challenge = challenge(path)
-        self.current_exchange().error = refused
+        exchange = self.current_exchange()
+        exchange.error, exchange.client = refused, peer
         body = refusal_body(refused, path, self.headers)
         with contextlib.suppress(*DISCONNECTED):
             self.send_body(refused.status, "application/json", body)

@@ -429,8 +429,8 @@ class Scheduler(Generic[R]):
     def _end_for_memory(self, request: R) -> None:
         self.events["refused"] += 1
         log.warning(
-            "a request alone does not fit any more and is ended",
-            extra=fields(id=request.id),
+            "memory ran out for a request that runs alone: it gets a 503",
+            extra=fields(id=request.id, tokens=len(request.produced)),
         )
         self.fail(
             request,

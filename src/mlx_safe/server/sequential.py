@@ -12,7 +12,7 @@ from .in_flight import InFlight
 from .mlx_lm.protocols.opaque import (
     Item,
 )
-from .prefill import PrefillStep
+from .prefill import TELLING, PrefillStep
 from .prompts import Held
 from .replies import NotEnoughMemory
 from .request import Disconnected
@@ -55,7 +55,10 @@ class Sequential:
     def begin(self) -> None:
         """mlx-lm is about to work on a request alone."""
         share, self._tokens = self._share, 0
-        self._size = self._prefill.fit() if not share else self._prefill.agree(share)
+        # All ranks read the whole prompt so: in the shortest steps it would take long.
+        self._size = (
+            self._prefill.agree(share, probe=TELLING) if share else self._prefill.fit()
+        )
         self._until_look = 0
         self._step.begin("prefill")
 

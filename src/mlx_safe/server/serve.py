@@ -17,7 +17,7 @@ from ..kv.directory import Directory, NotOurs
 from ..kv.store import DISK_BYTES, Limits
 from . import access, http_server, logs, ranks, supervisor
 from .body import Bodies
-from .configuration import log_format_of, printed, resolve
+from .configuration import Settings, log_format_of, printed, resolve
 from .flag_checks import check_flags
 from .flags import own_parser, whole_parser
 from .handover import Handover, Message
@@ -66,15 +66,24 @@ def serve(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str]) -> int:
     parser = own_parser()
     # mlx-lm's flags are known when it is imported, which the supervisor does not do.
-    options = resolve(parser, arguments, os.environ, partial=True).values
-    if options.help:
+    settings = resolve(parser, arguments, os.environ, partial=True)
+    if settings.values.help:
         return _print_help(parser)
-    logs.set_up(options.log_level, options.log_format)
+    with settings.with_places():
+        return _begin(settings, arguments)
+
+
+def _begin(settings: Settings, arguments: Sequence[str]) -> int:
+    """With our own flags."""
+    options = settings.values
+    logs.set_up(options.log_level, options.log_format, options.log_file)
     try:
         _autostart.begin(_tell_of_a_plan)
     except ValueError as e:
         raise CommandError(str(e)) from None
     keys = access.read_keys(options.api_key, options.api_key_file)
+    if settings.sources["api_key"] == options.config is not None:
+        access.warn_of_others(options.config, f"--config {options.config}")
     tls = None
     if options.ssl_certfile is not None:
         tls = Tls(options.ssl_certfile, options.ssl_keyfile)
@@ -89,6 +98,7 @@ def _serve(arguments: Sequence[str]) -> int:
             options.ssl_certfile,
             options.log_level,
             options.log_format,
+            options.log_file,
         )
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Until it serves, not a KeyboardInterrupt. CPython prints and drops one that
@@ -124,6 +134,19 @@ def _serve_here(
     requirements.check_parser(mlx_lm)
     parser = whole_parser(mlx_lm)
     settings = resolve(parser, arguments, os.environ)
+    with settings.with_places():
+        _serve_with(server, mlx_lm, parser, settings, home, keys, tls)
+
+
+def _serve_with(
+    server: Server,
+    mlx_lm: argparse.ArgumentParser,
+    parser: Parser,
+    settings: Settings,
+    home: ranks.Home | None,
+    keys: tuple[str, ...],
+    tls: Tls | None,
+) -> None:
     options = settings.values
     check_flags(options, options)
     for name in settings.unknown:

@@ -69,6 +69,7 @@ def replace_this_process(
     certificate: str | None,
     log_level: str,
     log_format: str,
+    log_file: str | None,
 ) -> None:
     """Becomes the supervisor, in which nothing of mlx_safe is installed.
 
@@ -81,6 +82,8 @@ def replace_this_process(
     arguments.append(f"--log-format={log_format}")
     if certificate is not None:
         arguments.append(f"--ssl-certfile={certificate}")
+    if log_file is not None:
+        arguments.append(f"--log-file={log_file}")
     os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
     sys.stdout.flush()
     _core.remove_run_file()  # the end of this process is no crash of a server
@@ -289,6 +292,7 @@ def _flags(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ssl-certfile")
     parser.add_argument("--log-level", type=str.upper, default="INFO")
     parser.add_argument("--log-format", default="text")
+    parser.add_argument("--log-file")
     return parser.parse_known_args(list(arguments))[0]
 
 
@@ -316,7 +320,7 @@ def main(arguments: Sequence[str]) -> int:
     """Opens the socket and runs servers with ``arguments`` on it."""
     try:
         flags = _flags(arguments)
-        logs.set_up(flags.log_level, flags.log_format, name="SUPERVISOR")
+        logs.set_up(flags.log_level, flags.log_format, flags.log_file, "SUPERVISOR")
         listener = _listen(flags.host, flags.port)
     except CommandError as e:
         logs.refuse(str(e), log_format_of(arguments, os.environ))

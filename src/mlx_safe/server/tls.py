@@ -9,21 +9,37 @@ one and the client.
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import select
 import socket
 import ssl
 import threading
 import time
+from pathlib import Path
 
 from .._command import CommandError, check_file
 
 __all__ = ["Tls"]
+
+log = logging.getLogger("mlx_safe.server")
 
 HANDSHAKE_TIMEOUT_S = 10.0
 PIECE = 1 << 16
 # How long the process that ends waits until all is with the clients.
 DRAIN_S = 2.0
 DRAIN_TURN_S = 0.01
+
+
+def _look_for(what: str, path: str, given: str) -> None:
+    # OpenSSL has the same reason for a certificate and for a key: "PEM lib".
+    begin = rf"^-----BEGIN ([A-Z]+ )?{what}-----".encode()
+    try:
+        text = Path(path).read_bytes()
+    except OSError as e:
+        raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
+    if not re.search(begin, text, re.MULTILINE):
+        raise CommandError(f"{given}: there is no {what.lower()} (PEM) in it")
 
 
 class Tls:
@@ -42,15 +58,19 @@ class Tls:
         self._context.set_alpn_protocols(["http/1.1"])
         given = f"--ssl-certfile {certificate}"
         check_file(certificate, given)
-        if key is not None:
+        _look_for("CERTIFICATE", certificate, given)
+        if key is None:
+            _look_for("PRIVATE KEY", certificate, f"{given}, without --ssl-keyfile")
+        else:
             check_file(key, f"--ssl-keyfile {key}")
+            _look_for("PRIVATE KEY", key, f"--ssl-keyfile {key}")
             given += f" --ssl-keyfile {key}"
         try:
             self._context.load_cert_chain(certificate, key, no_password)
         except ssl.SSLError as e:
-            why = (e.reason or "no certificate, or no key").replace("_", " ").lower()
+            why = (e.reason or "it is damaged").replace("_", " ").lower()
             raise CommandError(f"{given}: cannot be used: {why}") from None
-        except OSError as e:
+        except OSError as e:  # it has gone meanwhile
             raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
         self._lock = threading.Lock()
         self._open: set[_Pump] = set()
@@ -111,11 +131,20 @@ class _Pump:
         with self._inner, self._outer, contextlib.suppress(OSError, ValueError):
             self._outer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             self._outer.settimeout(HANDSHAKE_TIMEOUT_S)
-            # ssl.SSLError is an OSError: a client that speaks no TLS is closed.
-            with self._context.wrap_socket(self._outer, server_side=True) as client:
+            with self._shake_hands() as client:
                 client.setblocking(False)
                 self._inner.setblocking(False)
                 self._carry(client)
+
+    def _shake_hands(self) -> ssl.SSLSocket:
+        """Raises OSError, as `ssl.SSLError` is: such a client is closed."""
+        try:
+            return self._context.wrap_socket(self._outer, server_side=True)
+        except OSError as e:
+            # Not more than DEBUG: checks of a load balancer connect and leave.
+            why = getattr(e, "reason", None) or e.strerror or str(e)
+            log.debug("a client and this server cannot agree on TLS: %s", why)
+            raise
 
     def _carry(self, client: ssl.SSLSocket) -> None:
         while True:
