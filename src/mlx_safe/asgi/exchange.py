@@ -16,7 +16,6 @@ from .messages import (
     Send,
     answerable,
     decoded,
-    fatal_behind,
     fault_at_the_end,
     has_ended,
     is_anthropic,
@@ -46,8 +45,8 @@ class Exchange:
     """One request and its answer.
 
     Attributes:
-        fatal: the fault that the request ended with and that ends the process. Not what
-            is only quoted: that may be a client's own words.
+        fatal: the fault that the request ended with and that would end the process. One
+            without ``faults`` is a text, which may be a client's own words.
         code: of the error response that it was given here; None: none.
     """
 
@@ -143,10 +142,10 @@ class Exchange:
         """Whether ``exc`` comes of a fault or a lack of memory, and has its answer."""
         known = answerable(exc)
         logged = None if known is not None else self._logged()
-        self.fatal = fatal_behind(exc) or _if_fatal(logged)
         cause = known or logged
         if cause is None:
             known = cause = quoted_by(exc)
+        self._note_fatal(cause)
         if cause is not None and await self._fail(cause):
             path = self._scope["path"]
             if known is None:
@@ -217,9 +216,12 @@ class Exchange:
         """A stream whose last event tells of a fault, and no [DONE], gets both ends."""
         body = message.get("body", b"")
         self._tail = (self._tail + body)[-TAIL_MAX:]
-        if message.get("more_body", False) or has_ended(self._tail):
+        if message.get("more_body", False):
             return message
         found = fault_at_the_end(self._tail, TAIL_MAX)
+        self._note_fatal(found)
+        if has_ended(self._tail):
+            return message
         if found is None:
             # Starlette's middleware ends a stream first and raises what ended it then.
             self._release_soon()
@@ -237,8 +239,8 @@ class Exchange:
             text = b"".join(m.get("body", b"") for m in self._held)
             may_be = self._held[0]["status"] in MAY_BE_A_FAULT
             logged = self._logged() if may_be else None
-            self.fatal = _if_fatal(logged)
             found = logged or named_in(decoded(self._held[0], text, HELD_MAX))
+            self._note_fatal(found)
             if found is not None:
                 await self._fail(found)
             else:
@@ -265,6 +267,10 @@ class Exchange:
                 is_start = message["type"] == "http.response.start"
                 self._is_over = not (is_start or message.get("more_body"))
                 await self._send(message)
+
+    def _note_fatal(self, fault: Exception | None) -> None:
+        if isinstance(fault, errors.GPUError) and fault.fatal:
+            self.fatal = fault
 
     def _logged(self) -> errors.GPUError | None:
         """The faults since the request came, whosever they were."""
@@ -337,7 +343,3 @@ class Exchange:
 
     def _is_anthropic(self) -> bool:
         return is_anthropic(self._scope["path"])
-
-
-def _if_fatal(fault: errors.GPUError | None) -> errors.GPUError | None:
-    return fault if fault is not None and fault.fatal else None
