@@ -16,7 +16,9 @@ def computes(asked, answered) -> None:
 
     from mlx_safe import testing  # to fail; the program needs it not
 
-    while multiprocessing.parent_process().is_alive():
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while parent.is_alive():
         try:
             how = asked.get(timeout=1.0)
         except queue.Empty:
@@ -78,5 +80,6 @@ if __name__ == "__main__":
         timeout_graceful_shutdown=1,
     )
     uvicorn.Server(config).run()
-    model.process.kill()
+    if model is not None:
+        model.process.kill()
     os._exit(0)

@@ -14,7 +14,7 @@ and then it leaves with status 75.
 |---|---|
 | `exchange` | one request and its answer |
 | `children` | the process that has the model is a child, which has ended |
-| `lost` | whether the GPU is as lost as a text says |
+| `lost` | whether the GPU is as lost as a text says, and the end of the process |
 | `messages` | what goes over ASGI, and what there is to read in it |
 
 What it cannot mend: an answer that has begun and is no stream of events. It is cut, so
@@ -26,8 +26,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -36,9 +34,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import _core, _faults, _install, errors
 from .._fault import Fault
-from .children import Children
+from .children import Children, stay
 from .exchange import Exchange
-from .lost import gpu_is_lost
+from .lost import gpu_is_lost, leave
 from .messages import App, Receive, Send, route, send_bytes, send_json
 
 __all__ = ["ProtectedApp", "protect"]
@@ -157,6 +155,7 @@ class ProtectedApp:
         if loop is not self._loop:
             self._loop, self._looking = loop, None
         if self._subscription is None:
+            stay()
             self._subscription = _faults.on_fault(self._on_fault, drains=True)
             self._subscribed_at = _core.epoch()  # in doubt it leaves by itself, too
             _serving.append(self)
@@ -261,11 +260,6 @@ class ProtectedApp:
         threading.Thread(target=leave_if_so, name="mlx-safe-leave", daemon=True).start()
 
 
-def serves() -> bool:
-    """Whether this process has answered requests under protection. Any thread."""
-    return bool(_serving)
-
-
 def _answer_all(lost: errors.GPUError) -> None:
     """Ends every open request of the process with ``lost``. Blocks; not in a loop."""
     serving = [app for app in _serving if app._is_serving()]
@@ -276,12 +270,3 @@ def _answer_all(lost: errors.GPUError) -> None:
     until = time.monotonic() + ANSWER_S
     for app in serving:
         app._all_answered.wait(max(until - time.monotonic(), 0.0))
-
-
-def leave() -> None:
-    """Ends the process with status 75, for another to be started. Any thread."""
-    # Not by sys.exit: the interpreter would wait for MLX, whose threads may be lost.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _core.remove_run_file()
-    os._exit(_faults.EXIT_REPLACE)

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import _faults, _install, errors
+from .lost import leave
 
-__all__ = ["Children", "leave_when_lost"]
+__all__ = ["Children", "leave_when_lost", "stay"]
 
 # What one process tells another to end with.
 _ASKED_FOR = (-signal.SIGTERM, -signal.SIGINT)
 # What the child has put into a queue gets into the pipe.
 _FLUSH_S = 0.1
+_leaving: list[_faults.Subscription] = []
 
 
 class Children:
@@ -82,19 +84,23 @@ def _error(name: str, status: int) -> errors.GPUError:
 
 
 def leave_when_lost() -> None:
-    """A child that serves nobody leaves with status 75 after a fatal fault.
+    """A child leaves with status 75 after a fatal fault, unless it is to `stay`.
 
-    Else it would fail each request from then on. Its parent starts another. Main
-    thread, before MLX is used; in another process it does nothing.
+    Else it would fail each request from then on. Its parent starts another. In a
+    process that is no child of multiprocessing nothing happens.
     """
-    _faults.on_fault(_leave_if_lost)
+    _leaving.append(_faults.on_fault(_leave_if_lost))
+
+
+def stay() -> None:
+    """This process serves: it answers its clients before it leaves."""
+    while _leaving:
+        _leaving.pop().cancel()
 
 
 def _leave_if_lost(fault: _faults.Fault) -> None:
-    from . import leave, serves
-
     process: Any = sys.modules.get("multiprocessing.process")
     is_child = process is not None and process.parent_process() is not None
-    if fault.fatal and fault.source != "terminate" and is_child and not serves():
+    if fault.fatal and fault.source != "terminate" and is_child:
         threading.Event().wait(_FLUSH_S)
         leave()

@@ -1,13 +1,14 @@
-"""Whether the GPU is as lost as a text says."""
+"""Whether the GPU is as lost as a text says, and the end of the process."""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 
-from .. import errors
+from .. import _core, _faults, errors
 
-__all__ = ["gpu_is_lost"]
+__all__ = ["gpu_is_lost", "leave"]
 
 # One that hangs is the last.
 _asking = threading.Lock()
@@ -33,3 +34,12 @@ def gpu_is_lost() -> bool:
     finally:
         _asking.release()
     return False
+
+
+def leave() -> None:
+    """Ends the process with status 75, for another to be started. Any thread."""
+    # Not by sys.exit: the interpreter would wait for MLX, whose threads may be lost.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _core.remove_run_file()
+    os._exit(_faults.EXIT_REPLACE)
