@@ -20,12 +20,14 @@ __all__ = [
     "Fault",
     "Subscription",
     "check",
+    "deal_with",
     "drained",
     "draining",
     "epoch",
     "faults",
     "leave_soon",
     "on_fault",
+    "unreported",
     "watch",
 ]
 
@@ -118,7 +120,23 @@ def check(since: int) -> None:
     now = _core.epoch()
     if now <= since:
         return
+    deal_with()
     raise errors.from_faults(faults(since) or [_lost(now)])
+
+
+# All up to this one were raised as a typed error, or a client was answered for them.
+_dealt_with = 0
+
+
+def deal_with() -> None:
+    """The faults so far are in hands that know what to do about them. Any thread."""
+    global _dealt_with
+    _dealt_with = _core.epoch()
+
+
+def unreported(since: int) -> bool:
+    """Whether there is a fault after ``since`` that nobody has dealt with."""
+    return _core.epoch() > max(since, _dealt_with)
 
 
 class Subscription:
@@ -347,6 +365,7 @@ def watch(
 
 def after_fork_in_child() -> None:
     _core.after_fork_in_child()
+    deal_with()
     _leaving.clear()
     _tasks.forget()
     _dispatcher.forget_parent()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from .messages import (
     named_in,
     quoted_by,
     send_json,
+    tells_of_error,
 )
 
 __all__ = ["Exchange"]
@@ -37,6 +39,10 @@ HELD_S = 0.1
 # One that its application does not end: it may be a stream, or wait for its client.
 UNENDED_S = 5.0
 MAY_BE_A_FAULT = (500, 502, 503, 507)
+# Of a fault that a request has met: until a client is answered for it. A step of
+# generation may take so long before it raises the fault.
+UNREPORTED_S = 2.0
+UNREPORTED_LOOK_S = 0.01
 # Of a stream: what may name a fault, or be its [DONE].
 TAIL_MAX = 4096
 
@@ -70,8 +76,11 @@ class Exchange:
         self._is_over = False
         self._is_ours = False
         self._is_events = False
+        self._is_2xx = False
         # It says how long it is, or has no body.
         self._is_whole = False
+        # The fault that this answer was ended for, as no other was.
+        self._unreported: errors.GPUError | None = None
         self.fatal: errors.GPUError | None = None
         self.code: str | None = None
 
@@ -92,6 +101,8 @@ class Exchange:
         finally:
             if self._releasing is not None:
                 self._releasing.cancel()
+            if not self._is_over:  # its client has left, or its server cuts it
+                self._deal_with()
 
     async def _run(self, app: App, receive: Receive) -> None:
         if self._lost is not None:
@@ -140,6 +151,9 @@ class Exchange:
 
     async def _answer_for(self, exc: BaseException) -> bool:
         """Whether ``exc`` comes of a fault or a lack of memory, and has its answer."""
+        if self._unreported is not None:  # of `_is_suspect`
+            return self._is_ours
+        self._deal_with()
         known = answerable(exc)
         logged = None if known is not None else self._logged()
         cause = known or logged
@@ -170,11 +184,17 @@ class Exchange:
                 pass
         if self._is_ours and kind.startswith(("http.response", "websocket")):
             return
+        if self._unreported is not None or _faults.unreported(self._since):
+            if self._tells_of_error(message):
+                self._deal_with()
+            elif self._is_right(message) and await self._is_suspect(message):
+                return
         if kind == "http.response.start":
             if message["status"] >= 500:
                 self._held.append(message)
                 self._release_soon(UNENDED_S)
                 return
+            self._is_2xx = message["status"] < 300
             self._is_events = is_event_stream(message)
             self._is_whole = is_whole(message)
             self._has_begun = True
@@ -196,6 +216,51 @@ class Exchange:
         elif kind == "websocket.close" or kind.startswith("websocket.http.response."):
             self._is_over = True  # closed, or refused with an answer of its own
         await self._send(message)
+
+    # -- faults that a server swallows ------------------------------------------------
+
+    def _tells_of_error(self, message: Message) -> bool:
+        if message["type"] == "http.response.start":
+            return bool(message["status"] >= 500)
+        return self._is_events and tells_of_error(message.get("body", b""))
+
+    def _is_right(self, message: Message) -> bool:
+        """Whether its client takes it for a right answer, or for a part of one."""
+        if message["type"] == "http.response.start":
+            return bool(message["status"] < 300)
+        return message["type"] == "http.response.body" and self._is_2xx
+
+    def _deal_with(self) -> None:
+        """A client is answered for the faults that this request has met."""
+        if self._unreported is None and _faults.unreported(self._since):
+            _faults.deal_with()
+
+    async def _is_suspect(self, message: Message) -> bool:
+        """A fault came since the request, and no client is answered for it.
+
+        Its server may have swallowed it, and go on with caches that were not computed
+        (fusion-mlx 0.10 does). True: the answer has its end here.
+
+        Raises:
+            GPUError: it cannot have one, and is cut.
+        """
+        until = time.monotonic() + UNREPORTED_S
+        while self._unreported is None and time.monotonic() < until:
+            await asyncio.sleep(UNREPORTED_LOOK_S)
+            if not _faults.unreported(self._since):
+                return False
+        if self._unreported is None:
+            self._unreported = self._logged()
+            assert self._unreported is not None
+            if not self._has_begun:
+                self._held = [message]
+            if await self._fail(self._unreported):
+                path = self._scope["path"]
+                log.warning(
+                    "%s: answered with %s: %s", path, self.code, self._unreported
+                )
+                return True
+        raise self._unreported
 
     def _passes_now(self, message: Message) -> bool:
         """The end of what came in parts waits until the application has ended.
@@ -288,6 +353,7 @@ class Exchange:
             if self._is_over or not await self._answer(reply, exc):
                 return False
         self.code = reply.code
+        self._deal_with()
         return True
 
     async def _answer(self, reply: errors.Reply, exc: Exception) -> bool:

@@ -118,6 +118,16 @@ def fault_at_the_end(tail: bytes, tail_max: int) -> errors.GPUError | None:
     return named_in(last) if _is_of_an_error(last) else None
 
 
+def tells_of_error(part: bytes) -> bool:
+    """Whether part of a stream has an event that tells of an error."""
+    events = map(_without_comments, _BETWEEN_EVENTS.split(part))
+    return any(
+        not _tells_nothing(event)
+        and _is_of_an_error(event, named_in(event) is not None)
+        for event in events
+    )
+
+
 def _without_comments(event: bytes) -> bytes:
     lines = event.splitlines()
     return b"\n".join(n for n in lines if n.strip() and not n.startswith(b":"))
@@ -127,7 +137,8 @@ def _tells_nothing(event: bytes) -> bool:
     return not event or _LAST.match(event) is not None
 
 
-def _is_of_an_error(event: bytes) -> bool:
+def _is_of_an_error(event: bytes, if_words: bool = True) -> bool:
+    """``if_words``: of an event that is no JSON."""
     fields = [line.partition(b":")[::2] for line in event.splitlines()]
     if (b"event", b"error") in [(name, value.strip()) for name, value in fields]:
         return True
@@ -135,7 +146,7 @@ def _is_of_an_error(event: bytes) -> bool:
     try:
         return _tells_of_error(json.loads(data))
     except ValueError:
-        return True  # bare words
+        return if_words
 
 
 def _tells_of_error(value: Any) -> bool:
