@@ -115,11 +115,17 @@ class InFlight(Request):
         self._place.taken()
         return True
 
+    def as_it_came(self) -> CompletionRequest:
+        """A copy of mlx-lm's request, to be read once.
+
+        mlx-lm changes the messages while it reads them: it parses the arguments of
+        calls, which 0.31.3 cannot do twice.
+        """
+        return copy.deepcopy(self._request)
+
     def work(self) -> tuple[InFlight, CompletionRequest, GenerationArguments]:
         """What mlx-lm is to do: the request, or the rest of it."""
-        # mlx-lm changes the messages while it reads them: it parses the arguments of
-        # calls, which 0.31.3 cannot do twice.
-        request = copy.deepcopy(self._request)
+        request = self.as_it_came()
         setattr(request, _ATTRIBUTE, self)
         left = self._args.max_tokens - len(self.produced)
         args = dataclasses.replace(self._args, max_tokens=left)  # type: ignore[type-var]
