@@ -26,6 +26,7 @@ __all__ = [
     "epoch",
     "faults",
     "leave_soon",
+    "log_terminate",
     "on_fault",
     "unreported",
     "watch",
@@ -245,13 +246,7 @@ class _Dispatcher:
                 current = list(self._subscriptions)
             drains = fault.source == "terminate" and any(s._drains for s in current)
             if drains:
-                import logging
-
-                logging.getLogger("mlx_safe").error(
-                    "an exception reached std::terminate: %s; answering the clients, "
-                    "then leaving with status 75",
-                    fault.message,
-                )
+                log_terminate()
             for subscription in current:
                 self._call(subscription, fault)
             if drains:
@@ -292,6 +287,30 @@ class _Dispatcher:
 
 
 _dispatcher = _Dispatcher()
+
+
+_logging = threading.Lock()
+# The faults up to this one are in the log if they reached std::terminate.
+_logged = 0
+
+
+def log_terminate() -> None:
+    """Logs what has reached std::terminate, each once.
+
+    Any thread: the one that computes may see it, and leave, before the callbacks do.
+    """
+    import logging
+
+    global _logged
+    with _logging:
+        for fault in faults(_logged):
+            _logged = fault.number
+            if fault.source == "terminate":
+                logging.getLogger("mlx_safe").error(
+                    "an exception reached std::terminate: %s; answering the clients, "
+                    "then leaving with status 75",
+                    fault.message,
+                )
 
 
 _leaving = threading.Event()
@@ -366,6 +385,8 @@ def watch(
 def after_fork_in_child() -> None:
     _core.after_fork_in_child()
     deal_with()
+    global _logging, _logged
+    _logging, _logged = threading.Lock(), _core.epoch()
     _leaving.clear()
     _tasks.forget()
     _dispatcher.forget_parent()

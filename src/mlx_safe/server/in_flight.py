@@ -30,7 +30,7 @@ from .mlx_lm.protocols.requests import (
 )
 from .mlx_lm.protocols.text import Tokenizer
 from .recorder import Place
-from .request import Request, RequestState
+from .request import Request
 from .scheduler import Scheduler
 
 __all__ = ["InFlight", "request_of"]
@@ -162,13 +162,11 @@ class InFlight(Request):
         """So many tokens of what is to be read of the prompt have been read."""
         self._place.prefilled(done, total)
         self._scheduler.progress(self, done, total)
-        if self.state is not RequestState.HELD:
-            self.send((done, total))
+        self.send((done, total))
 
     def _begin(self, context: AnsweredContext) -> None:
         """A handler that is done, or whose client left, stops its context."""
         self.context = context
-        self.logprob = None  # of the run before
         self._place.begun(len(context.prompt))
         if self.is_ended:  # its client left while the prompt was tokenized
             self.stop_run()
