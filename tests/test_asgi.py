@@ -477,7 +477,7 @@ def test_all_who_wait_are_answered_before_the_process_leaves(served: Served) -> 
     assert served.process.wait(120) == 75
 
 
-@pytest.mark.parametrize("how", ["raise", "quote"])
+@pytest.mark.parametrize("how", ["raise", "quote", "planned"])
 def test_a_lost_gpu_ends_the_process_with_75(served: Served, how: str) -> None:
     """Nothing has counted it: the GPU is asked."""
     answer = served.get(f"/loses?how={how}")

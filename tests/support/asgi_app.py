@@ -41,13 +41,16 @@ async def raises(request: Request) -> JSONResponse:
 async def loses(request: Request) -> Response:
     """The GPU fails for good, and nothing counts it, as with CUDA."""
     lost = "cudaStreamSynchronize(s) failed: unspecified launch failure"
+    how = request.query_params.get("how", "raise")
+    if how == "planned":
+        testing.inject("any", code=719, action="cuda")
+        testing.step("decode")
 
     def fails(*_: object) -> NoReturn:
         raise RuntimeError(lost)
 
     module: Any = mx
     module.array = fails
-    how = request.query_params.get("how", "raise")
     if how == "event":
         event = f"data: {json.dumps({'error': lost})}\n\ndata: [DONE]\n\n"
         return StreamingResponse(iter([event]), media_type="text/event-stream")

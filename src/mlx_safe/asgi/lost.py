@@ -21,6 +21,9 @@ def gpu_is_lost() -> bool:
     have sent that text, so the GPU is given something to do: after an error of CUDA
     that stays, and after Metal's code 4, each call fails with it.
     """
+    plans = sys.modules.get("mlx_safe.testing.plans")
+    if plans is not None and plans.loses_gpu():
+        return True
     mx = sys.modules.get("mlx.core")
     if mx is None:  # it tells of another process
         return False
