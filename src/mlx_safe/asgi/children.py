@@ -70,7 +70,7 @@ def _status(child: Any) -> int | None:
 
 
 def _error(name: str, status: int) -> errors.GPUError:
-    how = f"status {status}" if status > 0 else signal.Signals(-status).name
+    how = f"status {status}" if status > 0 else signal.strsignal(-status)
     kind = errors.FaultKind(
         -1,
         f"its process has ended: {how}",
