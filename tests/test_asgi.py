@@ -477,10 +477,18 @@ def test_all_who_wait_are_answered_before_the_process_leaves(served: Served) -> 
     assert served.process.wait(120) == 75
 
 
-def test_code_4_ends_the_process_with_75(served: Served) -> None:
-    answer = served.get("/raises?code=4")
+@pytest.mark.parametrize("how", ["raise", "quote", "planned"])
+def test_a_lost_gpu_ends_the_process_with_75(served: Served, how: str) -> None:
+    """Nothing has counted it: the GPU is asked."""
+    answer = served.get(f"/loses?how={how}")
     assert answer.status == 503
-    assert answer.json["error"]["code"] == "metal_device_lost"
+    assert answer.json["error"]["code"] == "cuda_device_lost"
+    assert served.process.wait(120) == 75
+
+
+def test_so_it_does_where_a_stream_tells_of_it_itself(served: Served) -> None:
+    answer = served.get("/loses?how=event")
+    assert answer.body.count(b"[DONE]") == 1
     assert served.process.wait(120) == 75
 
 
@@ -501,7 +509,7 @@ def test_a_websocket_that_fails_is_closed_with_what_to_do(served: Served) -> Non
     assert "Unexpected ASGI message" not in log
 
 
-@pytest.mark.parametrize("how", ["/raises?code=4", "/dies"])
+@pytest.mark.parametrize("how", ["/loses", "/dies"])
 def test_a_websocket_works_and_is_closed_when_the_process_is_lost(
     served: Served, how: str
 ) -> None:

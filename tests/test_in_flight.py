@@ -12,16 +12,18 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any, cast
 
+import mlx.core as mx
 import pytest
 
 from mlx_safe.memory.budget import Decision
 from mlx_safe.server.admission import Ask, Load, SingleStep
 from mlx_safe.server.in_flight import InFlight
-from mlx_safe.server.request import Disconnected, RequestState
+from mlx_safe.server.request import Claim, Disconnected, Request, RequestState
 from mlx_safe.server.scheduler import Scheduler
 
 
@@ -162,3 +164,26 @@ def test_each_run_reads_the_messages_that_the_client_has_sent(
         _, work, _ = request_.work()
         assert work.messages == MESSAGES
         _read(work.messages)
+
+
+def test_its_caches_have_as_many_tokens_as_the_next_step_is_asked_for(
+    tiny_model: Path,
+) -> None:
+    """mlx-lm's sequential path begins a step before it passes on the token before it.
+
+    Were one less asked for, that of the first token of a new block would not be.
+    """
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model = load(str(tiny_model))[0]
+    cache = make_prompt_cache(model)
+    prompt = mx.array([5, 9, 100])
+    request = Request()
+    request.claim = Claim(len(prompt), 9, 0.0)
+    for _ in zip(
+        generate_step(prompt, model, prompt_cache=cache), range(4), strict=False
+    ):
+        assert request.next_length == cache[0].offset
+        request.run.made += 1

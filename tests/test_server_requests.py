@@ -150,7 +150,8 @@ def test_null_is_absent(server: Server, stream: bool) -> None:
 
 def test_what_real_clients_send_is_accepted(server: Server) -> None:
     """Fields that change nothing, and parts of messages as coding agents have them."""
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    call = {"id": "1", "type": "function", "function": function}
     body = {
         "model": "default_model",
         "messages": [
@@ -488,6 +489,21 @@ def test_what_a_template_cannot_use_is_named(
     assert (
         strict_server.chat(**way, chat_template_kwargs={"style": "plain"}).status == 200
     )
+
+
+def test_so_is_it_when_the_history_has_a_call_of_a_tool(strict_server: Server) -> None:
+    """mlx-lm 0.31.3 cannot read such a one twice."""
+    function = {"name": "f", "arguments": '{"a": 1}'}
+    call = {"id": "1", "type": "function", "function": function}
+    answer = strict_server.chat(
+        messages=[
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "1"},
+        ],
+        chat_template_kwargs={"style": "odd"},
+    )
+    assert (answer.status, answer.error["param"]) == (400, "chat_template_kwargs.style")
 
 
 @pytest.fixture(scope="module")

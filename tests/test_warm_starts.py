@@ -51,3 +51,22 @@ def test_variables_that_are_read_early_are_read() -> None:
     assert warm.run("import sys; sys.exit(sys.flags.dev_mode)").returncode == 0
     done = warm.run("import sys; sys.exit(sys.flags.dev_mode)", PYTHONDEVMODE="1")
     assert done.returncode == 1
+
+
+def test_it_is_a_child_of_the_tests_from_its_first_line_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where what has forked it takes its time to end."""
+    if (before := warm.forks()) is None:
+        pytest.skip("servers are not forked here")
+    said = "asked.send(str(pid).encode())"
+    slow = program("forks_servers").replace(said, f"{said}; time.sleep(0.5)")
+    assert "sleep(0.5)" in slow
+    monkeypatch.setattr(warm, "program", lambda _: slow)
+    forks = warm.Forks(before.environment)
+    monkeypatch.setattr(warm, "forks", lambda: forks)
+    try:
+        done = warm.run(f"import os, sys; sys.exit(os.getppid() != {os.getpid()})")
+    finally:
+        forks.end()
+    assert done.returncode == 0

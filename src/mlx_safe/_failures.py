@@ -73,6 +73,7 @@ class FaultWatch:
         """
         late = [f for f in _faults.faults(self.clean) if f.fatal]
         self.clean = _core.epoch()
+        _faults.deal_with()
         return errors.from_faults(late) if late else None
 
 

@@ -20,12 +20,15 @@ __all__ = [
     "Fault",
     "Subscription",
     "check",
+    "deal_with",
     "drained",
     "draining",
     "epoch",
     "faults",
     "leave_soon",
+    "log_terminate",
     "on_fault",
+    "unreported",
     "watch",
 ]
 
@@ -118,7 +121,23 @@ def check(since: int) -> None:
     now = _core.epoch()
     if now <= since:
         return
+    deal_with()
     raise errors.from_faults(faults(since) or [_lost(now)])
+
+
+# All up to this one were raised as a typed error, or a client was answered for them.
+_dealt_with = 0
+
+
+def deal_with() -> None:
+    """The faults so far are in hands that know what to do about them. Any thread."""
+    global _dealt_with
+    _dealt_with = _core.epoch()
+
+
+def unreported(since: int) -> bool:
+    """Whether there is a fault after ``since`` that nobody has dealt with."""
+    return _core.epoch() > max(since, _dealt_with)
 
 
 class Subscription:
@@ -227,13 +246,7 @@ class _Dispatcher:
                 current = list(self._subscriptions)
             drains = fault.source == "terminate" and any(s._drains for s in current)
             if drains:
-                import logging
-
-                logging.getLogger("mlx_safe").error(
-                    "an exception reached std::terminate: %s; answering the clients, "
-                    "then leaving with status 75",
-                    fault.message,
-                )
+                log_terminate()
             for subscription in current:
                 self._call(subscription, fault)
             if drains:
@@ -274,6 +287,30 @@ class _Dispatcher:
 
 
 _dispatcher = _Dispatcher()
+
+
+_logging = threading.Lock()
+# The faults up to this one are in the log if they reached std::terminate.
+_logged = 0
+
+
+def log_terminate() -> None:
+    """Logs what has reached std::terminate, each once.
+
+    Any thread: the one that computes may see it, and leave, before the callbacks do.
+    """
+    import logging
+
+    global _logged
+    with _logging:
+        for fault in faults(_logged):
+            _logged = fault.number
+            if fault.source == "terminate":
+                logging.getLogger("mlx_safe").error(
+                    "an exception reached std::terminate: %s; answering the clients, "
+                    "then leaving with status 75",
+                    fault.message,
+                )
 
 
 _leaving = threading.Event()
@@ -347,6 +384,9 @@ def watch(
 
 def after_fork_in_child() -> None:
     _core.after_fork_in_child()
+    deal_with()
+    global _logging, _logged
+    _logging, _logged = threading.Lock(), _core.epoch()
     _leaving.clear()
     _tasks.forget()
     _dispatcher.forget_parent()

@@ -174,6 +174,7 @@ def _settle(since: int, exc: BaseException | None) -> None:
     if exc is not None and not isinstance(exc, GeneratorExit):
         typed = errors.from_exception(exc)
         if typed is not None:
+            _faults.deal_with()
             # MLX 0.32 raises a stored error without a wait, and the memory of
             # what has failed may still be written to.
             _core.metal_wait_for_skipped()

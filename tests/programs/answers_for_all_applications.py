@@ -25,7 +25,7 @@ async def all_of_them() -> None:
     if os.environ["HOW"] == "counted":
         testing.record_fault(4)
     else:
-        await asked(first, "/raises?code=4")
+        await asked(first, "/loses")
     await asyncio.gather(*open_ones)
     await asyncio.sleep(60)
 

@@ -1,22 +1,16 @@
 """A client's words, in answers and errors, name a fault that would end the process."""
 
 import asyncio
-import os
 
-from mlx_safe import _core, asgi, testing
+from mlx_safe import asgi, testing
 from test_asgi import asked
 
 LOST = testing.metal_message(4)
 RAISED = {
     "/raises": KeyError(f"no template for: {LOST}"),
     "/raises_as_mlx": RuntimeError(f"no template for: {LOST}"),
-    # Word for word: whether it was counted tells.
     "/raises_it": RuntimeError(LOST),
 }
-
-if os.environ.get("HOOKS"):
-    _status = _core.metal_status()
-    _core.metal_status = lambda: {**_status, "active": True}
 
 
 async def quotes(scope, receive, send) -> None:
@@ -32,8 +26,7 @@ async def quotes(scope, receive, send) -> None:
 
 async def all_of_them() -> None:
     app = asgi.protect(quotes, health="/health")
-    paths = ["/raises", "/raises_as_mlx", "/plain", "/stream"]
-    for path in [*paths, "/raises_it"] if os.environ.get("HOOKS") else paths:
+    for path in [*RAISED, "/plain", "/stream"]:
         answer = await asked(app, path)
         print(answer.status, b"metal_device_lost" in answer.body)
     await asyncio.sleep(1.0)

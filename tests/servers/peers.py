@@ -66,6 +66,9 @@ class Peer:
 
 
 VLLM = ("vllm-mlx", "serve", MODEL, "--port", PORT, "--host", "127.0.0.1")
+RAPID = ("rapid-mlx", "serve", MODEL, "--port", PORT, "--host", "127.0.0.1")
+# Twice the braces: the words are filled in.
+DRAFTS = '{{"method":"suffix","num_speculative_tokens":8}}'
 MTPLX = ("--no-mtp", "--unsafe-force-unverified", "--yes", "--no-auth")
 # By default it takes one at a time, with a generator of its own.
 VMLX = ("--continuous-batching", "--max-num-seqs", "4", "--reasoning-parser", "none")
@@ -96,8 +99,16 @@ PEERS = [
     Peer(
         "rapid-mlx",
         "rapid-mlx",
-        ("rapid-mlx", "serve", MODEL, "--port", PORT, "--host", "127.0.0.1"),
+        RAPID,
         "rapid-mlx 0.16.10, mlx 0.32.4, mlx-lm 0.31.3",
+        batched=True,
+        env={"RAPID_MLX_TELEMETRY": "0", "DO_NOT_TRACK": "1"},
+    ),
+    Peer(
+        "rapid-mlx-drafts",
+        "rapid-mlx",
+        (*RAPID, "--speculative-config", DRAFTS),
+        "rapid-mlx 0.16.10 --speculative-config (suffix), mlx 0.32.4, mlx-lm 0.31.3",
         batched=True,
         env={"RAPID_MLX_TELEMETRY": "0", "DO_NOT_TRACK": "1"},
     ),

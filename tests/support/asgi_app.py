@@ -9,14 +9,21 @@ import os
 import sys
 import threading
 from collections.abc import AsyncIterator
+from typing import Any, NoReturn
 
+import mlx.core as mx
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.responses import (
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
@@ -29,6 +36,27 @@ events: list[str] = []
 async def raises(request: Request) -> JSONResponse:
     """An exception of MLX gets out of the handler."""
     raise RuntimeError(testing.metal_message(int(request.query_params.get("code", 8))))
+
+
+async def loses(request: Request) -> Response:
+    """The GPU fails for good, and nothing counts it, as with CUDA."""
+    lost = "cudaStreamSynchronize(s) failed: unspecified launch failure"
+    how = request.query_params.get("how", "raise")
+    if how == "planned":
+        testing.inject("any", code=719, action="cuda")
+        testing.step("decode")
+
+    def fails(*_: object) -> NoReturn:
+        raise RuntimeError(lost)
+
+    module: Any = mx
+    module.array = fails
+    if how == "event":
+        event = f"data: {json.dumps({'error': lost})}\n\ndata: [DONE]\n\n"
+        return StreamingResponse(iter([event]), media_type="text/event-stream")
+    if how == "quote":
+        return JSONResponse({"detail": f"Generation failed: {lost}"}, 500)
+    raise RuntimeError(lost)
 
 
 async def wraps(request: Request) -> JSONResponse:
@@ -177,6 +205,7 @@ def make(middleware: bool = False) -> Starlette:
     """The application; with a middleware of the kind that runs it in a task group."""
     handlers = {
         "raises": raises,
+        "loses": loses,
         "wraps": wraps,
         "memory": memory,
         "quotes": quotes,

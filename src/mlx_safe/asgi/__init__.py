@@ -13,6 +13,8 @@ and then it leaves with status 75.
 | Module | What is in it |
 |---|---|
 | `exchange` | one request and its answer |
+| `children` | the process that has the model is a child, which has ended |
+| `lost` | whether the GPU is as lost as a text says, and the end of the process |
 | `messages` | what goes over ASGI, and what there is to read in it |
 
 What it cannot mend: an answer that has begun and is no stream of events. It is cut, so
@@ -23,8 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import sys
+import logging
 import threading
 import time
 from collections import Counter
@@ -33,7 +34,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import _core, _faults, _install, errors
 from .._fault import Fault
+from .children import Children, stay
 from .exchange import Exchange
+from .lost import gpu_is_lost, leave
 from .messages import App, Receive, Send, route, send_bytes, send_json
 
 __all__ = ["ProtectedApp", "protect"]
@@ -41,12 +44,15 @@ __all__ = ["ProtectedApp", "protect"]
 # How long the clients' last words may take to get to their sockets.
 ANSWER_S = 5.0
 FLUSH_S = 0.1
+# How often the children are looked at while requests are open.
+LOOK_S = 0.05
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # In the scope of a request that is under protection already.
 _MARK = "mlx_safe.protected"
 # All that serve in this process, each perhaps in a loop of its own: it leaves when the
 # clients of all have their answers.
 _serving: list[ProtectedApp] = []
+log = logging.getLogger("mlx_safe")
 
 
 def protect(
@@ -103,6 +109,8 @@ class ProtectedApp:
         # The faults after this one are called back.
         self._subscribed_at = 0
         self._all_answered = threading.Event()
+        self._children = Children()
+        self._looking: asyncio.TimerHandle | None = None
 
     async def __call__(
         self, scope: MutableMapping[str, Any], receive: Receive, send: Send
@@ -119,15 +127,17 @@ class ProtectedApp:
         if self._lost is not None:
             exchange.end(self._lost)
         self._open.add(exchange)
+        if self._looking is None:
+            self._children.lost()  # nobody waited for those
+            self._look_soon()
         try:
             await exchange.run(self.app, receive)
         finally:
             self._open.discard(exchange)
             if exchange.code is not None:
                 self._answered[exchange.code] += 1
-            if exchange.fatal is not None and _is_believed(exchange.fatal):
-                self._replace(exchange.fatal)
-                self._leave_for(exchange.fatal)
+            if exchange.fatal is not None:
+                self._look_into(exchange.fatal)
             self._note_answered()
 
     if not TYPE_CHECKING:
@@ -141,8 +151,11 @@ class ProtectedApp:
 
     def _begin(self) -> None:
         """In the loop that serves: the application may be made before it runs."""
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._looking = loop, None
         if self._subscription is None:
+            stay()
             self._subscription = _faults.on_fault(self._on_fault, drains=True)
             self._subscribed_at = _core.epoch()  # in doubt it leaves by itself, too
             _serving.append(self)
@@ -183,6 +196,23 @@ class ProtectedApp:
         ]
         return "\n".join([*lines, ""]).encode()
 
+    def _look_soon(self) -> None:
+        assert self._loop is not None
+        self._looking = self._loop.call_later(LOOK_S, self._look_at_children)
+
+    def _look_at_children(self) -> None:
+        """While requests are open: those of a child that has ended get an answer.
+
+        Nothing says whose child has which request, so all have it.
+        """
+        self._looking = None
+        for lost in self._children.lost():
+            log.error("%s; requests answered: %d", lost, len(self._open))
+            for exchange in self._open:
+                exchange.end(lost)
+        if self._open:
+            self._look_soon()
+
     # -- the process must be replaced ------------------------------------------------
 
     def _on_fault(self, fault: Fault) -> None:
@@ -191,7 +221,7 @@ class ProtectedApp:
             return
         _answer_all(errors.from_faults([fault]))
         if fault.source != "terminate":  # else the parked thread ends the process
-            _leave()
+            leave()
 
     def _is_serving(self) -> bool:
         """Else it serves nobody, and the process is not its own."""
@@ -211,27 +241,23 @@ class ProtectedApp:
             # What was written is on its way to the sockets.
             self._loop.call_later(FLUSH_S, self._all_answered.set)
 
-    def _leave_for(self, lost: errors.GPUError) -> None:
-        """In the loop: nobody is called back for an exception without a fault that
-        was counted, nor for one that was counted before anything was served."""
-        if any(f.fatal and f.number > self._subscribed_at for f in lost.faults):
-            return
+    def _look_into(self, fatal: errors.GPUError) -> None:
+        """In the loop: a request ended with ``fatal``; the process, too, if it is true.
 
-        def leave() -> None:
-            _answer_all(lost)
-            _leave()
+        It is where it was counted. Else there is nothing but a text, which may be a
+        client's words.
+        """
+        counted = [f for f in (*fatal.faults, *_faults.faults()) if f.fatal]
+        if any(f.number > self._subscribed_at for f in counted):
+            self._replace(fatal)
+            return  # `_on_fault` is called, too
 
-        threading.Thread(target=leave, name="mlx-safe-leave", daemon=True).start()
+        def leave_if_so() -> None:
+            if counted or gpu_is_lost():
+                _answer_all(fatal)
+                leave()
 
-
-def _is_believed(fatal: errors.GPUError) -> bool:
-    """Whether ``fatal`` is no mere text, which a client may have sent.
-
-    Where the hooks watch Metal's command buffers, MLX raises nothing that they do not
-    count. Elsewhere, as with CUDA, there is nothing but the text.
-    """
-    counts = _core.metal_status()["active"]
-    return bool(fatal.faults) or not counts or any(f.fatal for f in _faults.faults())
+        threading.Thread(target=leave_if_so, name="mlx-safe-leave", daemon=True).start()
 
 
 def _answer_all(lost: errors.GPUError) -> None:
@@ -244,11 +270,3 @@ def _answer_all(lost: errors.GPUError) -> None:
     until = time.monotonic() + ANSWER_S
     for app in serving:
         app._all_answered.wait(max(until - time.monotonic(), 0.0))
-
-
-def _leave() -> None:
-    # Not by sys.exit: the interpreter would wait for MLX, whose threads may be lost.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    _core.remove_run_file()
-    os._exit(_faults.EXIT_REPLACE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from .messages import (
     Send,
     answerable,
     decoded,
-    fatal_behind,
     fault_at_the_end,
     has_ended,
     is_anthropic,
@@ -26,6 +26,7 @@ from .messages import (
     named_in,
     quoted_by,
     send_json,
+    tells_of_error,
 )
 
 __all__ = ["Exchange"]
@@ -38,6 +39,10 @@ HELD_S = 0.1
 # One that its application does not end: it may be a stream, or wait for its client.
 UNENDED_S = 5.0
 MAY_BE_A_FAULT = (500, 502, 503, 507)
+# Of a fault that a request has met: until a client is answered for it. A step of
+# generation may take so long before it raises the fault.
+UNREPORTED_S = 2.0
+UNREPORTED_LOOK_S = 0.01
 # Of a stream: what may name a fault, or be its [DONE].
 TAIL_MAX = 4096
 
@@ -46,8 +51,8 @@ class Exchange:
     """One request and its answer.
 
     Attributes:
-        fatal: the fault that the request ended with and that ends the process. Not what
-            is only quoted: that may be a client's own words.
+        fatal: the fault that the request ended with and that would end the process. One
+            without ``faults`` is a text, which may be a client's own words.
         code: of the error response that it was given here; None: none.
     """
 
@@ -71,8 +76,11 @@ class Exchange:
         self._is_over = False
         self._is_ours = False
         self._is_events = False
+        self._is_2xx = False
         # It says how long it is, or has no body.
         self._is_whole = False
+        # The fault that this answer was ended for, as no other was.
+        self._unreported: errors.GPUError | None = None
         self.fatal: errors.GPUError | None = None
         self.code: str | None = None
 
@@ -93,6 +101,8 @@ class Exchange:
         finally:
             if self._releasing is not None:
                 self._releasing.cancel()
+            if not self._is_over:  # its client has left, or its server cuts it
+                self._deal_with()
 
     async def _run(self, app: App, receive: Receive) -> None:
         if self._lost is not None:
@@ -141,12 +151,15 @@ class Exchange:
 
     async def _answer_for(self, exc: BaseException) -> bool:
         """Whether ``exc`` comes of a fault or a lack of memory, and has its answer."""
+        if self._unreported is not None:  # of `_is_suspect`
+            return self._is_ours
+        self._deal_with()
         known = answerable(exc)
         logged = None if known is not None else self._logged()
-        self.fatal = fatal_behind(exc) or _if_fatal(logged)
         cause = known or logged
         if cause is None:
             known = cause = quoted_by(exc)
+        self._note_fatal(cause)
         if cause is not None and await self._fail(cause):
             path = self._scope["path"]
             if known is None:
@@ -171,11 +184,17 @@ class Exchange:
                 pass
         if self._is_ours and kind.startswith(("http.response", "websocket")):
             return
+        if self._unreported is not None or _faults.unreported(self._since):
+            if self._tells_of_error(message):
+                self._deal_with()
+            elif self._is_right(message) and await self._is_suspect(message):
+                return
         if kind == "http.response.start":
             if message["status"] >= 500:
                 self._held.append(message)
                 self._release_soon(UNENDED_S)
                 return
+            self._is_2xx = message["status"] < 300
             self._is_events = is_event_stream(message)
             self._is_whole = is_whole(message)
             self._has_begun = True
@@ -198,6 +217,51 @@ class Exchange:
             self._is_over = True  # closed, or refused with an answer of its own
         await self._send(message)
 
+    # -- faults that a server swallows ------------------------------------------------
+
+    def _tells_of_error(self, message: Message) -> bool:
+        if message["type"] == "http.response.start":
+            return bool(message["status"] >= 500)
+        return self._is_events and tells_of_error(message.get("body", b""))
+
+    def _is_right(self, message: Message) -> bool:
+        """Whether its client takes it for a right answer, or for a part of one."""
+        if message["type"] == "http.response.start":
+            return bool(message["status"] < 300)
+        return message["type"] == "http.response.body" and self._is_2xx
+
+    def _deal_with(self) -> None:
+        """A client is answered for the faults that this request has met."""
+        if self._unreported is None and _faults.unreported(self._since):
+            _faults.deal_with()
+
+    async def _is_suspect(self, message: Message) -> bool:
+        """A fault came since the request, and no client is answered for it.
+
+        Its server may have swallowed it, and go on with caches that were not computed
+        (fusion-mlx 0.10 does). True: the answer has its end here.
+
+        Raises:
+            GPUError: it cannot have one, and is cut.
+        """
+        until = time.monotonic() + UNREPORTED_S
+        while self._unreported is None and time.monotonic() < until:
+            await asyncio.sleep(UNREPORTED_LOOK_S)
+            if not _faults.unreported(self._since):
+                return False
+        if self._unreported is None:
+            self._unreported = self._logged()
+            assert self._unreported is not None
+            if not self._has_begun:
+                self._held = [message]
+            if await self._fail(self._unreported):
+                path = self._scope["path"]
+                log.warning(
+                    "%s: answered with %s: %s", path, self.code, self._unreported
+                )
+                return True
+        raise self._unreported
+
     def _passes_now(self, message: Message) -> bool:
         """The end of what came in parts waits until the application has ended.
 
@@ -217,9 +281,12 @@ class Exchange:
         """A stream whose last event tells of a fault, and no [DONE], gets both ends."""
         body = message.get("body", b"")
         self._tail = (self._tail + body)[-TAIL_MAX:]
-        if message.get("more_body", False) or has_ended(self._tail):
+        if message.get("more_body", False):
             return message
         found = fault_at_the_end(self._tail, TAIL_MAX)
+        self._note_fatal(found)
+        if has_ended(self._tail):
+            return message
         if found is None:
             # Starlette's middleware ends a stream first and raises what ended it then.
             self._release_soon()
@@ -237,8 +304,8 @@ class Exchange:
             text = b"".join(m.get("body", b"") for m in self._held)
             may_be = self._held[0]["status"] in MAY_BE_A_FAULT
             logged = self._logged() if may_be else None
-            self.fatal = _if_fatal(logged)
             found = logged or named_in(decoded(self._held[0], text, HELD_MAX))
+            self._note_fatal(found)
             if found is not None:
                 await self._fail(found)
             else:
@@ -266,6 +333,10 @@ class Exchange:
                 self._is_over = not (is_start or message.get("more_body"))
                 await self._send(message)
 
+    def _note_fatal(self, fault: Exception | None) -> None:
+        if isinstance(fault, errors.GPUError) and fault.fatal:
+            self.fatal = fault
+
     def _logged(self) -> errors.GPUError | None:
         """The faults since the request came, whosever they were."""
         logged = _faults.faults(self._since)
@@ -282,6 +353,7 @@ class Exchange:
             if self._is_over or not await self._answer(reply, exc):
                 return False
         self.code = reply.code
+        self._deal_with()
         return True
 
     async def _answer(self, reply: errors.Reply, exc: Exception) -> bool:
@@ -337,7 +409,3 @@ class Exchange:
 
     def _is_anthropic(self) -> bool:
         return is_anthropic(self._scope["path"])
-
-
-def _if_fatal(fault: errors.GPUError | None) -> errors.GPUError | None:
-    return fault if fault is not None and fault.fatal else None

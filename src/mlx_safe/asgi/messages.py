@@ -32,6 +32,7 @@ _ENDED = re.compile(
     rb"(?:^|[\r\n])(?:data: ?\[DONE\]|event: ?message_stop"
     rb"|event: ?response\.(?:completed|incomplete|failed))[ \t]*(?:[\r\n]|$)"
 )
+_LAST = re.compile(rb"data: ?\[DONE\]|event: ?message_stop")
 _ANTHROPIC = re.compile(r"(?:^|/)v1/messages(?:/|$)")
 # Of a response that is replaced, what is said of its body.
 _OF_THE_BODY = (b"content-", b"transfer-encoding", b"etag", b"last-modified")
@@ -84,21 +85,6 @@ def answerable(exc: BaseException) -> Exception | None:
     return first
 
 
-def fatal_behind(exc: BaseException) -> errors.GPUError | None:
-    """The fatal fault that ``exc``, or what is behind it, is.
-
-    It was counted, or its text begins with MLX's words. Where they stand in the midst
-    of others they may be a client's, whose request must not end the process.
-    """
-    for one in behind(exc):
-        fault = errors.from_exception(one)
-        if fault is None or not fault.fatal:
-            continue
-        if fault.faults or _QUOTED.match(str(one)):
-            return fault
-    return None
-
-
 def quoted_by(exc: BaseException) -> errors.GPUError | None:
     """The fault whose message is in the text of ``exc``, or of what is behind it.
 
@@ -124,12 +110,22 @@ def fault_at_the_end(tail: bytes, tail_max: int) -> errors.GPUError | None:
     """
     is_cut = len(tail) >= tail_max
     events = _BETWEEN_EVENTS.split(tail)
-    while events and not _without_comments(events[-1]):
-        events.pop()  # a ping that came after it
+    while events and _tells_nothing(_without_comments(events[-1])):
+        events.pop()  # a ping that came after it, or the stream's end
     if not events or (is_cut and len(events) == 1):
         return None  # no error is so long
     last = _without_comments(events[-1])
     return named_in(last) if _is_of_an_error(last) else None
+
+
+def tells_of_error(part: bytes) -> bool:
+    """Whether part of a stream has an event that tells of an error."""
+    events = map(_without_comments, _BETWEEN_EVENTS.split(part))
+    return any(
+        not _tells_nothing(event)
+        and _is_of_an_error(event, named_in(event) is not None)
+        for event in events
+    )
 
 
 def _without_comments(event: bytes) -> bytes:
@@ -137,7 +133,12 @@ def _without_comments(event: bytes) -> bytes:
     return b"\n".join(n for n in lines if n.strip() and not n.startswith(b":"))
 
 
-def _is_of_an_error(event: bytes) -> bool:
+def _tells_nothing(event: bytes) -> bool:
+    return not event or _LAST.match(event) is not None
+
+
+def _is_of_an_error(event: bytes, if_words: bool = True) -> bool:
+    """``if_words``: of an event that is no JSON."""
     fields = [line.partition(b":")[::2] for line in event.splitlines()]
     if (b"event", b"error") in [(name, value.strip()) for name, value in fields]:
         return True
@@ -145,7 +146,7 @@ def _is_of_an_error(event: bytes) -> bool:
     try:
         return _tells_of_error(json.loads(data))
     except ValueError:
-        return True  # bare words
+        return if_words
 
 
 def _tells_of_error(value: Any) -> bool:

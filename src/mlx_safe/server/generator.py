@@ -7,7 +7,6 @@ stream ("There is no Stream(cpu, 0) in current thread", MLX 0.32).
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from queue import Queue
@@ -55,7 +54,6 @@ from .ranks import AllStop, Home
 from .recovery import Recovery, portable
 from .replies import (
     EXPECTED,
-    BadRequest,
     Unavailable,
     is_of_all,
     reply_for,
@@ -387,17 +385,6 @@ class ProtectedResponseGenerator(ResponseGenerator):
         return self.parts.state_machine(
             lambda: make(model_key, tokenizer, [], *args, **kwargs), stop_words
         )
-
-    def _share_request(self, request: Taken | None) -> Taken | None:
-        """Where the first rank tells the others; they wait if that fails."""
-        if request is not None and not self._one_rank:
-            try:
-                # Goes deeper into Python's stack than what is done with it later.
-                copy.deepcopy(request[1:])
-            except RecursionError:
-                request[0].put(BadRequest("The request is nested too deeply."))
-                request = None
-        return super()._share_request(request)
 
     def _next_request(self, timeout: float | None = None) -> Taken | None:
         # mlx-lm's loop comes by here between any two pieces of work.

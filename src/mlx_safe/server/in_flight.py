@@ -30,7 +30,7 @@ from .mlx_lm.protocols.requests import (
 )
 from .mlx_lm.protocols.text import Tokenizer
 from .recorder import Place
-from .request import Request, RequestState
+from .request import Request
 from .scheduler import Scheduler
 
 __all__ = ["InFlight", "request_of"]
@@ -115,11 +115,17 @@ class InFlight(Request):
         self._place.taken()
         return True
 
+    def as_it_came(self) -> CompletionRequest:
+        """A copy of mlx-lm's request, to be read once.
+
+        mlx-lm changes the messages while it reads them: it parses the arguments of
+        calls, which 0.31.3 cannot do twice.
+        """
+        return copy.deepcopy(self._request)
+
     def work(self) -> tuple[InFlight, CompletionRequest, GenerationArguments]:
         """What mlx-lm is to do: the request, or the rest of it."""
-        # mlx-lm changes the messages while it reads them: it parses the arguments of
-        # calls, which 0.31.3 cannot do twice.
-        request = copy.deepcopy(self._request)
+        request = self.as_it_came()
         setattr(request, _ATTRIBUTE, self)
         left = self._args.max_tokens - len(self.produced)
         args = dataclasses.replace(self._args, max_tokens=left)  # type: ignore[type-var]
@@ -156,13 +162,11 @@ class InFlight(Request):
         """So many tokens of what is to be read of the prompt have been read."""
         self._place.prefilled(done, total)
         self._scheduler.progress(self, done, total)
-        if self.state is not RequestState.HELD:
-            self.send((done, total))
+        self.send((done, total))
 
     def _begin(self, context: AnsweredContext) -> None:
         """A handler that is done, or whose client left, stops its context."""
         self.context = context
-        self.logprob = None  # of the run before
         self._place.begun(len(context.prompt))
         if self.is_ended:  # its client left while the prompt was tokenized
             self.stop_run()

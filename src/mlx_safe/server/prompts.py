@@ -162,8 +162,7 @@ def _at_fault(
 ) -> str:
     """The field without which a prompt that cannot be read can be; else the prompt's.
 
-    Each try reads the whole prompt, so there are few. Each changes the messages only
-    as the first has: mlx-lm joins their parts and parses arguments of tool calls.
+    Each try reads the whole prompt, so there are few.
     """
     if work.request_type != "chat":
         return prompt_field(work)
@@ -176,9 +175,11 @@ def _at_fault(
         tries.append(("chat_template_kwargs", {}, tools))
     if tools:
         tries.append(("tools", kwargs, None))
-    for field, args.chat_template_kwargs, work.tools in tries:
+    for field, args.chat_template_kwargs, tools in tries:
+        copy = request_of(work).as_it_came()
+        copy.tools = tools
         try:
-            tokenize(work)
+            tokenize(copy)
         except Exception as e:
             log.debug(
                 "the prompt cannot be read without %s (%s)", field, type(e).__name__
@@ -186,7 +187,7 @@ def _at_fault(
         else:
             return field
         finally:
-            args.chat_template_kwargs, work.tools = kwargs or None, tools
+            args.chat_template_kwargs = kwargs or None
     return prompt_field(work)
 
 

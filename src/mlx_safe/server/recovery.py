@@ -11,7 +11,7 @@ import threading
 
 import mlx.core as mx
 
-from .. import _core, _reports, errors
+from .. import _core, _faults, _reports, errors
 from .._failures import Failure, FaultWatch, is_out_of_memory, what_it_means
 from .._thread_state import ThreadState, drop_failed, seed_anew
 from .backoff import REFUSE_FOR_S, Backoff
@@ -238,7 +238,8 @@ class Recovery:
         self._health.leave(EXIT_REPLACE, lambda: self.fail_everyone(exc))
 
     def _tell_the_end(self, exc: Exception, reported: bool) -> None:
-        """A line of the log, and a report."""
+        """A line of the log, or two, and a report."""
+        _faults.log_terminate()
         why = one_line(exc) if isinstance(exc, Unavailable) else of_exception(exc)
         log.error(
             "the process must be replaced: %s",

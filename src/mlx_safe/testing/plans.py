@@ -147,6 +147,11 @@ class Injection:
             said += "; no model is attached here: see mlx_safe.testing.attach"
         return said
 
+    def _is_fatal(self) -> bool:
+        if self.action == "cuda":
+            return errors.cuda_kind_of(self.code).fatal
+        return self.action == "raise" and errors.kind_of(self.code).fatal
+
     def _is_due(self, phase: str) -> bool:
         if self.phase not in ("any", phase):
             return False
@@ -284,6 +289,12 @@ def step(phase: str) -> None:
             raise ValueError("injected: not a fault of the GPU")
         else:
             raise RuntimeError(metal_message(plan.code))
+
+
+def loses_gpu() -> bool:
+    """Whether a plan that has struck would have lost the GPU; it works in truth."""
+    with _lock:
+        return any(plan.fired and plan._is_fatal() for plan in _plans)
 
 
 def fired() -> int:

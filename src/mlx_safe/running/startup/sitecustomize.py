@@ -38,6 +38,10 @@ def _protect_this_process(_: ModuleType) -> None:
     if "unprotected" in _WORDS:
         return
     mlx_safe.install(signals="signals" in _WORDS)
+    if "asgi" in _WORDS:
+        from mlx_safe.asgi import children
+
+        children.leave_when_lost()
 
 
 def _protect_applications(uvicorn_config: ModuleType) -> None:

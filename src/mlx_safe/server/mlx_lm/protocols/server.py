@@ -66,9 +66,6 @@ class ResponseGenerator:
     def _next_request(self, timeout: float | None) -> Taken | None:
         """Every request passes here. Overridden: its queue becomes an `InFlight`."""
 
-    def _share_request(self, request: Taken | None) -> Taken | None:
-        """With more than one rank. Overridden: one too deeply nested is refused."""
-
     def _share_object(self, obj: object) -> object:
         """With more than one rank. Overridden by none, called: who has left."""
 
