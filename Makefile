@@ -21,6 +21,11 @@ PIP = -m pip install $(QUIET) --disable-pip-version-check
 # A network that stumbles is tried again, also by the programs that call pip.
 export PIP_RETRIES ?= 10
 export PIP_DEFAULT_TIMEOUT ?= 60
+export UV_HTTP_RETRIES ?= 10
+export UV_HTTP_TIMEOUT ?= 60
+# Environments are uv's work: pip took two minutes of processor time for one, most of them
+# to compile what no test imports. Copies, so that no environment shares a file.
+INSTALL = $(VENVS)/uv/bin/uv pip install $(QUIET) --link-mode copy --python
 
 .DELETE_ON_ERROR:
 .PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-mixed test-mixed-short test-observe test-clients test-servers test-reports sanitize lint format bench clean \
@@ -112,7 +117,7 @@ $(VENVS)/uv.tools: | $(VENVS)/uv/bin/python
 
 # What they name and do not need for text is left out, which only uv can.
 $(VENVS)/server-%.ready: requirements/servers/%.in requirements/servers/overrides.txt $(WHEEL) | $(VENVS)/server-%/bin/python $(VENVS)/uv.tools
-	$(VENVS)/uv/bin/uv pip install --quiet --compile-bytecode --python $(VENVS)/server-$*/bin/python \
+	$(INSTALL) $(VENVS)/server-$*/bin/python \
 	  --override requirements/servers/overrides.txt $(addprefix --override ,$(wildcard requirements/servers/$*.overrides.txt)) -r $<
 	$(VENVS)/server-$*/bin/python $(PIP) --force-reinstall --no-deps build/wheel/*.whl
 	touch $@
@@ -205,8 +210,8 @@ coverage-native: build/native-coverage.stamp $(VENVS)/coverage.ready  ## what th
 	MLX_SAFE_TEST_NATIVE=build/native-coverage $(VENVS)/observe/bin/python $(PYTEST) -q tests/test_metal.py tests/test_reports_surroundings.py
 	$(VENVS)/coverage/bin/gcovr --root . --filter src/cpp --exclude-throw-branches --gcov-ignore-parse-errors=negative_hits.warn build/native-coverage
 
-$(VENVS)/coverage.ready: Makefile | $(VENVS)/coverage/bin/python
-	$(VENVS)/coverage/bin/python $(PIP) 'gcovr==8.3'
+$(VENVS)/coverage.ready: Makefile | $(VENVS)/coverage/bin/python $(VENVS)/uv.tools
+	$(INSTALL) $(VENVS)/coverage/bin/python 'gcovr==8.3'
 	touch $@
 
 lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, shellcheck, workflows, a manifest, compiler warnings
@@ -328,12 +333,12 @@ hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware
 	status=0; for pair in intercept observe; do \
 	  $(VENVS)/$$pair/bin/python tools/hardware_report.py || status=1; done; exit $$status
 
-$(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python
-	$(VENVS)/wheels/bin/python $(PIP) --require-hashes -r requirements/wheels.txt
+$(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python $(VENVS)/uv.tools
+	$(INSTALL) $(VENVS)/wheels/bin/python --require-hashes -r requirements/wheels.txt
 	touch $@
 
-$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools $(VENVS)/scoreboard.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) -r $<
+$(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools $(VENVS)/scoreboard.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python $(VENVS)/uv.tools
+	$(INSTALL) $(VENVS)/$*/bin/python -r $<
 	touch $@
 
 build/sdist.stamp: $(TRACKED) | $(VENVS)/wheels.tools
@@ -360,12 +365,12 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 	touch $@
 
 # Installed first and apart from our wheel, which changes more often.
-$(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python
-	$(VENVS)/$*/bin/python $(PIP) $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"'
+$(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python $(VENVS)/uv.tools
+	$(INSTALL) $(VENVS)/$*/bin/python $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"'
 	touch $@
 
-$(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python
-	$(VENVS)/lint/bin/python $(PIP) $(LINT_TOOLS)
+$(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python $(VENVS)/uv.tools
+	$(INSTALL) $(VENVS)/lint/bin/python $(LINT_TOOLS)
 	touch $@
 
 $(VENVS)/%.ready: $(VENVS)/%.tools $(WHEEL)

@@ -4,7 +4,7 @@
 and nginx installed; ``--proxy litellm`` with ``pip install 'litellm[proxy]==1.108.7'``
 in ``.venvs/litellm``. Every 20th or so request meets a fault of the GPU, and every
 ``--kill-every`` seconds the process of one server is killed by SIGKILL, the servers in
-turns. The proxies have the settings of `examples/`; each client has an
+turns. The proxies have the settings of `examples/`; each client has some
 ``X-Conversation`` of its own. Prints, by proxy: answers that were right, wrong, errors,
 and streams that were cut; a stream of which something has come cannot go to another
 server. And what each server was asked.
@@ -38,6 +38,7 @@ from support.server import Server, eventually, free_port  # noqa: E402
 
 LITELLM = ROOT / ".venvs" / "litellm" / "bin" / "litellm"
 CLIENTS = 4
+CONVERSATIONS = 8  # of each client: proxies spread them over the servers by their names
 # A request of the load has about 20 steps; a process lives for some hundred requests.
 STEPS_PER_FAULT = 400
 PLAN = ",".join(f"any:{STEPS_PER_FAULT * i}:{8 if i % 2 else 2}" for i in range(1, 60))
@@ -86,7 +87,8 @@ def ask(
     while (number := next(numbers)) < count:
         body, expected = texts[number % len(texts)]
         stream = number % 2 == 1
-        headers = {"X-Conversation": name, "Content-Type": "application/json"}
+        talk = f"{name}, {number % CONVERSATIONS}"
+        headers = {"X-Conversation": talk, "Content-Type": "application/json"}
         headers |= proxy.headers
         asked = {"model": "chat", **body} if isinstance(proxy, LiteLLM) else body
         answer = proxy.post({**asked, "stream": stream}, headers=headers)

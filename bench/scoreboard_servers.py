@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 # answer, and how many it may owe in a row: a busy machine is no dead server.
 WATCH_EVERY_S, HEALTH_S, SILENT_MAX = 0.5, 5.0, 3
 START_S = 240.0
+READ_S = 5.0  # for what it said last
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,7 @@ class Running(Server):
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait(30)
+        self._reader.join(READ_S)  # or the pipe is closed under it
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

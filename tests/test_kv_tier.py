@@ -286,6 +286,13 @@ def test_another_model_does_not_get_them(
     assert tier.restore(provider.model_key, TOKENS, 0) is None
 
 
+def test_what_0_1_0_has_kept_is_of_the_same_model(tier: KVTier, tmp_path: Path) -> None:
+    """A fact more, and none of its files would be found after an upgrade."""
+    (about,) = tmp_path.glob("kv/*/about.json")
+    names = set(json.loads(about.read_text()))
+    assert names == {"caches", "device", "format", "mlx", "mlx-lm", "model", "name"}
+
+
 def test_it_restores_only_where_that_is_cheaper(provider: Any, tier: KVTier) -> None:
     tier.capture(provider.model_key, TOKENS, cached(provider))
     tier.confirm()

@@ -74,6 +74,35 @@ def test_requests_together_share_the_time(slow: Server) -> None:
     assert max(steps(slow, since)) <= 500
 
 
+def test_short_prompts_are_not_padded_to_a_long_one(tiny_model: Path) -> None:
+    """They are read together, and the model computes no more than was asked."""
+    found: list[Answer] = []
+
+    def ask(words: int, seed: int | None) -> None:
+        found.append(server.chat(prompt(words), max_tokens=1, seed=seed))
+
+    # While the first, which runs alone, is read, four come that join one batch.
+    asked = [
+        threading.Thread(target=ask, args=(words, seed), daemon=True)
+        for words, seed in ((200, 1), (100, None), (10, None), (11, None), (12, None))
+    ]
+    flags = ("--step-seconds", "0", "--prompt-cache-size", "0")
+    with Server(tiny_model, *flags, program=SLOW, inject=f"any:{NEVER}") as server:
+        server.wait_ready()
+        since = len(server.log)
+        asked[0].start()
+        server.wait_for_requests(1)
+        for thread in asked[1:]:
+            thread.start()
+        assert eventually(lambda: server.metric(QUEUED) == 4), server.log
+        for thread in asked:
+            thread.join(60)
+        assert [answer.status for answer in found] == [200] * 5, server.log
+        read = sum(answer.json["usage"]["prompt_tokens"] for answer in found)
+        computed = steps(server, since)
+    assert sum(computed) < 4 / 3 * read, computed
+
+
 @pytest.mark.parametrize("seed", [None, 1])
 def test_a_cancel_takes_a_step(slow: Server, seed: int | None) -> None:
     assert slow.chat(prompt(100), max_tokens=1).status == 200

@@ -41,7 +41,8 @@ def test_an_unpacked_sdist_makes_the_same_sdist(sdist: Path, tmp_path: Path) -> 
     root = tmp_path / sdist.name.removesuffix(".tar.gz")
     (root / ".venvs").mkdir()
     (root / ".venvs" / "wheels").symlink_to(sys.prefix)
-    (root / ".venvs" / "wheels.tools").touch()
+    for installed in ("wheels.tools", "uv.tools"):
+        (root / ".venvs" / installed).touch()
     made_by_make = ("SOURCE_DATE_EPOCH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     environment = {k: v for k, v in os.environ.items() if k not in made_by_make}
     done = subprocess.run(

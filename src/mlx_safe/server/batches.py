@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from .. import _reports
 from .in_flight import InFlight
+from .mlx_lm import compat
 from .mlx_lm.kv_tier import KVTier
 from .mlx_lm.protocols.generation import AnswerResponse, BatchGenerator, PromptResponse
 from .mlx_lm.protocols.opaque import Uid
 from .not_numbers import Numbers
 from .observer import Observer
 from .own_failures import OwnFailures
-from .prefill import PROBE, PrefillStep
+from .prefill import PROBE, PrefillStep, width
 from .request import RequestState
 from .scheduler import Scheduler
 from .step import Step
@@ -35,6 +36,16 @@ class _Read:
         before, self._done = self._done, {r.uid: int(r.progress[0]) for r in prompts}
         longest = max(done - before.get(uid, 0) for uid, done in self._done.items())
         return longest * len(self._done)
+
+
+def _narrow(batch: BatchGenerator) -> None:
+    """The next step of ``batch`` reads so much of each prompt that little is padding.
+
+    What it reads is known to all ranks alike, by what was inserted and removed.
+    """
+    if parts := compat.next_parts(batch):
+        size = min(batch.prefill_step_size, width(parts))
+        compat.set_prefill_step(batch, size)
 
 
 def paced(
@@ -75,6 +86,7 @@ def paced(
             rows = min(len(self._reading), self.prefill_batch_size)
             if rows:
                 prefill.agree(share, rows)
+                _narrow(self)
             step.begin("prefill" if rows else "decode")
             prompts, generated = super().next()
             running = step.running
@@ -187,6 +199,7 @@ def watched(
             ]
             if reading:
                 prefill.fit(min(len(reading), self.prefill_batch_size), probe=PROBE)
+                _narrow(self)
             step.begin("prefill" if reading else "decode")
             prompts, generated = super().next()
             running = step.running if prompts else None

@@ -7,7 +7,7 @@ that it goes on. So steps are sized by time as well, once it is known what one t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .._failures import SMALLEST
 from ..memory.demand import STEP_MIN, step_sizes
@@ -15,13 +15,34 @@ from .mlx_lm import compat
 from .mlx_lm.protocols.generation import BatchGenerator
 from .mlx_lm.protocols.models import CliArgs
 
-__all__ = ["PROBE", "TELLING", "PrefillStep"]
+__all__ = ["PROBE", "TELLING", "PrefillStep", "width"]
 
 # Tokens of a step that tells what a token takes: shorter ones tell of the step itself.
 TELLING = 256
 # Of the first step of a model, which has to tell. With TELLING it took 55 s where a
 # token takes 0.2; the next is longer, and tells more.
 PROBE = 32
+# Of a step that reads several prompts, so much may be padding.
+PADDING_MAX = 1 / 4
+
+
+def width(parts: Sequence[int]) -> int:
+    """How many tokens of each prompt a step reads, so that little of it is padding.
+
+    mlx-lm reads the next parts of several prompts as rows of one step, each as long as
+    the longest (0.31 to 0.32). The model computes padding as it computes tokens, so a
+    long prompt made each short one beside it as long. Cut to the length of a short
+    one, a step ends that one, and the rest of the long one comes in the next.
+
+    Args:
+        parts: tokens of each part, one or more.
+    """
+    rows, found = len(parts), min(parts)
+    for most in sorted(parts):
+        read = sum(min(most, tokens) for tokens in parts)
+        if rows * most - read <= PADDING_MAX * rows * most:
+            found = most
+    return max(found, STEP_MIN)
 
 
 class PrefillStep:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ..._mlx_versions import parse_version
 from ...mlx_lm.places import keep_places
@@ -44,6 +45,7 @@ __all__ = [
     *(
         "make_cache",
         "meet_on_the_gpu",
+        "next_parts",
         "sample_with_this_thread",
         "set_prefill_step",
         "spelling",
@@ -343,6 +345,20 @@ def batch_caches(batch: BatchGenerator) -> tuple[int, list[Uid]]:
     begun = (batch._prompt_batch, batch._generation_batch)
     nbytes = sum(cache.nbytes for part in begun for cache in part.prompt_cache)
     return int(nbytes), [sequence[0] for sequence in batch._unprocessed_sequences]
+
+
+def next_parts(batch: BatchGenerator) -> list[int]:
+    """Tokens of the part of each prompt that the next step of ``batch`` may read.
+
+    One whose last token alone is left is no prompt any more: it begins to write.
+    """
+    begun = [sequence[0] for sequence in batch._currently_processing]
+    room = batch.prefill_batch_size - len(begun)
+    joining = itertools.islice(batch._unprocessed_sequences, max(room, 0))
+    prompts = cast(
+        "list[list[list[int]]]", begun + [sequence[1] for sequence in joining]
+    )
+    return [len(parts[0]) for parts in prompts if len(parts) > 1 or len(parts[0]) > 1]
 
 
 def set_prefill_step(batch: BatchGenerator, size: int) -> None:

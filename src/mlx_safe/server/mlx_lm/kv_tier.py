@@ -154,7 +154,8 @@ class KVTier:
 
         # Quantized as it is read, a text has other bits after other steps: it is
         # the same only from where memory would have gone on.
-        whole = compat.kv_quantization(provider.cli_args).get("kv_bits") is not None
+        quantization = compat.kv_quantization(provider.cli_args)
+        whole = quantization.get("kv_bits") is not None
         layout = Layout(make, run, whole)
         identity = Identity.of(
             {
@@ -163,8 +164,9 @@ class KVTier:
                 "mlx-lm": version("mlx-lm"),
                 "device": str(mx.default_device()),
                 "caches": layout.facts,
-                "quantization": compat.kv_quantization(provider.cli_args),
                 "name": Path(str(provider.model_key[0])).name,
+                # Where nothing is quantized, 0.1.0 says nothing of it.
+                **({"quantization": quantization} if whole else {}),
             }
         )
         self.store.describe(identity.digest, identity.text)

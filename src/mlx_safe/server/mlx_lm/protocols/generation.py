@@ -76,8 +76,10 @@ class BatchGenerator:
     prefill_batch_size: int
     _prompt_batch: PromptBatch
     _generation_batch: AnswerBatch
-    # Their uids come first.
+    # Their uids come first, their prompts in parts second.
     _unprocessed_sequences: Sequence[Sequence[object]]
+    # What is left of their prompts, in parts, comes first.
+    _currently_processing: Sequence[Sequence[object]]
 
     def insert_segments(
         self, segments: object, *args: object, **kwargs: object
