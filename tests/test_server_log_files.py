@@ -11,23 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from support.programs import program
 from support.server import PYTHON, Server, eventually
 
 MOVES = 6
-NIGHT = """
-import logging
-from mlx_safe.server import logs
-logs.set_up("DEBUG", "text")
-log = logging.getLogger("mlx_safe.server")
-log.debug("one")
-log.info("two")
-log.warning("three")
-try:
-    raise ValueError("four")
-except ValueError:
-    log.exception("a handler failed")
-log.critical("five")
-"""
+NIGHT = program("logs_at_every_level")
 
 
 def answered(server: Server) -> float:
@@ -98,21 +86,8 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_one_that_cannot_be_made_anew_stops_nothing(tmp_path: Path) -> None:
     """Its folder was removed: a request must not fail for its line."""
-    program = """
-import logging, pathlib, shutil, sys
-from mlx_safe.server import logs
-folder = pathlib.Path(sys.argv[1])
-folder.mkdir()
-logs.set_up("INFO", "text", str(folder / "serve.log"))
-logging.getLogger("mlx_safe.server").info("one")
-shutil.rmtree(folder)
-logging.getLogger("mlx_safe.server").info("two")
-folder.mkdir()
-logging.getLogger("mlx_safe.server").info("three")
-print((folder / "serve.log").read_text())
-"""
     done = subprocess.run(
-        [PYTHON, "-c", program, str(tmp_path / "logs")],
+        [PYTHON, "-c", program("logs_into_a_folder_that_goes"), str(tmp_path / "logs")],
         capture_output=True,
         text=True,
         timeout=120,
