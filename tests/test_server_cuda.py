@@ -178,6 +178,7 @@ def test_a_ballast_that_comes_is_made_room_for(
 
 # Of at most twenty numbers, of one token's log-probability, and of three.
 READ_ON_THE_HOST = {
+    "asgi/lost.py": 1,
     "server/logprobs.py": 2,
     "server/not_numbers.py": 1,
     "server/ranks.py": 1,

@@ -181,13 +181,13 @@ class Layout:
             raise Unfit("its states make no sense") from e
         return found
 
-    def empty(self, end: int) -> list[mx.array]:
+    def blank(self, end: int) -> list[mx.array]:
         """Arrays of ``end`` slots for all that grow, which `put` fills."""
         forms = [f.of_slots(end) for f in self._forms]
         return [mx.zeros(f.shape, getattr(mx, f.dtype)) for f in forms]
 
     def put(self, into: list[mx.array], made: Sequence[mx.array], start: int) -> None:
-        """Slots from ``start`` on go into what `empty` has made.
+        """Slots from ``start`` on go into what `blank` has made.
 
         In place, as mlx-lm's own caches do it. Joined at the end instead, all parts
         would be left in MLX's pool: there the cache would be twice.

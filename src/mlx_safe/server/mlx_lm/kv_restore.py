@@ -227,7 +227,7 @@ class Restore:
     ) -> tuple[list[Cache] | None, int]:
         """Caches of those of ``nodes`` that are sound, from the first on."""
         layout, states, end = kept.layout, None, 0
-        slots = layout.empty(nodes[-1].end)
+        slots = layout.blank(nodes[-1].end)
         missing = len(nodes)
         wanted = [(node, layout.most(node)) for node in nodes]
         with closing(self._store.read(wanted, tokens)) as read:
