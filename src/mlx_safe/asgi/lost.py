@@ -18,7 +18,7 @@ def gpu_is_lost() -> bool:
     """Whether the GPU fails this process for good. Blocks; a thread of its own.
 
     Asked where a fatal fault is known by its text alone, as CUDA's are. A client may
-    have sent that text, so the GPU is given something to do: after an error of CUDA
+    have sent that text, so the GPU is given something to do. After an error of CUDA
     that stays, and after Metal's code 4, each call fails with it.
     """
     plans = sys.modules.get("mlx_safe.testing.plans")

@@ -176,7 +176,12 @@ class Restore:
         writer = self._writer
         # Waiting is not to take longer than reading.
         wait_s = min(FLUSH_S, self.read_s(len(tokens) - end))
-        if writer.goes_on(identities, tokens, end) and writer.flush(wait_s):
+        is_worth_it = self._pays(models[0].layout.block_nbytes, BLOCK_TOKENS)
+        if (
+            is_worth_it
+            and writer.goes_on(identities, tokens, end)
+            and writer.flush(wait_s)
+        ):
             found = look()
         return max(found, key=lambda pair: pair[1].end, default=None)
 
@@ -206,17 +211,20 @@ class Restore:
         An H200 reads 4,000 tokens of a small model in 61 ms, and their KV takes 85 to
         be copied to the host: who keeps it waits longer for each first token.
         """
+        if self._pays(nbytes, tokens):
+            return True
+        self._not_taken += 1
+        self._store.events["not_written_dear"] += 1
+        return self._not_taken % TRY_AGAIN_AFTER == 0
+
+    def _pays(self, nbytes: int, tokens: int) -> bool:
         read, take = self.read_rate.per_s, self.take_rate.per_s
         if not read or not take:
             return True
         cost_s = nbytes / take
         if self.restore_rate.per_s:
             cost_s += nbytes / self.restore_rate.per_s
-        if cost_s < tokens / read:
-            return True
-        self._not_taken += 1
-        self._store.events["not_written_dear"] += 1
-        return self._not_taken % TRY_AGAIN_AFTER == 0
+        return cost_s < tokens / read
 
     def read_s(self, tokens: int) -> float:
         """How long they take to be read; for ever while that is not known."""
