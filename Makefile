@@ -24,8 +24,11 @@ export PIP_DEFAULT_TIMEOUT ?= 60
 export UV_HTTP_RETRIES ?= 10
 export UV_HTTP_TIMEOUT ?= 60
 # Environments are uv's work: pip took two minutes of processor time for one, most of them
-# to compile what no test imports. Copies, so that no environment shares a file.
-INSTALL = $(VENVS)/uv/bin/uv pip install $(QUIET) --link-mode copy --python
+# to compile what no test imports. Copies, so that no environment shares a file. What uv
+# cannot install pip may: it has settings that uv does not read (an index in pip.conf).
+# Arguments: an environment's name, what is installed.
+UV_INSTALL = $(VENVS)/uv/bin/uv pip install $(QUIET) --link-mode copy --python
+install = $(UV_INSTALL) $(VENVS)/$(1)/bin/python $(2) || $(VENVS)/$(1)/bin/python $(PIP) $(2)
 
 .DELETE_ON_ERROR:
 .PHONY: mutants coverage-native help demo test fuzz coverage test-metal test-intercept test-mixed test-mixed-short test-observe test-clients test-servers test-reports sanitize lint format bench clean \
@@ -117,7 +120,7 @@ $(VENVS)/uv.tools: | $(VENVS)/uv/bin/python
 
 # What they name and do not need for text is left out, which only uv can.
 $(VENVS)/server-%.ready: requirements/servers/%.in requirements/servers/overrides.txt $(WHEEL) | $(VENVS)/server-%/bin/python $(VENVS)/uv.tools
-	$(INSTALL) $(VENVS)/server-$*/bin/python \
+	$(UV_INSTALL) $(VENVS)/server-$*/bin/python \
 	  --override requirements/servers/overrides.txt $(addprefix --override ,$(wildcard requirements/servers/$*.overrides.txt)) -r $<
 	$(VENVS)/server-$*/bin/python $(PIP) --force-reinstall --no-deps build/wheel/*.whl
 	touch $@
@@ -211,7 +214,7 @@ coverage-native: build/native-coverage.stamp $(VENVS)/coverage.ready  ## what th
 	$(VENVS)/coverage/bin/gcovr --root . --filter src/cpp --exclude-throw-branches --gcov-ignore-parse-errors=negative_hits.warn build/native-coverage
 
 $(VENVS)/coverage.ready: Makefile | $(VENVS)/coverage/bin/python $(VENVS)/uv.tools
-	$(INSTALL) $(VENVS)/coverage/bin/python 'gcovr==8.3'
+	$(call install,coverage,'gcovr==8.3')
 	touch $@
 
 lint: $(VENVS)/lint.ready $(VENVS)/observe.ready  ## ruff, mypy, clang-format, shellcheck, workflows, a manifest, compiler warnings
@@ -334,11 +337,11 @@ hardware-report:  ## on a Mac: runs tests/hardware, adds a line to docs/hardware
 	  $(VENVS)/$$pair/bin/python tools/hardware_report.py || status=1; done; exit $$status
 
 $(VENVS)/wheels.tools: requirements/wheels.txt | $(VENVS)/wheels/bin/python $(VENVS)/uv.tools
-	$(INSTALL) $(VENVS)/wheels/bin/python --require-hashes -r requirements/wheels.txt
+	$(call install,wheels,--require-hashes -r requirements/wheels.txt)
 	touch $@
 
 $(VENVS)/clients.tools $(VENVS)/aider.tools $(VENVS)/docs.tools $(VENVS)/scoreboard.tools: $(VENVS)/%.tools: requirements/%.txt | $(VENVS)/%/bin/python $(VENVS)/uv.tools
-	$(INSTALL) $(VENVS)/$*/bin/python -r $<
+	$(call install,$*,-r $<)
 	touch $@
 
 build/sdist.stamp: $(TRACKED) | $(VENVS)/wheels.tools
@@ -366,11 +369,11 @@ $(WHEEL): $(SOURCES) | $(VENVS)/observe/bin/python
 
 # Installed first and apart from our wheel, which changes more often.
 $(VENVS)/%.tools: Makefile requirements/versions.mk | $(VENVS)/%/bin/python $(VENVS)/uv.tools
-	$(INSTALL) $(VENVS)/$*/bin/python $(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"'
+	$(call install,$*,$(PAIR_$*) $(TEST_TOOLS) 'gguf==0.19.*' 'prometheus-client>=0.20' 'pydantic>=2.7' 'rich>=13' 'tomli>=2; python_version < "3.11"')
 	touch $@
 
 $(VENVS)/lint.ready: Makefile | $(VENVS)/lint/bin/python $(VENVS)/uv.tools
-	$(INSTALL) $(VENVS)/lint/bin/python $(LINT_TOOLS)
+	$(call install,lint,$(LINT_TOOLS))
 	touch $@
 
 $(VENVS)/%.ready: $(VENVS)/%.tools $(WHEEL)
