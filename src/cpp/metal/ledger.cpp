@@ -159,8 +159,7 @@ bool Ledger::may_settle(const Buffer& buffer) const {
       // One beyond the value is a guess: the value may have come before, and
       // the event's record have gone. The guess is wrong, or does not matter,
       // when the two would wait for each other.
-      Seen seen;
-      if (keeper->buffer->completed && !rests_on(*keeper->buffer, buffer, seen))
+      if (keeper->buffer->completed && !rests_on(*keeper->buffer, buffer))
         return false;
     }
   return true;
@@ -191,20 +190,34 @@ std::vector<const Ledger::Pending*> Ledger::keepers_of(const Buffer& buffer,
   return keepers;
 }
 
-// Whether `buffer` cannot settle before `other`, over any number of others, all
-// of which have completed: nothing else will let them settle.
-bool Ledger::rests_on(const Buffer& buffer, const Buffer& other,
-                      Seen& seen) const {
+// Whether `buffer` cannot settle before `other`, over any number of others.
+// Over guesses, of which one is wrong, that is so when all of them have
+// completed: nothing else will let them settle then.
+bool Ledger::rests_on(const Buffer& buffer, const Buffer& other) const {
+  Search known{other, false}, guessed{other, true};
+  look(buffer, known);
+  if (known.is_found) return true;
+  look(buffer, guessed);
+  return guessed.is_found && !guessed.is_open;
+}
+
+void Ledger::look(const Buffer& buffer, Search& search) const {
   for (const BufferRef& before : buffer.queue->in_flight) {
-    if (before->sequence > buffer.sequence) break;
-    if (before.get() == &other) return true;
-    if (!before->completed) return false;
-    if (!seen.insert(before.get()).second) continue;
+    if (before->sequence > buffer.sequence) return;
+    if (before.get() == &search.other) {
+      search.is_found = true;
+      return;
+    }
+    if (!before->completed) {
+      search.is_open = true;
+      return;
+    }
+    if (!search.seen.insert(before.get()).second) continue;
     for (const Wait& wait : before->waits)
       for (const Pending* keeper : keepers_of(*before, wait))
-        if (rests_on(*keeper->buffer, other, seen)) return true;
+        if (search.guesses || keeper->value <= wait.value)
+          look(*keeper->buffer, search);
   }
-  return false;
 }
 
 void Ledger::settle(const BufferRef& front) {

@@ -207,8 +207,16 @@ class Ledger {
   bool may_settle(const Buffer& buffer) const;
   std::vector<const Pending*> keepers_of(const Buffer& buffer,
                                          const Wait& wait) const;
-  using Seen = std::unordered_set<const Buffer*>;
-  bool rests_on(const Buffer& buffer, const Buffer& other, Seen& seen) const;
+  // What a buffer depends on. is_found: `other` is there; is_open: one that has
+  // not completed is.
+  struct Search {
+    const Buffer& other;
+    bool guesses;  // those, too
+    bool is_found = false, is_open = false;
+    std::unordered_set<const Buffer*> seen{};
+  };
+  bool rests_on(const Buffer& buffer, const Buffer& other) const;
+  void look(const Buffer& buffer, Search& search) const;
   void settle(const BufferRef& buffer);
   FailureRef inherited(const Buffer& buffer);
   void raise_on_queues(const FailureRef& failure);
