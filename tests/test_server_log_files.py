@@ -84,17 +84,57 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     assert done.stderr == f"mlx-safe: --log-file {file}: {why}\n"
 
 
-def test_one_that_cannot_be_made_anew_stops_nothing(tmp_path: Path) -> None:
-    """Its folder was removed: a request must not fail for its line."""
+def ran(name: str, path: Path) -> subprocess.CompletedProcess[str]:
+    """One of the programs, which has logged into ``path``."""
     done = subprocess.run(
-        [PYTHON, "-c", program("logs_into_a_folder_that_goes"), str(tmp_path / "logs")],
+        [PYTHON, "-c", program(name), str(path)],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_one_that_cannot_be_made_anew_stops_nothing(tmp_path: Path) -> None:
+    """Its folder was removed: a request must not fail for its line."""
+    done = ran("logs_into_a_folder_that_goes", tmp_path / "logs")
     assert "three" in done.stdout and "two" not in done.stdout
+    why, two = done.stderr.splitlines()
+    assert f"cannot be written, stderr is: {os.strerror(2)}" in why
+    assert two.endswith("two")
+
+
+def test_what_a_full_disk_does_not_take_is_on_stderr(tmp_path: Path) -> None:
+    """A line for each, as it would be in the file, where it was a traceback of 30."""
+    file = tmp_path / "serve.log"
+    done = ran("logs_into_a_full_disk", file)
+    told, *rest = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    assert told.startswith("--log-file cannot be written, stderr is: ")
+    assert rest == ["two", "three"]
+    kept = [json.loads(line)["message"] for line in file.read_text().splitlines()]
+    assert kept[0] == "one" and {"four", "five"} < set(kept)
+    again = "--log-file can be written again; what it lacks is on stderr"
+    assert kept.count(again) == 1
+
+
+def test_a_pipe_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    done = subprocess.run(
+        [PYTHON, "-m", "mlx_safe", "serve", "--log-file", str(pipe)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"mlx-safe: --log-file {pipe}: cannot be written: ")
+    lines = ran("logs_into_a_pipe", pipe).stderr.splitlines()
+    messages = [json.loads(line)["message"] for line in lines]
+    assert messages[0].startswith("--log-file cannot be written, stderr is: ")
+    assert messages[-1].startswith("line 1999, ")
 
 
 def journal(command: list[str], *, is_ours: bool) -> list[str]:

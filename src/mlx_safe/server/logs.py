@@ -9,6 +9,7 @@ nothing of MLX: the supervisor logs in the same way.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -18,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -46,6 +48,7 @@ NUMBERS_ONLY = (
 )
 
 _FIELDS = "mlx_safe_fields"
+log = logging.getLogger("mlx_safe.server")
 
 
 def fields(**values: object) -> dict[str, object]:
@@ -103,11 +106,42 @@ def _open(path: str) -> _File:
 
 
 class _File(WatchedFileHandler):
+    """What cannot be written into the file goes to stderr, and nobody waits for it."""
+
+    def __init__(self, path: str) -> None:
+        # Whether that is so, and was told; and so of the line that is being written.
+        self._is_told = self._failed = False
+        super().__init__(path)
+
+    def _open(self) -> TextIOWrapper:
+        # A named pipe without a reader, or one that does not read, would be waited for:
+        # each thread that logs would, the generation thread as well.
+        def opener(path: str, flags: int) -> int:
+            return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=opener)
+
     def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
         try:
             super().emit(record)
         except OSError:  # it was moved away, and cannot be made anew
             self.handleError(record)
+        if self._is_told and not self._failed:
+            self._is_told = False
+            log.warning("--log-file can be written again; what it lacks is on stderr")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        why = sys.exc_info()[1]
+        if not isinstance(why, OSError):
+            super().handleError(record)
+            return
+        if not self._is_told:
+            self._is_told = True  # so that this line itself is not told of
+            log.error("--log-file cannot be written, stderr is: %s", why.strerror)
+        self._failed = True
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(_for_journal(self.format(record), record.levelno), file=sys.stderr)
 
 
 # Of syslog: ``journalctl -p warning`` looks for them.
