@@ -416,7 +416,8 @@ def test_a_step_that_goes_well_lets_the_next_be_larger() -> None:
     assert sizes == [128, 256, 512, 1024, 2048]
     prefill.be_careful(SMALLEST)  # the last time it is not tried out
     for lacked, most in ((0, 64), (511, 64), (2048, 512), (3 * 2048, 1024)):
-        prefill.lacked_memory(lacked)
+        prefill.reads(lacked)
+        assert prefill.lacked_memory() == lacked
         for _ in range(9):
             prefill.went_well()
         assert prefill.size == most

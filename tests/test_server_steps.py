@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from mlx_safe.server.prefill import PROBE, PrefillStep
 from support.programs import program
-from support.server import CONTROLLED, NEVER, Answer, Server, eventually
+from support.server import CONTROLLED, NEVER, PYTHON, Answer, Server, eventually
 
 # 2 ms a token: at most 500 tokens in a second. A word has four tokens.
 SLOW = program("slow_to_read")
@@ -251,3 +252,17 @@ def test_the_first_step_of_a_model_is_short() -> None:
         prefill.took(20, 0.3)  # the rest of a prompt tells nothing
         assert prefill.fit(probe=PROBE) == 2048
         prefill.model_loaded()
+
+
+def test_the_last_try_stays_below_a_narrow_step(tiny_model: Path) -> None:
+    """It was thought to have read 10,240 tokens, and the last try went up to 2048."""
+    done = subprocess.run(
+        [PYTHON, "-c", program("lacks_memory_in_a_narrow_step"), str(tiny_model)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    read, most = map(int, done.stdout.split())
+    assert 400 < read < 600 and most <= read // 4

@@ -38,14 +38,20 @@ class _Read:
         return longest * len(self._done)
 
 
-def _narrow(batch: BatchGenerator) -> None:
+def _narrow(batch: BatchGenerator) -> int:
     """The next step of ``batch`` reads so much of each prompt that little is padding.
 
     What it reads is known to all ranks alike, by what was inserted and removed.
+
+    Returns:
+        How many tokens it reads, all rows together, with what is padding.
     """
-    if parts := compat.next_parts(batch):
-        size = min(batch.prefill_step_size, width(parts))
-        compat.set_prefill_step(batch, size)
+    parts = compat.next_parts(batch)
+    if not parts:
+        return 0
+    size = min(batch.prefill_step_size, width(parts))
+    compat.set_prefill_step(batch, size)
+    return len(parts) * min(size, max(parts))
 
 
 def paced(
@@ -199,7 +205,7 @@ def watched(
             ]
             if reading:
                 prefill.fit(min(len(reading), self.prefill_batch_size), probe=PROBE)
-                _narrow(self)
+                prefill.reads(_narrow(self))
             step.begin("prefill" if reading else "decode")
             prompts, generated = super().next()
             running = step.running if prompts else None

@@ -83,8 +83,8 @@ class Headroom:
         self._demand = Demand(CacheCost(), Transients())
         # mlx-lm's batch generator; not kept alive by us.
         self._batch_ref: weakref.ref[BatchGenerator] | None = None
-        # Of the step that comes next: tokens of prompts that it reads, and the longest.
-        self._reading: tuple[int, int] | None = None
+        # Of the prompts that the step that comes next reads: tokens of the longest.
+        self._longest = 0
         self.observer = Observer(self._demand.transients)
         self.sizing: Sizing | None = None
         self._context: int | None = None
@@ -201,10 +201,10 @@ class Headroom:
         Of a card that is known. A step that reads prompts has taken all of it at least,
         whatever was estimated, which decides on the size of the next.
         """
-        self._prefill.lacked_memory(self._reading[0] if self._reading else 0)
+        tokens = self._prefill.lacked_memory()
         there = self.limits.out_of_memory(self.observer.recent_peak(), self._baseline)
-        if there is not None and self._reading is not None:
-            self.observer.failed(*self._reading, there)
+        if there is not None and tokens:
+            self.observer.failed(tokens, self._longest, there)
 
     def gauges(self) -> dict[str, float]:
         """Bytes, by name: what there is of memory, and what may be. Any thread."""
@@ -269,7 +269,7 @@ class Headroom:
         if not self._carried_out(found):
             return 0
         self._note_step(load, self._prefill.size)
-        if self._reading is not None:
+        if self._longest:
             return 1
         return min(max(found.times, 1), STEPS_MAX)
 
@@ -292,9 +292,8 @@ class Headroom:
 
     def _note_step(self, load: Load, size: int, *more: Row) -> None:
         prompts = [row.prompt for row in (*load.rows, *more) if row.is_reading]
-        longest = max(prompts, default=0)
-        tokens = len(prompts) * min(size, longest)
-        self._reading = (tokens, longest) if tokens else None
+        self._longest = max(prompts, default=0)
+        self._prefill.reads(len(prompts) * min(size, self._longest))
 
     @property
     def step_size(self) -> int:

@@ -109,8 +109,8 @@ class _File(WatchedFileHandler):
     """What cannot be written into the file goes to stderr, and nobody waits for it."""
 
     def __init__(self, path: str) -> None:
-        # Whether that is so, and was told; and so of the line that is being written.
-        self._is_told = self._failed = False
+        # Whether the log says so, and whether the line of now could not be written.
+        self._is_known = self._failed = False
         super().__init__(path)
 
     def _open(self) -> TextIOWrapper:
@@ -127,8 +127,8 @@ class _File(WatchedFileHandler):
             super().emit(record)
         except OSError:  # it was moved away, and cannot be made anew
             self.handleError(record)
-        if self._is_told and not self._failed:
-            self._is_told = False
+        if self._is_known and not self._failed:
+            self._is_known = False
             log.warning("--log-file can be written again; what it lacks is on stderr")
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -136,8 +136,8 @@ class _File(WatchedFileHandler):
         if not isinstance(why, OSError):
             super().handleError(record)
             return
-        if not self._is_told:
-            self._is_told = True  # so that this line itself is not told of
+        if not self._is_known:
+            self._is_known = True  # or this line itself would have one
             log.error("--log-file cannot be written, stderr is: %s", why.strerror)
         self._failed = True
         with contextlib.suppress(OSError, ValueError, AttributeError):

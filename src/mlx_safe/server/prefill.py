@@ -63,7 +63,8 @@ class PrefillStep:
         self._comfortable = self.full
         self._limits: dict[str, int] = {}
         self._is_last = False  # after faults, the last try
-        self._lacked = 0  # tokens of the last step that had not the memory
+        self._reading = 0  # tokens of the step that comes next or goes on
+        self._lacked = 0  # of the last step that had not the memory
         self._batch: weakref.ref[BatchGenerator] | None = None
 
     @property
@@ -117,9 +118,17 @@ class PrefillStep:
             return
         self.limit("fault", 2 * size if 2 * size < self.full else None)
 
-    def lacked_memory(self, tokens: int) -> None:
-        """A step that was to read so many, all rows together, had not the memory."""
-        self._lacked = tokens
+    def reads(self, tokens: int) -> None:
+        """The step that comes next reads so many, all rows together; 0: of no prompt.
+
+        Said once more where it turns out to be narrower than was thought.
+        """
+        self._reading = tokens
+
+    def lacked_memory(self) -> int:
+        """That step had not the memory; how many tokens it was to read."""
+        self._lacked = self._reading
+        return self._lacked
 
     # -- by time ----------------------------------------------------------------------
 
