@@ -318,6 +318,21 @@ def test_it_restores_only_where_that_is_cheaper(provider: Any, tier: KVTier) -> 
     assert is_restored(), "it was learned that it is cheap by now"
 
 
+def test_a_busy_moment_ends_no_writing(tier: KVTier) -> None:
+    """After one restore of 10 s nothing was written until others had come back."""
+    rates = tier._restore
+    for _ in range(9):
+        rates.read_rate.saw(256, 0.25)
+        rates.take_rate.saw(1e6, 0.001)
+        rates.restore_rate.saw(1e6, 0.001)
+    rates.take_rate.saw(1e6, 10)
+    rates.restore_rate.saw(1e6, 10)
+    assert rates.pays(10**6, 256)
+    for _ in range(9):  # a disk that stays so slow is known soon
+        rates.restore_rate.saw(1e6, 10)
+    assert not rates.pays(10**6, 256)
+
+
 def test_what_is_read_faster_than_it_is_taken_is_not_written(
     provider: Any, tier: KVTier, tmp_path: Path
 ) -> None:

@@ -31,6 +31,8 @@ log = logging.getLogger("mlx_safe.server")
 FLUSH_S = 5.0
 # A restore that was too slow is tried again after so many that were not.
 TRY_AGAIN_AFTER = 16
+# A single measurement counts as so many times slower than those before, at most.
+SLOWER_MAX = 4
 # What is damaged goes, and what is left may serve: looked at so often.
 LOADS_MAX = 4
 
@@ -46,6 +48,8 @@ class Rate:
 
     def saw(self, amount: float, seconds: float) -> None:
         if amount > 0 and seconds > 0:
+            if self.per_s:  # one that was held up says little of the next
+                seconds = min(seconds, SLOWER_MAX * amount / self.per_s)
             self._amount = 0.7 * self._amount + amount
             self._seconds = 0.7 * self._seconds + seconds
             self.per_s = self._amount / self._seconds
