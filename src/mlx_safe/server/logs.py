@@ -121,6 +121,20 @@ class _File(WatchedFileHandler):
 
         return open(self.baseFilename, "a", encoding=self.encoding, opener=opener)
 
+    def reopenIfNeeded(self) -> None:
+        try:
+            super().reopenIfNeeded()
+        except OSError:
+            # What was moved away, and cannot be completed, keeps its room on the disk.
+            stream, self.stream = self.stream, None
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+            raise
+        if self.stream is None:
+            self.stream = self._open()
+            self._statstream()
+
     def emit(self, record: logging.LogRecord) -> None:
         self._failed = False
         try:
