@@ -351,7 +351,7 @@ def test_what_is_printed_can_be_read_and_has_no_secret(
     )
     text = printed(parser, before)
     assert "s3cret" not in text
-    assert "# api-key = not shown (command line)" in text
+    assert "# api-key is not shown (command line)" in text
     assert f"port = 9001  # {file}" in text
     assert "# top-p = 1.0" in text
     again = tmp_path / "again.toml"

@@ -334,6 +334,27 @@ def test_versions_and_settings_are_few_lines() -> None:
     ]
 
 
+def test_settings_in_settings_have_lines_of_their_own() -> None:
+    """They were one line of Python's, cut in the midst."""
+    kv_disk = {"off": None, "files": 6, "limit": 20_000_000_000}
+    context = {"server": {"port": 8080, "kv_disk": kv_disk}}
+    read = reader.parse(json.dumps(reports.sample(context=context)).encode())
+    (rows,) = (s.rows for s in words.sections(read) if s.title == "Versions")
+    assert rows == [
+        ("server.port", "8080"),
+        ("server.kv_disk.files", "6"),
+        ("server.kv_disk.limit", "20000000000"),
+    ]
+
+
+def test_requests_without_ids_are_not_named() -> None:
+    """As in a copy for others, which has none: each was a question mark."""
+    report = reports.sample(requests=[{"path": "/v1/completions"}])
+    read = reader.parse(json.dumps(report).encode())
+    happened = words.sections(read)[0].rows
+    assert "requests" not in [row[0] for row in happened]
+
+
 def test_the_time_line_is_in_order_and_relative() -> None:
     sections = {s.title: s.rows for s in words.sections(reader.parse(WHOLE))}
     rows = sections["Time line (seconds before and after)"]

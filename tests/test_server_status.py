@@ -287,6 +287,7 @@ def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:
         done = top(server, MLX_SAFE_API_KEY="")
         assert (done.returncode, done.stdout) == (1, "")
         assert "it needs a key: --api-key-file" in done.stderr
+        assert "does not take this key" in top(server, MLX_SAFE_API_KEY="x").stderr
         assert top(server, MLX_SAFE_API_KEY="k").returncode == 0
         command = [sys.executable, "-m", "mlx_safe", "top", "--once"]
         by_port = subprocess.run(

@@ -162,7 +162,9 @@ def look(url: str, key: str | None = None) -> dict[str, Any]:
             found = json.load(answer)
     except urllib.error.HTTPError as e:
         why = {
-            401: "it needs a key: --api-key-file, or MLX_SAFE_API_KEY",
+            401: "it needs a key: --api-key-file, or MLX_SAFE_API_KEY"
+            if key is None
+            else "it does not take this key",
             404: "it shows no status, or only to its own machine (--status-page), "
             "or is no mlx-safe serve",
         }.get(e.code, f"it answers {e.code}")

@@ -228,7 +228,7 @@ def _happened(report: Report) -> list[tuple[str, ...]]:
 
 def _named(report: Report) -> str:
     """Those that were in flight, by the ids that their clients and the log have."""
-    return _one_line(", ".join(r.id or "?" for r in report.requests))
+    return _one_line(", ".join(r.id for r in report.requests if r.id))
 
 
 def _process(report: Report) -> str:
@@ -428,7 +428,9 @@ def _settings(title: str, settings: dict[str, Any]) -> list[tuple[str, str]]:
     off = [name for name, value in settings.items() if value is False]
     rows = [(title, ", ".join(on)), (f"{title}: not", ", ".join(off))]
     for name, value in settings.items():
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            rows += _settings(f"{title}.{name}", value)
+        elif isinstance(value, list):
             rows += [(f"{title}.{name}", str(entry)) for entry in value]
         elif not isinstance(value, bool) and value is not None:
             rows.append((f"{title}.{name}", str(value)))

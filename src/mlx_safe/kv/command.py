@@ -20,7 +20,10 @@ def kv(arguments: Sequence[str]) -> int:
     Raises:
         CommandError: a mistake of the user's, or a directory that is none.
     """
-    parser = Parser(prog="mlx-safe kv", description=__doc__)
+    parser = Parser(
+        prog="mlx-safe kv",
+        description="Looks after a directory of KV caches, in use or not.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("list", "what is kept, by model"),

@@ -205,7 +205,7 @@ def check(fd: int, node: Node, read: Callable[[int, int], bytes] = os.read) -> N
     tokens = node.end - (node.start if node.kind == BLOCK else 0)
     _, kept, sizes = _header(reader, node, 4 * tokens)
     if sha256(reader.take(4 * tokens)).hexdigest() != kept:
-        raise Damaged("a checksum is another")
+        raise Damaged("a checksum does not match")
     for _ in _pieces(reader, sizes):
         pass
 
@@ -224,7 +224,7 @@ def _header(
         raise Damaged("the header is too long")
     text = reader.take(length)
     if sha256(text).digest() != digest:
-        raise Damaged("the header's checksum is another")
+        raise Damaged("the header's checksum does not match")
     found = _parse(text, node)
     if sum(n for n, _ in found[2]) + tokens != reader.left:
         raise Damaged("the length is not that of its pieces")
@@ -235,7 +235,7 @@ def _pieces(reader: _Reader, sizes: Sequence[tuple[int, str]]) -> Iterator[bytes
     for n, expected in sizes:
         piece = reader.take(n)
         if sha256(piece).hexdigest() != expected:
-            raise Damaged("a checksum is another")
+            raise Damaged("a checksum does not match")
         yield piece
 
 

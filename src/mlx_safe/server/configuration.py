@@ -293,10 +293,10 @@ def printed(parser: Parser, settings: Settings) -> str:
 def _line(action: argparse.Action, settings: Settings) -> str:
     key, source = option_of(action), settings.sources[action.dest]
     value = getattr(settings.values, action.dest)
-    if action.dest in SECRETS:
-        return f"# {key} = {'not set' if value is None else f'not shown ({source})'}"
     if value is None or value == []:
         return f"# {key} is not set"
+    if action.dest in SECRETS:
+        return f"# {key} is not shown ({source})"
     text = f"{key} = {_toml(value)}"
     return f"# {text}" if source == DEFAULT else f"{text}  # {source}"
 
