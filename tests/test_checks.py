@@ -93,6 +93,19 @@ def test_the_driver_of_a_card(
     assert line.startswith(BAD) is bad
 
 
+@pytest.mark.parametrize("package", ["mlx-cuda-12", "mlx-cuda-13"])
+def test_the_backend_of_a_card_is_found(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was looked for as a package to import: on a card the doctor said CPU."""
+    about = tmp_path / f"{package.replace('-', '_')}-0.32.4.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Name: {package}\nVersion: 0.32.4\n")
+    assert checks.cuda_package() is None
+    monkeypatch.syspath_prepend(tmp_path)
+    assert checks.cuda_package() == package
+
+
 def test_no_card_is_no_line() -> None:
     assert checks.driver_check(None, None) == []
 

@@ -7,6 +7,7 @@ begins with `BAD` is something to do.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import os
 import platform
@@ -14,6 +15,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 from . import _paths
@@ -154,8 +156,15 @@ def nvidia_driver() -> str | None:
 
 
 def cuda_package() -> str | None:
-    """Which of MLX's CUDA backends is installed; None: none."""
-    return next((p for p in DRIVER_MIN if installed_versions(p)[p]), None)
+    """Which of MLX's CUDA backends is installed; None: none.
+
+    Each is files in mlx's own folder and metadata, and no package to import.
+    """
+    for package in DRIVER_MIN:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            metadata.version(package)
+            return package
+    return None
 
 
 def driver_check(driver: str | None, package: str | None) -> list[str]:
