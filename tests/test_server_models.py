@@ -308,6 +308,8 @@ sys.exit(main(["serve", *sys.argv[1:]]))
         assert "must name a model" in told.error["message"]
         assert str(tiny_model) not in server.get("/v1/models").body
         assert server.chat(model=str(tiny_model)).status == 200
+        assert "; no --model, so requests must name one" in server.log
+        assert "loading the model" not in server.log
 
 
 def test_the_adapter_of_the_command_line(tiny_model: Path, adapter: Path) -> None:

@@ -263,7 +263,7 @@ def run(
     )
     httpd = http_server.bind(host, port, handle, tls) if is_first else None
     if httpd is not None:
-        _tell_address(httpd, host, may_ask)
+        _tell_address(httpd, host, may_ask, bool(model_provider.cli_args.model))
 
     def parts() -> Parts:
         assert generator is not None
@@ -331,11 +331,14 @@ def _handler(
     return handle
 
 
-def _tell_address(httpd: http_server.Server, host: str, may_ask: access.Access) -> None:
+def _tell_address(
+    httpd: http_server.Server, host: str, may_ask: access.Access, has_model: bool
+) -> None:
     address, port = httpd.server_address[:2]
     scheme = "http" if httpd.tls is None else "https"
     name = f"[{host}]" if ":" in host else host
-    log.info("listening at %s://%s:%s; loading the model", scheme, name, port)
+    then = "loading the model" if has_model else "no --model, so requests must name one"
+    log.info("listening at %s://%s:%s; %s", scheme, name, port, then)
     if may_ask.is_open and not access.is_loopback(str(address)):
         log.warning(
             "%s can be reached from other machines, and there is no --api-key: "
