@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import multiprocessing
 import os
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_safe.asgi.children import Children
 from support.programs import PROGRAMS
 from support.server import Answer, Server, free_port
 
@@ -71,3 +73,18 @@ def test_a_child_that_is_asked_to_end_is_its_servers_affair(server: Parent) -> N
     assert server.get("/sum").body == "3"
     server.stop()
     waits.join(60)
+
+
+def test_a_child_that_nobody_waits_for_has_ended_once() -> None:
+    """Each request that came later had the error, too, for as long as nobody did."""
+    children = Children()
+    child = multiprocessing.get_context("spawn").Process(
+        target=os._exit, args=(75,), daemon=True
+    )
+    child.start()
+    found: list[Exception] = []
+    while not found:
+        found = [*children.lost()]
+    assert len(found) == 1 and "status 75" in str(found[0])
+    assert children.lost() == [] == children.lost()
+    child.join(60)

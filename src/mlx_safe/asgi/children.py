@@ -30,10 +30,16 @@ class Children:
     def __init__(self) -> None:
         # By child: whether it uses MLX.
         self._known: dict[Any, bool] = {}
+        # Those that have ended, and that nobody has waited for yet.
+        self._ended: set[Any] = set()
 
     def lost(self) -> list[errors.GPUError]:
         """One for each that has ended by a signal, or with 75, since the last call."""
-        for child in _living():
+        unawaited = _unawaited()
+        self._ended.intersection_update(unawaited)
+        for child in unawaited:
+            if child in self._ended:
+                continue
             self._known[child] = self._known.get(child) or _uses_mlx(child)
         found = []
         for child, uses_mlx in list(self._known.items()):
@@ -41,14 +47,15 @@ class Children:
             if status is None:
                 continue
             del self._known[child]
+            self._ended.add(child)
             is_signal = status < 0 and status not in _ASKED_FOR
             if status == _faults.EXIT_REPLACE or (is_signal and uses_mlx):
                 found.append(_error(child.name, status))
         return found
 
 
-def _living() -> list[Any]:
-    """Those that nobody has waited for yet."""
+def _unawaited() -> list[Any]:
+    """Those that run, and those that have ended and nobody has waited for."""
     process: Any = sys.modules.get("multiprocessing.process")
     # Not `active_children`, which waits for those that have ended.
     return [] if process is None else list(process._children)
