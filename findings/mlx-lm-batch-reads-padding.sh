@@ -3,8 +3,8 @@
 # costs as much as the long one.
 #
 # Why: the next parts of all prompts that are read are rows of one array, each as long as
-# the longest of them (`PromptProcessingBatch.prompt`), and the model computes what is
-# padding as it computes tokens. `mlx_lm.server` reads up to eight prompts so.
+# the longest of them (`PromptProcessingBatch.prompt`). The model computes what is padding
+# as it computes tokens. `mlx_lm.server` reads up to eight prompts so.
 #
 # One would have guessed: prompts of about the same length are read together, so that
 # little is padding, and a batch costs no more tokens than its prompts alone.
