@@ -157,7 +157,7 @@ def test_an_answer_ends_with_the_context(server: Server, path: str) -> None:
 
 
 def test_the_log_says_what_the_model_takes(server: Server) -> None:
-    assert f"tokens, of which the model takes {CONTEXT} (" in server.log
+    assert f"tokens, of which the model takes {CONTEXT}; the ceiling is" in server.log
 
 
 def test_a_flag_holds_where_it_lets_more_in(short_model: Path) -> None:

@@ -390,7 +390,7 @@ def test_what_is_being_written_is_waited_for_no_longer_than_reading_takes(
     tier._restore.read_rate.saw(52_000, 1.0)  # a card's
     assert tier.restore(provider.model_key, TOKENS, 0) is None
     assert asked == [kv_restore.FLUSH_S, pytest.approx(0.01)]
-    tier._restore.take_rate.saw(1, 1.0)  # to take it is dearer than to read it again
+    tier._restore.take_rate.per_s = 1.0  # to take it is dearer than to read it again
     assert tier.restore(provider.model_key, TOKENS, 0) is None
     assert len(asked) == 2
 
