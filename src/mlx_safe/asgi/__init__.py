@@ -130,6 +130,8 @@ class ProtectedApp:
         if self._looking is None:
             self._children.lost()  # nobody waited for those
             self._look_soon()
+        else:
+            self._children.note()
         try:
             await exchange.run(self.app, receive)
         finally:

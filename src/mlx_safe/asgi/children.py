@@ -33,14 +33,17 @@ class Children:
         # Those that have ended, and that nobody has waited for yet.
         self._ended: set[Any] = set()
 
-    def lost(self) -> list[errors.GPUError]:
-        """One for each that has ended by a signal, or with 75, since the last call."""
+    def note(self) -> None:
+        """Which there are, and which use MLX: when one is dead that may be unknown."""
         unawaited = _unawaited()
         self._ended.intersection_update(unawaited)
         for child in unawaited:
-            if child in self._ended:
-                continue
-            self._known[child] = self._known.get(child) or _uses_mlx(child)
+            if child not in self._ended:
+                self._known[child] = self._known.get(child) or _uses_mlx(child)
+
+    def lost(self) -> list[errors.GPUError]:
+        """One for each that has ended by a signal, or with 75, since the last call."""
+        self.note()
         found = []
         for child, uses_mlx in list(self._known.items()):
             status = _status(child)
