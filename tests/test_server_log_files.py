@@ -70,8 +70,8 @@ def test_a_file_is_moved_away_while_requests_end(
     assert rest == ""
 
 
-def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    file = tmp_path / "none" / "serve.log"
+def refused(file: Path) -> str:
+    """What a start with ``file`` says, which ends for it."""
     done = subprocess.run(
         [PYTHON, "-m", "mlx_safe", "serve", "--log-file", str(file)],
         capture_output=True,
@@ -80,8 +80,13 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
+    return done.stderr
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "none" / "serve.log"
     why = f"cannot be written: {os.strerror(2)}"
-    assert done.stderr == f"mlx-safe: --log-file {file}: {why}\n"
+    assert refused(file) == f"mlx-safe: --log-file {file}: {why}\n"
 
 
 def ran(name: str, path: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -129,15 +134,8 @@ def test_a_full_file_that_was_moved_away_is_let_go(tmp_path: Path) -> None:
 def test_a_pipe_that_nobody_reads_holds_nothing_up(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    done = subprocess.run(
-        [PYTHON, "-m", "mlx_safe", "serve", "--log-file", str(pipe)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"mlx-safe: --log-file {pipe}: cannot be written: ")
+    why = f"mlx-safe: --log-file {pipe}: cannot be written: "
+    assert refused(pipe).startswith(why)
     lines = ran("logs_into_a_pipe", pipe).stderr.splitlines()
     messages = [json.loads(line)["message"] for line in lines]
     assert messages[0].startswith("--log-file cannot be written, stderr is: ")

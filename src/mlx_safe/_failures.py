@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-# Of care: the last try, in which prompts are read in the smallest steps at first.
+# Of care: the last try. Each prompt begins with the smallest steps.
 SMALLEST = 16
 
 
