@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,14 +24,20 @@ import pytest
 from mlx_safe.memory.budget import Decision
 from mlx_safe.server.admission import Ask, Load, SingleStep
 from mlx_safe.server.in_flight import InFlight
+from mlx_safe.server.prefill import PrefillStep
 from mlx_safe.server.request import Claim, Disconnected, Request, RequestState
 from mlx_safe.server.scheduler import Scheduler
+from mlx_safe.server.sequential import Sequential
+from mlx_safe.server.step import Step
 
 
 class Room:
     """Memory for everything."""
 
     step_size = 256
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []  # whether the step alone was one of a prompt
 
     def admits(self, ask: Ask, load: Load) -> Decision:
         return Decision(False, 0, False, self.step_size, "admit")
@@ -39,6 +46,7 @@ class Room:
         return 16
 
     def single_step(self, load: Load) -> SingleStep:
+        self.seen += [row.is_reading for row in load.rows]
         return "fits"
 
 
@@ -164,6 +172,31 @@ def test_each_run_reads_the_messages_that_the_client_has_sent(
         _, work, _ = request_.work()
         assert work.messages == MESSAGES
         _read(work.messages)
+
+
+def test_its_first_token_alone_is_followed_by_no_step_of_its_prompt() -> None:
+    """On a card a failure in one teaches how much memory a step of a prompt takes.
+
+    Its state is "prefill" until the token is passed on, after the look at the memory.
+    """
+    room = Room()
+    scheduler: Scheduler[InFlight] = Scheduler(room, attempts_max=2, wait_s=20)
+    headroom = SimpleNamespace(observing_step=lambda *_: nullcontext())
+    prefill = PrefillStep(cast(Any, SimpleNamespace(prefill_step_size=256)))
+    alone = Sequential(scheduler, cast(Any, headroom), None, prefill, Step())
+    taken = cast(Any, (SimpleQueue(), SimpleNamespace(messages=[]), Arguments()))
+    made = InFlight(scheduler, taken, alone.before_put, lambda *_: None)
+    made.tokenizer = cast(Any, object())
+    scheduler.arrive(made)
+    assert made.taken()
+    assert scheduler.ask(made, 600, 608).verdict == "admit"
+    scheduler.serve_alone(made)
+    made.put(Context())
+    for item in ((256, 600), (512, 600), (600, 600)):
+        made.put(item)
+    assert made.state is RequestState.PREFILL
+    made.put(SimpleNamespace(token=7, finish_reason=None))
+    assert room.seen == [True, True, False, False]
 
 
 def test_its_caches_have_as_many_tokens_as_the_next_step_is_asked_for(

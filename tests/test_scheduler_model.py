@@ -455,7 +455,9 @@ class Loop:
         self._go_on(client)
         if client is not self.single or client.is_ended or not client.length:
             return
-        found = self.scheduler.single_step(client, client.length)
+        found = self.scheduler.single_step(
+            client, client.length, reads=client.unread > 0
+        )
         if found == "smaller":
             assert client.state is RequestState.HELD
             assert client.step_max == self.machine.step_size

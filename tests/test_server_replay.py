@@ -519,7 +519,7 @@ def test_one_alone_for_which_memory_runs_out_is_a_line(
     made: Scheduler[Quiet] = Scheduler(Full(), 2, 60.0)
     (request,) = begun(1, made)
     request.produced = [5, 6]
-    assert made.single_step(request, 12) == "none"
+    assert made.single_step(request, 12, reads=False) == "none"
     (line,) = caplog.records
     said = logs._Text().format(line)
     assert line.levelname == "WARNING"

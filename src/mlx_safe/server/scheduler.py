@@ -385,14 +385,20 @@ class Scheduler(Generic[R]):
             self._end_for_memory(last)
         return [last]
 
-    def single_step(self, request: R, length: int) -> SingleStep:
+    def single_step(self, request: R, length: int, reads: bool) -> SingleStep:
         """The sequential path has done a step, after which it has ``length`` tokens.
 
         With "smaller" it is held, and goes on with smaller steps: mlx-lm has fixed
         their size. With "none" it has been answered.
+
+        Args:
+            reads: its next step reads of its prompt. Its state says so until its first
+                token has been passed on, which is later.
         """
         request.run.length = length
-        found = self._memory.single_step(self.load())
+        load = self.load()
+        rows = tuple(replace(row, is_reading=reads) for row in load.rows)
+        found = self._memory.single_step(replace(load, rows=rows))
         if found == "smaller":
             request.step_max = self._memory.step_size
             self._hold(request)

@@ -73,12 +73,14 @@ class Sequential:
         if self._has_left(request, item):
             raise Disconnected("the client left during the step")
         is_slow = isinstance(item, tuple) and self._is_slow(request, *item)
-        self._look_at_memory(request, item)
+        left = item[1] - item[0] if isinstance(item, tuple) else 0  # of its prompt
+        self._look_at_memory(request, item, left > 0)
+        if left > 0:
+            self._prefill.reads(min(self._prefill.size, left))
         if is_slow:
             self._scheduler.read_slowly(request)
             raise Held
-        reads = isinstance(item, tuple) and item[0] < item[1]
-        self._step.begin("prefill" if reads else "decode")
+        self._step.begin("prefill" if left > 0 else "decode")
 
     def between_steps(
         self, request: InFlight, done: int, total: int, by_target: bool
@@ -118,7 +120,7 @@ class Sequential:
         is_long = bool(most) and running[1] > most
         return is_long and 2 * size <= self._size and total - done > size
 
-    def _look_at_memory(self, request: InFlight, item: Item) -> None:
+    def _look_at_memory(self, request: InFlight, item: Item, reads: bool) -> None:
         length = None if self._share else _length(request, item)
         if length is None:
             return
@@ -129,7 +131,7 @@ class Sequential:
                 return
             self._until_look = STEPS_MAX
         with self._headroom.observing_step(request.run.length, length):
-            found = self._scheduler.single_step(request, length)
+            found = self._scheduler.single_step(request, length, reads)
             if found == "smaller":
                 raise Held
             if found == "none":
