@@ -8,8 +8,9 @@ on what they run, and each has a memory of its own.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,10 @@ log = logging.getLogger("mlx_safe.server")
 # Of a batch that only writes, which needs a few bytes for each token: what other
 # programs take is seen that much later. On a GPU they are a tenth of a second.
 STEPS_MAX = 16
+
+# Looks at a card, before a request ends or is held, and seconds between them.
+LOOKS = 3
+LOOK_AGAIN_S = 0.001
 
 EVERYTHING_FITS = Decision(
     free_pool=False, evict=0, take_over=False, step=0, verdict="admit"
@@ -111,7 +116,7 @@ class Headroom:
         self.observer = Observer(
             demand.transients,
             self.observer.peak,
-            learns=not self.limits.holds_mlx_back,
+            limit=self._ceiling if self.limits.holds_mlx_back else None,
         )
         self._baseline = int(mx.get_active_memory()) - int(self._prompt_cache.nbytes)
         self._size_up()
@@ -166,6 +171,24 @@ class Headroom:
         return 0 if self.sizing is None else self.sizing.room_tokens
 
     # -- the situation -------------------------------------------------------------
+
+    def _ceiling(self) -> int:
+        return self.limits.now().size
+
+    def _decided(self, decide: Callable[[Situation], Decision]) -> Decision:
+        """What ``decide`` makes of how things stand, for what ends or holds a request.
+
+        On a card a thread of MLX's gives back what a step has used, a moment after
+        it has ended (0.32): with caches that were just copied, that is all of them.
+        """
+        found = decide(self._situation())
+        for _ in range(LOOKS if self.limits.holds_mlx_back else 0):
+            if found.verdict not in ("refuse", "never"):
+                break
+            mx.synchronize()
+            time.sleep(LOOK_AGAIN_S)
+            found = decide(self._situation())
+        return found
 
     def _situation(self) -> Situation:
         return Situation(
@@ -240,17 +263,15 @@ class Headroom:
         """Whether a request may run beside ``load``. Changes nothing."""
         if not self._enabled:
             return EVERYTHING_FITS
-        found = admission.for_request(
-            self._demand,
-            self._situation(),
-            self._with_caches(load),
-            ask,
-            self._prefill.sizes,
-            self._room_tokens,
+        load, asked = self._with_caches(load), load
+        found = self._decided(
+            lambda now: admission.for_request(
+                self._demand, now, load, ask, self._prefill.sizes, self._room_tokens
+            )
         )
         if found.verdict == "admit":
             # The sequential path begins with it at once.
-            self._note_step(load, found.step, Row(ask.prompt, ask.total))
+            self._note_step(asked, found.step, Row(ask.prompt, ask.total))
         return found
 
     def steps_with_room(self, load: Load) -> int:
@@ -260,11 +281,10 @@ class Headroom:
         """
         if not self._enabled:
             return STEPS_MAX
-        found = admission.for_step(
-            self._demand,
-            self._situation(),
-            self._with_caches(load),
-            self._prefill.sizes,
+        found = self._decided(
+            lambda now: admission.for_step(
+                self._demand, now, self._with_caches(load), self._prefill.sizes
+            )
         )
         if not self._carried_out(found):
             return 0
@@ -278,12 +298,10 @@ class Headroom:
         if not self._enabled:
             return "fits"
         size = self._prefill.size
-        found = admission.for_single_step(
-            self._demand,
-            self._situation(),
-            self._with_caches(load),
-            size,
-            self._prefill.sizes,
+        found = self._decided(
+            lambda now: admission.for_single_step(
+                self._demand, now, self._with_caches(load), size, self._prefill.sizes
+            )
         )
         if not self._carried_out(found):
             return "none"
