@@ -63,6 +63,14 @@ def test_signal(private_reports: Path, how: str, number: int) -> None:
     assert left_over(private_reports) == []
 
 
+def test_one_that_was_blocked_when_it_began(private_reports: Path) -> None:
+    """By whoever started it; the kernel calls no handler of it then."""
+    blocks = "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))"
+    done = die("    ctypes.string_at(0)", before=blocks)
+    assert done.returncode == -signal.SIGSEGV, done.stderr
+    assert only_report(private_reports)["signal"]["name"] == "SIGSEGV"
+
+
 def test_without_signals_there_is_none(private_reports: Path) -> None:
     """The other side: and how it ends is the same."""
     done = child.run("import ctypes, mlx_safe; ctypes.string_at(0)")

@@ -279,7 +279,8 @@ def install(
         signals: SIGABRT, SIGSEGV, SIGBUS, SIGILL, SIGFPE and SIGTRAP leave a crash
             report, too. Then the handlers that were there before run (faulthandler's
             for one), or the signal does what it would have done. A signal that is
-            ignored is left alone. Stack overflow is covered on the calling thread.
+            ignored is left alone. The calling thread, with what it starts from then on,
+            blocks none of them any more, and its stack overflow is covered.
 
     Never fails because of the machine: what cannot be active is named in the
     returned `Status`.
@@ -318,10 +319,18 @@ def install(
 
 def _set_signals(wanted: bool) -> None:
     if wanted:
+        import signal  # takes longer than all of an import of ours
+
+        # Of a crash whose signal is blocked the kernel ends the process, and calls no
+        # handler. A child has the mask of what started it.
+        crashes = {getattr(signal, name) for name in _CRASHES}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, crashes)
         _core.signals_install()
     else:
         _core.signals_uninstall()
 
+
+_CRASHES = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP")
 
 # Of `Status`, what is no setting but a count, or stands elsewhere in a report.
 _NOT_OF_THE_HOOKS = (
