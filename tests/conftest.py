@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.card import is_card, round_alike
 from support.clients import HAS_CURL
 from support.models import make_model
 from support.native import Native
@@ -26,6 +27,10 @@ LEFT_OUT = "mlx_safe_left_out"
 for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
+# What starts this may have blocked some, which a child inherits as well.
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+round_alike()
 
 # Before any test imports mlx_safe, which at once says there that it runs.
 _reports_of_this_process = tempfile.TemporaryDirectory()
@@ -110,12 +115,7 @@ def why_no_card() -> str | None:
     """The same of tests/hardware/test_cuda.py."""
     if os.environ.get("MLX_SAFE_TEST_HARDWARE") != "1":
         return "they run the card out of memory; MLX_SAFE_TEST_HARDWARE=1 runs them"
-    import mlx.core as mx
-
-    read = getattr(mx, "device_info", None)
-    if read is None or "free_memory" not in read():
-        return "MLX computes on no CUDA card here"
-    return None
+    return None if is_card() else "MLX computes on no CUDA card here"
 
 
 def pytest_collection_modifyitems(

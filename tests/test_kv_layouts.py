@@ -23,6 +23,7 @@ from mlx_safe.server.mlx_lm.kv_parts import leaves
 from mlx_safe.server.mlx_lm.kv_restore import Rate
 from mlx_safe.server.mlx_lm.kv_tier import KVTier
 from support import model_types
+from support.card import is_card
 
 # Windows have 32 tokens.
 KINDS = {
@@ -301,6 +302,9 @@ def test_a_draft_models_caches_are_kept_beside_the_targets(
         assert_equal(logits(one, restored[part]), logits(one, plain))
 
 
+@pytest.mark.skipif(
+    is_card(), reason="MLX's CUDA backend multiplies no such matrices (0.32.4)"
+)
 def test_quantized_caches_come_back_where_they_ended(
     keep: Callable[..., Kept],
 ) -> None:

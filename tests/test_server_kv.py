@@ -44,8 +44,8 @@ def plain(tiny_model: Path) -> Iterator[Server]:
 
 def with_tier(model: Path, directory: Path, *more: str) -> Server:
     arguments = (*kept_in(directory), *STEP, *more)
-    # No snapshot waits for the next one: what is to be there is.
-    env = {"KV_WAIT_S": "0"}
+    # No snapshot waits for the next one, and each pays: what is to be there is.
+    env = {"KV_WAIT_S": "0", "KV_PAYS": "1"}
     return Server(model, *arguments, program=CONTROLLED, env=env)
 
 

@@ -100,7 +100,7 @@ SPOKEN = {
     "half-a-list": calls('[{"name": "a"}, 5]', readable=False),
     "deep": calls("[" * 20_000, readable=False),
     "deep-arguments": calls(
-        '{"name": "a", "arguments": {"a": ' + "[" * 5000 + "]" * 5000 + "}}",
+        '{"name": "a", "arguments": {"a": ' + "[" * 100_000 + "]" * 100_000 + "}}",
         readable=False,
     ),
     "infinity": calls('{"name": "a", "arguments": {"a": Infinity}}', readable=False),

@@ -30,7 +30,7 @@ from support.programs import program
 SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 # Of the variables these may differ: Python and what is imported already have read the
 # others. The last is set by mlx-lm, in who imports it.
-OWN = ("MLX_", "KV_WAIT_S", "PYTEST_", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+OWN = ("MLX_", "KV_", "PYTEST_", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
 
 
 def read_early(environment: Mapping[str, str]) -> dict[str, str]:
