@@ -116,7 +116,7 @@ class Headroom:
         self.observer = Observer(
             demand.transients,
             self.observer.peak,
-            limit=self._ceiling if self.limits.holds_mlx_back else None,
+            learns=not self.limits.holds_mlx_back,
         )
         self._baseline = int(mx.get_active_memory()) - int(self._prompt_cache.nbytes)
         self._size_up()
@@ -171,9 +171,6 @@ class Headroom:
         return 0 if self.sizing is None else self.sizing.room_tokens
 
     # -- the situation -------------------------------------------------------------
-
-    def _ceiling(self) -> int:
-        return self.limits.now().size
 
     def _decided(self, decide: Callable[[Situation], Decision]) -> Decision:
         """What ``decide`` makes of how things stand, for what ends or holds a request.

@@ -27,25 +27,18 @@ class Observer:
     A window is one step, or some of a batch that only writes and stays as it is.
 
     Args:
-        limit: bytes that MLX keeps below as far as it can (`Limits.holds_mlx_back`);
-            None: it does not. Where it does, a peak tells nothing of what a step needs,
-            as MLX takes what there is. Above the limit it has waited for all else, and
-            the step needs that.
+        learns: False: the peak is no measure of what a step needs, as where MLX takes
+            what there is (`Limits.holds_mlx_back`).
 
     Attributes:
         peak: bytes, the most that was active since the server started.
     """
 
     def __init__(
-        self,
-        transients: Transients,
-        peak: int = 0,
-        *,
-        limit: Callable[[], int] | None = None,
+        self, transients: Transients, peak: int = 0, *, learns: bool = True
     ) -> None:
         self.transients = transients
-        self._limit = limit
-        self._most = 0  # the limit when the window began
+        self._learns = learns
         self.peak = peak
         self._before = 0
         self._last_peak = 0
@@ -69,8 +62,6 @@ class Observer:
             used = self._last_peak - max(self._before, active)
             self.transients.observe(*self._learned, max(0, used))
         self._before, self._learned = active, None
-        if self._limit is not None:
-            self._most = self._limit()
         mx.reset_peak_memory()
 
     def recent_peak(self) -> int:
@@ -90,7 +81,7 @@ class Observer:
         """It has ended, and had ``tokens`` tokens (rows times length)."""
         peak, after = int(mx.get_peak_memory()), int(mx.get_active_memory())
         self.peak = max(self.peak, peak)
-        if self._limit is None or peak > self._most > 0:
+        if self._learns:
             used = max(0, peak - max(self._before, after))
             self.transients.observe(tokens, context, used)
 
@@ -134,7 +125,7 @@ class Observer:
         )
         size = max(len(reading), 1) * max(chunk, 1), max(context, 1)
         self.end(*size)
-        if self._limit is None and not reading:
+        if self._learns and not reading:
             # Of a step that reads there is one look: of the last few looks a failure's
             # is one, and two for each step would drive it out.
             self._learned = size
