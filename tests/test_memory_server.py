@@ -627,4 +627,4 @@ def test_the_doctor_on_a_mac() -> None:
     assert "sysctl iogpu.wired_limit_mb=40960" in advice
     assert "from 36.0 GB to 38.7 GB" in advice and "risk" in advice
     mac = Machine("darwin", "Apple M1", True, 16 * 2**30, 12 * 10**9, 14 * 2**30)
-    assert "set to 14336 MB" in wired_limit_advice(mac)
+    assert "limit_mb is 14336, that is 15.0 GB;" in wired_limit_advice(mac)

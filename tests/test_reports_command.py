@@ -70,7 +70,7 @@ def test_show_and_seen(
         "iogpu.wired_limit_mb",
         "std::runtime_error",
         "1 h 2 min 5 s",
-        "17.0 GiB, 94%",
+        "18.3 GB, 94%",
         "chatcmpl-1",
         "started prompt_tokens=900",
         "check_error",

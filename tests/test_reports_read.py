@@ -169,11 +169,11 @@ def test_the_rest_of_a_damaged_report_is_read() -> None:
 def test_a_huge_file_is_read_in_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "SIZE_MAX", 1 << 20)
+    monkeypatch.setattr(reader, "SIZE_MAX", 10**6)
     huge = reports.sample(python_stacks="x" * (2 << 20))
     report = reader.read(reports.write(tmp_path, huge))
     assert report.faults
-    assert any("larger than 1 MiB" in p for p in report.problems)
+    assert any("larger than 1.0 MB" in p for p in report.problems)
 
 
 def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,16 +249,16 @@ def test_advice_is_that_of_the_table_or_of_the_memory() -> None:
 
 
 def test_the_process_is_not_held_against_the_limit_of_the_arrays() -> None:
-    """230 MiB for the arrays, an idle server of 267 MiB, and the machine has room."""
-    mib = 1 << 20
+    """230 MB for the arrays, an idle server of 267 MB, and the machine has room."""
+    mb = 10**6
     memory = {
-        "active": 115 * mib,
-        "peak": 116 * mib,
-        "cache": 5 * mib,
-        "footprint": 267 * mib,
-        "ceiling": 230 * mib,
-        "system_total": 24064 * mib,
-        "system_available": 22528 * mib,
+        "active": 115 * mb,
+        "peak": 116 * mb,
+        "cache": 5 * mb,
+        "footprint": 267 * mb,
+        "ceiling": 230 * mb,
+        "system_total": 24064 * mb,
+        "system_available": 22528 * mb,
     }
     report = reports.sample(why="died", code=None, memory=memory)
     read = reader.parse(json.dumps(report).encode())
@@ -269,12 +269,12 @@ def test_the_process_is_not_held_against_the_limit_of_the_arrays() -> None:
     rows = {row[0]: row[1] for s in words.sections(read) for row in s.rows
             if s.title == "Memory"}  # fmt: skip
     assert rows == {
-        "active": "115.0 MiB, 50% of the ceiling",
-        "peak": "116.0 MiB, 50% of the ceiling",
-        "cache": "5.0 MiB",
-        "footprint": "267.0 MiB, 1% of the machine's memory",
-        "ceiling": "230.0 MiB",
-        "system": "23.5 GiB, 22.0 GiB available",
+        "active": "115.0 MB, 50% of the ceiling",
+        "peak": "116.0 MB, 50% of the ceiling",
+        "cache": "5.0 MB",
+        "footprint": "267.0 MB, 1% of the machine's memory",
+        "ceiling": "230.0 MB",
+        "system": "24.1 GB, 22.5 GB available",
     }
 
 
@@ -373,7 +373,7 @@ def test_the_chart_shows_memory_under_its_ceiling() -> None:
     history = [[i, 9 * reports.GIB, 18 * reports.GIB] for i in range(20)]
     data = json.dumps(reports.sample(memory_history=history)).encode()
     lines = words.chart(reader.parse(data))
-    assert lines[0] == "─" * 20 + " 18.0 GiB"
+    assert lines[0] == "─" * 20 + " 19.3 GB"
     assert lines[1].strip() == ""
     assert lines[3] == "█" * 20  # half of six rows are full
     assert lines[5] == "█" * 20
@@ -384,6 +384,6 @@ def test_a_ceiling_that_is_far_above_does_not_flatten_the_chart() -> None:
     history = [[i * 10**9, reports.GIB, 18 * reports.GIB] for i in range(20)]
     data = json.dumps(reports.sample(memory_history=history)).encode()
     *bars, about = words.chart(reader.parse(data))
-    assert bars[0] == "█" * 20 + " 1.0 GiB"
+    assert bars[0] == "█" * 20 + " 1.1 GB"
     assert all(line == "█" * 20 for line in bars[1:])
-    assert about.endswith("the ceiling is far above, at 18.0 GiB")
+    assert about.endswith("the ceiling is far above, at 19.3 GB")

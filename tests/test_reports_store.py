@@ -102,10 +102,10 @@ def test_the_oldest_go_by_bytes(
 def test_limits_that_make_no_sense(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert store.limits() == (50, 20 << 20)
+    assert store.limits() == (50, 20 * 10**6)
     for text in ("many", "-1", "1.5", "9" * 40, "٣"):
         monkeypatch.setenv("MLX_SAFE_REPORTS_KEEP", text)
-        assert store.limits() == (50, 20 << 20)
+        assert store.limits() == (50, 20 * 10**6)
         assert "MLX_SAFE_REPORTS_KEEP must be a whole number" in caplog.text
         caplog.clear()
 

@@ -229,7 +229,8 @@ def wired_limit_advice(machine: Machine) -> str:
     state = (
         "not set: the system's own limit holds"
         if machine.wired_limit is None
-        else f"set to {machine.wired_limit // 2**20} MB"
+        else f"iogpu.wired_limit_mb is {machine.wired_limit // 2**20}, that is "
+        f"{format_size(machine.wired_limit)}"
     )
     if most <= now:
         return f"{state}; raising it would leave too little to the system"

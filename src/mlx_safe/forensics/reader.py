@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 
+from ..memory.sizes import format_size
 from . import records, recover
 from .records import Report
 
 __all__ = ["SIZE_MAX", "parse", "read"]
 
 # A report is some hundred kilobytes; what is bigger is read up to here.
-SIZE_MAX = 8 << 20
+SIZE_MAX = 8 * 10**6
 
 
 def read(path: str | os.PathLike[str]) -> Report:
@@ -44,7 +45,7 @@ def parse(data: bytes) -> Report:
     problems = []
     if len(data) > SIZE_MAX:
         data = data[:SIZE_MAX]
-        problems.append(f"larger than {SIZE_MAX >> 20} MiB: only the first are read")
+        problems.append(f"larger than {format_size(SIZE_MAX)}: only the first are read")
     # A file system that lost power fills the end of a file with zeros.
     kept = data.rstrip(b"\0")
     if len(kept) < len(data):

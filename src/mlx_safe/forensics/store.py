@@ -23,7 +23,7 @@ __all__ = ["KEEP", "KEEP_BYTES", "Entry", "entries", "limits", "mark_seen", "pru
 
 # As many as one looks at; a report is some hundred kilobytes at most.
 KEEP = 50
-KEEP_BYTES = 20 << 20
+KEEP_BYTES = 20 * 10**6
 KEEP_VARIABLE = "MLX_SAFE_REPORTS_KEEP"
 KEEP_BYTES_VARIABLE = "MLX_SAFE_REPORTS_KEEP_BYTES"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _core, errors
+from ..memory.sizes import format_size
 from .records import CommandBuffer, Report
 
 __all__ = [
@@ -141,15 +142,8 @@ def when(seconds: float | None) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes in binary units."""
-    if count is None:
-        return "?"
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    """As everywhere: ``"9.5 GB"``; what is not known is ``"?"``."""
+    return "?" if count is None else format_size(count)
 
 
 def _fault(code: int | None) -> str:

@@ -276,7 +276,7 @@ def _add_memory_flags(parser: argparse._ActionsContainer) -> None:
         default=DEFAULT_MAX_BYTES,
         metavar="SIZE",
         help="how large the body of a request may be; a larger one is a 413 before it "
-        "is read (default: 32M)",
+        "is read (default: 32MiB)",
     )
     parser.add_argument(
         "--max-active-memory-bytes",
