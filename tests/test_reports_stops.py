@@ -189,6 +189,9 @@ def test_a_death_at_the_start_is_told_wherever_the_model_is_named(
     first = begin()
     # It imports MLX for a while yet, and does not know all flags.
     assert eventually(has_named_itself, LIMIT_S)
+    (run_file,) = private_reports.glob("run-*.json")
+    # And not __main__.py, which is all that Python knows of `-m` in sys.argv.
+    assert json.loads(run_file.read_text())["argv0"] == "mlx-safe"
     first.kill()
     first.communicate(timeout=LIMIT_S)
     second = begin()

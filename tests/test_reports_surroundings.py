@@ -83,6 +83,40 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert report["exception_message"] == "caf?"
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["-m", "mine"], "mine"),
+        (["-m", "mine.part", "-m", "x"], "mine.part"),
+        (["mine/__main__.py", "-m", "x"], "__main__.py"),
+        (["mine/part.py"], "part.py"),
+    ],
+)
+def test_the_program_is_named_as_it_was_started(
+    private_reports: Path, tmp_path: Path, words: list[str], name: str
+) -> None:
+    """`__main__.py` is what every package has that is run."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    # Installs itself while Python still looks for the module.
+    (package / "__init__.py").write_text("import mlx_safe\n")
+    for file in ("__main__.py", "part.py"):
+        (package / file).write_text(
+            "from mlx_safe import _reports\n_reports.write('fault', '')\n"
+        )
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert only_report(private_reports)["argv0"] == name
+
+
 def test_a_breadcrumb_with_a_name_that_is_not_utf8(private_reports: Path) -> None:
     done = child.run(
         r"""

@@ -111,7 +111,7 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
     _state.directory = directory
     _core.report_prepare(
         None if directory is None else os.fsencode(directory),
-        os.path.basename(sys.argv[0] if sys.argv else "").encode(errors="replace"),
+        _program().encode(errors="replace"),
     )
     with _state.context_lock:
         _state.context = {**_machine(), **context}
@@ -128,6 +128,20 @@ def start(directory: str | None, context: Mapping[str, object]) -> str | None:
     if not written:
         return f"cannot write the run file in {directory}"
     return None
+
+
+def _program() -> str:
+    """As one starts it: the script's name, or that of the module behind ``-m``."""
+    name = os.path.basename(sys.argv[0] if sys.argv else "")
+    # The first while Python looks for the module, the second of a package.
+    if name not in ("-m", "__main__.py"):
+        return name
+    # Before the program's own arguments, which may have a -m as well.
+    before = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    if before[-2:-1] != ["-m"]:
+        return name
+    # The supervisor starts the command of this name so.
+    return "mlx-safe" if before[-1] == __package__ else before[-1]
 
 
 def _remove_run_file_at_the_end() -> None:
