@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import os
 import re
 import subprocess
@@ -280,6 +281,71 @@ def test_top_shows_the_same(server: Server) -> None:
     ):
         assert text in done.stdout, done.stdout
     assert "\x1b" not in done.stdout  # no colours where no terminal is
+
+
+IN_80_COLUMNS = """\
+recovering: the state is being reset after a failure  up 2 h, pid 12345
+[████████████████████████████████████············] ceiling 110.0 GB
+model 20.0 GB  prompt cache 20.0 GB  caches of requests 20.0 GB
+MLX's pool 20.0 GB  other programs 20.0 GB
+ended: 100000 ok, 1000 client_left, 1000 failed; 1000000000 tokens
+1000 failures, 1000 replays, 1000 put back, 1000 refused for memory
+prompt cache: 10.0 GB of 100.0 GB, 100 entries, 1000 hits, 1000 misses,
+1000 evicted
+2 in flight, 0 of them waiting
+request              state             prompt           read         made   time
+chatcmpl-00000001-…  prefill           131072  100000/131072  16383/16384  100 s
+chatcmpl-00000002-…  decode (again 2)       9                 16383/16384  100 s
+"""
+
+
+def test_top_fits_80_columns() -> None:
+    """Where figures are as long as they get, no word or figure is broken or cut."""
+    from rich.console import Console
+
+    from mlx_safe.top import render
+
+    named = dict.fromkeys(("replays", "to_read", "waits"), 0)
+    long = {"prompt_tokens": 131072, "read_tokens": 100000, "to_read": 131072}
+    made = {"produced": 16383, "max_tokens": 16384, "seconds": 100.0}
+    ids = [f"chatcmpl-{i:08x}-b23a-4a7e-9d9f-{i:012x}" for i in (1, 2)]
+    counts = ("failures", "replays", "preempted", "refused")
+    found = {
+        "time": 9000.0,
+        "server": {
+            "state": "recovering",
+            "reason": "the state is being reset after a failure",
+            "model": f"/models/{'x' * 99}/snapshots/0123456789",
+            "started": 0.0,
+            "pid": 12345,
+        },
+        "memory": {
+            "ceiling": 110 * 10**9,
+            "parts": dict.fromkeys(
+                ("model", "prompt_cache", "caches", "pool", "other"), 20 * 10**9
+            ),
+            "lowered": None,
+        },
+        "requests": {
+            "in_flight": 2, "waiting": 0, "tokens": 10**9,
+            "outcomes": {"ok": 100000, "client_left": 1000, "failed": 1000},
+            "list": [
+                {"id": ids[0], "state": "prefill", **named, **long, **made},
+                {"id": ids[1], "state": "decode", **named, **made, "replays": 2,
+                 "prompt_tokens": 9, "read_tokens": 0},
+            ],
+        },
+        "counts": dict.fromkeys((*counts, "hits", "misses", "evictions"), 1000),
+        "prompt_cache": {"bytes": 10**10, "limit": 10**11, "entries": 100},
+        "disk": None,
+        "marks": [],
+        "reports": [],
+    }  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(found))
+    path, *lines = (line.rstrip() for line in console.export_text().splitlines())
+    assert len(path) == 78 and path.endswith("xx/snapshots/0123456789")
+    assert lines == IN_80_COLUMNS.splitlines()
 
 
 def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:

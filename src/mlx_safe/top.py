@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import ssl
 import sys
 import time
@@ -21,7 +22,10 @@ from .memory.sizes import format_size
 from .server.access import KEY_RULE, is_key, lines_of_keys
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from collections.abc import Iterator
+
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.text import Text
 
 __all__ = ["look", "render", "top"]
 
@@ -29,7 +33,9 @@ URL = "http://127.0.0.1:8080"
 PORT_MAX = 65535
 TIMEOUT_S = 10.0
 VERSION = 1
+# For terminals of 80 columns.
 BAR_WIDTH = 48
+NAME_MAX = 78
 MARKS_MAX = 5
 PARTS = {
     "model": ("model", "blue"),
@@ -204,15 +210,39 @@ def _watch(console: Console, url: str, key: str | None, every_s: float) -> None:
 
 
 def render(status: dict[str, Any]) -> RenderableType:
-    """``status``, as `look` returns it, for a terminal of any width."""
+    """``status``, as `look` returns it, for a terminal of 80 columns or more.
+
+    The requests are the last: where there are many, the screen ends among them.
+    """
     from rich.console import Group
 
     return Group(
         _headline(status["server"], status["time"]),
         *_memory(status["memory"]),
-        _requests(status["requests"]),
         *_rest(status),
+        _requests(status["requests"]),
     )
+
+
+class _Parts:
+    """Parts side by side; a line ends between two of them, and within none."""
+
+    def __init__(self, *parts: Text, between: str = "  ") -> None:
+        self._parts, self._between = parts, between
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[Text]:
+        from rich.text import Text
+
+        line = Text()
+        for part in self._parts:
+            longer = Text.assemble(line, self._between, part) if line else part
+            if line and longer.cell_len > options.max_width:
+                yield line
+                longer = part
+            line = longer
+        yield line
 
 
 def _headline(server: dict[str, Any], now: float) -> RenderableType:
@@ -220,11 +250,13 @@ def _headline(server: dict[str, Any], now: float) -> RenderableType:
 
     state, reason = server["state"], server["reason"]
     style = {"ok": "green", "failed": "red"}.get(state, "yellow")
-    return Text.assemble(
-        (str(server["model"] or "mlx-safe"), "bold"),
-        "  ",
-        (f"{state}: {reason}" if reason else state, style),
-        (f"  up {_lasts(now - server['started'])}, pid {server['pid']}", "dim"),
+    name = str(server["model"] or "mlx-safe")
+    if len(name) > NAME_MAX:  # of a path the end tells more
+        name = "…" + name[1 - NAME_MAX :]
+    return _Parts(
+        Text(name, "bold"),
+        Text(f"{state}: {reason}" if reason else state, style),
+        Text(f"up {_lasts(now - server['started'])}, pid {server['pid']}", "dim"),
     )
 
 
@@ -233,29 +265,32 @@ def _memory(memory: dict[str, Any]) -> list[RenderableType]:
 
     ceiling, parts = memory["ceiling"], memory["parts"]
     most = max(ceiling, sum(parts[name] for name in PARTS), 1)
-    bar, legend = Text("["), Text()
+    bar, legend = Text("["), []
     for name, (text, style) in PARTS.items():
         bar.append("█" * round(BAR_WIDTH * parts[name] / most), style)
-        legend.append(f"{text} {format_size(parts[name])}  ", style)
+        legend.append(Text(f"{text} {format_size(parts[name])}", style))
     bar.append("·" * max(0, BAR_WIDTH + 1 - len(bar)), "dim")
     bar.append(f"] ceiling {format_size(ceiling)}")
-    legend.append(f"other programs {format_size(parts['other'])}", "dim")
+    legend.append(Text(f"other programs {format_size(parts['other'])}", "dim"))
     lowered = [Text(memory["lowered"], "yellow")] if memory["lowered"] else []
-    return [bar, legend, *lowered]
+    return [bar, _Parts(*legend), *lowered]
 
 
 def _requests(requests: dict[str, Any]) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     title = f"{requests['in_flight']} in flight, {requests['waiting']} of them waiting"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for column in ("request", "state", "prompt", "read", "made", "time"):
-        table.add_column(column, justify="left" if column < "n" else "right")
+    table.add_column("request")  # the one that is cut where room is short
+    table.add_column("state", no_wrap=True)
+    for column in ("prompt", "read", "made", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
     for r in requests["list"]:
         again = f" (again {r['replays']})" if r["replays"] else ""
         read = f"{r['read_tokens']}/{r['to_read']}" if r["to_read"] else ""
         table.add_row(
-            r["id"][:22],
+            Text(r["id"][:22], no_wrap=True, overflow="ellipsis"),
             r["state"] + again,
             "" if r["prompt_tokens"] is None else str(r["prompt_tokens"]),
             read,
@@ -272,7 +307,7 @@ def _rest(status: dict[str, Any]) -> list[RenderableType]:
     counts, cache, disk = status["counts"], status["prompt_cache"], status["disk"]
     ended = ", ".join(f"{n} {k}" for k, n in status["requests"]["outcomes"].items())
     lines = [
-        f"ended: {ended or 'none'}; {status['requests']['tokens']} tokens; "
+        f"ended: {ended or 'none'}; {status['requests']['tokens']} tokens",
         f"{counts['failures']} failures, {counts['replays']} replays, "
         f"{counts['preempted']} put back, {counts['refused']} refused for memory",
         f"prompt cache: {format_size(cache['bytes'])} of "
@@ -286,7 +321,9 @@ def _rest(status: dict[str, Any]) -> list[RenderableType]:
             f"on disk: {format_size(disk['bytes'])} of {format_size(disk['limit'])}, "
             f"{disk['files']} files, {disk['restored']} restored{state}"
         )
-    found: list[RenderableType] = [Text(line) for line in lines]
+    found: list[RenderableType] = [
+        _Parts(*map(Text, re.split("(?<=[,;]) ", line)), between=" ") for line in lines
+    ]
     for mark in status["marks"][-MARKS_MAX:]:
         text, style = KINDS.get(mark["kind"], (mark["kind"], ""))
         times = f" x{mark['count']}" if mark["count"] > 1 else ""
