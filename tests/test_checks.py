@@ -188,7 +188,14 @@ def test_defaults_that_no_server_would_take(tmp_path: Path) -> None:
     (line,) = checks.defaults_check(None, {"MLX_SAFE_TOP_P": "7"})
     assert line.startswith(f"{BAD}mlx-safe serve would not start: --top-p 7.0: must be")
     file.write_text("temp = 0.5")
-    assert checks.defaults_check(str(file), {}) == [f"1 flags are set by {file}"]
+    assert checks.defaults_check(str(file), {}) == [f"{file} sets temp"]
+    variables = {"MLX_SAFE_CONFIG": str(file), "MLX_SAFE_TOP_P": "0.5"}
+    assert checks.defaults_check(None, variables) == [
+        f"{file} sets temp",
+        "the environment sets top-p",
+    ]
+    file.write_text("")
+    assert checks.defaults_check(str(file), {}) == [f"{file} sets nothing"]
     assert checks.defaults_check(None, {}) == []
 
 

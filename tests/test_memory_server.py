@@ -570,6 +570,38 @@ def test_the_doctor_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no such directory" in capsys.readouterr().err
 
 
+def test_the_doctor_takes_what_the_server_would(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The command line, then the environment, then the file."""
+    file = tmp_path / "c.toml"
+    file.write_text(
+        f'model = "{tiny_model}"\nkv-dir = "{tmp_path / "kv"}"\n'
+        'kv-disk-bytes = "3G"\nkv-free-bytes = 0\nmax-active-memory-bytes = "2G"\n'
+    )
+    monkeypatch.setenv("MLX_SAFE_MAX_ACTIVE_KV_BYTES", "1500K")
+    flags = ["--config", str(file), "--max-active-memory-bytes", "1G", "--json"]
+    assert main(["doctor", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"]["name"] == str(tiny_model)
+    assert found["ceiling"]["bytes"] == 10**9
+    assert found["model"]["flags"][:4] == [
+        *("--max-active-memory-bytes", "1000000000"),
+        *("--max-active-kv-bytes", "1500000"),
+    ]
+    assert found["kv_disk"]["path"] == str(tmp_path / "kv")
+    assert found["kv_disk"]["limit"] == 3 * 10**9
+    assert found["kv_disk"]["left_free"] == 0
+    # With a file that no server would take it says so, and the rest.
+    file.write_text('model = "/no/such/model"\n')
+    assert main(["doctor", "--config", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "! mlx-safe serve would not start: --model /no/such/model" in shown
+
+
 def test_the_doctor_with_a_model_that_cannot_be_run(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,

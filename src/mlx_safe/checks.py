@@ -23,9 +23,13 @@ from ._command import CommandError
 from ._install import installed_versions
 from .memory.sizes import format_size
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .server.configuration import Settings
+
 __all__ = [
     *("BAD", "all_checks", "built_check", "built_for", "defaults_check", "disk_check"),
-    *("driver_check", "macos_check", "others_check", "server_of"),
+    *("driver_check", "macos_check", "others_check", "server_of", "server_settings"),
 ]
 
 BAD = "! "
@@ -303,8 +307,16 @@ def server_of(command: str) -> str | None:
 # -- defaults --------------------------------------------------------------------------
 
 
-def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[str]:
-    """Whether a server would start with the flags of the environment and ``config``."""
+def server_settings(
+    config: str | None, environment: Mapping[str, str]
+) -> Settings | None:
+    """The flags that a server would have of the environment and ``config``.
+
+    None where the library alone is installed; `serve` says what is missing.
+
+    Raises:
+        CommandError: it would not start with them.
+    """
     try:
         from .server.configuration import resolve
         from .server.flag_checks import check_flags
@@ -314,23 +326,34 @@ def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[s
 
         parser = whole_parser(parser_of(import_server()))
     except (CommandError, ImportError):
-        return []  # the library alone; `serve` says what is missing
+        return None
     words = [] if config is None else ["--config", config]
+    settings = resolve(parser, words, environment)
+    with settings.with_places():
+        check_flags(settings.values, _copy(settings.values))
+    return settings
+
+
+def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[str]:
+    """Whether a server would start with the flags of the environment and ``config``."""
     try:
-        settings = resolve(parser, words, environment)
-        with settings.with_places():
-            check_flags(settings.values, _copy(settings.values))
+        settings = server_settings(config, environment)
     except CommandError as e:
         return [f"{BAD}mlx-safe serve would not start: {e}"]
+    if settings is None:
+        missing = "packages of the server are missing, which mlx-safe serve names"
+        return [f"{BAD}--config is not read: {missing}"] if config else []
     lines = [
         f"{BAD}{name} in the environment belongs to no flag"
         for name in settings.unknown
     ]
-    places = {k: v for k, v in settings.sources.items() if k != "config"}
-    set_here = [place for place in places.values() if place != "default"]
-    if set_here or config is not None:
-        lines.append(f"{len(set_here)} flags are set by {config or 'the environment'}")
-    return lines
+    path = settings.values.config
+    named: dict[str, list[str]] = {} if path is None else {path: []}
+    for flag, place in settings.sources.items():
+        if place != "default" and flag != "config":
+            place = path if place == path else "the environment"
+            named.setdefault(place, []).append(flag.replace("_", "-"))
+    return lines + [f"{k} sets {', '.join(v) or 'nothing'}" for k, v in named.items()]
 
 
 def _copy(values: argparse.Namespace) -> argparse.Namespace:

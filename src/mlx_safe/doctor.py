@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 from . import install
 from ._command import CommandError, Parser, in_one_line, need_mlx, path_or_name
-from .checks import BAD, all_checks
+from .checks import BAD, all_checks, server_settings
 from .kv.directory import Directory, NotOurs
 from .kv.store import DISK_BYTES, Limits
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
@@ -36,6 +37,7 @@ def doctor(arguments: Sequence[str]) -> int:
         CommandError: the model cannot be loaded; the message says why.
     """
     asked = _parser().parse_args(list(arguments))
+    _fill_in(asked)
     if asked.model is None and (asked.adapter_path or asked.draft_model):
         raise CommandError("--adapter-path and --draft-model need --model")
     found = examine(
@@ -53,11 +55,33 @@ def doctor(arguments: Sequence[str]) -> int:
     return 0
 
 
+# What the server takes as well.
+SERVERS_OWN = (
+    *("model", "adapter_path", "draft_model", "max_active_memory_bytes"),
+    *("max_active_kv_bytes", "kv_dir", "kv_disk_bytes", "kv_free_bytes"),
+)
+
+
+def _fill_in(asked: argparse.Namespace) -> None:
+    """What is not said is taken from where the server would take it."""
+    try:
+        found = server_settings(asked.config, os.environ)
+    except CommandError:
+        return  # a line of the checks says why
+    if found is None:
+        return
+    for name in SERVERS_OWN:
+        if getattr(asked, name) is None:
+            setattr(asked, name, getattr(found.values, name))
+
+
 def _parser() -> Parser:
     parser = Parser(
         prog="mlx-safe doctor",
         allow_abbrev=False,
-        description="What this machine is, what is active on it, and what fits.",
+        description="What this machine is, what is active on it, and what fits. What "
+        "the command line does not say is taken from the environment, then from "
+        "--config, as the server does.",
     )
     text: Any = {"type": path_or_name}
     parser.add_argument(
@@ -89,7 +113,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="the server's file of this name: does it fit?",
+        help="the server's file of this name: does it fit, and what fits with it?",
         **text,
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -106,10 +130,11 @@ def _kv_limits(asked: argparse.Namespace) -> Limits:
 
 
 def _size(
-    flag: str, text: str | None, parse: Callable[[str], int] = parse_size
+    flag: str, value: str | int | None, parse: Callable[[str], int] = parse_size
 ) -> int | None:
+    """``value`` as it is, if it is none of the command line's."""
     try:
-        return None if text is None else parse(text)
+        return parse(value) if isinstance(value, str) else value
     except ValueError as e:
         raise CommandError(f"{flag} {e}") from e
 
