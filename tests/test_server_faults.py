@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import select
+import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 
 from mlx_safe._mlx_versions import parse_version
+from mlx_safe.server.backoff import Backoff
 from support.programs import program
 from support.server import (
     CONTROLLED,
@@ -224,7 +226,20 @@ def test_a_lasting_fault_kills_nothing(tiny_model: Path) -> None:
         health = server.get("/health")
         assert health.status == 503
         assert "12 times in a row" in health.json["reason"]
+        server.process.send_signal(signal.SIGUSR1)  # the hour passes
+        assert eventually(lambda: server.get("/health").status == 200)
+        assert_told(server.chat(), "metal_out_of_memory")
+        assert server.log.count("faults in a row: new requests are refused") == 1
         assert server.process.poll() is None
+
+
+def test_a_card_that_always_fails_does_not_fill_the_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mlx_safe.server.backoff.time.sleep", lambda _: None)
+    found = Backoff()
+    told = [n for n in range(1, 200) if found.fault(tokens=0) and found.is_told]
+    assert told == [12, 24, 48, 96, 192]
 
 
 def bad_stop(server: Server, timeout: float) -> Answer:

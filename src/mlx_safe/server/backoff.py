@@ -42,3 +42,12 @@ class Backoff:
         if beyond > 0:
             time.sleep(min(0.05 * 2**beyond, BACK_OFF_MAX_S))
         return self.faults_in_a_row >= REFUSE_AFTER
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the log says how many: at `REFUSE_AFTER`, then at twice as many.
+
+        A card that always fails would fill it. `/metrics` counts them all.
+        """
+        times, rest = divmod(self.faults_in_a_row, REFUSE_AFTER)
+        return not rest and times.bit_count() == 1

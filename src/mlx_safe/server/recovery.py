@@ -185,11 +185,12 @@ class Recovery:
 
     def _refuse_for_a_while(self) -> None:
         count = self._backoff.faults_in_a_row
-        log.error(
-            "%d faults in a row: new requests are refused for %d s",
-            count,
-            REFUSE_FOR_S,
-        )
+        if self._backoff.is_told:
+            log.error(
+                "%d faults in a row: new requests are refused for %d s after each; "
+                "the next line of this is at %d",
+                *(count, REFUSE_FOR_S, 2 * count),
+            )
         self._health.refuse_for(
             REFUSE_FOR_S, f"the GPU has failed {count} times in a row"
         )
