@@ -15,6 +15,8 @@ import pytest
 
 from mlx_safe._command import CommandError, Parser
 from mlx_safe.doctor import doctor
+from mlx_safe.kv.store import DISK_BYTES
+from mlx_safe.memory.sizes import parse_size
 from mlx_safe.server.access import read_keys
 from mlx_safe.server.configuration import Settings, printed, resolve, variable_of
 from mlx_safe.server.flag_checks import check_flags
@@ -360,6 +362,14 @@ def test_what_is_printed_can_be_read_and_has_no_secret(
     for name, value in vars(before.values).items():
         if name not in ("api_key", "config"):
             assert after[name] == value, name
+
+
+def test_what_is_not_set_is_printed_with_what_applies(parser: Parser) -> None:
+    text = printed(parser, settings(parser))
+    assert "# kv-disk-bytes is not set (default with --kv-dir: 20G)\n" in text
+    assert parse_size("20G") == DISK_BYTES
+    assert "bytes is not set (default: 90% of what Metal recommends, or" in text
+    assert "# model is not set\n" in text
 
 
 def test_the_supervisor_knows_its_own_flags_alone(file: Path) -> None:

@@ -294,7 +294,10 @@ def _line(action: argparse.Action, settings: Settings) -> str:
     key, source = option_of(action), settings.sources[action.dest]
     value = getattr(settings.values, action.dest)
     if value is None or value == []:
-        return f"# {key} is not set"
+        # What holds then may depend on the model and the machine: the help has it.
+        text = (action.help or "").replace("%%", "%")
+        found = re.search(r" \(default[^()]*\)$", text)
+        return f"# {key} is not set{found[0] if found else ''}"
     if action.dest in SECRETS:
         return f"# {key} is not shown ({source})"
     text = f"{key} = {_toml(value)}"

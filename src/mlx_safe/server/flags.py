@@ -283,7 +283,7 @@ def _add_memory_flags(parser: argparse._ActionsContainer) -> None:
         type=_size,
         metavar="SIZE",
         help="how much MLX may hold at any time, such as 20G (default: 90%% of what "
-        "Metal recommends, or 75%% of the RAM without a GPU)",
+        "Metal recommends, or of the card, or 75%% of the RAM without a GPU)",
     )
     parser.add_argument(
         "--max-active-kv-bytes",
