@@ -29,7 +29,7 @@ log = logging.getLogger("mlx_safe.server")
 
 # How long a restore waits for what of its own text is still being written.
 FLUSH_S = 5.0
-# A restore that was too slow is tried again after so many that were not.
+# What was too slow, a restore or a copy, is tried again after so many that were not.
 TRY_AGAIN_AFTER = 16
 # A single measurement counts as so many times slower than those before, at most.
 SLOWER_MAX = 4
@@ -104,7 +104,6 @@ class Restore:
         self._writer = writer
         self._restored: list[_Restored] = []
         self.read_rate, self.take_rate, self.restore_rate = Rate(), Rate(), Rate()
-        self._not_tried = self._not_taken = 0
 
     def model_loaded(self) -> None:
         """Another model reads at a speed of its own."""
@@ -203,11 +202,8 @@ class Restore:
         read, restore = self.read_rate.per_s, self.restore_rate.per_s
         if not read or not restore:
             return True
-        if found.nbytes / restore < (found.end - have) / read:
-            return True
-        self._not_tried += 1
-        self._store.events["not_cheaper"] += 1
-        return self._not_tried % TRY_AGAIN_AFTER == 0
+        is_cheaper = found.nbytes / restore < (found.end - have) / read
+        return is_cheaper or self._is_tried("not_cheaper")
 
     def pays(self, nbytes: int, tokens: int) -> bool:
         """Whether it is quicker to take and restore ``nbytes`` than to read ``tokens``.
@@ -215,11 +211,12 @@ class Restore:
         An H200 reads 4,000 tokens of a small model in 61 ms, and their KV takes 85 to
         be copied to the host: who keeps it waits longer for each first token.
         """
-        if self._pays(nbytes, tokens):
-            return True
-        self._not_taken += 1
-        self._store.events["not_written_dear"] += 1
-        return self._not_taken % TRY_AGAIN_AFTER == 0
+        return self._pays(nbytes, tokens) or self._is_tried("not_written_dear")
+
+    def _is_tried(self, event: str) -> bool:
+        """One of so many that do not pay, or it is never learned that they do again."""
+        self._store.events[event] += 1
+        return self._store.events[event] % TRY_AGAIN_AFTER == 0
 
     def _pays(self, nbytes: int, tokens: int) -> bool:
         read, take = self.read_rate.per_s, self.take_rate.per_s
