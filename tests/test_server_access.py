@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
@@ -274,6 +275,7 @@ def tls(tiny_model: Path, certificate: tuple[Path, Path]) -> Iterator[Server]:
 
 def test_https(tls: Server) -> None:
     assert f"listening at https://127.0.0.1:{tls.port}" in tls.log
+    assert tls.log.count("cert.pem: it ends on ") == 1  # in two days
     whole = tls.chat("hello", max_tokens=20)
     assert whole.status == 200
     streamed = tls.chat("hello", max_tokens=20, stream=True)
@@ -335,6 +337,48 @@ def test_a_restart_under_https_is_a_pause_for_who_comes_later(
         # The next server has the same plan; nothing but a token is asked of it.
         later = server.chat(max_tokens=1)
         assert later.status == 200, server.log
+
+
+@pytest.mark.parametrize(
+    ("days", "ca", "says"),
+    [
+        (0, "no", "clients refuse it (certificate has expired): put a new one there"),
+        (0, "yes", "clients refuse it (certificate has expired): put a new one there"),
+        (2, "no", " GMT: put a new one there and restart before"),
+        (99, "no", None),
+        (99, "yes", None),
+    ],
+)
+def test_a_certificate_that_ends_is_told_at_the_start(
+    certificate: tuple[Path, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    days: int,
+    ca: str,
+    says: str | None,
+) -> None:
+    """One that an authority has signed, and one that is its own."""
+    from mlx_safe.server.tls import Tls
+
+    of_ca, key = certificate
+    request, extensions, found = (tmp_path / x for x in ("csr", "ext", "cert.pem"))
+    extensions.write_text("basicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n")
+    signed = ("-CA", str(of_ca), "-CAkey", str(key), "-CAcreateserial")
+    for words in (
+        ("req", "-new", "-subj", "/CN=box", "-key", str(key), "-out", str(request)),
+        (
+            *("x509", "-req", "-in", str(request), "-days", str(days)),
+            *("-extfile", str(extensions), "-out", str(found)),
+            *(signed if ca == "yes" else ("-signkey", str(key))),
+        ),
+    ):
+        subprocess.run(["openssl", *words], check=True, capture_output=True, timeout=60)
+    while days == 0 and time.time() < found.stat().st_mtime + 1.5:
+        time.sleep(0.1)  # it ends with the second in which it was made
+    Tls(str(found), str(key)).warn_of_its_end()
+    assert [r.levelname for r in caplog.records] == ["WARNING"] * bool(says)
+    assert f"--ssl-certfile {found}: " * bool(says) in caplog.text
+    assert (says or "") in caplog.text
 
 
 def test_a_certificate_that_cannot_be_used(

@@ -339,6 +339,8 @@ def _tell_address(
     name = f"[{host}]" if ":" in host else host
     then = "loading the model" if has_model else "no --model, so requests must name one"
     log.info("listening at %s://%s:%s; %s", scheme, name, port, then)
+    if httpd.tls is not None:
+        httpd.tls.warn_of_its_end()
     if may_ask.is_open and not access.is_loopback(str(address)):
         log.warning(
             "%s can be reached from other machines, and there is no --api-key: "

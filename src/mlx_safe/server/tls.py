@@ -29,6 +29,8 @@ PIECE = 1 << 16
 # How long the process that ends waits until all is with the clients.
 DRAIN_S = 2.0
 DRAIN_TURN_S = 0.01
+# Those that renew by themselves do it weeks before.
+SOON_S = 14 * 86400
 
 
 def _look_for(what: str, path: str, given: str) -> None:
@@ -72,8 +74,53 @@ class Tls:
             raise CommandError(f"{given}: cannot be used: {why}") from None
         except OSError as e:  # it has gone meanwhile
             raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
+        self._certificate = certificate
         self._lock = threading.Lock()
         self._open: set[_Pump] = set()
+
+    def warn_of_its_end(self) -> None:
+        """Logs it where clients refuse the certificate, or soon will."""
+        file = self._certificate
+        try:
+            ends = self._shown_to_a_client()["notAfter"]
+        except ssl.SSLError as e:
+            why = getattr(e, "verify_message", None) or e.reason or str(e)
+            log.warning(
+                "--ssl-certfile %s: clients refuse it (%s): put a new one there "
+                "and restart",
+                *(file, why),
+            )
+            return
+        except OSError:
+            return  # it has gone since it was read, and the next start says so
+        seconds = ssl.cert_time_to_seconds(str(ends))
+        if seconds - time.time() < SOON_S:
+            log.warning(
+                "--ssl-certfile %s: it ends on %s: put a new one there and restart "
+                "before",
+                *(file, ends),
+            )
+
+    def _shown_to_a_client(self) -> dict[str, object]:
+        """As `ssl.SSLSocket.getpeercert`, by a handshake with a client of our own.
+
+        `ssl` (Python 3.14) reads no certificate's dates from a file.
+
+        Raises:
+            ssl.SSLError: the client refuses it.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        # Clients may know who has signed it, and this machine need not.
+        context.load_verify_locations(self._certificate)
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = context.wrap_bio(back, there)
+        server = self._context.wrap_bio(there, back, server_side=True)
+        for end in (client, server) * 3:  # TLS 1.3 needs three turns, 1.2 five
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+        return dict(client.getpeercert() or {})
 
     def wrap(self, connection: socket.socket) -> socket.socket:
         """The handler's end of ``connection``, which a thread takes over."""
