@@ -123,7 +123,7 @@ def test_the_file_can_be_named_in_the_environment(parser: Parser, file: Path) ->
         ("port = 'x'", "port: must be from 0 to 65535, not 'x'"),
         ("port = true", "port: must be a value, not true or false"),
         ("supervise = 1", "supervise: must be true or false"),
-        ("temp = 'warm'", "temp: invalid float value: 'warm'"),
+        ("temp = 'warm'", "temp: must be a number, not 'warm'"),
         ("log-level = 'LOUD'", "log-level: invalid choice: 'LOUD'"),
         ("port = 2026-11-28", "port: must be text, a number"),
         ("port =", "is not TOML: "),
@@ -182,7 +182,7 @@ def test_what_is_no_file(tmp_path: Path, flag: str, kind: str) -> None:
     [
         ("PORT", "x", "MLX_SAFE_PORT: must be from 0 to 65535, not 'x'"),
         ("SUPERVISE", "maybe", "MLX_SAFE_SUPERVISE: must be 1 or 0, not 'maybe'"),
-        ("TEMP", "warm", "MLX_SAFE_TEMP: invalid float value: 'warm'"),
+        ("TEMP", "warm", "MLX_SAFE_TEMP: must be a number, not 'warm'"),
         ("API_KEY", "", "MLX_SAFE_API_KEY is empty"),
     ],
 )

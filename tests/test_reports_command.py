@@ -110,6 +110,15 @@ def test_mistakes(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["show", "export"])
+def test_a_path_that_is_no_file(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["reports", verb, str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"mlx-safe: {tmp_path}: cannot be read: not a file\n")
+
+
 @pytest.mark.parametrize("verb", [[], ["list"], ["show"], ["prune"]])
 def test_a_directory_that_does_not_exist(
     private_reports: Path, verb: list[str]

@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import pytest
 
+from mlx_safe.cli import main
+from mlx_safe.server.supervisor import cannot_listen
 from support import child, warm
 from support.models import make_fp8
 from support.programs import program
@@ -167,6 +169,7 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         (("--port", "123456"), "--port: must be from 0 to 65535, not '123456'"),
         (("--temp", "-3"), "--temp -3.0: must be at least 0"),
         (("--temp", "nan"), "--temp nan: must be a finite number"),
+        (("--temp", "hot"), "--temp: must be a number, not 'hot'"),
         (("--top-p", "1.5"), "--top-p 1.5: must be at most 1"),
         (("--min-p", "-1"), "--min-p -1.0: must be at least 0"),
         (("--top-k", "-7"), "--top-k -7: must be at least -1"),
@@ -179,6 +182,7 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         (("--config", "/no/config"), "--config /no/config: cannot be read"),
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
         (("--host", "a..b"), "--host a..b: is no name of a host"),
+        (("--host", "192.0.2.1"), "give --host an address of this machine"),
         (("--adapter-path", "/no/adapter"), "--adapter-path /no/adapter"),
         (("--no-such-flag",), "--no-such-flag"),
         (("--max-active-memory-bytes", "5X"), "not '5X'"),
@@ -188,6 +192,25 @@ def test_a_port_in_use(tiny_model: Path) -> None:
 def test_bad_flags(tiny_model: Path, arguments: tuple[str, ...], contains: str) -> None:
     done = serve("--model", str(tiny_model), "--port", str(free_port()), *arguments)
     assert_one_clear_line(done, contains)
+
+
+def test_a_port_that_is_roots() -> None:
+    refused = PermissionError(errno.EACCES, "no")
+    said = str(cannot_listen("127.0.0.1", 80, refused))
+    assert said == (
+        f"cannot listen on 127.0.0.1:80: {os.strerror(errno.EACCES)}; those below "
+        "1024 are root's: choose a larger --port"
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "doctor", "top", "status", "reports", "kv"])
+def test_each_command_has_a_help(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: mlx-safe {command} ")
 
 
 def test_a_bad_plan(tiny_model: Path) -> None:
@@ -409,7 +432,7 @@ def test_cli_usage() -> None:
     assert '"mode"' in cli("status", "--json").stdout
     assert cli("status").returncode == 0
     assert_one_clear_line(cli("fly"), "no command 'fly'")
-    assert_one_clear_line(cli("status", "--fast"), "--json")
+    assert_one_clear_line(cli("status", "--fast"), "see mlx-safe status --help")
 
 
 def cli_into(stdout: int | IO[str], *arguments: str) -> tuple[int, str]:

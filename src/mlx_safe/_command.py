@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("MLX", "CommandError", "Parser", "check_file", "in_one_line", "need_mlx"),
-    *("path_or_name", "read_text"),
+    *("number", "path_or_name", "read_text"),
 ]
 
 # As pip knows it.
@@ -53,6 +53,14 @@ def path_or_name(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise argparse.ArgumentTypeError(f"must be a printable text, not {text!r}")
     return text
+
+
+def number(text: str) -> float:
+    """An ``argparse`` type, which says of another text what is wrong."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
 
 
 def check_file(path: str, given: str) -> None:

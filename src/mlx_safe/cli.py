@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from ._command import CommandError
+from ._command import CommandError, Parser
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ commands:
   status   what is active on this machine, and for what is not, why
   reports  the crash reports: list, show, export, prune
   kv       KV caches on disk: list, check, empty
+
+mlx-safe COMMAND --help says more of each.
 """
 
 
@@ -48,14 +50,19 @@ def _doctor(arguments: Sequence[str]) -> int:
 
 
 def _status(arguments: Sequence[str]) -> int:
-    if arguments and list(arguments) != ["--json"]:
-        raise CommandError("status takes only --json")
+    parser = Parser(
+        prog="mlx-safe status",
+        allow_abbrev=False,
+        description="What is active on this machine, and for what is not, why.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    asked = parser.parse_args(list(arguments))
     import json
 
     from . import install
 
     found = install().as_dict()
-    if arguments:
+    if asked.json:
         print(json.dumps(found, indent=2))
         return 0
     for name, value in found.items():

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._command import CommandError, Parser
+from ._command import CommandError, Parser, number
 from .memory.sizes import format_size
 from .server.access import KEY_RULE, is_key, lines_of_keys
 
@@ -67,6 +67,32 @@ def top(arguments: Sequence[str]) -> int:
     Raises:
         CommandError: an argument is wrong, or rich is missing.
     """
+    asked = _parser().parse_args(list(arguments))
+    if not 0.1 <= asked.every <= 3600:
+        raise CommandError("--every: must be from 0.1 to 3600 seconds")
+    given = [x for x in (asked.server, asked.url, asked.port) if x is not None]
+    if len(given) > 1:
+        raise CommandError(f"{' and '.join(given)}: name the server once")
+    url = _url(given[0] if given else URL)
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        raise CommandError("top needs rich: pip install 'rich>=13'") from None
+    key = _key(asked.api_key_file)
+    console = Console()
+    if console.is_terminal and not asked.once:
+        with contextlib.suppress(KeyboardInterrupt):
+            _watch(console, url, key, asked.every)
+        return 0
+    try:
+        console.print(render(look(url, key)))
+    except NoAnswer as e:
+        print(f"mlx-safe: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="mlx-safe top",
         allow_abbrev=False,
@@ -89,31 +115,18 @@ def top(arguments: Sequence[str]) -> int:
         "MLX_SAFE_API_KEY, if there is one)",
     )
     parser.add_argument(
-        "--every", type=float, default=2.0, metavar="SECONDS", help="(default: 2)"
+        "--every",
+        type=number,
+        default=2.0,
+        metavar="SECONDS",
+        help="how often it is asked (default: 2)",
     )
-    parser.add_argument("--once", action="store_true", help="print it once, and end")
-    asked = parser.parse_args(list(arguments))
-    if not 0.1 <= asked.every <= 3600:
-        raise CommandError("--every: must be from 0.1 to 3600 seconds")
-    given = [x for x in (asked.server, asked.url, asked.port) if x is not None]
-    if len(given) > 1:
-        raise CommandError(f"{' and '.join(given)}: name the server once")
-    url = _url(given[0] if given else URL)
-    try:
-        from rich.console import Console
-    except ModuleNotFoundError:
-        raise CommandError("top needs rich: pip install 'rich>=13'") from None
-    key = _key(asked.api_key_file)
-    if not asked.once:
-        with contextlib.suppress(KeyboardInterrupt):
-            _watch(Console(), url, key, asked.every)
-        return 0
-    try:
-        Console().print(render(look(url, key)))
-    except NoAnswer as e:
-        print(f"mlx-safe: {e}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="print it once, and end; so it does where the output is no terminal",
+    )
+    return parser
 
 
 def _port(text: str) -> str:

@@ -31,13 +31,17 @@ def _parser() -> Parser:
     which = f"a report's id, a path, or {LATEST}"
     parser.add_argument("--json", **json_flag)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
-    listing = verbs.add_parser("list", help="one line for each, the newest last")
-    show = verbs.add_parser("show", help="what happened, for people")
+
+    def verb_of(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text)
+
+    listing = verb_of("list", "one line for each, the newest last")
+    show = verb_of("show", "what happened, for people")
     show.add_argument("report", nargs="?", default=LATEST, help=f"{which} (default)")
     for verb in (listing, show):
         # The default is the main parser's, so that --json may stand before.
         verb.add_argument("--json", default=argparse.SUPPRESS, **json_flag)
-    out = verbs.add_parser("export", help="a copy without what is private")
+    out = verb_of("export", "a copy without what is private")
     out.add_argument("report", help=which)
     out.add_argument("-o", "--output", metavar="FILE", help="where; -: stdout")
     out.add_argument(
@@ -45,7 +49,7 @@ def _parser() -> Parser:
         action="store_true",
         help="keep the fields of the program's own breadcrumbs",
     )
-    verbs.add_parser("prune", help="remove the oldest, as every start does")
+    verb_of("prune", "remove the oldest, as every start does")
     return parser
 
 
@@ -130,6 +134,8 @@ def _summary(entry: store.Entry, report: Report) -> dict[str, Any]:
 def _show(directory: str, which: str, *, as_json: bool) -> None:
     entry, path = _find(directory, which)
     report = reader.read(path)
+    if entry is None and reader.is_unreadable(report):
+        raise CommandError(f"{path}: {report.problems[0]}")
     if as_json:
         text = {"headline": words.headline(report), "advice": words.advice(report)}
         print(json.dumps({"path": str(path), **text, **report.as_dict()}, indent=2))

@@ -9,7 +9,9 @@ from ..memory.sizes import format_size
 from . import records, recover
 from .records import Report
 
-__all__ = ["SIZE_MAX", "parse", "read"]
+__all__ = ["SIZE_MAX", "is_unreadable", "parse", "read"]
+
+UNREADABLE = "cannot be read"
 
 # A report is some hundred kilobytes; what is bigger is read up to here.
 SIZE_MAX = 8 * 10**6
@@ -24,7 +26,12 @@ def read(path: str | os.PathLike[str]) -> Report:
         return parse(_bytes(path))
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         reason = e.strerror if isinstance(e, OSError) else str(e)
-        return Report(problems=[f"cannot be read: {reason}"])
+        return Report(problems=[f"{UNREADABLE}: {reason}"])
+
+
+def is_unreadable(report: Report) -> bool:
+    """Whether there was no file to read, or none that may be read."""
+    return bool(report.problems) and report.problems[0].startswith(UNREADABLE)
 
 
 def _bytes(path: str | os.PathLike[str]) -> bytes:

@@ -172,9 +172,9 @@ class Directory:
             if n[0] != "." and n not in _OWN and not _IDENTITY.fullmatch(n)
         ]
         if others or is_any_enough:
-            found = printable(others[0]) if others else ""
-            why = f" ({found} is in it); give an empty one" if others else ""
-            raise NotOurs(f"{self.path}: is no directory of KV caches{why}")
+            why = f" ({printable(others[0])} is in it)" if others else ""
+            what_to_do = "" if is_any_enough else "; give an empty one"
+            raise NotOurs(f"{self.path}: is no directory of KV caches{why}{what_to_do}")
 
     def _make_state(self) -> int:
         with contextlib.suppress(FileExistsError):

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .._command import Parser, path_or_name
+from .._command import Parser, number, path_or_name
 from ..memory.sizes import parse_size, parse_size_or_zero
 from . import logs, supervisor
 from .access import KEY_RULE, is_key
@@ -438,4 +438,8 @@ def _seconds(text: str) -> float:
 
 
 # What mlx-lm's flags take in the place of anything that Python makes one of.
-_STRICT: dict[Any, Any] = {int: _whole, str: path_or_name, None: path_or_name}
+_STRICT: dict[Any, Any] = {
+    int: _whole,
+    float: number,
+    **dict.fromkeys((str, None), path_or_name),
+}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -59,6 +60,11 @@ HOLD_S = 60.0
 END_TIMEOUT_S = 60.0
 TURN_S = 0.2
 FILES_WANTED = 4096
+LISTEN_ADVICE = {
+    errno.EADDRINUSE: "choose another --port, or stop what listens there",
+    errno.EADDRNOTAVAIL: "give --host an address of this machine",
+    errno.EACCES: "those below 1024 are root's: choose a larger --port",
+}
 
 
 def replace_this_process(
@@ -278,8 +284,8 @@ def cannot_listen(host: str, port: int, error: OSError) -> CommandError:
     # Not the error's own text: socket.create_server adds the address to it.
     why = os.strerror(error.errno) if error.errno else str(error)
     return CommandError(
-        f"cannot listen on {host}:{port}: {why}; choose another --port, or stop what "
-        "listens there"
+        f"cannot listen on {host}:{port}: {why}; "
+        + LISTEN_ADVICE.get(error.errno or 0, "choose another --host or --port")
     )
 
 
