@@ -502,7 +502,10 @@ class TestFatalFaults:
                 assert_told(answer, answer.error["code"])
             assert server.wait() == 75
         (report,) = private_reports.glob("*.json")
-        assert json.loads(report.read_text())["why"] == "terminate"
+        told = json.loads(report.read_text())
+        assert told["why"] == "terminate"
+        # None of them was answered before the report was written.
+        assert len(told["requests"]) == 3
 
 
 def test_a_client_that_leaves_is_one_quiet_line(

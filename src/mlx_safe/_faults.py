@@ -295,9 +295,10 @@ _logged = 0
 
 
 def log_terminate() -> None:
-    """Logs what has reached std::terminate, each once.
+    """Logs what has reached std::terminate, each once; its report is written then.
 
     Any thread: the one that computes may see it, and leave, before the callbacks do.
+    Nobody is answered before: the report would name nobody who was in flight.
     """
     import logging
 
@@ -311,6 +312,7 @@ def log_terminate() -> None:
                     "then leaving with status 75",
                     fault.message,
                 )
+                _core.terminate_reported()
 
 
 _leaving = threading.Event()

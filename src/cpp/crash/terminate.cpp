@@ -191,9 +191,13 @@ bool terminate_reached() noexcept { return g_state.reached.load(); }
 
 void terminate_drainers(int more) noexcept { g_state.drainers.fetch_add(more); }
 
+void terminate_reported() noexcept {
+  if (g_state.reached.load()) wait_for_terminal();
+}
+
 // The process ends right after this: not before the report is whole.
 void terminate_drained() noexcept {
-  if (g_state.reached.load()) wait_for_terminal();
+  terminate_reported();
   g_state.drained.store(true);
 }
 

@@ -47,6 +47,10 @@ bool terminate_reached() noexcept;
 // parked for nobody only keeps the clients waiting. Any thread.
 void terminate_drainers(int more) noexcept;
 
+// Waits until the report of what has reached the handler is whole, for 5 s at
+// most: it names who is in flight, so nobody is answered before. Any thread.
+void terminate_reported() noexcept;
+
 // Tells the parked thread that the clients have their answers; it exits the
 // process with status 75. Any thread.
 void terminate_drained() noexcept;

@@ -123,6 +123,8 @@ NB_MODULE(_core, m) {
   m.def("terminate_installed", &terminate_installed);
   m.def("terminate_reached", &terminate_reached);
   m.def("terminate_drainers", &terminate_drainers, "more"_a);
+  m.def("terminate_reported", &terminate_reported,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("terminate_drained", &terminate_drained,
         nb::call_guard<nb::gil_scoped_release>());
 
