@@ -319,7 +319,7 @@ def install(
 
 def _set_signals(wanted: bool) -> None:
     if wanted:
-        import signal  # takes longer than all of an import of ours
+        import signal  # takes longer than the rest of this import
 
         # Of a crash whose signal is blocked the kernel ends the process, and calls no
         # handler. A child has the mask of what started it.
