@@ -360,10 +360,10 @@ def test_what_is_read_faster_than_it_is_taken_is_not_written(
     assert is_written(), "of nothing is anything known"
     assert rates.take_rate.per_s > 0
     for speeds, pays in (
-        ((4, 2, 0), 1),
-        ((4, 5, 0), 0),
-        ((4, 2, 1), 1),
-        ((4, 2, 3), 0),
+        ((4, 0.9, 0), 1),
+        ((4, 1.1, 0), 0),
+        ((4, 0.9, 3), 1),
+        ((4, 0.9, 3.2), 0),
     ):
         learn(*speeds)
         assert is_written() == pays, speeds
