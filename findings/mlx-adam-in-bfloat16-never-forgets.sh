@@ -3,13 +3,13 @@
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mlx.optimizers.Adam.
 # Guess before: the mean of the squared gradients fades by 0.1% with each step, as betas =
-# [0.9, 0.999] say, so that a few thousand steps after a large gradient nothing is left.
+# [0.9, 0.999] say. A few thousand steps after a large gradient little of it is left.
 # Seen: it has the weights' type. In bfloat16 0.999 is 1.0, and to take 0.1% away changes
 # nothing in any case. After 50 gradients of 10 and 2,950 of 0.01 it is 4.84, what it was
 # after the 50; in float32 it is 0.26 and in float16 0.33. A step is the gradient divided by
 # its root, so it stays 4.4 times smaller than in float32.
-# The first, large gradients so decide how fast a bfloat16 model learns to the
-# end. mlx_lm.lora --fine-tune-type full is such a case; LoRA's weights are float32.
+# So the first, large gradients decide how fast a bfloat16 model learns, to the end.
+# mlx_lm.lora --fine-tune-type full is such a case; LoRA's weights are float32.
 set -euo pipefail
 
 work=$(mktemp -d)
