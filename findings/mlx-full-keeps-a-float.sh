@@ -3,8 +3,7 @@
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mx.full(shape, value, dtype).
 # Guess before: the array has the type that was asked for. So it is in NumPy, in
-# mx.array(2.5, mx.int32) and in mx.full_like; or it is refused, as
-# mx.full((1,), 300, mx.int8) is.
+# mx.array(2.5, mx.int32); or it is refused, as mx.full((1,), 300, mx.int8) is.
 # Seen: mx.full((1,), 2.5, dtype=mx.int32) is 2.5 in float32, and so is dtype=mx.bool_. A
 # value that is whole, such as 2.0, is no better. With float16 the type is float16. So a
 # fill value read from JSON or computed (`n / 2`) changes the type of what is made with
@@ -29,6 +28,12 @@ for dtype in (mx.int32, mx.uint8, mx.int64, mx.bool_):
         assert found.dtype == mx.float32
         assert found.item() == float(value)
 assert mx.full((1,), 2, dtype=mx.int8).dtype == mx.int8
+try:
+    mx.full((1,), 300, dtype=mx.int8)
+except ValueError as e:
+    print("300 in int8:", e)
+else:
+    raise AssertionError("taken")
 assert mx.full((1,), 2.5, dtype=mx.float16).dtype == mx.float16
 assert mx.array(2.5, mx.int32).dtype == mx.int32
 indices = mx.full((1,), 2.0, dtype=mx.int32)
