@@ -182,7 +182,7 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (tmp_path, "not a file"),
         (tmp_path / "pipe", "not a file"),
         (tmp_path / "none", "No such file"),
-        ("nul\0", "null byte"),
+        ("nul\0", "embedded null"),
     ):
         (found,) = reader.read(path).problems
         assert "cannot be read" in found

@@ -2,12 +2,15 @@
 
 from mlx_safe.server import logs
 
+# Not in a line of the source, which Python 3.13 shows of a program of `-c`, too.
+SAID = "-".join(("xylophone", "manatee"))
+
 
 class Fails:
     def __del__(self):
-        raise ValueError("xylophone-manatee")
+        raise ValueError(SAID)
 
 
 logs.set_up("INFO", "json")
 Fails()
-raise LookupError("xylophone-manatee")
+raise LookupError(SAID)
