@@ -66,6 +66,7 @@ class Client(Request):
         self.notes: list[str] = []
         self.is_cancelled = False
         self.is_stopped = False
+        self.is_worked_on = False
         # Of this run at mlx-lm: tokens to read, tokens in its caches, the next one.
         self.unread = self.length = self.at = 0
 
@@ -75,6 +76,10 @@ class Client(Request):
 
     def stop_run(self) -> None:
         self.is_stopped = True
+
+    def note_work(self, does: bool) -> None:
+        assert not self.is_ended
+        self.is_worked_on = does
 
     def note_end(self, how: str) -> None:
         self.notes.append(how)
@@ -344,6 +349,8 @@ class Loop:
             return
         if client.is_ended:
             return
+        self.scheduler.works_on(client)  # it is read as tokens
+        assert client.is_worked_on
         client.at = len(client.produced)
         prompt, total = client.prompt + client.at, client.prompt + client.answer
         if client.is_seeded:
@@ -436,9 +443,15 @@ class Loop:
         if leaving:
             return
         self.machine.check_step(len(self.batch))
+        self._check_work(*self.batch)
         for client in list(self.batch):
             if client in self.batch:  # or a failure has come in between
                 self._go_on(client)
+
+    def _check_work(self, *clients: Client) -> None:
+        """A step is made: nobody else is worked on, whatever has been before."""
+        found = [client for client in self.alive if client.is_worked_on]
+        assert set(found) == {client for client in clients if not client.is_ended}
 
     def _note_leaving(self, client: Client) -> None:
         if client.state is RequestState.HELD:
@@ -452,6 +465,7 @@ class Loop:
         if client.is_ended:
             self._drop(client)
             return
+        self._check_work(client)
         self._go_on(client)
         if client is not self.single or client.is_ended or not client.length:
             return

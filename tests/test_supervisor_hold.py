@@ -145,6 +145,44 @@ def test_a_request_that_kills_is_not_run_for_ever(tiny_model: Path) -> None:
         assert server.log.count("ended with status 75") == 2
 
 
+def test_who_waits_is_not_refused_with_what_kills(server: Server) -> None:
+    """It was in no step when the servers died, however often they did."""
+    server.wait_ready()
+    kills = in_background(lambda: server.chat("kills", seed=1, max_tokens=100_000))
+    server.wait_for_requests(1)
+    waits = [in_background(lambda: server.chat(max_tokens=2)) for _ in range(6)]
+    assert eventually(lambda: server.metric("mlx_safe_requests_in_flight") == 7)
+    for _ in range(holding.DEATHS_MAX):
+        assert eventually(lambda: is_generated_alone(server))
+        kill_the_server(server)
+        server.wait_ready()
+    assert [wait().status for wait in waits] == [200] * 6
+    answer = kills()
+    assert answer.status == 503
+    assert answer.error["message"] == holding.SUSPECT
+
+
+def is_generated_alone(server: Server) -> bool:
+    requests = json.loads(server.get("/status.json").body)["requests"]["list"]
+    return any(request["alone"] and request["produced"] for request in requests)
+
+
+def test_who_waits_for_a_model_is_not_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """The servers died while they loaded it: the request had no part in that."""
+    code = program("loads_the_third_time")
+    code = f"PROGRAM = {code!r}\n{program('supervises_a_text')}"
+    env = {"LIVES": str(tmp_path / "lives")}
+    with Server(tiny_model, program=code, env=env) as server:
+        server.wait_for_log("the server listens")
+        wait = in_background(server.chat)
+        for life in range(1, holding.DEATHS_MAX + 1):
+            server.wait_for_log("the server listens", life)
+            time.sleep(0.5)  # it has the request by now, or not: both must do
+            kill_the_server(server)
+        answer = wait()
+        assert answer.status == 200, answer
+
+
 def test_who_still_sends_holds_up_no_restart(tiny_model: Path) -> None:
     request = raw_chat()
     inject = "decode:20:4"

@@ -86,7 +86,8 @@ def whether_a_client_that_leaves_is_noticed():
     left = threading.Event()
     watched = Disconnects()
     request: Any = SimpleNamespace(disconnect=left.set)
-    with watched.watching("a", one):
+    held: Any = None
+    with watched.watching("a", one, held):
         watched.bind("a", request)
         other.send(b"the next request")
         before = left.wait(0.2)

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from .asked import Asked
 from .disconnects import Watch
+from .handover import Held
 from .in_flight import InFlight
 from .mlx_lm.protocols.opaque import Item, Progress
 from .mlx_lm.protocols.requests import GenerationContext
@@ -36,6 +37,7 @@ class Connected(Protocol):
 
     response_generator: Service
     connection: socket
+    held: Held
     request_id: str
     path: str
 
@@ -57,7 +59,7 @@ class Choices:
 
     def __init__(self, handler: Connected, asked: Asked, count: int) -> None:
         self._generator = handler.response_generator
-        self._connection = handler.connection
+        self._connection, self._held = handler.connection, handler.held
         self._progress = asked.progress or (lambda done, total: None)
         self._asked = [
             _of_choice(asked, handler.request_id, handler.path, i) for i in range(count)
@@ -71,7 +73,7 @@ class Choices:
     def __enter__(self) -> Choices:
         disconnects = self._generator.disconnects
         for name, _ in self._asked:
-            watching = disconnects.watching(name, self._connection)
+            watching = disconnects.watching(name, self._connection, self._held)
             self._watches.append(self._stack.enter_context(watching))
         return self
 

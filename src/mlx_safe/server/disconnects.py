@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from .handover import Held
 from .in_flight import InFlight
 
 __all__ = ["Disconnects", "Watch"]
@@ -31,6 +32,7 @@ class Watch:
     """
 
     connection: socket.socket
+    held: Held
     request: InFlight | None = None
     has_left: bool = False
     number: int = -1
@@ -53,9 +55,11 @@ class Disconnects:
         ).start()
 
     @contextmanager
-    def watching(self, request_id: str, connection: socket.socket) -> Iterator[Watch]:
-        """Held by a handler while its client waits."""
-        watch = Watch(connection)
+    def watching(
+        self, request_id: str, connection: socket.socket, held: Held
+    ) -> Iterator[Watch]:
+        """Entered by a handler while its client waits."""
+        watch = Watch(connection, held)
         with self._lock:
             self._watches[request_id] = watch
         try:
@@ -71,7 +75,7 @@ class Disconnects:
             watch = self._watches.get(request_id)
             if watch is None:
                 return
-            watch.request = request
+            watch.request, request.held = request, watch.held
             watch.number = watch.connection.fileno()
             self._by_number.setdefault(watch.number, []).append(watch)
             # Those that are closed already cannot be added, or tell of nothing more.

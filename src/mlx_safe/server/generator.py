@@ -20,7 +20,7 @@ from .disconnects import Disconnects
 from .first_model import load_first_model, status_line
 from .headroom import Headroom, MemoryFlags
 from .health import Health
-from .in_flight import InFlight
+from .in_flight import InFlight, request_of
 from .live import Live
 from .logs import fields
 from .metrics import Metrics
@@ -58,7 +58,7 @@ from .replies import (
     is_of_all,
     reply_for,
 )
-from .request import Disconnected
+from .request import Disconnected, RequestState
 from .scheduler import Scheduler
 from .sequential import Sequential
 from .served_model import ServedModel
@@ -202,14 +202,18 @@ class ProtectedResponseGenerator(ResponseGenerator):
             self._overflow,
             self.parts.resumed,
             is_first=lambda: self.health.state == "loading",
-            # `_next_request`, or the request's first step, ends it.
-            on_load=lambda: self.step.begin("load"),
+            on_load=self._loads,
             on_loaded=prefill.model_loaded,
             on_call=self.parts.model_called,
             detokenizer=self.parts.own.detokenizer,
             max_kv_size=max_kv_size,
             disk=self._disk,
         )
+
+    def _loads(self) -> None:
+        # `_next_request`, or the request's first step, ends it.
+        self.step.begin("load")
+        self.scheduler.works_on(*self.scheduler.requests(RequestState.WAITING))
 
     def _make_watchdog(self, stall_timeout_s: float) -> Watchdog:
         return Watchdog(
@@ -361,6 +365,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
         args: GenerationArguments,
     ) -> Tokenized:
         tokenize = super()._tokenize
+        self.scheduler.works_on(request_of(request))
         return self._prompts.read(
             request, args, tokenizer, lambda request: tokenize(tokenizer, request, args)
         )

@@ -24,7 +24,6 @@ from .mlx_lm.protocols.opaque import Json
 from .mlx_lm.protocols.requests import CompletionRequest
 from .model_names import DEFAULT
 from .replies import EXPECTED, BadRequest, NotEnoughMemory, is_of_all, reply_for
-from .request_file import State
 from .responses import error_body
 
 __all__ = ["ProtectedHandler"]
@@ -218,7 +217,7 @@ class ProtectedHandler(Endpoints, APIHandler):
         if self.requested_model == DEFAULT:
             self.requested_model = self.response_generator.names.default_name
         self._asked_at = time.monotonic()
-        self.held.reach(State.RUNNING)
+        self.held.is_asked = True
         try:
             super().handle_completion(request, stop_words)
         except Asked as asked:

@@ -95,17 +95,23 @@ def connection_of(fd: int) -> socket.socket:
 
 
 class Held:
-    """One connection of the server, as the parent keeps it. Used by its handler.
+    """One connection of the server, as the parent keeps it.
+
+    Used by its handler; `works` by the generation thread.
 
     Attributes:
         taken: what an earlier server had read of the request, and did not answer.
+        is_asked: all of a request is there, and its handler waits for the answer.
     """
 
     def __init__(self, handover: Handover, key: int, file: RequestFile | None) -> None:
         self._handover = handover
         self._key = key
         self._file = file
+        self._lock = threading.Lock()
+        self._at_work: set[object] = set()  # of the request's choices
         self.taken = b"" if file is None else file.read()
+        self.is_asked = False
 
     def receive(self, connection: socket.socket, buffer: memoryview) -> int:
         """Reads from ``connection`` into ``buffer``, as ``recv_into`` does."""
@@ -113,21 +119,36 @@ class Held:
             return connection.recv_into(buffer)
         return self._file.receive(connection, buffer)
 
-    def reach(self, state: State) -> None:
-        """The request is so far."""
-        if self._file is not None and state is not self._file.state:
-            self._file.reach(state)
+    def begin_answer(self) -> None:
+        """The first byte of the answer is about to be sent."""
+        with self._lock:
+            if self._file is not None and self._file.state is not State.BEGUN:
+                self._file.reach(State.BEGUN)
+
+    def works(self, choice: object, does: bool) -> None:
+        """Whether the generation thread works on one ``choice`` of the answer.
+
+        If the process dies meanwhile, the request may be why.
+        """
+        with self._lock:
+            self._at_work.add(choice) if does else self._at_work.discard(choice)
+            state = State.RUNNING if self._at_work else State.READING
+            file = self._file
+            if file is not None and file.state not in (State.BEGUN, state):
+                file.reach(state)
 
     def next(self, ahead: bytes) -> None:
         """Another request begins, with ``ahead``, which was read already."""
-        if self._file is not None:
-            self._file.next(ahead)
+        with self._lock:
+            self.is_asked = False
+            self._at_work.clear()
+            if self._file is not None:
+                self._file.next(ahead)
 
     @property
     def is_reading(self) -> bool:
         """Not all of its request is there, and there is a parent that keeps it."""
-        file = self._file
-        return file is not None and file.state is State.READING and self.leave()
+        return not self.is_asked and self.leave()
 
     def leave(self) -> bool:
         """The next server is to have it; False when there is no parent, or too late."""
@@ -139,9 +160,10 @@ class Held:
 
     def close(self) -> None:
         """The connection is closed."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        with self._lock:
+            file, self._file = self._file, None
+        if file is not None:
+            file.close()
             self._handover.tell(Message.DONE, self._key)
 
 

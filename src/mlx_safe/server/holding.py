@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import socket
@@ -20,14 +21,21 @@ from . import handover
 from .handover import Message
 from .request_file import RequestFile, State
 
-__all__ = ["Holding"]
+__all__ = ["GIVES_UP", "STOPPING", "Holding"]
+
+log = logging.getLogger("mlx_safe.supervisor")
 
 # Beyond them a connection is refused. The bytes are those of bodies that were read;
 # of others the system keeps what was sent.
 CONNECTIONS_MAX = 512
 BYTES_MAX = 256 << 20
-# A request that two servers were running when they died is not run by a third.
+# A request that two servers worked on when they died is not run by a third.
 DEATHS_MAX = 2
+# Why a client gets a 503.
+STARTING = "The server is starting."
+STOPPING = "The server is stopping."
+GIVES_UP = "The server has ended too often, and is not started again."
+SUSPECT = "Two servers died while they worked on this request. It is not run again."
 RETRY_AFTER_S = 5
 RETRY_AFTER_MAX_S = 60
 # For one client that is refused, from then to its end; beyond so many at a time, the
@@ -137,7 +145,12 @@ class Holding:
             elif kept.file.deaths < DEATHS_MAX:
                 self._wait(kept)
             else:
-                self._refuse(kept)
+                log.warning(
+                    "a request is refused: the server has died %d times while it "
+                    "worked on it",
+                    kept.file.deaths,
+                )
+                self._refuse(kept, SUSPECT)
         self._kept.clear()
 
     def accept(self, connection: socket.socket) -> None:
@@ -161,18 +174,18 @@ class Holding:
                 del self._waiting[key]
                 self._refuse(kept)
 
-    def refuse_all(self) -> None:
-        """There will be no other server."""
-        threads = [self._refuse(kept) for kept in self._waiting.values()]
+    def refuse_all(self, why: str) -> None:
+        """There will be no other server; ``why`` is what its answer says."""
+        threads = [self._refuse(kept, why) for kept in self._waiting.values()]
         self._waiting.clear()
         deadline = time.monotonic() + 1.0
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _refuse(self, kept: _Kept) -> threading.Thread:
+    def _refuse(self, kept: _Kept, why: str = STARTING) -> threading.Thread:
         has_asked = kept.file.size > 0
         kept.file.close()
-        answer = _refusal(self.last_start_s)
+        answer = _refusal(self.last_start_s, why)
         thread = threading.Thread(
             target=_answer,
             args=(kept.connection, answer, has_asked),
@@ -201,11 +214,11 @@ def _is_probe(kept: _Kept) -> bool:
     return seen.startswith(PROBES)
 
 
-def _refusal(last_start_s: float | None) -> bytes:
+def _refusal(last_start_s: float | None, why: str = STARTING) -> bytes:
     seconds = RETRY_AFTER_S if last_start_s is None else math.ceil(last_start_s)
     seconds = min(max(seconds, 1), RETRY_AFTER_MAX_S)
     error = {
-        "message": "The server is starting.",
+        "message": why,
         "type": "service_unavailable_error",
         "param": None,
         "code": "unavailable",

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable
 
 from .asked import wants_logprobs
+from .handover import Held
 from .mlx_lm.protocols.opaque import (
     Array,
     Item,
@@ -64,9 +65,11 @@ class InFlight(Request):
         tokenizer: that its prompt was read with; its handler has it with the context.
         wants_logprobs: its client asked for log-probabilities.
         logprob: that of one of its tokens, which `Numbers` looks at; None: of none.
+        held: its connection, as a supervisor keeps it; None: it is another rank's.
     """
 
     _first: GenerationContext | None = None  # the context that its handler has
+    held: Held | None = None
 
     def __init__(
         self,
@@ -197,6 +200,10 @@ class InFlight(Request):
         context = self.context
         if context is not None and (self._may_stop_alone or not self.run.alone):
             type(context).stop(context)
+
+    def note_work(self, does: bool) -> None:
+        if self.held is not None:
+            self.held.works(self.id, does)
 
     def note_end(self, how: str) -> None:
         self._place.ended(len(self.produced), how)

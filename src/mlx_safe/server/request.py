@@ -201,6 +201,12 @@ class Request:
         """Makes mlx-lm drop it before its next step."""
         raise NotImplementedError
 
+    def note_work(self, does: bool) -> None:
+        """The generation thread works on it, or no more: it waits.
+
+        If the process dies meanwhile, it may be why.
+        """
+
     def note_end(self, how: str) -> None:
         """It is in flight no more; ``how`` it ended, for reports."""
 

@@ -23,8 +23,9 @@ import termios
 
 __all__ = ["RequestFile", "State"]
 
-# State; how many servers died while they ran the request. Then bytes: of the piece that
-# is being taken, of the request before it, and those taken from the connection in all.
+# State; how many servers died while they worked on the request. Then bytes: of the
+# piece being taken, of the request before it, and those taken from the connection in
+# all.
 HEAD = struct.Struct("=BBIQQ")
 PIECE = 1 << 16
 # Linux (4.1): struct tcp_info has the bytes that came in, at 128.
@@ -34,8 +35,8 @@ RECEIVED_AT = 128
 class State(enum.IntEnum):
     """How far the request of a connection is."""
 
-    READING = 0  # or waited for
-    RUNNING = 1  # all of it is there, nothing of its answer has been sent
+    READING = 0  # or waited for; or all of it is there, and it waits for its turn
+    RUNNING = 1  # the generation thread works on it, nothing of its answer was sent
     BEGUN = 2
 
 

@@ -43,6 +43,15 @@ log = logging.getLogger("mlx_safe.server")
 # How long a request that had begun may wait to go on, whatever --memory-wait says.
 BEGUN_WAIT_S = 60.0
 
+# Whether the generation thread works on a request that comes into this state. One that
+# is WAITING it reads and loads a model for, until a batch goes on without it (`step`).
+_WORKS = {
+    RequestState.WAITING: True,
+    RequestState.PREFILL: True,
+    RequestState.HELD: False,
+    RequestState.REPLAY: False,
+}
+
 R = TypeVar("R", bound=Request)
 
 
@@ -306,6 +315,13 @@ class Scheduler(Generic[R]):
             self.current.run.uid = uid
         return self.current
 
+    def works_on(self, *requests: R, does: bool = True) -> None:
+        """The generation thread works on ``requests``, or no more: they wait."""
+        for request in requests:
+            with self._lock:  # its client may leave, and then it is not to be touched
+                if not request.is_ended:
+                    request.note_work(does)
+
     def serve_alone(self, request: R) -> None:
         """mlx-lm's sequential path works on ``request``."""
         request.run.alone = True
@@ -368,6 +384,7 @@ class Scheduler(Generic[R]):
             Those that must leave the batch first. They are held, or have been answered.
         """
         steady = self._steady
+        self.works_on(*self.requests(RequestState.WAITING), does=False)
         running = self.requests(*RUNNING)
         steps = self._memory.steps_with_room(self._load_of(running)) if running else 1
         if steps > 0:
@@ -573,6 +590,8 @@ class Scheduler(Generic[R]):
             if state in BEFORE_PREFILL and old not in BEFORE_PREFILL:
                 request.waits_since = self._clock()
             request._state = state
+            if state in _WORKS:
+                request.note_work(_WORKS[state])
             self._steady = _Steady()
             if state in ENDED:
                 self._in_flight.pop(request, None)

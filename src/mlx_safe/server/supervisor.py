@@ -28,7 +28,7 @@ from .._command import CommandError, Parser
 from . import handover, logs, ranks
 from .configuration import log_format_of
 from .handover import Message
-from .holding import Holding
+from .holding import GIVES_UP, STOPPING, Holding
 
 __all__ = [
     "LISTEN_FD",
@@ -158,11 +158,11 @@ class Supervisor:
         while True:
             status = self._run_child()
             if self._stopping or status in (0, USER_MISTAKE):
-                self._holding.refuse_all()
+                self._holding.refuse_all(STOPPING)
                 return max(status, 0)
             self._crashes += 1
             if self._crashes > CRASHES_MAX:
-                self._holding.refuse_all()
+                self._holding.refuse_all(GIVES_UP)
                 how = how_it_ended(status)
                 log.error(
                     "the server has ended %d times in a row without a completed "
@@ -180,7 +180,7 @@ class Supervisor:
             )
             self._hold_until(time.monotonic() + delay)
             if self._stopping:
-                self._holding.refuse_all()
+                self._holding.refuse_all(STOPPING)
                 return 0
 
     def _hold_until(self, deadline: float) -> None:

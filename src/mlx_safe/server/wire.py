@@ -24,7 +24,6 @@ from typing import Any
 from .body import discard
 from .exchange import Exchange
 from .handover import Held
-from .request_file import State
 
 __all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
 
@@ -161,7 +160,7 @@ class _Writer(io.BufferedIOBase):
         if not self.sent:
             data = self._handler.take_head() + data
             if data:
-                self._handler.held.reach(State.BEGUN)
+                self._handler.held.begin_answer()
         if not data:
             return
         try:
