@@ -6,8 +6,9 @@ in ``.venvs/litellm``. Every 20th or so request meets a fault of the GPU, and ev
 ``--kill-every`` seconds the process of one server is killed by SIGKILL, the servers in
 turns. The proxies have the settings of `examples/`; each client has some
 ``X-Conversation`` of its own. Prints, by proxy: answers that were right, wrong, errors,
-and streams that were cut; a stream of which something has come cannot go to another
-server. And what each server was asked.
+and streams that were cut, before or after a token; one of which something has come
+cannot go to another server. Then how long a client waited at most, and what each server
+was asked.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "clients" / "drivers")
 from soak import undisturbed  # noqa: E402
 
 from clients.proxy import PROXIES, Proxy  # noqa: E402
-from support.server import Server, eventually, free_port  # noqa: E402
+from support.server import Answer, Server, eventually, free_port  # noqa: E402
 
 LITELLM = ROOT / ".venvs" / "litellm" / "bin" / "litellm"
 CLIENTS = 4
@@ -83,6 +84,7 @@ def ask(
     numbers: itertools.count[int],
     count: int,
     seen: Counter[str],
+    waits: list[float],
 ) -> None:
     while (number := next(numbers)) < count:
         body, expected = texts[number % len(texts)]
@@ -91,14 +93,22 @@ def ask(
         headers = {"X-Conversation": talk, "Content-Type": "application/json"}
         headers |= proxy.headers
         asked = {"model": "chat", **body} if isinstance(proxy, LiteLLM) else body
+        began = time.monotonic()
         answer = proxy.post({**asked, "stream": stream}, headers=headers)
-        if answer.broken or (stream and answer.status == 200 and not answer.done):
-            cut = "a stream that was cut" if answer.status == 200 else "no answer"
-            seen[cut] += 1
-        elif answer.status != 200 or answer.error:
-            seen[f"{answer.status} {answer.error}"] += 1
-        else:
-            seen["right" if answer.text == expected else "WRONG"] += 1
+        waits.append(time.monotonic() - began)
+        seen[what_came(answer, stream, expected)] += 1
+
+
+def what_came(answer: Answer, stream: bool, expected: str) -> str:
+    if answer.status is None:
+        return f"no answer: {answer.broken}"
+    if answer.status != 200:  # a proxy's own has no JSON
+        return f"{answer.status}: {answer.body[:200]}"
+    if answer.broken or (stream and not answer.done):
+        return f"cut {'after' if answer.events else 'before'} a token"
+    if answer.error:
+        return f"an error: {answer.error}"
+    return "right" if answer.text == expected else "WRONG"
 
 
 def kill_each_minute(
@@ -115,12 +125,15 @@ def kill_each_minute(
     raise AssertionError
 
 
-def run(name: str, model: Path, count: int, every_s: float, directory: Path) -> None:
+def run(
+    name: str, model: Path, count: int, every_s: float, hold_s: float, directory: Path
+) -> None:
     texts = undisturbed(model, 1)
-    env = {"MLX_SAFE_DIR": str(directory)}
+    env = {"MLX_SAFE_REPORT_DIR": str(directory / "reports")}
+    flags = ("--supervise", "--hold-seconds", str(hold_s))
     with (
-        Server(model, "--supervise", inject=PLAN, env=env) as one,
-        Server(model, "--supervise", inject=PLAN, env=env) as two,
+        Server(model, *flags, inject=PLAN, env=env) as one,
+        Server(model, *flags, inject=PLAN, env=env) as two,
     ):
         servers = [one.wait_ready(), two.wait_ready()]
         with (
@@ -130,6 +143,7 @@ def run(name: str, model: Path, count: int, every_s: float, directory: Path) -> 
         ) as proxy:
             proxy.wait_ready()
             seen: Counter[str] = Counter()
+            waits: list[float] = []
             numbers, stop, kills = itertools.count(), threading.Event(), [0]
             killer = threading.Thread(
                 target=lambda: kills.append(kill_each_minute(servers, every_s, stop))
@@ -137,7 +151,7 @@ def run(name: str, model: Path, count: int, every_s: float, directory: Path) -> 
             clients = [
                 threading.Thread(
                     target=ask,
-                    args=(proxy, f"client {i}", texts, numbers, count, seen),
+                    args=(proxy, f"client {i}", texts, numbers, count, seen, waits),
                 )
                 for i in range(CLIENTS)
             ]
@@ -152,8 +166,8 @@ def run(name: str, model: Path, count: int, every_s: float, directory: Path) -> 
             asked = [s.log.count("method=POST path=/v1/chat") for s in servers]
             print(
                 f"{name}: {dict(seen)}; {faults} faults, {kills[-1]} kills, "
-                f"answers of each server {asked}, "
-                f"{time.monotonic() - began:.0f} s",
+                f"answers of each server {asked}, at most {max(waits):.1f} s for one, "
+                f"{time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.0f}",
                 flush=True,
             )
 
@@ -162,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--kill-every", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--hold-seconds", type=float, default=10.0)
     parser.add_argument("--proxy", choices=(*PROXIES, "litellm"), action="append")
     asked = parser.parse_args()
     print(f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}")
@@ -170,7 +185,8 @@ def main() -> None:
         model = Path(directory, "model")
         subprocess.run([sys.executable, str(make), str(model)], check=True)
         for name in asked.proxy or PROXIES:
-            run(name, model, asked.requests, asked.kill_every, Path(directory))
+            every_s, hold_s = asked.kill_every, asked.hold_seconds
+            run(name, model, asked.requests, every_s, hold_s, Path(directory))
 
 
 if __name__ == "__main__":

@@ -345,10 +345,13 @@ def test_retry_after_is_what_the_last_start_took(took: float | None, told: int) 
 SLOW_TO_LOAD = program("slow_to_load")
 
 
-def test_a_model_that_takes_long_is_not_waited_for_for_ever(tiny_model: Path) -> None:
+@pytest.mark.parametrize("seconds", ["0", "0.5"])
+def test_a_model_that_takes_long_is_not_waited_for_for_ever(
+    tiny_model: Path, seconds: str
+) -> None:
     """By a request under a supervisor: the next one finds what the start took."""
     env = {supervisor.BORN_S: "0", supervisor.LAST_START_S: "12.1"}
-    more = ("--hold-seconds", "0.5")
+    more = ("--hold-seconds", seconds)
     with Server(tiny_model, *more, program=SLOW_TO_LOAD, env=env) as server:
         server.wait_listening()
         answer = server.chat()

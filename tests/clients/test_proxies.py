@@ -16,6 +16,7 @@ import pytest
 
 from clients.cases import CALM, ENDLESS, NO_REPLAY, POSTED, Stage, start_all
 from clients.proxy import EXAMPLES, PROXIES, Proxy, program
+from support.programs import program as text_of
 from support.server import CONTROLLED, Answer, Server, eventually
 
 # A body larger than what HAProxy holds of one by itself, 16 KB.
@@ -227,3 +228,63 @@ def test_the_example_keeps_a_conversation_at_its_server(
             assert sorted(new) == [0, 3]
             homes.append(new.index(3))
     assert set(homes) == {0, 1}
+
+
+def talk(proxy: Server, name: str) -> Answer:
+    body = {"messages": [{"role": "user", "content": name}], "max_tokens": 2}
+    return proxy.post(body, headers={"X-Conversation": name})
+
+
+def homes(proxy: Server, server: Server) -> dict[bool, str]:
+    """A conversation whose home is ``server``, and one whose home it is not."""
+    found: dict[bool, str] = {}
+    for i in range(32):
+        before = server.ask("steps")
+        assert talk(proxy, f"conversation {i}").status == 200
+        found.setdefault(server.ask("steps") > before, f"conversation {i}")
+    return found
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_example_asks_on_when_each_server_has_failed_once(
+    name: str, two: list[Server]
+) -> None:
+    """nginx leaves both alone then, and answers 502 by itself."""
+    for server in two:
+        server.plan(CALM)
+    with Proxy(name, two, example=True).wait_ready() as proxy:
+        home = homes(proxy, two[0])
+        for server, of_the_first in zip(two, (True, False), strict=True):
+            faults = server.log.count("fault of the GPU")
+            server.plan("any:1:8")
+            answer = talk(proxy, home[of_the_first])
+            assert answer.status == 200, answer
+            server.wait_for_log("fault of the GPU", faults + 1)
+        assert [talk(proxy, one).status for one in home.values()] == [200, 200]
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_example_asks_servers_of_which_none_is_ready(
+    name: str, tiny_model: Path
+) -> None:
+    """They hold what comes until they are. By its checks HAProxy has none then."""
+    with contextlib.ExitStack() as stack:
+        loading = [
+            stack.enter_context(Server(tiny_model, program=text_of("loads_when_asked")))
+            for _ in range(2)
+        ]
+        for server in loading:
+            server.wait_listening()
+        proxy = Proxy(name, loading, example=True)
+        stack.enter_context(proxy)
+        proxy.wait_listening()
+        if proxy.checks:
+            proxy.wait_for_log("backend 'servers' has no server available")
+        answers: list[Answer] = []
+        waits = threading.Thread(target=lambda: answers.append(talk(proxy, "early")))
+        waits.start()
+        waits.join(1.0)
+        for server in loading:
+            server.tell("load")
+        waits.join(60)
+        assert [answer.status for answer in answers] == [200], answers

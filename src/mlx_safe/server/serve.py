@@ -444,7 +444,7 @@ def _make_generator(
         ),
         home=home,
         # Without a supervisor, requests wait for the model as long as it takes.
-        hold_s=options.hold_seconds or None if supervisor.is_supervised() else None,
+        hold_s=options.hold_seconds if supervisor.is_supervised() else None,
     )
 
 
