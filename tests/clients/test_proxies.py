@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import http.server
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -279,7 +281,7 @@ def test_the_example_asks_servers_of_which_none_is_ready(
         stack.enter_context(proxy)
         proxy.wait_listening()
         if proxy.checks:
-            proxy.wait_for_log("backend 'servers' has no server available")
+            proxy.wait_for_log("is DOWN", 2)
         answers: list[Answer] = []
         waits = threading.Thread(target=lambda: answers.append(talk(proxy, "early")))
         waits.start()
@@ -288,3 +290,72 @@ def test_the_example_asks_servers_of_which_none_is_ready(
             server.tell("load")
         waits.join(60)
         assert [answer.status for answer in answers] == [200], answers
+
+
+class Unwell(http.server.ThreadingHTTPServer):
+    """A server whose /health is 503, from when it is asked something; ``go`` ends that.
+
+    Attributes:
+        refuses: what it is asked is a 503, after ``go``.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.port = self.server_port
+        self.refuses = False
+        self.others: list[Unwell] = []
+        self.asked, self.go = threading.Event(), threading.Event()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Checks of HAProxy end with a reset."""
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Unwell
+
+    def do_GET(self) -> None:
+        is_unwell = any(server.asked.is_set() for server in self.server.others)
+        self.answer(503 if is_unwell else 200)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.set()
+        if self.server.refuses:
+            self.server.go.wait(60)
+        self.answer(503 if self.server.refuses else 200)
+
+    def answer(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_the_example_asks_the_other_when_none_is_ready_any_more(name: str) -> None:
+    """HAProxy answers such a request itself, or (2.6) not at all."""
+    with Unwell() as one, Unwell() as two:
+        one.others = two.others = [one, two]
+        upstreams: Any = [one, two]
+        with Proxy(name, upstreams, example=True).wait_ready() as proxy:
+            one.refuses = two.refuses = True
+            answers: list[Answer] = []
+            waits = threading.Thread(target=lambda: answers.append(talk(proxy, "a")))
+            waits.start()
+            assert eventually(lambda: one.asked.is_set() or two.asked.is_set())
+            home, other = (one, two) if one.asked.is_set() else (two, one)
+            if name == "haproxy":
+                proxy.wait_for_log("is DOWN", 2)
+            other.refuses = False
+            home.go.set()
+            waits.join(60)
+            assert [answer.status for answer in answers] == [200], answers
+        for server in (one, two):
+            server.shutdown()
