@@ -9,7 +9,7 @@
 # Guess before looking: the second client gets that 503, with its body; a third one gets
 # the 200 that both servers have for it.
 # Seen: the second gets a 502 of nginx's own, since no server is left to be asked next
-# ("no live upstreams" in the log), and so does everyone until fail_timeout has passed.
+# ("no live upstreams" in the log). So does everyone until fail_timeout has passed.
 # So an upstream of which a server may answer one 503 needs a second group with the same
 # servers and max_fails=0, and `error_page 502` to get there (examples/nginx.conf).
 set -euo pipefail
