@@ -61,8 +61,9 @@ prepare-tests: $(VENVS)/observe.ready $(VENVS)/intercept.ready $(VENVS)/mixed.re
 # installed makes no difference to them.
 ONCE := tests/test_metal.py tests/test_metal_sent.py tests/test_metal_plugin.py tests/test_reports_written.py tests/test_reports_surroundings.py
 
+# Test by test, and twice as many at a time: they wait more than those of servers.
 test-metal: $(VENVS)/observe.ready build/native.stamp  ## the hooks on the simulated Metal, and crash reports
-	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) $(ONCE) $(ARGS)
+	$(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) -n $(shell expr 2 \* $(WORKERS)) --dist load $(RERUN) $(ONCE) $(ARGS)
 
 # What asks nothing of MLX or mlx-lm, or of a supervisor before a server of either: the
 # newest pair has them, which changes. `make test-intercept NEWEST=` runs them, too.
@@ -104,7 +105,7 @@ test-mixed-short: $(VENVS)/mixed.ready $(MODEL)/complete  ## the part of it that
 # A program that is missing is named, and its tests are left out; with
 # MLX_SAFE_REQUIRE_CLIENTS=1 they fail then.
 test-clients: client-modules build/docs.stamp $(VENVS)/observe.ready $(VENVS)/clients.tools $(VENVS)/aider.tools  ## real clients and proxies before the server, a browser before its pages
-	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(RERUN) tests/clients $(ARGS)
+	MLX_SAFE_TEST_CLIENTS=1 $(TEST_ENVIRONMENT) $(VENVS)/observe/bin/python $(PYTEST) $(SPREAD) tests/clients $(ARGS)
 
 # Minutes for each, so not in CI. A server that could not be installed is named, and its
 # tests are left out; with MLX_SAFE_REQUIRE_SERVERS=1 they fail then.
