@@ -388,6 +388,7 @@ def test_what_is_being_written_is_waited_for_no_longer_than_reading_takes(
     tier.capture(provider.model_key, TOKENS, cached(provider))
     assert tier.restore(provider.model_key, TOKENS, 0) is None
     tier._restore.read_rate.saw(52_000, 1.0)  # a card's
+    tier._restore.take_rate.per_s = 1e12  # and of one that copies as fast
     assert tier.restore(provider.model_key, TOKENS, 0) is None
     assert asked == [kv_restore.FLUSH_S, pytest.approx(0.01)]
     tier._restore.take_rate.per_s = 1.0  # to take it is dearer than to read it again
