@@ -40,7 +40,7 @@ unexport PYTHONDONTWRITEBYTECODE
   requirements docs hardware-report
 
 help:  ## what can be made
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 # Whoever sees the project first sees that something goes on: pip is not quiet then.
 demo: QUIET :=
