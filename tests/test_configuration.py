@@ -412,6 +412,8 @@ def test_the_services_start_with_flags_that_there_are(parser: Parser) -> None:
     for words in (start.split(), plist["ProgramArguments"], pod):
         assert words[0].rpartition("/")[2] == "mlx-safe" and words[1] == "serve"
         assert parser.parse_args(words[2:]).supervise
+    # Kubernetes would name the service in MLX_SAFE_PORT, and no pod would start.
+    assert re.search(r"^ +enableServiceLinks: false$", cluster, re.MULTILINE)
     assert plist["StandardErrorPath"] == plist["StandardOutPath"]
     # What is opened by launchd cannot be moved away.
     log = plist["ProgramArguments"][-1]
