@@ -11,7 +11,8 @@
     bench/gpu.py ranks       two ranks (two cards with NCCL): served, killed, supervised
 
 `oom` and `churn` need a card whose free memory MLX can tell (CUDA). The others run
-anywhere, so that they can be tried: with ``--hidden 64 --layers 2`` on a CPU.
+anywhere, so that they can be tried: with ``--hidden 64 --layers 2`` on a CPU, `ranks`
+with ``--backend ring --hidden 256 --layers 2``.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ JOBS = {
     "ranks": gpu_ranks.ranks,
 }
 NEED_A_CARD = ("oom", "churn")
+# What --only takes.
+PARTS = {"oom": list(gpu_memory.SERVERS), "ranks": ["probe", *gpu_ranks.PARTS]}
 
 
 def parse() -> argparse.Namespace:
@@ -60,11 +63,27 @@ def parse() -> argparse.Namespace:
     add("--pairs", type=int, default=30)
     add("--rounds", type=int, default=4)
     add("--only", nargs="+", help="oom: these servers; ranks: these parts")
-    add("--backend", default="nccl", help="of ranks: nccl, or ring")
+    add("--backend", choices=("nccl", "ring"), default="nccl", help="of ranks")
     add("--hidden", type=int, default=1024)
     add("--layers", type=int, default=28)
     add("--kv-heads", type=int, help="each of 64; default: half of the heads")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int | float) and one <= 0:
+                parser.error(f"--{name.replace('_', '-')} must be over 0, not {one:g}")
+    heads, rest = divmod(args.hidden, 64)
+    kv_heads = args.kv_heads or max(1, heads // 2)
+    if rest or heads % kv_heads:
+        parser.error("--hidden must be 64 for each head, and --kv-heads divide them")
+    if args.job == "ranks" and kv_heads % 2:
+        parser.error("two ranks share the heads: --hidden 256, and --kv-heads even")
+    parts = PARTS.get(args.job, ())
+    for name in args.only or ():
+        if name not in parts:
+            known = ", ".join(parts) or "none"
+            parser.error(f"--only: {args.job} has no {name!r}; there are {known}")
+    return args
 
 
 def main() -> None:
@@ -72,8 +91,12 @@ def main() -> None:
     import mlx.core as mx
 
     info = mx.device_info()
-    if args.job in NEED_A_CARD and "free_memory" not in info:
-        sys.exit(f"bench/gpu.py {args.job}: MLX computes on no CUDA card here")
+    if "free_memory" not in info:
+        none = f"bench/gpu.py {args.job}: MLX computes on no CUDA card here"
+        if args.job in NEED_A_CARD:
+            sys.exit(none)
+        if args.job == "ranks" and args.backend == "nccl":
+            sys.exit(f"{none}: --backend ring needs none")
     card = info.get("device_name") or info.get("architecture")
     print(f"{card}, mlx {version('mlx')}, mlx-lm {version('mlx-lm')}", flush=True)
     with tempfile.TemporaryDirectory() as directory:

@@ -202,6 +202,10 @@ def main() -> None:
     parser.add_argument("--append", action="store_true", help="to what is in the file")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
+    if min(asked.requests, asked.rounds) < 1:
+        parser.error("--requests and --rounds must be over 0")
+    if not all(0 <= rate <= 100 for rate in asked.rates):
+        parser.error("--rates are faults per hundred requests, from 0 to 100")
     data: dict[str, Any] = {"about": about(), "rounds": []}
     if asked.append and asked.out.exists():
         data = json.loads(asked.out.read_text())

@@ -432,6 +432,8 @@ def main() -> None:
             flag, type=type(default), default=default, help=f"{what} ({default})"
         )
     asked = parser.parse_args()
+    if min(asked.minutes, asked.clients, asked.every, asked.table) <= 0:
+        parser.error("--minutes, --clients, --every and --table must be over 0")
     # Its servers end with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     print(
