@@ -181,13 +181,14 @@ test-soak: $(VENVS)/observe.ready  ## a short one
 
 # Minutes for each server and rate, so not in CI. SERVERS, RATES: names and numbers, else
 # all; servers of others are in it as far as `make test-servers` has installed them.
-# SCOREBOARD_ARGS=--append: more rounds of what is in build/scoreboard.json.
+# SCOREBOARD_ARGS=--append: more rounds of what is in build/scoreboard.json. PUBLISH=1: the
+# table and the plots of docs/benchmarks.md are written; else those of build/scoreboard.
 REQUESTS ?= 120
 ROUNDS ?= 3
 .PHONY: scoreboard test-scoreboard
 scoreboard: $(VENVS)/observe.ready $(VENVS)/scoreboard.tools  ## stock, restarted, protected and other servers under the same faults
 	$(VENVS)/observe/bin/python bench/scoreboard.py --requests $(REQUESTS) --rounds $(ROUNDS) $(if $(SEED),--seed $(SEED)) $(if $(SERVERS),--servers $(SERVERS)) $(if $(RATES),--rates $(RATES)) $(SCOREBOARD_ARGS)
-	$(VENVS)/scoreboard/bin/python bench/scoreboard_draw.py
+	$(VENVS)/scoreboard/bin/python bench/scoreboard_draw.py $(if $(PUBLISH),--publish)
 
 test-scoreboard: $(VENVS)/observe.ready  ## a short one: does it see what it is for?
 	MLX_SAFE_TEST_SCOREBOARD=1 $(VENVS)/observe/bin/python $(PYTEST) tests/scoreboard $(ARGS)

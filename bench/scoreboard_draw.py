@@ -1,8 +1,8 @@
 """The table and the plots of docs/benchmarks.md, of what `scoreboard.py` measured.
 
-``.venvs/scoreboard/bin/python bench/scoreboard_draw.py [FILE]`` copies the data to
-docs/benchmarks/, beside the plots. ``--table`` prints the table only, which needs
-no matplotlib.
+``.venvs/scoreboard/bin/python bench/scoreboard_draw.py [FILE]`` writes them to
+build/scoreboard; ``--publish`` to docs/, with a copy of the data beside the plots.
+``--table`` prints the table only, which needs no matplotlib.
 
 Intervals are 95 %: of shares by Wilson's score; of percentiles and of ratios by
 bootstrap over requests; of rates by bootstrap over rounds, where there are several.
@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "build" / "scoreboard.json"
 DOCS = ROOT / "docs" / "benchmarks"
+TRIED = ROOT / "build" / "scoreboard"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- scoreboard: bench/scoreboard_draw.py -->", "<!-- scoreboard ends -->"
 SAMPLES = 1000
@@ -376,10 +377,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, nargs="?", default=DATA)
     parser.add_argument("--table", action="store_true", help="prints it, no more")
+    parser.add_argument("--publish", action="store_true", help="into docs/")
     asked = parser.parse_args()
     data = json.loads(asked.data.read_text())
     if asked.table:
         print(tables(data))
+        return
+    if not asked.publish:
+        TRIED.mkdir(parents=True, exist_ok=True)
+        draw(data, TRIED)
+        (TRIED / "table.md").write_text(tables(data) + "\n")
+        print(f"table and plots: {TRIED.relative_to(ROOT)}; PUBLISH=1: into docs/")
         return
     DOCS.mkdir(parents=True, exist_ok=True)
     if asked.data.resolve() != (DOCS / "scoreboard.json").resolve():

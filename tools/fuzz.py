@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import time
@@ -51,7 +52,8 @@ def run(seed: int, arguments: list[str]) -> int:
     environment = {**os.environ, "MLX_SAFE_TEST_PROFILE": "fuzz"}
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if status != 0:
-        print(f"to see it again: make fuzz SEED={seed}", file=sys.stderr)
+        which = f" ARGS={shlex.quote(shlex.join(arguments))}" if arguments else ""
+        print(f"to see it again: make fuzz SEED={seed}{which}", file=sys.stderr)
     return status
 
 
