@@ -180,23 +180,25 @@ def test_another_server_is_seen_and_its_key_is_not(
 def test_defaults_that_no_server_would_take(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("temp = -3")
-    (line,) = checks.defaults_check(str(file), {})
+    (line,) = checks.defaults_check(["--config", str(file)], {})
     assert line == (
         f"{BAD}mlx-safe serve would not start: --temp -3.0: must be at least 0.0 "
         f"(--temp comes from {file})"
     )
-    (line,) = checks.defaults_check(None, {"MLX_SAFE_TOP_P": "7"})
+    (line,) = checks.defaults_check([], {"MLX_SAFE_TOP_P": "7"})
     assert line.startswith(f"{BAD}mlx-safe serve would not start: --top-p 7.0: must be")
     file.write_text("temp = 0.5")
-    assert checks.defaults_check(str(file), {}) == [f"{file} sets temp"]
+    assert checks.defaults_check(["--config", str(file)], {}) == [f"{file} sets temp"]
     variables = {"MLX_SAFE_CONFIG": str(file), "MLX_SAFE_TOP_P": "0.5"}
-    assert checks.defaults_check(None, variables) == [
+    assert checks.defaults_check([], variables) == [
         f"{file} sets temp",
         "the environment sets top-p",
     ]
     file.write_text("")
-    assert checks.defaults_check(str(file), {}) == [f"{file} sets nothing"]
-    assert checks.defaults_check(None, {}) == []
+    assert checks.defaults_check(["--config", str(file)], {}) == [
+        f"{file} sets nothing"
+    ]
+    assert checks.defaults_check([], {}) == []
 
 
 def test_the_doctor_says_all_of_it(tmp_path: Path) -> None:

@@ -602,6 +602,24 @@ def test_the_doctor_takes_what_the_server_would(
     assert "! mlx-safe serve would not start: --model /no/such/model" in shown
 
 
+def test_the_doctor_judges_a_file_together_with_its_own_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, kept = tmp_path / "c.toml", tmp_path / "kv"
+    file.write_text('kv-disk-bytes = "3G"\n')
+    flags = ["--config", str(file), "--kv-dir", str(kept)]
+    assert main(["doctor", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert f"defaults    {file} sets kv-disk-bytes\n" in shown
+    assert f"{kept}: 0 files, 0 B of 3.0 GB;" in shown
+    # What the file alone says is named with it.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "text").touch()
+    file.write_text(f'kv-dir = "{tmp_path / "other"}"\n')
+    assert main(["doctor", "--config", str(file)]) == 2
+    assert f"(--kv-dir comes from {file})\n" in capsys.readouterr().err
+
+
 def test_the_doctor_with_a_model_that_cannot_be_run(
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -14,7 +14,7 @@ import platform
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -37,18 +37,18 @@ BAD = "! "
 Version = tuple[int, int]
 
 
-def all_checks(config: str | None = None) -> dict[str, list[str]]:
+def all_checks(words: Sequence[str] = ()) -> dict[str, list[str]]:
     """Every check of this machine, by what it is about. Imports MLX.
 
     Args:
-        config: a file for ``mlx-safe serve --config``.
+        words: flags of ``mlx-safe serve``.
     """
     return {
         "built for": built_check(),
         "driver": driver_check(nvidia_driver(), cuda_package()),
         "disk": disk_check(_places()),
         "others": others_check(os.getpid()),
-        "defaults": defaults_check(config, os.environ),
+        "defaults": defaults_check(words, os.environ),
     }
 
 
@@ -308,9 +308,9 @@ def server_of(command: str) -> str | None:
 
 
 def server_settings(
-    config: str | None, environment: Mapping[str, str]
+    words: Sequence[str], environment: Mapping[str, str]
 ) -> Settings | None:
-    """The flags that a server would have of the environment and ``config``.
+    """The flags that a server would have of ``words``, the environment and a file.
 
     None where the library alone is installed; `serve` says what is missing.
 
@@ -327,22 +327,22 @@ def server_settings(
         parser = whole_parser(parser_of(import_server()))
     except (CommandError, ImportError):
         return None
-    words = [] if config is None else ["--config", config]
     settings = resolve(parser, words, environment)
     with settings.with_places():
         check_flags(settings.values, _copy(settings.values))
     return settings
 
 
-def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[str]:
-    """Whether a server would start with the flags of the environment and ``config``."""
+def defaults_check(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """Whether a server would start with these flags, the environment and a file."""
     try:
-        settings = server_settings(config, environment)
+        settings = server_settings(words, environment)
     except CommandError as e:
         return [f"{BAD}mlx-safe serve would not start: {e}"]
     if settings is None:
         missing = "packages of the server are missing, which mlx-safe serve names"
-        return [f"{BAD}--config is not read: {missing}"] if config else []
+        is_given = any(word.startswith("--config") for word in words)
+        return [f"{BAD}--config is not read: {missing}"] if is_given else []
     lines = [
         f"{BAD}{name} in the environment belongs to no flag"
         for name in settings.unknown
@@ -350,7 +350,7 @@ def defaults_check(config: str | None, environment: Mapping[str, str]) -> list[s
     path = settings.values.config
     named: dict[str, list[str]] = {} if path is None else {path: []}
     for flag, place in settings.sources.items():
-        if place != "default" and flag != "config":
+        if place not in ("default", "command line") and flag != "config":
             place = path if place == path else "the environment"
             named.setdefault(place, []).append(flag.replace("_", "-"))
     return lines + [f"{k} sets {', '.join(v) or 'nothing'}" for k, v in named.items()]

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,7 +38,14 @@ def doctor(arguments: Sequence[str]) -> int:
         CommandError: the model cannot be loaded; the message says why.
     """
     asked = _parser().parse_args(list(arguments))
-    _fill_in(asked)
+    words = _servers_words(asked)
+    with _filled_in(asked, words):
+        found = _examined(asked, words)
+    print(json.dumps(found, indent=2) if asked.json else render(found))
+    return 0
+
+
+def _examined(asked: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
     if asked.model is None and (asked.adapter_path or asked.draft_model):
         raise CommandError("--adapter-path and --draft-model need --model")
     found = examine(
@@ -46,13 +54,12 @@ def doctor(arguments: Sequence[str]) -> int:
         _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
         adapter=asked.adapter_path,
         draft=asked.draft_model,
-        config=asked.config,
+        words=words,
     )
     limits = _kv_limits(asked)
     if asked.kv_dir is not None:
         found["kv_disk"] = _kv_disk(asked.kv_dir, limits, found)
-    print(json.dumps(found, indent=2) if asked.json else render(found))
-    return 0
+    return found
 
 
 # What the server takes as well.
@@ -62,17 +69,34 @@ SERVERS_OWN = (
 )
 
 
-def _fill_in(asked: argparse.Namespace) -> None:
-    """What is not said is taken from where the server would take it."""
+def _servers_words(asked: argparse.Namespace) -> list[str]:
+    """What the command line says of flags that a server has as well."""
+    given = {name: getattr(asked, name) for name in ("config", *SERVERS_OWN)}
+    return [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in given.items()
+        if value is not None
+    ]
+
+
+def _filled_in(
+    asked: argparse.Namespace, words: Sequence[str]
+) -> AbstractContextManager[None]:
+    """What is not said is taken from where the server would take it.
+
+    Returns:
+        In it, a `CommandError` says where a flag that it names comes from.
+    """
     try:
-        found = server_settings(asked.config, os.environ)
+        found = server_settings(words, os.environ)
     except CommandError:
-        return  # a line of the checks says why
+        found = None  # a line of the checks says why
     if found is None:
-        return
+        return nullcontext()
     for name in SERVERS_OWN:
         if getattr(asked, name) is None:
             setattr(asked, name, getattr(found.values, name))
+    return found.with_places()
 
 
 def _parser() -> Parser:
@@ -146,7 +170,7 @@ def examine(
     *,
     adapter: str | None = None,
     draft: str | None = None,
-    config: str | None = None,
+    words: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All that the command tells, JSON-able. Sizes in bytes.
 
@@ -154,7 +178,7 @@ def examine(
         model: directory or hub name of a model that is loaded and measured.
         explicit: ``--max-active-memory-bytes``. kv_limit: ``--max-active-kv-bytes``.
         adapter, draft: ``--adapter-path`` and ``--draft-model`` of the server.
-        config: a file for its ``--config``.
+        words: flags of the server, which are checked.
 
     Raises:
         CommandError: mlx is missing or broken, or the model cannot be loaded or run.
@@ -185,7 +209,7 @@ def examine(
             "advice": wired_limit_advice(machine),
         },
     }
-    found["checks"] = all_checks(config)
+    found["checks"] = all_checks(words)
     if model is not None:
         loaded = _load(model, adapter, draft)
         found["model"] = _measure(model, loaded, limits.size, explicit, kv_limit)
