@@ -176,6 +176,8 @@ def test_a_port_in_use(tiny_model: Path) -> None:
         (("--max-tokens", "0"), "--max-tokens 0: must be at least 1"),
         (("--num-draft-tokens", "-1"), "--num-draft-tokens -1: must be at least 0"),
         (("--chat-template-args", "[1]"), "--chat-template-args [1]: must be an"),
+        (("--chat-template-args", "{a"), "--chat-template-args: must be JSON, not"),
+        (("--chat-template-args", "[" * 100_000), "too many brackets"),
         (("--ssl-certfile", "/no/cert"), "--ssl-certfile /no/cert: cannot be read"),
         (("--ssl-keyfile", "/no/key"), "--ssl-keyfile needs --ssl-certfile"),
         (("--api-key-file", "/no/key"), "--api-key-file /no/key: cannot be read"),

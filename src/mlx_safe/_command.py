@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("MLX", "CommandError", "Parser", "check_file", "in_one_line", "need_mlx"),
-    *("number", "path_or_name", "read_text"),
+    *("json_value", "number", "path_or_name", "read_text"),
 ]
 
 # As pip knows it.
@@ -61,6 +61,17 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+
+
+def json_value(text: str) -> object:
+    """An ``argparse`` type: the value of a JSON text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        why = repr(text[:MESSAGE_MAX])
+    except RecursionError:
+        why = "one with too many brackets in one another"
+    raise argparse.ArgumentTypeError(f"must be JSON, not {why}")
 
 
 def check_file(path: str, given: str) -> None:

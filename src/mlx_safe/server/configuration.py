@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._command import CommandError, Parser, in_one_line, read_text
+from .._command import CommandError, Parser, in_one_line, json_value, read_text
 
 __all__ = [
     *("Settings", "log_format_of", "option_of", "printed", "resolve", "variable_of"),
@@ -248,7 +248,7 @@ def _read(parser: Parser, action: argparse.Action, value: object, place: str) ->
         values = value if is_list and isinstance(value, list) else [value]
         for v in values:
             # Of the types that a file can have, JSON alone is given as a table.
-            if isinstance(v, dict) and action.type is not json.loads:
+            if isinstance(v, dict) and action.type is not json_value:
                 raise CommandError("cannot be a table")
             if isinstance(v, list) and v is not value:
                 raise CommandError("cannot be an array of arrays")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from typing import Any
 
-from .._command import Parser, number, path_or_name
+from .._command import Parser, json_value, number, path_or_name
 from ..memory.sizes import parse_size, parse_size_or_zero
 from . import logs, supervisor
 from .access import KEY_RULE, is_key
@@ -441,5 +442,6 @@ def _seconds(text: str) -> float:
 _STRICT: dict[Any, Any] = {
     int: _whole,
     float: number,
+    json.loads: json_value,
     **dict.fromkeys((str, None), path_or_name),
 }
