@@ -71,6 +71,17 @@ def test_one_that_was_blocked_when_it_began(private_reports: Path) -> None:
     assert only_report(private_reports)["signal"]["name"] == "SIGSEGV"
 
 
+def test_one_that_waits_to_be_let_through(private_reports: Path) -> None:
+    """It comes as soon as it is unblocked, which is where its report can be written."""
+    sent = (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGABRT]); "
+        "os.kill(os.getpid(), signal.SIGABRT)"
+    )
+    done = die("    pass", before=sent)
+    assert done.returncode == -signal.SIGABRT, done.stderr
+    assert only_report(private_reports)["signal"]["name"] == "SIGABRT"
+
+
 def test_without_signals_there_is_none(private_reports: Path) -> None:
     """The other side: and how it ends is the same."""
     done = child.run("import ctypes, mlx_safe; ctypes.string_at(0)")

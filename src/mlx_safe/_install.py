@@ -312,6 +312,8 @@ def install(
         _state.reasons = reasons
         _set_signals(signals)
         _start_reports(report_dir, versions)
+        if signals:
+            _unblock_crashes()
         if metal["active"]:
             _reports.watch_faults()
         return status()
@@ -319,15 +321,21 @@ def install(
 
 def _set_signals(wanted: bool) -> None:
     if wanted:
-        import signal  # takes longer than the rest of this import
-
-        # Of a crash whose signal is blocked the kernel ends the process, and calls no
-        # handler. A child has the mask of what started it.
-        crashes = {getattr(signal, name) for name in _CRASHES}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, crashes)
         _core.signals_install()
     else:
         _core.signals_uninstall()
+
+
+def _unblock_crashes() -> None:
+    """Of a crash whose signal is blocked the kernel calls no handler.
+
+    A child has the mask of what started it. One that was sent meanwhile comes now, so
+    its report can be written by now.
+    """
+    import signal  # takes longer than the rest of this import
+
+    crashes = {getattr(signal, name) for name in _CRASHES}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, crashes)
 
 
 _CRASHES = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP")
