@@ -6,17 +6,21 @@ import base64
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlx_safe.cli import main
 from mlx_safe.server import status_page
 from support.server import BATCH_RUNS_S, CONTROLLED, NEVER, Server, eventually, kept_in
 
@@ -299,18 +303,14 @@ chatcmpl-00000002-…  decode (again 2)       9                 16383/16384  100
 """
 
 
-def test_top_fits_80_columns() -> None:
-    """Where figures are as long as they get, no word or figure is broken or cut."""
-    from rich.console import Console
-
-    from mlx_safe.top import render
-
+def longest_status() -> dict[str, Any]:
+    """With figures that are as long as they get."""
     named = dict.fromkeys(("replays", "to_read", "waits"), 0)
     long = {"prompt_tokens": 131072, "read_tokens": 100000, "to_read": 131072}
     made = {"produced": 16383, "max_tokens": 16384, "seconds": 100.0}
     ids = [f"chatcmpl-{i:08x}-b23a-4a7e-9d9f-{i:012x}" for i in (1, 2)]
     counts = ("failures", "replays", "preempted", "refused")
-    found = {
+    return {
         "time": 9000.0,
         "server": {
             "state": "recovering",
@@ -341,11 +341,67 @@ def test_top_fits_80_columns() -> None:
         "marks": [],
         "reports": [],
     }  # fmt: skip
+
+
+def test_top_fits_80_columns() -> None:
+    """No word or figure is broken or cut."""
+    from rich.console import Console
+
+    from mlx_safe.top import render
+
+    found = longest_status()
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(render(found))
     path, *lines = (line.rstrip() for line in console.export_text().splitlines())
     assert len(path) == 78 and path.endswith("xx/snapshots/0123456789")
     assert lines == IN_80_COLUMNS.splitlines()
+    # Characters that take two columns.
+    found["server"]["model"] = "模" * 78
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(found))
+    path, *lines = (line.rstrip() for line in console.export_text().splitlines())
+    assert path == "…" + "模" * 38
+    assert lines == IN_80_COLUMNS.splitlines()
+
+
+def test_top_shows_nothing_that_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evil = "a\x1b[2J\x1b]0;b\x07\u202e\nc"
+    found = {**longest_status(), "version": 1}
+    found["server"].update(model=evil, reason=evil)
+    found["requests"]["list"][0]["id"] = evil
+    found["marks"] = [{"kind": evil, "count": 1, "text": evil, "time": 0}]
+    found["reports"] = [{"time": 0, "id": evil, "headline": evil}]
+    with answering(json.dumps(found)) as url:
+        assert main(["top", "--once", url]) == 0
+    shown = capsys.readouterr().out
+    assert "a [2J ]0;b" in shown
+    assert all(c.isprintable() for c in shown.replace("\n", ""))
+    with answering("[" * 100_000) as url:
+        assert main(["top", "--once", url]) == 1
+    assert "it is no mlx-safe serve" in capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def answering(body: str) -> Iterator[str]:
+    """The URL of a server that answers everything with ``body``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:

@@ -178,7 +178,7 @@ def look(url: str, key: str | None = None) -> dict[str, Any]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=TIMEOUT_S) as answer:
-            found = json.load(answer)
+            found = _printable(json.load(answer))
     except urllib.error.HTTPError as e:
         why = {
             401: "it needs a key: --api-key-file, or MLX_SAFE_API_KEY"
@@ -199,11 +199,20 @@ def look(url: str, key: str | None = None) -> dict[str, Any]:
         if isinstance(reason, http.client.RemoteDisconnected):
             why = "it closes the connection: does it speak https?"
         raise NoAnswer(f"{url}: no answer ({why})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise NoAnswer(f"{url}: it is no mlx-safe serve") from None
     if not isinstance(found, dict) or found.get("version") != VERSION:
         raise NoAnswer(f"{url}: it is another version of mlx-safe")
     return found
+
+
+def _printable(value: Any) -> Any:
+    """``value``, of JSON, with no text that a terminal would obey."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else " " for c in value)
+    if isinstance(value, dict):
+        return {_printable(k): _printable(v) for k, v in value.items()}
+    return [_printable(v) for v in value] if isinstance(value, list) else value
 
 
 def _watch(console: Console, url: str, key: str | None, every_s: float) -> None:
@@ -259,13 +268,16 @@ class _Parts:
 
 
 def _headline(server: dict[str, Any], now: float) -> RenderableType:
+    from rich.cells import cell_len
     from rich.text import Text
 
     state, reason = server["state"], server["reason"]
     style = {"ok": "green", "failed": "red"}.get(state, "yellow")
     name = str(server["model"] or "mlx-safe")
-    if len(name) > NAME_MAX:  # of a path the end tells more
-        name = "…" + name[1 - NAME_MAX :]
+    if cell_len(name) > NAME_MAX:  # of a path the end tells more
+        while cell_len(name) >= NAME_MAX:
+            name = name[1:]
+        name = f"…{name}"
     return _Parts(
         Text(name, "bold"),
         Text(f"{state}: {reason}" if reason else state, style),
