@@ -84,6 +84,19 @@ def test_two_threads_at_once_leave_one_report(private_reports: Path) -> None:
     assert len(reports(private_reports)) == 1
 
 
+def test_a_second_thread_with_the_gil_keeps_nobody_waiting() -> None:
+    done = child.run(program("terminates_twice_with_the_gil"), timeout=30)
+    assert done.stdout == "answered\n", done.stderr
+    assert done.returncode == 75
+
+
+def test_clients_are_answered_without_a_descriptor(private_reports: Path) -> None:
+    done = child.run(program("answers_without_a_descriptor"))
+    assert done.stdout == "answered\n", done.stderr
+    assert done.returncode == 75
+    assert len(reports(private_reports)) == 1
+
+
 def test_a_forked_child_dies_as_it_would_have(private_reports: Path) -> None:
     done = child.run(program("dies_after_a_fork"))
     assert done.returncode == 0, done.stderr

@@ -195,6 +195,11 @@ class _Dispatcher:
         self._ended = False
 
     def add(self, subscription: Subscription) -> None:
+        import select  # noqa: F401
+
+        if subscription._drains:
+            # When they are needed no descriptor may be left to import them with.
+            import logging  # noqa: F401
         with self._lock:
             if not self._subscriptions:
                 self._told = _core.epoch()

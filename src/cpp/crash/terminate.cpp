@@ -110,11 +110,16 @@ void say(const char* text) noexcept {
   write_all(STDERR_FILENO, text, std::strlen(text));
 }
 
-// Async-signal-safe but for the release of the GIL.
-[[noreturn]] void park() noexcept {
+// Or the threads that are to answer the clients would wait for this one.
+void give_up_gil() noexcept {
   auto holds = g_state.holds_gil.load();
   auto release = g_state.release_gil.load();
   if (holds != nullptr && release != nullptr && holds() != 0) release();
+}
+
+// Async-signal-safe but for the release of the GIL.
+[[noreturn]] void park() noexcept {
+  give_up_gil();
   auto left_ms = static_cast<long>(g_state.drain_seconds.load() * 1000);
   if (g_state.drainers.load() == 0) left_ms = 0;
   for (; left_ms > 0 && !g_state.drained.load(); left_ms -= 10) sleep_ms(10);
@@ -141,6 +146,7 @@ void say(const char* text) noexcept {
       std::abort();  // we failed inside ourselves
     case Claim::kOtherThread:
       // The first thread writes the report and decides how the process ends.
+      give_up_gil();
       for (int i = 0; i < 6000; ++i) sleep_ms(10);
       std::abort();
     case Claim::kFirst:
