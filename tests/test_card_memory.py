@@ -13,7 +13,7 @@ import pytest
 
 from mlx_safe.memory.demand import Row
 from mlx_safe.server import headroom
-from mlx_safe.server.admission import Load
+from mlx_safe.server.admission import Ask, Load
 from mlx_safe.server.headroom import LOOKS, Headroom, MemoryFlags
 from mlx_safe.server.prefill import PrefillStep
 
@@ -63,6 +63,11 @@ def test_what_a_step_leaves_behind_for_a_moment_ends_nobody(
     card = Card(900, 500)
     assert room(monkeypatch, card).steps_with_room(ALONE) == 1
     assert card.waits == 1
+    card = Card(900, 900, 500)
+    nobody = Load((), length=0)
+    ask = Ask(prompt=100, total=120, may_wait=False)
+    assert room(monkeypatch, card).admits(ask, nobody).verdict == "admit"
+    assert card.waits == 2
 
 
 def test_what_does_not_fit_is_looked_at_for_so_long(

@@ -192,8 +192,10 @@ def test_its_first_token_alone_is_followed_by_no_step_of_its_prompt() -> None:
     assert scheduler.ask(made, 600, 608).verdict == "admit"
     scheduler.serve_alone(made)
     made.put(Context())
-    for item in ((256, 600), (512, 600), (600, 600)):
+    for item, tokens in (((256, 600), 256), ((512, 600), 88), ((600, 600), 88)):
         made.put(item)
+        # Of its next step, that is, while there is one.
+        assert prefill.lacked_memory() == tokens
     assert made.state is RequestState.PREFILL
     made.put(SimpleNamespace(token=7, finish_reason=None))
     assert room.seen == [True, True, False, False]

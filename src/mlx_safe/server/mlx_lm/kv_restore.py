@@ -226,8 +226,8 @@ class Restore:
         if not read or not take:
             return True
         read_s, take_s = tokens / read, nbytes / take
-        # Restoring copies as much, until it is known.
-        restore_s = nbytes / (self.restore_rate.per_s or take)
+        restore = self.restore_rate.per_s  # 0: not known yet
+        restore_s = nbytes / restore if restore else 0.0
         return take_s <= TAKING_MAX * read_s and take_s + restore_s < read_s
 
     def read_s(self, tokens: int) -> float:
