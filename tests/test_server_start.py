@@ -203,6 +203,9 @@ def test_a_port_that_is_roots() -> None:
         f"cannot listen on 127.0.0.1:80: {os.strerror(errno.EACCES)}; those below "
         "1024 are root's: choose a larger --port"
     )
+    # What else forbids it, SELinux say.
+    said = str(cannot_listen("127.0.0.1", 8080, refused))
+    assert said.endswith("choose another --host or --port")
 
 
 @pytest.mark.parametrize("command", ["run", "doctor", "top", "status", "reports", "kv"])

@@ -60,6 +60,7 @@ HOLD_S = 60.0
 END_TIMEOUT_S = 60.0
 TURN_S = 0.2
 FILES_WANTED = 4096
+FIRST_FREE_PORT = 1024  # for others than root
 LISTEN_ADVICE = {
     errno.EADDRINUSE: "choose another --port, or stop what listens there",
     errno.EADDRNOTAVAIL: "give --host an address of this machine",
@@ -283,10 +284,10 @@ def cannot_listen(host: str, port: int, error: OSError) -> CommandError:
     """What to say of an address that cannot be bound."""
     # Not the error's own text: socket.create_server adds the address to it.
     why = os.strerror(error.errno) if error.errno else str(error)
-    return CommandError(
-        f"cannot listen on {host}:{port}: {why}; "
-        + LISTEN_ADVICE.get(error.errno or 0, "choose another --host or --port")
-    )
+    advice = LISTEN_ADVICE.get(error.errno or 0)
+    if advice is None or (error.errno == errno.EACCES and port >= FIRST_FREE_PORT):
+        advice = "choose another --host or --port"
+    return CommandError(f"cannot listen on {host}:{port}: {why}; {advice}")
 
 
 def _flags(arguments: Sequence[str]) -> argparse.Namespace:

@@ -44,6 +44,10 @@ def _look_for(what: str, path: str, given: str) -> None:
         raise CommandError(f"{given}: there is no {what.lower()} (PEM) in it")
 
 
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "it is damaged").replace("_", " ").lower()
+
+
 class Tls:
     """The certificate of one server, and the connections that are open with it.
 
@@ -70,8 +74,7 @@ class Tls:
         try:
             self._context.load_cert_chain(certificate, key, no_password)
         except ssl.SSLError as e:
-            why = (e.reason or "it is damaged").replace("_", " ").lower()
-            raise CommandError(f"{given}: cannot be used: {why}") from None
+            raise CommandError(f"{given}: cannot be used: {_reason(e)}") from None
         except OSError as e:  # it has gone meanwhile
             raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
         self._certificate = certificate
@@ -84,7 +87,7 @@ class Tls:
         try:
             ends = self._shown_to_a_client()["notAfter"]
         except ssl.SSLError as e:
-            why = getattr(e, "verify_message", None) or e.reason or str(e)
+            why = getattr(e, "verify_message", None) or _reason(e)
             log.warning(
                 "--ssl-certfile %s: clients refuse it (%s): put a new one there "
                 "and restart",
