@@ -201,6 +201,21 @@ def test_defaults_that_no_server_would_take(tmp_path: Path) -> None:
     assert checks.defaults_check([], {}) == []
 
 
+def test_the_doctor_in_a_terminal_of_few_characters(tmp_path: Path) -> None:
+    file = tmp_path / "é.toml"
+    file.write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_safe", "doctor", "--config", str(file)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "?.toml sets nothing" in done.stdout
+
+
 def test_the_doctor_says_all_of_it(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("min-p = 2")

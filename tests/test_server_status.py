@@ -413,10 +413,15 @@ def test_top_says_why_there_is_nothing(tiny_model: Path) -> None:
         assert top(server, MLX_SAFE_API_KEY="k").returncode == 0
         command = [sys.executable, "-m", "mlx_safe", "top", "--once"]
         for words in ([*command, str(server.port)], [*command[:-1], str(server.port)]):
-            # Without --once, too: a pipe would never see anything.
+            # Without --once, too: a pipe would never see anything. It takes any text,
+            # and need not have the characters of the bar.
             by_port = subprocess.run(
                 words,
-                env={**os.environ, "MLX_SAFE_API_KEY": "k"},
+                env={
+                    **os.environ,
+                    "MLX_SAFE_API_KEY": "k",
+                    "PYTHONIOENCODING": "ascii",
+                },
                 stdout=subprocess.PIPE,
                 timeout=60,
                 check=False,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("MLX", "CommandError", "Parser", "check_file", "in_one_line", "need_mlx"),
-    *("json_value", "number", "path_or_name", "read_text"),
+    *("json_value", "number", "path_or_name", "print_anything", "read_text"),
 ]
 
 # As pip knows it.
@@ -45,6 +45,12 @@ class Parser(argparse.ArgumentParser):
             return ""
         near = difflib.get_close_matches(unknown.partition("=")[0], known, 1)
         return f"; did you mean {near[0]}?" if near else ""
+
+
+def print_anything() -> None:
+    """A character that the terminal has not is printed as "?", and ends nothing."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def path_or_name(text: str) -> str:

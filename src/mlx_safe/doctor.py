@@ -12,7 +12,14 @@ from functools import partial
 from typing import Any
 
 from . import install
-from ._command import CommandError, Parser, in_one_line, need_mlx, path_or_name
+from ._command import (
+    CommandError,
+    Parser,
+    in_one_line,
+    need_mlx,
+    path_or_name,
+    print_anything,
+)
 from .checks import BAD, all_checks, server_settings
 from .kv.directory import Directory, NotOurs
 from .kv.store import DISK_BYTES, Limits
@@ -38,6 +45,7 @@ def doctor(arguments: Sequence[str]) -> int:
         CommandError: the model cannot be loaded; the message says why.
     """
     asked = _parser().parse_args(list(arguments))
+    print_anything()
     words = _servers_words(asked)
     with _filled_in(asked, words):
         found = _examined(asked, words)

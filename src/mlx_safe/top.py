@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._command import CommandError, Parser, number
+from ._command import CommandError, Parser, number, print_anything
 from .memory.sizes import format_size
 from .server.access import KEY_RULE, is_key, lines_of_keys
 
@@ -68,6 +68,7 @@ def top(arguments: Sequence[str]) -> int:
         CommandError: an argument is wrong, or rich is missing.
     """
     asked = _parser().parse_args(list(arguments))
+    print_anything()
     if not 0.1 <= asked.every <= 3600:
         raise CommandError("--every: must be from 0.1 to 3600 seconds")
     given = [x for x in (asked.server, asked.url, asked.port) if x is not None]

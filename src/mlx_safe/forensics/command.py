@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _paths
-from .._command import CommandError, Parser
+from .._command import CommandError, Parser, print_anything
 from . import export, orphans, reader, render, store, words
 from .records import Report
 from .words import Section
@@ -62,9 +62,7 @@ def reports(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_args(list(arguments))
     if sys.stdout is None:
         raise CommandError("there is no stdout to write to")
-    if hasattr(sys.stdout, "reconfigure"):
-        # A report holds what it holds, whatever the terminal can show.
-        sys.stdout.reconfigure(errors="replace")
+    print_anything()
     directory = _paths.report_dir()
     try:
         _look_at(directory)
