@@ -304,7 +304,7 @@ def test_a_value_that_cannot_be_says_where_it_comes_from(
 @pytest.mark.parametrize("start", ["--print-config", "--supervise"])
 def test_a_mistake_in_the_environment_names_its_variable(start: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_safe", "serve", start],
+        [sys.executable, "-m", "mlx_safe", "serve", "--port", "0", start],
         env={**os.environ, "MLX_SAFE_SSL_KEYFILE": "/none", "MLX_SAFE_TEMP": "-3"},
         capture_output=True,
         text=True,
