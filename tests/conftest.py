@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import platform
+import resource
 import signal
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,11 @@ for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(_number, lambda *_: None)
 # What starts this may have blocked some, which a child inherits as well.
 signal.pthread_sigmask(signal.SIG_SETMASK, [])
+# Many die on purpose. Who waits for one waits until its core is written, and that of a
+# server with a card is large.
+resource.setrlimit(
+    resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1])
+)
 
 round_alike()
 
