@@ -429,7 +429,7 @@ class _Written:
         self.n = 1
         self.body: dict[str, Any] = {}
         self.stream_options = None
-        self.connection = None
+        self.connection = self.held = None
         self.heard = lambda: None
         self.request_id, self.path = "chatcmpl-1", "/v1/chat/completions"
         self.frames: list[Any] = []
