@@ -334,11 +334,10 @@ def _unblock_crashes() -> None:
     """
     import signal  # takes longer than the rest of this import
 
-    crashes = {getattr(signal, name) for name in _CRASHES}
+    crashes = [signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS]
+    crashes += [signal.SIGILL, signal.SIGFPE, signal.SIGTRAP]
     signal.pthread_sigmask(signal.SIG_UNBLOCK, crashes)
 
-
-_CRASHES = ("SIGABRT", "SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGTRAP")
 
 # Of `Status`, what is no setting but a count, or stands elsewhere in a report.
 _NOT_OF_THE_HOOKS = (
