@@ -332,7 +332,7 @@ def _unblock_crashes() -> None:
     A child has the mask of what started it. One that was sent meanwhile comes now, so
     its report can be written by now.
     """
-    import signal  # takes longer than the rest of this import
+    import signal  # here: an `import mlx_safe` alone need not take its 0.4 ms
 
     crashes = [signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS]
     crashes += [signal.SIGILL, signal.SIGFPE, signal.SIGTRAP]

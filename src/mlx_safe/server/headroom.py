@@ -260,15 +260,15 @@ class Headroom:
         """Whether a request may run beside ``load``. Changes nothing."""
         if not self._enabled:
             return EVERYTHING_FITS
-        load, asked = self._with_caches(load), load
+        held = self._with_caches(load)
         found = self._decided(
             lambda now: admission.for_request(
-                self._demand, now, load, ask, self._prefill.sizes, self._room_tokens
+                self._demand, now, held, ask, self._prefill.sizes, self._room_tokens
             )
         )
         if found.verdict == "admit":
             # The sequential path begins with it at once.
-            self._note_step(asked, found.step, Row(ask.prompt, ask.total))
+            self._note_step(load, found.step, Row(ask.prompt, ask.total))
         return found
 
     def steps_with_room(self, load: Load) -> int:
@@ -278,10 +278,9 @@ class Headroom:
         """
         if not self._enabled:
             return STEPS_MAX
+        held = self._with_caches(load)
         found = self._decided(
-            lambda now: admission.for_step(
-                self._demand, now, self._with_caches(load), self._prefill.sizes
-            )
+            lambda now: admission.for_step(self._demand, now, held, self._prefill.sizes)
         )
         if not self._carried_out(found):
             return 0
@@ -294,10 +293,10 @@ class Headroom:
         """The same for the sequential path."""
         if not self._enabled:
             return "fits"
-        size = self._prefill.size
+        size, held = self._prefill.size, self._with_caches(load)
         found = self._decided(
             lambda now: admission.for_single_step(
-                self._demand, now, self._with_caches(load), size, self._prefill.sizes
+                self._demand, now, held, size, self._prefill.sizes
             )
         )
         if not self._carried_out(found):
