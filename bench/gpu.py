@@ -31,7 +31,7 @@ import gpu_kv
 import gpu_memory
 import gpu_ranks
 import gpu_speed
-from gpu_support import make_model, write_json
+from gpu_support import kv_heads_of, make_model, write_json
 
 JOBS = {
     "oom": gpu_memory.out_of_memory,
@@ -73,7 +73,7 @@ def parse() -> argparse.Namespace:
             if isinstance(one, int | float) and one <= 0:
                 parser.error(f"--{name.replace('_', '-')} must be over 0, not {one:g}")
     heads, rest = divmod(args.hidden, 64)
-    kv_heads = args.kv_heads or max(1, heads // 2)
+    kv_heads = args.kv_heads or kv_heads_of(args.hidden)
     if rest or heads % kv_heads:
         parser.error("--hidden must be 64 for each head, and --kv-heads divide them")
     if args.job == "ranks" and kv_heads % 2:

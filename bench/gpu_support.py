@@ -23,6 +23,11 @@ _numbers = itertools.count()
 CONNECT_S = 30.0
 
 
+def kv_heads_of(hidden: int) -> int:
+    """Half of the heads, of 64 numbers each, that a model of this width has."""
+    return max(1, hidden // 128)
+
+
 def make_model(
     directory: Path, hidden: int, layers: int, kv_heads: int | None = None
 ) -> Path:
@@ -54,7 +59,7 @@ def make_model(
         "num_hidden_layers": layers,
         "intermediate_size": 3 * hidden,
         "num_attention_heads": hidden // 64,
-        "num_key_value_heads": kv_heads or max(1, hidden // 128),
+        "num_key_value_heads": kv_heads or kv_heads_of(hidden),
         "head_dim": 64,
         "rms_norm_eps": 1e-6,
         "vocab_size": 1000,
