@@ -40,7 +40,7 @@ class FailingStops(StopsAtWords):
 vars(replay)["StopsAtWords"] = FailingStops
 vars(kv_capture)["WAIT_S"] = float(os.environ.get("KV_WAIT_S", kv_capture.WAIT_S))
 if os.environ.get("KV_PAYS") == "1":
-    for question in ("pays", "_pays", "_is_cheaper"):
+    for question in ("_pays", "_is_cheaper"):
         setattr(kv_restore.Restore, question, lambda *_: True)
 
 

@@ -121,12 +121,14 @@ class Capture:
         view: View,
         reading: Reading | None,
         *,
+        most: int | None,
         is_boundary: bool,
         end: End,
     ) -> bool:
         """Has written of ``tokens``, which ``view`` has, what is not on disk.
 
         Args:
+            most: blocks at most; None: all.
             is_boundary: another turn may begin with them.
             end: what they end with.
 
@@ -142,7 +144,10 @@ class Capture:
         known += self._writer.snapshots(kept.identity, tokens)
         node = Node.snapshot(kept.identity, keys, tokens)
         text = _Text(kept, tokens, view, blocks, node, known)
-        if not all(self._take_block(text, i) for i in range(len(blocks))):
+        missing = [i for i in range(len(blocks)) if not self._is_kept(blocks[i])]
+        if not all(self._take_block(text, i) for i in missing[:most]):
+            return True
+        if most is not None and len(missing) > most:
             return True
         if layout.has_states:
             if layout.moves and view.ahead:
@@ -152,11 +157,13 @@ class Capture:
             self._take_tail(text, end)
         return True
 
+    def _is_kept(self, node: Node) -> bool:
+        """It is on disk, or will be."""
+        return self._store.has(node) or self._writer.holds(node)
+
     def _take_block(self, text: _Text, i: int) -> bool:
-        """Whether it is on disk, or will be."""
+        """Whether it will be on disk."""
         node, layout = text.blocks[i], text.kept.layout
-        if self._store.has(node) or self._writer.holds(node):
-            return True
         if not self._has_room(layout.block_nbytes):
             return False
         arrays = layout.slots(text.view, node.start, node.end)
