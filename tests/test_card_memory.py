@@ -12,9 +12,11 @@ from typing import Any, cast
 import pytest
 
 from mlx_safe.memory.demand import Row
+from mlx_safe.memory.estimate import Transients
 from mlx_safe.server import headroom
 from mlx_safe.server.admission import Ask, Load
 from mlx_safe.server.headroom import LOOKS, Headroom, MemoryFlags
+from mlx_safe.server.observer import Observer
 from mlx_safe.server.prefill import PrefillStep
 
 CEILING = 600
@@ -36,6 +38,12 @@ class Card:
 
     def synchronize(self) -> None:
         self.waits += 1
+
+    def get_peak_memory(self) -> int:
+        return 0
+
+    def reset_peak_memory(self) -> None:
+        pass
 
 
 def room(monkeypatch: pytest.MonkeyPatch, card: Card, is_card: bool = True) -> Headroom:
@@ -80,3 +88,31 @@ def test_what_does_not_fit_is_looked_at_for_so_long(
     card = Card(900, 500)
     assert room(monkeypatch, card, is_card=False).single_step(ALONE) == "none"
     assert card.waits == 0
+
+
+def test_what_the_model_before_leaves_for_a_moment_is_not_the_next_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = Card(590, 590, 200)
+    found = room(monkeypatch, card)
+    monkeypatch.setattr(headroom, "demand_of", lambda *_: found._demand)
+    monkeypatch.setattr(headroom, "context_of", lambda *_: None)
+    monkeypatch.setattr(found, "_size_up", lambda: None)
+    provider: Any = SimpleNamespace(model_key="b", model=object(), tokenizer=object())
+    found.model_loaded(provider)
+    assert found._baseline == 200
+
+
+def test_a_failure_teaches_of_a_step_what_it_can_have_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or one of few tokens, by another cause, would let none be read beside others."""
+    monkeypatch.setattr("mlx_safe.server.observer.mx", Card(0))
+    transients = Transients()
+    transients.observe(64, 64, 6_400)
+    calibrated = transients.predict(64, 64)
+    observer = Observer(transients, learns=False)
+    for _ in range(3):
+        observer.begin()
+        observer.failed(64, 64, there=10**11)
+    assert 10 * calibrated < transients.predict(64, 64) < 50 * calibrated

@@ -118,8 +118,17 @@ class Headroom:
             self.observer.peak,
             learns=not self.limits.holds_mlx_back,
         )
-        self._baseline = int(mx.get_active_memory()) - int(self._prompt_cache.nbytes)
+        self._baseline = self._settled() - int(self._prompt_cache.nbytes)
         self._size_up()
+
+    def _settled(self) -> int:
+        """Bytes that are active when nothing runs; see `_decided`."""
+        active = int(mx.get_active_memory())
+        for _ in range(LOOKS if self.limits.holds_mlx_back else 0):
+            mx.synchronize()
+            time.sleep(LOOK_AGAIN_S)
+            active = min(active, int(mx.get_active_memory()))
+        return active
 
     def _size_up(self) -> None:
         ceiling = self.limits.present()
