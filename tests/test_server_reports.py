@@ -15,6 +15,7 @@ from support.server import CONTROLLED, Server, eventually
 
 TEXT = "unmistakable words of a prompt"
 
+LOSES = program("loses_its_signals")
 RARELY = program("reports_rarely")
 
 
@@ -63,6 +64,19 @@ def test_segfault_in_the_midst_of_an_answer(
     told = [c for c in crumbs if c["fields"].get("id") == request["id"]]
     assert [c["text"] for c in told][:2] == ["taken", "begun"]
     assert any(c["text"] == "completed" for c in crumbs)  # the first one
+
+
+def test_a_library_that_takes_the_signals_does_not_keep_them(
+    tiny_model: Path, private_reports: Path
+) -> None:
+    """As LLVM does when Open MPI is there, and pocl: MLX loads libmpi at the start."""
+    with Server(tiny_model, program=LOSES).wait_ready() as server:
+        assert server.chat().status == 200
+        server.process.send_signal(signal.SIGUSR1)
+        server.wait_for_log("it came")
+        os.kill(server.process.pid, signal.SIGSEGV)
+        assert server.wait() == -signal.SIGSEGV
+    assert only_report(private_reports)["signal"]["name"] == "SIGSEGV"
 
 
 def test_stall(tiny_model: Path, private_reports: Path) -> None:

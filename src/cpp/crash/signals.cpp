@@ -215,4 +215,21 @@ bool signals_cover_this_thread() noexcept {
   return ::sigaltstack(&stack, nullptr) == 0;
 }
 
+KeptSignals::KeptSignals() noexcept {
+  for (int n = 1; n < kCount; ++n) ::sigaction(n, nullptr, &actions_[n]);
+}
+
+void KeptSignals::put_back() const noexcept {
+  for (int n = 1; n < kCount; ++n) {
+    const struct sigaction& was = actions_[n];
+    struct sigaction now = {};
+    if (is_default(was) && handled(n) == nullptr) continue;
+    // sa_handler and sa_sigaction share their memory.
+    if (::sigaction(n, nullptr, &now) != 0 ||
+        now.sa_sigaction == was.sa_sigaction)
+      continue;
+    ::sigaction(n, &was, nullptr);
+  }
+}
+
 }  // namespace mlx_safe

@@ -4,6 +4,8 @@
 // `__builtin_trap` raises: failed checks of libdispatch and of Swift end so.
 #pragma once
 
+#include <signal.h>
+
 namespace mlx_safe {
 
 // Handlers that write a report and go on to the ones that were there before, or
@@ -38,5 +40,21 @@ void stop_install(int number) noexcept;
 
 // Puts the default back where the handler is still ours.
 void stop_uninstall(int number) noexcept;
+
+// Who has which signal at a moment, to be put back when another library has
+// taken some. One thread at a time; not for the crash path.
+class KeptSignals {
+ public:
+  KeptSignals() noexcept;
+
+  // Gives the signals that were anybody's, and are another's now, back to him.
+  // Those of a crash also where they were nobody's: a handler that was there
+  // before ours may let the process live on.
+  void put_back() const noexcept;
+
+ private:
+  static constexpr int kCount = 32;  // without those of real time
+  struct sigaction actions_[kCount] = {};
+};
 
 }  // namespace mlx_safe

@@ -217,6 +217,9 @@ void bind_reports(nb::module_& m) {
   m.def("signals_installed", &signals_installed);
   m.def("signals_cover_this_thread", &signals_cover_this_thread);
   m.def("signal_is_default", &signal_is_default, "number"_a);
+  nb::class_<KeptSignals>(m, "KeptSignals")
+      .def(nb::init<>())
+      .def("put_back", &KeptSignals::put_back);
   m.def("stop_install", &stop_install, "number"_a);
   m.def("stop_uninstall", &stop_uninstall, "number"_a);
 }

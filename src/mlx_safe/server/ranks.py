@@ -19,13 +19,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Queue
 
+from .. import _core
 from .lifeline import Lifeline, address_of_first
 
-__all__ = ["AllStop", "Home", "is_first", "is_one_of_many", "uses_nccl"]
+__all__ = [
+    *("AllStop", "Home", "is_first", "is_one_of_many", "signals_kept", "uses_nccl"),
+]
 
 # mlx.launch sets the first for ring, jaccl and nccl; Open MPI and MPICH theirs.
 NCCL_VARIABLES = ("NCCL_HOST_IP", "NCCL_PORT", "MLX_RANK", "MLX_WORLD_SIZE")
@@ -48,6 +52,22 @@ def uses_nccl() -> bool:
 
     named = all(os.environ.get(name) for name in NCCL_VARIABLES)
     return named and mx.default_device().type == mx.gpu and not mx.metal.is_available()
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Who has a signal has it again at the end of the block. MLX makes its group in it.
+
+    To make it, of one rank as well, MLX (0.31, 0.32) loads libmpi, where there is one.
+    Open MPI's hwloc may load OpenCL's drivers, and LLVM in one of them (pocl) takes most
+    signals: SIGUSR1 from another process does nothing from then on, and neither does
+    the first SIGSEGV.
+    """
+    kept = _core.KeptSignals()
+    try:
+        yield
+    finally:
+        kept.put_back()
 
 
 class Home:
@@ -108,7 +128,8 @@ class Home:
     def _meet(self) -> None:
         import mlx.core as mx
 
-        group = mx.distributed.init()
+        with signals_kept():
+            group = mx.distributed.init()
         address = address_of_first()
         if group.size() == 1 or address is None:
             return

@@ -128,7 +128,8 @@ def _serve_here(
 ) -> None:
     """From where mlx-lm is imported, and all flags are known."""
     give_back_what_is_free()
-    server = requirements.import_server(allow_untested=allow_untested)
+    with ranks.signals_kept():  # mlx-lm makes the group in its constructors
+        server = requirements.import_server(allow_untested=allow_untested)
     logs.take_over()
     mlx_lm = parser_of(server)
     requirements.check_parser(mlx_lm)
