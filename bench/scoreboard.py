@@ -10,6 +10,9 @@ wants of the first of them. A fault is planned when its request is
 sent, and strikes one of the next eleven steps, of any request. Every run has a
 process of its own. The file is written after each of them, so a run that was ended is
 not lost; ``--append`` adds rounds to it.
+
+With ``--card``, for MLX's CUDA backend, the model is larger, the errors are CUDA's, one
+in five loses the card, and our servers are supervised. `gpu.py oom` has a real ceiling.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ OUT = ROOT / "build" / "scoreboard.json"
 ENDLESS = 2**50
 CEILING_SHARE = 2 / 3
 SETTLE_S = 0.3
+# Width and layers; a card needs some to be a card's.
+SIZES_ON_A_CARD = ("1024", "12")
 
 
 def measure(
@@ -99,8 +104,10 @@ class Round:
         work: Path,
         seed: int,
         size: int,
+        card: bool,
     ) -> None:
         self._contestants, self._model, self._work = contestants, model, work
+        self._card = card
         self._seed, self._script = seed, make_script(seed, size)
         self._texts: dict[str, dict[int, str]] = {}
         self._runs = 0
@@ -128,7 +135,7 @@ class Round:
         return found
 
     def at(self, rate: float) -> Iterator[dict[str, Any]]:
-        planned = plan_faults(self._script, self._seed, rate)
+        planned = plan_faults(self._script, self._seed, rate, self._card)
         for contestant in self._mixed(rate):
             with running(contestant, self._model, self._directory()) as server:
                 row = self._row(contestant, server)
@@ -176,15 +183,23 @@ def say(row: dict[str, Any]) -> None:
     )
 
 
-def about() -> dict[str, Any]:
+def about(contestants: list[Contestant], card: bool) -> dict[str, Any]:
     from importlib.metadata import version
 
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    if card:
+        import mlx.core as mx
+
+        machine += f", {mx.device_info().get('device_name', 'no card')}"
+    sizes = " of {} numbers and {} layers".format(*SIZES_ON_A_CARD) if card else ""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine,
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "mlx-safe")},
-        "model": "a random qwen3 of two layers, tests/servers/tiny_qwen3.py",
-        "command": "make scoreboard",
+        "model": f"a random qwen3{sizes}, tests/servers/tiny_qwen3.py",
+        "command": "make scoreboard" + " SCOREBOARD_ARGS=--card" * card,
+        "card": card,
+        "titles": {c.name: c.title for c in contestants},
     }
 
 
@@ -199,6 +214,7 @@ def main() -> None:
     parser.add_argument("--servers", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--rates", nargs="*", type=float, default=[0, 1, 5])
     parser.add_argument("--no-ceiling", action="store_true")
+    parser.add_argument("--card", action="store_true", help="MLX's CUDA backend")
     parser.add_argument("--append", action="store_true", help="to what is in the file")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
@@ -206,23 +222,25 @@ def main() -> None:
         parser.error("--requests and --rounds must be over 0")
     if not all(0 <= rate <= 100 for rate in asked.rates):
         parser.error("--rates are faults per hundred requests, from 0 to 100")
-    data: dict[str, Any] = {"about": about(), "rounds": []}
+    contestants = chosen(asked.servers, asked.card)
+    data: dict[str, Any] = {"about": about(contestants, asked.card), "rounds": []}
     if asked.append and asked.out.exists():
         data = json.loads(asked.out.read_text())
     print(f"seed {asked.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="scoreboard") as directory:
-        model = make_model("../servers/tiny_qwen3.py", Path(directory) / "model")
+        sizes = SIZES_ON_A_CARD if asked.card else ()
+        made = Path(directory) / "model"
+        model = make_model("../servers/tiny_qwen3.py", made, *sizes)
         for number in range(asked.rounds):
             work = Path(directory) / f"round-{number}"
-            contestants = chosen(asked.servers)
             seed = asked.seed + number
-            one = Round(contestants, model, work, seed, asked.requests)
+            one = Round(contestants, model, work, seed, asked.requests, asked.card)
             found = {"seed": seed, "requests": asked.requests, "runs": []}
             data["rounds"].append(found)
             found["references"] = one.references()
             rows = itertools.chain(
                 *(one.at(rate) for rate in asked.rates),
-                () if asked.no_ceiling else one.under_a_ceiling(),
+                () if asked.no_ceiling or asked.card else one.under_a_ceiling(),
             )
             for row in rows:
                 found["runs"].append(row)

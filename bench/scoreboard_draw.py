@@ -1,8 +1,9 @@
 """The table and the plots of docs/benchmarks.md, of what `scoreboard.py` measured.
 
 ``.venvs/scoreboard/bin/python bench/scoreboard_draw.py [FILE]`` writes them to
-build/scoreboard; ``--publish`` to docs/, with a copy of the data beside the plots.
-``--table`` prints the table only, which needs no matplotlib.
+build/scoreboard; ``--publish`` to docs/, with a copy of the data beside the plots. What
+``scoreboard.py --card`` measured has its own place in docs/. ``--table`` prints the
+table only, which needs no matplotlib.
 
 Intervals are 95 %: of shares by Wilson's score; of percentiles and of ratios by
 bootstrap over requests; of rates by bootstrap over rounds, where there are several.
@@ -24,7 +25,8 @@ DATA = ROOT / "build" / "scoreboard.json"
 DOCS = ROOT / "docs" / "benchmarks"
 TRIED = ROOT / "build" / "scoreboard"
 PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- scoreboard: bench/scoreboard_draw.py -->", "<!-- scoreboard ends -->"
+BEGIN = "<!-- {}: bench/scoreboard_draw.py -->"
+END = "<!-- {} ends -->"
 SAMPLES = 1000
 TIMES = (0.05, 30.0)  # s, of the plot
 TITLES = {
@@ -380,6 +382,8 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true", help="into docs/")
     asked = parser.parse_args()
     data = json.loads(asked.data.read_text())
+    TITLES.update(data["about"].get("titles", {}))
+    is_card = data["about"].get("card", False)
     if asked.table:
         print(tables(data))
         return
@@ -389,14 +393,21 @@ def main() -> None:
         (TRIED / "table.md").write_text(tables(data) + "\n")
         print(f"table and plots: {TRIED.relative_to(ROOT)}; PUBLISH=1: into docs/")
         return
-    DOCS.mkdir(parents=True, exist_ok=True)
-    if asked.data.resolve() != (DOCS / "scoreboard.json").resolve():
-        shutil.copyfile(asked.data, DOCS / "scoreboard.json")
-    draw(data, DOCS)
+    publish(data, asked.data, "scoreboard-card" if is_card else "scoreboard")
+
+
+def publish(data: dict[str, Any], file: Path, name: str) -> None:
+    """Into docs/: the plots with the data beside them, and the table of that name."""
+    place = DOCS / name.removeprefix("scoreboard").removeprefix("-")
+    place.mkdir(parents=True, exist_ok=True)
+    if file.resolve() != (place / "scoreboard.json").resolve():
+        shutil.copyfile(file, place / "scoreboard.json")
+    draw(data, place)
     page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables(data)}\n\n{END}{after}")
+    begin, end = BEGIN.format(name), END.format(name)
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    PAGE.write_text(f"{before}{begin}\n\n{tables(data)}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

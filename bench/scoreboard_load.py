@@ -134,20 +134,31 @@ def _tool_call(draw: random.Random) -> list[dict[str, Any]]:
     ]
 
 
-def plan_faults(script: Script, seed: int, per_hundred: float) -> int:
+def plan_faults(
+    script: Script, seed: int, per_hundred: float, card: bool = False
+) -> int:
     """Puts so many faults into the script, drawn from ``seed``; how many."""
     draw = random.Random(f"faults {seed} {per_hundred}")
     turns = script.turns
     for turn in turns:
         turn.fault = ""
     count = round(len(turns) * per_hundred / 100)
-    # Timeout, hang, innocent victim, out of memory, interactivity.
-    codes = (2, 3, 5, 8, 14)
     for i, turn in enumerate(draw.sample(turns, count)):
-        # As on a Mac: the hooks see it, and MLX raises it.
-        at = f"any:{draw.randrange(1, 12)}:{codes[i % len(codes)]}:once"
-        turn.fault = f"{at}:record,{at}:raise"
+        at = f"any:{draw.randrange(1, 12)}"
+        turn.fault = _cuda_fault(at, i) if card else _metal_fault(at, i)
     return count
+
+
+def _metal_fault(at: str, number: int) -> str:
+    """As on a Mac: the hooks see it, and MLX raises it."""
+    # Timeout, hang, innocent victim, out of memory, interactivity.
+    at = f"{at}:{(2, 3, 5, 8, 14)[number % 5]}:once"
+    return f"{at}:record,{at}:raise"
+
+
+def _cuda_fault(at: str, number: int) -> str:
+    """Out of memory; one in five a failed launch, after which CUDA takes no work."""
+    return f"{at}:{(2, 2, 719, 2, 2)[number % 5]}:once:cuda"
 
 
 @dataclass

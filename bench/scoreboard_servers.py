@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peers
@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 WATCH_EVERY_S, HEALTH_S, SILENT_MAX = 0.5, 5.0, 3
 START_S = 240.0
 READ_S = 5.0  # for what it said last
+STRIKES = (":raise", ":cuda")
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Running(Server):
         found = []
         for file in self._faults.glob("fired-*"):
             lines = [line.split() for line in file.read_text().splitlines()]
-            found += [float(when) for when, plan in lines if plan.endswith(":raise")]
+            found += [float(when) for when, plan in lines if plan.endswith(STRIKES)]
         return sorted(found)
 
     def memory(self) -> tuple[int, int]:
@@ -161,7 +162,8 @@ class Running(Server):
     def cpu_s(self) -> float:
         """Processor time so far, of all its processes one after another."""
         with contextlib.suppress(OSError):
-            return self._cpu_before + cpu_seconds(self.process.pid)
+            pids = self.process.pid, *self.children()
+            return self._cpu_before + sum(map(cpu_seconds, pids))
         return self._cpu_before
 
     def is_ready(self) -> bool:
@@ -245,8 +247,12 @@ def running(
         yield server
 
 
-def chosen(names: Sequence[str]) -> list[Contestant]:
-    """Those named, or all, in their order; what is not installed is said."""
+def chosen(names: Sequence[str], card: bool = False) -> list[Contestant]:
+    """Those named, or all, in their order; what is not installed is said.
+
+    Args:
+        card: ours are supervised, as what loses the card has to be replaced.
+    """
     unknown = set(names) - {c.name for c in CONTESTANTS}
     if unknown:
         known = ", ".join(c.name for c in CONTESTANTS)
@@ -257,4 +263,10 @@ def chosen(names: Sequence[str]) -> list[Contestant]:
             print(
                 f"LEFT OUT: {contestant.name}: make .venvs/server-*.ready installs it"
             )
-    return [c for c in asked if c.is_installed]
+    found = [c for c in asked if c.is_installed]
+    return [_supervised(c) if card and c.ours else c for c in found]
+
+
+def _supervised(c: Contestant) -> Contestant:
+    flag = "--supervise"
+    return replace(c, command=(*c.command, flag), title=f"{c.title} {flag}")

@@ -1,6 +1,6 @@
 """A tiny random qwen3 model with a byte tokenizer: a type that every server knows.
 
-Run as a program: ``python tiny_qwen3.py DIRECTORY``.
+Run as a program: ``python tiny_qwen3.py DIRECTORY [HIDDEN LAYERS]``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from support.tiny_model import SPECIAL, make_tokenizer
 
 
-def make(directory: Path) -> Path:
+def make(directory: Path, hidden: int = 64, layers: int = 2) -> Path:
     """Writes config, weights and tokenizer into ``directory``; returns it."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -26,15 +26,16 @@ def make(directory: Path) -> Path:
     # What some servers read in its place.
     (directory / "chat_template.jinja").write_text(tokenizer.chat_template)
     vocabulary = len(tokenizer.get_vocab())
+    head = min(64, hidden // 4)
     config = {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": hidden // head,
+        "num_key_value_heads": hidden // head // 2,
+        "head_dim": head,
         "rms_norm_eps": 1e-5,
         "vocab_size": vocabulary,
         "rope_theta": 10000.0,
@@ -45,8 +46,9 @@ def make(directory: Path) -> Path:
     }
     mx.random.seed(3)
     model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    scale = 2.4 / hidden**0.5
     weights = {
-        name: mx.random.normal(value.shape, scale=0.3) if value.ndim > 1 else value
+        name: mx.random.normal(value.shape, scale=scale) if value.ndim > 1 else value
         for name, value in tree_flatten(model.parameters())
     }
     # The end of an answer must not come up by chance.
@@ -62,4 +64,4 @@ def make(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    make(Path(sys.argv[1]), *map(int, sys.argv[2:]))
