@@ -33,6 +33,7 @@ from mlx_safe.server.request import (
     BEFORE_PREFILL,
     ENDED,
     RUNNING,
+    SUSPECT_FROM,
     TRANSITIONS,
     Disconnected,
     IllegalTransition,
@@ -57,9 +58,11 @@ DEMAND = Demand(CacheCost(((LayerCost(per_slot=1), 1),)), Transients())
 class Client(Request):
     """A request, and what its client has of it."""
 
-    def __init__(self, prompt: int, answer: int, alone: bool, seeded: bool) -> None:
+    def __init__(
+        self, prompt: int, answer: int, alone: bool, seeded: bool, deaths: int = 0
+    ) -> None:
         super().__init__()
-        self.prompt, self.answer = prompt, answer
+        self.prompt, self.answer, self.deaths = prompt, answer, deaths
         self.is_single, self.is_seeded = alone, seeded
         self.got: list[int] = []
         self.ends: list[Any] = []
@@ -69,6 +72,10 @@ class Client(Request):
         self.is_worked_on = False
         # Of this run at mlx-lm: tokens to read, tokens in its caches, the next one.
         self.unread = self.length = self.at = 0
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.deaths >= SUSPECT_FROM
 
     def send(self, item: Any) -> None:
         assert not self.is_cancelled
@@ -262,7 +269,8 @@ class Loop:
         prompt = (20, 300, 1500, 3000, 9000)[self.choose(5)]
         answer = (60, 1, 3, 150)[self.choose(4)]
         kind = self.choose(4)
-        self.enter(Client(prompt, answer, kind == 1, kind == 2))
+        deaths = (0, SUSPECT_FROM, SUSPECT_FROM - 1)[self.choose(3)]
+        self.enter(Client(prompt, answer, kind == 1, kind == 2, deaths))
 
     def enter(self, client: Client) -> None:
         self.arrived.append(client)
@@ -335,7 +343,10 @@ class Loop:
                 first = self.queue.pop(0)
                 was_ended = first.is_ended
                 taken = self.scheduler.take(first)
-                assert taken is not was_ended
+                assert taken is not (was_ended or first.is_suspect)
+                if first.is_suspect and not was_ended:
+                    assert first.state is RequestState.REPLAY
+                    self.limit = 1
                 client = first if taken else None
         assert client is None or client.prompt_read == (0, 0)
         return client
@@ -553,7 +564,8 @@ class Loop:
                 assert (client.line, client.claim) == (line, claim)
             elif client not in ending:
                 assert client.state is RequestState.REPLAY
-                kept.append(client)
+                if state is not RequestState.REPLAY:
+                    kept.append(client)
             if state is RequestState.REPLAY or (waits and ran):
                 # It had no part in it.
                 assert client.attempts == attempts
@@ -577,13 +589,14 @@ class Loop:
         again = self.scheduler.requests(RequestState.REPLAY)
         level = max((c.attempts for c in again), default=0)
         if self.attempts == 0:
-            assert again == []
+            assert all(c.is_suspect for c in again)
             return
         is_last = level >= max(2, self.attempts)
         if what is Failure.UNKNOWN or (again and level >= min(2, self.attempts)):
             self.limit = 1
         elif again and what not in (Failure.PASSING, Failure.UNKNOWN):
-            self.limit = max(1, len(again) // 2)
+            half = max(1, len(again) // 2)
+            self.limit = min(half, self.limit or half)
         if again and what is Failure.TOO_MUCH:
             # The first time the lowered ceiling says what fits.
             assert self.care == (SMALLEST if is_last else level - 1)
@@ -595,7 +608,10 @@ class Loop:
     def _state(self) -> object:
         """What decides about what comes next, without lengths and times."""
         requests = tuple(
-            (c.state, c.is_single, c.has_context, c.attempts, c.line is not None)
+            (
+                *(c.state, c.is_single, c.is_suspect),
+                *(c.has_context, c.attempts, c.line is not None),
+            )
             for c in self.alive
         )
         return requests, self.limit, self.care, self.scheduler.is_unchanged
@@ -616,6 +632,7 @@ class Loop:
                 )
             assert (client.first_token_at is not None) >= bool(client.produced)
         self.check_line()
+        self.check_suspects()
         here = self.machine.at_mlx_lm
         for client in self.alive:
             assert (client.state in RUNNING) == (client in here)
@@ -631,6 +648,12 @@ class Loop:
         assert self.scheduler.events == self.events
         assert self.scheduler.tokens == sum(len(c.got) for c in self.arrived)
         self.check_claims()
+
+    def check_suspects(self) -> None:
+        """Nothing is at mlx-lm beside one that may be what ends the servers."""
+        here = [*self.machine.at_mlx_lm, *filter(None, [self.offered])]
+        alive = [client for client in here if not client.is_ended]
+        assert len(alive) < 2 or not any(client.is_suspect for client in alive)
 
     def check_line(self) -> None:
         """Those that a failure interrupted, then those that were held first."""
@@ -819,6 +842,45 @@ def test_care_is_taken_until_those_have_ended_that_wait_for_memory(
         loop.step()
     loop.end()
     assert late.ends == [None]
+
+
+def test_a_suspect_waits_for_the_batch_and_the_others_for_it() -> None:
+    batch = [Client(20, 3, False, False) for _ in range(2)]
+    suspects = [Client(20, 3, False, False, SUSPECT_FROM) for _ in range(2)]
+    loop = loop_with(batch)
+    for client in (*suspects, late := Client(20, 3, False, False)):
+        loop.enter(client)
+    together: list[list[Client]] = []
+    while loop.alive:
+        while (taken := loop.take()) is not None:
+            loop.begin(taken)
+        if loop.batch and loop.batch not in together[-1:]:
+            together.append(list(loop.batch))
+        loop.step()
+    assert together == [batch, *([one] for one in suspects), [late]]
+    loop.end()
+
+
+def test_a_suspect_is_alone_though_a_failure_lets_several_run() -> None:
+    loop = loop_with([Client(20, 3, False, False) for _ in range(6)])
+    loop.enter(suspect := Client(20, 3, False, False, SUSPECT_FROM))
+    assert loop.take() is None
+    loop.fail(Failure.TOO_MUCH)
+    while loop.alive:
+        while (taken := loop.take()) is not None:
+            loop.begin(taken)
+        loop.check()
+        loop.step()
+    assert suspect.ends == [None]
+    loop.end()
+
+
+def test_ranks_that_take_the_same_steps_put_nobody_off() -> None:
+    loop = Loop(b"")
+    loop.scheduler._one_rank = False
+    loop.enter(client := Client(20, 3, False, False, SUSPECT_FROM))
+    assert loop.scheduler.take(client)
+    assert client.state is RequestState.WAITING and loop.scheduler.takes_new()
 
 
 def test_a_steady_batch_asks_for_memory_once_for_many_steps(

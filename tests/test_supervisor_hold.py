@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import itertools
 import json
 import os
 import signal
@@ -140,9 +142,9 @@ def test_a_request_that_kills_is_not_run_for_ever(tiny_model: Path) -> None:
         assert answer.status == 503
         assert answer.broken is None
         assert int(answer.headers["retry-after"]) >= 1
-        server.wait_for_log("ended with status 75", 2)
-        server.wait_ready()  # a third one is there, and lives
-        assert server.log.count("ended with status 75") == 2
+        server.wait_for_log("ended with status 75", holding.DEATHS_MAX)
+        server.wait_ready()  # another one is there, and lives
+        assert server.log.count("ended with status 75") == holding.DEATHS_MAX
 
 
 def test_who_waits_is_not_refused_with_what_kills(server: Server) -> None:
@@ -160,6 +162,27 @@ def test_who_waits_is_not_refused_with_what_kills(server: Server) -> None:
     answer = kills()
     assert answer.status == 503
     assert answer.error["message"] == holding.SUSPECT
+
+
+def test_who_was_in_the_batch_of_what_kills_is_answered(tiny_model: Path) -> None:
+    """It is run alone when two servers have died, and so is each of the others."""
+    code = program("dies_of_one_request")
+    code = f"PROGRAM = {code!r}\n{program('supervises_a_text')}"
+    texts = [f"client {i} " + "and more " * i for i in range(3)]
+    env = {"BATCH": "4"}
+    with Server(tiny_model, program=code, env=env).wait_ready() as server:
+        alone = [server.chat(text, max_tokens=40).text for text in texts]
+        kills = in_background(lambda: server.chat(max_tokens=977))
+        others = [
+            in_background(functools.partial(server.chat, text, max_tokens=40))
+            for text in texts
+        ]
+        assert [wait().text for wait in others] == alone
+        answer = kills()
+        assert answer.status == 503
+        assert answer.error["message"] == holding.SUSPECT
+        assert server.chat().status == 200
+        assert server.log.count("ended by SIGKILL") == holding.DEATHS_MAX
 
 
 def is_generated_alone(server: Server) -> bool:
@@ -274,6 +297,26 @@ def test_a_server_that_worked_may_die_as_often_as_it_likes(tmp_path: Path) -> No
 @pytest.mark.usefixtures("no_back_off")
 def test_one_that_did_not_is_given_up(tmp_path: Path) -> None:
     assert supervise(tmp_path, "9", "LISTENS", "READY") == (1, 6)
+
+
+@pytest.mark.usefixtures("no_back_off")
+def test_what_ends_servers_in_a_row_is_one_crash_less_when_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of many that end it may be tried alone; first deaths count as ever."""
+    refused = itertools.cycle([False, True])
+    monkeypatch.setattr(holding.Holding, "server_ended", lambda self: next(refused))
+    assert supervise(tmp_path, "99", "LISTENS", "READY") == (1, 11)
+
+
+@pytest.mark.usefixtures("no_back_off")
+def test_the_next_server_is_there_at_once_when_one_was_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 1.0))
+    monkeypatch.setattr(holding.Holding, "server_ended", lambda self: True)
+    assert supervise(tmp_path, "2", "LISTENS", "READY") == (0, 2)
+    assert "starting it again in 0 s" in caplog.text
 
 
 ENDS_SLOWLY = program("ends_slowly")

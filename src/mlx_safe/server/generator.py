@@ -127,6 +127,7 @@ class ProtectedResponseGenerator(ResponseGenerator):
             replay_attempts if self._one_rank else 0,
             memory.wait_s,
             prefill.be_careful,
+            one_rank=self._one_rank,
         )
         prompt_cache.may_store = self._may_store
         prompt_cache.gives_away = self._gives_away

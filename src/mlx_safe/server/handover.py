@@ -113,6 +113,12 @@ class Held:
         self.taken = b"" if file is None else file.read()
         self.is_asked = False
 
+    @property
+    def deaths(self) -> int:
+        """How many servers died while they worked on the request."""
+        file = self._file
+        return 0 if file is None else file.deaths
+
     def receive(self, connection: socket.socket, buffer: memoryview) -> int:
         """Reads from ``connection`` into ``buffer``, as ``recv_into`` does."""
         if self._file is None:

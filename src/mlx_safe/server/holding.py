@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from . import handover
 from .handover import Message
+from .request import SUSPECT_FROM
 from .request_file import RequestFile, State
 
 __all__ = ["GIVES_UP", "STOPPING", "Holding"]
@@ -29,13 +30,13 @@ log = logging.getLogger("mlx_safe.supervisor")
 # of others the system keeps what was sent.
 CONNECTIONS_MAX = 512
 BYTES_MAX = 256 << 20
-# A request that two servers worked on when they died is not run by a third.
-DEATHS_MAX = 2
+# So many servers died while they worked on a request, the last on it alone.
+DEATHS_MAX = SUSPECT_FROM + 1
 # Why a client gets a 503.
 STARTING = "The server is starting."
 STOPPING = "The server is stopping."
 GIVES_UP = "The server has ended too often, and is not started again."
-SUSPECT = "Two servers died while they worked on this request. It is not run again."
+SUSPECT = "Three servers died while they worked on this request. It is not run again."
 RETRY_AFTER_S = 5
 RETRY_AFTER_MAX_S = 60
 # For one client that is refused, from then to its end; beyond so many at a time, the
@@ -137,8 +138,12 @@ class Holding:
 
     # -- while there is none -------------------------------------------------------
 
-    def server_ended(self) -> None:
-        """What it had not begun to answer waits; the others are cut."""
+    def server_ended(self) -> bool:
+        """What it had not begun to answer waits; the others are cut.
+
+        Returns whether one was refused, as it may be what ends the servers.
+        """
+        refused = False
         for kept in self._kept.values():
             if not kept.outlive():
                 kept.close()
@@ -151,7 +156,9 @@ class Holding:
                     kept.file.deaths,
                 )
                 self._refuse(kept, SUSPECT)
+                refused = True
         self._kept.clear()
+        return refused
 
     def accept(self, connection: socket.socket) -> None:
         """A client has come."""

@@ -111,12 +111,17 @@ class InFlight(Request):
         """How many its answer may have."""
         return int(self._args.max_tokens)
 
+    @property
+    def deaths(self) -> int:  # type: ignore[override]
+        """How many processes died while they worked on it."""
+        return 0 if self.held is None else self.held.deaths
+
     def taken(self) -> bool:
-        """The generation thread has it from now on; False: it has ended already."""
-        if not self._scheduler.take(self):
-            return False
-        self._place.taken()
-        return True
+        """The generation thread has it; whether mlx-lm gets it now."""
+        is_next = self._scheduler.take(self)
+        if not self.is_ended:
+            self._place.taken()
+        return is_next
 
     def as_it_came(self) -> CompletionRequest:
         """A copy of mlx-lm's request, to be read once.

@@ -18,6 +18,7 @@ __all__ = [
     "BEFORE_PREFILL",
     "ENDED",
     "RUNNING",
+    "SUSPECT_FROM",
     "TRANSITIONS",
     "Claim",
     "Disconnected",
@@ -45,7 +46,7 @@ class RequestState(enum.Enum):
     FINISHED = "finished"
     """Its last token was passed on."""
     REPLAY = "replay"
-    """A failure interrupted it; it waits to be run again."""
+    """A failure interrupted it, or the process's end; it waits to be run again."""
     COMPLETED = "completed"
     FAILED = "failed"
     DISCONNECTED = "disconnected"
@@ -59,9 +60,13 @@ _S = RequestState
 RUNNING = (_S.PREFILL, _S.DECODE, _S.FINISHED)
 BEFORE_PREFILL = (_S.QUEUED, _S.WAITING, _S.HELD, _S.REPLAY)
 ENDED = (_S.COMPLETED, _S.FAILED, _S.DISCONNECTED)
+# When so many processes have died while they worked on a request it is run alone: that
+# tells whether it is what ends them, or another of its batch.
+SUSPECT_FROM = 2
 
 TRANSITIONS: dict[tuple[RequestState, RequestState], str] = {
     (_S.QUEUED, _S.WAITING): "taken",
+    (_S.QUEUED, _S.REPLAY): "suspect",
     (_S.WAITING, _S.PREFILL): "admitted",
     (_S.WAITING, _S.HELD): "no memory yet",
     (_S.WAITING, _S.REPLAY): "failure",
@@ -148,6 +153,7 @@ class Request:
         came_at, first_token_at, ended_at: monotonic seconds; None: not yet.
         waits_since: since when it has been in one of `BEFORE_PREFILL`, or was last.
         id, path: what its client knows it by.
+        deaths: how many processes died while they worked on it.
         prompt_tokens: of its prompt, and cached_tokens: those of them that were in
             the prompt cache when it was begun first; None: not known yet.
         prompt_read: (tokens, of how many) of what this run has to read of its prompt.
@@ -156,6 +162,7 @@ class Request:
 
     id = "-"
     path = "-"
+    deaths = 0
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
 

@@ -27,6 +27,7 @@ from .request import (
     BEFORE_PREFILL,
     ENDED,
     RUNNING,
+    SUSPECT_FROM,
     TRANSITIONS,
     Claim,
     Disconnected,
@@ -100,6 +101,7 @@ class Scheduler(Generic[R]):
         be_careful: called with how often a request was run again in vain, when prompts
             are to be read in smaller steps; with None when as usual.
         clock: monotonic seconds.
+        one_rank: False: all ranks take the same steps, and nobody is put off.
 
     Attributes:
         tokens: tokens passed on to any client so far.
@@ -114,12 +116,14 @@ class Scheduler(Generic[R]):
         wait_s: float,
         be_careful: Callable[[int | None], None] = lambda level: None,
         clock: Callable[[], float] = time.monotonic,
+        one_rank: bool = True,
     ) -> None:
         self._memory = memory
         self._attempts_max = attempts_max
         self._wait_s = wait_s
         self._be_careful = be_careful
         self._clock = clock
+        self._one_rank = one_rank
         self._lock = threading.Lock()
         self._in_flight: dict[R, None] = {}  # those that came first come first
         # How many requests may run at a time; None: as many as mlx-lm likes.
@@ -180,8 +184,23 @@ class Scheduler(Generic[R]):
             self._in_flight[request] = None
 
     def take(self, request: R) -> bool:
-        """mlx-lm gets a request; False: it has ended while it was queued."""
-        return self._change(request, RequestState.WAITING)
+        """The generation thread has got a request; whether mlx-lm gets it now.
+
+        Otherwise it has ended while it was queued, or it is a suspect. That one was in
+        a batch with which processes died, as after a failure that is UNKNOWN: `next`
+        gives it out when all that runs has ended, and it runs alone.
+        """
+        if not (self._one_rank and request.deaths >= SUSPECT_FROM):
+            return self._change(request, RequestState.WAITING)
+        if self._interrupt(request):
+            self._allow(1)
+            log.warning(
+                "a request is run alone: the server has died %d times while it worked "
+                "on it",
+                request.deaths,
+                extra=fields(id=request.id),
+            )
+        return False
 
     def next(self) -> R | None:
         """The request that mlx-lm is to have now; None: none that is known here.
@@ -213,6 +232,10 @@ class Scheduler(Generic[R]):
 
     def _at_mlx_lm(self) -> list[R]:
         return self.requests(RequestState.WAITING, *RUNNING)
+
+    def _allow(self, count: int) -> None:
+        """So many run at a time, until all that is to be done with care is done."""
+        self._limit = count if self._limit is None else min(count, self._limit)
 
     def _has_room(self) -> bool:
         return self._limit is None or len(self._at_mlx_lm()) < self._limit
@@ -502,16 +525,18 @@ class Scheduler(Generic[R]):
         if what is Failure.FINAL:
             return ran
         if what is Failure.UNKNOWN:
-            self._limit = 1
+            self._allow(1)
             return ran if len(ran) == 1 else []
         ending = [r for r in ran if r.attempts >= self._attempts_max]
         for request in ran:
             request.attempts += request not in ending
         return ending
 
-    def _interrupt(self, request: R) -> None:
+    def _interrupt(self, request: R) -> bool:
         request.claim = request.line = None  # it asks anew
-        request.times_replayed += self._change(request, RequestState.REPLAY)
+        interrupted = self._change(request, RequestState.REPLAY)
+        request.times_replayed += interrupted
+        return interrupted
 
     def _run_with_care(self, what: Failure) -> None:
         """After `TOO_MUCH` the budget, which has learned, finds the largest steps that
@@ -522,7 +547,8 @@ class Scheduler(Generic[R]):
             return
         level = max(request.attempts for request in again)
         limit = at_once(what, len(again), level, self._attempts_max)
-        self._limit = limit or self._limit
+        if limit is not None:
+            self._allow(limit)
         care = care_level(what, level, self._attempts_max)
         if care is not None:
             self._be_careful(care)

@@ -158,10 +158,13 @@ class Supervisor:
         """Returns the exit status for this process."""
         while True:
             status = self._run_child()
+            refused = self._holding.server_ended()
             if self._stopping or status in (0, USER_MISTAKE):
                 self._holding.refuse_all(STOPPING)
                 return max(status, 0)
-            self._crashes += 1
+            # What ended the server is gone with one that is refused; where all that
+            # comes ends it, their first deaths count.
+            self._crashes += not refused
             if self._crashes > CRASHES_MAX:
                 self._holding.refuse_all(GIVES_UP)
                 how = how_it_ended(status)
@@ -173,7 +176,7 @@ class Supervisor:
                     how,
                 )
                 return 1
-            delay = BACK_OFF_S[min(self._crashes, len(BACK_OFF_S)) - 1]
+            delay = BACK_OFF_S[min(max(self._crashes, 1), len(BACK_OFF_S)) - 1]
             log.warning(
                 "the server has ended %s; starting it again in %.0f s; "
                 "%d connections wait for it",
@@ -237,8 +240,6 @@ class Supervisor:
             # Its end of the channel is closed, and it goes on.
             self._holding.forget()
             return self._child.wait()
-        finally:
-            self._holding.server_ended()
 
     def _hear(self, channel: socket.socket) -> bool:
         """One message of the server; False when there will be none any more."""
