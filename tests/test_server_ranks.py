@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ import pytest
 
 from mlx_safe.server import lifeline
 from support import model_types
+from support.models import make_fp8
 from support.programs import program
 from support.server import NEVER, Answer, Server, eventually, free_port
 
@@ -35,6 +37,7 @@ END_TIMEOUT_S = 180.0
 
 ONE_STREAM = program("one_stream")
 SLOW_RANK = program("slow_to_read")
+LATE_RANK = program("loads_later") + ONE_STREAM
 
 
 @contextmanager
@@ -42,6 +45,16 @@ def two_ranks(
     model: Path, directory: Path, *arguments: str, inject: tuple[str, str], **more: Any
 ) -> Iterator[list[Server]]:
     """Both ranks, ready; ``inject`` has the fault plan of each."""
+    with two_ranks_begun(model, directory, *arguments, inject=inject, **more) as ranks:
+        ranks[0].wait_ready()
+        yield ranks
+
+
+@contextmanager
+def two_ranks_begun(
+    model: Path, directory: Path, *arguments: str, inject: tuple[str, str], **more: Any
+) -> Iterator[list[Server]]:
+    """Both ranks, which may still load their model."""
     port = free_port(2)
     hosts = directory / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in (0, 1)]))
@@ -53,7 +66,6 @@ def two_ranks(
             env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
             server = Server(model, *arguments, inject=inject[rank], env=env, **more)
             ranks.append(stack.enter_context(server))
-        ranks[0].wait_ready()
         yield ranks
 
 
@@ -379,3 +391,41 @@ def test_ranks_share_a_model_both_ways(
     with two_ranks(model, tmp_path, *arguments, inject=("", "")) as ranks:
         for options in ({}, {"stream": True}, {"seed": 1}):
             assert ranks[0].chat(max_tokens=8, **options).text == text
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (5, 5)])
+def test_ranks_refuse_a_model_whose_heads_they_cannot_share(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    kv_heads: int,
+) -> None:
+    """The one failed at each request; the other answered them all with noise."""
+    config = {**model_types.OVERRIDES["ministral3"], "num_attention_heads": heads}
+    config["num_key_value_heads"] = kv_heads
+    monkeypatch.setitem(model_types.OVERRIDES, "ministral3", config)
+    model = model_types.write(tmp_path / "model", "ministral3", tiny_model)
+    for log in logs_of_refusal(model, tmp_path):
+        assert "2 ranks cannot share it evenly" in log
+        assert f"heads is {min(heads, kv_heads)}: start" in log
+
+
+def test_so_they_do_with_weights_that_mlx_lm_does_not_decode(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "fp8")
+    make_fp8(model)
+    for log in logs_of_refusal(model, tmp_path):
+        assert ".weight is uint8, as MLX reads FP8" in log
+
+
+def logs_of_refusal(model: Path, directory: Path) -> list[str]:
+    """Of ranks that refuse ``model``; the second is later than the first."""
+    plans = ("", "")
+    with two_ranks_begun(model, directory, inject=plans, program=LATE_RANK) as ranks:
+        assert ends(ranks) == [2, 2]
+        logs = [rank.log for rank in ranks]
+    for log in logs:
+        assert "Traceback" not in log and "ready:" not in log
+    return logs

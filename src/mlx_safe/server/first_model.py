@@ -9,6 +9,7 @@ from .. import errors, status
 from .._command import in_one_line
 from .health import EXIT_REPLACE, Health
 from .mlx_lm.protocols.models import ModelProvider
+from .mlx_lm.sharing import RanksRefuse, meet
 from .replies import ModelNotFound, Unavailable, is_allocation_failure
 from .served_model import where
 
@@ -54,6 +55,8 @@ def _leave(
     log.error("the model cannot be loaded: %s%s", place, in_one_line(cause))
     health.restarts = code == EXIT_REPLACE
     health.enter("failed", "the model cannot be loaded")
+    if isinstance(cause, RanksRefuse):
+        meet()  # a rank that learns that another has ended, before this, leaves with 75
     error = Unavailable("The model cannot be loaded.", restarts=True)
     health.leave(code, lambda: fail_everyone(error))
 

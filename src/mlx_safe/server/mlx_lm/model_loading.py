@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ...memory.sizes import format_size
-from . import compat
+from . import compat, sharing
 from .model_facts import ModelFacts, look_at, why_not_servable
 from .protocols.models import Model, ModelProvider
 from .speculative import fit, fixed_caches, no_draft, why_not_draftable
@@ -41,11 +41,14 @@ def replace_model(
     Raises:
         BadRequest: the draft model does not go with the model. Like any other error
             before the weights are read, it leaves what is loaded as it is.
+        RanksRefuse: they cannot share or serve it, and nothing is loaded any more.
     """
     if provider.is_distributed:
         # Ranks share the work of loading, and it reads weights.
         unload(provider)
-        compat.take_over(provider, compat.load_beside(provider, *named))
+        with sharing.evenly():
+            loaded = compat.load_beside(provider, *named)
+        compat.take_over(provider, loaded)
         return look_at(_target(provider))
     loaded = compat.load_beside(provider, *named)
     facts = _check(loaded, None if provider.model is None else ceiling())

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
-from .opaque import Array, ModelKey
+from .opaque import Array, Json, ModelKey
 from .text import Tokenizer
 
 __all__ = [
@@ -186,3 +187,5 @@ class Utils(Protocol):
     """The module ``mlx_lm.utils``."""
 
     MODEL_REMAPPING: dict[str, str]
+
+    def load_model(self, model_path: Path) -> tuple[Model, Json]: ...
