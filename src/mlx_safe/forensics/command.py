@@ -13,7 +13,7 @@ from typing import Any
 from .. import _paths
 from .._command import CommandError, Parser, print_anything
 from . import export, orphans, reader, render, store, words
-from .records import Report
+from .records import Report, Unreadable
 from .words import Section
 
 __all__ = ["reports"]
@@ -132,7 +132,7 @@ def _summary(entry: store.Entry, report: Report) -> dict[str, Any]:
 def _show(directory: str, which: str, *, as_json: bool) -> None:
     entry, path = _find(directory, which)
     report = reader.read(path)
-    if entry is None and reader.is_unreadable(report):
+    if entry is None and isinstance(report, Unreadable):
         raise CommandError(f"{path}: {report.problems[0]}")
     if as_json:
         text = {"headline": words.headline(report), "advice": words.advice(report)}

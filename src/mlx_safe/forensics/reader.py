@@ -7,11 +7,9 @@ import stat
 
 from ..memory.sizes import format_size
 from . import records, recover
-from .records import Report
+from .records import Report, Unreadable
 
-__all__ = ["SIZE_MAX", "is_unreadable", "parse", "read"]
-
-UNREADABLE = "cannot be read"
+__all__ = ["SIZE_MAX", "parse", "read"]
 
 # A report is some hundred kilobytes; what is bigger is read up to here.
 SIZE_MAX = 8 * 10**6
@@ -20,18 +18,14 @@ SIZE_MAX = 8 * 10**6
 def read(path: str | os.PathLike[str]) -> Report:
     """The report in ``path``: whole, cut, damaged, or none at all.
 
-    What is wrong stands in ``Report.problems``; nothing is raised for it. Thread-safe.
+    What is wrong stands in ``Report.problems``; nothing is raised for it. `Unreadable`
+    when nothing could be read. Thread-safe.
     """
     try:
         return parse(_bytes(path))
     except (OSError, ValueError) as e:  # ValueError: a NUL in the path
         reason = e.strerror if isinstance(e, OSError) else str(e)
-        return Report(problems=[f"{UNREADABLE}: {reason}"])
-
-
-def is_unreadable(report: Report) -> bool:
-    """Whether there was no file to read, or none that may be read."""
-    return bool(report.problems) and report.problems[0].startswith(UNREADABLE)
+        return Unreadable(problems=[f"cannot be read: {reason}"])
 
 
 def _bytes(path: str | os.PathLike[str]) -> bytes:

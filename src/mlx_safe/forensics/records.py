@@ -29,6 +29,7 @@ __all__ = [
     "Report",
     "RequestEntry",
     "Signal",
+    "Unreadable",
     "decode",
 ]
 
@@ -227,6 +228,12 @@ class Report:
             for name, value in found.items()
             if value is not None and value is not False and value not in ([], {})
         }
+
+
+class Unreadable(Report):
+    """Of what is no file, or none that may be read: nothing, and the reason."""
+
+    __slots__ = ()
 
 
 def _without_unknown(members: list[tuple[str, Any]]) -> dict[str, Any]:
