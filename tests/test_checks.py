@@ -177,28 +177,31 @@ def test_another_server_is_seen_and_its_key_is_not(
     assert f"(pid {os.getpid()})" not in line
 
 
+def defaults(file: Path | None, variables: dict[str, str] | None = None) -> list[str]:
+    words = [] if file is None else ["--config", str(file)]
+    return checks.ServerFlags.read(words, variables or {}).lines()
+
+
 def test_defaults_that_no_server_would_take(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("temp = -3")
-    (line,) = checks.defaults_check(["--config", str(file)], {})
+    (line,) = defaults(file)
     assert line == (
         f"{BAD}mlx-safe serve would not start: --temp -3.0: must be at least 0.0 "
         f"(--temp comes from {file})"
     )
-    (line,) = checks.defaults_check([], {"MLX_SAFE_TOP_P": "7"})
+    (line,) = defaults(None, {"MLX_SAFE_TOP_P": "7"})
     assert line.startswith(f"{BAD}mlx-safe serve would not start: --top-p 7.0: must be")
     file.write_text("temp = 0.5")
-    assert checks.defaults_check(["--config", str(file)], {}) == [f"{file} sets temp"]
+    assert defaults(file) == [f"{file} sets temp"]
     variables = {"MLX_SAFE_CONFIG": str(file), "MLX_SAFE_TOP_P": "0.5"}
-    assert checks.defaults_check([], variables) == [
+    assert defaults(None, variables) == [
         f"{file} sets temp",
         "the environment sets top-p",
     ]
     file.write_text("")
-    assert checks.defaults_check(["--config", str(file)], {}) == [
-        f"{file} sets nothing"
-    ]
-    assert checks.defaults_check([], {}) == []
+    assert defaults(file) == [f"{file} sets nothing"]
+    assert defaults(None) == []
 
 
 def test_the_doctor_in_a_terminal_of_few_characters(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from .server.configuration import Settings
 
 __all__ = [
-    *("BAD", "all_checks", "built_check", "built_for", "defaults_check", "disk_check"),
-    *("driver_check", "macos_check", "others_check", "server_of", "server_settings"),
+    *("BAD", "ServerFlags", "all_checks", "built_check", "built_for", "disk_check"),
+    *("driver_check", "macos_check", "others_check", "server_of"),
 ]
 
 BAD = "! "
@@ -37,18 +38,14 @@ BAD = "! "
 Version = tuple[int, int]
 
 
-def all_checks(words: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Every check of this machine, by what it is about. Imports MLX.
-
-    Args:
-        words: flags of ``mlx-safe serve``.
-    """
+def all_checks(flags: ServerFlags) -> dict[str, list[str]]:
+    """Every check of this machine, by what it is about. Imports MLX."""
     return {
         "built for": built_check(),
         "driver": driver_check(nvidia_driver(), cuda_package()),
         "disk": disk_check(_places()),
         "others": others_check(os.getpid()),
-        "defaults": defaults_check(words, os.environ),
+        "defaults": flags.lines(),
     }
 
 
@@ -307,15 +304,55 @@ def server_of(command: str) -> str | None:
 # -- defaults --------------------------------------------------------------------------
 
 
-def server_settings(
-    words: Sequence[str], environment: Mapping[str, str]
-) -> Settings | None:
-    """The flags that a server would have of ``words``, the environment and a file.
+@dataclass(frozen=True)
+class ServerFlags:
+    """What a server would take of the command line, the environment and a file.
 
-    None where the library alone is installed; `serve` says what is missing.
+    Attributes:
+        settings: None: it would not start, or the library alone is installed.
+        error: why it would not start.
+        has_config: a file is named on the command line.
+    """
+
+    settings: Settings | None = None
+    error: str | None = None
+    has_config: bool = False
+
+    @classmethod
+    def read(cls, words: Sequence[str], environment: Mapping[str, str]) -> ServerFlags:
+        """Of flags of ``mlx-safe serve``, and of ``environment``. Raises nothing."""
+        has_config = any(word.startswith("--config") for word in words)
+        try:
+            return cls(_settings(words, environment), has_config=has_config)
+        except CommandError as e:
+            return cls(error=str(e), has_config=has_config)
+
+    def lines(self) -> list[str]:
+        """Whether a server would start, and what it takes from where."""
+        if self.error is not None:
+            return [f"{BAD}mlx-safe serve would not start: {self.error}"]
+        if self.settings is None:
+            missing = "packages of the server are missing, which mlx-safe serve names"
+            return [f"{BAD}--config is not read: {missing}"] if self.has_config else []
+        lines = [
+            f"{BAD}{name} in the environment belongs to no flag"
+            for name in self.settings.unknown
+        ]
+        path = self.settings.values.config
+        named: dict[str, list[str]] = {} if path is None else {path: []}
+        for flag, place in self.settings.sources.items():
+            if place not in ("default", "command line") and flag != "config":
+                place = path if place == path else "the environment"
+                named.setdefault(place, []).append(flag.replace("_", "-"))
+        sets = [f"{k} sets {', '.join(v) or 'nothing'}" for k, v in named.items()]
+        return lines + sets
+
+
+def _settings(words: Sequence[str], environment: Mapping[str, str]) -> Settings | None:
+    """None where the library alone is installed; `serve` says what is missing.
 
     Raises:
-        CommandError: it would not start with them.
+        CommandError: a server would not start with them.
     """
     try:
         from .server.configuration import resolve
@@ -331,29 +368,6 @@ def server_settings(
     with settings.with_places():
         check_flags(settings.values, _copy(settings.values))
     return settings
-
-
-def defaults_check(words: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """Whether a server would start with these flags, the environment and a file."""
-    try:
-        settings = server_settings(words, environment)
-    except CommandError as e:
-        return [f"{BAD}mlx-safe serve would not start: {e}"]
-    if settings is None:
-        missing = "packages of the server are missing, which mlx-safe serve names"
-        is_given = any(word.startswith("--config") for word in words)
-        return [f"{BAD}--config is not read: {missing}"] if is_given else []
-    lines = [
-        f"{BAD}{name} in the environment belongs to no flag"
-        for name in settings.unknown
-    ]
-    path = settings.values.config
-    named: dict[str, list[str]] = {} if path is None else {path: []}
-    for flag, place in settings.sources.items():
-        if place not in ("default", "command line") and flag != "config":
-            place = path if place == path else "the environment"
-            named.setdefault(place, []).append(flag.replace("_", "-"))
-    return lines + [f"{k} sets {', '.join(v) or 'nothing'}" for k, v in named.items()]
 
 
 def _copy(values: argparse.Namespace) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from ._command import (
     path_or_name,
     print_anything,
 )
-from .checks import BAD, all_checks, server_settings
+from .checks import BAD, ServerFlags, all_checks
 from .kv.directory import Directory, NotOurs
 from .kv.store import DISK_BYTES, Limits
 from .memory.ceiling import FOOTPRINT_SHARE, GPU_SHARE, ceiling
@@ -46,14 +46,14 @@ def doctor(arguments: Sequence[str]) -> int:
     """
     asked = _parser().parse_args(list(arguments))
     print_anything()
-    words = _servers_words(asked)
-    with _filled_in(asked, words):
-        found = _examined(asked, words)
+    flags = ServerFlags.read(_servers_words(asked), os.environ)
+    with _filled_in(asked, flags):
+        found = _examined(asked, flags)
     print(json.dumps(found, indent=2) if asked.json else render(found))
     return 0
 
 
-def _examined(asked: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]:
+def _examined(asked: argparse.Namespace, flags: ServerFlags) -> dict[str, Any]:
     if asked.model is None and (asked.adapter_path or asked.draft_model):
         raise CommandError("--adapter-path and --draft-model need --model")
     found = examine(
@@ -62,7 +62,7 @@ def _examined(asked: argparse.Namespace, words: Sequence[str]) -> dict[str, Any]
         _size("--max-active-kv-bytes", asked.max_active_kv_bytes),
         adapter=asked.adapter_path,
         draft=asked.draft_model,
-        words=words,
+        flags=flags,
     )
     limits = _kv_limits(asked)
     if asked.kv_dir is not None:
@@ -88,19 +88,16 @@ def _servers_words(asked: argparse.Namespace) -> list[str]:
 
 
 def _filled_in(
-    asked: argparse.Namespace, words: Sequence[str]
+    asked: argparse.Namespace, flags: ServerFlags
 ) -> AbstractContextManager[None]:
     """What is not said is taken from where the server would take it.
 
     Returns:
         In it, a `CommandError` says where a flag that it names comes from.
     """
-    try:
-        found = server_settings(words, os.environ)
-    except CommandError:
-        found = None  # a line of the checks says why
+    found = flags.settings
     if found is None:
-        return nullcontext()
+        return nullcontext()  # a line of the checks says why
     for name in SERVERS_OWN:
         if getattr(asked, name) is None:
             setattr(asked, name, getattr(found.values, name))
@@ -178,7 +175,7 @@ def examine(
     *,
     adapter: str | None = None,
     draft: str | None = None,
-    words: Sequence[str] = (),
+    flags: ServerFlags | None = None,
 ) -> dict[str, Any]:
     """All that the command tells, JSON-able. Sizes in bytes.
 
@@ -186,7 +183,7 @@ def examine(
         model: directory or hub name of a model that is loaded and measured.
         explicit: ``--max-active-memory-bytes``. kv_limit: ``--max-active-kv-bytes``.
         adapter, draft: ``--adapter-path`` and ``--draft-model`` of the server.
-        words: flags of the server, which are checked.
+        flags: of the server; None: those of the environment.
 
     Raises:
         CommandError: mlx is missing or broken, or the model cannot be loaded or run.
@@ -217,7 +214,7 @@ def examine(
             "advice": wired_limit_advice(machine),
         },
     }
-    found["checks"] = all_checks(words)
+    found["checks"] = all_checks(flags or ServerFlags.read((), os.environ))
     if model is not None:
         loaded = _load(model, adapter, draft)
         found["model"] = _measure(model, loaded, limits.size, explicit, kv_limit)
