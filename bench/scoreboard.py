@@ -6,7 +6,9 @@
 In each round the servers go through one script one after another (`scoreboard_load`).
 First undisturbed, which is what their answers are held against. Then with so many
 faults per hundred requests, and on a GPU of two thirds of the memory that the script
-wants of the first of them. A fault is planned when its request is
+wants of the first of them. What it wants depends on which prompts were read together:
+35 to 103 MB in four runs of one script. ``--ceiling`` gives a GPU of that size.
+A fault is planned when its request is
 sent, and strikes one of the next eleven steps, of any request. Every run has a
 process of its own. The file is written after each of them, so a run that was ended is
 not lost; ``--append`` adds rounds to it.
@@ -142,14 +144,13 @@ class Round:
                 row.update(rate=rate, planned=planned, fired=len(server.fired()))
             yield row
 
-    def under_a_ceiling(self) -> Iterator[dict[str, Any]]:
+    def under_a_ceiling(self, ceiling: int | None) -> Iterator[dict[str, Any]]:
+        """Args: ceiling: bytes; None: a share of what the load wants of the first."""
         plan_faults(self._script, self._seed, 0)
-        first = self._contestants[0]
-        with running(first, self._model, self._directory(), ENDLESS) as server:
-            self._row(first, server)
-            wanted, _ = server.memory()
-        ceiling = int(CEILING_SHARE * wanted)
-        print(f"the load wants {wanted / 1e6:.2f} MB of {first.name}")
+        wanted = None
+        if ceiling is None:
+            wanted = self._wanted()
+            ceiling = int(CEILING_SHARE * wanted)
         for contestant in self._mixed("ceiling"):
             work = self._directory()
             with running(contestant, self._model, work, ceiling) as server:
@@ -157,6 +158,15 @@ class Round:
                 peak, struck = server.memory()
                 row.update(ceiling=ceiling, wanted=wanted, peak=peak, struck=struck)
             yield row
+
+    def _wanted(self) -> int:
+        """The most bytes that a step of the first took, with no ceiling."""
+        first = self._contestants[0]
+        with running(first, self._model, self._directory(), ENDLESS) as server:
+            self._row(first, server)
+            wanted, _ = server.memory()
+        print(f"the load wants {wanted / 1e6:.2f} MB of {first.name}")
+        return wanted
 
     def _mixed(self, salt: object) -> list[Contestant]:
         """In an order of its own, so that a drift of the machine hits nobody more."""
@@ -215,11 +225,14 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, default=[0, 1, 5])
     parser.add_argument("--no-ceiling", action="store_true")
     parser.add_argument("--card", action="store_true", help="MLX's CUDA backend")
+    parser.add_argument("--ceiling", type=int, metavar="BYTES", help="the GPU's size")
     parser.add_argument("--append", action="store_true", help="to what is in the file")
     parser.add_argument("--out", type=Path, default=OUT)
     asked = parser.parse_args()
     if min(asked.requests, asked.rounds) < 1:
         parser.error("--requests and --rounds must be over 0")
+    if asked.ceiling is not None and asked.ceiling < 1:
+        parser.error("--ceiling must be over 0")
     if not all(0 <= rate <= 100 for rate in asked.rates):
         parser.error("--rates are faults per hundred requests, from 0 to 100")
     contestants = chosen(asked.servers, asked.card)
@@ -240,7 +253,9 @@ def main() -> None:
             found["references"] = one.references()
             rows = itertools.chain(
                 *(one.at(rate) for rate in asked.rates),
-                () if asked.no_ceiling or asked.card else one.under_a_ceiling(),
+                ()
+                if asked.no_ceiling or asked.card
+                else one.under_a_ceiling(asked.ceiling),
             )
             for row in rows:
                 found["runs"].append(row)

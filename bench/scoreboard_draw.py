@@ -200,6 +200,8 @@ def tables(data: dict[str, Any]) -> str:
             first = next(iter(rows.values())).rows
             mb = ", ".join(f"{row['ceiling'] / 1e6:.1f}" for row in first)
             title = f"No faults, a GPU of two thirds of what the load wants ({mb} MB)"
+            if first[0]["wanted"] is None:  # --ceiling
+                title = f"No faults, a GPU of {mb} MB"
             head[-1] = "peak / ceiling"
             head.append("steps out of memory")
         else:
