@@ -22,6 +22,7 @@ from mlx_safe.server.configuration import Settings, printed, resolve, variable_o
 from mlx_safe.server.flag_checks import check_flags
 from mlx_safe.server.flags import own_parser, whole_parser
 from mlx_safe.server.tls import Tls
+from support import child
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -175,6 +176,42 @@ def test_what_is_no_file(tmp_path: Path, flag: str, kind: str) -> None:
     }
     with pytest.raises(CommandError, match=f"^--{flag} {path}: {why}"):
         readers[flag]()
+
+
+def _has_kernel_log() -> bool:
+    """Root's, and in most containers not even that."""
+    try:
+        os.close(os.open("/proc/kmsg", os.O_RDONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _has_kernel_log(), reason="/proc/kmsg may not be read here")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--config", "{}"),
+        ("serve", "--api-key-file", "{}"),
+        ("serve", "--ssl-certfile", "{}"),
+        ("serve", "--ssl-certfile", "{certificate}", "--ssl-keyfile", "{}"),
+        ("top", "--once", "--api-key-file", "{}"),
+    ],
+)
+def test_a_file_that_has_no_end(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """The kernel's log says that it is a regular file, and its reader waits."""
+    certificate = tmp_path / "certificate.pem"
+    certificate.write_text("-----BEGIN CERTIFICATE-----\n")
+    link = tmp_path / "link"
+    link.symlink_to("/proc/kmsg")
+    words = [word.format(link, certificate=certificate) for word in arguments]
+    done = child.run(
+        f"import sys; from mlx_safe.cli import main; sys.exit(main({words!r}))",
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"mlx-safe: {words[-2]} {link}: ")
 
 
 @pytest.mark.parametrize(

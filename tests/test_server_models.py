@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,7 +180,11 @@ def spoil(model: Path, directory: Path, **config: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    "fault", ["type", "no config", "no weights", "shape", "cut", "index", "tokenizer"]
+    "fault",
+    [
+        *("type", "no config", "no weights", "shape", "cut", "index", "tokenizer"),
+        "pipe",
+    ],
 )
 def test_a_model_that_cannot_be_loaded(
     server: Server, tiny_model: Path, tmp_path: Path, fault: str
@@ -204,6 +209,8 @@ def test_a_model_that_cannot_be_loaded(
         (bad / "model.safetensors.index.json").write_text(json.dumps(index))
     elif fault == "tokenizer":
         (bad / "tokenizer.json").write_text("{}")
+    elif fault == "pipe":  # whose reader would wait for ever
+        os.mkfifo(bad / "vocab.json")
     assert server.chat().status == 200
     before = loads(server)
     for way in WAYS:

@@ -71,11 +71,19 @@ def test_a_directory_without_a_model(tmp_path: Path) -> None:
     assert_one_clear_line(done, "there is no config.json")
 
 
-def test_a_config_that_is_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flag", ["--model", "--draft-model", "--adapter-path"])
+@pytest.mark.parametrize("name", ["config", "other"])
+def test_a_pipe_in_a_directory(tmp_path: Path, flag: str, name: str) -> None:
     """mlx-lm would wait for ever for who writes into the pipe."""
-    os.mkfifo(tmp_path / "config.json")
-    done = serve("--model", str(tmp_path), "--port", str(free_port()))
-    assert_one_clear_line(done, "there is no config.json")
+    config = "adapter_config.json" if flag == "--adapter-path" else "config.json"
+    if name == "other":
+        (tmp_path / config).write_text("{}")
+    os.mkfifo(tmp_path / (config if name == "config" else "tokenizer.json"))
+    said = "tokenizer.json in it is no file"
+    if name == "config":
+        said = f"there is no {config} in it"
+    done = serve(flag, str(tmp_path), "--port", str(free_port()))
+    assert_one_clear_line(done, f"{flag} {tmp_path}: {said}")
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
+import os
 import stat
 import sys
 from pathlib import Path
@@ -14,8 +16,9 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 __all__ = [
-    *("MLX", "CommandError", "Parser", "check_file", "in_one_line", "need_mlx"),
-    *("json_value", "number", "path_or_name", "print_anything", "read_text"),
+    *("MLX", "CommandError", "Parser", "endless_in", "in_one_line", "json_value"),
+    *("need_mlx", "number", "path_or_name", "print_anything", "read_file"),
+    *("read_text",),
 ]
 
 # As pip knows it.
@@ -80,8 +83,8 @@ def json_value(text: str) -> object:
     raise argparse.ArgumentTypeError(f"must be JSON, not {why}")
 
 
-def check_file(path: str, given: str) -> None:
-    """A file that is read at each start must be one, and not a pipe or a device.
+def read_file(path: str, given: str) -> bytes:
+    """What is in a small file, and in no pipe or device.
 
     Each start of a supervised server reads it, and a pipe has its contents once; one
     that nobody writes into would let the start wait for ever, without a word.
@@ -90,36 +93,61 @@ def check_file(path: str, given: str) -> None:
         given: the flag and its value, for the message.
 
     Raises:
-        CommandError: it cannot be read; with the reason.
+        CommandError: it is no file, too large, or cannot be read.
     """
     try:
         mode = Path(path).stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise BlockingIOError
+        # Linux's /proc/kmsg is a file by its mode; its reader waits for more.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            found = b""
+            while len(found) <= FILE_MAX and (piece := os.read(fd, FILE_MAX)):
+                found += piece
+        finally:
+            os.close(fd)
+    except BlockingIOError:
+        why = "must be a file; each start reads it again"
+        raise CommandError(f"{given}: {why}") from None
     except OSError as e:
         raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
-    if stat.S_ISDIR(mode):
-        raise CommandError(f"{given}: cannot be read: Is a directory")
-    if not stat.S_ISREG(mode):
-        raise CommandError(f"{given}: must be a file; each start reads it again")
+    if len(found) > FILE_MAX:
+        raise CommandError(f"{given}: is larger than {FILE_MAX} bytes")
+    return found
 
 
 def read_text(path: str, given: str) -> str:
     """A small file's text, without the mark that some editors begin it with.
 
     Raises:
-        CommandError: as of `check_file`; or it is not UTF-8, or too large.
+        CommandError: as of `read_file`; or it is not UTF-8.
     """
-    check_file(path, given)
     try:
-        with Path(path).open("rb") as file:
-            found = file.read(FILE_MAX + 1)
-        if len(found) <= FILE_MAX:
-            return found.decode("utf-8-sig")
-        why = f"is larger than {FILE_MAX} bytes"
-    except OSError as e:
-        why = f"cannot be read: {e.strerror}"
+        return read_file(path, given).decode("utf-8-sig")
     except UnicodeError:
-        why = "is not UTF-8"
-    raise CommandError(f"{given}: {why}")
+        raise CommandError(f"{given}: is not UTF-8") from None
+
+
+def endless_in(directory: Path) -> str | None:
+    """A name in ``directory`` whose reader might wait for ever; None: there is none.
+
+    A pipe, a socket, a device, or a link to one.
+    """
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError:
+        return None
+    for entry in entries:
+        try:
+            mode = entry.stat().st_mode
+        except OSError:
+            continue  # a link to nothing
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return entry.name
+    return None
 
 
 def in_one_line(error: BaseException) -> str:

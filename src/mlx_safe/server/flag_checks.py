@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .._command import CommandError
+from .._command import CommandError, endless_in
 from .mlx_lm.protocols.models import CliArgs
 from .replies import BadRequest
 
@@ -27,15 +27,7 @@ def check_paths(args: object) -> None:
             continue
         option = _option(flag)
         if _is_there(Path(value), f"{option} {value}"):
-            config = Path(value) / "config.json"
-            # A directory or a pipe of that name is none: mlx-lm would wait for it.
-            if flag != "adapter_path" and not (
-                _is_there(config, f"{option} {value}") and config.is_file()
-            ):
-                raise CommandError(
-                    f"{option} {value}: there is no config.json in it; it must be "
-                    "a directory with an MLX model"
-                )
+            _check_directory(Path(value), f"{option} {value}", flag == "adapter_path")
         elif flag == "adapter_path" or not _may_be_on_the_hub(value):
             # Nor does mlx-lm: it opens the name as it is.
             is_home = value.startswith("~")
@@ -44,6 +36,20 @@ def check_paths(args: object) -> None:
                 f"{option} {value}: there is no such directory{home}; give the path of "
                 "an MLX model, or a hub name like mlx-community/SmolLM2-135M-Instruct"
             )
+
+
+def _check_directory(path: Path, given: str, is_adapter: bool) -> None:
+    first = "adapter_config.json" if is_adapter else "config.json"
+    # Where one of them is a pipe, mlx-lm would wait for who writes into it.
+    if _is_there(path / first, given) and (path / first).is_file():
+        name = endless_in(path)
+        if name is None:
+            return
+        raise CommandError(f"{given}: {name} in it is no file")
+    what = "an adapter of mlx-lm's" if is_adapter else "an MLX model"
+    raise CommandError(
+        f"{given}: there is no {first} in it; it must be a directory with {what}"
+    )
 
 
 def _is_there(path: Path, given: str) -> bool:

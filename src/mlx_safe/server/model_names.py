@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from .._command import endless_in
 from .mlx_lm import hub
 from .mlx_lm.protocols.models import CliArgs
 from .replies import BadRequest, ModelNotFound
@@ -162,6 +163,8 @@ class ModelNames:
 def _check_model(directory: Path, remote_code: bool) -> None:
     """Raises `_Unsuitable` when mlx-lm could not load ``directory`` in any case."""
     try:
+        if (name := endless_in(directory)) is not None:
+            raise _Unsuitable(f"{name} in it is no file")
         config = json.loads((directory / "config.json").read_bytes())
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -16,9 +16,8 @@ import socket
 import ssl
 import threading
 import time
-from pathlib import Path
 
-from .._command import CommandError, check_file
+from .._command import CommandError, read_file
 
 __all__ = ["Tls"]
 
@@ -36,11 +35,7 @@ SOON_S = 14 * 86400
 def _look_for(what: str, path: str, given: str) -> None:
     # OpenSSL has the same reason for a certificate and for a key: "PEM lib".
     begin = rf"^-----BEGIN ([A-Z]+ )?{what}-----".encode()
-    try:
-        text = Path(path).read_bytes()
-    except OSError as e:
-        raise CommandError(f"{given}: cannot be read: {e.strerror}") from None
-    if not re.search(begin, text, re.MULTILINE):
+    if not re.search(begin, read_file(path, given), re.MULTILINE):
         raise CommandError(f"{given}: there is no {what.lower()} (PEM) in it")
 
 
@@ -63,12 +58,10 @@ class Tls:
         self._context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._context.set_alpn_protocols(["http/1.1"])
         given = f"--ssl-certfile {certificate}"
-        check_file(certificate, given)
         _look_for("CERTIFICATE", certificate, given)
         if key is None:
             _look_for("PRIVATE KEY", certificate, f"{given}, without --ssl-keyfile")
         else:
-            check_file(key, f"--ssl-keyfile {key}")
             _look_for("PRIVATE KEY", key, f"--ssl-keyfile {key}")
             given += f" --ssl-keyfile {key}"
         try:
