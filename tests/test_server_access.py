@@ -339,46 +339,94 @@ def test_a_restart_under_https_is_a_pause_for_who_comes_later(
         assert later.status == 200, server.log
 
 
-@pytest.mark.parametrize(
-    ("days", "ca", "says"),
-    [
-        (0, "no", "clients refuse it (certificate has expired): put a new one there"),
-        (0, "yes", "clients refuse it (certificate has expired): put a new one there"),
-        (2, "no", " GMT: put a new one there and restart before"),
-        (99, "no", None),
-        (99, "yes", None),
-    ],
+CA = """
+[ca]
+default_ca = it
+[it]
+database = index
+serial = serial
+new_certs_dir = .
+default_md = sha256
+policy = any
+[any]
+commonName = supplied
+"""
+
+
+def certified(certificate: tuple[Path, Path], folder: Path, *words: str) -> Path:
+    """A certificate of `certificate`'s key; ``words``: of ``openssl ca``."""
+    (folder / "ca").write_text(CA)
+    (folder / "index").touch()
+    (folder / "serial").write_text("01")
+    of_ca, key = certificate
+    if "-selfsign" not in words:
+        words = (*words, "-cert", str(of_ca))
+    for command in (
+        ("req", "-new", "-subj", "/CN=box", "-key", str(key), "-out", "csr"),
+        (
+            *("ca", "-batch", "-notext", "-config", "ca", "-keyfile", str(key)),
+            *("-in", "csr", "-out", "cert.pem", "-extfile", "ext", *words),
+        ),
+    ):
+        subprocess.run(
+            ["openssl", *command],
+            check=True,
+            capture_output=True,
+            timeout=60,
+            cwd=folder,
+        )
+    return folder / "cert.pem"
+
+
+# The first {}: why; the second: today.
+OF_DATE = (
+    "clients refuse it ({}): put one there that is valid on {} and restart, or, where "
+    "that is not today's date, set the clock"
 )
-def test_a_certificate_that_ends_is_told_at_the_start(
+EXPIRED = OF_DATE.format("certificate has expired", "{}")
+EARLY = OF_DATE.format("certificate is not yet valid", "{}")
+CLIENTS = "clients refuse it (unsuitable certificate purpose): put another one there"
+
+
+@pytest.mark.parametrize("signed", ["by itself", "by another"])
+@pytest.mark.parametrize(
+    ("begins", "ends", "use", "says"),
+    [
+        (-2, -1, "serverAuth", EXPIRED),
+        (1, 99, "serverAuth", EARLY),
+        (-1, 99, "clientAuth", CLIENTS),
+        (-1, 2, "serverAuth", " GMT: put a new one there and restart before"),
+        (-1, 99, "serverAuth", None),
+    ],
+    ids=["expired", "not yet", "a client's", "soon", "sound"],
+)
+def test_a_certificate_that_clients_refuse_is_told_at_the_start(
     certificate: tuple[Path, Path],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    days: int,
-    ca: str,
+    begins: int,
+    ends: int,
+    use: str,
     says: str | None,
+    signed: str,
 ) -> None:
     """One that an authority has signed, and one that is its own."""
     from mlx_safe.server.tls import Tls
 
-    of_ca, key = certificate
-    request, extensions, found = (tmp_path / x for x in ("csr", "ext", "cert.pem"))
-    extensions.write_text("basicConstraints=CA:FALSE\nextendedKeyUsage=serverAuth\n")
-    signed = ("-CA", str(of_ca), "-CAkey", str(key), "-CAcreateserial")
-    for words in (
-        ("req", "-new", "-subj", "/CN=box", "-key", str(key), "-out", str(request)),
-        (
-            *("x509", "-req", "-in", str(request), "-days", str(days)),
-            *("-extfile", str(extensions), "-out", str(found)),
-            *(signed if ca == "yes" else ("-signkey", str(key))),
-        ),
-    ):
-        subprocess.run(["openssl", *words], check=True, capture_output=True, timeout=60)
-    while days == 0 and time.time() < found.stat().st_mtime + 1.5:
-        time.sleep(0.1)  # it ends with the second in which it was made
-    Tls(str(found), str(key)).warn_of_its_end()
+    (tmp_path / "ext").write_text(
+        f"basicConstraints=CA:FALSE\nextendedKeyUsage={use}\n"
+    )
+    dates = [
+        time.strftime("%y%m%d%H%M%SZ", time.gmtime(time.time() + 86400 * days))
+        for days in (begins, ends)
+    ]
+    words = ["-startdate", dates[0], "-enddate", dates[1]]
+    words += ["-selfsign"] * (signed == "by itself")
+    found = certified(certificate, tmp_path, *words)
+    Tls(str(found), str(certificate[1])).warn_of_its_end()
     assert [r.levelname for r in caplog.records] == ["WARNING"] * bool(says)
     assert f"--ssl-certfile {found}: " * bool(says) in caplog.text
-    assert (says or "") in caplog.text
+    assert (says or "").format(time.strftime("%Y-%m-%d")) in caplog.text
 
 
 def test_a_certificate_that_cannot_be_used(

@@ -30,6 +30,8 @@ DRAIN_S = 2.0
 DRAIN_TURN_S = 0.01
 # Those that renew by themselves do it weeks before.
 SOON_S = 14 * 86400
+# OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
+OF_DATE = (9, 10)
 
 
 def _look_for(what: str, path: str, given: str) -> None:
@@ -81,11 +83,19 @@ class Tls:
             ends = self._shown_to_a_client()["notAfter"]
         except ssl.SSLError as e:
             why = getattr(e, "verify_message", None) or _reason(e)
-            log.warning(
-                "--ssl-certfile %s: clients refuse it (%s): put a new one there "
-                "and restart",
-                *(file, why),
-            )
+            if getattr(e, "verify_code", None) in OF_DATE:
+                log.warning(
+                    "--ssl-certfile %s: clients refuse it (%s): put one there that "
+                    "is valid on %s and restart, or, where that is not today's date, "
+                    "set the clock",
+                    *(file, why, time.strftime("%Y-%m-%d")),
+                )
+            else:
+                log.warning(
+                    "--ssl-certfile %s: clients refuse it (%s): put another one "
+                    "there and restart",
+                    *(file, why),
+                )
             return
         except OSError:
             return  # it has gone since it was read, and the next start says so
