@@ -364,6 +364,44 @@ def test_top_fits_80_columns() -> None:
     assert lines == IN_80_COLUMNS.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (20, ""),
+        (40, "request state"),
+        (60, "request state made time"),
+        (80, "request state prompt read made time"),
+        (120, "request state prompt read made time"),
+    ],
+)
+def test_top_in_a_narrow_terminal(width: int, columns: str) -> None:
+    """Which request it is, and what it does, are the last to go."""
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    from mlx_safe.top import render
+
+    found = longest_status()
+    found["memory"]["parts"].update(  # each is rounded up
+        model=56 * 10**9, prompt_cache=16 * 10**9, caches=16 * 10**9, pool=22 * 10**9
+    )
+    found["memory"]["lowered"] = "lowered by a fault"
+    found["marks"] = [{"kind": "fault", "count": 9, "text": "x y " * 30, "time": 0}]
+    found["reports"] = [{"time": 0, "id": "r" * 99, "headline": "x y " * 30}]
+    shown = io.StringIO()
+    Console(width=width, file=shown).print(render(found))
+    lines = shown.getvalue().splitlines()
+    assert [line for line in lines if cell_len(line) > width] == []
+    # Of the bar, which would be broken.
+    assert sum("[" in line for line in lines) == sum("]" in line for line in lines) == 1
+    if columns:
+        head, *rows = lines[-3:]
+        assert head.split() == columns.split()
+        assert all(row.startswith("chatcmpl-0000000") for row in rows)
+        assert rows[0][16] == "1" and rows[1][16] == "2"
+        assert " prefill " in rows[0] and " decode (again 2)" in rows[1]
+
+
 def test_top_shows_nothing_that_a_terminal_obeys(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

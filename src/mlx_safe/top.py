@@ -22,9 +22,10 @@ from .memory.sizes import format_size
 from .server.access import KEY_RULE, is_key, lines_of_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
     from rich.text import Text
 
 __all__ = ["look", "render", "top"]
@@ -33,9 +34,14 @@ URL = "http://127.0.0.1:8080"
 PORT_MAX = 65535
 TIMEOUT_S = 10.0
 VERSION = 1
-# For terminals of 80 columns.
+# In terminals of 80 columns; in narrower ones by so much less.
 BAR_WIDTH = 48
 NAME_MAX = 78
+# "chatcmpl-", eight digits, which tell a request from the others in the log, and "…".
+ID_WIDTH = 18
+COLUMNS = ("request", "state", "prompt", "read", "made", "time")
+# What is left out where there is no room, the first first. One looks for id and state.
+LEFT_OUT = ("prompt", "read", "made", "time")
 MARKS_MAX = 5
 PARTS = {
     "model": ("model", "blue"),
@@ -233,7 +239,7 @@ def _watch(console: Console, url: str, key: str | None, every_s: float) -> None:
 
 
 def render(status: dict[str, Any]) -> RenderableType:
-    """``status``, as `look` returns it, for a terminal of 80 columns or more.
+    """``status``, as `look` returns it, for a terminal of any width.
 
     The requests are the last: where there are many, the screen ends among them.
     """
@@ -245,6 +251,20 @@ def render(status: dict[str, Any]) -> RenderableType:
         *_rest(status),
         _requests(status["requests"]),
     )
+
+
+class _Fitted:
+    """What depends on the room there is: ``make(console, options)``."""
+
+    def __init__(
+        self, make: Callable[[Console, ConsoleOptions], RenderableType]
+    ) -> None:
+        self._make = make
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        yield self._make(console, options)
 
 
 class _Parts:
@@ -268,21 +288,31 @@ class _Parts:
         yield line
 
 
-def _headline(server: dict[str, Any], now: float) -> RenderableType:
+def _end_of(name: str, width: int) -> str:
+    """Of a path the end tells more."""
     from rich.cells import cell_len
+
+    if cell_len(name) <= width:
+        return name
+    while name and cell_len(name) >= width:
+        name = name[1:]
+    return f"…{name}"
+
+
+def _headline(server: dict[str, Any], now: float) -> RenderableType:
     from rich.text import Text
 
     state, reason = server["state"], server["reason"]
     style = {"ok": "green", "failed": "red"}.get(state, "yellow")
     name = str(server["model"] or "mlx-safe")
-    if cell_len(name) > NAME_MAX:  # of a path the end tells more
-        while cell_len(name) >= NAME_MAX:
-            name = name[1:]
-        name = f"…{name}"
-    return _Parts(
-        Text(name, "bold"),
+    rest = (
         Text(f"{state}: {reason}" if reason else state, style),
         Text(f"up {_lasts(now - server['started'])}, pid {server['pid']}", "dim"),
+    )
+    return _Fitted(
+        lambda _, options: _Parts(
+            Text(_end_of(name, min(NAME_MAX, options.max_width)), "bold"), *rest
+        )
     )
 
 
@@ -291,15 +321,24 @@ def _memory(memory: dict[str, Any]) -> list[RenderableType]:
 
     ceiling, parts = memory["ceiling"], memory["parts"]
     most = max(ceiling, sum(parts[name] for name in PARTS), 1)
-    bar, legend = Text("["), []
-    for name, (text, style) in PARTS.items():
-        bar.append("█" * round(BAR_WIDTH * parts[name] / most), style)
-        legend.append(Text(f"{text} {format_size(parts[name])}", style))
-    bar.append("·" * max(0, BAR_WIDTH + 1 - len(bar)), "dim")
-    bar.append(f"] ceiling {format_size(ceiling)}")
+    end = f"] ceiling {format_size(ceiling)}"
+
+    def bar(_: Console, options: ConsoleOptions) -> Text:
+        width = max(1, min(BAR_WIDTH, options.max_width - 1 - len(end)))
+        line = Text("[")
+        for name, (_text, style) in PARTS.items():
+            line.append("█" * round(width * parts[name] / most), style)
+        line.truncate(width + 1)  # parts are rounded, each for itself
+        line.append("·" * (width + 1 - len(line)), "dim")
+        return line.append(end)
+
+    legend = [
+        Text(f"{text} {format_size(parts[name])}", style)
+        for name, (text, style) in PARTS.items()
+    ]
     legend.append(Text(f"other programs {format_size(parts['other'])}", "dim"))
     lowered = [Text(memory["lowered"], "yellow")] if memory["lowered"] else []
-    return [bar, _Parts(*legend), *lowered]
+    return [_Fitted(bar), _Parts(*legend), *lowered]
 
 
 def _requests(requests: dict[str, Any]) -> RenderableType:
@@ -307,24 +346,53 @@ def _requests(requests: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     title = f"{requests['in_flight']} in flight, {requests['waiting']} of them waiting"
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("request")  # the one that is cut where room is short
-    table.add_column("state", no_wrap=True)
-    for column in ("prompt", "read", "made", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for r in requests["list"]:
-        again = f" (again {r['replays']})" if r["replays"] else ""
-        read = f"{r['read_tokens']}/{r['to_read']}" if r["to_read"] else ""
-        table.add_row(
-            Text(r["id"][:22], no_wrap=True, overflow="ellipsis"),
-            r["state"] + again,
-            "" if r["prompt_tokens"] is None else str(r["prompt_tokens"]),
-            read,
-            f"{r['produced']}/{r['max_tokens']}",
-            _lasts(r["seconds"]),
-            style="yellow" if r["waits"] else "",
-        )
-    return table
+    rows = [_cells(r) for r in requests["list"]]
+
+    def table(_: Console, options: ConsoleOptions) -> Table:
+        found = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        shown = _shown(rows, options.max_width)
+        found.add_column("request")  # the one that is cut where room is short
+        for column in shown[1:]:
+            justify: Any = "left" if column == "state" else "right"
+            found.add_column(column, justify=justify, no_wrap=True)
+        for r, cells in zip(requests["list"], rows, strict=True):
+            style = "yellow" if r["waits"] else ""
+            name = Text(cells["request"], no_wrap=True, overflow="ellipsis")
+            found.add_row(name, *(cells[column] for column in shown[1:]), style=style)
+        return found
+
+    return _Fitted(table)
+
+
+def _shown(rows: Sequence[dict[str, str]], width: int) -> list[str]:
+    """The columns that have room, with two between them."""
+    from rich.cells import cell_len
+
+    widths = {
+        column: max(cell_len(x) for x in (column, *(cells[column] for cells in rows)))
+        for column in COLUMNS
+    }
+    widths["request"] = min(widths["request"], ID_WIDTH)
+    found = list(COLUMNS)
+    for column in LEFT_OUT:
+        if sum(widths[x] + 2 for x in found) - 2 <= width:
+            break
+        found.remove(column)
+    return found
+
+
+def _cells(request: dict[str, Any]) -> dict[str, str]:
+    """By the name of the column."""
+    again = f" (again {request['replays']})" if request["replays"] else ""
+    prompt, to_read = request["prompt_tokens"], request["to_read"]
+    return {
+        "request": request["id"][:22],
+        "state": request["state"] + again,
+        "prompt": "" if prompt is None else str(prompt),
+        "read": f"{request['read_tokens']}/{to_read}" if to_read else "",
+        "made": f"{request['produced']}/{request['max_tokens']}",
+        "time": _lasts(request["seconds"]),
+    }
 
 
 def _rest(status: dict[str, Any]) -> list[RenderableType]:
