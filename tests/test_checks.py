@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
@@ -104,6 +105,62 @@ def test_the_backend_of_a_card_is_found(
     assert checks.cuda_package() is None
     monkeypatch.syspath_prepend(tmp_path)
     assert checks.cuda_package() == package
+
+
+NO_DRIVER = "libcuda.so.1: cannot open shared object file: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("package", "error", "shown", "reason"),
+    [
+        (
+            "mlx-cuda-13",
+            f"raise ImportError({NO_DRIVER!r})",
+            "CUDA (mlx-cuda-13), ",
+            "this machine has no NVIDIA driver (libcuda.so.1)",
+        ),
+        (None, "raise ImportError('libopenblas')", "CPU", "(libopenblas)"),
+        (None, "", "CPU", None),
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_status_names_the_backend_and_what_it_lacks(
+    tmp_path: Path,
+    package: str | None,
+    error: str,
+    shown: str,
+    reason: str | None,
+    form: str,
+) -> None:
+    """Of an MLX for a card without a driver it said that there is no Metal."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "core.py").write_text(error)
+    for name in filter(None, ("mlx", package)):
+        about = tmp_path / f"{name.replace('-', '_')}-0.32.4.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Name: {name}\nVersion: 0.32.4\n")
+    done = child.run(
+        f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from mlx_safe.cli import main
+        sys.exit(main(["status", *{["--json"] * (form == "json")!r}]))
+        """,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    if form == "json":
+        found = json.loads(done.stdout)
+        backend, first = found["backend"], (found["reasons"] or [""])[0]
+    else:
+        lines = dict(
+            x.split(maxsplit=1) for x in done.stdout.splitlines() if x[0] != " "
+        )
+        backend, first = lines["backend"], lines["reasons"]
+    if sys.platform == "darwin" and package is None:
+        shown = "Metal"
+    assert backend.startswith(shown)
+    assert reason is None or reason in first
 
 
 def test_no_card_is_no_line() -> None:

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import _paths
-from ._command import CommandError
+from ._command import CommandError, need_mlx
 from ._install import installed_versions
 from .memory.sizes import format_size
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from .server.configuration import Settings
 
 __all__ = [
-    *("BAD", "ServerFlags", "all_checks", "built_check", "built_for", "disk_check"),
-    *("driver_check", "macos_check", "others_check", "server_of"),
+    *("BAD", "ServerFlags", "all_checks", "backend", "built_check", "built_for"),
+    *("disk_check", "driver_check", "macos_check", "others_check", "server_of"),
 ]
 
 BAD = "! "
@@ -179,6 +179,27 @@ def driver_check(driver: str | None, package: str | None) -> list[str]:
     if numbers < DRIVER_MIN[package]:
         return [f"{BAD}NVIDIA {driver}: {package} needs {least} or later"]
     return [f"NVIDIA {driver}; {package} needs {least} or later"]
+
+
+def backend(mlx: str | None, metal: str | None) -> tuple[str, list[str]]:
+    """What the installed MLX computes with, and what that lacks here. Imports MLX.
+
+    Args:
+        mlx: its version; None: there is none. metal: the runtime of `Status`.
+    """
+    if mlx is None:
+        return "none", []  # why there is no MLX is a reason of `Status` already
+    package, driver = cuda_package(), nvidia_driver()
+    lacks = []
+    try:
+        need_mlx()
+    except CommandError as e:
+        lacks = [str(e)]
+    if package is None:
+        return "CPU" if metal is None else "Metal", lacks
+    about = "no NVIDIA driver" if driver is None else f"NVIDIA {driver}"
+    bad = [line for line in driver_check(driver, package) if line.startswith(BAD)]
+    return f"CUDA ({package}), {about}", lacks or [x.removeprefix(BAD) for x in bad]
 
 
 # -- disk ------------------------------------------------------------------------------

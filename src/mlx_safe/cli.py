@@ -60,12 +60,16 @@ def _status(arguments: Sequence[str]) -> int:
     import json
 
     from . import install
+    from .checks import backend
 
-    found = install().as_dict()
+    active = install()
+    found = active.as_dict()
+    found["backend"], lacks = backend(active.mlx_version, active.runtime)
+    found["reasons"] = [*lacks, *active.reasons]
     if asked.json:
         print(json.dumps(found, indent=2))
         return 0
-    for name, value in found.items():
+    for name, value in sorted(found.items()):
         lines = value if isinstance(value, list) else [value]
         for i, line in enumerate(lines or ["none"]):
             print(f"{'' if i else name:18} {line}")
