@@ -473,11 +473,116 @@ def test_whoever_reads_has_seen_enough(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-@pytest.mark.parametrize("arguments", [("status",), ("status", "--json"), ("--help",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("status",), ("status", "--json"), ("--help",), ("top", "--help")),
+        *(("run", "--help"), ("reports", "--help"), ("serve", "--help")),
+    ],
+)
 def test_a_full_disk_is_one_line(arguments: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         told = "mlx-safe: stdout: No space left on device\n"
         assert cli_into(full, *arguments) == (2, told)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("arguments", [("fly",), ("serve", "--model", "/no/such")])
+def test_a_mistake_is_status_2_where_nobody_can_be_told(
+    arguments: tuple[str, ...],
+) -> None:
+    """A service's manager started it again and again: it was 1."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlx_safe", *arguments],
+            stderr=full,
+            timeout=180,
+            check=False,
+        )
+    assert done.returncode == 2
+
+
+def test_a_stdout_for_reading_is_one_line() -> None:
+    with Path(os.devnull).open() as empty:
+        told = "mlx-safe: stdout: Bad file descriptor\n"
+        assert cli_into(empty, "--version") == (2, told)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--version",), ("--help",), ("status",), ("reports", "--help")),
+        *(("serve", "--help"), ("serve", "--print-config"), ("run", "--help")),
+    ],
+)
+def test_what_cannot_be_told_is_one_line(arguments: tuple[str, ...]) -> None:
+    """It was status 0, and nothing."""
+    done = child.run(
+        f"""
+        import os, sys
+        os.close(1)
+        sys.stdout = None
+        from mlx_safe.cli import main
+        sys.exit(main({list(arguments)!r}))
+        """
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "mlx-safe: there is no stdout to write to\n",
+    )
+
+
+def test_a_path_that_the_terminal_has_not(tmp_path: Path) -> None:
+    """It was a traceback."""
+    done = child.run(
+        "import sys; from mlx_safe.cli import main; sys.exit(main(['status']))",
+        MLX_SAFE_REPORT_DIR=str(tmp_path / "ü"),
+        PYTHONIOENCODING="ascii",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{tmp_path}/?\n" in done.stdout
+
+
+STDOUT_IS_CLOSED = """
+import os, sys
+os.close(1)
+sys.stdout = None
+from mlx_safe.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+def test_a_server_needs_no_stdout(tiny_model: Path) -> None:
+    """As ``mlx-safe serve >&-`` has none: it ended with a traceback and status 1."""
+    with Server(tiny_model, program=STDOUT_IS_CLOSED).wait_ready() as server:
+        if sys.platform == "linux":  # or a KV cache, or a client, has the number
+            opened = Path(f"/proc/{server.process.pid}/fd/1").readlink()
+            assert opened == Path(os.devnull)
+        assert server.stop() == 0
+        assert "Traceback" not in server.log
+    lost = Server(tiny_model, program=STDOUT_IS_CLOSED, inject="decode:3:4")
+    with lost.wait_ready() as server:
+        assert server.chat().status == 503
+        assert server.wait() == 75
+
+
+def test_a_supervisor_needs_no_stdout(tiny_model: Path) -> None:
+    with Server(tiny_model, "--supervise", program=STDOUT_IS_CLOSED) as server:
+        assert server.wait_ready().chat().status == 200
+        assert server.stop() == 0
+
+
+def test_a_program_needs_no_stdout() -> None:
+    done = child.run(
+        """
+        import os, sys
+        os.close(1)
+        sys.stdout = None
+        from mlx_safe.cli import main
+        sys.exit(main(["run", "--", sys.executable, "-c", "print('lost')"]))
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_may_be_missed_is_a_warning(tiny_model: Path) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import sys
 
+from . import _output
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +49,7 @@ def begin_or_exit() -> None:
     try:
         begin()
     except ValueError as e:
-        print(f"mlx-safe: {e}", file=sys.stderr)
+        _output.complain(f"mlx-safe: {e}")
         sys.exit(2)
 
 

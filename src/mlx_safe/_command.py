@@ -15,10 +15,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+    from _typeshed import SupportsWrite
+
 __all__ = [
     *("MLX", "CommandError", "Parser", "endless_in", "in_one_line", "json_value"),
-    *("need_mlx", "number", "path_or_name", "print_anything", "read_file"),
-    *("read_text",),
+    *("need_mlx", "number", "path_or_name", "read_file", "read_text", "will_print"),
 ]
 
 # As pip knows it.
@@ -41,6 +42,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message}{self._meant(message)}; see {self.prog} --help")
 
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        if file is None:
+            will_print()
+        # argparse's own (Python 3.14) says nothing of a disk that is full.
+        print(self.format_help(), end="", file=file)
+
     def _meant(self, message: str) -> str:
         known = list(self._option_string_actions)
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
@@ -50,8 +57,16 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
 
-def print_anything() -> None:
-    """A character that the terminal has not is printed as "?", and ends nothing."""
+def will_print() -> None:
+    """Call it before what is asked for is printed.
+
+    A character that the terminal has not becomes "?", and ends nothing.
+
+    Raises:
+        CommandError: there is no stdout.
+    """
+    if sys.stdout is None:
+        raise CommandError("there is no stdout to write to")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
 

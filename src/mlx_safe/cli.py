@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from ._command import CommandError, Parser
+from ._command import CommandError, Parser, will_print
+from ._output import complain, keep_numbers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -104,10 +105,17 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "kv": _kv,
 }
 
+# They begin something that works without; the others are there for what they print.
+WITHOUT_STDOUT = ("serve", "run")
+# What a write may meet at a file: a full disk, quota or limit, a terminal that has
+# gone, a descriptor that is only for reading.
+OF_A_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    keep_numbers()
     try:
         status = _run(arguments)
         if sys.stdout is not None:
@@ -117,10 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _no_more_output()  # such as `mlx-safe status | head -1`
         return 128 + signal.SIGPIPE
     except OSError as e:
-        if e.errno != errno.ENOSPC or e.filename is not None:
+        if e.errno not in OF_A_WRITE or e.filename is not None:
             raise
         _no_more_output()
-        print(f"mlx-safe: stdout: {e.strerror}", file=sys.stderr)
+        complain(f"mlx-safe: stdout: {e.strerror}")
         return 2
 
 
@@ -130,22 +138,24 @@ def _no_more_output() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if arguments else 2
-    if arguments[0] == "--version":
-        from ._version import __version__
-
-        print(f"mlx-safe {__version__}")
-        return 0
     try:
+        if not arguments or arguments[0] not in WITHOUT_STDOUT:
+            will_print()
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(USAGE, end="")
+            return 0 if arguments else 2
+        if arguments[0] == "--version":
+            from ._version import __version__
+
+            print(f"mlx-safe {__version__}")
+            return 0
         command = COMMANDS.get(arguments[0])
         if command is None:
             known = ", ".join(COMMANDS)
             raise CommandError(f"no command {arguments[0]!r}; there are: {known}")
         return command(arguments[1:])
     except CommandError as e:
-        print(f"mlx-safe: {e}", file=sys.stderr)
+        complain(f"mlx-safe: {e}")
         return 2
     except KeyboardInterrupt:
         return 130

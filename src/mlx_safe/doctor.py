@@ -18,7 +18,6 @@ from ._command import (
     in_one_line,
     need_mlx,
     path_or_name,
-    print_anything,
 )
 from .checks import BAD, ServerFlags, all_checks
 from .kv.directory import Directory, NotOurs
@@ -45,7 +44,6 @@ def doctor(arguments: Sequence[str]) -> int:
         CommandError: the model cannot be loaded; the message says why.
     """
     asked = _parser().parse_args(list(arguments))
-    print_anything()
     flags = ServerFlags.read(_servers_words(asked), os.environ)
     with _filled_in(asked, flags):
         found = _examined(asked, flags)

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import ssl
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -17,7 +16,8 @@ import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._command import CommandError, Parser, number, print_anything
+from ._command import CommandError, Parser, number
+from ._output import complain
 from .memory.sizes import format_size
 from .server.access import KEY_RULE, is_key, lines_of_keys
 
@@ -74,7 +74,6 @@ def top(arguments: Sequence[str]) -> int:
         CommandError: an argument is wrong, or rich is missing.
     """
     asked = _parser().parse_args(list(arguments))
-    print_anything()
     if not 0.1 <= asked.every <= 3600:
         raise CommandError("--every: must be from 0.1 to 3600 seconds")
     given = [x for x in (asked.server, asked.url, asked.port) if x is not None]
@@ -94,7 +93,7 @@ def top(arguments: Sequence[str]) -> int:
     try:
         console.print(render(look(url, key)))
     except NoAnswer as e:
-        print(f"mlx-safe: {e}", file=sys.stderr)
+        complain(f"mlx-safe: {e}")
         return 1
     return 0
 

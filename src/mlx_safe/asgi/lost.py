@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 
-from .. import _core, _faults, errors
+from .. import _core, _faults, _output, errors
 
 __all__ = ["gpu_is_lost", "leave"]
 
@@ -42,7 +42,6 @@ def gpu_is_lost() -> bool:
 def leave() -> None:
     """Ends the process with status 75, for another to be started. Any thread."""
     # Not by sys.exit: the interpreter would wait for MLX, whose threads may be lost.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _output.flush()
     _core.remove_run_file()
     os._exit(_faults.EXIT_REPLACE)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _paths
-from .._command import CommandError, Parser, print_anything
+from .._command import CommandError, Parser
 from . import export, orphans, reader, render, store, words
 from .records import Report, Unreadable
 from .words import Section
@@ -60,9 +60,6 @@ def reports(arguments: Sequence[str]) -> int:
         CommandError: a user's mistake, with what to do.
     """
     parsed = _parser().parse_args(list(arguments))
-    if sys.stdout is None:
-        raise CommandError("there is no stdout to write to")
-    print_anything()
     directory = _paths.report_dir()
     try:
         _look_at(directory)

@@ -7,10 +7,9 @@ import errno
 import os
 import shutil
 import socket
-import sys
 from pathlib import Path
 
-from .. import _core
+from .. import _core, _output
 from .._command import CommandError, Parser, in_one_line
 
 TYPE_CHECKING = False
@@ -91,7 +90,7 @@ def run(arguments: Sequence[str]) -> int:
     # What becomes of this process is no crash of a program that uses MLX.
     _core.remove_run_file()
     if not asked.supervise:
-        sys.stdout.flush()
+        _output.flush()
         try:
             os.execve(program, command, env)
         except OSError as e:

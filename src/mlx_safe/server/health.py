@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 
-from .. import _core, _reports, testing
+from .. import _core, _output, _reports, testing
 from .._faults import EXIT_REPLACE
 from .recorder import breadcrumb
 
@@ -135,7 +134,7 @@ class Health:
         testing.tell_unfired()
         self.drain()
         logging.shutdown()
-        sys.stdout.flush()
+        _output.flush()
         _reports.finish()
         _reports.remove_run_file()
         if status == EXIT_REPLACE:

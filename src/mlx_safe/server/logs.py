@@ -24,6 +24,7 @@ from logging.handlers import WatchedFileHandler
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
+from .. import _output
 from .._command import CommandError
 
 __all__ = [
@@ -93,8 +94,7 @@ def refuse(message: str, form: str) -> None:
         set_up("INFO", form)
         logging.getLogger("mlx_safe.server").error("cannot start: %s", message)
     else:
-        line = f"mlx-safe: {message}"
-        print(_for_journal(line, logging.ERROR), file=sys.stderr)
+        _output.complain(_for_journal(f"mlx-safe: {message}", logging.ERROR))
 
 
 def _open(path: str) -> _File:
@@ -154,8 +154,7 @@ class _File(WatchedFileHandler):
             self._is_known = True  # or this line itself would have one
             log.error("--log-file cannot be written, stderr is: %s", why.strerror)
         self._failed = True
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(_for_journal(self.format(record), record.levelno), file=sys.stderr)
+        _output.complain(_for_journal(self.format(record), record.levelno))
 
 
 # Of syslog: ``journalctl -p warning`` looks for them.
@@ -373,9 +372,3 @@ class _Json(_Formatter):
 
 def _rounded(value: object) -> object:
     return round(value, 6) if isinstance(value, float) else value
-
-
-def flush() -> None:
-    """Writes out what is still on its way; for an end by ``os._exit``."""
-    logging.shutdown()
-    sys.stderr.flush()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import Fault, _autostart, _reports, errors, install, on_fault, require, status
-from .._command import CommandError, Parser, need_mlx
+from .._command import CommandError, Parser, need_mlx, will_print
 from ..forensics import startup
 from ..kv.directory import Directory, NotOurs
 from ..kv.store import DISK_BYTES, Limits
@@ -153,6 +153,7 @@ def _serve_with(
     for name in settings.unknown:
         log.warning("%s in the environment belongs to no flag", name)
     if options.print_config:
+        will_print()
         print(printed(parser, settings), end="")
         return
     _name_server(options.port, options.model)
@@ -194,13 +195,14 @@ def _tell_of_a_plan(what: str) -> None:
 
 
 def _print_help(own: Parser) -> int:
+    will_print()
     try:
         parser = whole_parser(parser_of(requirements.import_server()))
     except CommandError:
-        print(own.format_help())
+        own.print_help()
         print("The flags of mlx_lm.server are missing here:", flush=True)
         raise
-    print(parser.format_help(), end="")  # argparse's own swallows a closed pipe
+    parser.print_help()
     return 0
 
 

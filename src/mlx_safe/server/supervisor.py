@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .. import _core
+from .. import _core, _output
 from .._command import CommandError, Parser
 from . import handover, logs, ranks
 from .configuration import log_format_of
@@ -92,7 +92,7 @@ def replace_this_process(
     if log_file is not None:
         arguments.append(f"--log-file={log_file}")
     os.environ["MLX_SAFE_AUTOINSTALL"] = "0"
-    sys.stdout.flush()
+    _output.flush()
     _core.remove_run_file()  # the end of this process is no crash of a server
     os.execv(sys.executable, [sys.executable, "-m", __name__, *arguments])
 

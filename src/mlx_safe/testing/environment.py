@@ -9,8 +9,8 @@ attaches (``attached PID CLASS``) and each fault that strikes (``fired PID PLAN`
 from __future__ import annotations
 
 import os
-import sys
 
+from .. import _output
 from . import ceilings, models, plans
 
 TYPE_CHECKING = False
@@ -24,7 +24,7 @@ _has_followed = False
 
 
 def _on_stderr(line: str) -> None:
-    print(f"mlx-safe: {line}", file=sys.stderr, flush=True)
+    _output.complain(f"mlx-safe: {line}")
 
 
 _tell: Callable[[str], None] = _on_stderr
