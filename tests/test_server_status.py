@@ -9,6 +9,8 @@ import io
 import json
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -400,6 +402,71 @@ def test_top_in_a_narrow_terminal(width: int, columns: str) -> None:
         assert all(row.startswith("chatcmpl-0000000") for row in rows)
         assert rows[0][16] == "1" and rows[1][16] == "2"
         assert " prefill " in rows[0] and " decode (again 2)" in rows[1]
+
+
+@contextlib.contextmanager
+def top_on_a_terminal(
+    **environment: str,
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`top` of a server with `longest_status`, and the terminal that it writes to."""
+    ours, theirs = os.openpty()
+    found = {**longest_status(), "version": 1}
+    with answering(json.dumps(found)) as url, os.fdopen(ours, "rb", 0):
+        command = [sys.executable, "-m", "mlx_safe", "top", url]
+        process = subprocess.Popen(
+            command, stdout=theirs, env={**os.environ, "COLUMNS": "80", **environment}
+        )
+        os.close(theirs)
+        try:
+            yield process, ours
+        finally:
+            process.kill()
+            process.wait(60)
+
+
+def shown_until(terminal: int, text: bytes | None) -> bytes:
+    """What is written until ``text`` is; None: until the end."""
+    shown = b""
+    while text is None or text not in shown:
+        assert select.select([terminal], [], [], 60)[0], shown
+        try:
+            piece = os.read(terminal, 1 << 16)
+        except OSError:  # Linux's terminal, whose writers have gone
+            piece = b""
+        if not piece:
+            assert text is None, shown
+            break
+        shown += piece
+    return shown
+
+
+def test_top_on_a_dumb_terminal_prints_it_once() -> None:
+    """It showed nothing, for ever."""
+    with top_on_a_terminal(TERM="dumb") as (process, terminal):
+        shown = shown_until(terminal, None)
+        assert process.wait(60) == 0
+        assert b"2 in flight" in shown and b"\x1b" not in shown
+
+
+def test_top_that_is_ended_gives_the_terminal_back() -> None:
+    with top_on_a_terminal(TERM="xterm") as (process, terminal):
+        shown_until(terminal, b"2 in flight")
+        process.send_signal(signal.SIGTERM)
+        shown = shown_until(terminal, None)
+        assert process.wait(60) == 143
+        assert b"\x1b[?25h" in shown and b"\x1b[?1049l" in shown
+
+
+def test_top_has_a_bar_where_there_is_ascii_only() -> None:
+    """It was a row of question marks."""
+    from rich.console import Console
+
+    from mlx_safe.top import render
+
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
+    Console(width=80, file=file).print(render(longest_status()))
+    file.seek(0)
+    assert f"[{'#' * 36}{'.' * 12}] ceiling" in file.read()
 
 
 def test_top_shows_nothing_that_a_terminal_obeys(

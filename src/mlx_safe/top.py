@@ -8,7 +8,9 @@ import http.client
 import json
 import os
 import re
+import signal
 import ssl
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -86,7 +88,8 @@ def top(arguments: Sequence[str]) -> int:
         raise CommandError("top needs rich: pip install 'rich>=13'") from None
     key = _key(asked.api_key_file)
     console = Console()
-    if console.is_terminal and not asked.once:
+    # On a dumb terminal, which has no cursor to move, rich's `Live` shows nothing.
+    if console.is_terminal and not console.is_dumb_terminal and not asked.once:
         with contextlib.suppress(KeyboardInterrupt):
             _watch(console, url, key, asked.every)
         return 0
@@ -130,7 +133,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--once",
         action="store_true",
-        help="print it once, and end; so it does where the output is no terminal",
+        help="print it once, and end; so it does where the output is no terminal, or "
+        "a dumb one",
     )
     return parser
 
@@ -226,6 +230,8 @@ def _watch(console: Console, url: str, key: str | None, every_s: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
+    # Killed, it would leave the terminal on this screen and without a cursor.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     last: RenderableType = Text("")
     with Live(last, console=console, screen=True, auto_refresh=False) as live:
         while True:
@@ -324,11 +330,12 @@ def _memory(memory: dict[str, Any]) -> list[RenderableType]:
 
     def bar(_: Console, options: ConsoleOptions) -> Text:
         width = max(1, min(BAR_WIDTH, options.max_width - 1 - len(end)))
+        full, empty = "#." if options.ascii_only else "█·"
         line = Text("[")
         for name, (_text, style) in PARTS.items():
-            line.append("█" * round(width * parts[name] / most), style)
+            line.append(full * round(width * parts[name] / most), style)
         line.truncate(width + 1)  # parts are rounded, each for itself
-        line.append("·" * (width + 1 - len(line)), "dim")
+        line.append(empty * (width + 1 - len(line)), "dim")
         return line.append(end)
 
     legend = [
