@@ -17,7 +17,7 @@ TAKEN = (signal.SIGSEGV, signal.SIGABRT, signal.SIGUSR1)
 libc = ctypes.CDLL(None)
 libc.signal.restype = ctypes.c_void_p
 libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-before = {}
+before: dict[int, int] = {}
 made = mx.distributed.init
 
 

@@ -59,9 +59,9 @@ def signals_kept() -> Iterator[None]:
     """Who has a signal has it again at the end of the block. MLX makes its group in it.
 
     To make it, of one rank as well, MLX (0.31, 0.32) loads libmpi, where there is one.
-    Open MPI's hwloc may load OpenCL's drivers, and LLVM in one of them (pocl) takes most
-    signals: SIGUSR1 from another process does nothing from then on, and neither does
-    the first SIGSEGV.
+    Open MPI's hwloc may load OpenCL's drivers, and LLVM in one of them (pocl) takes
+    most signals: SIGUSR1 from another process does nothing from then on, and neither
+    does the first SIGSEGV.
     """
     kept = _core.KeptSignals()
     try:
