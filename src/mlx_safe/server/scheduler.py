@@ -186,8 +186,8 @@ class Scheduler(Generic[R]):
     def take(self, request: R) -> bool:
         """The generation thread has got a request; whether mlx-lm gets it now.
 
-        Otherwise it has ended while it was queued, or it is a suspect. That one was in
-        a batch with which processes died, as after a failure that is UNKNOWN: `next`
+        Otherwise it has ended while it was queued, or it is a suspect: it was in a
+        batch with which processes died. As after a failure that is UNKNOWN, `next`
         gives it out when all that runs has ended, and it runs alone.
         """
         if not (self._one_rank and request.deaths >= SUSPECT_FROM):

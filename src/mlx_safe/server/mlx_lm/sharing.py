@@ -1,7 +1,7 @@
 """A model that the ranks cannot share evenly is refused, by all of them alike.
 
 mlx-lm gives each rank as many rows of a layer, and divides the numbers of its heads
-(``n_heads //= N``), which most types do without a look at the rest (0.31.3 to 0.32.2).
+(``n_heads //= N``). Most types do so without a look at the rest (0.31.3 to 0.32.2).
 One KV head for two ranks is none: each request fails. Five heads are two of another
 size for each: answers are noise, with status 200.
 """
