@@ -4,8 +4,8 @@
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mx.compile and mx.export_function with shapeless=True.
 # Guess before: -1 is the last element whatever the length, as it is in Python and in ONNX. What
 # cannot be without the shape raises, as x[:-1], x[-2:], x[::-1] and h[:, -1] do here.
-# Seen: x[-1] is made x[5] when a function is compiled or exported with six elements, and goes on to be
-# that: with eight it takes the sixth, with no word. x.at[-1].add and x[-1] = 0 write there.
+# Seen: x[-1] becomes x[5] when a function is compiled or exported with six elements, and stays
+# that: with eight it takes the sixth, with no word. x.at[-1].add writes there.
 # `mx.take(x, mx.array(-1), 0)` is right. The last token of a sequence is what such a
 # function is asked for; batches without a batch axis get another one.
 set -euo pipefail

@@ -5,10 +5,10 @@
 # Guess before: `mx.array(2) in {1, 2}` is True, as it is for NumPy's numbers (np.int32(2)); or it
 # raises, as for what is equal by value but can change: a list, or a NumPy array of no
 # dimensions ("unhashable type").
-# Seen: it has a hash, that of the object, so it is in no set but by chance; in the list [1, 2]
-# it is. set() keeps equal tokens apart, and a dictionary with such a key does not find it again. Nothing
-# is raised. mlx-lm gives eos_token_ids as a set: `token in tokenizer.eos_token_ids` with a
-# token as sampled never ends an answer. (In 200 tries below, none is found.)
+# Seen: it has a hash, that of the object, so it is in no set and no dictionary of numbers; in
+# the list [1, 2] it is. set() keeps equal tokens apart. Nothing is raised. mlx-lm gives
+# eos_token_ids as a set: `token in tokenizer.eos_token_ids`, with a token as it was sampled,
+# never ends an answer. (In 200 tries below, none is found.)
 # Call .item() or .tolist() first.
 set -euo pipefail
 
