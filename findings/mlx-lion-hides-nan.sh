@@ -3,8 +3,8 @@
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mlx.optimizers.Lion, mx.sign.
 # Guess before: a NaN goes through. The weight is NaN, and so is the loss of the next step,
-# which a look at the loss finds. So it is with Adam, AdamW and SGD. NumPy's and PyTorch's
-# sign of NaN is NaN.
+# which a look at the loss finds. So it is with Adam, AdamW and SGD. NumPy's sign of NaN is
+# NaN.
 # Seen: mx.sign(nan) is 0. Lion steps by the sign of its momentum, so the weight stays, finite.
 # The momentum is NaN from then on: no later gradient moves that weight. The loss is finite
 # and the rest of the model trains on. weight_decay still acts, so such weights fade to 0.
