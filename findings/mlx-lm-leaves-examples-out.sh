@@ -8,9 +8,9 @@
 # smaller batch.
 # Seen: what is sorted by is the number of keys in a line of the file: 1 for {"text": …}
 # whatever the text, 3 for a line that has "tools" besides "prompt" and "completion". So the
-# order of the file stays, and a batch is as long as its longest. Here that is 198 places for 96
-# tokens, sorted 132. The last len % batch_size are in no batch, in no epoch: of seven examples in
-# batches of two the seventh. Where some have more keys than others, those are last. It
+# order of the file stays, and a batch is as long as its longest. Here that is 1,862 places
+# for 966 tokens. The last len % batch_size are in no batch, in no epoch: of seven examples
+# in batches of two the seventh. Where some have more keys than others, those are last. It
 # is the same in validation and in --test. Nothing is said.
 # Sort the file by length, and fill it up to a multiple of --batch-size.
 set -euo pipefail
@@ -51,14 +51,18 @@ def batches(lines, epochs=20):
     return sorted(seen), places
 
 
-lines = [{"text": letter * n} for letter, n in zip("abcdefg", (30, 3, 29, 2, 28, 4, 27))]
+lines = [{"text": letter * n} for letter, n in zip("abcdefg", (300, 30, 290, 20, 280, 40, 270))]
 found, places = batches(lines)
-print("in file order:", found, places, "places")
+tokens = sum(len(line["text"]) + 1 for line in lines[:6])
+print("in file order:", found, places, "places for", tokens, "tokens")
 assert found == [("a", "b"), ("c", "d"), ("e", "f")]
-assert places == 6 * 33
+assert (places, tokens) == (1862, 966)
 
-lengths = sorted(len(line["text"]) + 1 for line in lines)
-print("lengths:", lengths)
+by_length = sorted(lines, key=lambda line: len(line["text"]))
+found, places = batches(by_length)
+print("a file that is sorted:", found, places, "places")
+assert found == [("d", "b"), ("e", "c"), ("f", "g")]
+assert places == 1286
 
 lines[0]["note"] = "one more key"
 found, _ = batches(lines)

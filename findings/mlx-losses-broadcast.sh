@@ -6,8 +6,8 @@
 # raise ValueError "Predictions shape (4, 1) does not match targets shape (4,)", as with
 # mse_loss, l1_loss, smooth_l1_loss and binary_cross_entropy.
 # Seen: these three broadcast to (4, 4) and take the mean of 16 numbers. Predictions that are
-# right have a loss, and the least loss is at their mean (huber, log_cosh), so the model
-# learns to say one number for everything. Nothing is said.
+# right have a loss, a larger one than one number for everything has (huber, log_cosh), which
+# is what the model learns to say. Nothing is said.
 # Squeeze the predictions, or look at the shapes.
 set -euo pipefail
 

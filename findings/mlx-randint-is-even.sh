@@ -9,7 +9,7 @@
 # all of those are multiples of 4,096. Dozens of the 50,000 are drawn twice, where of 2^40
 # numbers one would meet none. Nothing is said.
 # Seeds and ids of it repeat far too early, and `% n` of it is 0 for each power of two up to a
-# size. mx.random.bits has all bits; so has Python's `secrets` or `random`.
+# size. Draw such numbers with NumPy or Python, or put them together of 16 bits each.
 set -euo pipefail
 
 work=$(mktemp -d)
