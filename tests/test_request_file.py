@@ -85,7 +85,7 @@ def test_of_the_last_piece_is_asked_whether_it_was_taken(
             monkeypatch.setattr(RequestFile, "_taken", lambda self: None)
         else:
             ours.recv(6, socket.MSG_PEEK)
-            os.pwrite(file.fd, b"second", request_file.HEAD.size + 5)
+            os.pwrite(file.fd, b"second", request_file.START + 5)
             file._moving = 6
             file._write_head()
         if was_taken:
@@ -108,7 +108,7 @@ def test_what_had_begun_is_not_settled() -> None:
     ours, client = connections()
     with ours, client:
         file = RequestFile.make()
-        file.reach(State.RUNNING)
+        file.works(True)
         for deaths in (1, 1):
             file.settle(ours)
             assert (file.state, file.deaths) == (State.READING, deaths)

@@ -17,6 +17,7 @@ import pytest
 from mlx_safe.server import logprobs
 from mlx_safe.server.answers import Answer
 from mlx_safe.server.asked import Asked
+from mlx_safe.server.handover import Handover, Held
 from support.programs import program
 from support.server import CONTROLLED, NEVER, Server, eventually
 
@@ -429,7 +430,8 @@ class _Written:
         self.n = 1
         self.body: dict[str, Any] = {}
         self.stream_options = None
-        self.connection = self.held = None
+        self.connection = None
+        self.held = Held(Handover(None), 0, None)
         self.heard = lambda: None
         self.request_id, self.path = "chatcmpl-1", "/v1/chat/completions"
         self.frames: list[Any] = []

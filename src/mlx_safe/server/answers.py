@@ -16,12 +16,13 @@ from typing import Any, Protocol
 
 from . import logprobs, tool_calls
 from .asked import Asked, wants_logprobs
+from .begun import DONE, INTRODUCED, Begun, Said, said
 from .choices import Choices, Connected
 from .exchange import Exchange
 from .logprobs import Entry, Names
 from .logs import fields
 from .mlx_lm import compat
-from .mlx_lm.protocols.opaque import Json
+from .mlx_lm.protocols.opaque import Item, Json
 from .mlx_lm.protocols.requests import AnsweredContext, Response
 from .stop_words import StopWords
 
@@ -106,36 +107,52 @@ class Answer:
             OSError: its client is gone.
         """
         handler = self._handler
-        choices = Choices(handler, self._asked, handler.n)
+        begun = handler.held.begun
+        if begun is not None:
+            self._resume(begun)
+            if begun.is_done:
+                return
+        choices = Choices(handler, self._asked, handler.n, begun)
         try:
-            self._send(choices)
+            self._generate(choices)
         finally:
             handler.current_exchange().requests = choices.requests()
 
-    def _send(self, all_choices: Choices) -> None:
+    def _generate(self, all_choices: Choices) -> None:
         handler = self._handler
         stream = handler.stream
         with all_choices as choices:
             for index, item in choices:
                 choice = self._choices[index]
+                events: list[Json] = []
                 if hasattr(item, "token"):
                     choice.add(item)
                 elif item is None:
+                    if stream and choice.has_something:  # of its last token
+                        events = [*self._introduced(), choice.take()]
                     choice.end()
                 else:
                     self._begin(choice, item)
-                if not stream:
+                if not stream or choice.is_ending:
                     continue
+                choice.note(item)
                 if choice.has_something or choice.ended:
-                    if not self._is_introduced:
-                        self._introduce()
-                    self._send_choice(choice.take())
+                    self._send([*events, *self._introduced(), choice.take()])
                 else:
                     handler.heard()
             if stream:
                 self._end_stream()
             else:
                 handler.send_json(200, self._frame([t.take() for t in self._choices]))
+
+    def _resume(self, begun: Begun) -> None:
+        """Goes on where ``begun`` ends; its choices do when they have contexts."""
+        self._begin_stream()
+        self._is_introduced = self._is_introduced or begun.is_introduced
+        for i, choice in enumerate(self._choices):
+            choice.resume(begun.tokens(i), begun.prompt(i), begun.has_ended(i))
+            if begun.is_introduced:
+                choice.introduce()
 
     def read_calls(
         self, text: str, context: AnsweredContext
@@ -162,34 +179,41 @@ class Answer:
 
     def _begin(self, choice: _Choice, context: AnsweredContext) -> None:
         if self._handler.stream and not any(t.begun for t in self._choices):
-            self._handler._set_stream_headers(200)
-            self._handler.end_headers()
+            self._begin_stream()
         choice.begin(context)
 
-    def _introduce(self) -> None:
+    def _begin_stream(self) -> None:
+        self._handler._set_stream_headers(200)
+        self._handler.end_headers()
+
+    def _introduced(self) -> list[Json]:
         """Names the choices of a stream before one of them says anything.
 
         openai-python's helper (3.57) keeps them in the order of their first deltas,
         and looks them up by index.
         """
+        if self._is_introduced:
+            return []
         self._is_introduced = True
-        for choice in self._choices:
-            self._send_choice(choice.introduce())
+        self._handler.held.note(INTRODUCED)
+        return [choice.introduce() for choice in self._choices]
 
     def _usage(self) -> tuple[int, int, int]:
         """Tokens of the prompt, of all that was generated, and those in the cache."""
-        context = self._choices[0].context
+        prompt, cached = self._choices[0].prompt
         completion = sum(choice.tokens for choice in self._choices)
-        return len(context.prompt), completion, context.prompt_cache_count
+        return prompt, completion, cached
 
     def _end_stream(self) -> None:
         handler = self._handler
+        end = b"data: [DONE]\n\n"
         if (handler.stream_options or {}).get("include_usage"):
             frame = handler.completion_usage_response(*self._usage())
             # mlx-lm (0.31, 0.32) calls it a "chat.completion" in any stream.
             event = _encode(frame | {"object": handler.object_type})
-            handler.wfile.write(f"data: {event}\n\n".encode())
-        handler.wfile.write(b"data: [DONE]\n\n")
+            end = f"data: {event}\n\n".encode() + end
+        handler.held.note(DONE)
+        handler.wfile.write(end)
         handler.wfile.flush()
 
     def _frame(self, choices: list[Json]) -> Json:
@@ -199,12 +223,13 @@ class Answer:
         frame.pop("choices", None)
         return {**frame, "choices": choices}
 
-    def _send_choice(self, choice: Json) -> None:
+    def _send(self, choices: list[Json]) -> None:
+        """An event for each; in one piece, as what is noted goes with all of them."""
         if not self._event:
             # The same for all events of a stream; each has one choice.
             self._event = f"data: {_encode(self._frame([])).removesuffix(']}')}"
-        event = f"{self._event}{_encode(choice)}]}}\n\n"
-        self._handler.wfile.write(event.encode())
+        events = [f"{self._event}{_encode(choice)}]}}\n\n" for choice in choices]
+        self._handler.wfile.write("".join(events).encode())
 
 
 class _Choice:
@@ -218,10 +243,16 @@ class _Choice:
         self._index = index
         self._answer = answer
         self._context: AnsweredContext | None = None
-        self._read: Callable[[Response], list[tuple[str | None, str]]]
+        self._read: Callable[[Any], list[tuple[str | None, str]]]
         self._names: Names | None = None
         self.tokens = 0
         self.ended = False
+        # Its last token has come; its end is next, and both are sent as one piece.
+        self.is_ending = False
+        self._last: Response | Said | None = None
+        # What an earlier server had sent of it, until there is a context to read it.
+        self._said: list[Said] = []
+        self._prompt: tuple[int, int] | None = None
         self._finish = "stop"
         words = answer.stop_words
         self._stops = StopWords(words) if words else None
@@ -238,6 +269,23 @@ class _Choice:
         self._calls_sent = 0
         self._length_sent = 0
         self._is_first = True
+
+    def resume(
+        self, said: list[Said], prompt: tuple[int, int] | None, has_ended: bool
+    ) -> None:
+        """Its client has ``said`` already; of one that ``has_ended`` no more comes."""
+        self._prompt, self.ended = prompt, has_ended
+        if has_ended:
+            self.tokens = len(said)
+        else:
+            self._said = said
+
+    @property
+    def prompt(self) -> tuple[int, int]:
+        """Tokens of its prompt, and those of them that were in the cache."""
+        if self._prompt is not None:
+            return self._prompt
+        return len(self.context.prompt), self.context.prompt_cache_count
 
     @property
     def begun(self) -> bool:
@@ -256,10 +304,30 @@ class _Choice:
         self._read = compat.text_by_state(context)
         if self._answer.wants_logprobs:
             self._names = Names(context.tokenizer)
+        for one in self._said:
+            self.add(one)
+            if self.has_something:
+                self.take()
 
-    def add(self, response: Response) -> None:
+    def note(self, item: Item) -> None:
+        """``item`` has been taken: the next server is to know."""
+        held = self._answer._handler.held
+        if not held.is_noting:
+            return
+        for response in (self._last, item):
+            if hasattr(response, "token"):
+                if self._prompt is None:  # known with the first token
+                    held.note([self._index, *self.prompt])
+                    self._prompt = self.prompt
+                held.note(said(self._index, response, self._names is not None))
+        if item is None:
+            held.note([self._index])
+
+    def add(self, response: Response | Said) -> None:
         """Takes one token, and the text that it completes, from mlx-lm."""
         self.tokens += 1
+        if response.finish_reason is not None:
+            self.is_ending, self._last = True, response
         if self._stops is not None and self._stops.found:
             return  # made before the generation thread could end it
         if self._names is not None:
@@ -296,6 +364,7 @@ class _Choice:
 
     def end(self) -> None:
         """There are no more tokens."""
+        self.is_ending = False
         if self._stops is not None:
             if self._stops.found:
                 self._finish = "stop"

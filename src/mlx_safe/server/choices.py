@@ -13,12 +13,13 @@ from socket import socket
 from typing import Protocol
 
 from .asked import Asked
+from .begun import Begun
 from .disconnects import Watch
 from .handover import Held
 from .in_flight import InFlight
 from .mlx_lm.protocols.opaque import Item, Progress
 from .mlx_lm.protocols.requests import GenerationContext
-from .recorder import name_request
+from .recorder import inherit, name_request
 from .service import Service
 
 __all__ = ["Choices", "Connected", "GenerationEnded"]
@@ -55,15 +56,21 @@ class Choices:
 
     Args:
         handler: of the answer; its connection is watched.
+        begun: what an earlier server had sent: each choice goes on from there, and
+            of those that had ended nothing comes.
     """
 
-    def __init__(self, handler: Connected, asked: Asked, count: int) -> None:
+    def __init__(
+        self, handler: Connected, asked: Asked, count: int, begun: Begun | None = None
+    ) -> None:
         self._generator = handler.response_generator
         self._connection, self._held = handler.connection, handler.held
         self._progress = asked.progress or (lambda done, total: None)
-        self._asked = [
-            _of_choice(asked, handler.request_id, handler.path, i) for i in range(count)
-        ]
+        self._asked = {
+            i: _of_choice(asked, handler.request_id, handler.path, i, begun)
+            for i in range(count)
+            if begun is None or not begun.has_ended(i)
+        }
         self._stack = contextlib.ExitStack()
         self._watches: list[Watch] = []
         self._lock = threading.Lock()
@@ -72,7 +79,7 @@ class Choices:
 
     def __enter__(self) -> Choices:
         disconnects = self._generator.disconnects
-        for name, _ in self._asked:
+        for name, _ in self._asked.values():
             watching = disconnects.watching(name, self._connection, self._held)
             self._watches.append(self._stack.enter_context(watching))
         return self
@@ -85,7 +92,7 @@ class Choices:
         with self._lock:
             self._is_over = True
             contexts = list(self._contexts)
-        for name, _ in self._asked if len(self._asked) > 1 else ():
+        for name, _ in self._asked.values() if len(self._asked) > 1 else ():
             # Its thread may wait for the next word of it.
             request = self._generator.disconnects.request(name)
             if request is not None:
@@ -96,7 +103,9 @@ class Choices:
 
     def __iter__(self) -> Iterator[tuple[int, Item]]:
         if len(self._asked) == 1:
-            yield from zip(itertools.repeat(0), self._generate(0, self._progress))
+            (index,) = self._asked
+            responses = self._generate(index, self._progress)
+            yield from zip(itertools.repeat(index), responses)
         else:
             yield from self._merged()
 
@@ -135,7 +144,7 @@ class Choices:
             except Exception as e:
                 come.put((index, e))
 
-        for i in range(len(self._asked)):
+        for i in self._asked:
             threading.Thread(
                 target=run, args=(i,), name="mlx-safe-choice", daemon=True
             ).start()
@@ -151,11 +160,15 @@ class Choices:
             yield index, item
 
 
-def _of_choice(asked: Asked, name: str, path: str, index: int) -> tuple[str, Asked]:
+def _of_choice(
+    asked: Asked, name: str, path: str, index: int, begun: Begun | None
+) -> tuple[str, Asked]:
     """(its id, what it asks for)."""
     name = f"{name}-{index}" if index else name
     request = copy.copy(asked.request)
     name_request(request, name, path)
+    if begun is not None:
+        inherit(request, [said.token for said in begun.tokens(index)])
     args = asked.arguments
     if index and args.seed is not None:
         seed = (args.seed + index) % 2**64

@@ -66,6 +66,8 @@ class Exchange:
         self.duration = time.monotonic() - self.began_at
         if status is None:
             self.end = "unsent"
+        elif self.is_handed_over:
+            self.end = "handed_over"
         elif not is_whole:
             self.end = "cut"
             self.error = self.error or ConnectionAbortedError()
@@ -137,9 +139,9 @@ class Exchange:
         Replays and waits for memory are in it: it is what the client saw.
         """
         spans = [
-            ((r.ended_at or time.monotonic()) - r.first_token_at, len(r.produced) - 1)
+            ((r.ended_at or time.monotonic()) - r.first_token_at, r.tokens - 1)
             for r in self.requests
-            if r.first_token_at is not None and len(r.produced) > 1
+            if r.first_token_at is not None and r.tokens > 1
         ]
         tokens = sum(n for _, n in spans)
         return sum(s for s, _ in spans) / tokens if tokens else None

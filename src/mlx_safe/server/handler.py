@@ -218,6 +218,13 @@ class ProtectedHandler(Endpoints, APIHandler):
             self.requested_model = self.response_generator.names.default_name
         self._asked_at = time.monotonic()
         self.held.is_asked = True
+        begun = self.held.begun
+        if begun is not None:
+            self.request_id, self.created = begun.id, begun.created
+        elif self.stream:
+            is_chunked = self.request_version == "HTTP/1.1"
+            name = (self.request_id, self.requested_model, self.created)
+            self.held.streams(self.connection, *name, is_chunked)
         try:
             super().handle_completion(request, stop_words)
         except Asked as asked:

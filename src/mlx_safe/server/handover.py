@@ -4,8 +4,9 @@ The two share a socket pair. For each connection that the server accepts it hand
 parent the connection itself and a file without a name. There it keeps what it has read
 of the request and how far it is with the answer. No message is sent for a token or a
 request: when the server is dead, by whatever killed it, the files are there. The parent
-gives what had no byte of its answer to the next server (`Held.taken`), and closes the
-others, whose clients see that they are cut.
+gives what had no byte of its answer to the next server (`Held.taken`), and streams that
+had begun (`Held.begun`), with what they had said. It closes the others, whose clients
+see that they are cut.
 
 A message is `RECORD`: what, and which connection; files come with it (SCM_RIGHTS):
 the connection and its `request_file`.
@@ -23,6 +24,8 @@ import struct
 import threading
 from collections.abc import Callable
 
+from . import begun, tcp
+from .begun import Begun, Note
 from .request_file import RequestFile, State
 
 __all__ = [
@@ -101,6 +104,8 @@ class Held:
 
     Attributes:
         taken: what an earlier server had read of the request, and did not answer.
+        begun: the stream that it had begun to answer with; None: it had not.
+        rest: what of that is in the file, and still to be sent.
         is_asked: all of a request is there, and its handler waits for the answer.
     """
 
@@ -112,6 +117,16 @@ class Held:
         self._at_work: set[object] = set()  # of the request's choices
         self.taken = b"" if file is None else file.read()
         self.is_asked = False
+        self.begun: Begun | None = None
+        self.rest = b""
+        # For the next entry of a stream; None: the answer is none that can go on.
+        self._notes: list[Note] | None = None
+        self._sent = -1  # bytes of it, where the system does not count them
+        if file is not None and file.state is State.STREAMS:
+            self.begun, self.rest = file.begun()
+            self._notes = []
+            if self.begun.before < 0:
+                self._sent = len(self.begun.output)
 
     @property
     def deaths(self) -> int:
@@ -125,11 +140,63 @@ class Held:
             return connection.recv_into(buffer)
         return self._file.receive(connection, buffer)
 
-    def begin_answer(self) -> None:
-        """The first byte of the answer is about to be sent."""
+    def streams(
+        self,
+        connection: socket.socket,
+        id: str,
+        model: str | None,
+        created: int,
+        is_chunked: bool,
+    ) -> None:
+        """The answer is going to be a stream, with which the next server can go on.
+
+        The arguments are those of `begun.opening`.
+        """
+        if self._file is None or self._notes is not None:
+            return
+        before = tcp.count_sent(connection)
+        self._sent = 0 if before < 0 else -1
+        self._notes = [begun.opening(id, model, created, is_chunked, before)]
+
+    def streams_not(self) -> None:
+        """It is another one, after all."""
+        if self._file is not None and self._file.state is not State.STREAMS:
+            self._notes = None
+
+    @property
+    def is_noting(self) -> bool:
+        """Whether `note` does anything."""
+        return self._notes is not None
+
+    def note(self, note: Note) -> None:
+        """Something that the next server has to know, once the next piece is sent."""
+        if self._notes is not None:
+            self._notes.append(note)
+
+    def sends(self, piece: bytes) -> None:
+        """``piece`` of the answer is about to be sent."""
+        file = self._file
+        if file is None or file.state is State.BEGUN:
+            return
+        if self._notes is not None:
+            entry = begun.entry(self._notes, piece)
+            self._notes = []
+            with contextlib.suppress(OSError):  # a full disk
+                if file.state is State.STREAMS:
+                    file.add_entry(entry)
+                else:
+                    with self._lock:
+                        file.stream(entry)
+                return
+            self._notes = None
         with self._lock:
-            if self._file is not None and self._file.state is not State.BEGUN:
-                self._file.reach(State.BEGUN)
+            file.reach(State.BEGUN)
+
+    def has_sent(self, piece: bytes) -> None:
+        """It was sent."""
+        if self._file is not None and self._notes is not None and self._sent >= 0:
+            self._sent += len(piece)
+            self._file.mark_sent(self._sent)
 
     def works(self, choice: object, does: bool) -> None:
         """Whether the generation thread works on one ``choice`` of the answer.
@@ -138,15 +205,15 @@ class Held:
         """
         with self._lock:
             self._at_work.add(choice) if does else self._at_work.discard(choice)
-            state = State.RUNNING if self._at_work else State.READING
-            file = self._file
-            if file is not None and file.state not in (State.BEGUN, state):
-                file.reach(state)
+            file, is_worked_on = self._file, bool(self._at_work)
+            if file is not None and file.is_worked_on is not is_worked_on:
+                file.works(is_worked_on)
 
     def next(self, ahead: bytes) -> None:
         """Another request begins, with ``ahead``, which was read already."""
         with self._lock:
             self.is_asked = False
+            self.begun, self._notes = None, None
             self._at_work.clear()
             if self._file is not None:
                 self._file.next(ahead)

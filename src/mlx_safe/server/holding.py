@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 from . import handover
+from .begun import Begun
 from .handover import Message
 from .request import SUSPECT_FROM
 from .request_file import RequestFile, State
@@ -72,7 +73,7 @@ class _Kept:
         self.file.close()
 
     def outlive(self) -> bool:
-        """The server is dead; whether nothing of the answer was sent."""
+        """The server is dead; whether another one can answer, or go on with it."""
         self.file = RequestFile(self.file.fd)  # as the server has left it
         self.file.settle(self.connection)
         return self.file.state is not State.BEGUN
@@ -139,7 +140,7 @@ class Holding:
     # -- while there is none -------------------------------------------------------
 
     def server_ended(self) -> bool:
-        """What it had not begun to answer waits; the others are cut.
+        """What another can answer or go on with waits; the others are cut.
 
         Returns whether one was refused, as it may be what ends the servers.
         """
@@ -165,7 +166,8 @@ class Holding:
         self._wait(_Kept(connection, RequestFile.make()))
 
     def _wait(self, kept: _Kept) -> None:
-        size = kept.file.size + sum(other.file.size for other in self._waiting.values())
+        waiting = [kept, *self._waiting.values()]
+        size = sum(one.file.kept for one in waiting)
         if not self._hold_s or len(self) >= CONNECTIONS_MAX or size > BYTES_MAX:
             self._refuse(kept)
             return
@@ -191,8 +193,11 @@ class Holding:
 
     def _refuse(self, kept: _Kept, why: str = STARTING) -> threading.Thread:
         has_asked = kept.file.size > 0
+        if kept.file.state is State.STREAMS:
+            answer = _end_of_stream(*kept.file.begun(), self.last_start_s, why)
+        else:
+            answer = _refusal(self.last_start_s, why)
         kept.file.close()
-        answer = _refusal(self.last_start_s, why)
         thread = threading.Thread(
             target=_answer,
             args=(kept.connection, answer, has_asked),
@@ -221,21 +226,39 @@ def _is_probe(kept: _Kept) -> bool:
     return seen.startswith(PROBES)
 
 
-def _refusal(last_start_s: float | None, why: str = STARTING) -> bytes:
+def _error(last_start_s: float | None, why: str) -> dict[str, object]:
     seconds = RETRY_AFTER_S if last_start_s is None else math.ceil(last_start_s)
-    seconds = min(max(seconds, 1), RETRY_AFTER_MAX_S)
-    error = {
+    return {
         "message": why,
         "type": "service_unavailable_error",
         "param": None,
         "code": "unavailable",
-        "retry_after": seconds,
+        "retry_after": min(max(seconds, 1), RETRY_AFTER_MAX_S),
     }
+
+
+def _end_of_stream(
+    stream: Begun, rest: bytes, last_start_s: float | None, why: str
+) -> bytes:
+    """What a stream ends with that no server goes on with; ``rest`` goes first."""
+    if not stream.is_done:
+        event: dict[str, object] = {"id": stream.id, "object": "error"}
+        event |= {"model": stream.model, "created": stream.created}
+        event["error"] = _error(last_start_s, why)
+        data = f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode()
+        rest += b"%x\r\n%b\r\n" % (len(data), data) if stream.is_chunked else data
+    if stream.is_chunked and not stream.is_ended:
+        rest += b"0\r\n\r\n"
+    return rest
+
+
+def _refusal(last_start_s: float | None, why: str = STARTING) -> bytes:
+    error = _error(last_start_s, why)
     body = json.dumps({"error": error}).encode()
     return (
         b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-        b"Retry-After: %d\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
-        % (seconds, len(body), body)
+        b"Retry-After: %b\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b"
+        % (str(error["retry_after"]).encode(), len(body), body)
     )
 
 

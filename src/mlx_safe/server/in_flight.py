@@ -30,7 +30,7 @@ from .mlx_lm.protocols.requests import (
     Taken,
 )
 from .mlx_lm.protocols.text import Tokenizer
-from .recorder import Place
+from .recorder import Place, inherited
 from .request import Request
 from .scheduler import Scheduler
 
@@ -69,6 +69,7 @@ class InFlight(Request):
     """
 
     _first: GenerationContext | None = None  # the context that its handler has
+    _prompt_tokens: int | None = None
     held: Held | None = None
 
     def __init__(
@@ -85,6 +86,8 @@ class InFlight(Request):
         self._before_put = before_put
         self._on_error = on_error
         self._may_stop_alone = may_stop_alone
+        self.produced = inherited(self._request)
+        self.inherited = len(self.produced)
         self.context: GenerationContext | None = None
         self.headers: dict[str, str] = {}
         self.prompt_key: tuple[ModelKey, list[int]] | None = None
@@ -97,14 +100,16 @@ class InFlight(Request):
     @property
     def prompt_tokens(self) -> int | None:  # type: ignore[override]
         """Tokens of its prompt; None: they are not known yet."""
-        return None if self._first is None else len(self._first.prompt)
+        return self._prompt_tokens
 
     @property
     def cached_tokens(self) -> int | None:  # type: ignore[override]
         """Of them, those that the prompt cache had; None: it was not asked yet."""
         # mlx-lm's sequential path knows it later; until then it is -1.
         count = -1 if self._first is None else self._first.prompt_cache_count
-        return None if count is None or count < 0 else int(count)
+        if count is None or count < 0 or self._prompt_tokens is None:
+            return None
+        return min(int(count), self._prompt_tokens)
 
     @property
     def max_tokens(self) -> int:
@@ -181,6 +186,9 @@ class InFlight(Request):
         if not self._scheduler.begin(self):
             return
         self._first = context
+        # With speculative decoding and a seed it is made again, and not read.
+        of_answer = 0 if self.run.repeated else self.inherited
+        self._prompt_tokens = len(context.prompt) - of_answer
         assert self.tokenizer is not None
         context.stop = lambda: self._scheduler.cancel(self)  # type: ignore[method-assign]
         context.tokenizer = self.tokenizer

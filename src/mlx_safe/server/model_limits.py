@@ -132,11 +132,15 @@ class ModelLimits:
                 if least > limit:
                     raise too_long(f"at least {least}", limit, request)
 
-    def answer_tokens(self, prompt: int, wanted: int) -> int:
-        """Of an answer at most: it ends with the context, as with max_tokens."""
+    def answer_tokens(self, prompt: int, wanted: int, made: int = 0) -> int:
+        """Of an answer at most: it ends with the context, as with max_tokens.
+
+        Args:
+            wanted: with ``made`` that there are already.
+        """
         # A longer prompt is here because a flag lets it in, with its answer.
         if self.context is not None and prompt <= self.context:
-            wanted = min(wanted, self.context - prompt)
+            wanted = min(wanted, self.context - prompt - made)
         # Of none mlx-lm's batches make one all the same; its sequential path fails.
         return max(1, wanted)
 

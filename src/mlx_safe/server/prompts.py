@@ -117,7 +117,8 @@ class Prompts:
             if is_of_all(e):
                 raise  # not the prompt's own
             raise _unreadable(e, work, _at_fault(work, args, tokenize)) from e
-        args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens)
+        made = len(request_of(work).produced)
+        args.max_tokens = limits.answer_tokens(len(found[0]), args.max_tokens, made)
         if not found[0]:
             raise BadRequest("The prompt is empty.", prompt_field(work))
         limits.facts.check_prompt(found[0], args.logits, prompt_field(work))

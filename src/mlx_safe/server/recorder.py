@@ -12,9 +12,13 @@ from collections.abc import Callable
 
 from .. import _core, _reports
 
-__all__ = ["Place", "breadcrumb", "name_request", "request_id", "start_sampler"]
+__all__ = [
+    *("Place", "breadcrumb", "inherit", "inherited", "name_request", "request_id"),
+    "start_sampler",
+]
 
 _NAME = "_mlx_safe_name"
+_INHERITED = "_mlx_safe_inherited"
 SAMPLE_EVERY_S = 1.0
 TOKENS_PER_BREADCRUMB = 128
 
@@ -27,6 +31,16 @@ def breadcrumb(kind: str, text: str, **fields: str | int | float | bool | None) 
 def name_request(request: object, request_id: str, path: str) -> None:
     """Notes on mlx-lm's request what its client knows it by."""
     setattr(request, _NAME, (request_id, path))
+
+
+def inherit(request: object, tokens: list[int]) -> None:
+    """Notes on mlx-lm's request the tokens that its client has of an earlier server."""
+    setattr(request, _INHERITED, tokens)
+
+
+def inherited(request: object) -> list[int]:
+    """The tokens that were noted on mlx-lm's request."""
+    return list(getattr(request, _INHERITED, ()))
 
 
 def request_id(request: object) -> str:

@@ -141,7 +141,8 @@ class Request:
     makes a subclass.
 
     Attributes:
-        produced: ids of the tokens that were passed on to the client.
+        produced: ids of the tokens that were passed on to the client; inherited: how
+            many of them were by an earlier server.
         attempts: how often it was run again after a fault.
         times_replayed: how often it was run again, after whatever failure.
         has_context: its client knows that mlx-lm has begun with it, once.
@@ -169,6 +170,7 @@ class Request:
     def __init__(self) -> None:
         self._state = RequestState.QUEUED
         self.produced: list[int] = []
+        self.inherited = 0
         self.attempts = 0
         self.times_replayed = 0
         self.came_at: float | None = None
@@ -192,6 +194,11 @@ class Request:
     def is_ended(self) -> bool:
         """It has its answer, or needs none."""
         return self._state in ENDED
+
+    @property
+    def tokens(self) -> int:
+        """How many it has produced in this process."""
+        return len(self.produced) - self.inherited
 
     @property
     def next_length(self) -> int:

@@ -1,43 +1,48 @@
 """What a server has read of a request, in a file that outlives it.
 
-The file has no name. It begins with `HEAD`; then come the bytes of the request. The
-server writes it, and the supervisor has it as well. The server may be killed in the
-midst of any call. What the file says and what is still in the connection are then
-together what the client has sent, without a gap and with nothing twice.
+The file has no name. It begins with `HEAD` and `SENT`; then come the bytes of the
+request. The server writes it, and the supervisor has it as well. The server may be
+killed in the midst of any call. What the file says and what is still in the connection
+are then together what the client has sent, without a gap and with nothing twice.
 
 For that a piece is looked at, written here, announced, and only then taken from the
 connection. If the server dies between the last two it is asked for: `settle`.
+
+Behind the request come the entries of a stream (`begun`), one for each piece, before
+the piece is sent. How much of them was sent the system is asked for; where it does not
+say, each is marked when it was.
 """
 
 from __future__ import annotations
 
-import array
 import contextlib
 import enum
-import fcntl
 import os
 import socket
 import struct
 import tempfile
-import termios
+
+from . import tcp
+from .begun import Begun
 
 __all__ = ["RequestFile", "State"]
 
-# State; how many servers died while they worked on the request. Then bytes: of the
-# piece being taken, of the request before it, and those taken from the connection in
-# all.
-HEAD = struct.Struct("=BBIQQ")
+# State; whether the server works on the request, and how many have died while they
+# did. Then bytes: of the piece being taken, of the request before it, and those taken
+# from the connection in all.
+HEAD = struct.Struct("=B?BIQQ")
+# Bytes of the stream that were sent. Apart, as another thread writes it.
+SENT = struct.Struct("=Q")
+START = HEAD.size + SENT.size  # of the request
 PIECE = 1 << 16
-# Linux (4.1): struct tcp_info has the bytes that came in, at 128.
-RECEIVED_AT = 128
 
 
 class State(enum.IntEnum):
     """How far the request of a connection is."""
 
-    READING = 0  # or waited for; or all of it is there, and it waits for its turn
-    RUNNING = 1  # the generation thread works on it, nothing of its answer was sent
-    BEGUN = 2
+    READING = 0  # or waited for, or all of it is there: nothing of its answer was sent
+    BEGUN = 1  # something was, and only this server can go on
+    STREAMS = 2  # something was, and the next server can go on
 
 
 class RequestFile:
@@ -45,13 +50,16 @@ class RequestFile:
 
     Attributes:
         state, deaths, size: as in `HEAD`, when it was opened or by its own writes.
+        is_worked_on: the generation thread works on the request.
     """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         head = HEAD.unpack(os.pread(fd, HEAD.size, 0))
-        state, self.deaths, self._moving, self.size, self._total = head
+        state, self.is_worked_on, self.deaths, *counts = head
+        self._moving, self.size, self._total = counts
         self.state = State(state)
+        self._end = os.fstat(fd).st_size
 
     @classmethod
     def make(cls) -> RequestFile:
@@ -61,7 +69,7 @@ class RequestFile:
         else:
             with tempfile.TemporaryFile() as file:
                 fd = os.dup(file.fileno())
-        os.write(fd, bytes(HEAD.size))
+        os.write(fd, bytes(START))
         return cls(fd)
 
     def close(self) -> None:
@@ -71,11 +79,27 @@ class RequestFile:
     def read(self, count: int | None = None) -> bytes:
         """The first ``count`` bytes of the request; None: all of them."""
         count = self.size if count is None else min(count, self.size)
-        return os.pread(self.fd, count, HEAD.size)
+        return os.pread(self.fd, count, START)
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the file, when it was opened or settled."""
+        return self._end
+
+    def begun(self) -> tuple[Begun, bytes]:
+        """The stream, and what of it is still to be sent. Raises ValueError."""
+        (sent,) = SENT.unpack(os.pread(self.fd, SENT.size, HEAD.size))
+        found = self._read_begun()
+        return found, found.output[sent:]
+
+    def _read_begun(self) -> Begun:
+        at = START + self.size
+        return Begun(os.pread(self.fd, os.fstat(self.fd).st_size - at, at))
 
     def _write_head(self) -> None:
-        head = self.state, self.deaths, self._moving, self.size, self._total
-        os.pwrite(self.fd, HEAD.pack(*head), 0)
+        counts = self._moving, self.size, self._total
+        head = HEAD.pack(self.state, self.is_worked_on, self.deaths, *counts)
+        os.pwrite(self.fd, head, 0)
 
     # -- by a server ---------------------------------------------------------------
 
@@ -86,14 +110,16 @@ class RequestFile:
         self._write_head()
 
     def _append(self, data: bytes | memoryview) -> None:
-        at = HEAD.size + self.size
+        self._write(data, START + self.size)
+
+    def _write(self, data: bytes | memoryview, at: int) -> None:
         while data:
             count = os.pwrite(self.fd, data, at)
             at, data = at + count, data[count:]
 
     def receive(self, connection: socket.socket, buffer: memoryview) -> int:
         """Reads from ``connection`` into ``buffer``, as ``recv_into`` does."""
-        if self.state is State.BEGUN:  # it is not needed any more
+        if self.state is not State.READING:  # it is not needed any more
             count = connection.recv_into(buffer)
             self._total += count
             return count
@@ -123,12 +149,35 @@ class RequestFile:
         self.state = state
         self._write_head()
         if state is State.BEGUN:  # what was read of it is not needed any more
-            os.ftruncate(self.fd, HEAD.size)
+            os.ftruncate(self.fd, START)
+
+    def works(self, does: bool) -> None:
+        """Whether the generation thread works on the request."""
+        self.is_worked_on = does
+        self._write_head()
+
+    def stream(self, entry: bytes) -> None:
+        """The first piece of a stream is about to be sent. Raises OSError: as `add`."""
+        self._end = START + self.size
+        os.ftruncate(self.fd, self._end)
+        self.mark_sent(0)
+        self.add_entry(entry)
+        self.reach(State.STREAMS)
+
+    def add_entry(self, entry: bytes) -> None:
+        """Another piece of it is. Raises OSError: as `add`."""
+        self._write(entry, self._end)
+        self._end += len(entry)
+
+    def mark_sent(self, count: int) -> None:
+        """So many bytes of the stream were sent."""
+        os.pwrite(self.fd, SENT.pack(count), HEAD.size)
 
     def next(self, ahead: bytes) -> None:
         """Another request begins, with ``ahead``, which was read already."""
-        os.ftruncate(self.fd, HEAD.size)
-        self.state, self.deaths, self.size = State.READING, 0, 0
+        os.ftruncate(self.fd, START)
+        self.state, self.is_worked_on = State.READING, False
+        self.deaths, self.size = 0, 0
         try:
             self.add(ahead)
         except OSError:  # as in `receive`
@@ -137,22 +186,43 @@ class RequestFile:
     # -- by the supervisor ---------------------------------------------------------
 
     def settle(self, connection: socket.socket) -> None:
-        """The server is dead: what it had not begun is `State.READING` again."""
+        """The server is dead; from now on the file says what the next one can do."""
+        if self.state is State.STREAMS and not self._settle_stream(connection):
+            self.reach(State.BEGUN)
         if self.state is State.BEGUN:
             return
         if self._moving:
-            piece = os.pread(self.fd, self._moving, HEAD.size + self.size)
+            piece = os.pread(self.fd, self._moving, START + self.size)
             if _was_taken(connection, self._total, piece):
                 self._taken()
         self._moving = 0
-        self.deaths += self.state is State.RUNNING
-        self.state = State.READING
+        self.deaths += self.is_worked_on
+        self.is_worked_on = False
         self._write_head()
+
+    def _settle_stream(self, connection: socket.socket) -> bool:
+        """Finds out how much of the stream was sent; False: nobody knows."""
+        try:
+            found, rest = self.begun()
+        except ValueError:
+            return False
+        sent = len(found.output) - len(rest)
+        count = tcp.count_sent(connection) if found.before >= 0 else -1
+        if count >= 0:
+            sent = count - found.before
+            if not 0 <= sent <= len(found.output):
+                return False
+        elif rest:  # it may have been, or not, or in part
+            return False
+        self._end = START + self.size + found.size
+        os.ftruncate(self.fd, self._end)  # without an entry that was cut short
+        self.mark_sent(sent)
+        return True
 
 
 def _was_taken(connection: socket.socket, total: int, piece: bytes) -> bool:
     """Whether ``piece`` was taken from ``connection``, after ``total`` bytes."""
-    more = _count_taken(connection) - total
+    more = tcp.count_taken(connection) - total
     # The end of what a client sends is counted as a byte.
     if more in (0, 1, len(piece), len(piece) + 1):
         return more >= len(piece)
@@ -161,26 +231,3 @@ def _was_taken(connection: socket.socket, total: int, piece: bytes) -> bool:
     with contextlib.suppress(OSError):
         return connection.recv(len(piece), flags) != piece
     return True
-
-
-def _count_taken(connection: socket.socket) -> int:
-    """Bytes taken from ``connection`` since it was made; -1: not known."""
-    if not hasattr(socket, "TCP_INFO"):
-        return -1
-    waiting = array.array("i", [0])
-    try:
-        for _ in range(100):  # until nothing comes in meanwhile
-            before = _count_received(connection)
-            fcntl.ioctl(connection.fileno(), termios.FIONREAD, waiting)
-            if before == _count_received(connection):
-                return before - waiting[0]
-    except (OSError, struct.error):
-        pass
-    return -1
-
-
-def _count_received(connection: socket.socket) -> int:
-    size = RECEIVED_AT + 8
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
-    received: int = struct.unpack_from("=Q", info, RECEIVED_AT)[0]
-    return received

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from .access import Access, challenge, refusal_body
+from .begun import DONE
 from .body import discard
 from .exchange import DISCONNECTED, Exchange
 from .mlx_lm.protocols.opaque import Json
@@ -125,7 +126,7 @@ class Responses(Wire):
                     *(reply.status, "application/json", error_body(reply)),
                     retry_after=reply.retry_after,
                 )
-            elif self.stream:
+            elif getattr(self, "stream", False):
                 self._send_error_event(reply)
             else:
                 self.abandon()
@@ -141,6 +142,7 @@ class Responses(Wire):
             "created": getattr(self, "created", int(time.time())),
             "error": reply.error(),
         }
+        self.held.note(DONE)
         self.wfile.write(f"data: {json.dumps(event)}\n\ndata: [DONE]\n\n".encode())
         self.wfile.flush()
         self.current_exchange().is_error_event = True
@@ -164,6 +166,9 @@ class Responses(Wire):
         Raises:
             OSError: the client has left.
         """
+        if self.wfile.sent:  # of a stream that an earlier server had begun
+            self.abandon()
+            return
         self.send_response(status)
         self.send_header("Content-type", content_type)
         self.send_header("Content-Length", str(len(body)))

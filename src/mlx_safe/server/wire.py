@@ -21,8 +21,9 @@ from collections import OrderedDict
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+from .begun import END
 from .body import discard
-from .exchange import Exchange
+from .exchange import DISCONNECTED, Exchange
 from .handover import Held
 
 __all__ = ["KEEP_ALIVE_S", "Resting", "Wire"]
@@ -110,6 +111,8 @@ class _Reader(io.RawIOBase):
 class _Writer(io.BufferedIOBase):
     """``wfile``: frames what is written to it. One send for one write.
 
+    Of a stream that an earlier server had begun it sends the rest.
+
     Attributes:
         sent: bytes of this answer that have gone out.
         sent_at: monotonic seconds of the last of them.
@@ -121,9 +124,13 @@ class _Writer(io.BufferedIOBase):
         self.next()
 
     def next(self) -> None:
-        """Another answer begins."""
+        """Another answer begins, or one goes on."""
+        begun = self._handler.held.begun
         self.framing: Framing | None = None
         self.sent = 0
+        if begun is not None:
+            self.framing = Framing.CHUNKED if begun.is_chunked else Framing.CLOSED
+            self.sent = len(begun.output)
         self.sent_at = time.monotonic()
         self.broken = False
         self._body = b""
@@ -147,28 +154,42 @@ class _Writer(io.BufferedIOBase):
 
     def end(self) -> None:
         """The answer is complete: sends what marks its end."""
-        if self.broken or self.framing is None:
+        begun = self._handler.held.begun
+        if self.broken or self.framing is None or (begun and begun.is_ended):
             return
         if self.framing is Framing.COLLECTED:
             self._handler.send_header("Content-Length", str(len(self._body)))
             self.send(b"" if self._handler.command == "HEAD" else self._body)
+        elif self.framing is Framing.CHUNKED:
+            self._handler.held.note(END)
+            self.send(b"0\r\n\r\n")
         else:
-            self.send(b"0\r\n\r\n" if self.framing is Framing.CHUNKED else b"")
+            self.send(b"")
 
     def send(self, data: bytes) -> None:
         """Sends ``data``, after the headers if they are still here."""
         if not self.sent:
             data = self._handler.take_head() + data
-            if data:
-                self._handler.held.begin_answer()
         if not data:
             return
+        held = self._handler.held
+        held.sends(data)
+        self._send_all(data)
+        held.has_sent(data)
+        self.sent += len(data)
+
+    def send_rest(self) -> None:
+        """What an earlier server was about to send goes first."""
+        rest = self._handler.held.rest
+        if rest:
+            self._send_all(rest)
+
+    def _send_all(self, data: bytes) -> None:
         try:
             self._handler.connection.sendall(data)
         except BaseException:
             self.broken = True
             raise
-        self.sent += len(data)
         self.sent_at = time.monotonic()
 
 
@@ -201,6 +222,10 @@ class Wire(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Serves one request after another until the connection is to end."""
+        try:
+            self.wfile.send_rest()
+        except DISCONNECTED:
+            return
         # mlx-lm's handler keeps a request's state in its attributes: of one request
         # nothing may be left for the next.
         fresh = dict(vars(self))
@@ -325,7 +350,7 @@ class Wire(BaseHTTPRequestHandler):
         head: list[bytes] = getattr(self, "_headers_buffer", [])  # none to HTTP/0.9
         status = int(head[0].split()[1]) if head else 0
         if 100 <= status < 200:
-            self._headers_buffer: list[bytes] = []
+            self._headers_buffer = []
             self.connection.sendall(b"".join(head) + b"\r\n")
             return
         fields = dict(line.lower().split(b":", 1) for line in head[1:])
@@ -340,6 +365,8 @@ class Wire(BaseHTTPRequestHandler):
         else:
             framing = Framing.CLOSED
         self.wfile.framing = framing
+        if self.wfile.sent:  # by an earlier server
+            self._headers_buffer = []
 
     def take_head(self) -> bytes:
         """The headers, once, when the first byte of the answer goes out."""
@@ -362,6 +389,7 @@ class Wire(BaseHTTPRequestHandler):
     def drop_head(self) -> None:
         """Another answer takes the place of the one that has not gone out yet."""
         self._headers_buffer = []
+        self.held.streams_not()
         self.wfile.next()
 
     def abandon(self) -> None:
@@ -370,8 +398,11 @@ class Wire(BaseHTTPRequestHandler):
         self.wfile.broken = True
 
     def leave_to_the_next(self) -> bool:
-        """The next server is to answer; False when there is none, or it is too late."""
-        if self.wfile.sent or not self.held.leave():
+        """The next server is to answer, or to go on with a stream.
+
+        False when there is none, or it could not.
+        """
+        if not self.held.leave():
             return False
         self.abandon()
         self.server.leave_open(self.connection)
