@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from mlx_safe.server import request_file
+from mlx_safe.server import begun, request_file
+from mlx_safe.server.handover import Handover, Held
 from mlx_safe.server.request_file import RequestFile, State
 from support.programs import program
 
@@ -116,3 +117,124 @@ def test_what_had_begun_is_not_settled() -> None:
         file.settle(ours)
         assert RequestFile(file.fd).state is State.BEGUN
         file.close()
+
+
+# -- a stream ------------------------------------------------------------------------
+
+OPENING = ("chatcmpl-1", "model", 7, True)
+
+
+def streaming(connection: socket.socket, *pieces: bytes) -> RequestFile:
+    """The file of a stream of which so many pieces are sent, and one more is to be."""
+    connection.sendall(b"an earlier answer")
+    file = RequestFile.make()
+    file.add(b"request")
+    held = Held(Handover(None), 1, RequestFile(file.fd))
+    held.streams(connection, *OPENING)
+    for piece in pieces:
+        held.note([0, 5, "text", None, None, None, None])
+        held.sends(piece)
+        connection.sendall(piece)
+        held.has_sent(piece)
+    held.works("a choice", True)
+    held.note([0])
+    held.sends(b"the last")
+    return RequestFile(file.fd)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what was sent")
+@pytest.mark.parametrize("count", [0, 3, 8])
+def test_a_piece_of_a_stream_was_sent_or_not_or_in_part(count: int) -> None:
+    ours, client = connections()
+    with ours, client:
+        file = streaming(ours, b"first", b"second")
+        ours.sendall(b"the last"[:count])
+        for deaths in (1, 1):  # the next server may die before it goes on
+            file = RequestFile(file.fd)
+            file.settle(ours)
+            assert (file.state, file.deaths) == (State.STREAMS, deaths)
+        found, rest = file.begun()
+        assert rest == b"the last"[count:]
+        assert (found.id, found.model, found.created, found.is_chunked) == OPENING
+        assert [said.token for said in found.tokens(0)] == [5, 5]
+        assert found.has_ended(0)
+        assert file.read() == b"request"
+        file.close()
+
+
+@pytest.mark.parametrize("was_sent", [False, True])
+def test_where_the_system_does_not_say_each_piece_is_marked(
+    monkeypatch: pytest.MonkeyPatch, was_sent: bool
+) -> None:
+    monkeypatch.delattr(socket, "TCP_INFO", raising=False)
+    ours, client = connections()
+    with ours, client:
+        file = streaming(ours, b"first", b"second")
+        if was_sent:
+            file.mark_sent(len(b"firstsecondthe last"))
+        file.settle(ours)
+        assert file.state is (State.STREAMS if was_sent else State.BEGUN)
+        file.close()
+
+
+def test_an_entry_that_was_cut_short_was_not_sent() -> None:
+    ours, client = connections()
+    with ours, client:
+        file = streaming(ours, b"first")
+        os.ftruncate(file.fd, os.fstat(file.fd).st_size - 1)
+        file.settle(ours)
+        found, rest = file.begun()
+        assert (found.output, rest) == (b"first", b"")
+        assert not found.has_ended(0)
+        # What the next one writes follows what is whole.
+        held = Held(Handover(None), 1, RequestFile(file.fd))
+        assert held.begun is not None
+        held.sends(b"another")
+        assert RequestFile(file.fd).begun()[0].output == b"firstanother"
+        held.next(b"")
+        assert RequestFile(file.fd).state is State.READING
+        file.close()
+
+
+@pytest.mark.parametrize("sent_before", [0, 2])
+def test_a_stream_goes_on_with_a_full_disk(
+    monkeypatch: pytest.MonkeyPatch, sent_before: int
+) -> None:
+    """With this server alone."""
+    file = RequestFile.make()
+    held = Held(Handover(None), 1, RequestFile(file.fd))
+    ours, client = connections()
+    with ours, client:
+        held.streams(ours, *OPENING)
+        for _ in range(sent_before):
+            held.sends(b"piece")
+        write = os.pwrite
+
+        def full(fd: int, data: bytes, at: int) -> int:
+            if at >= request_file.START:
+                raise OSError("no space left")
+            return write(fd, data, at)
+
+        monkeypatch.setattr(os, "pwrite", full)
+        for _ in range(2):
+            held.sends(b"piece")
+            assert RequestFile(file.fd).state is State.BEGUN
+        file.close()
+
+
+def test_another_answer_is_no_stream() -> None:
+    """One that was asked for, and is refused before it begins."""
+    file = RequestFile.make()
+    held = Held(Handover(None), 1, RequestFile(file.fd))
+    ours, client = connections()
+    with ours, client:
+        held.streams(ours, *OPENING)
+        held.streams_not()
+        held.sends(b"503")
+        assert RequestFile(file.fd).state is State.BEGUN
+        file.close()
+
+
+def test_there_is_no_stream_without_an_entry() -> None:
+    with pytest.raises(ValueError, match="no whole entry"):
+        begun.Begun(begun.entry([{}], b"x")[:-1])

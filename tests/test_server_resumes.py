@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def killed(
     return stream
 
 
-def chat(text: str = "hello there", **more: Any) -> dict[str, Any]:
+def chat(text: str = "hello there", /, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "max_tokens": 30, **more}
 
 
@@ -301,18 +302,15 @@ def test_nothing_is_made_for_who_has_left(server: Server) -> None:
     assert eventually(lambda: server.metric("mlx_safe_requests_in_flight") == 0)
 
 
+MADE = "mlx_safe_generated_tokens_total"
+
+
+def has_made(server: Server, count: float) -> bool:
+    return server.metric(MADE) >= count
+
+
 # What clients that do not read leave in the server's hands is soon all that fits.
-NARROW = """
-import socket
-create = socket.create_server
-
-def narrow(*args, **more):
-    made = create(*args, **more)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    return made
-
-socket.create_server = narrow
-"""
+NARROW = program("has_narrow_sockets")
 
 
 def test_who_reads_slowly_gets_all_of_it(tiny_model: Path) -> None:
@@ -322,13 +320,9 @@ def test_who_reads_slowly_gets_all_of_it(tiny_model: Path) -> None:
         expected = undisturbed(server, body)
         for _ in range(2):
             server.wait_ready()
-            begun = server.metric("mlx_safe_generated_tokens_total")
+            made = server.metric(MADE)
             with contextlib.closing(Stream(server, body, receives=2048)) as stream:
-                assert eventually(
-                    lambda before=begun: (
-                        server.metric("mlx_safe_generated_tokens_total") >= before + 250
-                    )
-                )
+                assert eventually(partial(has_made, server, made + 250))
                 kill(server)
                 stream.read()
             assert stream.is_whole
@@ -348,15 +342,7 @@ def test_over_a_fatal_fault(tiny_model: Path) -> None:
     assert stream.said == expected.said
 
 
-# Serves once, and then never again.
-ONCE = """
-import os, pathlib, time
-lived = pathlib.Path(os.environ["LIVED"])
-while lived.exists():
-    time.sleep(0.1)
-lived.touch()
-"""
-ONCE = f"PROGRAM = {ONCE + program('slow_steps')!r}\n{program('supervises_a_text')}"
+ONCE = f"PROGRAM = {program('serves_once')!r}\n{program('supervises_a_text')}"
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])

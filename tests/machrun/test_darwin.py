@@ -70,9 +70,9 @@ BRANCHES = {
         'if hasattr(os, "memfd_create"):',
     ): "whether_the_file_has_a_name",
     (
-        "server/request_file.py",
+        "server/tcp.py",
         'if not hasattr(socket, "TCP_INFO"):',
-    ): "how_much_was_taken",
+    ): "how_much_was_taken_and_sent",
 }
 SAYS = {
     "_command.py": ["mlx"],
@@ -88,7 +88,8 @@ SAYS = {
     "server/heap.py": ["None"],
     "server/disconnects.py": ["False True _Kqueue", "None False True"],
     "server/lifeline.py": ["False 5 2 3"] * 2,
-    "server/request_file.py": ["True 0", "-1 False True"],
+    "server/request_file.py": ["True 0"],
+    "server/tcp.py": ["-1 -1 False True"],
 }
 
 

@@ -124,12 +124,12 @@ def whether_the_file_has_a_name():
     print("deleted" in os.readlink(f"/proc/self/fd/{file.fd}"), file.size)
 
 
-def how_much_was_taken():
-    from mlx_safe.server import request_file
+def how_much_was_taken_and_sent():
+    from mlx_safe.server import request_file, tcp
 
     one, other = socket.socketpair()
     other.send(b"piece")
     left = request_file._was_taken(one, 0, b"piece")
     one.recv(5)
     taken = request_file._was_taken(one, 0, b"piece")
-    print(request_file._count_taken(one), left, taken)
+    print(tcp.count_taken(one), tcp.count_sent(one), left, taken)

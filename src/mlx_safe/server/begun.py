@@ -77,8 +77,8 @@ def said(choice: int, response: Any, with_logprobs: bool) -> Note:
 
 def entry(notes: list[Note], piece: bytes) -> bytes:
     """What is written before ``piece`` is sent."""
-    told = _encode(notes).encode()
-    return ENTRY.pack(len(told), len(piece)) + told + piece
+    noted = _encode(notes).encode()
+    return ENTRY.pack(len(noted), len(piece)) + noted + piece
 
 
 @dataclass
@@ -104,13 +104,14 @@ class Begun:
         pieces = []
         notes: list[Note] = []
         while len(data) - self.size >= ENTRY.size:
-            told, piece = ENTRY.unpack_from(data, self.size)
-            at = self.size + ENTRY.size
-            if len(data) - at < told + piece:
+            noted, piece = ENTRY.unpack_from(data, self.size)
+            begin = self.size + ENTRY.size
+            middle, end = begin + noted, begin + noted + piece
+            if len(data) < end:
                 break
-            notes += json.loads(data[at : at + told])
-            pieces.append(data[at + told : at + told + piece])
-            self.size = at + told + piece
+            notes += json.loads(data[begin:middle])
+            pieces.append(data[middle:end])
+            self.size = end
         if not notes:
             raise ValueError("there is no whole entry")
         self.output = b"".join(pieces)

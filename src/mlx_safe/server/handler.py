@@ -12,6 +12,7 @@ from typing import Any
 from . import schema, strict_json
 from .answers import Answer
 from .asked import Asked
+from .begun import Begun
 from .body import Bodies, Hold
 from .choices import GenerationEnded
 from .endpoints import Endpoints
@@ -83,6 +84,14 @@ class ProtectedHandler(Endpoints, APIHandler):
         """Called before each request is read."""
         self.created = int(time.time())  # mlx-lm sets it once for each connection
         self._asked_at = time.monotonic()
+        begun = self.held.begun
+        if begun is not None:
+            self.requested_model = begun.model or DEFAULT
+            self._goes_on(begun)
+
+    def _goes_on(self, begun: Begun) -> None:
+        """Its events are those of one answer, whichever server sends them."""
+        self.request_id, self.created = begun.id, begun.created
 
     # A stream's 200 waits for its first token: until then a failure can still be
     # answered with its own status, which clients know how to retry. Only one that
@@ -220,7 +229,11 @@ class ProtectedHandler(Endpoints, APIHandler):
         self.held.is_asked = True
         begun = self.held.begun
         if begun is not None:
-            self.request_id, self.created = begun.id, begun.created
+            self._goes_on(begun)
+            log.info(
+                "a stream goes on that an earlier process had begun",
+                extra=fields(id=begun.id),
+            )
         elif self.stream:
             is_chunked = self.request_version == "HTTP/1.1"
             name = (self.request_id, self.requested_model, self.created)

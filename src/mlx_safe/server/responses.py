@@ -126,7 +126,7 @@ class Responses(Wire):
                     *(reply.status, "application/json", error_body(reply)),
                     retry_after=reply.retry_after,
                 )
-            elif getattr(self, "stream", False):
+            elif self.held.begun is not None or self.stream:
                 self._send_error_event(reply)
             else:
                 self.abandon()

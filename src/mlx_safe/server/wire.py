@@ -350,7 +350,7 @@ class Wire(BaseHTTPRequestHandler):
         head: list[bytes] = getattr(self, "_headers_buffer", [])  # none to HTTP/0.9
         status = int(head[0].split()[1]) if head else 0
         if 100 <= status < 200:
-            self._headers_buffer = []
+            self._headers_buffer: list[bytes] = []
             self.connection.sendall(b"".join(head) + b"\r\n")
             return
         fields = dict(line.lower().split(b":", 1) for line in head[1:])
