@@ -395,7 +395,7 @@ CASES = [
     Case("killed, no stream", killed_whole, is_told),
     Case("killed in mid-stream", killed_amid, is_cut),
     Case("supervised, killed before the first token", supervised_before, is_answered),
-    Case("supervised, killed in mid-stream", supervised_amid, is_cut),
+    Case("supervised, killed in mid-stream", supervised_amid, is_answered),
     Case("asked during a restart", restart, is_answered),
     Case("400", refused, is_the_users_mistake),
     Case("tools", tools, calls_the_tool, frozenset({"aider"})),
