@@ -333,6 +333,21 @@ def test_who_reads_slowly_gets_all_of_it(tiny_model: Path) -> None:
             assert stream.said == expected.said
 
 
+COUNTS_NOTHING = "import socket\nvars(socket).pop('TCP_INFO', None)\n"
+
+
+def test_where_the_system_does_not_count(tiny_model: Path) -> None:
+    """As on macOS. An event that is just being sent is not sent twice: it is cut."""
+    inner = COUNTS_NOTHING + program("slow_steps")
+    outer = COUNTS_NOTHING + program("supervises_a_text")
+    with Server(tiny_model, program=f"PROGRAM = {inner!r}\n{outer}") as server:
+        expected = undisturbed(server, chat())
+        got = [killed(server, chat(), after=(n,)) for n in (2, 4, 6)]
+        for stream in got:
+            assert stream.said == expected.said[: len(stream.events)]
+        assert any(stream.is_whole for stream in got)
+
+
 def test_over_a_fatal_fault(tiny_model: Path) -> None:
     """The server leaves its begun streams to the next one, as it does the others."""
     with Server(tiny_model, "--supervise") as server:
