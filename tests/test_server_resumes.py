@@ -170,7 +170,7 @@ def killed(
 
 
 def chat(text: str = "hello there", /, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": text}], "max_tokens": 30, **more}
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 100, **more}
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +191,9 @@ TWO = {"stop": ["qqq", "zzz"], "n": 2, **SEED}
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy": (CHAT, chat()),
     "seed": (CHAT, chat(**SEED)),
-    "text": (TEXT, {"prompt": "hello", "max_tokens": 30}),
+    "text": (TEXT, {"prompt": "hello", "max_tokens": 100}),
     "n": (CHAT, chat(**TWO)),
-    "texts": (TEXT, {"prompt": "hello", "max_tokens": 30, **TWO}),
+    "texts": (TEXT, {"prompt": "hello", "max_tokens": 100, **TWO}),
     "usage": (CHAT, chat(stream_options={"include_usage": True})),
     "penalties": (CHAT, chat(repetition_penalty=1.3, presence_penalty=0.5)),
     "logprobs": (CHAT, chat(logprobs=True, top_logprobs=2)),
@@ -273,7 +273,7 @@ def test_without_a_seed_it_goes_on_from_what_was_sent(server: Server) -> None:
     assert stream.body.startswith(sent)
     *_, last, usage_event = stream.said
     assert last["choices"][0]["finish_reason"] in ("length", "stop")
-    assert usage_event["usage"]["completion_tokens"] <= 30
+    assert usage_event["usage"]["completion_tokens"] <= 100
 
 
 def test_the_connection_is_kept(server: Server) -> None:
@@ -350,10 +350,11 @@ def test_where_the_system_does_not_count(tiny_model: Path) -> None:
 
 def test_over_a_fatal_fault(tiny_model: Path) -> None:
     """The server leaves its begun streams to the next one, as it does the others."""
+    body = chat() | {"max_tokens": 30}
     with Server(tiny_model, "--supervise") as server:
-        expected = undisturbed(server, chat())
+        expected = undisturbed(server, body)
     with Server(tiny_model, "--supervise", inject="decode:20:4") as server:
-        with contextlib.closing(Stream(server.wait_ready(), chat())) as stream:
+        with contextlib.closing(Stream(server.wait_ready(), body)) as stream:
             stream.read()
         assert "ended with status 75" in server.log
         assert "outcome=handed_over" in server.log
