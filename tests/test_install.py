@@ -206,6 +206,6 @@ def test_the_stub_names_what_the_extension_has() -> None:
     from mlx_safe import _core
 
     stub = (Path(mlx_safe.__file__).parent / "_core.pyi").read_text()
-    named = set(re.findall(r"^def (\w+)", stub, re.M))
+    named = set(re.findall(r"^(?:def|class) (\w+)", stub, re.M))
     has = {name for name in dir(_core) if not name.startswith("_")}
     assert named == has

@@ -80,14 +80,12 @@ class InFlight(Request):
         on_error: Callable[[InFlight, Exception], None],
         may_stop_alone: bool = True,
     ) -> None:
-        super().__init__()
-        self._scheduler = scheduler
         self._queue, self._request, self._args = taken
+        super().__init__(inherited(self._request))
+        self._scheduler = scheduler
         self._before_put = before_put
         self._on_error = on_error
         self._may_stop_alone = may_stop_alone
-        self.produced = inherited(self._request)
-        self.inherited = len(self.produced)
         self.context: GenerationContext | None = None
         self.headers: dict[str, str] = {}
         self.prompt_key: tuple[ModelKey, list[int]] | None = None

@@ -8,6 +8,7 @@ Only `scheduler` changes a state, or another attribute that `Request` has here.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -167,10 +168,10 @@ class Request:
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, produced: Sequence[int] = ()) -> None:
         self._state = RequestState.QUEUED
-        self.produced: list[int] = []
-        self.inherited = 0
+        self.produced = list(produced)
+        self.inherited = len(produced)
         self.attempts = 0
         self.times_replayed = 0
         self.came_at: float | None = None
