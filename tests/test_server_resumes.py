@@ -1,7 +1,7 @@
 """A stream goes on in the next server process, as if nothing had been.
 
-What a client gets must be, byte for byte, what it gets of a server that nobody kills;
-but for the answer's id and its time, which must be the same in all of its events.
+What a client gets must be, byte for byte, what it gets of a server that nobody kills.
+Only the answer's id and its time may differ, and are the same in all of its events.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A stream that has begun, as the server that goes on with it finds it.
 
-Of each piece of a stream the server writes an entry before it sends the piece: what
-the answer's handler has heard since the last one (the notes), and the piece itself. The
+Of each piece of a stream the server writes an entry before it sends the piece. It has
+what the answer's handler has heard since the last one (the notes), and the piece. The
 entries follow the request in its `RequestFile`. What is in them was sent, or is in a
 piece that can still be sent; what is not was seen by nobody, and is made again.
 
