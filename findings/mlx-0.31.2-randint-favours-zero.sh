@@ -4,8 +4,8 @@
 # Package: mlx 0.31.2 and 0.32.4 (CPU), mx.random.randint with a negative `low`.
 # Guess before: "drawn from [low, high)": each of -1, 0 and 1 in a third of the draws.
 # Seen: 0.32.4 is right. 0.31.2 cuts a float towards zero: what lies between -1 and 1 is 0. So
-# `low` never comes and 0 comes twice as often as any other: of (-1, 2) it is 0 in 67% and 1 in
-# 33%, of (-5, 5) 0 in 20%, and -128 never comes of int8's whole range.
+# `low` never comes and 0 comes twice as often as any other. Of (-1, 2) it is 0 in 67% and 1 in
+# 33%, of (-5, 5) 0 in 20%. Of int8's whole range -128 never comes.
 # Random shifts, jitter and moves that are drawn so drift upwards.
 set -euo pipefail
 

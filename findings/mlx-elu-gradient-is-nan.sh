@@ -4,8 +4,8 @@
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mlx.nn.elu, ELU, selu, SELU.
 # Guess before: 1 (selu 1.05): from 0 on they are the input itself, which is all that they
 # are for. PyTorch and JAX give that.
-# Seen: the value is right, and the gradient NaN: the exponential for negative inputs is
-# computed for all, is infinite over 88.7, and infinity times the 0 of the choice is NaN. In
+# Seen: the value is right, and the gradient NaN. The exponential for negative inputs is
+# computed for all. Over 88.7 it is infinite, and infinity times the 0 of the choice is NaN. In
 # float16 that is over 11, which an ordinary activation reaches. nn.celu, which says the same
 # function in another way, gives 1. So do softplus, gelu, silu and mish.
 # One large activation makes all weights NaN in the next step. Use nn.celu in place of nn.elu.

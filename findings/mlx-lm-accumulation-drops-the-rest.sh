@@ -4,11 +4,11 @@
 # Package: mlx-lm 0.32.2 with mlx 0.32.4, and 0.31.3 with 0.31.2 (CPU),
 # mlx_lm.tuner.trainer.train, as in mlx_lm.lora.
 # Guess before: `iters` batches are trained on. What is left over at the end is applied, as
-# transformers' Trainer does at the end of an epoch; or a number of steps that is more than
+# transformers' Trainer does at the end of an epoch. Or a number of steps that is more than
 # the iterations is refused.
 # Seen: the gradients of the last `iters % steps` batches are summed up and thrown away. With 10
-# iterations and 4 steps there are two updates, of 8 batches; with 16 steps none: each
-# iteration reports its loss and tokens, an adapter is saved, and it is the one that training
+# iterations and 4 steps there are two updates, of 8 batches; with 16 steps there is none. Each
+# iteration reports its loss and tokens, and an adapter is saved. It is the one that training
 # began with (LoRA: one that adds 0). Nothing is said.
 # Choose `iters` as a multiple of the steps. Schedules count updates, too, not iterations.
 set -euo pipefail

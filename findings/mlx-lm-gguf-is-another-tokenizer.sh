@@ -3,7 +3,7 @@
 #
 # Package: mlx-lm 0.32.2 with mlx 0.32.4, and 0.31.3 with 0.31.2 (CPU),
 # mlx_lm.gguf.convert_to_gguf, as in `mlx_lm.fuse --export-gguf`; gguf 0.19.0.
-# Guess before: the file holds what llama.cpp needs for the model that goes in, or the export is
+# Guess before: the file holds what llama.cpp needs for the model that goes in. Or the export is
 # refused, as it is for quantized models and for other architectures than Llama's.
 # Seen: each vocabulary is called "llama", which in GGUF is SentencePiece. One of bytes, as
 # Llama 3 and Mistral Nemo have, is "gpt2" with its merges; here it comes as "llama" with

@@ -6,7 +6,7 @@
 # Guess before: examples are sorted by length ("Sort by length", says the source), so that
 # little of a batch is padding. What does not fill a batch comes in another epoch, or as a
 # smaller batch.
-# Seen: what is sorted by is the number of keys in a line of the file: 1 for {"text": …}
+# Seen: what is sorted by is the number of keys in a line of the file. It is 1 for {"text": …}
 # whatever the text, 3 for a line that has "tools" besides "prompt" and "completion". So the
 # order of the file stays, and a batch is as long as its longest. Here that is 1,862 places
 # for 966 tokens. The last len % batch_size are in no batch, in no epoch: of seven examples

@@ -3,11 +3,11 @@
 #
 # Package: mlx-lm 0.32.2 with mlx 0.32.4, and 0.31.3 with 0.31.2 (CPU), generate_step with
 # max_kv_size (Qwen 3's class), RotatingKVCache with keep.
-# Guess before: prefill_step_size is about speed and memory, "step size for processing the prompt";
-# each token sees the first four and the last max_kv_size - 4, as the cache holds them, in
+# Guess before: prefill_step_size is about speed and memory, "step size for processing the prompt".
+# Each token sees the first four and the last max_kv_size - 4, as the cache holds them, in
 # pieces of one or of 2,048. Without a window, and in one without kept tokens, that is so.
-# Seen: within a piece the window is the last max_kv_size, and the first four are masked once
-# they are behind it, though the cache keeps them; a token that comes alone sees them. So the
+# Seen: within a piece the window is the last max_kv_size. The first four are masked once they
+# are behind it, though the cache keeps them. A token that comes alone sees them. So the
 # prompt is read without them, and the answer written with them. Of a prompt of 40 tokens in a
 # window of 16 the next token's probabilities differ by 13% between pieces of 1 and 2,048.
 # What such a server answers changes with its --prefill-step-size. Keep to one.

@@ -3,7 +3,7 @@
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mlx.nn.losses: huber_loss, hinge_loss, log_cosh_loss.
 # Guess before: predictions of shape (4, 1), a layer's, and targets of shape (4,), a file's,
-# raise ValueError "Predictions shape (4, 1) does not match targets shape (4,)", as with
+# raise ValueError "Predictions shape (4, 1) does not match targets shape (4,)". So it is with
 # mse_loss, l1_loss, smooth_l1_loss and binary_cross_entropy.
 # Seen: these three broadcast to (4, 4) and take the mean of 16 numbers. Predictions that are
 # right have a loss, a larger one than one number for everything has (huber, log_cosh), which

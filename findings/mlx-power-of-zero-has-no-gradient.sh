@@ -3,9 +3,9 @@
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mx.grad over x ** 0 and x ** mx.arange(n).
 # Guess before: x ** 0 is 1 for each x, 0 too, so its gradient is 0 everywhere.
-# Seen: at 0 the value is 1 and the gradient NaN: 0 (the exponent) times 0 ** -1, infinity. One 0
-# among the inputs of sum(c * x ** [0, 1, 2, 3]), the usual way to write a polynomial or its
-# features, makes the gradient there NaN, and with a weight in front of it the whole
+# Seen: at 0 the value is 1 and the gradient NaN: 0 (the exponent) times 0 ** -1, infinity. The
+# usual way to write a polynomial or its features is sum(c * x ** [0, 1, 2, 3]). One 0 among
+# its inputs makes the gradient there NaN, and with a weight in front of it the whole
 # weight. It is right everywhere else, so it comes with the first padded or empty input.
 # Begin with x ** 1 and add the constant, or use Horner's scheme.
 set -euo pipefail

@@ -2,7 +2,7 @@
 # A token is in the list of stop tokens, and not in the set of the same.
 #
 # Package: mlx 0.32.4 and 0.31.2 (CPU), mx.array as a member of set and dict.
-# Guess before: `mx.array(2) in {1, 2}` is True, as it is for NumPy's numbers (np.int32(2)); or it
+# Guess before: `mx.array(2) in {1, 2}` is True, as it is for NumPy's numbers (np.int32(2)). Or it
 # raises, as for what is equal by value but can change: a list, or a NumPy array of no
 # dimensions ("unhashable type").
 # Seen: it has a hash, that of the object, so it is in no set and no dictionary of numbers; in
