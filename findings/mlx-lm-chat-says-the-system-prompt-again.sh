@@ -5,9 +5,9 @@
 # Guess before: what the model has read at the second question is the conversation as the chat
 # template writes it: the beginning (<s>), the system prompt, question, answer, question.
 # Seen: each question goes through the template alone, as a conversation of its own, behind what
-# the cache holds. So <s> and the system prompt stand before each question, and so does a
-# system prompt that the template adds by itself, as those of Qwen 2.5 and SmolLM 2 do. What
-# the template writes behind an answer's end is left out: a line's end, in those two.
+# the cache holds. So <s> and the system prompt stand before each question. So does a system
+# prompt that the template adds by itself, as those of Qwen 2.5 and SmolLM 2 do. What the
+# template writes behind an answer's end is left out: a line's end, in those two.
 # Ten short questions with a system prompt of 1,000 tokens fill 10,000 tokens of memory, and
 # answers differ from those of mlx_lm.server, which gets the whole conversation.
 set -euo pipefail

@@ -4,12 +4,12 @@
 #
 # Package: mlx-lm 0.32.2 with mlx 0.32.4, and 0.31.3 with 0.31.2 (CPU),
 # MLXLM.loglikelihood_rolling of mlx_lm.evaluate, as lm-eval 0.4.13 calls it for wikitext.
-# Guess before: "the log probability of `context` conditioned on the EOT token", "each token is
-# predicted exactly once", says the docstring: of a model that gives all of 256 tokens the same
-# probability, log(1/256) for each token, whatever texts are asked about together.
-# Seen: nothing is put before a text, so a tokenizer that adds no first token (GPT-2's kind:
-# Qwen, SmolLM; and of any kind with a chat template) has one token too few: "a" has 0, which
-# is certainty. 0.31.3 counts one token of padding for each text that is not the longest of
+# Guess before: "conditioned on the EOT token", "each token is predicted exactly once", says the
+# docstring. A model that gives all of 256 tokens the same probability has log(1/256) for
+# each token, whatever texts are asked about together.
+# Seen: nothing is put before a text. A tokenizer that adds no first token (GPT-2's kind: Qwen,
+# SmolLM; with a chat template, each) so has one token too few. "a" has 0, which is
+# certainty. 0.31.3 counts one token of padding for each text that is not the longest of
 # its batch of eight. So "a" is -5.5 beside "abcd", and 0 alone; "abcd" is always -16.6.
 # Compare perplexities of models only where the tokenizer is the same, with --batch-size 1.
 set -euo pipefail
