@@ -948,6 +948,25 @@ def test_one_that_has_waited_long_enough_goes_before_those_that_may_wait_on() ->
     loop.end()
 
 
+def test_a_stream_of_an_earlier_process_is_waited_for_as_one_that_has_begun() -> None:
+    """--memory-wait 0 is for those whose clients can still be told to come again."""
+    loop = Loop(bytes([1]))
+    loop.is_calm = True
+    assert loop.wait_s == 0
+    first, new, begun = (Client(300, 200, False, False) for _ in range(3))
+    begun.inherited = 1
+    loop.enter(first)
+    assert loop.take() is first
+    loop.begin(first)
+    loop.machine.others = CEILING
+    for client in (new, begun):
+        loop.scheduler.arrive(client)
+        assert loop.scheduler.take(client)
+    assert loop.scheduler.ask(new, 300, 500).verdict == "refuse"
+    assert loop.scheduler.ask(begun, 300, 500).verdict == "wait"
+    assert begun.state is RequestState.HELD
+
+
 def test_nothing_is_inserted_for_nobody() -> None:
     assert Loop(b"").scheduler.inserted(object()) is None
 

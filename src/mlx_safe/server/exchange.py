@@ -92,7 +92,7 @@ class Exchange:
             return "ok"
         if isinstance(self.error, (*DISCONNECTED, BodyCut)):
             return "client_left"
-        has_begun = any(request.has_context for request in self.requests)
+        has_begun = any(request.has_begun for request in self.requests)
         is_refusal = isinstance(self.error, (*EXPECTED, Unavailable))
         return "refused" if is_refusal and not has_begun else "failed"
 

@@ -197,6 +197,11 @@ class Request:
         return self._state in ENDED
 
     @property
+    def has_begun(self) -> bool:
+        """Its client knows so, of this process or of an earlier one."""
+        return self.has_context or self.inherited > 0
+
+    @property
     def tokens(self) -> int:
         """How many it has produced in this process."""
         return len(self.produced) - self.inherited

@@ -296,7 +296,7 @@ class Scheduler(Generic[R]):
 
     def _patience(self, request: R) -> float:
         """Seconds that it may wait: what was begun is not given up for a short flag."""
-        return max(self._wait_s, BEGUN_WAIT_S if request.has_context else 0.0)
+        return max(self._wait_s, BEGUN_WAIT_S if request.has_begun else 0.0)
 
     def _judge(self, request: R, claim: Claim, reusable: int = 0) -> Decision:
         held = self.requests(RequestState.HELD)
@@ -307,7 +307,7 @@ class Scheduler(Generic[R]):
             total=claim.total,
             reusable=reusable,
             ahead=len(self.requests(*RUNNING)) + ahead,
-            begun=request.has_context,
+            begun=request.has_begun,
             may_wait=self._clock() < claim.deadline,
             step_max=request.step_max,
         )
