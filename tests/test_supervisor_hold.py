@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from mlx_safe.server import handover, holding, supervisor
+from mlx_safe.server import begun, handover, holding, supervisor
+from mlx_safe.server.request_file import RequestFile
 from support.programs import program
 from support.server import Answer, Server, eventually
 from test_supervisor import SUPERVISED
@@ -360,6 +361,31 @@ def test_what_cannot_be_started_is_tried_again(
     monkeypatch.setattr(subprocess, "Popen", sometimes)
     assert supervise(tmp_path, "2", "LISTENS", "READY") == (0, 2)
     assert "cannot be started: no processes" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["emptied", "unknown", "notes"])
+def test_a_file_that_nobody_can_read_costs_its_own_client_only(damage: str) -> None:
+    """What ended the server may have overwritten what it wrote."""
+    kept, clients = holding.Holding(60.0), []
+    for key in (1, 2):
+        ours, client = socket.socketpair()
+        clients.append(client)
+        file = RequestFile.make()
+        kept.keep(key, [ours.detach(), file.fd])
+        if key == 2:
+            continue
+        if damage == "emptied":
+            os.ftruncate(file.fd, 0)
+        elif damage == "unknown":
+            os.pwrite(file.fd, b"\xff", 0)
+        else:
+            file.stream(begun.entry([{"not": "an opening"}], b"data"))
+    assert not kept.server_ended()
+    assert len(kept) == 1
+    assert clients[0].recv(1) == b""
+    kept.refuse_all(holding.STOPPING)
+    for client in clients:
+        client.close()
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,13 @@ class _Kept:
 
     def outlive(self) -> bool:
         """The server is dead; whether another one can answer, or go on with it."""
-        self.file = RequestFile(self.file.fd)  # as the server has left it
-        self.file.settle(self.connection)
+        try:
+            self.file = RequestFile(self.file.fd)  # as the server has left it
+            self.file.settle(self.connection)
+        except Exception:
+            # What ended the server may have overwritten its memory before, and with
+            # that what it wrote here. The others' clients still have this process.
+            return False
         return self.file.state is not State.BEGUN
 
 
