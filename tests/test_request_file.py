@@ -238,3 +238,22 @@ def test_another_answer_is_no_stream() -> None:
 def test_there_is_no_stream_without_an_entry() -> None:
     with pytest.raises(ValueError, match="no whole entry"):
         begun.Begun(begun.entry([{}], b"x")[:-1])
+
+
+def test_a_stream_that_is_too_long_to_be_kept_is_not_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or one answer would fill the memory."""
+    monkeypatch.setattr(request_file, "STREAM_MAX", 2000)
+    ours, client = connections()
+    file = RequestFile.make()
+    with ours, client:
+        held = Held(Handover(None), 1, file)
+        held.streams(ours, "id", "model", 1, True)
+        sizes = []
+        for _ in range(100):
+            held.sends(b"x" * 200)
+            sizes.append(os.fstat(file.fd).st_size)
+        assert file.state is State.BEGUN
+        assert 1000 < max(sizes) <= 2000 and sizes[-1] < 200
+    file.close()

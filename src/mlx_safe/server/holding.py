@@ -77,9 +77,13 @@ class _Kept:
         try:
             self.file = RequestFile(self.file.fd)  # as the server has left it
             self.file.settle(self.connection)
-        except Exception:
+        except Exception as e:
             # What ended the server may have overwritten its memory before, and with
             # that what it wrote here. The others' clients still have this process.
+            log.warning(
+                "a connection is cut: what the server left of it cannot be read: %s",
+                type(e).__name__,
+            )
             return False
         return self.file.state is not State.BEGUN
 

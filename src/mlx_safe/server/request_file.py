@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import os
 import socket
 import struct
@@ -35,6 +36,8 @@ HEAD = struct.Struct("=B?BIQQ")
 SENT = struct.Struct("=Q")
 START = HEAD.size + SENT.size  # of the request
 PIECE = 1 << 16
+# It is in memory on Linux. An answer of 70,000 tokens or so cannot be gone on with.
+STREAM_MAX = 32 << 20
 
 
 class State(enum.IntEnum):
@@ -69,8 +72,12 @@ class RequestFile:
         else:
             with tempfile.TemporaryFile() as file:
                 fd = os.dup(file.fileno())
-        os.write(fd, bytes(START))
-        return cls(fd)
+        try:
+            os.write(fd, bytes(START))
+            return cls(fd)
+        except OSError:
+            os.close(fd)
+            raise
 
     def close(self) -> None:
         """Gives this process's descriptor back; the file lives on elsewhere."""
@@ -165,7 +172,9 @@ class RequestFile:
         self.reach(State.STREAMS)
 
     def add_entry(self, entry: bytes) -> None:
-        """Another piece of it is. Raises OSError: as `add`."""
+        """Another piece of it is. Raises OSError: as `add`, and beyond `STREAM_MAX`."""
+        if self._end + len(entry) > STREAM_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         self._write(entry, self._end)
         self._end += len(entry)
 
