@@ -193,6 +193,12 @@ def say(row: dict[str, Any]) -> None:
     )
 
 
+def has_card() -> bool:
+    import mlx.core as mx
+
+    return "free_memory" in mx.device_info()
+
+
 def about(contestants: list[Contestant], card: bool) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -200,7 +206,7 @@ def about(contestants: list[Contestant], card: bool) -> dict[str, Any]:
     if card:
         import mlx.core as mx
 
-        machine += f", {mx.device_info().get('device_name', 'no card')}"
+        machine += f", {mx.device_info()['device_name']}"
     sizes = " of {} numbers and {} layers".format(*SIZES_ON_A_CARD) if card else ""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -235,6 +241,8 @@ def main() -> None:
         parser.error("--ceiling must be over 0")
     if not all(0 <= rate <= 100 for rate in asked.rates):
         parser.error("--rates are faults per hundred requests, from 0 to 100")
+    if asked.card and not has_card():
+        parser.error("--card: MLX computes on no CUDA card here")
     contestants = chosen(asked.servers, asked.card)
     data: dict[str, Any] = {"about": about(contestants, asked.card), "rounds": []}
     if asked.append and asked.out.exists():

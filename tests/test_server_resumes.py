@@ -207,6 +207,10 @@ def test_a_stream_goes_on_in_the_next_process(server: Server, kind: str) -> None
     got = killed(server, body, path)
     assert got.is_whole, got.body
     assert got.said == expected.said
+    server.wait_for_log(f"id={got.events[0]['id']} method=POST")
+    line = next(x for x in server.log.splitlines()[::-1] if "method=POST" in x)
+    assert "tokens=" in line
+    assert "first_token_s=" not in line, "an earlier process has sent it"
 
 
 @pytest.mark.parametrize("after", [(1, 8), (4, 0, 3), (2, 2, 0, 2, 2)], ids=str)
@@ -389,3 +393,6 @@ def test_one_that_nobody_goes_on_with_ends_with_an_error(
     assert last["error"]["code"] == "unavailable"
     said = {"late": "The server is starting.", "stopped": "The server is stopping."}
     assert last["error"]["message"] == said[ends]
+    # No server has a line of it.
+    line = next(x for x in server.log.splitlines() if "is answered here" in x)
+    assert said[ends] in line and f"id={last['id']}" in line

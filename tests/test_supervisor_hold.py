@@ -413,6 +413,9 @@ def test_a_model_that_takes_long_is_not_waited_for_for_ever(
         assert answer.status == 503
         assert answer.error["code"] == "unavailable"
         assert answer.headers["retry-after"] == "13"
+        # Nothing says yet how much the prompt cache may have.
+        found = server.get("/status.json").json
+        assert found["prompt_cache"]["limit"] <= found["memory"]["ceiling"]
 
 
 def test_the_channel_takes_records_in_pieces() -> None:

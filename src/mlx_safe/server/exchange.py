@@ -127,7 +127,12 @@ class Exchange:
 
     @property
     def first_token_s(self) -> float | None:
-        """Seconds from the request to its first token; None: there was none."""
+        """Seconds from the request to its first token; None: there was none here.
+
+        Of a stream that goes on, an earlier process has sent it.
+        """
+        if any(request.inherited for request in self.requests):
+            return None
         times = [r.first_token_at for r in self.requests]
         first = min((t for t in times if t is not None), default=None)
         return None if first is None else max(0.0, first - self.began_at)

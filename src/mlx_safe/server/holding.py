@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from . import handover
 from .begun import Begun
 from .handover import Message
+from .logs import fields
 from .request import SUSPECT_FROM
 from .request_file import RequestFile, State
 
@@ -67,6 +68,11 @@ class _Kept:
     file: RequestFile
     since: float = math.inf
     looked: bool = False
+
+    @property
+    def id(self) -> str | None:
+        """What its client knows it by; None: nothing of its answer was sent."""
+        return self.file.begun()[0].id if self.file.state is State.STREAMS else None
 
     def close(self) -> None:
         self.connection.close()
@@ -164,6 +170,7 @@ class Holding:
                     "a request is refused: the server has died %d times while it "
                     "worked on it",
                     kept.file.deaths,
+                    extra=fields(id=kept.id),
                 )
                 self._refuse(kept, SUSPECT)
                 refused = True
@@ -187,10 +194,10 @@ class Holding:
         """Answers probes, and whose time is over."""
         now = time.monotonic()
         for key, kept in list(self._waiting.items()):
-            late = now - kept.since >= self._hold_s
-            if self.may_accept and (late or _is_probe(kept)):
+            late, is_probe = now - kept.since >= self._hold_s, _is_probe(kept)
+            if self.may_accept and (late or is_probe):
                 del self._waiting[key]
-                self._refuse(kept)
+                self._refuse(kept, is_told=not is_probe)
 
     def refuse_all(self, why: str) -> None:
         """There will be no other server; ``why`` is what its answer says."""
@@ -200,8 +207,12 @@ class Holding:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def _refuse(self, kept: _Kept, why: str = STARTING) -> threading.Thread:
+    def _refuse(
+        self, kept: _Kept, why: str = STARTING, *, is_told: bool = True
+    ) -> threading.Thread:
         has_asked = kept.file.size > 0
+        if is_told and (has_asked or kept.looked):  # others have asked for nothing
+            log.info("a request is answered here: %s", why, extra=fields(id=kept.id))
         if kept.file.state is State.STREAMS:
             answer = _end_of_stream(*kept.file.begun(), self.last_start_s, why)
         else:

@@ -176,6 +176,8 @@ class Status:
         """
         health = self._from.health
         requests, memory = self._from.requests(), self._from.memory()
+        # mlx-lm's default is 2**63 - 1, which it is until a model is there.
+        limit = min(memory["prompt_cache_limit"], memory["ceiling"])
         found: Json = {
             "version": VERSION,
             "time": round(time.time(), 3),
@@ -201,7 +203,7 @@ class Status:
             "counts": self._counts(),
             "prompt_cache": {
                 "bytes": int(self._from.prompt_cache.nbytes),
-                "limit": int(memory["prompt_cache_limit"]),
+                "limit": int(limit),
                 "entries": len(self._from.prompt_cache),
             },
             "disk": self._from.disk(),
