@@ -7,6 +7,7 @@ their own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -69,10 +70,15 @@ class _Kept:
     since: float = math.inf
     looked: bool = False
 
+    @functools.cached_property
+    def stream(self) -> tuple[Begun, bytes] | None:
+        """As of `RequestFile.begun`, read once, when no server goes on with it."""
+        return self.file.begun() if self.file.state is State.STREAMS else None
+
     @property
     def id(self) -> str | None:
         """What its client knows it by; None: nothing of its answer was sent."""
-        return self.file.begun()[0].id if self.file.state is State.STREAMS else None
+        return None if self.stream is None else self.stream[0].id
 
     def close(self) -> None:
         self.connection.close()
@@ -213,10 +219,10 @@ class Holding:
         has_asked = kept.file.size > 0
         if is_told and (has_asked or kept.looked):  # others have asked for nothing
             log.info("a request is answered here: %s", why, extra=fields(id=kept.id))
-        if kept.file.state is State.STREAMS:
-            answer = _end_of_stream(*kept.file.begun(), self.last_start_s, why)
-        else:
+        if kept.stream is None:
             answer = _refusal(self.last_start_s, why)
+        else:
+            answer = _end_of_stream(*kept.stream, self.last_start_s, why)
         kept.file.close()
         thread = threading.Thread(
             target=_answer,
